@@ -1,0 +1,49 @@
+# Thin targets over pip and a virtual environment. Nothing else needs to be installed: no compiler, no GPU.
+#
+#   make demo     run the embedded federation             make test    the whole test suite
+#   make lint     ruff and mypy                           make clean   remove the environment
+#
+# TORCH_INDEX chooses where PyTorch comes from. Empty: the configured package index, unless that would bring CUDA
+# builds to a machine without an NVIDIA GPU; then PyTorch's own CPU index. On a GPU machine the configured index
+# (PyPI) already gives the CUDA build; another CUDA version: TORCH_INDEX=https://download.pytorch.org/whl/cu128
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test lint clean install
+
+demo: $(VENV)/demo.stamp
+	$(VENV)/bin/fedllm simulate $(OVERRIDES)
+
+test: $(VENV)/dev.stamp lint
+	$(VENV)/bin/python -m pytest $(PYTEST)
+
+lint: $(VENV)/dev.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+install: $(VENV)/demo.stamp
+
+$(VENV)/torch.stamp: constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@index='$(TORCH_INDEX)'; \
+	if [ -z "$$index" ] && ! command -v nvidia-smi >/dev/null && \
+	   $(PIP) install --dry-run --ignore-installed --no-deps --quiet --report - $(TORCH) | grep -Eq '"(nvidia|cuda)-'; \
+	then index=$(CPU_INDEX); echo "no NVIDIA GPU here: taking PyTorch from $$index"; fi; \
+	$(PIP) install --quiet --no-deps $(TORCH) $${index:+--index-url $$index}
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) install --quiet --editable . --constraint constraints.txt
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(PIP) install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
