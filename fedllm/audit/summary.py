@@ -1,0 +1,196 @@
+"""What a finished run leaves in its folder: adapter, model card, plots, and a summary in English and Korean."""
+
+import math
+import sys
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+import fedllm
+from fedllm.plan import DataConfig, RunPlan
+from fedllm.privacy.accounting import spent
+from fedllm.training.adapter import AdapterModel
+
+_BLUE, _ORANGE, _RED, _GREY = "#2563a8", "#c2571a", "#b3261e", "#8a8f98"
+# The first of these that is installed lends the glyphs that the default font lacks (Debian: fonts-nanum).
+_KOREAN_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "UnDotum")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """All that the outputs say about a run; everything in it is public."""
+
+    name: str
+    folder: Path
+    plan: RunPlan
+    data: DataConfig
+    records: list[dict[str, Any]]  # one a round, round 0 being the base model
+    sites: dict[str, dict[str, Any]]
+    budgets: dict[str, float]  # epsilon that each site permits
+    stopped: str  # why the run ended early; "" where it did not
+    seconds: float  # of this process, from the reading of the data to the last round
+    peak_memory_mb: float
+    exact_match: tuple[float, float] | None = None  # before, after
+    samples: list[tuple[str, str, str, str]] = field(default_factory=list)  # prompt, expected, before, after
+
+    @property
+    def private(self) -> bool:
+        """Whether the run may be called private."""
+        return self.plan.privacy.protects
+
+    @property
+    def before(self) -> dict[str, Any]:
+        """The record of the base model."""
+        return self.records[0]
+
+    @property
+    def after(self) -> dict[str, Any]:
+        """The record of the last completed round."""
+        return self.records[-1]
+
+    @property
+    def planned_epsilon(self) -> float:
+        """Epsilon of the whole plan by PLD; math.inf where no noise is added."""
+        return spent([self.plan.mechanism.event(self.plan.steps)], self.plan.privacy.delta).epsilon
+
+    @property
+    def epsilon_rdp(self) -> float | None:
+        """The largest epsilon by RDP that any site has spent: an upper bound by another method."""
+        values = [site["epsilon_rdp"] for site in self.sites.values()]
+        return None if None in values else max(values, default=0.0)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the software that shaped the result."""
+        packages = ("flwr", "torch", "transformers", "peft", "opacus", "dp-accounting")
+        return {"python": sys.version.split()[0], "fedllm": fedllm.__version__, **{p: version(p) for p in packages}}
+
+
+def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.float32]) -> None:
+    """Write the `final` adapter float32[d], its model card, plots and summaries into the run's folder."""
+    environment = Environment(  # noqa: S701  # Markdown, not HTML
+        loader=PackageLoader("fedllm.audit"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(number=_number, cell=_cell)
+    folder = summary.folder
+    adapter.save(final, folder / "adapter", summary.plan.model.source)
+    card = environment.get_template("card.md.j2").render(s=summary, plan=summary.plan)
+    (folder / "adapter" / "README.md").write_text(card, "utf-8")
+    for language in ("en", "ko"):
+        text = environment.get_template(f"summary.{language}.md.j2").render(s=summary, plan=summary.plan)
+        (folder / ("summary.md" if language == "en" else "summary.ko.md")).write_text(text, "utf-8")
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    korean = [font for font in _KOREAN_FONTS if font in installed][:1]
+    style: dict[Any, Any] = {
+        "font.family": ["DejaVu Sans", *korean],
+        "font.size": 9,
+        "svg.fonttype": "none",
+        "text.parse_math": False,  # a site's name may hold $
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # see README, Reports
+        for name, figure in (("rounds", _plot_rounds(summary)), ("sites", _plot_sites(summary))):
+            for suffix in ("svg", "png"):
+                figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight")
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    """Format a figure; None is an epsilon without bound."""
+    if value is None or math.isinf(value):
+        return "∞"
+    return f"{value:.{digits}g}"
+
+
+def _cell(text: str) -> str:
+    """Make text safe inside a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _brand(figure: Figure, summary: RunSummary) -> None:
+    if not summary.private:
+        figure.text(0.5, 1.0, "NOT PRIVATE", ha="center", va="bottom", color=_RED, weight="bold", size=13)
+
+
+def _plot_rounds(summary: RunSummary) -> Figure:
+    """Held-out quality and epsilon by round."""
+    figure = Figure(figsize=(8.4, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rounds = [record["round"] for record in summary.records]
+    key, label = ("accuracy", "accuracy") if summary.after["accuracy"] is not None else ("loss", "loss (nats)")
+    values = [record[key] for record in summary.records]
+    if values[0] is not None:
+        left.plot(rounds, values, color=_BLUE, marker="o", markersize=3)
+        for at in (0, -1):
+            left.annotate(f"{values[at]:.3g}", (rounds[at], values[at]), textcoords="offset points", xytext=(0, 6),
+                          ha="center", color=_BLUE)  # fmt: skip
+        left.margins(y=0.15)
+    else:
+        left.text(0.5, 0.5, "no held-out set", ha="center", color=_GREY, transform=left.transAxes)
+    left.set(xlabel="round", ylabel=label, title=f"Held-out {label}")
+    _epsilon_axis(right, summary, rounds)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _brand(figure, summary)
+    return figure
+
+
+def _epsilon_axis(axes: Axes, summary: RunSummary, rounds: list[int]) -> None:
+    privacy = summary.plan.privacy
+    axes.set(xlabel="round", ylabel="epsilon", title=f"Privacy spent (largest site, delta {privacy.delta:g})")
+    values = [record["epsilon"] for record in summary.records]
+    if None in values:
+        axes.text(0.5, 0.5, "∞: no noise was added", ha="center", color=_RED, transform=axes.transAxes)
+        return
+    axes.step(rounds, values, where="post", color=_ORANGE)
+    axes.axhline(privacy.epsilon, color=_GREY, linestyle="--", linewidth=1)
+    axes.annotate(f"target {privacy.epsilon:g}", (rounds[0], privacy.epsilon), textcoords="offset points",
+                  xytext=(2, 3), color=_GREY)  # fmt: skip
+    axes.set_ylim(0, max(privacy.epsilon, *values) * 1.15)
+
+
+def _plot_sites(summary: RunSummary) -> Figure:
+    """One row a site: a bar of epsilon spent, and how the site took part."""
+    names = list(summary.sites)
+    figure = Figure(figsize=(8.4, 1.1 + 0.3 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    spending = [summary.sites[name]["epsilon"] for name in names]
+    budgets = [summary.budgets.get(name, math.nan) for name in names]
+    rows = range(len(names))
+    if None not in spending:
+        axes.barh(rows, budgets, color="#e7e9ee", height=0.62, label="budget")
+        axes.barh(rows, spending, color=_ORANGE, height=0.62, label="spent")
+        axes.set_xlim(0, max([b for b in budgets if not math.isnan(b)], default=1) * 1.02)
+    else:
+        axes.barh(rows, [1] * len(names), color="#f6dedc", height=0.62)
+        axes.set_xlim(0, 1.02)
+        axes.set_xticks([])
+    axes.set_yticks(list(rows), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="epsilon", title="Sites: privacy spent, and part taken")
+    for row, name in enumerate(names):
+        site = summary.sites[name]
+        notes = f"{_number(site['epsilon'], 3)} · rounds: {site['rounds']} · {site['bytes_up'] / 1e6:.2f} MB sent"
+        if site["declined"]:
+            notes += f" · declined: {site['reason']}"
+        if site["failed"]:
+            notes += f" · missed: {site['failed']}"
+        axes.annotate(notes, (1.02, row), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
+    _brand(figure, summary)
+    return figure

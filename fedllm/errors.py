@@ -1,0 +1,65 @@
+"""Every error that fedllm raises on purpose.
+
+    FedllmError
+    ├── ConfigError        the configuration asks for something unknown, ill-typed or impossible
+    ├── DataError          records that cannot be read or used as configured
+    ├── ModelError         a base model or adapter that cannot be loaded, adapted or trained
+    ├── PrivacyError       a step that would weaken the stated guarantee
+    │   └── BudgetExceeded the site's privacy budget does not admit the request
+    ├── LedgerError        the site's durable record of spent budget cannot be used
+    ├── MessageError       bytes from the other side that are not a valid message
+    │   └── SpecMismatch   an update made for another adapter
+    ├── CheckpointError    a checkpoint that cannot be written, read or continued
+    └── FederationError    the federation cannot go on
+        └── QuorumLost     fewer sites answered than the quorum
+
+Each text says what was found (name=value), what was expected, and what to do.
+"""
+
+
+class FedllmError(Exception):
+    """Base of all errors that a user can act on; the command line prints it without a traceback."""
+
+
+class ConfigError(FedllmError):
+    """The configuration asks for something unknown, ill-typed or impossible."""
+
+
+class DataError(FedllmError):
+    """Records cannot be read or used as configured."""
+
+
+class ModelError(FedllmError):
+    """A base model or adapter cannot be loaded, adapted or trained."""
+
+
+class PrivacyError(FedllmError):
+    """The requested step would weaken the stated privacy guarantee."""
+
+
+class BudgetExceeded(PrivacyError):
+    """The site's privacy budget does not admit the request."""
+
+
+class LedgerError(FedllmError):
+    """The site's durable record of spent budget cannot be used."""
+
+
+class MessageError(FedllmError):
+    """Bytes from the other side are not a valid message."""
+
+
+class SpecMismatch(MessageError):
+    """An update or adapter state was made for another adapter."""
+
+
+class CheckpointError(FedllmError):
+    """A checkpoint cannot be written, read or continued."""
+
+
+class FederationError(FedllmError):
+    """The federation cannot go on."""
+
+
+class QuorumLost(FederationError):
+    """Fewer sites answered than the quorum asks for."""

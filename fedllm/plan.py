@@ -1,0 +1,318 @@
+"""Frozen, validated values: what a user configures, and the plan that head office sends to every site.
+
+Everything here is public. A value that is unknown, ill-typed or impossible raises ConfigError before anything loads.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedllm.codec import WireDtype
+from fedllm.delta import digest_of
+from fedllm.errors import ConfigError
+from fedllm.privacy.mechanism import Mechanism
+
+
+class Frozen(BaseModel):
+    """A value object: immutable, no unknown fields, no silent conversion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class ModelConfig(Frozen):
+    """The public base model."""
+
+    source: str = Field(min_length=1)  # hub name, local folder, or pkg://package/folder
+    revision: str | None = None  # hub revision; give a commit for runs that must repeat
+    task: Literal["causal-lm", "classification"] = "causal-lm"
+    labels: tuple[str, ...] = ()  # classification: every label, public, in the order of the classes
+    pooling: Literal["native", "mean"] = "native"  # classification: the model's own head, or mean-pooled tokens
+    max_length: int = Field(
+        256, ge=8, le=1_000_000
+    )  # tokens; of longer records the prompt loses its beginning, then the text its end
+
+    @model_validator(mode="after")
+    def _validate(self) -> "ModelConfig":
+        if self.task == "classification" and len(self.labels) < 2:
+            raise ValueError(
+                "task=classification needs model.labels: at least two, declared and not read from the data"
+            )
+        if self.task == "causal-lm" and (self.labels or self.pooling != "native"):
+            raise ValueError("labels and pooling belong to task=classification")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("model.labels holds a label twice")
+        return self
+
+
+class AdapterConfig(Frozen):
+    """The LoRA adapter (Hu et al. 2021)."""
+
+    rank: int = Field(8, ge=1, le=4096)
+    alpha: float = Field(16.0, gt=0)
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"  # names of the linear layers that get an adapter
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # numbers of the transformer blocks; null: all
+    train: Literal["AB", "B"] = "B"  # B: A stays at its seeded, shared initial value (FFA-LoRA, Sun et al. 2024)
+
+    @model_validator(mode="after")
+    def _validate(self) -> "AdapterConfig":
+        if not self.targets or self.layers == ():
+            raise ValueError(
+                "targets and layers: name at least one, or all-linear for all targets and null for all layers"
+            )
+        return self
+
+
+class PrivacyConfig(Frozen):
+    """What is protected, how well, and the mechanism that does it."""
+
+    mode: Literal["local", "off"] = "local"
+    unit: Literal["record", "person"] = "record"  # what may be added or removed without anyone noticing
+    records_per_person: int = Field(8, ge=1, le=1_000_000)  # contribution cap, enforced when records are loaded
+    epsilon: float = Field(8.0, gt=0)  # target for the whole run, of every site
+    delta: float = Field(1e-5, gt=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0)  # L2, gradient units
+    sampling_rate: float = Field(0.05, gt=0, le=1)
+    units_per_site: int | None = Field(
+        None, ge=1, le=1_000_000_000
+    )  # PUBLIC nominal size; q * this divides every noisy sum
+    noise_multiplier: float | None = Field(
+        None, ge=0.01, le=1e6
+    )  # null: calibrated so that the whole run meets epsilon
+    insecure_seed: Seed | None = None  # seeded coins and noise: reproducible, and NOT PRIVATE
+
+    @model_validator(mode="after")
+    def _validate(self) -> "PrivacyConfig":
+        if self.mode == "local" and self.units_per_site is not None and self.delta * self.units_per_site >= 1:
+            raise ValueError(
+                f"delta={self.delta:g} is no protection among {self.units_per_site} units: it must be below "
+                f"1/units = {1 / self.units_per_site:.2g}"
+            )
+        return self
+
+    @property
+    def protects(self) -> bool:
+        """Whether the run may be called private: noise is added, and nobody can predict it."""
+        return self.mode != "off" and self.insecure_seed is None
+
+
+class ServerOptimizerConfig(Frozen):
+    """How head office applies the averaged delta; sgd with learning_rate=1 and no momentum is FedAvg."""
+
+    name: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = Field(1.0, gt=0)
+    final_rate: float = Field(1.0, gt=0, le=1)  # where the cosine of the learning rate ends, as a share of it; 1: flat
+    momentum: float = Field(0.0, ge=0, lt=1)  # sgd
+    betas: tuple[float, float] = (0.9, 0.99)  # adam
+    eps: float = Field(1e-3, gt=0)  # adam: keeps coordinates without signal small (Reddi et al. 2021, tau)
+
+    @model_validator(mode="after")
+    def _validate(self) -> "ServerOptimizerConfig":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+        return self
+
+
+class TrainingConfig(Frozen):
+    """Rounds, local steps and optimisers."""
+
+    rounds: int = Field(10, ge=1, le=1_000_000)
+    local_steps: int = Field(1, ge=1, le=1_000_000)
+    optimizer: Literal["sgd", "adam"] = "sgd"  # at the site, fresh every round
+    learning_rate: float = Field(0.1, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)  # at the site, sgd
+    server: ServerOptimizerConfig = ServerOptimizerConfig()
+    wire: WireDtype = "float16"  # of the deltas that sites send
+
+
+class RunPlan(Frozen):
+    """Everything that head office asks of a site, for a whole run; frozen, hashed, public."""
+
+    run: str = Field(min_length=1)  # unique
+    seed: Seed  # public: initial adapter values
+    model: ModelConfig
+    adapter: AdapterConfig
+    privacy: PrivacyConfig
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _validate(self) -> "RunPlan":
+        if self.privacy.units_per_site is None:
+            raise ValueError("privacy.units_per_site: a plan states the nominal number of units a site")
+        if self.privacy.mode == "local" and self.privacy.noise_multiplier is None:
+            raise ValueError("privacy.noise_multiplier: a plan states the calibrated noise")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON form."""
+        return digest_of(self.model_dump(mode="json"))
+
+    @property
+    def steps(self) -> int:
+        """DP steps of a whole run at one site."""
+        return self.training.rounds * self.training.local_steps
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The one object that clips, samples, adds noise and is charged for."""
+        noise = self.privacy.noise_multiplier if self.privacy.mode == "local" else 0.0
+        return Mechanism(self.privacy.clip_norm, noise or 0.0, self.privacy.sampling_rate)
+
+    @property
+    def expected_units(self) -> float:
+        """Public divisor of every noisy sum: q times the nominal number of units, never the actual batch."""
+        return self.privacy.sampling_rate * (self.privacy.units_per_site or 0)
+
+
+class DataConfig(Frozen):
+    """Records of the sites and the public held-out set, and how a record becomes text."""
+
+    train: str = Field(min_length=1)  # .jsonl/.json/.csv/.parquet file, folder of them, hub name, or pkg://
+    train_split: str = "train"
+    heldout: str | None = None  # PUBLIC; head office evaluates on it
+    heldout_split: str = "test"
+    heldout_limit: int | None = Field(None, ge=1)
+    prompt: str | None = None  # template of the part that is given, e.g. "Q: {question}\nA: "
+    text: str = Field(min_length=1)  # template of the part that is learned, or of the text to classify
+    chat: bool = False  # put prompt and text into the base model's chat template
+    label: str | None = None  # classification: column of the label
+    unit: str | None = None  # column that names the person a record belongs to
+    description: str = ""  # PUBLIC; one sentence for the model card
+    samples: int = Field(3, ge=0)  # held-out questions answered before and after, for the summary
+
+
+class PartitionConfig(Frozen):
+    """How one data set becomes several sites (flwr-datasets)."""
+
+    by: Literal["natural", "iid", "dirichlet"] = "natural"
+    column: str | None = None  # natural: names the site; dirichlet: the label to skew
+    sites: int | None = Field(None, ge=1)  # iid, dirichlet
+    alpha: float = Field(0.5, gt=0)  # dirichlet concentration
+
+    @model_validator(mode="after")
+    def _validate(self) -> "PartitionConfig":
+        if self.by != "iid" and self.column is None:
+            raise ValueError(f"by={self.by} needs partition.column")
+        if self.by != "natural" and self.sites is None:
+            raise ValueError(f"by={self.by} needs partition.sites")
+        return self
+
+
+class FederationConfig(Frozen):
+    """Who takes part, and what head office does when some do not."""
+
+    backend: Literal["in-process", "ray"] = "in-process"
+    partition: PartitionConfig
+    quorum: int = Field(2, ge=1)  # answers without which a round does not count
+    round_timeout: float = Field(600.0, gt=0)  # seconds
+    weights: dict[str, float] = {}  # declared PUBLIC, by site; a site that is not named weighs 1
+    cpus_per_site: float = Field(1.0, gt=0)  # ray
+    gpus_per_site: float = Field(0.0, ge=0)  # ray
+
+    @model_validator(mode="after")
+    def _validate(self) -> "FederationConfig":
+        if any(weight <= 0 for weight in self.weights.values()):
+            raise ValueError("weights must be positive; leave a site out of the federation instead of weighing it 0")
+        return self
+
+
+class SiteConfig(Frozen):
+    """What a site decides for itself."""
+
+    epsilon: float | None = Field(None, gt=0)  # total budget; null: just what the plan asks for
+    budgets: dict[str, float] = {}  # by site, instead of `epsilon`
+    min_units: int | None = Field(None, ge=1)  # fewer: the site takes no part; null: one expected batch
+    micro_batch: int = Field(64, ge=1)  # records in one forward pass: memory, not mathematics
+    threads: int | None = Field(None, ge=1, le=4096)  # of torch on the CPU; null: torch's own choice
+    device: str = "auto"  # auto, cpu, cuda, cuda:0 ...
+
+    @model_validator(mode="after")
+    def _validate(self) -> "SiteConfig":
+        if any(epsilon <= 0 for epsilon in self.budgets.values()):
+            raise ValueError("budgets must be positive")
+        return self
+
+
+class SimulationConfig(Frozen):
+    """A whole simulated federation, as composed by Hydra."""
+
+    name: str = Field(pattern=r"^[^/\\\x00]+$", max_length=200)  # folder under `output`
+    output: str = "runs"
+    seed: Seed = 0
+    resume: bool = False
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig
+    privacy: PrivacyConfig
+    training: TrainingConfig
+    federation: FederationConfig
+    site: SiteConfig
+
+    @model_validator(mode="after")
+    def _validate(self) -> "SimulationConfig":
+        if self.name in (".", ".."):
+            raise ValueError("name is a folder name of its own")
+        if self.model.task == "classification" and self.data.label is None:
+            raise ValueError("data.label: task=classification needs the column of the label")
+        if self.model.task == "classification" and (self.data.prompt or self.data.chat):
+            raise ValueError("data.prompt and data.chat belong to task=causal-lm")
+        if self.data.chat and not self.data.prompt:
+            raise ValueError("data.chat=true needs data.prompt, the user's turn")
+        if len(self.name.encode()) > 255:
+            raise ValueError("name is longer than the 255 bytes of a folder name")
+        if self.privacy.unit == "person" and self.data.unit is None:
+            raise ValueError("data.unit: privacy.unit=person needs the column that names the person")
+        return self
+
+    def budget(self, site: str) -> float:
+        """Return the total epsilon that a site permits."""
+        general = self.site.epsilon if self.site.epsilon is not None else self.privacy.epsilon
+        return self.site.budgets.get(site, general)
+
+
+_T = TypeVar("_T", bound=Frozen)
+
+
+def parse(kind: type[_T], values: Mapping[str, Any]) -> _T:
+    """Validate plain data as `kind`.
+
+    Raises ConfigError with every offending key, what was expected, and the nearest known key where one is unknown.
+    """
+    try:
+        text = json.dumps(values, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the configuration holds a value that is neither text nor number ({error})") from None
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        lines = [_explain(kind, dict(detail)) for detail in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _explain(kind: type[Frozen], detail: dict[str, Any]) -> str:
+    path = [str(part) for part in detail["loc"]]
+    key = ".".join(path) or "configuration"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(kind, path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if detail["type"] == "value_error":
+        return f"{key}: {message}"
+    return f"{key}={detail['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _known_keys(kind: type[Frozen], path: list[str]) -> list[str]:
+    for part in path:
+        field = kind.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Frozen)):
+            return []
+        kind = field.annotation
+    return sorted(kind.model_fields)

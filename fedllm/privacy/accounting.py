@@ -1,0 +1,141 @@
+"""What a sequence of noisy steps costs: epsilon at delta, by dp-accounting.
+
+Adjacency is add-or-remove-one privacy unit and sampling is Poisson, throughout. The PLD value is the published one;
+RDP is computed beside it as an upper bound by another method (RDP >= PLD always holds).
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from fedllm.errors import ConfigError, PrivacyError
+
+# dp_accounting is imported where it is used: the courier imports this module, must start fast, and never accounts.
+# It reports, order by order, which Renyi orders it left out; the minimum over the others stays valid.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+_RDP_ORDERS = tuple(1 + x / 10 for x in range(1, 110)) + tuple(range(12, 64)) + (72, 96, 128, 192, 256, 512)
+_GRID = 1e-4  # of the privacy loss; the PLD is rounded up onto it
+_COARSE_GRID = 1e-3  # to look for a noise multiplier; the answer is checked on the fine grid
+_HOPELESS = 100.0  # above this epsilon the RDP bound stands alone: the PLD says no more, and needs memory without end
+
+
+@dataclass(frozen=True)
+class AccountingEvent:
+    """`steps` releases of a Poisson-subsampled Gaussian."""
+
+    sampling_rate: float  # probability that a privacy unit enters one step
+    noise_multiplier: float  # standard deviation of the noise / L2 sensitivity; 0 means no privacy
+    steps: int
+
+    def check(self) -> None:
+        """Raise PrivacyError where there can be no such event."""
+        numbers = isinstance(self.sampling_rate, int | float) and isinstance(self.noise_multiplier, int | float)
+        if (
+            not numbers
+            or not isinstance(self.steps, int)
+            or not 0 <= self.sampling_rate <= 1
+            or not 0 <= self.noise_multiplier < math.inf
+            or self.steps < 0
+        ):
+            raise PrivacyError(
+                f"impossible accounting event: sampling_rate={self.sampling_rate!r} must be in [0, 1], "
+                f"noise_multiplier={self.noise_multiplier!r} at least 0, steps={self.steps!r} a count"
+            )
+
+
+@dataclass(frozen=True)
+class PrivacySpent:
+    """Privacy loss of everything released so far."""
+
+    epsilon: float  # PLD (RDP above 100); math.inf where no noise was added
+    epsilon_rdp: float
+    delta: float
+
+
+def spent(events: Sequence[AccountingEvent], delta: float) -> PrivacySpent:
+    """Compose `events` and return the privacy loss at `delta`.
+
+    Raises PrivacyError where an event is impossible, or the two accountants contradict each other.
+    """
+    merged: dict[tuple[float, float], int] = {}
+    for event in events:
+        event.check()
+        key = (event.sampling_rate, event.noise_multiplier)
+        merged[key] = merged.get(key, 0) + event.steps
+    return _spent(tuple(AccountingEvent(q, s, n) for (q, s), n in sorted(merged.items()) if n and q), delta, _GRID)
+
+
+@lru_cache(maxsize=4096)
+def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float) -> PrivacySpent:
+    if not events:
+        return PrivacySpent(0.0, 0.0, delta)
+    if any(event.noise_multiplier <= 0 for event in events):
+        return PrivacySpent(math.inf, math.inf, delta)
+    rdp = _epsilon_rdp(events, delta)
+    if not rdp <= _HOPELESS:
+        return PrivacySpent(rdp, rdp, delta)
+    parts = [_step_pld(event.sampling_rate, event.noise_multiplier, grid).self_compose(event.steps) for event in events]
+    composed = parts[0]
+    for part in parts[1:]:
+        composed = composed.compose(part)
+    result = PrivacySpent(float(composed.get_epsilon_for_delta(delta)), rdp, delta)
+    if result.epsilon_rdp < result.epsilon - 0.01 and grid == _GRID:
+        raise PrivacyError(
+            f"the accountants contradict each other: PLD {result.epsilon:.4g}, RDP {result.epsilon_rdp:.4g} (which can "
+            "only be larger). Nothing was released. Check the versions against constraints.txt."
+        )
+    return result
+
+
+@lru_cache(maxsize=64)
+def _step_pld(sampling_rate: float, noise_multiplier: float, grid: float) -> Any:
+    """Return the privacy loss distribution of one step, add-or-remove-one (Doroshenko et al. 2022)."""
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier, value_discretization_interval=grid, sampling_prob=sampling_rate, use_connect_dots=True
+    )
+
+
+def _epsilon_rdp(events: Sequence[AccountingEvent], delta: float) -> float:
+    from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+    from dp_accounting.rdp import RdpAccountant
+
+    rdp = RdpAccountant(orders=_RDP_ORDERS, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for event in events:
+        step = PoissonSampledDpEvent(event.sampling_rate, GaussianDpEvent(event.noise_multiplier))
+        rdp.compose(step, event.steps)
+    return float(rdp.get_epsilon(delta))
+
+
+@lru_cache(maxsize=256)
+def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
+    """Return a noise multiplier whose epsilon after `steps` is at most `epsilon`, and (up to 50) above 0.998 of it.
+
+    Raises ConfigError where no noise multiplier up to 10,000 meets the target.
+    """
+
+    def epsilon_at(noise_multiplier: float, grid: float) -> float:
+        return _spent((AccountingEvent(sampling_rate, noise_multiplier, steps),), delta, grid).epsilon
+
+    low, high = 0.05, 1.0
+    while epsilon_at(high, _COARSE_GRID) > epsilon:
+        low, high = high, 2 * high
+        if high > 10_000:
+            raise ConfigError(
+                f"privacy.epsilon={epsilon:g} cannot be met in {steps} steps at sampling rate {sampling_rate:g} and "
+                f"delta {delta:g}. Ask for fewer rounds, a lower sampling rate or a larger epsilon."
+            )
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if epsilon_at(middle, _COARSE_GRID) > epsilon else (low, middle)
+    # Where epsilon is small the coarse grid asks for too much noise; the fine one shows what is to spare.
+    low = max(0.05, high / 2)
+    while epsilon_at(high, _GRID) < 0.998 * epsilon and high - low > 1e-5 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if epsilon_at(middle, _GRID) > epsilon else (low, middle)
+    return math.ceil(high * 1e4) / 1e4  # rounded up: never less noise

@@ -1,0 +1,1 @@
+"""Model, adapter, data, DP engine, trainer and evaluation: everything that needs torch."""

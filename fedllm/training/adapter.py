@@ -1,0 +1,167 @@
+"""A LoRA adapter on a base model: PEFT's layers and file format, one flat float32 vector to the outside."""
+
+import copy
+import hashlib
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from fedllm.delta import AdapterSpec, TensorSpec
+from fedllm.errors import ModelError
+from fedllm.plan import AdapterConfig, ModelConfig
+from fedllm.training.model import BaseModel
+
+
+class AdapterModel:
+    """A base model with one adapter, whose values are swapped in and out as a flat vector.
+
+    Sites of one process share it: hold `lock` from `load` until the values have been used.
+    """
+
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, base_digest: str, scaling: float) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.classifies = model.peft_config["default"].task_type == "SEQ_CLS"
+        self.lock = threading.RLock()
+        parameters = dict(model.named_parameters())
+        self._trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+        frozen = {name: p for name, p in parameters.items() if "lora_" in name and not p.requires_grad}
+        self.spec = AdapterSpec(
+            base=base_digest,
+            frozen=_digest(frozen),
+            scaling=scaling,
+            tensors=tuple(TensorSpec(name, tuple(p.shape)) for name, p in self._trainable.items()),
+        )
+        self.initial = self.vector()  # float32[d], before any training
+        self.split = _split(model)
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, in the order of the flat vector."""
+        return self._trainable
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        device: torch.device = next(iter(self._trainable.values())).device
+        return device
+
+    def vector(self) -> NDArray[np.float32]:
+        """Return a copy of the current values, float32[d]."""
+        parts = [p.detach().reshape(-1).to("cpu", torch.float32) for p in self._trainable.values()]
+        return torch.cat(parts).numpy().copy()
+
+    def load(self, vector: NDArray[np.float32]) -> None:
+        """Set the values from float32[d]; raises SpecMismatch on another shape."""
+        for name, values in self.spec.split(vector).items():
+            with torch.no_grad():
+                self._trainable[name].copy_(torch.from_numpy(values.copy()))
+
+    def save(self, vector: NDArray[np.float32], folder: Path, base: str) -> None:
+        """Write the adapter float32[d] in PEFT format, naming its `base`.
+
+        PeftModel.from_pretrained(model, folder) loads it. The live values are neither used nor changed.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {name: torch.from_numpy(array.copy()) for name, array in self.spec.split(vector).items()}
+        state = get_peft_model_state_dict(
+            self.model, state_dict={**self.model.state_dict(), **values}, save_embedding_layers=False
+        )
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / "adapter_model.safetensors"
+        )
+        config = copy.deepcopy(self.model.peft_config["default"])
+        config.base_model_name_or_path, config.inference_mode = base, True
+        config.save_pretrained(str(folder))
+
+
+def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: int) -> AdapterModel:
+    """Put a fresh adapter on `base` (which it takes over). Equal arguments give equal initial values everywhere.
+
+    Raises ModelError where the targets do not exist, or a trainable layer is not a linear one.
+    """
+    blocks = int(getattr(base.model.config, "num_hidden_layers", 0))
+    if adapter.layers is not None and max(adapter.layers) >= blocks:
+        raise ModelError(f"adapter.layers={list(adapter.layers)}: the model has blocks 0 to {blocks - 1}")
+    linear = _linear_names(base.model)
+    targets: Any = list(adapter.targets)
+    if adapter.targets == "all-linear":  # PEFT's own "all-linear" does not go with a choice of layers
+        targets = linear if adapter.layers is not None else "all-linear"
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        layers_to_transform=list(adapter.layers) if adapter.layers is not None else None,
+        bias="none",
+        task_type="CAUSAL_LM" if model.task == "causal-lm" else "SEQ_CLS",
+    )
+    unknown = sorted(set(targets) - set(linear)) if isinstance(targets, list) else []
+    if unknown:
+        raise ModelError(
+            f"adapter.targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(linear)}"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 for an old property
+            torch.manual_seed(seed)
+            peft_model = cast(PeftModel, get_peft_model(cast(Any, base.model), config))
+    except (ValueError, TypeError, KeyError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ModelError(
+            f"adapter.targets={adapter.targets} does not fit the model ({first_line}). Its linear layers: "
+            f"{', '.join(linear)}"
+        ) from error
+    if adapter.train == "B":
+        for name, parameter in peft_model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+    peft_model.eval()
+    return AdapterModel(peft_model, base.tokenizer, base.digest, adapter.alpha / adapter.rank)
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Return the last names of the linear layers inside the transformer, output heads left out."""
+    heads = {id(m) for n, m in model.named_children() if isinstance(m, nn.Linear) or n in ("classifier", "score")}
+    heads |= {id(inner) for m in model.children() if id(m) in heads for inner in m.modules()}
+    found = {
+        n.rpartition(".")[2]
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and id(m) not in heads
+    }
+    return sorted(found)
+
+
+def _split(model: PeftModel) -> tuple[nn.Module, nn.Module] | None:
+    """Return transformer and output head of a causal LM, where the second after the first is all there is to it.
+
+    Some models scale or cap their logits in between, so equality is measured once, on a few tokens.
+    """
+    inner: Any = model.get_base_model()
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    transformer = getattr(inner, "base_model", None)
+    if head is None or transformer is None or transformer is inner or any(p.requires_grad for p in head.parameters()):
+        return None
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % int(head.weight.shape[0])
+    with torch.no_grad():
+        states = transformer(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        whole = inner(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        same = head(states).shape == whole.shape and torch.allclose(head(states), whole, rtol=1e-4, atol=1e-5)
+    return (transformer, head) if same else None
+
+
+def _digest(parameters: dict[str, nn.Parameter]) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in parameters.items():
+        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,277 @@
+"""Records to tokens: files or hub data sets, templates, privacy units, batches."""
+
+import csv
+import json
+import string
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyarrow import parquet
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedllm.errors import ConfigError, DataError
+from fedllm.plan import DataConfig, ModelConfig
+from fedllm.training.sources import resolve
+
+datasets.disable_progress_bars()
+
+IGNORE = -100  # label of a position that carries no loss (the convention of torch and transformers)
+_FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+
+Table: TypeAlias = datasets.Dataset
+
+
+@dataclass(frozen=True)
+class Record:
+    """One tokenised record."""
+
+    input_ids: NDArray[np.int64]  # [T]
+    labels: NDArray[np.int64]  # [T], IGNORE where no loss falls; [] holds the class for classification
+
+
+Unit = tuple[Record, ...]  # all records of one privacy unit, at least one
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records of one forward pass, padded on the right."""
+
+    input_ids: Tensor  # int64[N, T]
+    attention_mask: Tensor  # int64[N, T]
+    labels: Tensor  # int64[N, T], or int64[N] for classification
+    unit_of_row: Tensor  # int64[N], 0 <= value < units
+    units: int
+
+
+def read_table(source: str, split: str) -> Table:
+    """Read a data set: a file or folder of jsonl, json, csv or parquet, pkg://package/file, or a hub name.
+
+    Raises DataError, with the line where a text file is malformed.
+    """
+    try:
+        place = resolve(source)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    try:
+        if not isinstance(place, Path):
+            table = datasets.load_dataset(place, split=split)
+        else:
+            files = _files(place, split)
+            table = datasets.concatenate_datasets([_read_file(file) for file in files])
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises many types; each becomes one clear error
+        reason = error.__cause__ or error
+        first_line = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:300]
+        raise DataError(f"{source} (split {split}) cannot be read: {first_line}") from error
+    if len(table) == 0:
+        raise DataError(f"{source} holds no records")
+    return table
+
+
+def _files(place: Path, split: str) -> list[Path]:
+    """Return the files of a split: the file itself, or those in a folder whose name begins with the split's."""
+    if place.is_file():
+        if place.suffix not in _FORMATS:
+            raise DataError(f"{place}: unknown kind of file; expected {', '.join(_FORMATS)}")
+        if place.stat().st_size == 0:
+            raise DataError(f"{place} is empty")
+        return [place]
+    files = sorted(f for f in place.iterdir() if f.suffix in _FORMATS and f.name.startswith(split))
+    if not files:
+        raise DataError(f"{place} holds no {split}*.jsonl, .json, .csv or .parquet")
+    if len({f.suffix for f in files}) > 1:
+        raise DataError(f"{place} holds files of several kinds for split {split}; keep one kind")
+    return files
+
+
+def _read_file(file: Path) -> Table:
+    """Read one file into memory. `datasets` would leave a copy of the records in a cache on disk."""
+    if file.suffix == ".parquet":
+        return datasets.Dataset(parquet.read_table(file))
+    rows = _csv_rows(file) if file.suffix == ".csv" else _json_rows(file)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return datasets.Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+
+
+def _csv_rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, strict=True)
+            rows = list(reader)
+            broken = next((n for n, row in enumerate(rows, start=2) if None in row or None in row.values()), None)
+            columns = reader.fieldnames or []
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: not UTF-8. Convert the file to UTF-8.") from None
+    except csv.Error as error:
+        raise DataError(f"{file}: not CSV ({error}). Correct or remove the line.") from None
+    if broken is not None:
+        raise DataError(f"{file}, record {broken - 1}: expected {len(columns)} fields, as in the first line")
+    return rows
+
+
+def _json_rows(file: Path) -> list[dict[str, Any]]:
+    """Parse a .jsonl file, or a .json file with a list of objects; raises DataError that names the line.
+
+    Parsed here and not by `datasets`, whose C parsers name no line and crash the process on some malformed input.
+    """
+    rows: list[Any] = []
+    lines = [file.read_bytes()] if file.suffix == ".json" else file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            raise DataError(f"{where}: not UTF-8. Convert the file to UTF-8.") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON ({error}). Correct or remove it.") from None
+        found = value if isinstance(value, list) and file.suffix == ".json" else [value]
+        if not all(isinstance(row, dict) for row in found):
+            raise DataError(f"{where}: expected an object such as {{...}}, found {line[:20]!r}")
+        rows += found
+    return rows
+
+
+def check_columns(table: Table, data: DataConfig, extra: Sequence[str] = ()) -> None:
+    """Raise DataError unless the table has every column that the configuration names."""
+    named = [*_fields(data.prompt or ""), *_fields(data.text), *(c for c in (data.label, data.unit) if c), *extra]
+    missing = sorted(set(named) - set(table.column_names))
+    if missing:
+        raise DataError(f"missing column {', '.join(missing)}; the records have {', '.join(table.column_names)}")
+
+
+def _fields(template: str) -> list[str]:
+    """Return the columns that a template names; raises ConfigError where it is more than plain {column} fields."""
+    try:
+        parts = list(string.Formatter().parse(template))
+        render_more = [part for part in parts if part[2] or part[3]]  # a format or conversion
+    except ValueError as error:
+        raise ConfigError(f"template {template!r}: {error}. Write {{column}}, and {{{{ }}}} for braces.") from None
+    fields = [name for _, name, _, _ in parts if name is not None]
+    plain = (name.replace("_", "a").replace("-", "a").replace(" ", "a") for name in fields)
+    if render_more or any(not name.isalnum() or name.isdigit() for name in plain):
+        raise ConfigError(f"template {template!r}: a field is the plain name of a column, such as {{question}}")
+    return fields
+
+
+def render(template: str, row: Mapping[str, Any], number: int) -> str:
+    """Fill a template from one row; raises DataError where a value is missing."""
+    values = {name: row[name] for name in _fields(template)}
+    empty = [name for name, value in values.items() if value is None]
+    if empty:
+        raise DataError(f"record {number + 1}: {', '.join(empty)} is empty. Fill it in or leave the record out.")
+    return template.format(**values)
+
+
+class Tokeniser:
+    """Turns rows into records with the base model's own tokenizer, which is never fitted on private text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, data: DataConfig) -> None:
+        self._tokenizer, self._model, self._data = tokenizer, model, data
+        self._classes = {label: index for index, label in enumerate(model.labels)}
+        if data.chat and not tokenizer.chat_template:
+            raise ConfigError(f"data.chat=true, but the tokenizer of {model.source} has no chat template")
+
+    def prompt_ids(self, row: Mapping[str, Any], number: int = 0) -> list[int]:
+        """Return the tokens that are given: the prompt, with the sequence's first token where the model has one."""
+        prompt = render(self._data.prompt or "", row, number)
+        if self._data.chat:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        bos = self._tokenizer.bos_token_id
+        return ([] if bos is None else [bos]) + self._plain(prompt)
+
+    def answer_ids(self, row: Mapping[str, Any], number: int = 0) -> list[int]:
+        """Return the tokens that are learned, closed as the template closes a turn, or by the end-of-sequence token."""
+        if self._data.chat:
+            user = {"role": "user", "content": render(self._data.prompt or "", row, number)}
+            answer = {"role": "assistant", "content": render(self._data.text, row, number)}
+            opening = self._tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+            whole = self._tokenizer.apply_chat_template([user, answer], tokenize=False)
+            if whole.startswith(opening):
+                return self._plain(whole[len(opening) :])
+        eos = self._tokenizer.eos_token_id
+        return self._plain(render(self._data.text, row, number)) + ([] if eos is None else [eos])
+
+    def __call__(self, row: Mapping[str, Any], number: int) -> Record:
+        """Tokenise one row, at most max_length tokens: the answer is kept before the prompt, its beginning first."""
+        limit = self._model.max_length
+        if self._model.task == "classification":
+            text = render(self._data.text, row, number)
+            ids = self._tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+            if not ids:
+                raise DataError(f"record {number + 1}: its text is empty. Fill it in or leave the record out.")
+            label = row[self._data.label or ""]
+            if str(label) not in self._classes:
+                raise DataError(
+                    f"record {number + 1}: label {label!r} is not among model.labels. Declare it or drop the record."
+                )
+            return Record(np.asarray(ids), np.asarray(self._classes[str(label)]))
+        answer = self.answer_ids(row, number)[: limit - 1]
+        prompt = self.prompt_ids(row, number)[-(limit - len(answer)) :]
+        return Record(np.asarray(prompt + answer), np.asarray([IGNORE] * len(prompt) + answer))
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def build_units(table: Table, tokeniser: Tokeniser, unit: str | None, cap: int) -> tuple[Unit, ...]:
+    """Tokenise a table and group its records by privacy unit, at most the first `cap` records a unit.
+
+    `unit=None` makes every record a unit of its own.
+    """
+    groups: dict[str, list[Record]] = {}
+    for number, row in enumerate(table):
+        if unit is not None and person(row[unit]) in ("", "None", "nan"):
+            raise DataError(f"record {number + 1}: {unit} is empty, so its privacy unit is unknown. Fill it in.")
+        group = groups.setdefault(person(row[unit]) if unit is not None else str(number), [])
+        if len(group) < cap:
+            group.append(tokeniser(row, number))
+    return tuple(tuple(records) for records in groups.values())
+
+
+def person(value: object) -> str:
+    """Return the key of a person: one spelling for one name, also where Hangul came decomposed."""
+    return unicodedata.normalize("NFC", str(value).strip())
+
+
+def batches(units: Sequence[Unit], micro_batch: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
+    """Cut units, none of them in two, into batches of about `micro_batch` records of similar length."""
+    pending: list[Unit] = []
+    for unit in sorted(units, key=lambda records: max(len(record.input_ids) for record in records)):
+        if pending and sum(map(len, pending)) + len(unit) > micro_batch:
+            yield _collate(pending, pad_id, device)
+            pending = []
+        pending.append(unit)
+    if pending:
+        yield _collate(pending, pad_id, device)
+
+
+def _collate(units: Sequence[Unit], pad_id: int, device: torch.device) -> Batch:
+    records = [record for unit in units for record in unit]
+    width = max(len(record.input_ids) for record in records)
+    ids = np.full((len(records), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    labels = np.full_like(ids, IGNORE)
+    for row, record in enumerate(records):
+        ids[row, : len(record.input_ids)] = record.input_ids
+        mask[row, : len(record.input_ids)] = 1
+        if record.labels.ndim:
+            labels[row, : len(record.labels)] = record.labels
+    if not records[0].labels.ndim:
+        labels = np.asarray([int(record.labels) for record in records])
+    owners = np.repeat(np.arange(len(units)), [len(unit) for unit in units])
+    tensors = [torch.from_numpy(array).to(device) for array in (ids, mask, labels, owners)]
+    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], len(units))

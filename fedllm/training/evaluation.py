@@ -1,0 +1,118 @@
+"""How good an adapter is on the public held-out set: perplexity, exact match, accuracy, sample answers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from fedllm.errors import ModelError
+from fedllm.plan import DataConfig
+from fedllm.training.adapter import AdapterModel
+from fedllm.training.data import Table, Tokeniser, Unit, batches, build_units, render
+from fedllm.training.losses import logits, token_losses
+
+
+@dataclass(frozen=True)
+class Score:
+    """Quality on the held-out set; a value that does not apply is None."""
+
+    loss: float  # nats: per labelled token (causal LM) or per record (classification)
+    perplexity: float | None = None  # causal LM: exp(loss)
+    accuracy: float | None = None  # classification: share of records
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out question and what the model answers."""
+
+    prompt: str
+    expected: str
+    answer: str
+
+
+class Evaluator:
+    """Evaluates adapters on one public held-out set."""
+
+    def __init__(self, adapter: AdapterModel, table: Table, tokeniser: Tokeniser, data: DataConfig, micro_batch: int):
+        self._adapter, self._table, self._tokeniser, self._data = adapter, table, tokeniser, data
+        self._micro_batch = micro_batch
+        self._units: tuple[Unit, ...] = build_units(table, tokeniser, None, 1)
+        self._classification = not self._units[0][0].labels.ndim
+        self.generates = not self._classification and data.prompt is not None
+
+    @torch.inference_mode()
+    def score(self, vector: NDArray[np.float32]) -> Score:
+        """Score the adapter float32[d]; raises ModelError where the loss is not finite."""
+        adapter = self._adapter
+        total = count = right = 0.0
+        with adapter.lock:
+            adapter.load(vector)
+            for batch in batches(self._units, self._micro_batch, adapter.tokenizer.pad_token_id, adapter.device):
+                if self._classification:
+                    scores = logits(adapter, batch).float()
+                    total += float(F.cross_entropy(scores, batch.labels, reduction="sum"))
+                    count += batch.units
+                    right += float((scores.argmax(-1) == batch.labels).sum())
+                else:
+                    losses, _ = token_losses(adapter, batch)
+                    total += float(losses.sum())
+                    count += len(losses)
+        loss = total / max(count, 1)
+        if not math.isfinite(loss):
+            raise ModelError(f"held-out loss is {loss}: the adapter has diverged. Lower the learning rates.")
+        if self._classification:
+            return Score(loss, accuracy=right / count)
+        return Score(loss, perplexity=math.exp(min(loss, 700.0)))
+
+    @torch.inference_mode()
+    def exact_match(self, vector: NDArray[np.float32]) -> tuple[float, list[Sample]]:
+        """Answer every held-out prompt greedily.
+
+        Returns the share of answers that equal the expected text, and the first `data.samples` of them.
+        """
+        samples: list[Sample] = []
+        order = sorted(range(len(self._table)), key=lambda i: len(self._units[i][0].input_ids))
+        answers: dict[int, str] = {}
+        with self._adapter.lock:
+            self._adapter.load(vector)
+            for start in range(0, len(order), self._micro_batch):
+                rows = order[start : start + self._micro_batch]
+                answers.update(zip(rows, self._generate(rows), strict=True))
+        right = 0
+        for i, row in enumerate(self._table):
+            expected = render(self._data.text, row, i).strip()
+            right += answers[i] == expected
+            samples.append(Sample(render(self._data.prompt or "", row, i), expected, answers[i]))
+        return right / len(samples), _spread(samples, self._data.samples)
+
+    def _generate(self, rows: Sequence[int]) -> list[str]:
+        tokenizer, table = self._adapter.tokenizer, self._table
+        # room to go on where the expected answer ends
+        new_tokens = max(len(self._tokeniser.answer_ids(table[i], i)) for i in rows) + 8
+        positions = getattr(self._adapter.model.config, "max_position_embeddings", None) or 1 << 20
+        prompts = [self._tokeniser.prompt_ids(table[i], i)[-max(1, positions - new_tokens) :] for i in rows]
+        width = max(map(len, prompts))
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # padded on the left, so that every answer begins at `width`
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        device = self._adapter.device
+        output = self._adapter.model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return [str(t).strip() for t in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+
+
+def _spread(samples: Sequence[Sample], n: int) -> list[Sample]:
+    """Return `n` samples, evenly spread over the set."""
+    n = min(n, len(samples))
+    return [samples[i * len(samples) // n] for i in range(n)]

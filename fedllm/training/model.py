@@ -1,0 +1,124 @@
+"""Base models: loaded from Hugging Face's format, never altered, identified by the hash of their weights."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging as transformers_logging
+
+from fedllm.errors import ModelError
+from fedllm.plan import ModelConfig
+from fedllm.training.sources import resolve
+
+transformers_logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A public base model with its tokenizer."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    digest: str  # SHA-256 over names, dtypes, shapes and bytes of all weights
+
+
+class MeanPooledClassifier(nn.Module):
+    """An encoder whose token states are averaged, normalised and classified by one linear layer.
+
+    The pooling of sentence encoders (Reimers and Gurevych 2019), which the stock classification heads of encoders,
+    that read the first token, do not offer. The layer starts at zero.
+    """
+
+    def __init__(self, encoder: Any, labels: int) -> None:
+        super().__init__()
+        if getattr(encoder, "pooler", None) is not None:
+            encoder.pooler = None  # reads the first token only, and would be adapted for nothing
+        self.encoder = encoder
+        self.config = encoder.config
+        # no bias: on embeddings of length 1 its gradient would take half of the clip
+        self.classifier = nn.Linear(self.config.hidden_size, labels, bias=False)
+        nn.init.zeros_(self.classifier.weight)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: object) -> SequenceClassifierOutput:
+        """Return logits[N, labels] for input_ids[N, T]."""
+        states_NTD = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask_NT1 = attention_mask.unsqueeze(-1).to(states_NTD.dtype)
+        mean_ND = (states_NTD * mask_NT1).sum(1) / mask_NT1.sum(1).clamp(min=1)
+        return SequenceClassifierOutput(logits=self.classifier(F.normalize(mean_ND, dim=-1)))
+
+
+def load_base(config: ModelConfig, device: str) -> BaseModel:
+    """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy where that fails."""
+    source = resolve(config.source)
+    where: dict[str, Any] = {"revision": config.revision} if isinstance(source, str) and config.revision else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        # dropout off: it is no defence, and it would make a unit's gradient depend on a coin
+        model = _from_pretrained(config, source, where).to(torch.device(device)).eval()
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        hint = (
+            "the folder needs config.json, weights and tokenizer files"
+            if isinstance(source, Path)
+            else ("without network, give a local folder as model.source")
+        )
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"model.source={config.source} cannot be loaded: {first_line} ({hint})") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"model.source={config.source}: its tokenizer has neither a pad nor an eos token")
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and config.max_length > limit:
+        raise ModelError(f"model.max_length={config.max_length}, but {config.source} has {limit} positions. Lower it.")
+    return BaseModel(model, tokenizer, weights_digest(model))
+
+
+def _from_pretrained(config: ModelConfig, source: str | Path, where: dict[str, Any]) -> Any:
+    if config.task == "causal-lm":
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the head that the checkpoint lacks must be the same at every party
+        if config.pooling == "mean":
+            encoder = AutoModel.from_pretrained(source, dtype=torch.float32, **where)
+            return MeanPooledClassifier(encoder, len(config.labels))
+        return AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=torch.float32, num_labels=len(config.labels), **where
+        )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return the SHA-256, in hex, over the model's parameters and persistent buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def pick_device(device: str) -> str:
+    """Return `device`, where auto is cuda if there is one; raises ModelError where it is absent."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ModelError(f"site.device={device} is not usable here ({first_line}). Use auto or cpu.") from None
+    return device

@@ -1,0 +1,59 @@
+"""Head office's optimiser: the averaged delta is a descent direction for torch.optim (Reddi et al. 2021)."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedllm.errors import CheckpointError
+from fedllm.plan import ServerOptimizerConfig
+
+
+class ServerOptimizer:
+    """Steps the global adapter, float32[d]; its state travels through checkpoints as named arrays."""
+
+    def __init__(self, config: ServerOptimizerConfig, start: NDArray[np.float32]) -> None:
+        self._config = config
+        self._parameter = torch.nn.Parameter(torch.from_numpy(start.copy()))
+        self._optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD([self._parameter], lr=config.learning_rate, momentum=config.momentum)
+            if config.name == "sgd"
+            else torch.optim.Adam([self._parameter], lr=config.learning_rate, betas=config.betas, eps=config.eps)
+        )
+
+        d = self._parameter.shape
+        self._shapes: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": tuple(d), "exp_avg_sq": tuple(d)}
+        if config.name == "sgd":
+            self._shapes = {"momentum_buffer": tuple(d)} if config.momentum else {}
+
+    @property
+    def value(self) -> NDArray[np.float32]:
+        """The global adapter, float32[d]; a copy."""
+        return self._parameter.detach().numpy().copy()
+
+    def step(self, delta: NDArray[np.float32], progress: float = 0.0) -> NDArray[np.float32]:
+        """Apply the averaged delta float32[d] and return the new adapter.
+
+        `progress` is the share of the rounds that are over; the learning rate follows it from 1 to `final_rate` along
+        a half cosine (Loshchilov and Hutter 2017).
+        """
+        fall = (1.0 - self._config.final_rate) * 0.5 * (1.0 - math.cos(math.pi * progress))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._config.learning_rate * (1.0 - fall)
+        self._parameter.grad = -torch.from_numpy(delta.copy())
+        self._optimizer.step()
+        return self.value
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """Return the optimiser's state as arrays."""
+        state = self._optimizer.state.get(self._parameter, {})
+        return {name: torch.as_tensor(value).numpy().copy() for name, value in state.items() if value is not None}
+
+    def restore(self, state: dict[str, NDArray[np.float32]]) -> None:
+        """Continue from a saved state; raises CheckpointError where it belongs to another adapter."""
+        if state and {name: array.shape for name, array in state.items()} != self._shapes:
+            found = {name: array.shape for name, array in state.items()}
+            raise CheckpointError(f"optimiser state {found} belongs to another adapter or optimiser ({self._shapes})")
+        for name, value in state.items():
+            self._optimizer.state[self._parameter][name] = torch.from_numpy(value.copy())

@@ -1,0 +1,48 @@
+"""A site's part of one round: load the adapter, take the planned DP steps, return the difference."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedllm.errors import ModelError
+from fedllm.plan import RunPlan
+from fedllm.privacy.randomness import Randomness
+from fedllm.training.adapter import AdapterModel
+from fedllm.training.data import Unit
+from fedllm.training.engine import Engine
+
+
+def train_round(
+    adapter: AdapterModel,
+    engine: Engine,
+    units: Sequence[Unit],
+    plan: RunPlan,
+    start: NDArray[np.float32],
+    source: Randomness,
+    micro_batch: int,
+) -> NDArray[np.float32]:
+    """Return the update float32[d] of `plan.training.local_steps` steps from `start` on `units`.
+
+    Every step draws its own Poisson batch and its own noise from `source`; the optimiser begins afresh, so that
+    nothing but the ledger outlives the round. Raises ModelError where the result is not finite.
+    """
+    mechanism = plan.mechanism
+    with adapter.lock:
+        adapter.load(start)
+        optimizer = engine.optimizer(_optimizer(adapter, plan), mechanism, plan.expected_units, source)
+        for _ in range(plan.training.local_steps):
+            drawn = mechanism.sample(len(units), source)
+            engine.step(optimizer, [units[i] for i in drawn], micro_batch)
+        end = adapter.vector()
+    if not np.isfinite(end).all():
+        raise ModelError("training diverged: the adapter is not finite. Lower training.learning_rate.")
+    return end - start
+
+
+def _optimizer(adapter: AdapterModel, plan: RunPlan) -> torch.optim.Optimizer:
+    parameters, training = list(adapter.trainable.values()), plan.training
+    if training.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=training.learning_rate)
+    return torch.optim.SGD(parameters, lr=training.learning_rate, momentum=training.momentum)

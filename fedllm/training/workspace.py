@@ -1,0 +1,44 @@
+"""What one process needs to train or evaluate: base model, adapter and engine, loaded once and shared."""
+
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from fedllm.plan import AdapterConfig, ModelConfig
+from fedllm.training.adapter import AdapterModel, attach
+from fedllm.training.engine import Engine
+from fedllm.training.model import load_base, pick_device
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A base model with its adapter and the engine that trains it; the adapter's lock guards all three."""
+
+    adapter: AdapterModel
+    engine: Engine
+
+
+def use_threads(threads: int | None) -> None:
+    """Set how many CPU threads torch uses in this process; None leaves torch's own choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+_Key = tuple[ModelConfig, AdapterConfig, int, str]
+_open: dict[_Key, Workspace] = {}
+_opening = threading.Lock()
+
+
+def open_workspace(model: ModelConfig, adapter: AdapterConfig, seed: int, device: str) -> Workspace:
+    """Return the process's workspace for these values, loading the base only if it is not there yet.
+
+    One is kept: opening another frees the memory of the last.
+    """
+    key = (model, adapter, seed, pick_device(device))
+    with _opening:
+        if key not in _open:
+            _open.clear()
+            attached = attach(load_base(model, key[3]), model, adapter, seed)
+            _open[key] = Workspace(attached, Engine(attached))
+        return _open[key]

@@ -1,0 +1,240 @@
+"""Epsilon: against published vectors, an independent library, and the laws that any privacy accountant obeys."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus.accountants import PRVAccountant, RDPAccountant
+
+from fedllm.errors import ConfigError, FedllmError
+from fedllm.privacy.accounting import AccountingEvent, calibrate, spent
+
+VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[2] / "vectors" / "accounting.json").read_text("utf-8"))
+PLD_TOLERANCE: float = VECTORS["tolerance"]["pld"]
+RDP_TOLERANCE: float = VECTORS["tolerance"]["rdp_relative"]
+PRV_MINUS_PLD: list[float] = VECTORS["tolerance"]["opacus_prv_minus_pld"]
+SINGLE: list[dict[str, Any]] = VECTORS["single"]
+COMPOSED, K_SITES = VECTORS["composed"]
+DELTA = 1e-5
+GRID = 2e-3  # two accountants on grids of 1e-3 may differ by rounding
+
+# Cheap to account for: an accountant's time grows with the spread of the privacy loss.
+sampling_rates = st.sampled_from([0.01, 0.05, 0.1])
+noises = st.sampled_from([1.5, 3.0])
+step_counts = st.integers(1, 60)
+events = st.builds(AccountingEvent, sampling_rates, noises, step_counts)
+
+
+def event_of(vector: dict[str, Any]) -> AccountingEvent:
+    return AccountingEvent(vector["q"], vector["noise_multiplier"], vector["steps"])
+
+
+def name_of(vector: dict[str, Any]) -> str:
+    return f"q={vector['q']}-sigma={vector['noise_multiplier']}-T={vector['steps']}"
+
+
+@pytest.mark.parametrize("vector", SINGLE, ids=name_of)
+def test_one_event_costs_what_the_vector_says(vector: dict[str, Any]) -> None:
+    result = spent([event_of(vector)], vector["delta"])
+    assert result.epsilon == pytest.approx(vector["pld"], abs=PLD_TOLERANCE)
+    assert result.epsilon_rdp == pytest.approx(vector["rdp"], rel=RDP_TOLERANCE)
+    assert result.delta == vector["delta"]
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")  # opacus, where q is 1
+@pytest.mark.filterwarnings("ignore:Optimal order is the (largest|smallest) alpha:UserWarning")
+@pytest.mark.parametrize("vector", SINGLE, ids=name_of)
+def test_the_accountants_of_opacus_agree(vector: dict[str, Any]) -> None:
+    history = [(vector["noise_multiplier"], vector["q"], vector["steps"])]
+    ours = spent([event_of(vector)], vector["delta"])
+    rdp = RDPAccountant()
+    rdp.history = history
+    assert ours.epsilon_rdp == pytest.approx(rdp.get_epsilon(vector["delta"]), rel=0.02)  # its orders differ
+    prv = PRVAccountant()
+    prv.history = history
+    upper = prv.get_epsilon(vector["delta"])
+    assert upper == pytest.approx(vector["opacus_prv_upper"], abs=1e-3)
+    assert PRV_MINUS_PLD[0] <= upper - vector["pld"] <= PRV_MINUS_PLD[1]
+    assert upper - ours.epsilon == pytest.approx(upper - vector["pld"], abs=PLD_TOLERANCE)
+
+
+def test_two_different_events_compose_to_what_the_vector_says() -> None:
+    composed = [AccountingEvent(*event) for event in COMPOSED["events"]]
+    result = spent(composed, COMPOSED["delta"])
+    assert result.epsilon == pytest.approx(COMPOSED["pld"], abs=PLD_TOLERANCE)
+    assert result.epsilon_rdp == pytest.approx(COMPOSED["rdp"], rel=RDP_TOLERANCE)
+
+
+@pytest.mark.parametrize(("k", "expected"), list(zip(K_SITES["k"], K_SITES["pld"], strict=True)))
+def test_a_person_in_k_sites_pays_k_times(k: int, expected: float) -> None:
+    event = AccountingEvent(*K_SITES["event"])
+    assert spent([event] * k, K_SITES["delta"]).epsilon == pytest.approx(expected, abs=PLD_TOLERANCE)
+
+
+def test_epsilons_are_never_added_up() -> None:
+    parts = [AccountingEvent(*event) for event in COMPOSED["events"]]
+    whole = spent(parts, DELTA).epsilon
+    assert whole < sum(spent([part], DELTA).epsilon for part in parts)
+    assert whole > max(spent([part], DELTA).epsilon for part in parts)
+
+
+@settings(max_examples=4)
+@given(st.lists(events, min_size=1, max_size=3), st.randoms(use_true_random=False))
+def test_the_order_and_the_grouping_of_events_do_not_matter(history: list[AccountingEvent], coins: Any) -> None:
+    pieces = [
+        AccountingEvent(event.sampling_rate, event.noise_multiplier, steps)
+        for event in history
+        for steps in (event.steps // 2, event.steps - event.steps // 2)
+    ]
+    coins.shuffle(pieces)
+    assert spent(pieces, DELTA) == spent(history, DELTA)
+
+
+def test_a_thousand_rounds_cost_as_much_as_one_event_of_a_thousand_steps() -> None:
+    one = AccountingEvent(0.01, 1.0, 1)
+    assert spent([one] * 1000, DELTA) == spent([AccountingEvent(0.01, 1.0, 1000)], DELTA)
+
+
+@settings(max_examples=4)
+@given(events, st.integers(1, 100))
+def test_more_steps_never_cost_less(event: AccountingEvent, more: int) -> None:
+    longer = AccountingEvent(event.sampling_rate, event.noise_multiplier, event.steps + more)
+    assert spent([longer], DELTA).epsilon >= spent([event], DELTA).epsilon
+    assert spent([longer], DELTA).epsilon_rdp >= spent([event], DELTA).epsilon_rdp
+
+
+@settings(max_examples=4)
+@given(events, events)
+def test_one_more_event_never_costs_less(a: AccountingEvent, b: AccountingEvent) -> None:
+    both = spent([a, b], DELTA).epsilon
+    assert both >= spent([a], DELTA).epsilon
+    assert both >= spent([b], DELTA).epsilon
+
+
+@settings(max_examples=4)
+@given(noises, step_counts, st.sampled_from([1.01, 2.0]))
+def test_a_higher_sampling_rate_never_costs_less(noise: float, steps: int, factor: float) -> None:
+    low, high = (spent([AccountingEvent(q, noise, steps)], DELTA) for q in (0.05, 0.05 * factor))
+    assert high.epsilon >= low.epsilon - GRID
+    assert high.epsilon_rdp >= low.epsilon_rdp
+
+
+@settings(max_examples=4)
+@given(sampling_rates, noises, step_counts, st.sampled_from([1.01, 2.0]))
+def test_more_noise_never_costs_more(q: float, noise: float, steps: int, factor: float) -> None:
+    little, much = (spent([AccountingEvent(q, n, steps)], DELTA) for n in (noise, noise * factor))
+    assert much.epsilon <= little.epsilon + GRID
+    assert much.epsilon_rdp <= little.epsilon_rdp
+
+
+@pytest.mark.parametrize(("q", "noise"), [(0.001, 1.0), (0.01, 2.0), (0.002, 4.0)])
+def test_the_step_at_which_the_accounting_grid_changes_costs_something_too(q: float, noise: float) -> None:
+    before, after = (spent([AccountingEvent(q, noise, steps)], DELTA).epsilon for steps in (5_000, 5_001))
+    assert after >= before
+
+
+@settings(max_examples=4)
+@given(st.lists(events, min_size=1, max_size=2))
+def test_rdp_is_an_upper_bound_of_pld(history: list[AccountingEvent]) -> None:
+    result = spent(history, DELTA)
+    assert result.epsilon_rdp >= result.epsilon - GRID
+
+
+@pytest.mark.parametrize(
+    ("q", "noise", "steps"),
+    [
+        (0.001, 5.0, 5000),
+        (0.001, 5.0, 500),
+        (0.001, 5.0, 50),
+        (0.01, 10.0, 1000),
+        (0.001, 2.0, 5000),
+        (0.05, 20.0, 500),
+        (1.0, 50.0, 50),
+    ],
+)
+def test_a_small_epsilon_is_accounted_as_exactly_as_a_large_one(q: float, noise: float, steps: int) -> None:
+    event = AccountingEvent(q, noise, steps)
+    fine = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-5)
+    fine.compose(SelfComposedDpEvent(PoissonSampledDpEvent(q, GaussianDpEvent(noise)), steps))
+    exact = float(fine.get_epsilon(DELTA))
+    result = spent([event], DELTA)
+    assert exact - 1e-9 <= result.epsilon <= exact + PLD_TOLERANCE
+    assert result.epsilon_rdp >= result.epsilon
+
+
+@pytest.mark.parametrize("history", [[], [AccountingEvent(0.1, 1.0, 0)], [AccountingEvent(0.0, 1.0, 10)]])
+def test_what_touches_nobody_costs_nothing(history: Sequence[AccountingEvent]) -> None:
+    result = spent(history, DELTA)
+    assert (result.epsilon, result.epsilon_rdp) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("others", [[], [AccountingEvent(0.01, 4.0, 10)]], ids=["alone", "with-noisy-ones"])
+def test_a_single_step_without_noise_is_no_privacy_at_all(others: list[AccountingEvent]) -> None:
+    result = spent([*others, AccountingEvent(0.01, 0.0, 1), *others], DELTA)
+    assert result.epsilon == math.inf
+    assert result.epsilon_rdp == math.inf
+
+
+def test_a_smaller_delta_costs_more() -> None:
+    event = AccountingEvent(0.05, 1.0, 100)
+    epsilons = [spent([event], delta).epsilon for delta in (1e-8, 1e-6, 1e-4)]
+    assert epsilons == sorted(epsilons, reverse=True)
+    assert len(set(epsilons)) == 3
+
+
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        AccountingEvent(0.1, 1.0, -10),
+        AccountingEvent(-0.1, 1.0, 10),
+        AccountingEvent(1.5, 1.0, 10),
+        AccountingEvent(math.nan, 1.0, 10),
+        AccountingEvent(0.1, math.nan, 10),
+        AccountingEvent(0.1, -1.0, 10),
+    ],
+    ids=repr,
+)
+def test_an_event_that_cannot_have_happened_never_lowers_the_bill(impossible: AccountingEvent) -> None:
+    honest = AccountingEvent(0.1, 1.0, 20)
+    bill = spent([honest], DELTA).epsilon
+    try:
+        result = spent([honest, impossible], DELTA)
+    except (FedllmError, ValueError):
+        return
+    assert result.epsilon >= bill
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "q", "steps"),
+    [(8.0, 1e-5, 0.08, 60), (1.0, 1e-5, 0.05, 20), (0.05, 1e-5, 0.002, 400), (3.0, 1e-6, 1.0, 5)],
+)
+def test_calibrated_noise_meets_the_target_and_wastes_less_than_half_a_percent(
+    epsilon: float, delta: float, q: float, steps: int
+) -> None:
+    noise = calibrate(epsilon, delta, q, steps)
+    reached = spent([AccountingEvent(q, noise, steps)], delta).epsilon
+    assert 0.995 * epsilon <= reached <= epsilon
+
+
+def test_a_run_with_calibrated_noise_stays_in_budget_in_every_round() -> None:
+    noise = calibrate(1.0, DELTA, 0.05, 20)
+    for rounds in (1, 10, 19, 20):
+        assert spent([AccountingEvent(0.05, noise, 1)] * rounds, DELTA).epsilon <= 1.0
+
+
+def test_calibration_gives_everyone_the_same_noise() -> None:
+    first = calibrate(3.0, 1e-6, 1.0, 5)
+    calibrate.cache_clear()
+    assert calibrate(3.0, 1e-6, 1.0, 5) == first
+
+
+def test_a_target_that_no_noise_can_meet_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon"):
+        calibrate(1e-9, 1e-12, 1.0, 1)

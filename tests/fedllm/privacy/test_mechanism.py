@@ -1,0 +1,170 @@
+"""Coins and noise have exactly the distribution that is charged for.
+
+Statistical tests compare with exact distributions. FALSE_ALARM bounds the chance that a correct implementation fails
+one of them; where one test makes many comparisons, the chance is divided among them (Bonferroni).
+"""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import stats
+
+from fedllm.privacy.accounting import spent
+from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
+
+FALSE_ALARM = 1e-6
+SOURCES: list[Randomness] = [OsRandomness(), SeededRandomness(0, "tests")]
+by_source = pytest.mark.parametrize("source", SOURCES, ids=lambda source: type(source).__name__)
+
+
+def expect_binomial(successes: int, trials: int, probability: float, comparisons: int = 1) -> None:
+    """Fail where `successes` lies in the tails of the exact binomial distribution."""
+    tail = FALSE_ALARM / comparisons / 2
+    low, high = stats.binom.ppf(tail, trials, probability), stats.binom.isf(tail, trials, probability)
+    assert low <= successes <= high, f"{successes} of {trials}, expected {low:.0f} to {high:.0f} (p={probability})"
+
+
+def expect_variance(values: NDArray[np.float64], variance: float, comparisons: int = 1) -> None:
+    """Fail where the mean square of centred normal values lies in the tails of its chi-square distribution."""
+    tail = FALSE_ALARM / comparisons / 2
+    statistic = float(np.sum(values**2) / variance)
+    assert stats.chi2.ppf(tail, len(values)) <= statistic <= stats.chi2.isf(tail, len(values))
+
+
+def draw_batches(mechanism: Mechanism, source: Randomness, units: int, steps: int) -> NDArray[np.bool_]:
+    """Return bool[steps, units]: who was drawn."""
+    drawn = np.zeros((steps, units), dtype=bool)
+    for step in range(steps):
+        drawn[step, mechanism.sample(units, source)] = True
+    return drawn
+
+
+@by_source
+@pytest.mark.parametrize("rate", [0.02, 0.3, 0.9])
+def test_every_unit_enters_a_step_with_the_stated_probability(source: Randomness, rate: float) -> None:
+    drawn = draw_batches(Mechanism(1.0, 1.0, rate), source, 50, 2_000)
+    expect_binomial(int(drawn.sum()), drawn.size, rate)
+    for unit in range(50):
+        expect_binomial(int(drawn[:, unit].sum()), 2_000, rate, comparisons=50)
+
+
+@by_source
+def test_units_are_drawn_independently_of_each_other(source: Randomness) -> None:
+    rate = 0.3
+    drawn = draw_batches(Mechanism(1.0, 1.0, rate), source, 40, 2_000)
+    for distance in (1, 7, 20):  # pairs that share no unit, so that all joint draws are independent
+        first = [unit for unit in range(40 - distance) if (unit // distance) % 2 == 0]
+        both = drawn[:, first] & drawn[:, [unit + distance for unit in first]]
+        expect_binomial(int(both.sum()), both.size, rate**2, comparisons=3)
+
+
+@by_source
+def test_steps_are_drawn_independently_of_each_other(source: Randomness) -> None:
+    rate = 0.3
+    drawn = draw_batches(Mechanism(1.0, 1.0, rate), source, 40, 2_000)
+    both = drawn[0::2] & drawn[1::2]
+    expect_binomial(int(both.sum()), both.size, rate**2)
+
+
+@by_source
+def test_the_size_of_a_batch_is_binomial_and_not_fixed(source: Randomness) -> None:
+    units, rate, steps = 100, 0.1, 4_000
+    sizes = draw_batches(Mechanism(1.0, 1.0, rate), source, units, steps).sum(axis=1)
+    values = range(2, 20)
+    for size in values:
+        expect_binomial(int((sizes <= size).sum()), steps, float(stats.binom.cdf(size, units, rate)), len(values))
+
+
+@by_source
+def test_a_batch_may_be_empty_as_often_as_it_should(source: Randomness) -> None:
+    mechanism, steps = Mechanism(1.0, 1.0, 0.1), 2_000
+    empty = sum(len(mechanism.sample(10, source)) == 0 for _ in range(steps))
+    expect_binomial(empty, steps, 0.9**10)
+
+
+@by_source
+def test_a_rate_of_one_draws_everyone(source: Randomness) -> None:
+    assert Mechanism(1.0, 1.0, 1.0).sample(10_000, source).tolist() == list(range(10_000))
+
+
+@by_source
+@given(units=st.integers(0, 50), rate=st.floats(0, 1, exclude_min=True))
+def test_a_batch_never_holds_a_unit_twice(source: Randomness, units: int, rate: float) -> None:
+    drawn = Mechanism(1.0, 1.0, rate).sample(units, source)
+    assert sorted(set(drawn.tolist())) == drawn.tolist()
+    assert all(0 <= unit < units for unit in drawn)
+
+
+@by_source
+@pytest.mark.parametrize(("clip_norm", "noise_multiplier"), [(1.0, 1.0), (0.1, 2.5), (40.0, 0.3)])
+def test_noise_is_normal_with_the_stated_deviation(
+    source: Randomness, clip_norm: float, noise_multiplier: float
+) -> None:
+    noise = Mechanism(clip_norm, noise_multiplier, 0.5).noise(30_000, source)
+    scale = noise_multiplier * clip_norm
+    expect_variance(noise, scale**2)
+    assert abs(noise.mean()) <= stats.norm.isf(FALSE_ALARM / 2) * scale / math.sqrt(len(noise))
+    assert stats.kstest(noise, stats.norm(scale=scale).cdf).pvalue > FALSE_ALARM
+    # the tails too, which Kolmogorov-Smirnov hardly sees
+    for deviations in (2.0, 3.0, 4.0):
+        beyond = int((np.abs(noise) > deviations * scale).sum())
+        expect_binomial(beyond, len(noise), 2 * float(stats.norm.sf(deviations)), comparisons=3)
+
+
+@by_source
+def test_the_deviation_of_the_noise_is_right_to_half_a_percent(source: Randomness) -> None:
+    expect_variance(Mechanism(0.5, 3.0, 0.5).noise(1_000_000, source), 1.5**2)
+
+
+@by_source
+def test_noise_is_independent_across_calls_and_coordinates(source: Randomness) -> None:
+    mechanism = Mechanism(2.0, 0.5, 0.5)  # standard deviation 1
+    n = 20_000
+    first, second = mechanism.noise(n, source), mechanism.noise(n, source)
+    pairs = [(first, second), (first[:-1], first[1:]), (first[: n // 2], first[n // 2 :]), (first[::2], first[1::2])]
+    pairs += [(first[: n // 4], first[n // 4 : n // 2]), (first[: 3 * n // 4], first[n // 4 :])]
+    for a, b in pairs:
+        for x, y in ((a, b), (a**2 - 1, b**2 - 1)):  # squares: pairs of one radius would be uncorrelated themselves
+            limit = stats.norm.isf(FALSE_ALARM / (4 * len(pairs)))
+            deviation = float(np.std(x) * np.std(y)) / math.sqrt(len(x))
+            assert abs(float(np.mean(x * y))) <= 1.2 * limit * deviation  # 1.2: products have heavier tails
+    assert not np.intersect1d(first, second).size
+
+
+@by_source
+@given(dimension=st.integers(0, 9))
+def test_noise_has_the_dimension_that_was_asked_for(source: Randomness, dimension: int) -> None:
+    noise = Mechanism(1.0, 1.0, 0.5).noise(dimension, source)
+    assert noise.shape == (dimension,)
+    assert noise.dtype == np.float64
+    assert np.isfinite(noise).all()
+
+
+@given(
+    clip_norm=st.floats(1e-6, 1e6),
+    noise_multiplier=st.floats(1e-3, 1e3),
+    rate=st.floats(0, 1, exclude_min=True),
+    steps=st.integers(1, 1000),
+)
+def test_what_is_added_and_what_is_charged_cannot_disagree(
+    clip_norm: float, noise_multiplier: float, rate: float, steps: int
+) -> None:
+    mechanism = Mechanism(clip_norm, noise_multiplier, rate)
+    event = mechanism.event(steps)
+    assert mechanism.noise_std == event.noise_multiplier * clip_norm
+    assert (event.sampling_rate, event.steps) == (rate, steps)
+    assert mechanism.private
+
+
+@by_source
+def test_the_non_private_mechanism_adds_nothing_and_says_so(source: Randomness) -> None:
+    mechanism = Mechanism(1.0, 0.0, 0.5)
+    assert not mechanism.private
+    assert mechanism.noise_std == 0.0
+    assert mechanism.noise(5, source).tolist() == [0.0] * 5
+    assert spent([mechanism.event(1)], 1e-5).epsilon == math.inf
