@@ -1,0 +1,169 @@
+"""A site: the only place where records, budget and adapter meet. Bytes in, bytes out."""
+
+import hashlib
+import logging
+import math
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.policy import SitePolicy
+from fedllm import codec
+from fedllm.errors import (
+    BudgetExceeded,
+    ConfigError,
+    DataError,
+    FedllmError,
+    LedgerError,
+    MessageError,
+    ModelError,
+    PrivacyError,
+    SpecMismatch,
+)
+from fedllm.messages import MAX_NAME, Declined, Message, Prepare, Ready, Reason, TrainReply, TrainRequest, from_bytes
+from fedllm.plan import RunPlan
+from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
+from fedllm.training.data import Unit
+from fedllm.training.trainer import train_round
+from fedllm.training.workspace import Workspace
+
+_log = logging.getLogger("fedllm.site")
+
+# Head office learns the code on the right and nothing else; the text of the error stays in the site's log.
+_REASONS: tuple[tuple[type[Exception], Reason], ...] = (
+    (BudgetExceeded, "budget"),
+    (PrivacyError, "policy"),
+    (DataError, "data"),
+    (ConfigError, "data"),
+    (SpecMismatch, "model"),
+    (ModelError, "training"),
+    (LedgerError, "ledger"),
+    (MessageError, "message"),
+)
+
+
+class Site:
+    """One branch office. Safe to call from several threads; requests are handled one at a time."""
+
+    def __init__(
+        self,
+        name: str,
+        policy: SitePolicy,
+        ledger: Path,
+        workspace: Callable[[RunPlan], Workspace],
+        units: Callable[[RunPlan, Workspace], tuple[Unit, ...]],
+        micro_batch: int,
+    ) -> None:
+        """`workspace` and `units` load model and records on first use; the ledger file lies at `ledger`."""
+        if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+            raise ConfigError(
+                f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}"
+            )
+        self.name = name
+        self._policy, self._ledger_path, self._micro_batch = policy, ledger, micro_batch
+        self._open_workspace, self._load_units = workspace, units
+        self._units: tuple[str, tuple[Unit, ...]] | None = None  # digest of the plan they were read for, units
+        self._lock = threading.Lock()
+
+    def handle(self, request: bytes) -> bytes:
+        """Answer one message from head office. Never raises: whatever goes wrong becomes a Declined reply."""
+        with self._lock:
+            try:
+                message = from_bytes(request, Prepare, TrainRequest)
+                if isinstance(message, Prepare):
+                    return self._prepare(message).to_bytes()
+                return self._train(message)
+            except Exception as error:
+                return self._decline(error)
+
+    def _decline(self, error: Exception) -> bytes:
+        """Log what happened, with all particulars, and return the reply that tells only a code."""
+        reason: Reason = next((code for kind, code in _REASONS if isinstance(error, kind)), "internal")
+        if isinstance(error, FedllmError):
+            _log.warning("%s declines (%s): %s", self.name, reason, error)
+        else:  # a traceback may quote records: it stays here
+            _log.error("%s declines: a fault in the site's software", self.name, exc_info=error)
+        return Declined(site=self.name, reason=reason).to_bytes()
+
+    def _prepare(self, request: Prepare) -> Message:
+        plan = request.plan
+        self._policy.admit(plan)
+        self._ledger.check(plan.run, plan.mechanism.event(plan.training.local_steps))  # before any record is read
+        self._policy.check_units(len(self._read_units(plan)))
+        return Ready(site=self.name, plan_digest=plan.digest, spec_digest=self._workspace(plan).adapter.spec.digest)
+
+    def _train(self, request: TrainRequest) -> bytes:
+        plan = request.plan
+        self._policy.admit(plan)
+        if request.round > plan.training.rounds:
+            raise MessageError(f"round={request.round} of a plan of {plan.training.rounds} rounds")
+        workspace = self._workspace(plan)
+        spec = workspace.adapter.spec
+        if request.spec_digest != spec.digest:
+            raise SpecMismatch("head office's adapter is another one. Do base model, seed and versions agree?")
+        start = codec.decode(request.payload, "float32", spec.dimension)
+        fingerprint = hashlib.sha256(plan.digest.encode() + request.round.to_bytes(8, "big") + request.payload)
+
+        # The charge is on disk before a record enters anything whose result leaves the site. A round that was released
+        # before is answered as before.
+        event = plan.mechanism.event(plan.training.local_steps)
+        reservation = self._ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
+        if reservation.reply is not None:
+            return reservation.reply
+        try:
+            reply = self._update(request, workspace, start)
+        except Exception as error:
+            # A refusal here may depend on the noisy result, so it is the round's release: no second try is free.
+            reply = self._decline(error)
+        self._ledger.release(reservation, reply)
+        return reply
+
+    def _update(self, request: TrainRequest, workspace: Workspace, start: NDArray[np.float32]) -> bytes:
+        """Train a round that is paid for and return the reply."""
+        plan = request.plan
+        units = self._read_units(plan)
+        self._policy.check_units(len(units))
+        source = self._randomness(plan, request.round)
+        delta = train_round(workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch)
+        spent = self._ledger.spent(plan.privacy.delta)
+        try:
+            payload = codec.encode(delta.astype(np.float32), plan.training.wire)
+        except MessageError as error:
+            raise ModelError(f"the update cannot be sent: {error}") from None
+        return TrainReply(
+            site=self.name,
+            plan_digest=plan.digest,
+            round=request.round,
+            spec_digest=request.spec_digest,
+            dtype=plan.training.wire,
+            epsilon=spent.epsilon if math.isfinite(spent.epsilon) else None,
+            epsilon_rdp=spent.epsilon_rdp if math.isfinite(spent.epsilon_rdp) else None,
+            delta=spent.delta,
+            payload=payload,
+        ).to_bytes()
+
+    @cached_property
+    def _ledger(self) -> PrivacyLedger:
+        return PrivacyLedger(self._ledger_path, self.name, self._policy.epsilon, self._policy.delta)
+
+    def _workspace(self, plan: RunPlan) -> Workspace:
+        try:
+            return self._open_workspace(plan)
+        except ModelError as error:
+            raise SpecMismatch(str(error)) from error
+
+    def _read_units(self, plan: RunPlan) -> tuple[Unit, ...]:
+        if self._units is None or self._units[0] != plan.digest:
+            self._units = (plan.digest, self._load_units(plan, self._workspace(plan)))
+        return self._units[1]
+
+    def _randomness(self, plan: RunPlan, round_: int) -> Randomness:
+        if plan.privacy.protects:
+            return OsRandomness()
+        seed = plan.privacy.insecure_seed if plan.privacy.insecure_seed is not None else plan.seed
+        return SeededRandomness(seed, self.name, round_)

@@ -1,0 +1,1 @@
+"""Head office: the Flower ServerApp with its round loop, aggregation and checkpoints."""

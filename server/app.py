@@ -1,0 +1,23 @@
+"""The ServerApp: Flower's entry point to the round loop."""
+
+from collections.abc import Callable
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from server.rounds import Coordinator
+
+
+def server_app(coordinator: Coordinator, on_error: Callable[[BaseException], None]) -> ServerApp:
+    """Return a ServerApp that runs `coordinator`; an error goes to `on_error`, since Flower would only log it."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        del context  # the plan is the coordinator's; Flower's run configuration is not used
+        try:
+            coordinator.run(grid)
+        except BaseException as error:
+            on_error(error)
+
+    return app

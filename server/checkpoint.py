@@ -1,0 +1,141 @@
+"""Checkpoints: everything that a run needs to go on, written atomically after every round."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fedllm.delta import digest_of
+from fedllm.errors import CheckpointError
+
+_ADAPTER, _STATE = "adapter", "optimizer."
+
+
+@dataclass(frozen=True)
+class SiteState:
+    """What head office knows of one site: the accountant's state and how it took part."""
+
+    rounds: int = 0  # rounds whose update was used
+    charged: int = 0  # rounds that the site may have paid for, used or not: the accountant's state
+    last_charged: int = 0  # the last of them
+    stated: float = 0.0  # epsilon in the site's last answer
+    declined: int = 0
+    failed: int = 0  # no answer in time, or not a valid one
+    reason: str = ""  # of the last refusal, until the site answers again
+    epsilon: float | None = 0.0  # spent so far: stated by the site, or composed from `charged` where that is more
+    epsilon_rdp: float | None = 0.0
+    bytes_up: int = 0  # of updates
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after `round` rounds."""
+
+    round: int
+    plan_digest: str
+    adapter: NDArray[np.float32]  # [d]
+    optimizer: dict[str, NDArray[np.float32]]
+    sites: dict[str, SiteState] = field(default_factory=dict)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file at `path` as a whole: after a crash it holds the old bytes or the new ones.
+
+    Raises CheckpointError where the disk is full or not writable; the old file is then untouched.
+    """
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> CheckpointError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return CheckpointError(
+        f"cannot write {path}: {error.strerror}. What was written before is intact. "
+        f"{'Free some space' if full else 'Check permissions'}, then continue with resume=true."
+    )
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, keeping the one before it as `<name>.previous`."""
+    tensors = {_ADAPTER: checkpoint.adapter, **{_STATE + k: v for k, v in checkpoint.optimizer.items()}}
+    header: dict[str, Any] = {
+        "round": checkpoint.round,
+        "plan_digest": checkpoint.plan_digest,
+        "sites": {name: asdict(state) for name, state in checkpoint.sites.items()},
+    }
+    header["sha256"] = _digest(header, tensors)
+    data = save(tensors, metadata={"fedllm": json.dumps(header, ensure_ascii=False)})
+    previous = path.with_name(path.name + ".previous")
+    if path.exists():
+        try:
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)
+        except OSError as error:
+            raise _cannot_write(previous, error) from error
+    write_atomically(path, data)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read the newest intact checkpoint: `path`, or the one before it where `path` is damaged.
+
+    Raises CheckpointError where there is none. Going back a round loses nothing: sites answer a repeated round with
+    the update they gave the first time.
+    """
+    try:
+        return _load(path)
+    except CheckpointError as error:
+        previous = path.with_name(path.name + ".previous")
+        if not previous.exists():
+            raise
+        try:
+            return _load(previous)
+        except CheckpointError:
+            raise error from None
+
+
+def _load(path: Path) -> Checkpoint:
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            header: dict[str, Any] = json.loads((file.metadata() or {})["fedllm"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        if header.pop("sha256") != _digest(header, tensors):
+            raise ValueError("checksum does not match")
+        sites = {name: SiteState(**state) for name, state in header["sites"].items()}
+        optimizer = {n.removeprefix(_STATE): t for n, t in tensors.items() if n.startswith(_STATE)}
+        return Checkpoint(int(header["round"]), str(header["plan_digest"]), tensors[_ADAPTER], optimizer, sites)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({error}). Restore it from a backup, or start a new run."
+        ) from error
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, NDArray[np.float32]]) -> str:
+    digest = hashlib.sha256(digest_of(header).encode())
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,366 @@
+"""The round loop: ask, wait, check, average, step, evaluate, checkpoint."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from fedllm import codec
+from fedllm.delta import AdapterSpec
+from fedllm.errors import CheckpointError, MessageError, QuorumLost
+from fedllm.messages import KEY, RECORD, Declined, Prepare, Ready, Reason, TrainReply, TrainRequest, from_bytes
+from fedllm.plan import FederationConfig, RunPlan
+from fedllm.privacy.accounting import spent
+from fedllm.training.server_optimizer import ServerOptimizer
+from server.aggregate import weighted_mean
+from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
+
+CHECKPOINT, METRICS, PLAN = "checkpoint.safetensors", "metrics.jsonl", "plan.json"
+
+# After these a site is not asked again in this run; after the others it may do better next time.
+_FINAL: frozenset[Reason] = frozenset({"budget", "policy", "data", "model", "ledger"})
+# These come before the site charges itself.
+_UNCHARGED: frozenset[Reason] = frozenset({"budget", "policy", "model", "message", "ledger"})
+_POLL, _POLL_MAX = 0.01, 0.5  # seconds between looks at the transport's inbox
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What one round did; everything in it is public. Round 0 is the base model."""
+
+    round: int
+    private: bool  # False brands the run NOT PRIVATE: no noise, or noise that a seed predicts
+    epsilon: float | None  # the largest any site has spent so far; None where no noise was added
+    loss: float | None  # held-out, nats; None without a held-out set
+    perplexity: float | None
+    accuracy: float | None
+    answered: list[str] = field(default_factory=list)
+    declined: dict[str, Reason] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # site or node -> what was wrong
+    update_norm: float = 0.0  # L2 of the averaged delta
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class SiteAnswered:
+    """A site's answer to the current round has come in."""
+
+    round: int
+    site: str
+    used: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class RoundStarted:
+    """A round begins with these sites."""
+
+    round: int
+    sites: list[str]
+
+
+Event = RoundStarted | SiteAnswered | RoundRecord
+Score = Callable[[NDArray[np.float32]], Mapping[str, float | None]]
+
+
+class Coordinator:
+    """Runs one plan over a Flower grid, from the start or from its last checkpoint."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        federation: FederationConfig,
+        spec: AdapterSpec,
+        start: NDArray[np.float32],
+        folder: Path,
+        score: Score,
+        observe: Callable[[Event], None],
+        expected_sites: int,
+    ) -> None:
+        """`score` evaluates an adapter float32[d] on public data; `folder` receives checkpoints and metrics."""
+        self._plan, self._federation, self._spec = plan, federation, spec
+        self._folder, self._score, self._observe = folder, score, observe
+        self._expected_sites = expected_sites
+        self._optimizer = ServerOptimizer(plan.training.server, start)
+        self.sites: dict[str, SiteState] = {}
+        self.records: list[RoundRecord] = []
+        self._site_of_node: dict[int, str] = {}
+        self._dropped: set[int] = set()
+
+    @property
+    def round(self) -> int:
+        """The last completed round."""
+        return self.records[-1].round if self.records else -1
+
+    @property
+    def adapter(self) -> NDArray[np.float32]:
+        """The global adapter after the last completed round, float32[d]."""
+        return self._optimizer.value
+
+    def resume(self) -> None:
+        """Continue from the folder's checkpoint; raises CheckpointError where it belongs to another plan."""
+        checkpoint = load_checkpoint(self._folder / CHECKPOINT)
+        if checkpoint.plan_digest != self._plan.digest:
+            raise CheckpointError(f"the checkpoint in {self._folder} belongs to another plan")
+        self._spec.check(checkpoint.adapter)
+        self._optimizer = ServerOptimizer(self._plan.training.server, checkpoint.adapter)
+        self._optimizer.restore(checkpoint.optimizer)
+        self.sites = dict(checkpoint.sites)
+        self.records = [r for r in _read_records(self._folder / METRICS) if r.round <= checkpoint.round]
+        if self.round != checkpoint.round:
+            raise CheckpointError(
+                f"{self._folder / METRICS} does not reach round {checkpoint.round} of the checkpoint. Restore it from "
+                "a backup, or start a new run."
+            )
+        _write_records(self._folder / METRICS, self.records)
+
+    def run(self, grid: Grid) -> None:
+        """Run all rounds that are left.
+
+        Raises QuorumLost, after everything so far is on disk, where too few sites are left to go on.
+        """
+        if not self.records:
+            epsilon = 0.0 if self._plan.mechanism.private else None
+            self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon, **self._scores()))
+        self._await_nodes(grid)
+        try:
+            for number in range(self.round + 1, self._plan.training.rounds + 1):
+                self._round(grid, number)
+        except QuorumLost:
+            self._save()  # what the sites spent in the unfinished round is part of the record
+            raise
+
+    def _await_nodes(self, grid: Grid) -> None:
+        deadline = time.monotonic() + self._federation.round_timeout
+        while len(list(grid.get_node_ids())) < self._expected_sites and time.monotonic() < deadline:
+            time.sleep(_POLL)
+
+    def _round(self, grid: Grid, number: int) -> None:
+        began = time.monotonic()
+        declined: dict[str, Reason] = {}
+        failed: dict[str, str] = {}
+        self._prepare(grid, declined, failed)
+        online = set(grid.get_node_ids())
+        nodes = [n for n in self._site_of_node if n in online and n not in self._dropped]
+        for node, site in self._site_of_node.items():
+            if node not in online and node not in self._dropped:
+                failed[site] = "offline or still busy"
+        self._check_quorum(number, len(nodes), declined, failed)
+        self._observe(RoundStarted(number, [self._site_of_node[n] for n in nodes]))
+
+        request = TrainRequest(
+            plan=self._plan, round=number, spec_digest=self._spec.digest, payload=codec.encode(self.adapter, "float32")
+        ).to_bytes()
+        updates: dict[str, NDArray[np.float32]] = {}
+        replies: dict[str, tuple[TrainReply, int]] = {}
+        for node, data in self._exchange(grid, nodes, request, "train"):
+            site = self._site_of_node[node]
+            try:
+                if isinstance(data, str):
+                    raise MessageError(data)
+                reply = from_bytes(data, TrainReply, Declined)
+                if isinstance(reply, Declined):
+                    declined[site] = reply.reason
+                    if reply.reason in _FINAL:
+                        self._dropped.add(node)
+                else:
+                    updates[site] = self._check(reply, site, number)
+                    replies[site] = (reply, len(data))
+            except MessageError as error:
+                failed[site] = str(error)
+            self._observe(SiteAnswered(number, site, site in updates, declined.get(site) or failed.get(site, "")))
+        asked = {self._site_of_node[n] for n in nodes}
+        self._charge(replies, declined, failed, number, asked, len(updates) >= self._federation.quorum)
+        self._check_quorum(number, len(updates), declined, failed)
+
+        delta = weighted_mean(updates, self._federation.weights)
+        self._optimizer.step(delta, (number - 1) / self._plan.training.rounds)
+        epsilons = [state.epsilon for state in self.sites.values()]
+        self._finish(
+            RoundRecord(
+                round=number,
+                private=self._plan.privacy.protects,
+                **self._scores(),
+                epsilon=max((e for e in epsilons if e is not None), default=0.0) if None not in epsilons else None,
+                answered=sorted(updates),
+                declined=declined,
+                failed=failed,
+                update_norm=float(np.linalg.norm(delta.astype(np.float64))),
+                bytes_up=sum(size for _, size in replies.values()),
+                bytes_down=len(request) * len(nodes),
+                seconds=time.monotonic() - began,
+            )
+        )
+
+    def _prepare(self, grid: Grid, declined: dict[str, Reason], failed: dict[str, str]) -> None:
+        """Announce the plan to nodes that have not heard of it, and learn which site is behind each."""
+        new = [n for n in grid.get_node_ids() if n not in self._site_of_node and n not in self._dropped]
+        for node, data in self._exchange(grid, new, Prepare(plan=self._plan).to_bytes(), "query"):
+            try:
+                if isinstance(data, str):
+                    raise MessageError(data)
+                reply = from_bytes(data, Ready, Declined)
+            except MessageError:
+                failed[f"node {node}"] = "no valid answer to the plan"
+                continue
+            here = [n for n, site in self._site_of_node.items() if site == reply.site and n not in self._dropped]
+            if set(here) & set(grid.get_node_ids()):
+                failed[f"node {node}"] = f"claims to be {reply.site}, which is here already"
+                self._dropped.add(node)
+            elif isinstance(reply, Declined):
+                declined[reply.site] = reply.reason
+                self._dropped.add(node)
+                state = self.sites.get(reply.site, SiteState())
+                self.sites[reply.site] = replace(state, declined=state.declined + 1, reason=reply.reason)
+            elif reply.plan_digest != self._plan.digest or reply.spec_digest != self._spec.digest:
+                failed[reply.site] = "prepared another plan or adapter"
+                self._dropped.add(node)
+            else:
+                for old in here:  # it came back under a new node
+                    del self._site_of_node[old]
+                self._site_of_node[node] = reply.site
+                self.sites.setdefault(reply.site, SiteState())
+
+    def _exchange(
+        self, grid: Grid, nodes: list[int], payload: bytes, message_type: str
+    ) -> Iterator[tuple[int, bytes | str]]:
+        """Send `payload` to every node and yield (node, answer) as answers come in; text says why there is none."""
+        timeout = self._federation.round_timeout
+        waiting: dict[str, int] = {}
+        for node in nodes:
+            content = RecordDict({RECORD: ConfigRecord({KEY: payload})})
+            waiting.update(dict.fromkeys(grid.push_messages([Message(content, node, message_type, ttl=timeout)]), node))
+        deadline, pause = time.monotonic() + timeout, _POLL
+        answered = set()
+        while waiting and time.monotonic() < deadline:
+            replies = list(grid.pull_messages(list(waiting)))
+            for reply in replies:
+                node = waiting.pop(reply.metadata.reply_to_message_id)
+                answered.add(node)
+                yield node, "a fault at the site" if reply.has_error() else _unpack(reply.content)
+            pause = _POLL if replies else min(1.5 * pause, _POLL_MAX)
+            time.sleep(pause if waiting else 0)
+        for node in nodes:
+            if node not in answered:
+                yield node, "no answer in time"
+
+    def _check(self, reply: TrainReply, site: str, number: int) -> NDArray[np.float32]:
+        """Return the update float32[d], or raise MessageError where the reply is not this site's to this round."""
+        expected: dict[str, object] = {
+            "site": site,
+            "plan_digest": self._plan.digest,
+            "round": number,
+            "spec_digest": self._spec.digest,
+            "dtype": self._plan.training.wire,
+            "delta": self._plan.privacy.delta,
+        }
+        for name, value in expected.items():
+            if getattr(reply, name) != value:
+                raise MessageError(f"{name}={getattr(reply, name)}, expected {value}")
+        if self._plan.mechanism.private:
+            stated = self.sites[site].stated
+            if reply.epsilon is None or reply.epsilon_rdp is None:
+                raise MessageError("epsilon is missing, though the plan adds noise")
+            if reply.epsilon < stated - 1e-9 and number > self.sites[site].last_charged:
+                raise MessageError(
+                    f"epsilon={reply.epsilon:.4g} is below the {stated:.4g} of before. Is its ledger lost?"
+                )
+        return codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
+
+    def _charge(
+        self,
+        replies: dict[str, tuple[TrainReply, int]],
+        declined: dict[str, Reason],
+        failed: dict[str, str],
+        number: int,
+        asked: set[str],
+        counts: bool,
+    ) -> None:
+        """Note what the sites spent; a round that does not count was paid for all the same, and may be repeated."""
+        for site, before in self.sites.items():
+            state = before
+            if site in replies:
+                reply, size = replies[site]
+                state = replace(state, epsilon=reply.epsilon, epsilon_rdp=reply.epsilon_rdp, reason="")
+                state = replace(state, stated=reply.epsilon or 0.0)
+                if counts:
+                    state = replace(state, rounds=state.rounds + 1, bytes_up=state.bytes_up + size)
+            elif site in failed:
+                state = replace(state, failed=state.failed + 1)
+            elif site in declined:
+                state = replace(state, declined=state.declined + 1, reason=declined[site])
+            may_have_paid = site in asked and declined.get(site) not in _UNCHARGED
+            if may_have_paid and number > state.last_charged:
+                state = replace(state, charged=state.charged + 1, last_charged=number)
+            self.sites[site] = self._at_least_charged(state)
+
+    def _at_least_charged(self, state: SiteState) -> SiteState:
+        """Raise a site's epsilon to what the rounds that it may have paid for cost: an answer can get lost."""
+        if not self._plan.mechanism.private or not state.charged or state.epsilon is None:
+            return replace(state, epsilon=None, epsilon_rdp=None) if state.charged else state
+        event = self._plan.mechanism.event(state.charged * self._plan.training.local_steps)
+        least = spent([event], self._plan.privacy.delta)
+        rdp = max(state.epsilon_rdp or 0.0, least.epsilon_rdp)
+        return replace(state, epsilon=max(state.epsilon, least.epsilon), epsilon_rdp=rdp)
+
+    def _check_quorum(self, number: int, count: int, declined: dict[str, Reason], failed: dict[str, str]) -> None:
+        if count >= self._federation.quorum:
+            return
+        reasons = [f"{site} declined ({reason})" for site, reason in declined.items()]
+        reasons += [f"{site}: {what}" for site, what in failed.items()]
+        earlier = {site: state.reason for site, state in self.sites.items() if state.reason and site not in declined}
+        reasons += [f"{site} declined ({reason})" for site, reason in earlier.items()]
+        raise QuorumLost(
+            f"round {number}: {count} sites, federation.quorum={self._federation.quorum}. "
+            f"{'; '.join(reasons) or 'no site answered'}. The adapter of round {self.round} is kept."
+        )
+
+    def _scores(self) -> dict[str, Any]:
+        return {"loss": None, "perplexity": None, "accuracy": None, **self._score(self.adapter)}
+
+    def _finish(self, record: RoundRecord) -> None:
+        """Make the round durable: metrics first, so that a checkpoint never runs ahead of them."""
+        self.records.append(record)
+        _write_records(self._folder / METRICS, self.records)
+        self._save()
+        self._observe(record)
+
+    def _save(self) -> None:
+        state = Checkpoint(self.round, self._plan.digest, self.adapter, self._optimizer.state(), self.sites)
+        save_checkpoint(self._folder / CHECKPOINT, state)
+
+
+def _unpack(content: RecordDict) -> bytes:
+    record = content.config_records.get(RECORD)
+    value = record.get(KEY) if record is not None else None
+    return value if isinstance(value, bytes) else b""
+
+
+def _read_records(path: Path) -> list[RoundRecord]:
+    """Read metrics, leaving out a last line that was cut short; raises CheckpointError where another is damaged."""
+    records = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Restore it from a backup.") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(RoundRecord(**json.loads(line.decode())))
+        except (ValueError, TypeError):
+            if number < len(lines):
+                raise CheckpointError(f"{path}, line {number}: damaged. Restore it from a backup.") from None
+    return records
+
+
+def _write_records(path: Path, records: list[RoundRecord]) -> None:
+    lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
+    write_atomically(path, lines.encode())

@@ -1,0 +1,649 @@
+"""What a branch office promises: its records, its budget and its secrets stay where they are."""
+
+import json
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import client.site
+from client.policy import SitePolicy
+from client.site import Site
+from fedllm import codec
+from fedllm.errors import ConfigError, DataError, ModelError
+from fedllm.messages import MAGIC, Declined, Message, Prepare, Ready, TrainReply, TrainRequest, from_bytes
+from fedllm.plan import RunPlan, parse
+from fedllm.privacy.accounting import AccountingEvent, spent
+from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.training.data import Record, Unit
+from fedllm.training.workspace import Workspace, open_workspace
+
+SECRET = "Hong-Gildong-8210-4242"  # stands for everything that must not leave a site
+NAME = "대구 지점"
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the product may catch it."""
+
+
+class Loader:
+    """The site's records, and how often they were read."""
+
+    def __init__(self, units: int = 24, error: BaseException | None = None) -> None:
+        self.size, self.error, self.calls = units, error, 0
+
+    def __call__(self, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
+        self.calls += 1
+        if self.error is not None:
+            raise self.error
+        generator = np.random.default_rng(7)
+        return tuple(
+            (Record(ids := generator.integers(3, 259, size=12), np.where(np.arange(12) < 4, -100, ids)),)
+            for _ in range(self.size)
+        )
+
+
+class Office:
+    """A site with its ledger and records, and head office's side of the talk."""
+
+    def __init__(self, folder: Path, plan: RunPlan, **changes: Any) -> None:
+        self.plan = plan
+        self.loader: Loader = changes.pop("loader", None) or Loader(changes.pop("units", 24))
+        self.ledger_path = folder / "ledger.db"
+        limits = {"epsilon": 8.0, "delta": 1e-3, "min_units": 1.0, **changes}
+        self.policy = SitePolicy(**limits)
+        self.site = self.restart()
+
+    def restart(self) -> Site:
+        """The site after its process has ended and begun again: only the ledger is left."""
+        self.site = Site(
+            NAME, self.policy, self.ledger_path,
+            lambda plan: open_workspace(plan.model, plan.adapter, plan.seed, "cpu"), self.loader, 8,
+        )  # fmt: skip
+        return self.site
+
+    def workspace(self) -> Workspace:
+        return open_workspace(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
+
+    def request(self, round_: int = 1, **changes: Any) -> bytes:
+        adapter = self.workspace().adapter
+        values = {
+            "plan": self.plan,
+            "round": round_,
+            "spec_digest": adapter.spec.digest,
+            "payload": codec.encode(adapter.initial, "float32"),
+        }
+        return TrainRequest(**{**values, **changes}).to_bytes()
+
+    def train(self, round_: int = 1, **changes: Any) -> Message:
+        return read(self.site.handle(self.request(round_, **changes)))
+
+    def prepare(self) -> Message:
+        return read(self.site.handle(Prepare(plan=self.plan).to_bytes()))
+
+    def events(self) -> list[AccountingEvent]:
+        return PrivacyLedger(self.ledger_path, NAME, self.policy.epsilon, self.policy.delta).events()
+
+
+MakePlan = Callable[..., RunPlan]
+
+
+def read(reply: bytes) -> Message:
+    return from_bytes(reply, Message, Message)
+
+
+def header(reply: bytes) -> dict[str, Any]:
+    length = int.from_bytes(reply[4:8], "big")
+    parsed: dict[str, Any] = json.loads(reply[8 : 8 + length])
+    return parsed
+
+
+def reason(message: Message) -> str:
+    assert isinstance(message, Declined), f"expected a refusal, found {type(message).__name__}"
+    assert message.site == NAME
+    return message.reason
+
+
+def update(message: Message) -> NDArray[np.float32]:
+    assert isinstance(message, TrainReply), f"expected an update, found {message}"
+    width = {"float32": 4, "float16": 2}[message.dtype]
+    return codec.decode(message.payload, message.dtype, len(message.payload) // width)
+
+
+@pytest.fixture(scope="session")
+def make_plan(tiny_llama: Path) -> MakePlan:
+    """Return a function that makes a plan for the tiny model; sections are given as dictionaries."""
+
+    def make(
+        run: str = "run-1", privacy: dict[str, Any] | None = None, training: dict[str, Any] | None = None
+    ) -> RunPlan:
+        values = {
+            "run": run,
+            "seed": 3,
+            "model": {"source": str(tiny_llama), "max_length": 32},
+            "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+            "privacy": {
+                "mode": "local", "unit": "record", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0,
+                "sampling_rate": 0.5, "units_per_site": 24, "noise_multiplier": 1.5, **(privacy or {}),
+            },
+            "training": {"rounds": 4, "local_steps": 2, "learning_rate": 0.1, "wire": "float32", **(training or {})},
+        }  # fmt: skip
+        return parse(RunPlan, values)
+
+    return make
+
+
+@pytest.fixture
+def office(tmp_path: Path, make_plan: MakePlan) -> Office:
+    return Office(tmp_path, make_plan())
+
+
+# ---- the protocol ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan) -> Office:
+    """One office for all fuzzed bytes, with a fixed workspace: what a hostile plan may load is not the question."""
+    office = Office(tmp_path_factory.mktemp("fuzzed"), make_plan())
+    workspace = office.workspace()
+
+    def open_only(plan: RunPlan) -> Workspace:
+        if (plan.model, plan.adapter, plan.seed) != (office.plan.model, office.plan.adapter, office.plan.seed):
+            raise ModelError("another model")
+        return workspace
+
+    office.site = Site(NAME, office.policy, office.ledger_path, open_only, office.loader, 8)
+    return office
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_get_a_refusal_and_never_an_exception(fuzzed: Office, data: bytes) -> None:
+    assert reason(read(fuzzed.site.handle(data))) == "message"
+    assert reason(read(fuzzed.site.handle(MAGIC + len(data).to_bytes(4, "big") + data))) == "message"
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_requests_get_a_parseable_reply(fuzzed: Office, data: st.DataObject) -> None:
+    frame = bytearray(fuzzed.request() if data.draw(st.booleans()) else Prepare(plan=fuzzed.plan).to_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    frame = frame[: data.draw(st.one_of(st.just(len(frame)), st.integers(0, len(frame))))]
+    assert isinstance(read(fuzzed.site.handle(bytes(frame))), Declined | Ready | TrainReply)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(["kind", "plan", "round", "spec_digest", "payload", "stray"]), _JSON)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_hostile_headers_get_a_parseable_reply(fuzzed: Office, field: str, value: object) -> None:
+    frame = fuzzed.request()
+    encoded = json.dumps({**header(frame), field: value}).encode()
+    hostile = MAGIC + len(encoded).to_bytes(4, "big") + encoded + frame[8 + int.from_bytes(frame[4:8], "big") :]
+    assert isinstance(read(fuzzed.site.handle(hostile)), Declined | TrainReply)
+
+
+def test_a_plan_within_policy_makes_the_site_ready(office: Office) -> None:
+    ready = office.prepare()
+    assert isinstance(ready, Ready)
+    assert (ready.site, ready.plan_digest) == (NAME, office.plan.digest)
+    assert ready.spec_digest == office.workspace().adapter.spec.digest
+    assert office.events() == [], "preparing costs nothing"
+
+
+def test_a_round_gives_an_update_of_the_planned_form(office: Office) -> None:
+    reply = office.train()
+    assert isinstance(reply, TrainReply)
+    adapter = office.workspace().adapter
+    assert (reply.site, reply.round, reply.dtype) == (NAME, 1, "float32")
+    assert (reply.plan_digest, reply.spec_digest) == (office.plan.digest, adapter.spec.digest)
+    delta = codec.decode(reply.payload, "float32", adapter.spec.dimension)
+    assert np.linalg.norm(delta) > 0
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201, "\ud800"], ids=["empty", "too long", "lone surrogate"])
+def test_a_name_that_no_message_can_carry_is_refused_when_the_site_is_made(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="name"):
+        Site(name, SitePolicy(1.0, 1e-5, 1), tmp_path / "ledger.db", lambda plan: None, lambda p, w: (), 8)  # type: ignore[arg-type,return-value]
+
+
+# ---- what the site permits ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [{"mode": "off", "noise_multiplier": None}, {"insecure_seed": 1}, {"delta": 2e-3}],
+    ids=["no noise", "seeded noise", "delta above the site's"],
+)
+@pytest.mark.parametrize("step", ["prepare", "train"])
+def test_a_plan_beyond_policy_is_declined_before_records_and_ledger_are_touched(
+    tmp_path: Path, make_plan: MakePlan, privacy: dict[str, Any], step: str
+) -> None:
+    office = Office(tmp_path, make_plan(privacy=privacy), epsilon=math.inf)
+    assert reason(office.prepare() if step == "prepare" else office.train()) == "policy"
+    assert office.loader.calls == 0
+    assert not office.ledger_path.exists()
+
+
+@pytest.mark.parametrize("step", ["prepare", "train"])
+def test_an_office_that_protects_persons_declines_a_plan_that_protects_records(
+    tmp_path: Path, make_plan: MakePlan, step: str
+) -> None:
+    office = Office(tmp_path, make_plan(), unit="person")
+    assert reason(office.prepare() if step == "prepare" else office.train()) == "policy"
+    assert office.loader.calls == 0
+    office.plan = make_plan(privacy={"unit": "person"})
+    assert isinstance(office.prepare(), Ready)
+
+
+def test_a_site_may_permit_unprotected_plans(tmp_path: Path, make_plan: MakePlan) -> None:
+    plan = make_plan(privacy={"mode": "off", "noise_multiplier": None})
+    reply = Office(tmp_path, plan, epsilon=math.inf, allow_unprotected=True).train()
+    assert isinstance(reply, TrainReply)
+    assert (reply.epsilon, reply.epsilon_rdp) == (None, None)
+
+
+@pytest.mark.parametrize("step", ["prepare", "train"])
+def test_an_exhausted_budget_is_declined_before_any_record_is_read(
+    tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    plan = make_plan(run="second")
+    event = plan.mechanism.event(plan.training.local_steps)
+    budget = spent([event], 1e-3).epsilon * 1.01  # one round, and no other
+    office = Office(tmp_path, plan, epsilon=budget)
+    PrivacyLedger(office.ledger_path, NAME, budget, 1e-3).reserve("first", 1, "of another run", event)
+
+    def train_round(*_: object) -> None:
+        raise AssertionError("trained without budget")
+
+    monkeypatch.setattr(client.site, "train_round", train_round)
+    assert reason(office.prepare() if step == "prepare" else office.train()) == "budget"
+    assert office.loader.calls == 0
+    assert office.events() == [event], "a refusal costs nothing"
+
+
+def test_the_budget_ends_a_run_in_the_round_that_would_exceed_it(tmp_path: Path, make_plan: MakePlan) -> None:
+    plan = make_plan()
+    event = plan.mechanism.event(plan.training.local_steps)
+    office = Office(tmp_path, plan, epsilon=spent([event] * 2, 1e-3).epsilon)  # just two rounds, to the last digit
+    assert isinstance(office.train(1), TrainReply)
+    assert isinstance(office.train(2), TrainReply)
+    read_before = office.loader.calls
+    office.restart()
+    assert reason(office.train(3)) == "budget"
+    assert office.loader.calls == read_before
+    assert office.events() == [event] * 2
+
+
+@pytest.mark.parametrize("step", ["prepare", "train"])
+@pytest.mark.parametrize(
+    ("units", "least"),
+    [(0, 0.0), (0, 1.0), (5, 6.0), (11, 0.5 * 24)],
+    ids=["empty site", "empty site, limit 1", "too few", "less than one expected batch"],
+)
+def test_too_few_units_are_declined(tmp_path: Path, make_plan: MakePlan, units: int, least: float, step: str) -> None:
+    office = Office(tmp_path, make_plan(), units=units, min_units=least)
+    assert reason(office.prepare() if step == "prepare" else office.train()) == "data"
+
+
+def test_enough_units_are_not_declined(tmp_path: Path, make_plan: MakePlan) -> None:
+    assert isinstance(Office(tmp_path, make_plan(), units=12, min_units=12.0).prepare(), Ready)
+
+
+# ---- requests that are wrong ----------------------------------------------------------------------------------------
+
+
+def _nan(payload: bytes) -> bytes:
+    return np.float32("nan").tobytes() + payload[4:]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"spec_digest": "0" * 64}, "model"),
+        ({"payload": lambda p: p[:-4]}, "message"),
+        ({"payload": lambda p: p + b"\0"}, "message"),
+        ({"payload": lambda p: b""}, "message"),
+        ({"payload": _nan}, "message"),
+        ({"payload": lambda p: np.float32("inf").tobytes() + p[4:]}, "message"),
+        ({"round": 5}, "message"),
+        ({"round": 2**70}, "message"),
+    ],
+    ids=["other adapter", "short", "long", "empty", "NaN", "infinite", "round beyond the plan", "enormous round"],
+)
+def test_a_wrong_request_is_declined_and_costs_nothing(office: Office, change: dict[str, Any], expected: str) -> None:
+    right = from_bytes(office.request(), TrainRequest, TrainRequest).payload
+    values = {key: value(right) if callable(value) else value for key, value in change.items()}
+    assert reason(office.train(**values)) == expected
+    assert office.loader.calls == 0
+    assert not office.ledger_path.exists() or office.events() == []
+
+
+def test_a_round_is_trained_for_one_request_only(office: Office, make_plan: MakePlan) -> None:
+    """Two answers from different starting points would be two releases at the price of one."""
+    first = office.train(1)
+    assert isinstance(first, TrainReply)
+    dimension = office.workspace().adapter.spec.dimension
+    assert reason(office.train(1, payload=codec.encode(np.ones(dimension, np.float32), "float32"))) == "ledger"
+    office.plan = make_plan(privacy={"clip_norm": 2.0})  # the same run and round, another plan
+    assert reason(office.train(1)) == "ledger"
+    assert len(office.events()) == 1
+
+
+def test_a_ledger_that_cannot_be_used_stops_the_site_before_records_are_read(office: Office) -> None:
+    office.ledger_path.write_bytes(b"not a database" * 400)
+    assert reason(office.train()) == "ledger"
+    assert office.loader.calls == 0
+    assert reason(office.prepare()) == "ledger"
+
+
+@pytest.fixture
+def site_log() -> Iterator[list[logging.LogRecord]]:
+    """Everything that goes to the sites' own log."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("fedllm.site")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+# ---- what a refusal tells -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["prepare", "train"])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (DataError(SECRET), "data"),
+        (ConfigError(SECRET), None),
+        (KeyError(SECRET), "internal"),
+        (ValueError(SECRET), "internal"),
+        (RuntimeError(SECRET), "internal"),
+        (MemoryError(SECRET), "internal"),
+        (RecursionError(SECRET), "internal"),
+        (StopIteration(SECRET), "internal"),
+        (AssertionError(SECRET), "internal"),
+        (OSError(5, SECRET), "internal"),
+        (UnicodeDecodeError("utf-8", SECRET.encode(), 0, 1, SECRET), "internal"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_refusal_tells_a_code_and_the_log_tells_why(
+    tmp_path: Path,
+    make_plan: MakePlan,
+    site_log: list[logging.LogRecord],
+    step: str,
+    error: Exception,
+    expected: str | None,
+) -> None:
+    office = Office(tmp_path, make_plan(), loader=Loader(error=error))
+    request = Prepare(plan=office.plan).to_bytes() if step == "prepare" else office.request()
+    reply = office.site.handle(request)
+    assert set(header(reply)) == {"kind", "site", "reason"}
+    assert reason(read(reply)) in ([expected] if expected else ["data", "internal"])
+    assert SECRET.encode() not in reply
+    assert len(reply) < 200
+    assert any(SECRET in logging.Formatter().format(record) for record in site_log), "the site's log says what failed"
+
+
+@pytest.mark.parametrize("units", [24, 25, 61])
+def test_what_a_reply_says_beside_the_update_does_not_depend_on_the_records(
+    tmp_path: Path, make_plan: MakePlan, units: int
+) -> None:
+    """No record counts, no losses, no timings: the header is a function of the plan and the budget spent."""
+    documented = {"kind", "site", "plan_digest", "round", "spec_digest", "dtype", "epsilon", "epsilon_rdp", "delta"}
+    office = Office(tmp_path, make_plan(), units=units)
+    reply = office.site.handle(office.request())
+    assert set(header(reply)) == documented
+    cost = spent([office.plan.mechanism.event(2)], 1e-3)
+    assert header(reply) == {
+        "kind": "update",
+        "site": NAME,
+        "plan_digest": office.plan.digest,
+        "round": 1,
+        "spec_digest": office.workspace().adapter.spec.digest,
+        "dtype": "float32",
+        "epsilon": cost.epsilon,
+        "epsilon_rdp": cost.epsilon_rdp,
+        "delta": 1e-3,
+    }
+    ready = office.site.handle(Prepare(plan=office.plan).to_bytes())
+    assert set(header(ready)) == {"kind", "site", "plan_digest", "spec_digest"}
+
+
+@pytest.mark.parametrize(("wire", "value"), [("float16", 1e6), ("float32", np.inf), ("float32", np.nan)])
+def test_an_update_that_cannot_be_sent_is_a_failure_of_training(
+    tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, wire: str, value: float
+) -> None:
+    """Not of the message that asked for it: head office must not look for the fault on its own side."""
+    office = Office(tmp_path, make_plan(training={"wire": wire}))
+    dimension = office.workspace().adapter.spec.dimension
+    monkeypatch.setattr(client.site, "train_round", lambda *_: np.full(dimension, value, np.float32))
+    assert reason(office.train()) == "training"
+    assert len(office.events()) == 1, "the records were used: the charge stands"
+
+
+def test_diverged_training_is_declined_and_leaves_the_charge(tmp_path: Path, make_plan: MakePlan) -> None:
+    office = Office(tmp_path, make_plan(training={"learning_rate": 1e38}, privacy={"clip_norm": 1e4}))
+    assert reason(office.train()) == "training"
+    assert len(office.events()) == 1
+
+
+# ---- charge before release ------------------------------------------------------------------------------------------
+
+
+def test_the_same_request_twice_gives_the_same_bytes_and_one_charge(office: Office) -> None:
+    request = office.request()
+    first = office.site.handle(request)
+    assert isinstance(read(first), TrainReply)
+    assert office.site.handle(request) == first
+    office.restart()
+    calls = office.loader.calls
+    assert office.site.handle(request) == first
+    assert office.loader.calls == calls, "a repeated answer needs no records"
+    assert len(office.events()) == 1
+
+
+def test_the_same_request_from_two_threads_is_trained_once(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[int] = []
+    original = client.site.train_round
+
+    def train_round(*arguments: Any) -> NDArray[np.float32]:
+        trained.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(client.site, "train_round", train_round)
+    request, replies = office.request(), []
+    start = threading.Barrier(4)
+
+    def ask() -> None:
+        start.wait()
+        replies.append(office.site.handle(request))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(replies)) == 1
+    assert len(replies) == 4
+    assert trained == [1]
+    assert len(office.events()) == 1
+
+
+def test_a_refusal_after_training_is_the_answer_of_that_round_for_ever(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether training failed may depend on the records: a free second try would be a second release."""
+
+    def fail(*_: object) -> NDArray[np.float32]:
+        raise ModelError("diverged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client.site, "train_round", fail)
+        first = office.site.handle(office.request())
+    assert reason(read(first)) == "training"
+    assert office.site.handle(office.request()) == first
+    assert office.restart().handle(office.request()) == first
+    assert len(office.events()) == 1
+    assert isinstance(office.train(2), TrainReply), "the next round is another one"
+
+
+def test_an_old_round_is_not_trained_again_once_its_reply_is_gone(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for round_ in (1, 2, 3):
+        assert isinstance(office.train(round_), TrainReply)
+
+    def train_round(*_: object) -> None:
+        raise AssertionError("trained a released round again")
+
+    monkeypatch.setattr(client.site, "train_round", train_round)
+    assert reason(office.train(1)) == "ledger"
+    assert len(office.events()) == 3
+
+
+_POINTS = ["load_units", "train_round", "encode", "release"]
+
+
+def _interrupt(point: str, office: Office, patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Call `act` where the round has come to `point`."""
+
+    def stop(*_: object, **__: object) -> Any:
+        act()
+
+    if point == "load_units":
+        office.loader.__class__ = type("Interrupted", (Loader,), {"__call__": stop})
+    elif point == "train_round":
+        patch.setattr(client.site, "train_round", stop)
+    elif point == "encode":
+        patch.setattr(client.site.codec, "encode", stop)
+    else:
+        patch.setattr(PrivacyLedger, "release", stop)
+
+
+@pytest.mark.parametrize("point", _POINTS)
+def test_a_crash_after_the_charge_leaves_it_and_the_repeated_round_is_not_charged_again(
+    office: Office, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    request = office.request()
+
+    def crash() -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        _interrupt(point, office, patch, crash)
+        with pytest.raises(Killed):
+            office.site.handle(request)
+    assert len(office.events()) == 1, "charged before anything was read"
+    office.loader = Loader()
+    reply = office.restart().handle(request)
+    assert isinstance(read(reply), TrainReply)
+    assert office.site.handle(request) == reply
+    assert len(office.events()) == 1
+
+
+@pytest.mark.parametrize("point", _POINTS)
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # os.fork, Python 3.12
+def test_a_killed_process_leaves_the_charge_and_no_second_one(
+    office: Office, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    request = office.request()
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child == 0:  # the site's process: it is killed at `point`
+        try:
+
+            def wait_for_the_end() -> None:
+                os.write(writable, b"here")
+                signal.pause()
+
+            _interrupt(point, office, monkeypatch, wait_for_the_end)
+            office.site.handle(request)
+        finally:
+            os._exit(0)
+    os.close(writable)
+    assert os.read(readable, 4) == b"here", "the round ended before it could be killed"
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    os.close(readable)
+    assert len(office.events()) == 1
+    assert isinstance(read(office.restart().handle(request)), TrainReply)
+    assert len(office.events()) == 1
+
+
+# ---- the stated privacy loss ----------------------------------------------------------------------------------------
+
+
+def test_the_stated_epsilon_composes_over_rounds_and_runs(office: Office, make_plan: MakePlan) -> None:
+    event = office.plan.mechanism.event(2)
+    for round_ in (1, 2, 3):
+        reply = office.train(round_)
+        office.restart()
+        assert isinstance(reply, TrainReply)
+        cost = spent([event] * round_, 1e-3)
+        assert (reply.epsilon, reply.epsilon_rdp) == (cost.epsilon, cost.epsilon_rdp)
+    office.plan = make_plan(run="run-2", privacy={"noise_multiplier": 3.0})
+    reply = office.train(1)
+    assert isinstance(reply, TrainReply)
+    assert reply.epsilon == spent([event] * 3 + [office.plan.mechanism.event(2)], 1e-3).epsilon
+
+
+def test_epsilon_is_stated_at_the_delta_of_the_plan(tmp_path: Path, make_plan: MakePlan) -> None:
+    """The report prints it beside the plan's delta; at the site's own, laxer delta it would look smaller than it is."""
+    plan = make_plan(privacy={"delta": 1e-5})
+    reply = Office(tmp_path, plan, delta=1e-2, epsilon=20.0).train()
+    assert isinstance(reply, TrainReply)
+    assert reply.delta == 1e-5
+    assert reply.epsilon == spent([plan.mechanism.event(2)], 1e-5).epsilon
+
+
+# ---- randomness -----------------------------------------------------------------------------------------------------
+
+
+def test_a_private_update_is_different_every_time(tmp_path: Path, make_plan: MakePlan) -> None:
+    updates = [update(Office(tmp_path / str(i), make_plan()).train()) for i in range(2)]
+    assert not np.array_equal(*updates)
+
+
+@pytest.mark.parametrize(
+    "privacy", [{"mode": "off", "noise_multiplier": None}, {"insecure_seed": 5}], ids=["off", "seeded"]
+)
+def test_a_run_that_is_not_private_can_be_repeated_to_the_bit(
+    tmp_path: Path, make_plan: MakePlan, privacy: dict[str, Any]
+) -> None:
+    offices = [
+        Office(tmp_path / str(i), make_plan(privacy=privacy), epsilon=math.inf, allow_unprotected=True)
+        for i in range(2)
+    ]
+    first, second = (update(office.train(1)) for office in offices)
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, update(offices[0].train(2))), "another round draws other coins"
+
+
+def test_no_seed_reaches_the_coins_of_a_private_plan(
+    tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seeded(*_: object) -> None:
+        raise AssertionError("seeded randomness in a private run")
+
+    monkeypatch.setattr(client.site, "SeededRandomness", seeded)
+    assert isinstance(Office(tmp_path, make_plan()).train(), TrainReply)

@@ -1,0 +1,794 @@
+"""The round loop: what misbehaving sites, crashes and lost quorums can do to a run, which is nothing."""
+
+import json
+import math
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+from numpy.typing import NDArray
+
+import server.checkpoint
+import server.rounds
+from fedllm import codec
+from fedllm.delta import AdapterSpec, TensorSpec
+from fedllm.errors import CheckpointError, QuorumLost
+from fedllm.messages import KEY, RECORD, Declined, Prepare, Ready, TrainReply, TrainRequest, from_bytes
+from fedllm.plan import FederationConfig, RunPlan, parse
+from fedllm.privacy.accounting import spent
+from server.checkpoint import load_checkpoint
+from server.rounds import CHECKPOINT, METRICS, Coordinator, Event, RoundRecord, RoundStarted, SiteAnswered
+
+DIMENSION = 12
+SPEC = AdapterSpec("base", "frozen", 2.0, (TensorSpec("a", (4, 2)), TensorSpec("b", (4,))))
+START = np.linspace(-1, 1, DIMENSION).astype(np.float32)
+NAMES = ("서울-강남", "busan", "jeju")
+
+Vector = NDArray[np.float32]
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the product may catch it."""
+
+
+class FakeSite:
+    """A site without a model: its update depends on name, round and starting point, and on nothing else."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rounds: list[int] = []  # asked to train
+        self.prepared = 0
+        self.spoil: Callable[[TrainReply], Any] | None = None
+        self.decline_plan: str | None = None
+
+    def delta(self, round_: int, start: Vector) -> Vector:
+        noise = np.random.default_rng([round_, *self.name.encode()]).normal(size=DIMENSION)
+        return np.asarray(0.2 * noise - 0.1 * start, np.float32)
+
+    def __call__(self, request: bytes) -> Any:
+        message = from_bytes(request, Prepare, TrainRequest)
+        if isinstance(message, Prepare):
+            self.prepared += 1
+            if self.decline_plan is not None:
+                return Declined(site=self.name, reason=self.decline_plan).to_bytes()  # type: ignore[arg-type]
+            return Ready(site=self.name, plan_digest=message.plan.digest, spec_digest=SPEC.digest).to_bytes()
+        self.rounds.append(message.round)
+        plan = message.plan
+        private = plan.mechanism.private
+        reply = TrainReply(
+            site=self.name,
+            plan_digest=plan.digest,
+            round=message.round,
+            spec_digest=SPEC.digest,
+            dtype=plan.training.wire,
+            epsilon=0.5 * message.round if private else None,
+            epsilon_rdp=0.6 * message.round if private else None,
+            delta=plan.privacy.delta,
+            payload=codec.encode(
+                self.delta(message.round, codec.decode(message.payload, "float32", DIMENSION)), plan.training.wire
+            ),
+        )
+        return reply.to_bytes() if self.spoil is None else self.spoil(reply)
+
+
+class FakeGrid(Grid):
+    """Nodes that answer at once, raise, or (by None) never answer."""
+
+    def __init__(self, nodes: Mapping[int, Callable[[bytes], bytes | None]]) -> None:
+        self.nodes = dict(nodes)
+        self.asked: list[tuple[int, str]] = []
+        self._waiting: dict[str, Message] = {}
+
+    def set_run(self, run: Run) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError
+
+    def create_message(self, *_: Any, **__: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, *_: Any, **__: Any) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            self._waiting[message.metadata.message_id] = message
+            self.asked.append((message.metadata.dst_node_id, message.metadata.message_type))
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = []
+        for message_id in message_ids:
+            if message_id not in self._waiting:
+                continue
+            message = self._waiting.pop(message_id)
+            payload = message.content.config_records[RECORD][KEY]
+            assert isinstance(payload, bytes)
+            try:
+                answer = self.nodes[message.metadata.dst_node_id](payload)
+            except Exception as error:
+                replies.append(Message(Error(code=0, reason=type(error).__name__), reply_to=message))
+                continue
+            if answer is not None:
+                content = answer if isinstance(answer, RecordDict) else _envelope(answer)
+                replies.append(Message(content, reply_to=message))
+        return replies
+
+
+def _envelope(value: Any) -> RecordDict:
+    return RecordDict({RECORD: ConfigRecord({KEY: value})})
+
+
+@pytest.fixture(autouse=True)
+def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What flwr 1.39 reads when a Message is made."""
+    for name, value in (("_run_id", 1), ("_task_id", 1), ("_node_id", 0)):
+        monkeypatch.setattr(TaskIdentity, name, value)
+
+
+def make_plan(rounds: int = 4, server: dict[str, Any] | None = None, **privacy: Any) -> RunPlan:
+    values = {
+        "run": "run",
+        "seed": 0,
+        "model": {"source": "none"},
+        "adapter": {},
+        "privacy": {"mode": "off", "units_per_site": 10, "delta": 1e-3, **privacy},
+        "training": {"rounds": rounds, "wire": "float32", "server": server or {}},
+    }
+    return parse(RunPlan, values)
+
+
+def score(vector: Vector) -> dict[str, float | None]:
+    loss = float(np.mean(vector.astype(np.float64) ** 2))
+    return {"loss": loss, "perplexity": math.exp(loss)}
+
+
+class Federation:
+    """A head office, its folder and its fake sites."""
+
+    def __init__(self, folder: Path, plan: RunPlan, **changes: Any) -> None:
+        self.folder, self.plan = folder, plan
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config = parse(
+            FederationConfig,
+            {"partition": {"by": "iid", "sites": 3}, "quorum": 2, "round_timeout": 0.2, **changes},
+        )
+        self.sites = {name: FakeSite(name) for name in NAMES}
+        self.grid = FakeGrid(dict(enumerate(self.sites.values(), start=1)))
+        self.events: list[Event] = []
+
+    def coordinator(self, observe: Callable[[Event], None] | None = None) -> Coordinator:
+        return Coordinator(
+            self.plan, self.config, SPEC, START, self.folder, score, observe or self.events.append, len(self.sites)
+        )
+
+    def run(self) -> Coordinator:
+        coordinator = self.coordinator()
+        coordinator.run(self.grid)
+        return coordinator
+
+    def resume(self) -> Coordinator:
+        coordinator = self.coordinator()
+        coordinator.resume()
+        coordinator.run(self.grid)
+        return coordinator
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / METRICS).read_text("utf-8").splitlines()]
+
+
+def expected_adapters(federation: Federation, absent: Mapping[int, set[str]] | None = None) -> list[Vector]:
+    """FedAvg in plain numpy: the adapter after each round, where `absent` sites of a round give nothing."""
+    adapters = [START]
+    for round_ in range(1, federation.plan.training.rounds + 1):
+        present = [s for n, s in sorted(federation.sites.items()) if n not in (absent or {}).get(round_, set())]
+        mean = np.mean([site.delta(round_, adapters[-1]).astype(np.float64) for site in present], axis=0)
+        adapters.append(np.float32(adapters[-1] + np.float32(mean)))
+    return adapters
+
+
+def untimed(records: Iterable[RoundRecord]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in vars(record).items() if k != "seconds"} for record in records]
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Federation:
+    return Federation(tmp_path / "run", make_plan())
+
+
+# ---- a run in which all goes well ------------------------------------------------------------------------------------
+
+
+def test_rounds_average_the_updates_of_all_sites(federation: Federation) -> None:
+    coordinator = federation.run()
+    np.testing.assert_allclose(coordinator.adapter, expected_adapters(federation)[-1], rtol=1e-6)
+    assert coordinator.round == 4
+    assert [site.rounds for site in federation.sites.values()] == [[1, 2, 3, 4]] * 3
+    assert [site.prepared for site in federation.sites.values()] == [1] * 3
+    for state in coordinator.sites.values():
+        assert (state.rounds, state.declined, state.failed, state.reason) == (4, 0, 0, "")
+
+
+def test_metrics_have_one_line_for_the_base_and_one_for_each_round(federation: Federation) -> None:
+    coordinator = federation.run()
+    lines = federation.metrics()
+    assert [line["round"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[0]["loss"] == score(START)["loss"]
+    assert lines[4]["loss"] == score(coordinator.adapter)["loss"]
+    assert all(line["private"] is False and line["epsilon"] is None for line in lines), "branded in every line"
+    assert [line["answered"] for line in lines[1:]] == [sorted(NAMES)] * 4
+    assert untimed(coordinator.records) == [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_the_checkpoint_holds_the_last_round(federation: Federation) -> None:
+    coordinator = federation.run()
+    checkpoint = load_checkpoint(federation.folder / CHECKPOINT)
+    assert (checkpoint.round, checkpoint.plan_digest) == (4, federation.plan.digest)
+    assert checkpoint.adapter.tobytes() == coordinator.adapter.tobytes()
+    assert checkpoint.sites == coordinator.sites
+
+
+def test_every_round_is_on_disk_before_it_is_announced(federation: Federation) -> None:
+    seen = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, RoundRecord):
+            assert load_checkpoint(federation.folder / CHECKPOINT).round == event.round
+            assert federation.metrics()[-1]["round"] == event.round
+            seen.append(event.round)
+
+    federation.coordinator(observe).run(federation.grid)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_public_weights_are_applied(tmp_path: Path) -> None:
+    weights = {"busan": 3.0}
+    federation = Federation(tmp_path, make_plan(rounds=1), weights=weights)
+    deltas = [federation.sites[n].delta(1, START).astype(np.float64) for n in NAMES]
+    expected = START + np.average(deltas, axis=0, weights=[1, 3, 1])
+    np.testing.assert_allclose(federation.run().adapter, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("server", "reference"),
+    [
+        ({"name": "sgd", "learning_rate": 0.5, "momentum": 0.9}, "momentum"),
+        ({"name": "adam", "learning_rate": 0.1, "betas": [0.8, 0.95], "eps": 0.01}, "adam"),
+    ],
+    ids=["momentum", "adam"],
+)
+def test_server_optimisers_follow_their_papers(tmp_path: Path, server: dict[str, Any], reference: str) -> None:
+    federation = Federation(tmp_path, make_plan(server=server))
+    x, m, v = START.astype(np.float64), np.zeros(DIMENSION), np.zeros(DIMENSION)
+    for round_ in range(1, 5):
+        g = -np.mean([s.delta(round_, np.float32(x)).astype(np.float64) for s in federation.sites.values()], axis=0)
+        if reference == "momentum":
+            m = 0.9 * m + g
+            x = x - 0.5 * m
+        else:
+            m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+            x = x - 0.1 * (m / (1 - 0.8**round_)) / (np.sqrt(v / (1 - 0.95**round_)) + 0.01)
+    np.testing.assert_allclose(federation.run().adapter, x, rtol=1e-4, atol=1e-5)
+
+
+def test_the_largest_stated_epsilon_is_recorded(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, make_plan(mode="local", noise_multiplier=1.0))
+    federation.sites["jeju"].spoil = lambda reply: reply.model_copy(update={"epsilon": 3.0 + reply.round}).to_bytes()
+    coordinator = federation.run()
+    assert [record.epsilon for record in coordinator.records] == [0.0, 4.0, 5.0, 6.0, 7.0]
+    assert all(record.private for record in coordinator.records)
+    assert coordinator.sites["busan"].epsilon == 2.0
+
+
+# ---- sites that misbehave --------------------------------------------------------------------------------------------
+
+
+def _changed(**values: Any) -> Callable[[TrainReply], bytes]:
+    return lambda reply: reply.model_copy(update=values).to_bytes()
+
+
+def _raise(reply: TrainReply) -> bytes:
+    raise RuntimeError("a fault of the site")
+
+
+def _first_value(value: float) -> Callable[[TrainReply], bytes]:
+    poison = np.float32(value).tobytes()
+    return lambda reply: reply.model_copy(update={"payload": poison + reply.payload[4:]}).to_bytes()
+
+
+MISBEHAVIOURS: dict[str, Callable[[TrainReply], Any]] = {
+    "raises": _raise,
+    "never answers": lambda reply: None,
+    "too short": lambda reply: reply.model_copy(update={"payload": reply.payload[:-4]}).to_bytes(),
+    "too long": lambda reply: reply.model_copy(update={"payload": reply.payload + bytes(4)}).to_bytes(),
+    "no payload": _changed(payload=b""),
+    "NaN": _first_value(math.nan),
+    "infinite": _first_value(math.inf),
+    "wrong round": lambda reply: reply.model_copy(update={"round": reply.round + 1}).to_bytes(),
+    "another site's name": _changed(site="busan"),
+    "unknown name": _changed(site="nobody"),
+    "another plan": _changed(plan_digest="0" * 64),
+    "another adapter": _changed(spec_digest="0" * 64),
+    "another type": _changed(dtype="float16"),
+    "garbage": lambda reply: b"\x00\xff" * 50,
+    "empty": lambda reply: b"",
+    "cut": lambda reply: reply.to_bytes()[:20],
+    "another kind of message": lambda reply: Ready(site=reply.site, plan_digest="", spec_digest="").to_bytes(),
+    "text instead of bytes": lambda reply: _envelope("hello"),
+    "an empty envelope": lambda reply: RecordDict(),
+    "another envelope": lambda reply: RecordDict({"other": ConfigRecord({"message": b"x"})}),
+}
+
+
+@pytest.mark.parametrize("misbehaviour", MISBEHAVIOURS)
+def test_a_site_that_misbehaves_is_counted_as_failed_and_the_others_are_averaged(
+    federation: Federation, misbehaviour: str
+) -> None:
+    spoil = MISBEHAVIOURS[misbehaviour]
+    federation.sites["jeju"].spoil = lambda reply: spoil(reply) if reply.round == 2 else reply.to_bytes()
+    coordinator = federation.run()
+    np.testing.assert_allclose(coordinator.adapter, expected_adapters(federation, {2: {"jeju"}})[-1], rtol=1e-6)
+    assert coordinator.round == 4
+    bad = coordinator.records[2]
+    assert (bad.answered, bad.declined, list(bad.failed)) == (["busan", "서울-강남"], {}, ["jeju"])
+    assert bad.failed["jeju"], "the record says what was wrong"
+    assert [record.failed for record in coordinator.records if record.round != 2] == [{}] * 4
+    assert (coordinator.sites["jeju"].rounds, coordinator.sites["jeju"].failed) == (3, 1)
+    assert (coordinator.sites["busan"].rounds, coordinator.sites["busan"].failed) == (4, 0)
+    assert [line["round"] for line in federation.metrics()] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("misbehaviour", "words"), [("raises", "fault"), ("never answers", "no answer in time")])
+def test_the_record_says_what_kind_of_failure_it_was(federation: Federation, misbehaviour: str, words: str) -> None:
+    federation.sites["jeju"].spoil = MISBEHAVIOURS[misbehaviour]
+    assert words in federation.run().records[1].failed["jeju"]
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [({"epsilon": None}, "epsilon"), ({"delta": 0.5}, "delta")],
+    ids=["no epsilon", "epsilon at a laxer delta"],
+)
+def test_an_update_without_an_account_at_the_planned_delta_is_not_used(
+    tmp_path: Path, values: dict[str, Any], what: str
+) -> None:
+    federation = Federation(tmp_path, make_plan(mode="local", noise_multiplier=1.0))
+    federation.sites["jeju"].spoil = _changed(**values)
+    coordinator = federation.run()
+    assert all(what in record.failed.get("jeju", "") for record in coordinator.records[1:])
+    assert coordinator.sites["jeju"].rounds == 0
+
+
+@pytest.mark.parametrize("misbehaviour", ["raises", "never answers", "NaN", "garbage"])
+def test_too_many_misbehaving_sites_end_the_run_with_everything_on_disk(
+    federation: Federation, misbehaviour: str
+) -> None:
+    spoil = MISBEHAVIOURS[misbehaviour]
+    for name in ("jeju", "busan"):
+        federation.sites[name].spoil = lambda reply: spoil(reply) if reply.round == 3 else reply.to_bytes()
+    coordinator = federation.coordinator()
+    with pytest.raises(QuorumLost, match=r"round 3.*quorum=2") as caught:
+        coordinator.run(federation.grid)
+    assert "jeju" in str(caught.value)
+    assert "busan" in str(caught.value)
+    assert [line["round"] for line in federation.metrics()] == [0, 1, 2]
+    checkpoint = load_checkpoint(federation.folder / CHECKPOINT)
+    assert checkpoint.round == 2
+    assert checkpoint.adapter.tobytes() == coordinator.adapter.tobytes()
+    np.testing.assert_allclose(coordinator.adapter, expected_adapters(federation)[2], rtol=1e-6)
+
+
+def test_a_run_goes_on_where_it_lost_its_quorum(federation: Federation) -> None:
+    for name in ("jeju", "busan"):
+        federation.sites[name].spoil = lambda reply: None if reply.round == 3 else reply.to_bytes()
+    with pytest.raises(QuorumLost):
+        federation.run()
+    for site in federation.sites.values():
+        site.spoil = None
+    coordinator = federation.resume()
+    np.testing.assert_allclose(coordinator.adapter, expected_adapters(federation)[-1], rtol=1e-6)
+    assert [line["round"] for line in federation.metrics()] == [0, 1, 2, 3, 4]
+    used = {name: state.rounds for name, state in coordinator.sites.items()}
+    assert used == dict.fromkeys(NAMES, 4), "a round whose quorum was lost used no update"
+
+
+# ---- sites that decline ----------------------------------------------------------------------------------------------
+
+
+def test_when_all_sites_decline_the_plan_the_run_ends_with_their_reasons(federation: Federation) -> None:
+    for site, why in zip(federation.sites.values(), ("budget", "policy", "data"), strict=True):
+        site.decline_plan = why
+    with pytest.raises(QuorumLost) as caught:
+        federation.run()
+    for name, why in zip(NAMES, ("budget", "policy", "data"), strict=True):
+        assert f"{name} declined ({why})" in str(caught.value)
+    checkpoint = load_checkpoint(federation.folder / CHECKPOINT)
+    assert checkpoint.round == 0
+    assert checkpoint.adapter.tobytes() == START.tobytes()
+    assert {name: state.reason for name, state in checkpoint.sites.items()} == {
+        "서울-강남": "budget",
+        "busan": "policy",
+        "jeju": "data",
+    }
+    assert [line["round"] for line in federation.metrics()] == [0]
+
+
+@pytest.mark.parametrize("why", ["budget", "policy", "data", "model", "ledger"])
+def test_a_site_that_declines_for_good_is_not_asked_again(federation: Federation, why: str) -> None:
+    refusal = Declined(site="jeju", reason=why).to_bytes()  # type: ignore[arg-type]
+    federation.sites["jeju"].spoil = lambda reply: refusal if reply.round >= 2 else reply.to_bytes()
+    coordinator = federation.run()
+    assert federation.sites["jeju"].rounds == [1, 2]
+    assert coordinator.records[2].declined == {"jeju": why}
+    absent = {2: {"jeju"}, 3: {"jeju"}, 4: {"jeju"}}
+    np.testing.assert_allclose(coordinator.adapter, expected_adapters(federation, absent)[-1], rtol=1e-6)
+    state = coordinator.sites["jeju"]
+    assert (state.rounds, state.declined, state.reason) == (1, 1, why)
+
+
+@pytest.mark.parametrize("why", ["training", "message", "internal"])
+def test_a_site_that_declines_one_round_is_asked_for_the_next(federation: Federation, why: str) -> None:
+    refusal = Declined(site="jeju", reason=why).to_bytes()  # type: ignore[arg-type]
+    federation.sites["jeju"].spoil = lambda reply: refusal if reply.round == 2 else reply.to_bytes()
+    coordinator = federation.run()
+    assert federation.sites["jeju"].rounds == [1, 2, 3, 4]
+    assert coordinator.sites["jeju"].rounds == 3
+    np.testing.assert_allclose(coordinator.adapter, expected_adapters(federation, {2: {"jeju"}})[-1], rtol=1e-6)
+
+
+def test_the_reasons_of_earlier_rounds_are_named_when_the_quorum_is_lost_later(federation: Federation) -> None:
+    for round_, name in ((2, "jeju"), (3, "busan")):
+        refusal = Declined(site=name, reason="budget").to_bytes()
+        federation.sites[name].spoil = lambda reply, refusal=refusal, round_=round_: (
+            refusal if reply.round >= round_ else reply.to_bytes()
+        )
+    with pytest.raises(QuorumLost) as caught:
+        federation.run()
+    assert str(caught.value).count("declined (budget)") == 2
+    assert "round 2 is kept" in str(caught.value)
+
+
+def test_a_site_that_could_not_be_reached_for_several_rounds_is_used_again(tmp_path: Path) -> None:
+    """Head office must assume that it paid for them; the site never heard of them, and states what it really spent."""
+    federation = Federation(tmp_path, make_plan(rounds=6, mode="local", noise_multiplier=2.0, sampling_rate=0.5))
+    event = federation.plan.mechanism.event(1)
+    for site in federation.sites.values():
+        trained: list[int] = []
+
+        def account(reply: TrainReply, trained: list[int] = trained) -> bytes | None:
+            if reply.site == "jeju" and reply.round in (2, 3, 4):
+                return None  # lost on the way there
+            trained.append(reply.round)
+            cost = spent([event] * len(trained), federation.plan.privacy.delta)
+            values = {"epsilon": cost.epsilon, "epsilon_rdp": cost.epsilon_rdp}
+            return reply.model_copy(update=values).to_bytes()
+
+        site.spoil = account
+    coordinator = federation.run()
+    assert {r.round for r in coordinator.records[1:] if "jeju" in r.answered} == {1, 5, 6}
+    whole = spent([event] * 6, federation.plan.privacy.delta).epsilon
+    assert coordinator.sites["busan"].epsilon == whole
+    assert coordinator.sites["jeju"].epsilon is not None
+    assert coordinator.sites["jeju"].epsilon <= whole, "no round is paid for twice"
+
+
+def test_a_site_that_lost_its_ledger_is_noticed(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, make_plan(mode="local", noise_multiplier=2.0, sampling_rate=0.5))
+    event = federation.plan.mechanism.event(1)
+
+    def account(reply: TrainReply) -> bytes:
+        rounds = reply.round if reply.site != "jeju" or reply.round < 3 else reply.round - 2  # begins anew in round 3
+        cost = spent([event] * rounds, federation.plan.privacy.delta)
+        return reply.model_copy(update={"epsilon": cost.epsilon, "epsilon_rdp": cost.epsilon_rdp}).to_bytes()
+
+    for site in federation.sites.values():
+        site.spoil = account
+    coordinator = federation.run()
+    assert "ledger" in coordinator.records[3].failed["jeju"]
+    assert coordinator.sites["jeju"].rounds == 2
+
+
+# ---- who is there ----------------------------------------------------------------------------------------------------
+
+
+def test_a_site_that_joins_late_is_prepared_and_used(federation: Federation) -> None:
+    late = federation.grid.nodes.pop(3)
+
+    def observe(event: Event) -> None:
+        if isinstance(event, RoundRecord) and event.round == 2:
+            federation.grid.nodes[3] = late
+
+    coordinator = federation.coordinator(observe)
+    coordinator.run(federation.grid)
+    assert federation.sites["jeju"].rounds == [3, 4]
+    assert federation.sites["jeju"].prepared == 1
+    expected = expected_adapters(federation, {1: {"jeju"}, 2: {"jeju"}})[-1]
+    np.testing.assert_allclose(coordinator.adapter, expected, rtol=1e-6)
+    assert coordinator.sites["jeju"].rounds == 2
+
+
+def test_a_site_that_goes_offline_is_missed_and_used_again_when_it_returns(federation: Federation) -> None:
+    node = federation.grid.nodes[3]
+
+    def observe(event: Event) -> None:
+        if isinstance(event, RoundRecord) and event.round == 1:
+            del federation.grid.nodes[3]
+        elif isinstance(event, RoundRecord) and event.round == 2:
+            federation.grid.nodes[3] = node
+
+    coordinator = federation.coordinator(observe)
+    coordinator.run(federation.grid)
+    assert list(coordinator.records[2].failed) == ["jeju"]
+    assert federation.sites["jeju"].rounds == [1, 3, 4]
+    assert (coordinator.sites["jeju"].rounds, coordinator.sites["jeju"].failed) == (3, 1)
+
+
+def test_a_site_that_does_not_answer_the_plan_is_asked_again_in_the_next_round(federation: Federation) -> None:
+    site = federation.sites["jeju"]
+
+    def answer(request: bytes) -> bytes | None:
+        reply: bytes = site(request)
+        return reply if site.prepared > 1 else None
+
+    federation.grid.nodes[3] = answer
+    coordinator = federation.run()
+    assert site.rounds == [2, 3, 4]
+    assert coordinator.records[1].failed == {"node 3": "no valid answer to the plan"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda request: b"",
+        lambda request: b"garbage" * 9,
+        lambda request: Ready(site="eve", plan_digest="0" * 64, spec_digest=SPEC.digest).to_bytes(),
+        lambda request: Ready(site="eve", plan_digest=make_plan().digest, spec_digest="0" * 64).to_bytes(),
+        lambda request: Ready(site="busan", plan_digest=make_plan().digest, spec_digest=SPEC.digest).to_bytes(),
+    ],
+    ids=["empty", "garbage", "another plan", "another adapter", "a name that is taken"],
+)
+def test_a_node_with_a_wrong_answer_to_the_plan_takes_no_part(
+    federation: Federation, answer: Callable[[bytes], bytes]
+) -> None:
+    trained = []
+
+    def node(request: bytes) -> bytes:
+        if isinstance(from_bytes(request, Prepare, TrainRequest), TrainRequest):
+            trained.append(request)
+        return answer(request)
+
+    federation.grid.nodes[4] = node
+    coordinator = federation.run()
+    assert trained == []
+    assert len(coordinator.records[1].failed) == 1
+    np.testing.assert_allclose(coordinator.adapter, expected_adapters(federation)[-1], rtol=1e-6)
+    assert coordinator.sites["busan"].rounds == 4
+
+
+def test_a_node_cannot_speak_for_another_site(federation: Federation) -> None:
+    """A stranger that declines in busan's name changes nothing in what is recorded of busan."""
+    federation.grid.nodes[4] = lambda request: Declined(site="busan", reason="budget").to_bytes()
+    coordinator = federation.run()
+    state = coordinator.sites["busan"]
+    assert (state.rounds, state.declined, state.reason) == (4, 0, "")
+
+
+def test_the_first_round_waits_for_the_sites_that_are_expected(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, make_plan(), round_timeout=20.0)
+    late, looks = federation.grid.nodes.pop(3), []
+    nodes = federation.grid.get_node_ids
+
+    def get_node_ids() -> list[int]:
+        looks.append(1)
+        if len(looks) == 5:
+            federation.grid.nodes[3] = late
+        return nodes()
+
+    federation.grid.get_node_ids = get_node_ids  # type: ignore[method-assign]
+    coordinator = federation.run()
+    assert coordinator.records[1].answered == sorted(NAMES)
+
+
+def test_the_observer_is_told_who_is_asked_and_who_answered(federation: Federation) -> None:
+    federation.sites["jeju"].spoil = MISBEHAVIOURS["NaN"]
+    federation.run()
+    started = [event for event in federation.events if isinstance(event, RoundStarted)]
+    assert [(event.round, sorted(event.sites)) for event in started] == [(r, sorted(NAMES)) for r in (1, 2, 3, 4)]
+    first = [e for e in federation.events if isinstance(e, SiteAnswered) and e.round == 1]
+    assert {(e.site, e.used, bool(e.detail)) for e in first} == {
+        ("서울-강남", True, False),
+        ("busan", True, False),
+        ("jeju", False, True),
+    }
+
+
+# ---- crash and resume ------------------------------------------------------------------------------------------------
+
+_OPTIMISERS = {
+    "fedavg": {},
+    "momentum": {"name": "sgd", "learning_rate": 0.7, "momentum": 0.9},
+    "adam": {"name": "adam", "learning_rate": 0.1},
+}
+
+
+@pytest.mark.parametrize("optimizer", [*_OPTIMISERS, "fedavg, private"])
+def test_a_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path: Path, optimizer: str) -> None:
+    private = {"mode": "local", "noise_multiplier": 1.0} if "private" in optimizer else {}
+    plan = make_plan(server=_OPTIMISERS[optimizer.partition(",")[0]], **private)
+    whole = Federation(tmp_path / "whole", plan)
+    uninterrupted = whole.run()
+    assert len(whole.events) == 1 + 4 * 5
+    for killed_at in range(len(whole.events)):
+        federation = Federation(tmp_path / f"killed-{killed_at}", plan)
+        seen: list[Event] = []
+
+        def observe(event: Event, seen: list[Event] = seen, killed_at: int = killed_at) -> None:
+            seen.append(event)
+            if len(seen) == killed_at + 1:
+                raise Killed
+
+        with pytest.raises(Killed):
+            federation.coordinator(observe).run(federation.grid)
+        resumed = federation.resume()
+        assert resumed.adapter.tobytes() == uninterrupted.adapter.tobytes(), f"killed at event {killed_at}"
+        assert untimed(resumed.records) == untimed(uninterrupted.records)
+        assert resumed.sites == uninterrupted.sites
+        assert [line["round"] for line in federation.metrics()] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_killed_before_any_write_resumes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(rounds=3, server=_OPTIMISERS["adam"])
+    uninterrupted = Federation(tmp_path / "whole", plan).run()
+    real = server.checkpoint.write_atomically
+    for killed_at in range(2, 8):  # the first two writes make the first checkpoint; before it a run starts over
+        federation = Federation(tmp_path / f"killed-{killed_at}", plan)
+        writes: list[Path] = []
+
+        def write(path: Path, data: bytes, writes: list[Path] = writes, killed_at: int = killed_at) -> None:
+            if len(writes) == killed_at:
+                raise Killed
+            writes.append(path)
+            real(path, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(server.checkpoint, "write_atomically", write)
+            patch.setattr(server.rounds, "write_atomically", write)
+            with pytest.raises(Killed):
+                federation.run()
+        resumed = federation.resume()
+        assert resumed.adapter.tobytes() == uninterrupted.adapter.tobytes(), f"killed before write {killed_at}"
+        assert untimed(resumed.records) == untimed(uninterrupted.records)
+        assert resumed.sites == uninterrupted.sites
+
+
+def test_a_damaged_checkpoint_costs_one_round_and_no_bits(tmp_path: Path) -> None:
+    plan = make_plan(server=_OPTIMISERS["adam"])
+    uninterrupted = Federation(tmp_path / "whole", plan).run()
+    federation = Federation(tmp_path / "damaged", plan)
+    federation.run()
+    (federation.folder / CHECKPOINT).write_bytes(b"\0" * 100)
+    resumed = federation.resume()
+    assert resumed.adapter.tobytes() == uninterrupted.adapter.tobytes()
+    assert untimed(resumed.records) == untimed(uninterrupted.records)
+
+
+def test_resuming_a_finished_run_asks_nobody(federation: Federation) -> None:
+    finished = federation.run()
+    federation.grid.asked.clear()
+    resumed = federation.resume()
+    assert federation.grid.asked == []
+    assert resumed.adapter.tobytes() == finished.adapter.tobytes()
+    assert untimed(resumed.records) == untimed(finished.records)
+
+
+def test_resume_without_a_checkpoint_is_refused(federation: Federation) -> None:
+    with pytest.raises(CheckpointError, match="new run"):
+        federation.resume()
+
+
+@pytest.mark.parametrize("change", [{"rounds": 9}, {"delta": 1e-4}, {"server": {"momentum": 0.5}}])
+def test_a_checkpoint_of_another_plan_is_refused(federation: Federation, change: dict[str, Any]) -> None:
+    federation.run()
+    before = {file.name: file.read_bytes() for file in federation.folder.iterdir()}
+    federation.plan = make_plan(**change)
+    with pytest.raises(CheckpointError, match="another plan"):
+        federation.resume()
+    assert before == {file.name: file.read_bytes() for file in federation.folder.iterdir()}, "nothing was touched"
+
+
+def _cuts(line: bytes) -> list[int]:
+    """Lengths to cut a line to: some everywhere, and all that split a letter of several bytes."""
+    return sorted({*range(1, len(line), 13), *(i for i in range(1, len(line)) if line[i] & 0xC0 == 0x80)})
+
+
+def test_a_torn_line_after_the_last_round_is_left_out(federation: Federation) -> None:
+    """Also where the cut falls between the bytes of a Korean letter."""
+    finished = federation.run()
+    metrics = federation.folder / METRICS
+    whole = metrics.read_bytes()
+    torn = whole.splitlines(keepends=True)[-1].replace(b'"round": 4', b'"round": 5')
+    for length in _cuts(torn):
+        metrics.write_bytes(whole + torn[:length])
+        assert untimed(federation.resume().records) == untimed(finished.records), f"cut after {length} bytes"
+        assert [line["round"] for line in federation.metrics()] == [0, 1, 2, 3, 4]
+
+
+def test_metrics_that_end_within_the_line_of_the_checkpoint_go_back_a_round_or_say_what_to_do(
+    federation: Federation,
+) -> None:
+    finished = federation.run()
+    metrics = federation.folder / METRICS
+    whole = metrics.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    checkpoints = {f: f.read_bytes() for f in federation.folder.iterdir() if f.name != METRICS}
+
+    def resume() -> Coordinator | str:
+        try:
+            return federation.resume()
+        except CheckpointError as error:
+            return str(error)
+
+    for length in _cuts(last):
+        metrics.write_bytes(whole[: len(whole) - len(last) + length])
+        for file, data in checkpoints.items():
+            file.write_bytes(data)
+        result = resume()
+        if isinstance(result, str):
+            assert METRICS in result
+            assert "estore" in result or "new run" in result, "the message says what to do"
+        else:
+            assert result.adapter.tobytes() == finished.adapter.tobytes()
+            assert untimed(result.records) == untimed(finished.records)
+
+
+def test_a_damaged_line_in_the_middle_of_the_metrics_is_not_dropped_in_silence(federation: Federation) -> None:
+    federation.run()
+    metrics = federation.folder / METRICS
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    for damaged in (b"{}\n", b"[1, 2]\n", b"\xff\xfe\n", b'{"round": "2"}\n', lines[2][:40] + b"\n"):
+        metrics.write_bytes(b"".join([*lines[:2], damaged, *lines[3:]]))
+        with pytest.raises(CheckpointError, match=METRICS):
+            federation.resume()
+
+
+def test_metrics_that_are_gone_are_one_clear_error(federation: Federation) -> None:
+    federation.run()
+    (federation.folder / METRICS).unlink()
+    with pytest.raises(CheckpointError, match=METRICS):
+        federation.resume()
+
+
+def test_a_full_disk_ends_the_run_and_nothing_is_lost(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Federation(federation.folder.parent / "whole", federation.plan).run()
+    real = server.checkpoint.write_atomically
+    writes: list[Path] = []
+
+    def write(path: Path, data: bytes) -> None:
+        writes.append(path)
+        if len(writes) in (6, 7):
+            raise CheckpointError("cannot write: no space left")
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.checkpoint, "write_atomically", write)
+        patch.setattr(server.rounds, "write_atomically", write)
+        with pytest.raises(CheckpointError, match="no space left"):
+            federation.run()
+    assert federation.resume().adapter.tobytes() == whole.adapter.tobytes()
