@@ -1,0 +1,1 @@
+"""A federation on one machine: partitions, backends, the demo's model and corpus, benchmarks."""

@@ -1,0 +1,1 @@
+"""Benchmarks on public models and data: each runs `fedllm simulate` with a fixed configuration and tabulates it."""

@@ -1,0 +1,173 @@
+"""What a person sees while a federation runs, and at its end."""
+
+import logging
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedllm.audit.summary import RunSummary
+from fedllm.plan import RunPlan
+from server.rounds import Event, RoundRecord, RoundStarted, SiteAnswered
+
+_site_logger = logging.getLogger("fedllm.site")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Shows why a site declines. In a simulation the sites are the researcher's own; head office never sees this."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line, without a traceback: that is in the sites' log."""
+        self._console.print(Text(record.getMessage(), style="yellow"))
+
+
+class Screen:
+    """A live view of the rounds; on a pipe or in a log, one line a round."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
+        left = (TextColumn("left"), TimeRemainingColumn())
+        self._rounds = Progress(
+            TextColumn("[bold]rounds[/bold]"), BarColumn(36), count, TimeElapsedColumn(), *left, console=console
+        )
+        last = TextColumn("{task.fields[last]}")
+        self._sites = Progress(TextColumn("[bold]sites [/bold]"), BarColumn(36), count, last, console=console)
+        self._figures = Text("loading model and data ...")
+        self._live = Live(
+            Group(self._figures, self._rounds, self._sites), console=console, refresh_per_second=8, transient=True
+        )
+        self._plan: RunPlan | None = None
+        self._log = _ConsoleHandler(console)
+
+    def __enter__(self) -> "Screen":
+        _site_logger.addHandler(self._log)
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _site_logger.removeHandler(self._log)
+        self._live.stop()
+
+    def announce(self, plan: RunPlan, sites: list[str]) -> None:
+        """Show what is about to run."""
+        self._plan = plan
+        privacy = plan.privacy
+        lines = Table.grid(padding=(0, 2))
+        lines.add_row("model", Text(plan.model.source))
+        lines.add_row("adapter", f"LoRA rank {plan.adapter.rank}, trains {plan.adapter.train}")
+        lines.add_row(
+            "sites", Text(", ".join(sites[:10]) + (f" and {len(sites) - 10} more" if len(sites) > 10 else ""))
+        )
+        lines.add_row("rounds", f"{plan.training.rounds}, {plan.training.local_steps} local steps each")
+        if privacy.mode == "off":
+            lines.add_row("privacy", "[bold red]NOT PRIVATE[/bold red]: no noise is added")
+        else:
+            lines.add_row(
+                "privacy",
+                f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for every {privacy.unit}, "
+                f"noise multiplier {privacy.noise_multiplier:g}, Poisson rate {privacy.sampling_rate:g}",
+            )
+            if not privacy.protects:
+                lines.add_row("", "[bold red]NOT PRIVATE[/bold red]: coins and noise come from a seed")
+        self._console.print(Panel(lines, title="fedllm", title_align="left", border_style="blue", expand=False))
+        self._round_task = self._rounds.add_task("", total=plan.training.rounds)
+        self._site_task = self._sites.add_task("", total=len(sites), last="")
+
+    def observe(self, event: Event) -> None:
+        """Follow the run."""
+        if isinstance(event, RoundStarted):
+            self._sites.update(self._site_task, completed=0, total=len(event.sites), last="")
+        elif isinstance(event, SiteAnswered):
+            self._sites.update(self._site_task, advance=1, last=escape(event.site))
+            if not event.used:
+                note = f"round {event.round}: {event.site} took no part ({event.detail})"
+                self._console.print(Text(note, style="yellow"))
+        else:
+            self._rounds.update(self._round_task, completed=event.round)
+            line = self._line(event)
+            self._figures.plain = line
+            if not self._console.is_terminal:
+                self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _line(self, record: RoundRecord) -> str:
+        total = self._plan.training.rounds if self._plan else 0
+        parts = [f"round {record.round}/{total}"]
+        if record.perplexity is not None:
+            parts.append(f"held-out perplexity {record.perplexity:.2f}")
+        if record.accuracy is not None:
+            parts.append(f"held-out accuracy {record.accuracy:.3f}")
+        parts.append("NOT PRIVATE" if not record.private else f"epsilon {record.epsilon:.2f}")
+        if record.round:
+            parts.append(f"{len(record.answered)} sites in {record.seconds:.1f} s")
+        return " · ".join(parts)
+
+    def summarise(self, summary: RunSummary) -> None:
+        """Print the closing tables."""
+        before, after = summary.before, summary.after
+        results = Table(title="Held-out set" if before["loss"] is not None else None, title_justify="left")
+        results.add_column("")
+        for heading in ("before", "after"):
+            results.add_column(heading, justify="right")
+        if before["perplexity"] is not None:
+            results.add_row("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}")
+        if before["accuracy"] is not None:
+            results.add_row("accuracy", f"{before['accuracy']:.3f}", f"{after['accuracy']:.3f}")
+        if summary.exact_match:
+            results.add_row("exact match", *(f"{100 * share:.1f} %" for share in summary.exact_match))
+        epsilon = after["epsilon"]
+        results.add_row(
+            "epsilon", "0" if epsilon is not None else "∞", f"{epsilon:.2f}" if epsilon is not None else "∞"
+        )
+        self._console.print(results)
+        self._console.print(_site_table(summary))
+        for prompt, expected, first, last in summary.samples:
+            question = prompt.strip().replace("\n", " ")
+            sample = Table.grid(padding=(0, 1))
+            sample.add_row("[bold]question[/bold]", Text(question))
+            sample.add_row("before", Text(first or "(nothing)", style="yellow"))
+            sample.add_row("after", Text(last or "(nothing)", style="green" if last == expected else "yellow"))
+            if last != expected:
+                sample.add_row("expected", Text(expected))
+            self._console.print(sample, "")
+        if not summary.private:
+            self._console.print("[bold red]NOT PRIVATE[/bold red]: do not publish this adapter.")
+        self._console.print(
+            f"{summary.seconds:.0f} s, {summary.peak_memory_mb:.0f} MB at most. Everything is in ",
+            end="",
+            highlight=False,
+        )
+        self._console.print(f"{summary.folder}/", style="bold", highlight=False, soft_wrap=True)
+
+
+def _site_table(summary: RunSummary) -> Table:
+    table = Table(title="Sites", title_justify="left")
+    table.add_column("site")
+    for heading in ("rounds", "epsilon spent", "budget", "sent"):
+        table.add_column(heading, justify="right")
+    table.add_column("remarks")
+    for name, site in summary.sites.items():
+        remarks = [f"declined: {site['reason']}"] if site["reason"] else []
+        remarks += [f"missed {site['failed']}"] if site["failed"] else []
+        private = site["epsilon"] is not None
+        table.add_row(
+            Text(name),
+            str(site["rounds"]),
+            f"{site['epsilon']:.2f}" if private else "∞",
+            f"{summary.budgets[name]:g}" if private and name in summary.budgets else "-",
+            f"{site['bytes_up'] / 1e6:.2f} MB",
+            ", ".join(remarks),
+        )
+    return table

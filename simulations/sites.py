@@ -1,0 +1,117 @@
+"""The sites of a simulation: one process-wide set, its table read and its model loaded once."""
+
+import hashlib
+import logging
+import math
+import threading
+from functools import lru_cache, partial
+from pathlib import Path
+
+from flwr.app import Context
+
+from client.app import Handler
+from client.policy import SitePolicy
+from client.site import Site
+from fedllm.plan import DataConfig, PartitionConfig, RunPlan, SimulationConfig
+from fedllm.training.data import Table, Tokeniser, Unit, build_units, check_columns, read_table
+from fedllm.training.workspace import Workspace, open_workspace, use_threads
+from simulations.partition import partition
+
+SITE_LOG = "sites/sites.log"
+
+
+class SimulatedData:
+    """The table of all sites and who owns which rows."""
+
+    def __init__(self, data: DataConfig, cut: PartitionConfig, by_person: bool, seed: int) -> None:
+        """Read and partition the data; raises DataError or ConfigError where that fails."""
+        self._data = data
+        self._table: Table = read_table(data.train, data.train_split)
+        check_columns(self._table, data, [cut.column] if cut.column else [])
+        self._unit = data.unit if by_person else None
+        self._rows = partition(self._table, cut, self._unit, seed)
+        self.names = list(self._rows)
+
+    def unit_counts(self) -> dict[str, int]:
+        """Return the number of privacy units of each site. For the simulator's eyes: no site tells its own."""
+        if self._unit is None:
+            return {name: len(rows) for name, rows in self._rows.items()}
+        persons = self._table[self._unit]
+        return {name: len({persons[row] for row in rows}) for name, rows in self._rows.items()}
+
+    def units(self, name: str, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
+        """Tokenise the records of one site."""
+        tokeniser = Tokeniser(workspace.adapter.tokenizer, plan.model, self._data)
+        unit = self._data.unit if plan.privacy.unit == "person" else None
+        return build_units(self._table.select(self._rows[name]), tokeniser, unit, plan.privacy.records_per_person)
+
+
+_read = lru_cache(maxsize=1)(SimulatedData)
+
+
+_making_sites = threading.Lock()
+
+
+def log_to(folder: Path) -> logging.Handler:
+    """Send what sites say of themselves, which may tell more than head office may know, to the run's folder alone."""
+    (folder / SITE_LOG).parent.mkdir(exist_ok=True, mode=0o700)
+    handler = logging.FileHandler(folder / SITE_LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("fedllm.site")
+    logger.propagate = False
+    logger.addHandler(handler)
+    return handler
+
+
+def simulated_data(config: SimulationConfig) -> SimulatedData:
+    """Return the data of a configuration, read once in a process."""
+    return _read(config.data, config.federation.partition, config.privacy.unit == "person", config.seed)
+
+
+@lru_cache(maxsize=1)
+def _sites(config_json: str, folder: str) -> list[Site]:
+    config = SimulationConfig.model_validate_json(config_json)
+    if config.federation.backend == "ray":  # an actor's own process: its log would go to Ray's public folder
+        log_to(Path(folder))
+        use_threads(config.site.threads)
+    data = simulated_data(config)
+    return [make_site(config, data, name, Path(folder)) for name in data.names]
+
+
+def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: Path) -> Site:
+    """Return one simulated site, with its ledger under `folder`."""
+    site = config.site
+    nominal = config.privacy.units_per_site or 0
+    policy = SitePolicy(
+        epsilon=config.budget(name) if config.privacy.mode != "off" else math.inf,
+        delta=config.privacy.delta,
+        unit=config.privacy.unit,
+        min_units=site.min_units if site.min_units is not None else config.privacy.sampling_rate * nominal,
+        allow_unprotected=True,  # in a simulation the sites are the researcher's own
+    )
+    return Site(
+        name=name,
+        policy=policy,
+        ledger=folder / "sites" / _folder_name(name) / "ledger.db",
+        workspace=lambda plan: open_workspace(plan.model, plan.adapter, plan.seed, site.device),
+        units=partial(data.units, name),
+        micro_batch=site.micro_batch,
+    )
+
+
+def _folder_name(site: str) -> str:
+    """Return a folder name of its own for every site, readable where the site's name allows."""
+    for sign in "%/\\\0":
+        site = site.replace(sign, f"%{ord(sign):02X}")
+    site = site.replace(".", "%2E", 1) if site.startswith(".") else site
+    return site if len(site.encode()) <= 200 else hashlib.sha256(site.encode()).hexdigest()
+
+
+def connect(config_json: str, folder: str, context: Context) -> Handler:
+    """Find the site of a Flower node in this process, making all sites on the first call.
+
+    Lives in an importable module, so that a Ray actor keeps its sites between rounds.
+    """
+    with _making_sites:
+        sites = _sites(config_json, folder)
+    return sites[int(context.node_config["partition-id"])].handle

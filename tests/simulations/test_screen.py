@@ -1,0 +1,53 @@
+"""What a person sees while a federation runs: names and faults of sites are text, whatever is in them."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedllm.plan import RunPlan, SimulationConfig
+from server.rounds import RoundRecord, RoundStarted, SiteAnswered
+from simulations.screen import Screen
+
+HOSTILE = ["[/]", "[/b]", "[bold]", "[red]x[/red]", "\\[", "[link=http://x]", "강남[/본점]", "a\nb", "[" * 50]
+
+
+def _plan(config: SimulationConfig) -> RunPlan:
+    privacy = config.privacy.model_copy(update={"units_per_site": 10})
+    return RunPlan(
+        run="r", seed=0, model=config.model, adapter=config.adapter, privacy=privacy, training=config.training
+    )
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "log file"])
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_name_and_no_fault_of_a_site_disturbs_the_screen(
+    tmp_path: Path, configure: Callable[..., SimulationConfig], text: str, terminal: bool
+) -> None:
+    """What a site says of itself comes over the network: it must not end the run."""
+    output = io.StringIO()
+    config = configure(tmp_path, model={"source": f"models/{text}"})
+    console = Console(file=output, force_terminal=terminal, width=200, color_system=None)
+    with Screen(console) as screen:
+        screen.announce(_plan(config), [text, "busan"])
+        screen.observe(RoundRecord(0, True, 0.0, 1.0, 2.7, None))
+        screen.observe(RoundStarted(1, [text, "busan"]))
+        screen.observe(SiteAnswered(1, text, True))
+        screen.observe(SiteAnswered(1, "busan", False, f"site={text}, expected busan"))
+        screen.observe(RoundRecord(1, True, 1.5, 0.9, 2.5, None, answered=[text], failed={"busan": text}))
+    shown = output.getvalue()
+    assert "round 1/3" in shown or terminal
+    assert text.split("\n", maxsplit=1)[0] in shown
+
+
+def test_the_screen_says_what_the_round_cost(tmp_path: Path, configure: Callable[..., SimulationConfig]) -> None:
+    output = io.StringIO()
+    with Screen(Console(file=output, width=200)) as screen:
+        screen.announce(_plan(configure(tmp_path)), ["서울", "busan"])
+        screen.observe(RoundRecord(1, True, 1.25, 0.9, 2.46, None, answered=["서울"], seconds=1.0))
+        screen.observe(RoundRecord(2, False, None, 0.9, None, 0.75))
+    assert "서울, busan" in output.getvalue()
+    assert "perplexity 2.46 · epsilon 1.25" in output.getvalue()
+    assert "accuracy 0.750 · NOT PRIVATE" in output.getvalue()
