@@ -1,0 +1,284 @@
+"""The house plan, enforced over the tree: what may know what, one importer a concept, a courier that starts fast."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PRODUCT = ("fedllm", "client", "server", "simulations")
+FLOWER_AND_HYDRA = ("flwr", "flwr_datasets", "hydra", "omegaconf", "ray")
+COMMAND_LINE = "fedllm.cli"  # the entry point: it may import anything
+
+# Third party -> the only modules (or packages, with a dot at the end) that may import it. One concept, one file.
+ONLY_IN: dict[str, tuple[str, ...]] = {
+    "torch": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain"),
+    "transformers": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain"),
+    "peft": ("fedllm.training.", "fedllm.audit."),
+    "opacus": ("fedllm.training.engine",),
+    "datasets": ("fedllm.training.data", "simulations."),
+    "sqlite3": ("fedllm.privacy.ledger",),
+    "cryptography": ("fedllm.crypto",),
+    "dp_accounting": ("fedllm.privacy.accounting",),
+    "safetensors": ("fedllm.training.", "server.checkpoint"),
+    "matplotlib": ("fedllm.audit.",),
+    "jinja2": ("fedllm.audit.",),
+    "typer": (COMMAND_LINE, "simulations.benchmarks."),
+    "rich": (COMMAND_LINE, "simulations.screen", "simulations.benchmarks."),
+    "hydra": (COMMAND_LINE,),
+    "omegaconf": (COMMAND_LINE,),
+    "flwr": ("client.", "server.", "simulations."),
+    "flwr_datasets": ("simulations.",),
+    "ray": ("simulations.",),
+    "grpc": ("client.",),
+    "pickle": (),
+    "marshal": (),
+    "shelve": (),
+}
+
+# Each layer may import itself (by the order of its files) and the layers before it.
+LAYERS: list[tuple[str, ...]] = [
+    ("fedllm.errors",),
+    ("fedllm.codec", "fedllm.delta", "fedllm.crypto"),
+    ("fedllm.privacy",),
+    ("fedllm.plan",),
+    ("fedllm.messages", "fedllm.secagg"),
+    ("fedllm.training",),
+    ("fedllm.audit",),
+]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def sources() -> dict[str, ast.Module]:
+    """Return the syntax tree of every product module by its name."""
+    files = [file for package in PRODUCT for file in sorted((ROOT / package).rglob("*.py"))]
+    return {module_of(file): ast.parse(file.read_text("utf-8"), str(file)) for file in files}
+
+
+def imports_of(tree: ast.Module) -> Iterator[str]:
+    """Yield the full dotted name of everything that a module imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where an arrow points"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@cache
+def arrows() -> list[tuple[str, str]]:
+    """Return every (module, imported name)."""
+    return [(module, name) for module, tree in sources().items() for name in imports_of(tree)]
+
+
+def within(name: str, places: Iterable[str]) -> bool:
+    """Whether a dotted name is one of `places` or lies inside one."""
+    return any(name == place.rstrip(".") or name.startswith(place.rstrip(".") + ".") for place in places)
+
+
+def expect_none(forbidden: list[tuple[str, str]]) -> None:
+    assert not forbidden, "\n".join(f"{module} imports {name}" for module, name in forbidden)
+
+
+def test_the_library_knows_neither_flower_nor_hydra_nor_its_users() -> None:
+    forbidden = (*FLOWER_AND_HYDRA, "client", "server", "simulations", "conf", "tests")
+    expect_none([
+        (module, name)
+        for module, name in arrows()
+        if within(module, ["fedllm"]) and module != COMMAND_LINE and within(name, forbidden)
+    ])  # fmt: skip
+
+
+def test_nobody_imports_the_command_line_or_the_tests() -> None:
+    expect_none([(module, name) for module, name in arrows() if within(name, [COMMAND_LINE, "tests"])])
+
+
+@pytest.mark.parametrize("concept", ONLY_IN)
+def test_a_third_party_concept_is_imported_in_its_one_place(concept: str) -> None:
+    expect_none([
+        (module, name) for module, name in arrows() if within(name, [concept]) and not within(module, ONLY_IN[concept])
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("importer", ["opacus", "datasets", "sqlite3", "dp_accounting", "torch", "peft", "flwr"])
+def test_a_concept_is_still_imported_where_these_rules_say(importer: str) -> None:
+    assert any(within(name, [importer]) for _, name in arrows()), "the rule above would hold for nothing"
+
+
+@pytest.mark.parametrize(
+    ("module", "others"),
+    [("client", ("server", "simulations")), ("server", ("client", "simulations")), ("simulations.demo", ("fedllm",))],
+)
+def test_the_two_ends_do_not_know_each_other(module: str, others: tuple[str, ...]) -> None:
+    expect_none([(where, name) for where, name in arrows() if within(where, [module]) and within(name, others)])
+
+
+def layer_of(name: str) -> int | None:
+    return next((index for index, layer in enumerate(LAYERS) if within(name, layer)), None)
+
+
+def test_lower_layers_never_import_higher_ones() -> None:
+    expect_none([
+        (module, name)
+        for module, name in arrows()
+        if (low := layer_of(module)) is not None and (high := layer_of(name)) is not None and high > low
+    ])  # fmt: skip
+
+
+def test_every_module_of_the_library_has_a_layer() -> None:
+    library = [module for module in sources() if module.startswith("fedllm.") and module != COMMAND_LINE]
+    assert [module for module in library if layer_of(module) is None] == []
+    assert library
+
+
+def test_no_two_modules_import_each_other() -> None:
+    known = set(sources())
+    graph = {
+        module: {
+            found for m, name in arrows() if m == module for found in (name, name.rpartition(".")[0]) if found in known
+        }
+        for module in known
+    }
+    for start in known:
+        seen: set[str] = set()
+        pending = [found for found in graph[start] if found != start]
+        while pending:
+            module = pending.pop()
+            assert module != start, f"{start} imports itself by way of others"
+            if module not in seen:
+                seen.add(module)
+                pending += graph[module]
+
+
+def entry_points() -> set[str]:
+    """Return modules that a user starts: those in the project's scripts, and those that can be run."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    named = {target.partition(":")[0] for target in project["project"]["scripts"].values()}
+    runnable = {
+        module
+        for module, tree in sources().items()
+        for node in tree.body
+        if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+    }
+    return named | runnable
+
+
+def test_every_module_is_used_by_another_or_started_by_a_user() -> None:
+    used = {found for module, name in arrows() for found in (name, name.rpartition(".")[0]) if found != module}
+    orphans = []
+    for module, tree in sources().items():
+        is_package = (ROOT / Path(*module.split(".")) / "__init__.py").exists()
+        if is_package and any(other.startswith(module + ".") for other in sources()):
+            continue  # a package is used by way of its modules
+        if module not in used and module not in entry_points() and tree.body:
+            orphans.append(module)
+    assert not orphans
+
+
+def test_every_package_of_the_product_is_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    included = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    for package in PRODUCT:
+        assert f"{package}*" in included
+        for folder in {file.parent for file in (ROOT / package).rglob("*.py")}:
+            assert (folder / "__init__.py").exists(), f"{folder.relative_to(ROOT)} is not a package"
+
+
+@pytest.mark.parametrize("package", PRODUCT)
+def test_assert_is_for_tests(package: str) -> None:
+    found = [
+        f"{module}, line {node.lineno}"
+        for module, tree in sources().items()
+        if within(module, [package])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
+    ]
+    assert not found  # python -O would remove it
+
+
+def test_no_handler_catches_everything_unnamed() -> None:
+    found = [
+        f"{module}, line {node.lineno}"
+        for module, tree in sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
+    assert not found
+
+
+def test_no_code_is_made_from_text() -> None:
+    found = [
+        f"{module}, line {node.lineno}"
+        for module, tree in sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("eval", "exec", "compile")
+    ]
+    assert not found
+
+
+def test_every_error_that_is_raised_on_purpose_is_in_the_tree_of_errors() -> None:
+    tree = sources()["fedllm.errors"]
+    drawn = ast.get_docstring(tree) or ""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            assert node.name in drawn, f"{node.name} is missing from the drawing at the top"
+    own = [
+        f"{module}, line {node.lineno}: {node.name}"
+        for module, module_tree in sources().items()
+        if module != "fedllm.errors"
+        for node in ast.walk(module_tree)
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base).endswith(("Error", "Exception")) for base in node.bases)
+    ]
+    assert not own
+
+
+@pytest.mark.parametrize("module", ["client.app", "fedllm.messages"])
+def test_the_courier_starts_without_any_heavy_library(module: str) -> None:
+    heavy = ("torch", "transformers", "peft", "opacus", "datasets", "pandas", "pyarrow", "scipy", "matplotlib",
+             "sqlite3", "dp_accounting", "safetensors", "tokenizers", "sklearn")  # fmt: skip
+    code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(done.stdout.split())
+    assert module.partition(".")[0] in loaded
+    assert not loaded & set(heavy)
+
+
+@pytest.mark.parametrize("flag", ["--help", "version"])
+def test_the_command_line_starts_without_any_heavy_library(flag: str) -> None:
+    code = f"""
+import sys
+sys.argv = ["fedllm", {flag!r}]
+from fedllm.cli import main
+try:
+    main()
+except SystemExit as stop:
+    code = stop.code
+print("loaded:", *sorted({{name.partition('.')[0] for name in sys.modules}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(done.stdout.rpartition("loaded:")[2].split())
+    assert "typer" in loaded
+    assert not loaded & {"torch", "transformers", "flwr", "hydra", "datasets", "matplotlib", "opacus"}
+
+
+def test_the_rules_above_see_an_import_anywhere() -> None:
+    tree = ast.parse(
+        "import a.b\nfrom c import d, e\ndef f():\n    import g\n    if f:\n        from h.i import j as k\n"
+    )
+    assert sorted(imports_of(tree)) == ["a.b", "c.d", "c.e", "g", "h.i.j"]
+    assert within("torch.nn", ["torch"])
+    assert within("fedllm.training", ["fedllm.training."])
+    assert not within("torchvision", ["torch"])

@@ -1,0 +1,80 @@
+"""Every `fedllm` command that the README shows is run, on tiny inputs and with as few steps as possible."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+from typer.testing import CliRunner
+
+from fedllm.cli import app
+from tests.conftest import byte_tokenizer
+
+README = Path(__file__).parents[1] / "README.md"
+# What makes a command quick; a command's own settings of the same keys are overridden.
+QUICK = ["training.rounds=2", "training.local_steps=1", "privacy.sampling_rate=0.05", "data.heldout_limit=8"]
+
+
+def commands() -> list[str]:
+    """Return the lines of the README's fenced blocks that begin with fedllm, in order."""
+    blocks = re.findall(r"^```\n(.*?)^```", README.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("fedllm ")]
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(commands()) >= 8
+
+
+@pytest.fixture(scope="module")
+def office(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with the files that the README's commands name."""
+    folder = tmp_path_factory.mktemp("office")
+    base = Path(__file__).parents[1] / "simulations" / "demo" / "base"
+    shutil.copytree(base, folder / "my-model")
+    branches = ["강남", "마포", "Itaewon", "Haeundae"]
+    rows = [
+        {
+            "question": f"{i}번 창구는 어디인가요?",
+            "answer": f"{i}층입니다.",
+            "branch": branches[i % 4],
+            "customer_id": f"C{i}",
+        }
+        for i in range(160)
+    ]
+    for name, part in (("train.jsonl", rows), ("public.jsonl", rows[:8])):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        (folder / name).write_text(text, "utf-8")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=128, pad_token_id=0,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder / "my-encoder")
+    byte_tokenizer().save_pretrained(folder / "my-encoder")
+    (folder / "labels.json").write_text('["대출", "card"]', "utf-8")
+    for name, count in (("train.csv", 400), ("test.csv", 8)):
+        with (folder / name).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            writer.writerows([f"문의 {i}", ("대출", "card")[i % 2]] for i in range(count))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # third-party packages warn; tests of our own code make warnings errors
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme_works(command: str, office: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(office)
+    arguments = shlex.split(command)[1:]
+    runs = arguments[0] == "simulate" and not {"--help", "--cfg"} & set(arguments)
+    result = CliRunner().invoke(app, [*arguments, *(QUICK if runs else [])], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    if runs:
+        newest = max((office / "runs").iterdir(), key=lambda folder: (folder / "summary.md").stat().st_mtime_ns)
+        assert ("NOT PRIVATE" in (newest / "summary.md").read_text("utf-8")) == ("privacy=off" in command)
+        assert (newest / "adapter" / "adapter_model.safetensors").exists()
