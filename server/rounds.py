@@ -72,6 +72,10 @@ Event = RoundStarted | SiteAnswered | RoundRecord
 Score = Callable[[NDArray[np.float32]], Mapping[str, float | None]]
 
 
+class _LedgerLost(MessageError):
+    """A site states less epsilon than before: it has forgotten rounds that it paid for."""
+
+
 class Coordinator:
     """Runs one plan over a Flower grid, from the start or from its last checkpoint."""
 
@@ -162,6 +166,7 @@ class Coordinator:
         ).to_bytes()
         updates: dict[str, NDArray[np.float32]] = {}
         replies: dict[str, tuple[TrainReply, int]] = {}
+        lost: set[str] = set()
         for node, data in self._exchange(grid, nodes, request, "train"):
             site = self._site_of_node[node]
             try:
@@ -177,9 +182,14 @@ class Coordinator:
                     replies[site] = (reply, len(data))
             except MessageError as error:
                 failed[site] = str(error)
+                if isinstance(error, _LedgerLost):  # to ask again would cost it budget for nothing
+                    lost.add(site)
+                    self._dropped.add(node)
             self._observe(SiteAnswered(number, site, site in updates, declined.get(site) or failed.get(site, "")))
         asked = {self._site_of_node[n] for n in nodes}
         self._charge(replies, declined, failed, number, asked, len(updates) >= self._federation.quorum)
+        for site in lost:  # after a resume it is used again only if it can account for all that it may have paid
+            self.sites[site] = replace(self.sites[site], stated=self.sites[site].epsilon or 0.0)
         self._check_quorum(number, len(updates), declined, failed)
 
         delta = weighted_mean(updates, self._federation.weights)
@@ -271,7 +281,7 @@ class Coordinator:
             if reply.epsilon is None or reply.epsilon_rdp is None:
                 raise MessageError("epsilon is missing, though the plan adds noise")
             if reply.epsilon < stated - 1e-9 and number > self.sites[site].last_charged:
-                raise MessageError(
+                raise _LedgerLost(
                     f"epsilon={reply.epsilon:.4g} is below the {stated:.4g} of before. Is its ledger lost?"
                 )
         return codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
