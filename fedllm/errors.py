@@ -9,6 +9,7 @@
     ├── LedgerError        the site's durable record of spent budget cannot be used
     ├── MessageError       bytes from the other side that are not a valid message
     │   └── SpecMismatch   an update made for another adapter
+    ├── CryptoError        keys, certificates, signatures or sealed bytes that are not what they should be
     ├── CheckpointError    a checkpoint that cannot be written, read or continued
     └── FederationError    the federation cannot go on
         └── QuorumLost     fewer sites answered than the quorum
@@ -51,6 +52,10 @@ class MessageError(FedllmError):
 
 class SpecMismatch(MessageError):
     """An update or adapter state was made for another adapter."""
+
+
+class CryptoError(FedllmError):
+    """Keys, certificates, signatures or sealed bytes are not what they should be."""
 
 
 class CheckpointError(FedllmError):

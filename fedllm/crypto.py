@@ -1,0 +1,386 @@
+"""Identities, signed and sealed bytes, certificates and node keys: the only importer of `cryptography`.
+
+A party (a site, or head office) has one `Identity`: an Ed25519 key that signs and an X25519 key that others seal to.
+Everything here raises CryptoError, and nothing else, on keys or bytes that are not what they should be.
+"""
+
+import hashlib
+import ipaddress
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedllm.errors import CryptoError
+
+_SEAL_MAGIC = b"FLS1"
+_SEAL_INFO = b"fedllm sealed message v1"
+_SIGNED_SEAL, _SIGNED_DOCUMENT = b"fedllm signature in a sealed message v1", b"fedllm signed document v1"
+_KEY, _SIGNATURE, _TAG = 32, 64, 16  # bytes
+_RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw
+_BACKDATE = timedelta(minutes=5)  # so that a new certificate is valid where the clock is a little behind
+
+
+# ---- identities ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PublicIdentity:
+    """What others know of a party."""
+
+    signing: bytes  # Ed25519, 32 bytes
+    sealing: bytes  # X25519, 32 bytes
+
+    def __post_init__(self) -> None:
+        if len(self.signing) != _KEY or len(self.sealing) != _KEY:
+            raise CryptoError(f"an identity has two keys of {_KEY} bytes")
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 160 bits of SHA-256 over both keys, in ten groups that can be read out on the telephone."""
+        digest = hashlib.sha256(b"fedllm identity v1" + self.signing + self.sealing).hexdigest()[:40]
+        return "-".join(digest[i : i + 4] for i in range(0, 40, 4))
+
+    def to_text(self) -> str:
+        """Return both keys in hexadecimal."""
+        return (self.signing + self.sealing).hex()
+
+    @classmethod
+    def from_text(cls, text: str) -> "PublicIdentity":
+        """Read what `to_text` wrote."""
+        try:
+            keys = bytes.fromhex(text)
+        except (ValueError, TypeError):
+            raise CryptoError("a public identity is 128 hexadecimal digits") from None
+        return cls(keys[:_KEY], keys[_KEY:])
+
+    def verify(self, document: bytes, signature: bytes) -> None:
+        """Raise CryptoError unless this party signed `document`."""
+        _verify(self.signing, signature, _SIGNED_DOCUMENT + document)
+
+
+class Identity:
+    """A party's private keys."""
+
+    def __init__(self, signing: Ed25519PrivateKey, sealing: X25519PrivateKey) -> None:
+        self._signing, self._sealing = signing, sealing
+        self.public = PublicIdentity(signing.public_key().public_bytes(*_RAW), sealing.public_key().public_bytes(*_RAW))
+
+    @classmethod
+    def generate(cls) -> "Identity":
+        """Make new keys from the operating system's randomness."""
+        return cls(Ed25519PrivateKey.generate(), X25519PrivateKey.generate())
+
+    def to_bytes(self) -> bytes:
+        """Return the private keys; they belong in a file of mode 0600."""
+        return (self._signing.private_bytes_raw() + self._sealing.private_bytes_raw()).hex().encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Identity":
+        """Read what `to_bytes` wrote."""
+        try:
+            keys = bytes.fromhex(data.decode("ascii").strip())
+            if len(keys) != 2 * _KEY:
+                raise ValueError
+        except ValueError:
+            raise CryptoError("not an identity file. Restore it from a backup, or make new keys.") from None
+        return cls(Ed25519PrivateKey.from_private_bytes(keys[:_KEY]), X25519PrivateKey.from_private_bytes(keys[_KEY:]))
+
+    def sign(self, document: bytes) -> bytes:
+        """Return a signature of 64 bytes over a document."""
+        return self._signing.sign(_SIGNED_DOCUMENT + document)
+
+    def seal(self, plaintext: bytes, receiver: PublicIdentity) -> bytes:
+        """Sign `plaintext` for `receiver` and encrypt both to it.
+
+        A fresh X25519 key per message, HKDF-SHA256 over its shared secret with all public keys as context, and
+        ChaCha20-Poly1305; the key is used once, so the nonce is constant. The signature covers the receiver and the
+        fresh key, so that a receiver cannot pass it on as meant for somebody else, and lies inside the encryption, so
+        that outsiders do not learn the sender from it.
+        """
+        ephemeral = X25519PrivateKey.generate()
+        public = ephemeral.public_key().public_bytes(*_RAW)
+        signature = self._signing.sign(_signed_part(public, receiver, plaintext))
+        key = _key(_exchange(ephemeral, receiver.sealing), public, receiver)
+        return _SEAL_MAGIC + public + ChaCha20Poly1305(key).encrypt(bytes(12), signature + plaintext, _SEAL_MAGIC)
+
+    def open(self, sealed: bytes, senders: Sequence[PublicIdentity]) -> bytes:
+        """Decrypt what was sealed to this identity; raises CryptoError unless one of `senders` signed it."""
+        head = len(_SEAL_MAGIC) + _KEY
+        if not sealed.startswith(_SEAL_MAGIC) or len(sealed) < head + _TAG + _SIGNATURE:
+            raise CryptoError("not a sealed message. Do both ends run the same version?")
+        public = sealed[len(_SEAL_MAGIC) : head]
+        key = _key(_exchange(self._sealing, public), public, self.public)
+        try:
+            opened = ChaCha20Poly1305(key).decrypt(bytes(12), memoryview(sealed)[head:], _SEAL_MAGIC)
+        except InvalidTag:
+            raise CryptoError("a sealed message was altered, or is meant for somebody else") from None
+        signature, plaintext = opened[:_SIGNATURE], opened[_SIGNATURE:]
+        signed = _signed_part(public, self.public, plaintext)
+        for sender in senders:
+            try:
+                _verify(sender.signing, signature, signed)
+            except CryptoError:
+                continue
+            return plaintext
+        raise CryptoError("a sealed message was not signed by anyone who may send here")
+
+
+def _signed_part(ephemeral: bytes, receiver: PublicIdentity, plaintext: bytes) -> bytes:
+    return (
+        _SIGNED_SEAL + ephemeral + receiver.signing + receiver.sealing + hashlib.sha256(plaintext).digest()
+    )  # fixed lengths, so that no two contexts read the same
+
+
+def _key(shared: bytes, ephemeral: bytes, receiver: PublicIdentity) -> bytes:
+    info = _SEAL_INFO + ephemeral + receiver.signing + receiver.sealing
+    return HKDF(hashes.SHA256(), _KEY, salt=None, info=info).derive(shared)
+
+
+def _exchange(private: X25519PrivateKey, public: bytes) -> bytes:
+    try:
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:  # a point of small order: the secret would be the same for everyone
+        raise CryptoError("a sealed message carries a key that protects nothing") from None
+
+
+def _verify(key: bytes, signature: bytes, data: bytes) -> None:
+    try:
+        Ed25519PublicKey.from_public_bytes(key).verify(signature, data)
+    except (InvalidSignature, ValueError):
+        raise CryptoError("the signature is not of this party") from None
+
+
+# ---- signed documents: join requests and grants ----------------------------------------------------------------------
+
+
+def sign_document(content: dict[str, Any], *signers: Identity) -> bytes:
+    """Return `content` as readable JSON with the signatures of `signers` over its canonical form."""
+    body = _canonical(content)
+    signatures = {signer.public.to_text(): signer.sign(body).hex() for signer in signers}
+    return json.dumps({**content, "signatures": signatures}, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def open_document(data: bytes) -> tuple[dict[str, Any], list[PublicIdentity]]:
+    """Return the content of a signed document and who signed it; every signature in it is checked.
+
+    Whether the signers are the right ones is for the caller to decide.
+    """
+    try:
+        content = json.loads(data.decode())
+        signatures = content.pop("signatures")
+        body = _canonical(content)
+        pairs = [(PublicIdentity.from_text(who), bytes.fromhex(what)) for who, what in signatures.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CryptoError("not a signed document, or it was cut or altered on its way. Ask for it again.") from None
+    for who, signature in pairs:
+        try:
+            who.verify(body, signature)
+        except CryptoError:
+            raise CryptoError("a signed document was altered: its signature does not fit. Ask for it again.") from None
+    return content, [who for who, _ in pairs]
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+# ---- certificates and node keys --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate and its private key, both PEM."""
+
+    certificate: bytes
+    key: bytes
+
+
+def make_ca(name: str, days: int) -> Certificate:
+    """Make a certificate authority: P-384, self-signed, may sign server certificates only."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
+    builder = (
+        _certificate(subject, subject, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+    return _sign(builder, key, key)
+
+
+def make_server_certificate(ca: Certificate, hosts: Sequence[str], days: int) -> Certificate:
+    """Make a TLS server certificate for `hosts`, names or addresses; it never outlives its authority."""
+    authority, authority_key = _load(ca.certificate), _load_key(ca.key)
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
+    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
+    builder = (
+        _certificate(subject, authority.subject, key.public_key(), days, authority.not_valid_after_utc)
+        .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(identifier, critical=False)
+    )
+    return _sign(builder, key, authority_key)
+
+
+def make_node_key() -> Certificate:
+    """Make the key by which Flower knows a node: P-384 in OpenSSH's formats (flwr 1.39 takes no other kind)."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    return Certificate(node_public_key(private), private)
+
+
+def node_public_key(private: bytes) -> bytes:
+    """Return the public half of a node key, as one OpenSSH line."""
+    try:
+        key = serialization.load_ssh_private_key(private, password=None)
+    except (ValueError, TypeError) as error:
+        raise CryptoError(f"not a node key ({error}). Restore it from a backup, or make new keys.") from None
+    return key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+
+
+def check_node_public_key(line: str) -> None:
+    """Raise CryptoError unless this is the public half of a P-384 node key."""
+    try:
+        key = serialization.load_ssh_public_key(line.encode())
+        fits = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1)
+    except (ValueError, TypeError):
+        fits = False
+    if not fits:
+        raise CryptoError("the node key is not an ecdsa-sha2-nistp384 key in OpenSSH's format")
+
+
+@dataclass(frozen=True)
+class CertificateFacts:
+    """What an operator asks of a certificate."""
+
+    subject: str
+    hosts: tuple[str, ...]
+    begins: datetime  # UTC
+    ends: datetime  # UTC
+    fingerprint: str  # SHA-256, hex
+
+
+def read_certificates(pem: bytes) -> list[CertificateFacts]:
+    """Return the facts of every certificate in a PEM file."""
+    try:
+        found = x509.load_pem_x509_certificates(pem)
+    except ValueError as error:
+        raise CryptoError(f"not a PEM certificate ({error})") from None
+    return [_facts(certificate) for certificate in found]
+
+
+def check_issued(pem: bytes, ca_pem: bytes) -> None:
+    """Raise CryptoError unless the first certificate of `pem` was issued by one of the authorities in `ca_pem`."""
+    certificate = _load(pem)
+    for authority in x509.load_pem_x509_certificates(ca_pem):
+        try:
+            certificate.verify_directly_issued_by(authority)
+        except (ValueError, TypeError, InvalidSignature):
+            continue
+        return
+    raise CryptoError("the server certificate was not issued by this federation's authority")
+
+
+def check_pair(pair: Certificate) -> None:
+    """Raise CryptoError unless certificate and private key belong together."""
+    if _load(pair.certificate).public_key() != _load_key(pair.key).public_key():
+        raise CryptoError("the certificate does not belong to the private key beside it")
+
+
+def _facts(certificate: x509.Certificate) -> CertificateFacts:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        hosts = tuple(str(name.value) for name in names)
+    except x509.ExtensionNotFound:
+        hosts = ()
+    return CertificateFacts(
+        subject=certificate.subject.rfc4514_string(),
+        hosts=hosts,
+        begins=certificate.not_valid_before_utc,
+        ends=certificate.not_valid_after_utc,
+        fingerprint=certificate.fingerprint(hashes.SHA256()).hex(),
+    )
+
+
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int, latest: datetime | None = None
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    ends = now + timedelta(days=days)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(int.from_bytes(secrets.token_bytes(19), "big") + 1)
+        .not_valid_before(now - _BACKDATE)
+        .not_valid_after(min(ends, latest) if latest is not None else ends)
+    )
+
+
+def _usage(**allowed: bool) -> x509.KeyUsage:
+    none = dict.fromkeys(
+        (
+            "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+            "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
+        ),
+        False,
+    )  # fmt: skip
+    return x509.KeyUsage(**{**none, **allowed})
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(host.encode("idna").decode("ascii"))
+    except UnicodeError:
+        raise CryptoError(f"{host!r} is neither the name nor the address of a host") from None
+
+
+def _sign(
+    builder: x509.CertificateBuilder, key: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey
+) -> Certificate:
+    certificate = builder.sign(by, hashes.SHA384())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return Certificate(certificate.public_bytes(serialization.Encoding.PEM), private)
+
+
+def _load(pem: bytes) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError as error:
+        raise CryptoError(f"not a PEM certificate ({error})") from None
+
+
+def _load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise CryptoError(f"not a private key in PEM ({error}). Restore it from a backup.") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise CryptoError("expected an elliptic curve key. Restore it from a backup.")
+    return key
