@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from fedllm import codec
 from fedllm.delta import AdapterSpec
-from fedllm.errors import CheckpointError, MessageError, QuorumLost
+from fedllm.errors import CheckpointError, CryptoError, MessageError, QuorumLost
 from fedllm.messages import KEY, RECORD, Declined, Prepare, Ready, Reason, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import FederationConfig, RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.training.server_optimizer import ServerOptimizer
 from server.aggregate import weighted_mean
+from server.channel import Channel, PlainChannel
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
 
 CHECKPOINT, METRICS, PLAN = "checkpoint.safetensors", "metrics.jsonl", "plan.json"
@@ -29,6 +30,8 @@ _FINAL: frozenset[Reason] = frozenset({"budget", "policy", "data", "model", "led
 # These come before the site charges itself.
 _UNCHARGED: frozenset[Reason] = frozenset({"budget", "policy", "model", "message", "ledger"})
 _POLL, _POLL_MAX = 0.01, 0.5  # seconds between looks at the transport's inbox
+_PATIENCE = 15.0  # seconds for latecomers at the start of a run, where the quorum is there
+_PAUSE_MAX = 5.0  # seconds between looks for sites that may come back
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,6 @@ class RoundStarted:
 
 Event = RoundStarted | SiteAnswered | RoundRecord
 Score = Callable[[NDArray[np.float32]], Mapping[str, float | None]]
-
-
-class _LedgerLost(MessageError):
-    """A site states less epsilon than before: it has forgotten rounds that it paid for."""
 
 
 class Coordinator:
@@ -127,34 +126,37 @@ class Coordinator:
             )
         _write_records(self._folder / METRICS, self.records)
 
-    def run(self, grid: Grid) -> None:
-        """Run all rounds that are left.
+    def run(self, grid: Grid, channel: Channel | None = None) -> None:
+        """Run all rounds that are left; without a `channel`, bytes travel as they are and every node is welcome.
 
         Raises QuorumLost, after everything so far is on disk, where too few sites are left to go on.
         """
         if not self.records:
             epsilon = 0.0 if self._plan.mechanism.private else None
             self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon, **self._scores()))
-        self._await_nodes(grid)
+        channel = channel or PlainChannel(grid)
+        self._await_nodes(channel)
         try:
             for number in range(self.round + 1, self._plan.training.rounds + 1):
-                self._round(grid, number)
+                self._round(grid, channel, number)
         except QuorumLost:
             self._save()  # what the sites spent in the unfinished round is part of the record
             raise
 
-    def _await_nodes(self, grid: Grid) -> None:
-        deadline = time.monotonic() + self._federation.round_timeout
-        while len(list(grid.get_node_ids())) < self._expected_sites and time.monotonic() < deadline:
-            time.sleep(_POLL)
+    def _await_nodes(self, channel: Channel) -> None:
+        """Wait for all sites, but where the quorum is there, for latecomers only a little."""
+        began = time.monotonic()
+        while (online := len(channel.nodes())) < self._expected_sites:
+            waited = time.monotonic() - began
+            if waited > self._federation.round_timeout or (online >= self._federation.quorum and waited > _PATIENCE):
+                return
+            time.sleep(_POLL_MAX)
 
-    def _round(self, grid: Grid, number: int) -> None:
+    def _round(self, grid: Grid, channel: Channel, number: int) -> None:
         began = time.monotonic()
         declined: dict[str, Reason] = {}
         failed: dict[str, str] = {}
-        self._prepare(grid, declined, failed)
-        online = set(grid.get_node_ids())
-        nodes = [n for n in self._site_of_node if n in online and n not in self._dropped]
+        nodes, online = self._ready(grid, channel, declined, failed)
         for node, site in self._site_of_node.items():
             if node not in online and node not in self._dropped:
                 failed[site] = "offline or still busy"
@@ -167,7 +169,7 @@ class Coordinator:
         updates: dict[str, NDArray[np.float32]] = {}
         replies: dict[str, tuple[TrainReply, int]] = {}
         lost: set[str] = set()
-        for node, data in self._exchange(grid, nodes, request, "train"):
+        for node, data in self._exchange(grid, channel, nodes, request, "train", number):
             site = self._site_of_node[node]
             try:
                 if isinstance(data, str):
@@ -178,13 +180,17 @@ class Coordinator:
                     if reply.reason in _FINAL:
                         self._dropped.add(node)
                 else:
-                    updates[site] = self._check(reply, site, number)
-                    replies[site] = (reply, len(data))
+                    update = self._check(reply, site, number)
+                    if self._forgot(reply, site, number):  # to ask again would cost it budget for nothing
+                        lost.add(site)
+                        self._dropped.add(node)
+                        raise MessageError(
+                            f"epsilon={reply.epsilon:.4g} is below the {self.sites[site].stated:.4g} of before. "
+                            "Is its ledger lost?"
+                        )
+                    updates[site], replies[site] = update, (reply, len(data))
             except MessageError as error:
                 failed[site] = str(error)
-                if isinstance(error, _LedgerLost):  # to ask again would cost it budget for nothing
-                    lost.add(site)
-                    self._dropped.add(node)
             self._observe(SiteAnswered(number, site, site in updates, declined.get(site) or failed.get(site, "")))
         asked = {self._site_of_node[n] for n in nodes}
         self._charge(replies, declined, failed, number, asked, len(updates) >= self._federation.quorum)
@@ -211,19 +217,42 @@ class Coordinator:
             )
         )
 
-    def _prepare(self, grid: Grid, declined: dict[str, Reason], failed: dict[str, str]) -> None:
+    def _ready(
+        self, grid: Grid, channel: Channel, declined: dict[str, Reason], failed: dict[str, str]
+    ) -> tuple[list[int], set[int]]:
+        """Return the nodes that can take part now, and all that are online.
+
+        Below the quorum, waits for sites that may come (back), as long as a round may take.
+        """
+        deadline, pause = time.monotonic() + self._federation.round_timeout, _POLL
+        while True:
+            self._prepare(grid, channel, declined, failed)
+            online = set(channel.nodes())
+            nodes = [n for n in self._site_of_node if n in online and n not in self._dropped]
+            may_come = self._expected_sites - len(self._dropped)
+            enough = len(nodes) >= self._federation.quorum
+            if enough or may_come < self._federation.quorum or time.monotonic() > deadline:
+                return nodes, online
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSE_MAX)
+            failed.clear()
+
+    def _prepare(self, grid: Grid, channel: Channel, declined: dict[str, Reason], failed: dict[str, str]) -> None:
         """Announce the plan to nodes that have not heard of it, and learn which site is behind each."""
-        new = [n for n in grid.get_node_ids() if n not in self._site_of_node and n not in self._dropped]
-        for node, data in self._exchange(grid, new, Prepare(plan=self._plan).to_bytes(), "query"):
+        known = channel.nodes()
+        new = [n for n in known if n not in self._site_of_node and n not in self._dropped]
+        for node, data in self._exchange(grid, channel, new, Prepare(plan=self._plan).to_bytes(), "query", 0):
             try:
                 if isinstance(data, str):
                     raise MessageError(data)
                 reply = from_bytes(data, Ready, Declined)
-            except MessageError:
-                failed[f"node {node}"] = "no valid answer to the plan"
+                if known[node] not in (None, reply.site):
+                    raise MessageError(f"claims to be {reply.site}")
+            except MessageError as error:
+                failed[known[node] or f"node {node}"] = f"no valid answer to the plan: {error}"
                 continue
             here = [n for n, site in self._site_of_node.items() if site == reply.site and n not in self._dropped]
-            if set(here) & set(grid.get_node_ids()):
+            if set(here) & set(channel.nodes()):
                 failed[f"node {node}"] = f"claims to be {reply.site}, which is here already"
                 self._dropped.add(node)
             elif isinstance(reply, Declined):
@@ -241,13 +270,13 @@ class Coordinator:
                 self.sites.setdefault(reply.site, SiteState())
 
     def _exchange(
-        self, grid: Grid, nodes: list[int], payload: bytes, message_type: str
+        self, grid: Grid, channel: Channel, nodes: list[int], payload: bytes, message_type: str, round_: int
     ) -> Iterator[tuple[int, bytes | str]]:
         """Send `payload` to every node and yield (node, answer) as answers come in; text says why there is none."""
         timeout = self._federation.round_timeout
         waiting: dict[str, int] = {}
         for node in nodes:
-            content = RecordDict({RECORD: ConfigRecord({KEY: payload})})
+            content = RecordDict({RECORD: ConfigRecord({KEY: channel.seal(node, round_, payload)})})
             waiting.update(dict.fromkeys(grid.push_messages([Message(content, node, message_type, ttl=timeout)]), node))
         deadline, pause = time.monotonic() + timeout, _POLL
         answered = set()
@@ -256,7 +285,7 @@ class Coordinator:
             for reply in replies:
                 node = waiting.pop(reply.metadata.reply_to_message_id)
                 answered.add(node)
-                yield node, "a fault at the site" if reply.has_error() else _unpack(reply.content)
+                yield node, "a fault at the site" if reply.has_error() else _open(channel, node, reply.content)
             pause = _POLL if replies else min(1.5 * pause, _POLL_MAX)
             time.sleep(pause if waiting else 0)
         for node in nodes:
@@ -276,15 +305,14 @@ class Coordinator:
         for name, value in expected.items():
             if getattr(reply, name) != value:
                 raise MessageError(f"{name}={getattr(reply, name)}, expected {value}")
-        if self._plan.mechanism.private:
-            stated = self.sites[site].stated
-            if reply.epsilon is None or reply.epsilon_rdp is None:
-                raise MessageError("epsilon is missing, though the plan adds noise")
-            if reply.epsilon < stated - 1e-9 and number > self.sites[site].last_charged:
-                raise _LedgerLost(
-                    f"epsilon={reply.epsilon:.4g} is below the {stated:.4g} of before. Is its ledger lost?"
-                )
+        if self._plan.mechanism.private and (reply.epsilon is None or reply.epsilon_rdp is None):
+            raise MessageError("epsilon is missing, though the plan adds noise")
         return codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
+
+    def _forgot(self, reply: TrainReply, site: str, number: int) -> bool:
+        """Whether a site states less epsilon than before; a round that is repeated may be answered as it was then."""
+        before, private = self.sites[site], self._plan.mechanism.private
+        return private and (reply.epsilon or 0.0) < before.stated - 1e-9 and number > before.last_charged
 
     def _charge(
         self,
@@ -349,10 +377,14 @@ class Coordinator:
         save_checkpoint(self._folder / CHECKPOINT, state)
 
 
-def _unpack(content: RecordDict) -> bytes:
+def _open(channel: Channel, node: int, content: RecordDict) -> bytes | str:
+    """Return the answer in a transport's envelope; text says why it cannot be used."""
     record = content.config_records.get(RECORD)
     value = record.get(KEY) if record is not None else None
-    return value if isinstance(value, bytes) else b""
+    try:
+        return channel.open(node, value if isinstance(value, bytes) else b"")
+    except (MessageError, CryptoError) as error:
+        return str(error)
 
 
 def _read_records(path: Path) -> list[RoundRecord]:
