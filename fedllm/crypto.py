@@ -116,8 +116,11 @@ class Identity:
         key = _key(_exchange(ephemeral, receiver.sealing), public, receiver)
         return _SEAL_MAGIC + public + ChaCha20Poly1305(key).encrypt(bytes(12), signature + plaintext, _SEAL_MAGIC)
 
-    def open(self, sealed: bytes, senders: Sequence[PublicIdentity]) -> bytes:
-        """Decrypt what was sealed to this identity; raises CryptoError unless one of `senders` signed it."""
+    def open(self, sealed: bytes, senders: Sequence[PublicIdentity]) -> tuple[bytes, PublicIdentity]:
+        """Decrypt what was sealed to this identity and tell which of `senders` signed it.
+
+        Raises CryptoError where none of them did.
+        """
         head = len(_SEAL_MAGIC) + _KEY
         if not sealed.startswith(_SEAL_MAGIC) or len(sealed) < head + _TAG + _SIGNATURE:
             raise CryptoError("not a sealed message. Do both ends run the same version?")
@@ -134,7 +137,7 @@ class Identity:
                 _verify(sender.signing, signature, signed)
             except CryptoError:
                 continue
-            return plaintext
+            return plaintext, sender
         raise CryptoError("a sealed message was not signed by anyone who may send here")
 
 

@@ -548,7 +548,7 @@ def test_a_site_that_does_not_answer_the_plan_is_asked_again_in_the_next_round(f
     federation.grid.nodes[3] = answer
     coordinator = federation.run()
     assert site.rounds == [2, 3, 4]
-    assert coordinator.records[1].failed == {"node 3": "no valid answer to the plan"}
+    assert coordinator.records[1].failed == {"node 3": "no valid answer to the plan: no answer in time"}
 
 
 @pytest.mark.parametrize(

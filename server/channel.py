@@ -1,0 +1,102 @@
+"""How messages reach sites: plain inside one process; over a network signed, sealed, and to the roster alone."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from flwr.serverapp import Grid
+
+from fedllm import envelope
+from fedllm.crypto import Identity, PublicIdentity
+from fedllm.envelope import Binding
+from fedllm.errors import MessageError
+from fedllm.plan import RunPlan
+
+
+class Channel(Protocol):
+    """What the round loop needs to know of the way to the sites."""
+
+    def nodes(self) -> dict[int, str | None]:
+        """Return the nodes that are online and may take part, and the site behind each where that is certain."""
+        ...
+
+    def seal(self, node: int, round_: int, payload: bytes) -> bytes:
+        """Return `payload` as it travels to a node."""
+        ...
+
+    def open(self, node: int, data: bytes) -> bytes:
+        """Return the answer of a node to what was last sealed for it; raises FedllmError where it is not that."""
+        ...
+
+
+class PlainChannel:
+    """Bytes as they are, every node welcome: for sites in head office's own process."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def nodes(self) -> dict[int, str | None]:
+        return dict.fromkeys(self._grid.get_node_ids())
+
+    def seal(self, node: int, round_: int, payload: bytes) -> bytes:
+        del node, round_
+        return payload
+
+    def open(self, node: int, data: bytes) -> bytes:
+        del node
+        return data
+
+
+@dataclass(frozen=True)
+class Member:
+    """A site as the roster knows it."""
+
+    name: str
+    identities: Sequence[PublicIdentity]  # the present one first; more while keys are rotated
+
+
+class SealedChannel:
+    """Envelopes to the sites of a roster, which is asked anew on every use: a revoked site is out at once."""
+
+    def __init__(
+        self, grid: Grid, identity: Identity, member_of: Callable[[bytes], Member | None], plan: RunPlan
+    ) -> None:
+        """`member_of` finds the site of a node's public key, None where the roster has no such site."""
+        self._grid, self._identity, self._member_of, self._plan = grid, identity, member_of, plan
+        self._number = 0
+        self._keys: dict[int, bytes] = {}  # of the nodes
+        self._sent: dict[int, Binding] = {}  # what an answer of each node must be bound to
+
+    def nodes(self) -> dict[int, str | None]:
+        """Return the online nodes of sites in the roster, with the sites' names."""
+        self._keys = {node.node_id: node.public_key for node in self._grid.get_nodes()}
+        members = {node: self._member_of(key) for node, key in self._keys.items()}
+        return {node: member.name for node, member in members.items() if member is not None}
+
+    def seal(self, node: int, round_: int, payload: bytes) -> bytes:
+        """Seal `payload` to the site behind a node."""
+        # grows over restarts of head office too: sites refuse a number that does not
+        self._number = max(self._number + 1, time.time_ns())
+        binding = Binding(
+            direction="to-site", run=self._plan.run, plan=self._plan.digest, round=round_, number=self._number
+        )
+        sealed = envelope.seal(payload, binding, self._identity, self._member(node).identities[0])
+        answer = {"direction": "to-head-office", "request": envelope.digest(sealed)}
+        self._sent[node] = binding.model_copy(update=answer)
+        return sealed
+
+    def open(self, node: int, data: bytes) -> bytes:
+        """Open what a node answered to the last request; raises MessageError or CryptoError where it is not that."""
+        expected = self._sent[node]
+        binding, payload, _ = envelope.open_sealed(data, self._identity, self._member(node).identities)
+        if binding != expected:
+            differs = [name for name in Binding.model_fields if getattr(binding, name) != getattr(expected, name)]
+            raise MessageError(f"an answer to something else ({', '.join(differs)})")
+        return payload
+
+    def _member(self, node: int) -> Member:
+        member = self._member_of(self._keys[node])
+        if member is None:
+            raise MessageError("the site was revoked")
+        return member
