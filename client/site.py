@@ -15,6 +15,7 @@ from client.policy import SitePolicy
 from fedllm import codec
 from fedllm.errors import (
     BudgetExceeded,
+    Cancelled,
     ConfigError,
     DataError,
     FedllmError,
@@ -47,6 +48,14 @@ _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
 )
 
 
+_LOOK = 0.2  # seconds between looks whether anybody still waits
+
+
+def _check(stop: threading.Event | None) -> None:
+    if stop is not None and stop.is_set():
+        raise Cancelled("nobody waits for the answer any more")
+
+
 class Site:
     """One branch office. Safe to call from several threads; requests are handled one at a time."""
 
@@ -70,16 +79,26 @@ class Site:
         self._units: tuple[str, tuple[Unit, ...]] | None = None  # digest of the plan they were read for, units
         self._lock = threading.Lock()
 
-    def handle(self, request: bytes) -> bytes:
-        """Answer one message from head office. Never raises: whatever goes wrong becomes a Declined reply."""
-        with self._lock:
-            try:
-                message = from_bytes(request, Prepare, TrainRequest)
-                if isinstance(message, Prepare):
-                    return self._prepare(message).to_bytes()
-                return self._train(message)
-            except Exception as error:
-                return self._decline(error)
+    def handle(self, request: bytes, stop: threading.Event | None = None) -> bytes:
+        """Answer one message from head office; whatever goes wrong becomes a Declined reply.
+
+        Raises only Cancelled, where `stop` was set before there was an answer: the round stays charged, nothing has
+        been released, and the same request may be made again.
+        """
+        while not self._lock.acquire(timeout=_LOOK):
+            _check(stop)
+        try:
+            _check(stop)
+            message = from_bytes(request, Prepare, TrainRequest)
+            if isinstance(message, Prepare):
+                return self._prepare(message).to_bytes()
+            return self._train(message, stop)
+        except Cancelled:
+            raise
+        except Exception as error:
+            return self._decline(error)
+        finally:
+            self._lock.release()
 
     def _decline(self, error: Exception) -> bytes:
         """Log what happened, with all particulars, and return the reply that tells only a code."""
@@ -97,7 +116,7 @@ class Site:
         self._policy.check_units(len(self._read_units(plan)))
         return Ready(site=self.name, plan_digest=plan.digest, spec_digest=self._workspace(plan).adapter.spec.digest)
 
-    def _train(self, request: TrainRequest) -> bytes:
+    def _train(self, request: TrainRequest, stop: threading.Event | None) -> bytes:
         plan = request.plan
         self._policy.admit(plan)
         if request.round > plan.training.rounds:
@@ -116,20 +135,24 @@ class Site:
         if reservation.reply is not None:
             return reservation.reply
         try:
-            reply = self._update(request, workspace, start)
+            reply = self._update(request, workspace, start, stop)
+        except Cancelled:
+            raise  # given up for a reason that no record had a part in
         except Exception as error:
             # A refusal here may depend on the noisy result, so it is the round's release: no second try is free.
             reply = self._decline(error)
         self._ledger.release(reservation, reply)
         return reply
 
-    def _update(self, request: TrainRequest, workspace: Workspace, start: NDArray[np.float32]) -> bytes:
+    def _update(
+        self, request: TrainRequest, workspace: Workspace, start: NDArray[np.float32], stop: threading.Event | None
+    ) -> bytes:
         """Train a round that is paid for and return the reply."""
         plan = request.plan
         units = self._read_units(plan)
         self._policy.check_units(len(units))
         source = self._randomness(plan, request.round)
-        delta = train_round(workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch)
+        delta = train_round(workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch, stop)
         spent = self._ledger.spent(plan.privacy.delta)
         try:
             payload = codec.encode(delta.astype(np.float32), plan.training.wire)

@@ -9,10 +9,12 @@
     ├── LedgerError        the site's durable record of spent budget cannot be used
     ├── MessageError       bytes from the other side that are not a valid message
     │   └── SpecMismatch   an update made for another adapter
+    ├── FolderError        a folder or file of an installation that cannot be read, written or trusted
     ├── CryptoError        keys, certificates, signatures or sealed bytes that are not what they should be
     ├── CheckpointError    a checkpoint that cannot be written, read or continued
-    └── FederationError    the federation cannot go on
-        └── QuorumLost     fewer sites answered than the quorum
+    ├── FederationError    the federation cannot go on
+    │   └── QuorumLost     fewer sites answered than the quorum
+    └── Cancelled          whoever asked waits no more; nothing was released
 
 Each text says what was found (name=value), what was expected, and what to do.
 """
@@ -54,6 +56,10 @@ class SpecMismatch(MessageError):
     """An update or adapter state was made for another adapter."""
 
 
+class FolderError(FedllmError):
+    """A folder or file of an installation cannot be read, written or trusted."""
+
+
 class CryptoError(FedllmError):
     """Keys, certificates, signatures or sealed bytes are not what they should be."""
 
@@ -68,3 +74,7 @@ class FederationError(FedllmError):
 
 class QuorumLost(FederationError):
     """Fewer sites answered than the quorum asks for."""
+
+
+class Cancelled(FedllmError):
+    """Whoever asked waits no more, so the work was given up before anything was released."""

@@ -13,7 +13,7 @@ from client.app import Handler
 from client.policy import SitePolicy
 from client.site import Site
 from fedllm.plan import DataConfig, PartitionConfig, RunPlan, SimulationConfig
-from fedllm.training.data import Table, Tokeniser, Unit, build_units, check_columns, read_table
+from fedllm.training.data import Table, Tokeniser, Unit, build_units, check_columns, naming, person, read_table
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
 from simulations.partition import partition
 
@@ -27,17 +27,18 @@ class SimulatedData:
         """Read and partition the data; raises DataError or ConfigError where that fails."""
         self._data = data
         self._table: Table = read_table(data.train, data.train_split)
-        check_columns(self._table, data, [cut.column] if cut.column else [])
         self._unit = data.unit if by_person else None
-        self._rows = partition(self._table, cut, self._unit, seed)
+        with naming(data.train):
+            check_columns(self._table, data, [cut.column] if cut.column else [])
+            self._rows = partition(self._table, cut, self._unit, seed)
         self.names = list(self._rows)
 
     def unit_counts(self) -> dict[str, int]:
         """Return the number of privacy units of each site. For the simulator's eyes: no site tells its own."""
         if self._unit is None:
             return {name: len(rows) for name, rows in self._rows.items()}
-        persons = self._table[self._unit]
-        return {name: len({persons[row] for row in rows}) for name, rows in self._rows.items()}
+        persons = list(self._table[self._unit])
+        return {name: len({person(persons[row]) for row in rows}) for name, rows in self._rows.items()}
 
     def units(self, name: str, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
         """Tokenise the records of one site."""
@@ -81,12 +82,13 @@ def _sites(config_json: str, folder: str) -> list[Site]:
 def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: Path) -> Site:
     """Return one simulated site, with its ledger under `folder`."""
     site = config.site
-    nominal = config.privacy.units_per_site or 0
+    # Half of the nominal size at most: this is taken from all sites, and none of them is too small for it by rounding.
+    expected_batch = min(config.privacy.sampling_rate, 0.5) * (config.privacy.units_per_site or 0)
     policy = SitePolicy(
         epsilon=config.budget(name) if config.privacy.mode != "off" else math.inf,
         delta=config.privacy.delta,
         unit=config.privacy.unit,
-        min_units=site.min_units if site.min_units is not None else config.privacy.sampling_rate * nominal,
+        min_units=site.min_units if site.min_units is not None else expected_batch,
         allow_unprotected=True,  # in a simulation the sites are the researcher's own
     )
     return Site(
@@ -114,4 +116,5 @@ def connect(config_json: str, folder: str, context: Context) -> Handler:
     """
     with _making_sites:
         sites = _sites(config_json, folder)
-    return sites[int(context.node_config["partition-id"])].handle
+    site = sites[int(context.node_config["partition-id"])]
+    return lambda request, timeout: site.handle(request)  # the round's own deadline is all that a simulation needs

@@ -1,12 +1,13 @@
 """A site's part of one round: load the adapter, take the planned DP steps, return the difference."""
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedllm.errors import ModelError
+from fedllm.errors import Cancelled, ModelError
 from fedllm.plan import RunPlan
 from fedllm.privacy.randomness import Randomness
 from fedllm.training.adapter import AdapterModel
@@ -22,17 +23,21 @@ def train_round(
     start: NDArray[np.float32],
     source: Randomness,
     micro_batch: int,
+    stop: threading.Event | None = None,
 ) -> NDArray[np.float32]:
     """Return the update float32[d] of `plan.training.local_steps` steps from `start` on `units`.
 
     Every step draws its own Poisson batch and its own noise from `source`; the optimiser begins afresh, so that
-    nothing but the ledger outlives the round. Raises ModelError where the result is not finite.
+    nothing but the ledger outlives the round. Raises ModelError where the result is not finite, and Cancelled, before
+    the next step, where `stop` is set.
     """
     mechanism = plan.mechanism
     with adapter.lock:
         adapter.load(start)
         optimizer = engine.optimizer(_optimizer(adapter, plan), mechanism, plan.expected_units, source)
         for _ in range(plan.training.local_steps):
+            if stop is not None and stop.is_set():
+                raise Cancelled("nobody waits for the answer any more")
             drawn = mechanism.sample(len(units), source)
             engine.step(optimizer, [units[i] for i in drawn], micro_batch)
         end = adapter.vector()

@@ -28,7 +28,7 @@ def test_the_courier_carries_bytes_both_ways(message_type: str, payload: bytes) 
     asked: list[tuple[int, bytes]] = []
 
     def connect(context: Context) -> Handler:
-        def handle(request: bytes) -> bytes:
+        def handle(request: bytes, timeout: float) -> bytes:
             asked.append((context.node_id, request))
             return b"answer:" + request[::-1]
 

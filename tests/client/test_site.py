@@ -20,7 +20,7 @@ import client.site
 from client.policy import SitePolicy
 from client.site import Site
 from fedllm import codec
-from fedllm.errors import ConfigError, DataError, ModelError
+from fedllm.errors import Cancelled, ConfigError, DataError, ModelError
 from fedllm.messages import MAGIC, Declined, Message, Prepare, Ready, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent, spent
@@ -647,3 +647,35 @@ def test_no_seed_reaches_the_coins_of_a_private_plan(
 
     monkeypatch.setattr(client.site, "SeededRandomness", seeded)
     assert isinstance(Office(tmp_path, make_plan()).train(), TrainReply)
+
+
+# ---- giving up -----------------------------------------------------------------------------------------------------
+
+
+def test_a_round_that_is_given_up_stays_paid_and_is_answered_when_it_is_asked_for_again(
+    tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    office = Office(tmp_path, make_plan())
+    stop, real = threading.Event(), client.site.train_round
+
+    def train_round(*arguments: Any) -> NDArray[np.float32]:
+        stop.set()  # the courier has gone
+        return real(*arguments)
+
+    monkeypatch.setattr(client.site, "train_round", train_round)
+    with pytest.raises(Cancelled):
+        office.site.handle(office.request(), stop)
+    assert len(office.events()) == 1, "it stays charged"
+    monkeypatch.setattr(client.site, "train_round", real)
+    assert np.isfinite(update(office.train())).all()
+    assert len(office.events()) == 1, "and is not charged again"
+
+
+def test_who_waits_for_a_busy_site_can_give_up(tmp_path: Path, make_plan: MakePlan) -> None:
+    office = Office(tmp_path, make_plan())
+    stop = threading.Event()
+    with office.site._lock:
+        stop.set()
+        with pytest.raises(Cancelled):
+            office.site.handle(office.request(), stop)
+    assert office.events() == []

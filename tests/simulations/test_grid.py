@@ -42,7 +42,7 @@ def collect(grid: InProcessGrid, ids: list[str], until: Callable[[Callable[[], b
 
 def test_every_node_is_served_with_its_own_partition(until: Callable[[Callable[[], bool]], None]) -> None:
     def connect(context: Context) -> Handler:
-        return lambda request: request + f" at {context.node_config['partition-id']}".encode()
+        return lambda request, timeout: request + f" at {context.node_config['partition-id']}".encode()
 
     grid = InProcessGrid(courier(connect), 5)
     assert list(grid.get_node_ids()) == [1, 2, 3, 4, 5]
@@ -58,7 +58,7 @@ def test_a_node_gets_one_message_at_a_time(until: Callable[[Callable[[], bool]],
     asked: list[bytes] = []
 
     def connect(context: Context) -> Handler:
-        def handle(request: bytes) -> bytes:
+        def handle(request: bytes, timeout: float) -> bytes:
             asked.append(request)
             gate.wait()
             return request
@@ -77,7 +77,7 @@ def test_a_node_that_raises_answers_with_an_error_that_quotes_nothing(
     until: Callable[[Callable[[], bool]], None],
 ) -> None:
     def connect(context: Context) -> Handler:
-        def handle(request: bytes) -> bytes:
+        def handle(request: bytes, timeout: float) -> bytes:
             if context.node_id == 1:
                 raise ValueError("a record of Hong Gildong")
             return b"fine"
@@ -100,7 +100,7 @@ def test_a_node_whose_libraries_panic_answers_with_an_error(until: Callable[[Cal
     """And not with silence, for which the others would wait until the round's time is up."""
 
     def connect(context: Context) -> Handler:
-        def handle(request: bytes) -> bytes:
+        def handle(request: bytes, timeout: float) -> bytes:
             if request == b"panic":
                 raise Panic
             return request
@@ -117,7 +117,7 @@ def test_a_node_that_hangs_counts_as_offline_while_the_others_are_served(
     until: Callable[[Callable[[], bool]], None], gate: threading.Event
 ) -> None:
     def connect(context: Context) -> Handler:
-        def handle(request: bytes) -> bytes:
+        def handle(request: bytes, timeout: float) -> bytes:
             if context.node_id == 1:
                 gate.wait()
             return request
@@ -139,7 +139,7 @@ def test_a_node_that_hangs_counts_as_offline_while_the_others_are_served(
 
 def test_replies_can_be_waited_for(until: Callable[[Callable[[], bool]], None], gate: threading.Event) -> None:
     def connect(context: Context) -> Handler:
-        def handle(request: bytes) -> bytes:
+        def handle(request: bytes, timeout: float) -> bytes:
             if request == b"hang":
                 gate.wait()
             return request

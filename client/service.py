@@ -1,0 +1,157 @@
+"""The site service: the only process that opens records, keys, ledger and model. Answers on a unix socket."""
+
+import grp
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+
+from client.site import Site
+from client.wire import METHOD, SERVICE, chunks, join
+from fedllm import envelope
+from fedllm.crypto import Identity, PublicIdentity
+from fedllm.envelope import Binding
+from fedllm.errors import Cancelled, ConfigError, CryptoError, FedllmError, MessageError
+from fedllm.files import write_secret
+from fedllm.messages import Prepare, TrainRequest, from_bytes
+
+_log = logging.getLogger("fedllm.site")
+_RUNS_KEPT = 1000  # of which the last number is remembered one by one
+_WAITING = 4  # requests that may wait for their turn; more are told to come back
+
+
+class Replays:
+    """The number of the last request of every run, on disk: nothing is answered twice, nor out of order."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last: dict[str, int] = {}
+        self._floor = 0  # what a run that is not remembered must exceed
+        if path.exists():
+            try:
+                state = json.loads(path.read_text("utf-8"))
+                self._floor = int(state["floor"])
+                self._last = {str(run): int(number) for run, number in state["last"].items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                raise MessageError(
+                    f"{path} cannot be read, so requests of before could be answered again. Restore it from a backup; "
+                    "the ledger keeps a repeated round from being paid or answered anew, so it may also be removed."
+                ) from None
+
+    def check(self, run: str, number: int) -> None:
+        """Note a request; raises MessageError where it is not newer than the last of its run."""
+        if number <= self._last.get(run, self._floor):
+            raise MessageError(f"request {number} of run {run} is not newer than the last: a replay, or out of order")
+        self._last.pop(run, None)
+        self._last[run] = number  # at the end: the least recent run comes first
+        while len(self._last) > _RUNS_KEPT:
+            self._floor = max(self._floor, self._last.pop(next(iter(self._last))))
+        state = {"floor": self._floor, "last": self._last}
+        write_secret(self._path, json.dumps(state, ensure_ascii=False).encode())
+
+
+class Endpoint:
+    """Between socket and site: opens what the pinned head office sealed to this site, and seals the site's answer."""
+
+    def __init__(
+        self, site: Site, identities: Sequence[Identity], head_office: Sequence[PublicIdentity], replays: Path
+    ) -> None:
+        """`identities` are the site's own, the present one first; `head_office` holds the pinned ones."""
+        self._site, self._identities, self._head_office = site, identities, head_office
+        self._replays = Replays(replays)
+        self._lock = threading.Lock()
+
+    def handle(self, sealed: bytes, stop: threading.Event | None = None) -> bytes:
+        """Answer one sealed request.
+
+        Raises CryptoError or MessageError, and asks the site nothing, where the request was not sealed to this site by
+        the pinned head office, is not newer than the last of its run, or says outside what it does not say inside;
+        Cancelled as the site does.
+        """
+        binding, payload, sender = self._open(sealed)
+        message = from_bytes(payload, Prepare, TrainRequest)
+        round_ = message.round if isinstance(message, TrainRequest) else 0
+        said = Binding(
+            direction="to-site", run=message.plan.run, plan=message.plan.digest, round=round_, number=binding.number
+        )
+        if binding != said:
+            raise MessageError("the envelope is bound to another run, round, plan or direction than its message")
+        with self._lock:
+            self._replays.check(binding.run, binding.number)
+        answer = self._site.handle(payload, stop)
+        back = {"direction": "to-head-office", "request": envelope.digest(sealed)}
+        return envelope.seal(answer, binding.model_copy(update=back), self._identities[0], sender)
+
+    def _open(self, sealed: bytes) -> tuple[Binding, bytes, PublicIdentity]:
+        for identity in self._identities[1:]:  # sealed to a key that is being replaced
+            try:
+                return envelope.open_sealed(sealed, identity, self._head_office)
+            except CryptoError:
+                continue
+        return envelope.open_sealed(sealed, self._identities[0], self._head_office)
+
+
+def serve(endpoint: Endpoint, socket: Path, group: str | None, max_bytes: int) -> grpc.Server:
+    """Start to answer on a unix socket that this user, and `group` where one is named, may open; returns the server.
+
+    Raises ConfigError where the socket cannot be made.
+    """
+
+    def handle(request: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        stop = threading.Event()
+        context.add_callback(stop.set)  # the courier has gone, or its deadline has passed
+        try:
+            answer = endpoint.handle(join(request, max_bytes), stop)
+        except OverflowError as error:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the request has {error}")
+        except Cancelled as error:
+            _log.warning("given up: %s", error)
+            context.abort(grpc.StatusCode.CANCELLED, "given up")
+        except FedllmError as error:
+            _log.warning("refused: %s", error)
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "refused; the site's log says why")
+        except Exception as error:  # its text may quote anything: it stays here
+            _log.error("a fault in the site's software", exc_info=error)
+            context.abort(grpc.StatusCode.INTERNAL, "a fault in the site's software; its log says more")
+        else:
+            yield from chunks(answer)
+
+    server = grpc.server(
+        ThreadPoolExecutor(_WAITING, thread_name_prefix="site"), maximum_concurrent_rpcs=_WAITING,
+        options=[("grpc.so_reuseport", 0)],
+    )  # fmt: skip
+    methods = {METHOD: grpc.stream_stream_rpc_method_handler(handle)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    _bind(server, socket, group)
+    server.start()
+    return server
+
+
+def _bind(server: grpc.Server, socket: Path, group: str | None) -> None:
+    """Make the socket without a moment in which others could open it."""
+    try:
+        number = grp.getgrnam(group).gr_gid if group else -1
+        socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        socket.unlink(missing_ok=True)  # of a service that was killed; two at once are kept out by the folder's lock
+        before = os.umask(0o177)
+        try:
+            server.add_insecure_port(f"unix:{socket}")
+        finally:
+            os.umask(before)
+        if group:
+            os.chown(socket.parent, -1, number)
+            socket.parent.chmod(0o710)
+            os.chown(socket, -1, number)
+            socket.chmod(0o660)
+    except KeyError:
+        raise ConfigError(f"socket_group={group}: there is no such group on this machine") from None
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"socket={socket}: cannot be made ({error}). Its path may have at most 100 bytes, and the folder must be "
+            "writable."
+        ) from None
