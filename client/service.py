@@ -125,7 +125,7 @@ def serve(endpoint: Endpoint, socket: Path, group: str | None, max_bytes: int) -
         ThreadPoolExecutor(_WAITING, thread_name_prefix="site"), maximum_concurrent_rpcs=_WAITING,
         options=[("grpc.so_reuseport", 0)],
     )  # fmt: skip
-    methods = {METHOD: grpc.stream_stream_rpc_method_handler(handle)}
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {METHOD: grpc.stream_stream_rpc_method_handler(handle)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     _bind(server, socket, group)
     server.start()

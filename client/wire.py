@@ -32,5 +32,5 @@ def ask(socket: str, request: bytes, timeout: float) -> bytes:
     grpc.RpcError where there is no answer.
     """
     with grpc.insecure_channel(f"unix:{socket}") as channel:
-        call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(chunks(request), timeout=timeout)
-        return join(call)
+        method: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/{METHOD}")
+        return join(method(chunks(request), timeout=timeout))
