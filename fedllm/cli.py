@@ -107,7 +107,7 @@ def _compose(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
     if config_dir is not None:
         if not config_dir.is_dir():
             raise ConfigError(f"--config-dir={config_dir}: no such folder")
-        overrides = [f"hydra.searchpath=['file://{config_dir.resolve()}']", *overrides]
+        overrides = [f"hydra.searchpath=[{_quoted(f'file://{config_dir.resolve()}')}]", *overrides]
     try:
         with initialize_config_module("conf", version_base="1.3"):
             config = compose("config", overrides=overrides)
@@ -117,8 +117,10 @@ def _compose(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
         values: Any = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         text = str(error).strip().splitlines()
-        hints = [line for line in text[1:] if line.strip() and "full stack" not in line][:12]
-        raise ConfigError("\n".join([text[0], *hints, "`fedllm simulate --cfg` prints every key."])) from None
+        hints = [line for line in text[1:] if line.strip() and not any(words in line for words in _HYDRAS_ADVICE)][:12]
+        raise ConfigError(
+            "\n".join([text[0].replace("'++", "'"), *hints, "`fedllm simulate --cfg` prints every key."])
+        ) from None
     for path, value in later:
         _set(values, path, value)
     return dict(values)
@@ -127,32 +129,66 @@ def _compose(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
 def _normalise(overrides: list[str]) -> tuple[list[str], list[tuple[list[str], Any]]]:
     """Spare the user three of Hydra's rules; returns overrides for Hydra, and (path, value) to set after it.
 
-    A value that its grammar cannot read, such as the template {question}, is taken as text; a mapping or key that it
-    cannot read, such as {서울: 4.0}, is read as YAML and set afterwards; and a dotted key may be new, since our own
-    validation knows every key and suggests the nearest.
+    A value that its grammar cannot read, such as the template {question}, is taken as text; a mapping, list or key
+    that it cannot read, such as {서울: 4.0} or [가, 나], is read as YAML and set afterwards; and every key but that of
+    a group may be new, since our own validation knows all keys and suggests the nearest.
     """
-    import yaml
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     parser, for_hydra, later = OverridesParser.create(), [], []
     for override in overrides:
         key, _, value = override.partition("=")
+        if not key.strip("+~"):
+            raise ConfigError(f"{override!r} names no key. Write KEY=VALUE, for example privacy.epsilon=3.")
+        choices = _choices(key.lstrip("+"))
         try:
-            parser.parse_override(override)
+            parsed = parser.parse_override(override)
         except HydraException:
-            try:
-                loaded = yaml.safe_load(value)
-            except yaml.YAMLError:
-                loaded = value
-            mapping = isinstance(loaded, dict) and None not in loaded.values()
-            if mapping or not key.isascii():
+            loaded = _as_yaml(value)
+            if isinstance(loaded, dict | list) or not key.isascii():
                 later.append((key.lstrip("+").split("."), loaded))
                 continue
-            quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-            override = f"{key}='{quoted}'"  # noqa: PLW2901
-        for_hydra.append("++" + override if "." in key and override[0].isalpha() else override)
+            override = f"{key}={_quoted(value)}"  # noqa: PLW2901
+        else:
+            if choices and "=" in override and not parsed.is_sweep_override() and not isinstance(parsed.value(), str):
+                raise ConfigError(f"{override}: {key} is a group of settings; choose one of {', '.join(choices)}")
+        is_key = override[0].isalpha() and not choices and "/" not in key and "@" not in key
+        for_hydra.append("++" + override if is_key else override)
     return for_hydra, later
+
+
+# Lines of Hydra's that lead to its own next error, or to features that there are none of here.
+_HYDRAS_ADVICE = ("full stack", "To append to your config", "To sweep over it", "Config search path", "provider=")
+
+
+def _choices(key: str) -> list[str]:
+    """Return the choices of a group in conf/; none where the key is no group."""
+    from importlib import resources
+
+    folder = resources.files("conf") / key
+    if not key.isidentifier() or not folder.is_dir():
+        return []
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def _as_yaml(value: str) -> Any:
+    """Read a value as YAML; text that is none, or rather a template, stays: to YAML {question} is {question: null}."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    inside = loaded.values() if isinstance(loaded, dict) else loaded if isinstance(loaded, list) else []
+    return value if any(item is None or isinstance(item, dict | list) for item in inside) else loaded
+
+
+def _quoted(text: str) -> str:
+    """Quote text for Hydra's grammar, where a backslash counts only before a quote."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:

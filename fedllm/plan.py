@@ -181,8 +181,8 @@ class DataConfig(Frozen):
     prompt: str | None = None  # template of the part that is given, e.g. "Q: {question}\nA: "
     text: str = Field(min_length=1)  # template of the part that is learned, or of the text to classify
     chat: bool = False  # put prompt and text into the base model's chat template
-    label: str | None = None  # classification: column of the label
-    unit: str | None = None  # column that names the person a record belongs to
+    label: str | None = Field(None, min_length=1)  # classification: column of the label
+    unit: str | None = Field(None, min_length=1)  # column that names the person a record belongs to
     description: str = ""  # PUBLIC; one sentence for the model card
     samples: int = Field(3, ge=0)  # held-out questions answered before and after, for the summary
 
@@ -191,7 +191,7 @@ class PartitionConfig(Frozen):
     """How one data set becomes several sites (flwr-datasets)."""
 
     by: Literal["natural", "iid", "dirichlet"] = "natural"
-    column: str | None = None  # natural: names the site; dirichlet: the label to skew
+    column: str | None = Field(None, min_length=1)  # natural: names the site; dirichlet: the label to skew
     sites: int | None = Field(None, ge=1)  # iid, dirichlet
     alpha: float = Field(0.5, gt=0)  # dirichlet concentration
 
@@ -227,7 +227,9 @@ class SiteConfig(Frozen):
 
     epsilon: float | None = Field(None, gt=0)  # total budget; null: just what the plan asks for
     budgets: dict[str, float] = {}  # by site, instead of `epsilon`
-    min_units: int | None = Field(None, ge=1)  # fewer: the site takes no part; null: one expected batch
+    min_units: int | None = Field(
+        None, ge=1
+    )  # fewer: the site takes no part; null: one expected batch, at most half of units_per_site
     micro_batch: int = Field(64, ge=1)  # records in one forward pass: memory, not mathematics
     threads: int | None = Field(None, ge=1, le=4096)  # of torch on the CPU; null: torch's own choice
     device: str = "auto"  # auto, cpu, cuda, cuda:0 ...
@@ -304,6 +306,8 @@ def _explain(kind: type[Frozen], detail: dict[str, Any]) -> str:
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"{key}: a value is needed"
     if detail["type"] == "value_error":
         return f"{key}: {message}"
     return f"{key}={detail['input']!r}: {message[:1].lower()}{message[1:]}"

@@ -12,6 +12,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedllm.errors import ConfigError
+
 
 class InProcessGrid(Grid):
     """Delivers messages to `nodes` virtual nodes, each message on a thread of its own.
@@ -86,7 +88,7 @@ class InProcessGrid(Grid):
         node = message.metadata.dst_node_id
         try:
             reply = self._client_app(message, self._contexts[node])
-        except Exception as error:  # as Flower does: a client's exception is an error reply
+        except BaseException as error:  # an error reply, as in Flower; a panic in a Rust library is no Exception
             reply = Message(Error(code=0, reason=type(error).__name__), reply_to=message)
         with self._lock:
             self._busy.discard(node)
@@ -94,15 +96,22 @@ class InProcessGrid(Grid):
 
 
 def run_ray(server_app: Any, client_app: ClientApp, nodes: int, cpus: float, gpus: float) -> None:
-    """Run both apps on Flower's simulation engine, every site in a Ray actor with `cpus` and `gpus`."""
+    """Run both apps on Flower's simulation engine, every site in a Ray actor with `cpus` and `gpus`.
+
+    Raises ConfigError where this machine has not as many.
+    """
+    import ray
     from flwr.simulation import run_simulation
 
+    # Started here, as Flower would do, to ask how much there is: Ray heeds a container's limits.
+    ray.init(include_dashboard=False, logging_level="error", log_to_driver=True)
+    there = ray.cluster_resources()
+    for key, kind, asked in (("cpus_per_site", "CPU", cpus), ("gpus_per_site", "GPU", gpus)):
+        if asked > there.get(kind, 0):
+            raise ConfigError(f"federation.{key}={asked:g}, but Ray finds {there.get(kind, 0):g} here. Lower it.")
     run_simulation(
         server_app=server_app,
         client_app=client_app,
         num_supernodes=nodes,
-        backend_config={
-            "client_resources": {"num_cpus": cpus, "num_gpus": gpus},
-            "init_args": {"include_dashboard": False, "logging_level": "error", "log_to_driver": True},
-        },
+        backend_config={"client_resources": {"num_cpus": cpus, "num_gpus": gpus}},
     )

@@ -7,7 +7,7 @@ from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Natu
 
 from fedllm.errors import ConfigError, DataError
 from fedllm.plan import PartitionConfig
-from fedllm.training.data import Table, person
+from fedllm.training.data import Table, is_missing, person
 
 
 def partition(table: Table, config: PartitionConfig, unit: str | None, seed: int) -> dict[str, list[int]]:
@@ -19,7 +19,7 @@ def partition(table: Table, config: PartitionConfig, unit: str | None, seed: int
     """
     keys = [""] * len(table)
     if config.column:
-        empty = next((row for row, value in enumerate(table[config.column]) if value in (None, "")), None)
+        empty = next((row for row, value in enumerate(table[config.column]) if is_missing(value)), None)
         if empty is not None:
             raise DataError(f"record {empty + 1}: {config.column} is empty, so its site is unknown. Fill it in.")
         keys = [str(value) for value in table[config.column]]

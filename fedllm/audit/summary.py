@@ -22,6 +22,7 @@ from fedllm.plan import DataConfig, RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.training.adapter import AdapterModel
 
+_OFF_SCALE = 1e6  # an epsilon above says no more, and a site may claim any: drawing 1e308 overflows
 _BLUE, _ORANGE, _RED, _GREY = "#2563a8", "#c2571a", "#b3261e", "#8a8f98"
 # The first of these that is installed lends the glyphs that the default font lacks (Debian: fonts-nanum).
 _KOREAN_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "UnDotum")
@@ -158,6 +159,7 @@ def _epsilon_axis(axes: Axes, summary: RunSummary, rounds: list[int]) -> None:
     if None in values:
         axes.text(0.5, 0.5, "∞: no noise was added", ha="center", color=_RED, transform=axes.transAxes)
         return
+    values = [min(value, _OFF_SCALE) for value in values]
     axes.step(rounds, values, where="post", color=_ORANGE)
     axes.axhline(privacy.epsilon, color=_GREY, linestyle="--", linewidth=1)
     axes.annotate(f"target {privacy.epsilon:g}", (rounds[0], privacy.epsilon), textcoords="offset points",
@@ -175,7 +177,7 @@ def _plot_sites(summary: RunSummary) -> Figure:
     rows = range(len(names))
     if None not in spending:
         axes.barh(rows, budgets, color="#e7e9ee", height=0.62, label="budget")
-        axes.barh(rows, spending, color=_ORANGE, height=0.62, label="spent")
+        axes.barh(rows, [min(epsilon, _OFF_SCALE) for epsilon in spending], color=_ORANGE, height=0.62, label="spent")
         axes.set_xlim(0, max([b for b in budgets if not math.isnan(b)], default=1) * 1.02)
     else:
         axes.barh(rows, [1] * len(names), color="#f6dedc", height=0.62)

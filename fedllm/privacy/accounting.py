@@ -6,6 +6,7 @@ RDP is computed beside it as an upper bound by another method (RDP >= PLD always
 
 import logging
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ _RDP_ORDERS = tuple(1 + x / 10 for x in range(1, 110)) + tuple(range(12, 64)) + 
 _GRID = 1e-4  # of the privacy loss; the PLD is rounded up onto it
 _COARSE_GRID = 1e-3  # to look for a noise multiplier; the answer is checked on the fine grid
 _HOPELESS = 100.0  # above this epsilon the RDP bound stands alone: the PLD says no more, and needs memory without end
+_one_at_a_time = threading.Lock()  # all sites of a process ask for the same cost at once: one computes, the others wait
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def spent(events: Sequence[AccountingEvent], delta: float) -> PrivacySpent:
         event.check()
         key = (event.sampling_rate, event.noise_multiplier)
         merged[key] = merged.get(key, 0) + event.steps
-    return _spent(tuple(AccountingEvent(q, s, n) for (q, s), n in sorted(merged.items()) if n and q), delta, _GRID)
+    composed = tuple(AccountingEvent(q, s, n) for (q, s), n in sorted(merged.items()) if n and q)
+    with _one_at_a_time:
+        return _spent(composed, delta, _GRID)
 
 
 @lru_cache(maxsize=4096)
@@ -120,7 +124,8 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
     """
 
     def epsilon_at(noise_multiplier: float, grid: float) -> float:
-        return _spent((AccountingEvent(sampling_rate, noise_multiplier, steps),), delta, grid).epsilon
+        with _one_at_a_time:
+            return _spent((AccountingEvent(sampling_rate, noise_multiplier, steps),), delta, grid).epsilon
 
     low, high = 0.05, 1.0
     while epsilon_at(high, _COARSE_GRID) > epsilon:

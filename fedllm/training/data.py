@@ -1,7 +1,9 @@
 """Records to tokens: files or hub data sets, templates, privacy units, batches."""
 
+import contextlib
 import csv
 import json
+import math
 import string
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,12 +144,27 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Put the name of the data set before a DataError about its records."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+
+
 def check_columns(table: Table, data: DataConfig, extra: Sequence[str] = ()) -> None:
-    """Raise DataError unless the table has every column that the configuration names."""
+    """Raise DataError unless the table has every column that the configuration names.
+
+    Of those that name a person, label or site (`extra`), a cell must hold one value.
+    """
     named = [*_fields(data.prompt or ""), *_fields(data.text), *(c for c in (data.label, data.unit) if c), *extra]
     missing = sorted(set(named) - set(table.column_names))
     if missing:
         raise DataError(f"missing column {', '.join(missing)}; the records have {', '.join(table.column_names)}")
+    for column in (data.label, data.unit, *extra):
+        if column and not isinstance(table.features[column], datasets.Value | datasets.ClassLabel):
+            raise DataError(f"column {column} holds lists or objects; expected text or numbers")
 
 
 def _fields(template: str) -> list[str]:
@@ -234,12 +251,17 @@ def build_units(table: Table, tokeniser: Tokeniser, unit: str | None, cap: int) 
     """
     groups: dict[str, list[Record]] = {}
     for number, row in enumerate(table):
-        if unit is not None and person(row[unit]) in ("", "None", "nan"):
+        if unit is not None and is_missing(row[unit]):
             raise DataError(f"record {number + 1}: {unit} is empty, so its privacy unit is unknown. Fill it in.")
         group = groups.setdefault(person(row[unit]) if unit is not None else str(number), [])
         if len(group) < cap:
             group.append(tokeniser(row, number))
     return tuple(tuple(records) for records in groups.values())
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell is empty: null, not a number, or text of nothing but spaces. Somebody may be called None."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
 
 
 def person(value: object) -> str:

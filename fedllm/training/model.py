@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -70,7 +69,7 @@ def load_base(config: ModelConfig, device: str) -> BaseModel:
         model = _from_pretrained(config, source, where).to(torch.device(device)).eval()
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except Exception as error:  # transformers raises many types; each becomes one clear error
         hint = (
             "the folder needs config.json, weights and tokenizer files"
             if isinstance(source, Path)
@@ -92,15 +91,35 @@ def load_base(config: ModelConfig, device: str) -> BaseModel:
 
 def _from_pretrained(config: ModelConfig, source: str | Path, where: dict[str, Any]) -> Any:
     if config.task == "causal-lm":
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where)
+        return _load(AutoModelForCausalLM, source, where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the head that the checkpoint lacks must be the same at every party
         if config.pooling == "mean":
-            encoder = AutoModel.from_pretrained(source, dtype=torch.float32, **where)
-            return MeanPooledClassifier(encoder, len(config.labels))
-        return AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=torch.float32, num_labels=len(config.labels), **where
+            return MeanPooledClassifier(_load(AutoModel, source, where), len(config.labels))
+        return _load(AutoModelForSequenceClassification, source, {**where, "num_labels": len(config.labels)})
+
+
+def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> Any:
+    """Load a model; raises ModelError where the checkpoint lacks weights, but for a classifier's new head.
+
+    transformers would make them up at random, and says so in a table that it also prints for every new head.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, found = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    lacking = sorted(found["missing_keys"])
+    if kind is not AutoModelForCausalLM:  # a pooler is part of a head: encoders without one are common
+        inner = f"{model.base_model_prefix}." if kind is AutoModelForSequenceClassification else ""
+        lacking = [key for key in lacking if key.startswith(inner) and "pooler." not in key]
+    if lacking:
+        raise ModelError(
+            f"model.source={source} cannot be loaded: its weights lack {lacking[0]} and {len(lacking) - 1} more. "
+            "Is model.task right, and the file complete?"
         )
+    return model
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -117,7 +136,7 @@ def pick_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # values go there and come back, as they do not from "meta"
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise ModelError(f"site.device={device} is not usable here ({first_line}). Use auto or cpu.") from None
