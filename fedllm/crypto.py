@@ -7,6 +7,7 @@ Everything here raises CryptoError, and nothing else, on keys or bytes that are 
 import hashlib
 import ipaddress
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -30,6 +31,7 @@ _SEAL_INFO = b"fedllm sealed message v1"
 _SIGNED_SEAL, _SIGNED_DOCUMENT = b"fedllm signature in a sealed message v1", b"fedllm signed document v1"
 _KEY, _SIGNATURE, _TAG = 32, 64, 16  # bytes
 _RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw
+_SPKI = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
 _BACKDATE = timedelta(minutes=5)  # so that a new certificate is valid where the clock is a little behind
 
 
@@ -255,7 +257,7 @@ def node_public_key(private: bytes) -> bytes:
     """Return the public half of a node key, as one OpenSSH line."""
     try:
         key = serialization.load_ssh_private_key(private, password=None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise CryptoError(f"not a node key ({error}). Restore it from a backup, or make new keys.") from None
     return key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
@@ -265,10 +267,39 @@ def check_node_public_key(line: str) -> None:
     try:
         key = serialization.load_ssh_public_key(line.encode())
         fits = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         fits = False
     if not fits:
         raise CryptoError("the node key is not an ecdsa-sha2-nistp384 key in OpenSSH's format")
+
+
+def read_pairs(certificates: bytes, keys: bytes) -> list[Certificate]:
+    """Return every certificate of a PEM file, in order, with its private key out of another (or the same) file.
+
+    Keys without a certificate are passed over. Raises CryptoError where there is no certificate, or one without a key.
+    """
+    private = {_load_key(block).public_key().public_bytes(*_SPKI): block for block in _blocks(keys, b"PRIVATE KEY")}
+    pairs = []
+    for block in _blocks(certificates, b"CERTIFICATE"):
+        key = private.get(_public_key(_load(block)))
+        if key is None:
+            raise CryptoError("a certificate has no private key beside it. Restore the key from a backup.")
+        pairs.append(Certificate(block, key))
+    if not pairs:
+        raise CryptoError("there is no PEM certificate here. Restore it from a backup.")
+    return pairs
+
+
+def _blocks(pem: bytes, kind: bytes) -> list[bytes]:
+    pattern = rb"-----BEGIN ([A-Z ]+)-----\s.*?-----END \1-----"
+    return [found.group(0) + b"\n" for found in re.finditer(pattern, pem, re.DOTALL) if found.group(1).endswith(kind)]
+
+
+def _public_key(certificate: x509.Certificate) -> bytes:
+    try:
+        return certificate.public_key().public_bytes(*_SPKI)
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise CryptoError(f"a certificate with an unusable public key ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -291,22 +322,16 @@ def read_certificates(pem: bytes) -> list[CertificateFacts]:
     return [_facts(certificate) for certificate in found]
 
 
-def check_issued(pem: bytes, ca_pem: bytes) -> None:
-    """Raise CryptoError unless the first certificate of `pem` was issued by one of the authorities in `ca_pem`."""
+def issued_by(pem: bytes, authorities: Sequence[bytes]) -> int:
+    """Return which of `authorities`, each one PEM certificate, issued a certificate; raises CryptoError if none did."""
     certificate = _load(pem)
-    for authority in x509.load_pem_x509_certificates(ca_pem):
+    for number, authority in enumerate(authorities):
         try:
-            certificate.verify_directly_issued_by(authority)
-        except (ValueError, TypeError, InvalidSignature):
+            certificate.verify_directly_issued_by(_load(authority))
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
             continue
-        return
+        return number
     raise CryptoError("the server certificate was not issued by this federation's authority")
-
-
-def check_pair(pair: Certificate) -> None:
-    """Raise CryptoError unless certificate and private key belong together."""
-    if _load(pair.certificate).public_key() != _load_key(pair.key).public_key():
-        raise CryptoError("the certificate does not belong to the private key beside it")
 
 
 def _facts(certificate: x509.Certificate) -> CertificateFacts:
@@ -315,6 +340,8 @@ def _facts(certificate: x509.Certificate) -> CertificateFacts:
         hosts = tuple(str(name.value) for name in names)
     except x509.ExtensionNotFound:
         hosts = ()
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        raise CryptoError(f"a certificate with an unusable extension ({error})") from None
     return CertificateFacts(
         subject=certificate.subject.rfc4514_string(),
         hosts=hosts,
@@ -382,7 +409,7 @@ def _load(pem: bytes) -> x509.Certificate:
 def _load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise CryptoError(f"not a private key in PEM ({error}). Restore it from a backup.") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise CryptoError("expected an elliptic curve key. Restore it from a backup.")

@@ -1,7 +1,5 @@
 """Checkpoints: everything that a run needs to go on, written atomically after every round."""
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -16,6 +14,7 @@ from safetensors.numpy import save
 
 from fedllm.delta import digest_of
 from fedllm.errors import CheckpointError
+from fedllm.files import is_full, replace_file
 
 _ADAPTER, _STATE = "adapter", "optimizer."
 
@@ -52,29 +51,16 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises CheckpointError where the disk is full or not writable; the old file is then untouched.
     """
-    temporary = path.with_name(path.name + ".new")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace_file(path, data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise _cannot_write(path, error) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> CheckpointError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return CheckpointError(
         f"cannot write {path}: {error.strerror}. What was written before is intact. "
-        f"{'Free some space' if full else 'Check permissions'}, then continue with resume=true."
+        f"{'Free some space' if is_full(error) else 'Check permissions'}, then continue with resume=true."
     )
 
 

@@ -24,6 +24,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "datasets": ("fedllm.training.data", "simulations."),
     "sqlite3": ("fedllm.privacy.ledger",),
     "cryptography": ("fedllm.crypto",),
+    "yaml": ("fedllm.files", COMMAND_LINE),
     "dp_accounting": ("fedllm.privacy.accounting",),
     "safetensors": ("fedllm.training.", "server.checkpoint"),
     "matplotlib": ("fedllm.audit.",),
@@ -44,10 +45,10 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 # Each layer may import itself (by the order of its files) and the layers before it.
 LAYERS: list[tuple[str, ...]] = [
     ("fedllm.errors",),
-    ("fedllm.codec", "fedllm.delta", "fedllm.crypto"),
+    ("fedllm.codec", "fedllm.delta", "fedllm.crypto", "fedllm.files"),
     ("fedllm.privacy",),
     ("fedllm.plan",),
-    ("fedllm.messages", "fedllm.secagg"),
+    ("fedllm.messages", "fedllm.secagg", "fedllm.envelope", "fedllm.provision"),
     ("fedllm.training",),
     ("fedllm.audit",),
 ]

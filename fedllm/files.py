@@ -1,0 +1,216 @@
+"""Files on disk: the one atomic write, folders made as a whole, private modes, settings in YAML."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedllm.errors import ConfigError, FolderError
+
+_MAX_SETTINGS = 1 << 20  # bytes
+
+
+def replace_file(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Replace the file at `path` as a whole: after a crash it holds the old bytes or the new ones.
+
+    `mode` is set whatever the umask; None leaves the mode to the umask. Raises OSError; the old file is then untouched.
+    """
+    temporary = path.with_name(path.name + ".new")
+    try:
+        if mode is not None:
+            temporary.touch(mode)  # so that nobody opens it before its mode is set
+        with temporary.open("wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed because there was no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """Replace the file at `path` as a whole, mode 0600; folders that are missing are made, mode 0700.
+
+    Raises FolderError where the disk is full or not writable; the old file is then untouched.
+    """
+    try:
+        _make_private(path.parent)
+        replace_file(path, data, 0o600)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill, mode 0700, that takes its place at `folder` when the block ends without an error.
+
+    After a crash `folder` holds everything or does not exist. Raises FolderError where it exists and is not empty.
+    """
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(_entries(folder)))):
+        raise FolderError(f"{folder} exists and is not empty. Nothing was overwritten; choose another folder.")
+    try:
+        _make_private(folder.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # mode 0700
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time change `folder`; raises FolderError where there is no such folder or it is taken."""
+    try:
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise cannot_read(folder, error) from None
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderError(f"{folder}: another command is changing this folder. Wait until it is done.") from None
+        yield
+    finally:
+        os.close(opened)
+
+
+def check_private(path: Path) -> None:
+    """Raise FolderError unless `path` exists and only its owner may use it."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    if found.st_mode & 0o077:
+        right = "700" if stat.S_ISDIR(found.st_mode) else "600"
+        raise FolderError(
+            f"{path} has mode {stat.S_IMODE(found.st_mode):03o}: others than its owner may use it. "
+            f"Run: chmod {right} '{path}', and think of who may have read it."
+        )
+
+
+def read_secret(path: Path) -> bytes:
+    """Return the bytes of a file that only its owner may use; raises FolderError."""
+    check_private(path)
+    return read(path)
+
+
+def read(path: Path, limit: int | None = None) -> bytes:
+    """Return the bytes of a file; raises FolderError where it cannot be read or is larger than `limit` bytes."""
+    try:
+        if limit is not None and path.stat().st_size > limit:
+            raise FolderError(f"{path} is larger than {limit} bytes, so it is not the file that is meant here.")
+        return path.read_bytes()
+    except OSError as error:
+        raise cannot_read(path, error) from None
+
+
+def cannot_read(path: Path, error: OSError) -> FolderError:
+    """Return the error that says why `path` cannot be read."""
+    remedy = {
+        errno.ENOENT: "Check the path, or restore it from a backup",
+        errno.EACCES: "Run the command as the owner of the file",
+    }.get(error.errno or 0, "Check the path and the disk")
+    return FolderError(f"cannot read {path}: {error.strerror}. {remedy}.")
+
+
+def _cannot_write(path: Path, error: OSError) -> FolderError:
+    remedy = "Free some space" if is_full(error) else "Check who owns the folder and its permissions"
+    return FolderError(f"cannot write {path}: {error.strerror}. What was there is intact. {remedy}, then try again.")
+
+
+def _make_private(folder: Path) -> None:
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    for place in reversed(missing):
+        place.mkdir(mode=0o700, exist_ok=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise cannot_read(folder, error) from None
+
+
+def _sync(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+class _Settings(yaml.SafeLoader):
+    """YAML without its traps: a key is given once, 1e-5 is a number, dates and yes/no are text."""
+
+
+_Settings.yaml_implicit_resolvers = {
+    sign: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
+    for sign, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern, _signs in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _Settings.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_signs))
+
+
+def _mapping(loader: _Settings, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [key.value for key, _ in node.value]
+    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+    if twice:
+        raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is given twice", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Settings.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a YAML file; raises ConfigError with the line where it is not YAML."""
+    data = read(path, _MAX_SETTINGS)
+    try:
+        values = yaml.load(data.decode("utf-8-sig"), _Settings)  # noqa: S506  # a SafeLoader
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8. Save the file as UTF-8.") from None
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}{line}: not YAML as expected ({problem}). Write `key: value`.") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path}: expected lines of `key: value`, found {type(values).__name__}")
+    return values

@@ -1,0 +1,180 @@
+"""Join requests and grants: the two signed documents that people carry between an office and head office.
+
+Neither holds a secret. What protects them is the fingerprint that one person reads to the other on the telephone.
+"""
+
+import ipaddress
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, AwareDatetime, Field, ValidationError
+
+from fedllm.crypto import (
+    Identity,
+    PublicIdentity,
+    check_node_public_key,
+    open_document,
+    read_certificates,
+    sign_document,
+)
+from fedllm.errors import ConfigError, CryptoError
+from fedllm.plan import Frozen
+
+MAX_DOCUMENT = 1 << 20  # bytes of a join request or grant
+_MAX_SITE_NAME = 200  # bytes of UTF-8: with an ending it is a file's name
+
+
+def check_site_name(name: str) -> str:
+    """Return the site's name in its one spelling (NFC); raises ConfigError where it cannot be a file's name, too."""
+    name = unicodedata.normalize("NFC", name)
+    plain = all(unicodedata.category(sign)[0] in "LNM" or sign in "-_." for sign in name)
+    if not plain or not name[:1].isalnum() or not 1 <= len(name.encode()) <= _MAX_SITE_NAME:
+        raise ConfigError(
+            f"site name {name[:80]!r}: expected letters and digits of any script, and - _ . between them, such as "
+            f"seoul-gangnam; at most {_MAX_SITE_NAME} bytes"
+        )
+    return name
+
+
+def check_host(host: str) -> str:
+    """Return the name or address of a host as certificates and gRPC write it; raises ValueError where it is neither."""
+    try:
+        name = host.encode("idna").decode("ascii").lower() if not host.isascii() else host.lower()
+    except UnicodeError:
+        name = ""
+    label = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    if not (_is_address(name) or (len(name) <= 253 and re.fullmatch(rf"{label}(\.{label})*", name))):
+        raise ValueError(f"{host[:80]!r} is not the name or address of a host. Write it without port and scheme.")
+    return name
+
+
+def _is_address(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host)) and "%" not in host
+    except ValueError:
+        return False
+
+
+def same_fingerprint(heard: str, fingerprint: str) -> bool:
+    """Whether what somebody wrote down on the telephone is `fingerprint`, whatever the case and separators."""
+    return "".join(c for c in heard.casefold() if c.isalnum()) == fingerprint.replace("-", "")
+
+
+def now() -> datetime:
+    """Return the time to the second, UTC."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def _site(name: str) -> str:
+    try:
+        right = check_site_name(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    if right != name:
+        raise ValueError("the name of a site is written in NFC")
+    return name
+
+
+def _identity(text: str) -> str:
+    if PublicIdentity.from_text(text).to_text() != text:
+        raise CryptoError("a public identity is 128 hexadecimal digits, in small letters")
+    return text
+
+
+def _node_key(line: str) -> str:
+    check_node_public_key(line)
+    if line != " ".join(line.split()) or line.count(" ") != 1:
+        raise CryptoError("a node key is one line of two words: ecdsa-sha2-nistp384 and the key")
+    return line
+
+
+def _authorities(pem: str) -> str:
+    read_certificates(pem.encode())
+    return pem
+
+
+SiteName = Annotated[str, AfterValidator(_site)]
+IdentityText = Annotated[str, AfterValidator(_identity)]
+NodeKeyLine = Annotated[str, AfterValidator(_node_key)]
+Host = Annotated[str, AfterValidator(check_host)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class JoinRequest(Frozen):
+    """What an office asks head office with: its name and its public keys."""
+
+    kind: Literal["fedllm join request v1"] = "fedllm join request v1"
+    site: SiteName
+    identity: IdentityText
+    node_key: NodeKeyLine  # by which the SuperLink knows the SuperNode
+    made_at: AwareDatetime
+
+    @property
+    def public(self) -> PublicIdentity:
+        """The identity that asks to be admitted."""
+        return PublicIdentity.from_text(self.identity)
+
+    def sign(self, *signers: Identity) -> bytes:
+        """Return the document, signed by the identity in it and, where that replaces another, by the present one."""
+        return sign_document(self.model_dump(mode="json"), *signers)
+
+    @classmethod
+    def open(cls, data: bytes) -> "tuple[JoinRequest, list[PublicIdentity]]":
+        """Return the request and everyone who signed it, the identity in it among them; raises CryptoError."""
+        request, signers = _open(cls, data, "join request")
+        if request.public not in signers:
+            raise CryptoError("the join request is not signed by the identity in it. Ask the office to make it again.")
+        return request, signers
+
+
+class Grant(Frozen):
+    """Head office's answer: where it is to be found, and by which keys it is known."""
+
+    kind: Literal["fedllm grant v1"] = "fedllm grant v1"
+    federation: str = Field(min_length=1, max_length=64)
+    site: SiteName
+    site_fingerprint: str  # of the identity that the grant was made for
+    host: Host
+    fleet_port: Port
+    ca: Annotated[str, AfterValidator(_authorities)]  # PEM; two authorities while one replaces the other
+    coordinators: tuple[IdentityText, ...] = Field(min_length=1, max_length=8)  # the first one signs and seals now
+    made_at: AwareDatetime
+
+    @property
+    def identities(self) -> tuple[PublicIdentity, ...]:
+        """Every identity by which head office may be known."""
+        return tuple(map(PublicIdentity.from_text, self.coordinators))
+
+    def sign(self, signers: Sequence[Identity]) -> bytes:
+        """Return the document, signed by every identity of head office."""
+        return sign_document(self.model_dump(mode="json"), *signers)
+
+    @classmethod
+    def open(cls, data: bytes) -> "tuple[Grant, list[PublicIdentity]]":
+        """Return the grant and everyone who signed it, all identities in it among them; raises CryptoError."""
+        grant, signers = _open(cls, data, "grant")
+        if not set(grant.identities) <= set(signers):
+            raise CryptoError("the grant is not signed by every identity in it. Ask head office to make it again.")
+        return grant, signers
+
+
+_T = TypeVar("_T", JoinRequest, Grant)
+
+
+def _open(kind: type[_T], data: bytes, name: str) -> tuple[_T, list[PublicIdentity]]:
+    if len(data) > MAX_DOCUMENT:
+        raise CryptoError(f"{len(data)} bytes are too many for a {name}. Is it the right file?")
+    content, signers = open_document(data)
+    try:
+        return kind.model_validate_json(json.dumps(content)), signers
+    except ValidationError as error:
+        detail: Any = error.errors()[0]
+        where = ".".join(map(str, detail["loc"])) or "content"
+        raise CryptoError(
+            f"not a {name} of this version ({where}: {detail['msg']}). Is it the right file, and do both ends run the "
+            "same version?"
+        ) from None

@@ -1,0 +1,456 @@
+"""Head office's folder: its keys and certificates, and the roster of the offices that it has admitted.
+
+    federation.yaml            name, addresses, ports, lifetimes; yours to edit
+    roster.json                who may take part, with public keys, and who no longer may
+    grants/SITE.grant          what each office installs; holds no secret
+    keys/identity              the keys that sign and open messages; two sets while one replaces the other
+    keys/ca.pem  keys/ca.key   the certificate authorities and their keys; two while one replaces the other
+    keys/server.pem            the SuperLink's certificate and its key, in one file so that they cannot disagree
+
+Every step is one atomic write, or a few in an order in which the folder can be opened, and the step repeated, after a
+crash between any two. Functions take the folder and not an opened HeadOffice: they must see its present state.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AwareDatetime, Field, ValidationError
+
+from fedllm import crypto
+from fedllm.crypto import Certificate, Identity, PublicIdentity
+from fedllm.errors import CryptoError, FederationError, FolderError
+from fedllm.files import check_private, locked, new_folder, read, read_secret, read_settings, write_secret
+from fedllm.plan import Frozen, parse
+from fedllm.provision import (
+    MAX_DOCUMENT,
+    Grant,
+    Host,
+    IdentityText,
+    JoinRequest,
+    NodeKeyLine,
+    Port,
+    SiteName,
+    check_site_name,
+    now,
+    same_fingerprint,
+)
+
+Step = Literal["start", "finish", "retire"]
+
+_WARN = timedelta(days=14)
+
+
+class FederationFile(Frozen):
+    """federation.yaml."""
+
+    name: str = Field(min_length=1, max_length=64)
+    host: Host  # what offices connect to
+    names: tuple[Host, ...] = ()  # further names and addresses that the server certificate is good for
+    listen: str = "0.0.0.0"  # noqa: S104  # offices come from outside; what else listens, listens on 127.0.0.1
+    fleet_port: Port = 9092
+    control_port: Port = 9000  # always on 127.0.0.1: whoever reaches it runs code on every node
+    server_days: int = Field(90, ge=1, le=825)
+    ca_days: int = Field(3650, ge=1, le=10_000)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Every name and address in the server certificate."""
+        return tuple(dict.fromkeys((self.host, *self.names, "127.0.0.1", "localhost")))
+
+
+class Member(Frozen):
+    """One admission of an office."""
+
+    site: SiteName
+    identity: IdentityText
+    previous_identities: tuple[IdentityText, ...] = ()  # still accepted, until they are retired
+    node_key: NodeKeyLine
+    previous_node_keys: tuple[NodeKeyLine, ...] = ()
+    admitted_at: AwareDatetime
+    revoked_at: AwareDatetime | None = None
+
+    @property
+    def public(self) -> PublicIdentity:
+        """The identity that messages are sealed to."""
+        return PublicIdentity.from_text(self.identity)
+
+    @property
+    def identities(self) -> tuple[PublicIdentity, ...]:
+        """Every identity that may sign for the site, the present one first."""
+        return tuple(map(PublicIdentity.from_text, (self.identity, *self.previous_identities)))
+
+    @property
+    def node_keys(self) -> tuple[str, ...]:
+        """Every node key that may log in for the site, the present one first."""
+        return (self.node_key, *self.previous_node_keys)
+
+
+class Roster(Frozen):
+    """Every admission there was; of one site at most one is in force."""
+
+    members: tuple[Member, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> "Roster":
+        """Read roster.json; raises FolderError."""
+        try:
+            return cls.model_validate_json(read_secret(path))
+        except (ValidationError, CryptoError) as error:
+            raise FolderError(f"{path} is damaged ({error}). Restore it from a backup.") from None
+
+    @property
+    def active(self) -> tuple[Member, ...]:
+        """Members that may take part."""
+        return tuple(member for member in self.members if member.revoked_at is None)
+
+    def find(self, site: str) -> Member | None:
+        """Return the admission of a site that is in force."""
+        return next((member for member in self.active if member.site == site), None)
+
+    def site_of_node_key(self, line: str) -> Member | None:
+        """Return the member that a node key belongs to, unless it was revoked; a comment in the line is no matter."""
+        key = " ".join(line.split()[:2])
+        return next((member for member in self.active if key in member.node_keys), None)
+
+    def site_of_identity(self, identity: PublicIdentity) -> Member | None:
+        """Return the member that an identity belongs to, unless it was revoked."""
+        return next((member for member in self.active if identity in member.identities), None)
+
+
+@dataclass(frozen=True)
+class HeadOffice:
+    """Head office's folder, read and checked."""
+
+    folder: Path
+    config: FederationFile
+    identities: tuple[Identity, ...]  # the first signs; every one of them opens
+    switched: bool  # of two identities: whether the new one signs already
+    authorities: tuple[Certificate, ...]  # oldest first
+    server: Certificate
+    issuer: int  # which authority issued the server's certificate
+    roster: Roster
+
+    @classmethod
+    def open(cls, folder: Path) -> "HeadOffice":
+        """Read the folder; raises FolderError, ConfigError or CryptoError with the remedy."""
+        if not folder.is_dir():
+            raise FolderError(f"{folder}: no such folder. Make it: fedllm init-federation federation.yaml")
+        keys = folder / "keys"
+        for place in (folder, keys):
+            check_private(place)
+        server = _read_pairs(keys / "server.pem", keys / "server.pem")[0]
+        authorities = _read_pairs(keys / "ca.pem", keys / "ca.key")
+        identities, switched = _read_identities(keys / "identity")
+        return cls(
+            folder=folder,
+            config=_read_config(folder / "federation.yaml"),
+            identities=identities,
+            switched=switched,
+            authorities=tuple(authorities),
+            server=server,
+            issuer=crypto.issued_by(server.certificate, [pair.certificate for pair in authorities]),
+            roster=Roster.load(folder / "roster.json"),
+        )
+
+    @property
+    def identity(self) -> Identity:
+        """The identity that signs and seals."""
+        return self.identities[0]
+
+    @property
+    def ca_file(self) -> Path:
+        """PEM, every authority that is in force."""
+        return self.folder / "keys" / "ca.pem"
+
+    @property
+    def server_certificate_file(self) -> Path:
+        """PEM; the key is in the same file."""
+        return self.folder / "keys" / "server.pem"
+
+    @property
+    def server_key_file(self) -> Path:
+        """PEM; the certificate is in the same file."""
+        return self.folder / "keys" / "server.pem"
+
+    @property
+    def roster_file(self) -> Path:
+        """Read it again to learn of admissions and revocations."""
+        return self.folder / "roster.json"
+
+    def warnings(self) -> list[str]:
+        """Return what the operator must see to before long, each with its remedy."""
+        found, soon = [], datetime.now(UTC) + _WARN
+        facts = crypto.read_certificates(self.server.certificate)[0]
+        missing = sorted(set(self.config.hosts) - set(facts.hosts))
+        if facts.ends <= soon:
+            found.append(f"the server certificate ends on {facts.ends:%Y-%m-%d}: fedllm server rotate certificate")
+        if missing:
+            found.append(f"the server certificate is not good for {missing[0]}: fedllm server rotate certificate")
+        for number, pair in enumerate(self.authorities):
+            ends = crypto.read_certificates(pair.certificate)[0].ends
+            newest = number == len(self.authorities) - 1
+            # an authority must outlive what it issues, and offices need time to install what names the next one
+            if newest and ends <= soon + timedelta(days=self.config.server_days):
+                found.append(f"the certificate authority ends on {ends:%Y-%m-%d}: fedllm server rotate ca")
+        return found
+
+    def grant(self, member: Member) -> bytes:
+        """Return the document by which an office knows head office."""
+        return Grant(
+            federation=self.config.name,
+            site=member.site,
+            site_fingerprint=member.public.fingerprint,
+            host=self.config.host,
+            fleet_port=self.config.fleet_port,
+            ca=b"".join(pair.certificate for pair in self.authorities).decode(),
+            coordinators=tuple(identity.public.to_text() for identity in self.identities),
+            made_at=now(),
+        ).sign(self.identities)
+
+
+def init_federation(settings: Path, folder: Path) -> HeadOffice:
+    """Make head office's folder from a federation.yaml. Raises ConfigError, or FolderError where it exists."""
+    config, text = _read_config(settings), read(settings)
+    with new_folder(folder) as place:
+        authority = crypto.make_ca(config.name, config.ca_days)
+        _write_authorities(place, [authority])
+        _write_server(place, crypto.make_server_certificate(authority, config.hosts, config.server_days))
+        _write_identities(place, [("signs", Identity.generate())])
+        _write_roster(place, Roster())
+        write_secret(place / "federation.yaml", text)
+    return HeadOffice.open(folder)
+
+
+# ---- offices ---------------------------------------------------------------------------------------------------------
+
+
+def read_join_request(path: Path) -> bytes:
+    """Return the bytes of a join request; raises FolderError where the file cannot be read."""
+    return read(path, MAX_DOCUMENT)
+
+
+def admit(folder: Path, join: bytes, heard: str) -> Path:
+    """Admit the office that made a join request, or its new keys, and return the path of its grant.
+
+    `heard` is the fingerprint that the operator was told on the telephone. A name that is in the roster is admitted
+    again only where its present keys signed the request; both sets are then accepted until the old is retired.
+    Raises CryptoError or FederationError.
+    """
+    request, signers = JoinRequest.open(join)
+    if not same_fingerprint(heard, request.public.fingerprint):
+        raise CryptoError(
+            f"the fingerprint does not fit this join request of {request.site}. Hear it once more on a number that you "
+            "know, from the person at the office; if it still differs, the file was exchanged on its way: ask for it "
+            "again by another way."
+        )
+    with _changing(folder) as office:
+        member = office.roster.find(request.site)
+        if member is None or (member.identity, member.node_key) != (request.identity, request.node_key):
+            _write_roster(folder, _admitted(office.roster, member, request, signers))
+        return _write_grant(folder, request.site)
+
+
+def _admitted(roster: Roster, member: Member | None, request: JoinRequest, signers: list[PublicIdentity]) -> Roster:
+    for known in roster.members:
+        if request.public in known.identities or request.node_key in known.node_keys:
+            state = "were revoked" if known.revoked_at else "are in the roster"
+            raise FederationError(
+                f"these keys {state}, as those of {known.site}. The office makes new ones: fedllm site rotate, or "
+                "fedllm site init in a new folder."
+            )
+    fresh = Member(site=request.site, identity=request.identity, node_key=request.node_key, admitted_at=now())
+    if member is None:
+        return Roster(members=(*roster.members, fresh))
+    if member.public not in signers:
+        raise FederationError(
+            f"site {member.site} is in the roster, and its present keys did not sign this request. If it is another "
+            f"office, it takes another name. If it is the same one and has lost its keys: fedllm revoke {member.site}, "
+            "then admit it again."
+        )
+    overlap = {
+        "previous_identities": (member.identity, *member.previous_identities),
+        "previous_node_keys": (member.node_key, *member.previous_node_keys),
+    }
+    return _replaced(roster, member, fresh.model_copy(update=overlap))
+
+
+def renew_grant(folder: Path, site: str) -> Path:
+    """Write a site's grant again and return its path; raises FederationError where the site is not in the roster."""
+    with _changing(folder) as office:
+        return _write_grant(folder, _member(office, site).site)
+
+
+def retire(folder: Path, site: str) -> Member:
+    """Accept only the present keys of a site; raises FederationError where the site is not in the roster."""
+    with _changing(folder) as office:
+        member = _member(office, site)
+        only = member.model_copy(update={"previous_identities": (), "previous_node_keys": ()})
+        _write_roster(folder, _replaced(office.roster, member, only))
+        return only
+
+
+def revoke(folder: Path, site: str) -> Member:
+    """Accept no key of a site any more; raises FederationError where the site is not in the roster."""
+    with _changing(folder) as office:
+        member = _member(office, site)
+        revoked = member.model_copy(update={"revoked_at": now()})
+        _write_roster(folder, _replaced(office.roster, member, revoked))
+        with contextlib.suppress(OSError):
+            _grant_file(folder, member.site).unlink()  # the keys in it are public; this is tidiness
+        return revoked
+
+
+def _member(office: HeadOffice, site: str) -> Member:
+    member = office.roster.find(check_site_name(site))
+    if member is None:
+        known = ", ".join(found.site for found in office.roster.active) or "nobody yet"
+        raise FederationError(f"site {site} is not in the roster, which holds {known}")
+    return member
+
+
+def _replaced(roster: Roster, old: Member, new: Member) -> Roster:
+    return Roster(members=tuple(new if member is old else member for member in roster.members))
+
+
+# ---- head office's own keys ------------------------------------------------------------------------------------------
+
+
+def rotate_server_certificate(folder: Path) -> HeadOffice:
+    """Make a new server certificate, from the authority of the present one; offices need do nothing."""
+    with _changing(folder) as office:
+        _write_server(folder, _server_certificate(office, office.issuer))
+    return HeadOffice.open(folder)
+
+
+def rotate_ca(folder: Path, step: Step) -> list[Path]:
+    """Replace the certificate authority, in three steps, and return the grants that offices must install after it.
+
+    start: a new authority stands beside the old one, and grants carry both. finish, when every office has installed
+    its grant: the server's certificate comes from the new one. retire: the old one is forgotten. A step that was taken
+    may be repeated; raises FederationError where it is not its turn.
+    """
+    with _changing(folder) as office:
+        old, new = office.authorities[0], office.authorities[-1]
+        _check_turn("ca", step, len(office.authorities) == 2, office.issuer > 0)
+        if step == "start" and old is new:
+            _write_authorities(folder, [old, crypto.make_ca(office.config.name, office.config.ca_days)])
+        elif step == "finish" and office.issuer == 0:
+            _write_server(folder, _server_certificate(office, -1))
+        elif step == "retire":
+            _write_authorities(folder, [new])
+        return [] if step == "finish" else _write_grants(folder)
+
+
+def rotate_identity(folder: Path, step: Step) -> list[Path]:
+    """Replace head office's identity, in three steps, and return the grants that offices must install after it.
+
+    start: grants announce a new identity beside the present one. finish, when every office has installed its grant:
+    the new one signs. retire: the old one is forgotten. A step that was taken may be repeated; raises FederationError
+    where it is not its turn.
+    """
+    with _changing(folder) as office:
+        signs, other = office.identities[0], office.identities[-1]
+        _check_turn("identity", step, len(office.identities) == 2, office.switched)
+        if step == "start" and signs is other:
+            _write_identities(folder, [("signs", signs), ("announced", Identity.generate())])
+        elif step == "finish" and not office.switched:
+            _write_identities(folder, [("signs", other), ("leaving", signs)])
+        elif step == "retire":
+            _write_identities(folder, [("signs", signs)])
+        return [] if step == "finish" else _write_grants(folder)
+
+
+def _check_turn(what: str, step: Step, two: bool, switched: bool) -> None:
+    """Raise FederationError unless the step is the next one, or the last that was taken."""
+    if step == "start" and two and switched:
+        raise FederationError(f"the last rotation is not over yet. First: fedllm server rotate {what} --retire")
+    if step == "finish" and not two:
+        raise FederationError(f"no rotation has begun. First: fedllm server rotate {what}")
+    if step == "retire" and two and not switched:
+        raise FederationError(
+            f"the new {what} is announced, but not in use. First, when every office has installed its new grant: "
+            f"fedllm server rotate {what} --finish"
+        )
+
+
+def _server_certificate(office: HeadOffice, authority: int) -> Certificate:
+    return crypto.make_server_certificate(office.authorities[authority], office.config.hosts, office.config.server_days)
+
+
+# ---- reading and writing ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _changing(folder: Path) -> Iterator[HeadOffice]:
+    """Open the folder to change it; one process at a time."""
+    HeadOffice.open(folder)  # its errors say more than those of the lock
+    with locked(folder):
+        yield HeadOffice.open(folder)
+
+
+def _read_config(path: Path) -> FederationFile:
+    return parse(FederationFile, read_settings(path))
+
+
+def _read_pairs(certificates: Path, keys: Path) -> list[Certificate]:
+    try:
+        return crypto.read_pairs(read_secret(certificates), read_secret(keys))
+    except CryptoError as error:
+        raise CryptoError(f"{certificates}: {error}") from None
+
+
+def _write_authorities(folder: Path, authorities: list[Certificate]) -> None:
+    keys, certificates = folder / "keys" / "ca.key", folder / "keys" / "ca.pem"
+    present = [] if not certificates.exists() else _read_pairs(certificates, keys)
+    # a key without its certificate does no harm, so keys come first and go last
+    write_secret(keys, b"".join(dict.fromkeys(pair.key for pair in (*present, *authorities))))
+    write_secret(certificates, b"".join(pair.certificate for pair in authorities))
+    write_secret(keys, b"".join(pair.key for pair in authorities))
+
+
+def _write_server(folder: Path, server: Certificate) -> None:
+    write_secret(folder / "keys" / "server.pem", server.certificate + server.key)
+
+
+_Role = Literal["signs", "announced", "leaving"]
+
+
+def _read_identities(path: Path) -> tuple[tuple[Identity, ...], bool]:
+    """Return the identities, the one that signs first, and whether the second is the one that leaves."""
+    lines = [line.partition(b" ") for line in read_secret(path).splitlines()]
+    if [role for role, _, _ in lines] not in ([b"signs"], [b"signs", b"announced"], [b"signs", b"leaving"]):
+        raise CryptoError(f"{path} is not head office's identity. Restore it from a backup.")
+    try:
+        return tuple(Identity.from_bytes(key) for _, _, key in lines), lines[-1][0] == b"leaving"
+    except CryptoError as error:
+        raise CryptoError(f"{path}: {error}") from None
+
+
+def _write_identities(folder: Path, identities: list[tuple[_Role, Identity]]) -> None:
+    lines = [role.encode() + b" " + identity.to_bytes() for role, identity in identities]
+    write_secret(folder / "keys" / "identity", b"".join(lines))
+
+
+def _write_roster(folder: Path, roster: Roster) -> None:
+    write_secret(folder / "roster.json", roster.model_dump_json(indent=2).encode() + b"\n")
+
+
+def _grant_file(folder: Path, site: str) -> Path:
+    return folder / "grants" / f"{site}.grant"
+
+
+def _write_grant(folder: Path, site: str) -> Path:
+    """Write a member's grant, from what the folder holds now."""
+    office = HeadOffice.open(folder)
+    path = _grant_file(folder, site)
+    write_secret(path, office.grant(_member(office, site)))
+    return path
+
+
+def _write_grants(folder: Path) -> list[Path]:
+    return [_write_grant(folder, member.site) for member in HeadOffice.open(folder).roster.active]
