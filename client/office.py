@@ -1,0 +1,568 @@
+"""An office's folder: its keys, its settings, and what it knows of head office.
+
+    site.yaml          records, policy, models, resources: yours to edit, and never changed by head office
+    NAME.join          what head office is asked with; holds no secret
+    grant.json         head office's answer, as installed: its address and the keys that are believed
+    keys/1/            `identity` and `node`; after a rotation keys/2/, and so on, until the old are retired
+    keys/ca.pem        the certificate authorities that the SuperNode believes
+    data/ledger.db     the privacy that was spent
+
+The grant names the keys that it was made for: they are the ones in use. New keys wait beside them for a grant of their
+own, and old ones go on opening messages until they are retired. So each step is one write that counts.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from client.policy import SitePolicy
+from fedllm.crypto import Identity, PublicIdentity, make_node_key, node_public_key
+from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError
+from fedllm.files import check_private, locked, new_folder, read, read_secret, read_settings, write_secret
+from fedllm.plan import DataConfig, Frozen, ModelConfig, parse
+from fedllm.provision import MAX_DOCUMENT, Grant, JoinRequest, SiteName, check_site_name, now, same_fingerprint
+
+_MAX_SOCKET = 107  # bytes of a unix socket's path (unix(7): sun_path)
+_HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
+
+
+# ---- site.yaml -------------------------------------------------------------------------------------------------------
+
+
+class SiteData(Frozen):
+    """The office's records and how a record becomes text, as in DataConfig."""
+
+    train: str = Field(min_length=1)  # .jsonl/.json/.csv/.parquet file, a folder of them, or pkg://
+    train_split: str = "train"
+    prompt: str | None = None
+    text: str = Field(min_length=1)
+    chat: bool = False
+    label: str | None = None
+    unit: str | None = None
+
+    @model_validator(mode="after")
+    def _validate(self) -> "SiteData":
+        if self.chat and not self.prompt:
+            raise ValueError("chat: true needs a prompt, the user's turn")
+        if self.label is not None and (self.prompt or self.chat):
+            raise ValueError("label is for classification; prompt and chat are for generating text")
+        return self
+
+
+class Policy(Frozen):
+    """What the office permits, as in SitePolicy."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(1e-5, gt=0, lt=1)
+    unit: Literal["record", "person"] = "record"
+    min_units: int = Field(100, ge=1)
+    allow_unprotected: bool = False
+
+
+class Resources(Frozen):
+    """What the office lends to training."""
+
+    threads: int | None = Field(None, ge=1, le=4096)
+    device: str = "auto"
+    micro_batch: int = Field(64, ge=1)
+    max_message_mb: int = Field(512, ge=1, le=65536)
+
+
+class SiteFile(Frozen):
+    """site.yaml."""
+
+    name: SiteName
+    data: SiteData
+    policy: Policy
+    models: dict[str, str] = Field(default_factory=dict)  # a plan's model.source -> where this office has that model
+    model_cache: str | None = None  # a folder of Hugging Face's cache format, for models named by their hub name
+    resources: Resources = Resources()
+    socket: str | None = None
+    socket_group: str | None = None
+
+    @model_validator(mode="after")
+    def _validate(self) -> "SiteFile":
+        if self.policy.unit == "person" and self.data.unit is None:
+            raise ValueError("data.unit: policy.unit=person needs the column that names the person")
+        if self.socket_group is not None and self.socket is None:
+            raise ValueError("socket: with socket_group it lies outside the site's folder, as /run/fedllm/site.sock")
+        return self
+
+
+_TEMPLATE = """\
+# The settings of this office. Head office never sees this file and cannot change it.
+# After a change: fedllm site check
+
+name: {name}            # as in the roster of head office; after admission it stays
+
+data:
+  train: records.jsonl   # .jsonl, .json, .csv or .parquet, or a folder of them; from this file's folder, or absolute
+  prompt: "{{question}}\\n" # the part that is given; {{column}} is a column of the records
+  text: "{{answer}}"       # the part that is learned; for classification the text
+  # chat: true           # put both into the model's chat template
+  # label: category      # classification: the column of the label, and no prompt
+  # unit: customer       # the column that names the person a record belongs to
+
+policy:
+  epsilon: 8.0           # the most privacy that these records may ever cost, over all runs
+  delta: 1e-5
+  unit: record           # what is protected: record, or person (needs data.unit)
+  min_units: 100         # with fewer records (or persons) than this, the office takes no part
+  allow_unprotected: false  # true: also plans that are NOT PRIVATE
+
+# The models that plans may name, and where this office has them. A plan that names another one is refused.
+models: {{}}
+#  Qwen/Qwen2.5-0.5B: /srv/models/qwen2.5-0.5b
+# model_cache: /srv/huggingface   # for models that are given by their hub name; nothing is ever downloaded
+
+resources:
+  # threads: 4           # of the processor; without it, all
+  device: auto           # auto, cpu, cuda, cuda:0 ...
+  micro_batch: 64        # records in one pass: less needs less memory
+  max_message_mb: 512
+
+# Where two system users share the work, the site's and the SuperNode's:
+# socket: /run/fedllm/site.sock
+# socket_group: fedllm   # a group that both are in
+"""
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeySet:
+    """The keys of one generation."""
+
+    number: int
+    identity: Identity
+    node_key_file: Path  # OpenSSH, private
+
+
+@dataclass(frozen=True)
+class Office:
+    """An office's folder, read and checked."""
+
+    folder: Path
+    config: SiteFile
+    keys: tuple[KeySet, ...]  # oldest first
+    grant: Grant | None
+
+    @classmethod
+    def open(cls, folder: Path) -> "Office":
+        """Read the folder; raises FolderError, ConfigError or CryptoError with the remedy."""
+        if not folder.is_dir():
+            raise FolderError(f"{folder}: no such folder. Make it: fedllm site init --name NAME")
+        for place in (folder, folder / "keys"):
+            check_private(place)
+        config = _read_config(folder / "site.yaml")
+        grant_file = folder / "grant.json"
+        grant = Grant.open(read_secret(grant_file))[0] if grant_file.exists() else None
+        if grant is not None and grant.site != config.name:
+            raise ConfigError(
+                f"name={config.name}: head office admitted this office as {grant.site}. Restore the name."
+            )
+        office = cls(folder, config, _read_keys(folder / "keys"), grant)
+        check_private(office.in_use.node_key_file)
+        if grant is not None:
+            check_private(office.ca_file)
+        return office
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.config.name
+
+    @cached_property
+    def in_use(self) -> KeySet:
+        """The keys that the grant was made for, or the newest ones before there is a grant."""
+        if self.grant is None:
+            return self.keys[-1]
+        for keys in self.keys:
+            if keys.identity.public.fingerprint == self.grant.site_fingerprint:
+                return keys
+        raise FolderError(
+            f"{self.folder / 'keys'} lacks the keys that the grant was made for. Restore them from a backup. If they "
+            "are lost: fedllm site init in a new folder, keeping site.yaml and data/, and be admitted anew."
+        )
+
+    @property
+    def identity(self) -> Identity:
+        """The identity that signs."""
+        return self.in_use.identity
+
+    @property
+    def identities(self) -> tuple[Identity, ...]:
+        """Every identity that may open a message, the one in use first."""
+        return tuple(keys.identity for keys in sorted(self.keys, key=lambda keys: keys is not self.in_use))
+
+    @property
+    def coordinators(self) -> tuple[PublicIdentity, ...]:
+        """Every identity by which head office is known; raises FederationError before a grant is installed."""
+        return self._granted.identities
+
+    @property
+    def superlink(self) -> str:
+        """HOST:PORT of head office; raises FederationError before a grant is installed."""
+        host = self._granted.host
+        return f"[{host}]:{self._granted.fleet_port}" if ":" in host else f"{host}:{self._granted.fleet_port}"
+
+    @property
+    def _granted(self) -> Grant:
+        if self.grant is None:
+            raise FederationError(
+                f"{self.name} has no grant yet. Send {self.join_file} to head office, read the fingerprint "
+                f"{self.identity.public.fingerprint} to them on the telephone, and: fedllm site install FILE.grant"
+            )
+        return self.grant
+
+    @property
+    def node_key_file(self) -> Path:
+        """The SuperNode's private key."""
+        return self.in_use.node_key_file
+
+    @property
+    def ca_file(self) -> Path:
+        """PEM, the authorities that the SuperNode believes."""
+        return self.folder / "keys" / "ca.pem"
+
+    @property
+    def join_file(self) -> Path:
+        """The join request that was made last."""
+        return self.folder / f"{self.name}.join"
+
+    @property
+    def ledger_file(self) -> Path:
+        """The privacy ledger."""
+        return self.folder / "data" / "ledger.db"
+
+    @property
+    def socket(self) -> Path:
+        """Where the site service listens; raises ConfigError where the path is too long for a socket."""
+        path = self._place(self.config.socket) if self.config.socket is not None else self.folder / "run" / "site.sock"
+        length = len(os.fsencode(path.absolute()))
+        if length > _MAX_SOCKET:
+            raise ConfigError(
+                f"socket={path}: {length} bytes, and the system takes at most {_MAX_SOCKET}. Give a shorter path as "
+                "socket in site.yaml, such as /run/fedllm/site.sock."
+            )
+        return path
+
+    @property
+    def policy(self) -> SitePolicy:
+        """What the office permits."""
+        own = self.config.policy
+        return SitePolicy(own.epsilon, own.delta, own.min_units, own.unit, own.allow_unprotected)
+
+    @property
+    def data(self) -> DataConfig:
+        """The records, with paths that hold from everywhere; raises DataError where there is nothing."""
+        own = self.config.data
+        train = own.train if own.train.startswith("pkg://") else str(self._place(own.train))
+        if train is not own.train and not Path(train).exists():
+            raise DataError(f"data.train={own.train}: no such file or folder ({train})")
+        return DataConfig(**{**own.model_dump(), "train": train})
+
+    def model(self, planned: ModelConfig) -> ModelConfig:
+        """Return where this office has the model of a plan; raises ModelError where the owner put none there."""
+        source = self.config.models.get(planned.source)
+        if source is None:
+            known = ", ".join(sorted(self.config.models)) or "none"
+            raise ModelError(f"model.source={planned.source}: site.yaml permits only these models: {known}")
+        place = self._place(source)
+        if source.startswith("pkg://"):
+            where = source
+        elif place.exists():
+            where = str(place)
+        elif self.config.model_cache is not None and re.fullmatch(_HUB_NAME, source):
+            where = source
+        else:
+            raise ModelError(
+                f"models: {planned.source}: {source} is no folder here. Put the model there; a hub name needs "
+                "model_cache, too."
+            )
+        return planned.model_copy(update={"source": where})
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables without which libraries would use the network; set them before anything heavy is imported."""
+        quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
+        cache = self.config.model_cache
+        return quiet if cache is None else {**quiet, "HF_HUB_CACHE": str(self._place(cache))}
+
+    def _place(self, path: str) -> Path:
+        return self.folder.absolute() / Path(path).expanduser()
+
+
+def init_office(folder: Path, name: str) -> Office:
+    """Make an office's folder with its first keys and join request. Raises ConfigError, FolderError where it exists."""
+    name = check_site_name(name)
+    with new_folder(folder) as place:
+        keys = _write_keys(place / "keys" / "1")
+        write_secret(place / f"{name}.join", _join_request(name, keys, keys))
+        write_secret(place / "site.yaml", _TEMPLATE.format(name=json.dumps(name, ensure_ascii=False)).encode())
+        (place / "data").mkdir(mode=0o700)
+    return Office.open(folder)
+
+
+def read_grant(path: Path) -> bytes:
+    """Return the bytes of a grant; raises FolderError where the file cannot be read."""
+    return read(path, MAX_DOCUMENT)
+
+
+def needs_fingerprint(folder: Path, data: bytes) -> bool:
+    """Whether a grant can be believed only on the telephone: nobody that this office knows has signed it."""
+    office, (_, signers) = Office.open(folder), Grant.open(data)
+    return office.grant is None or not set(office.grant.identities) & set(signers)
+
+
+def install(folder: Path, data: bytes, heard: str | None = None) -> Office:
+    """Install a grant: from now on this head office, and no other, is believed.
+
+    `heard` is the fingerprint that was told on the telephone; a later grant needs none where it is signed by an
+    identity of head office that is known. Raises CryptoError where the grant is not to be believed, or for others.
+    """
+    grant, _ = Grant.open(data)
+    with _changing(folder) as office:
+        if grant.site != office.name:
+            raise CryptoError(f"this grant is for {grant.site}, and this office is {office.name}.")
+        if all(keys.identity.public.fingerprint != grant.site_fingerprint for keys in office.keys):
+            raise CryptoError(
+                f"this grant was made for other keys of {grant.site} ({grant.site_fingerprint}). Send head office "
+                f"{office.join_file}, and install the grant that they make of it."
+            )
+        if heard is not None:
+            if not any(same_fingerprint(heard, identity.fingerprint) for identity in grant.identities):
+                raise CryptoError(
+                    "the fingerprint does not fit this grant. Hear it once more, on a number that you know; if it "
+                    "still differs, the file was exchanged on its way: ask for it again by another way."
+                )
+        elif needs_fingerprint(folder, data):
+            raise CryptoError(
+                "nobody that this office knows has signed this grant. Hear head office's fingerprint on the telephone "
+                "and give it as --fingerprint."
+            )
+        if office.grant is not None and grant.made_at < office.grant.made_at:
+            raise CryptoError(
+                f"this grant is of {grant.made_at:%Y-%m-%d %H:%M:%S}, older than the one installed "
+                f"({office.grant.made_at:%Y-%m-%d %H:%M:%S}). Ask for a new one: fedllm server grant {office.name}"
+            )
+        write_secret(office.ca_file, grant.ca.encode())  # before the grant, which says that it is there
+        write_secret(folder / "grant.json", data)
+    return Office.open(folder)
+
+
+def rotate(folder: Path) -> Office:
+    """Make new keys beside those in use and a join request for them, signed by both.
+
+    They are used when the grant for them is installed. Where new keys are waiting already, their join request is
+    made again. Raises FederationError where the office was not admitted yet.
+    """
+    with _changing(folder) as office:
+        if office.grant is None:
+            raise FederationError(f"{office.name} was not admitted yet. Send {office.join_file} to head office first.")
+        newest = office.keys[-1]
+        if newest is office.in_use:
+            newest = _write_keys(folder / "keys" / str(newest.number + 1))
+        write_secret(office.join_file, _join_request(office.name, newest, office.in_use))
+    return Office.open(folder)
+
+
+def retire(folder: Path) -> Office:
+    """Forget keys that are older than those in use: messages sealed to them cannot be opened any more."""
+    with _changing(folder) as office:
+        for keys in office.keys:
+            if keys.number < office.in_use.number:
+                place = keys.node_key_file.parent
+                leaving = place.with_name(f"{place.name}.leaving")
+                try:
+                    place.rename(leaving)  # in one step; what is left after a crash goes with the next retirement
+                except OSError as error:
+                    raise FolderError(f"cannot remove {place}: {error.strerror}. Check its permissions.") from error
+        for leaving in (folder / "keys").glob("*.leaving"):
+            shutil.rmtree(leaving, ignore_errors=True)
+    return Office.open(folder)
+
+
+@contextmanager
+def _changing(folder: Path) -> Iterator[Office]:
+    """Open the folder to change it; one process at a time."""
+    Office.open(folder)  # its errors say more than those of the lock
+    with locked(folder):
+        yield Office.open(folder)
+
+
+def _read_config(path: Path) -> SiteFile:
+    try:
+        return parse(SiteFile, read_settings(path))
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+
+
+def _read_keys(folder: Path) -> tuple[KeySet, ...]:
+    numbers = sorted(int(place.name) for place in folder.iterdir() if re.fullmatch("[1-9][0-9]{0,8}", place.name))
+    if not numbers:
+        raise FolderError(f"{folder} holds no keys. Restore them from a backup, or make a new folder: fedllm site init")
+    found = []
+    for number in numbers:
+        place = folder / str(number)
+        check_private(place)
+        try:
+            identity = Identity.from_bytes(read_secret(place / "identity"))
+            node_public_key(read_secret(place / "node"))
+        except CryptoError as error:
+            raise CryptoError(f"{place}: {error}") from None
+        found.append(KeySet(number, identity, place / "node"))
+    return tuple(found)
+
+
+def _write_keys(folder: Path) -> KeySet:
+    identity = Identity.generate()
+    with new_folder(folder) as place:
+        write_secret(place / "identity", identity.to_bytes())
+        write_secret(place / "node", make_node_key().key)
+    return KeySet(int(folder.name), identity, folder / "node")
+
+
+def _join_request(name: str, new: KeySet, present: KeySet) -> bytes:
+    line = node_public_key(read_secret(new.node_key_file)).decode()
+    request = JoinRequest(site=name, identity=new.identity.public.to_text(), node_key=line, made_at=now())
+    return request.sign(*{keys.number: keys.identity for keys in (new, present)}.values())
+
+
+# ---- a dry run -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    right: bool
+    text: str  # what was found; where it is wrong, what to do. Never a record's content
+
+
+def check(folder: Path) -> list[Finding]:
+    """Try all that a run will need, without a network: settings, keys, records, models, ledger, permissions."""
+    findings: list[Finding] = []
+    try:
+        office = Office.open(folder)
+    except FedllmError as error:
+        return [Finding(False, str(error))]
+    findings.append(
+        Finding(True, f"{folder}: settings and keys of {office.name}, {office.identity.public.fingerprint}")
+    )
+    for look in (_check_grant, _check_ledger, _check_socket, _check_records):
+        try:
+            findings += look(office)
+        except FedllmError as error:
+            findings.append(Finding(False, str(error)))
+    return findings
+
+
+def _check_grant(office: Office) -> list[Finding]:
+    known = ", ".join(identity.fingerprint for identity in office.coordinators)
+    found = [Finding(True, f"head office at {office.superlink}, known by {known}")]
+    if len(office.keys) > 1:
+        newer = office.keys[-1] is not office.in_use
+        text = (
+            f"new keys wait for a grant: send {office.join_file} to head office, then fedllm site install"
+            if newer
+            else "old keys are still there: fedllm site retire, when head office has heard from this office"
+        )
+        found.append(Finding(True, text))
+    return found
+
+
+def _check_ledger(office: Office) -> list[Finding]:
+    if not office.ledger_file.exists():
+        return [Finding(True, f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
+    from fedllm.privacy.ledger import PrivacyLedger
+
+    check_private(office.ledger_file)
+    own = office.policy
+    spent = PrivacyLedger(office.ledger_file, office.name, own.epsilon, own.delta).spent()
+    # whether another round fits is decided by RDP once a second plan was charged, so that is the figure to look at
+    return [Finding(True, f"ledger: epsilon {spent.epsilon_rdp:.4g} of {own.epsilon:g} spent, at delta {own.delta:g}")]
+
+
+def _check_socket(office: Office) -> list[Finding]:
+    group = office.config.socket_group
+    if group is not None:
+        import grp
+
+        try:
+            grp.getgrnam(group)
+        except KeyError:
+            return [Finding(False, f"socket_group={group}: no such group. Make it: groupadd {group}")]
+    return [Finding(True, f"socket: {office.socket}")]
+
+
+def _check_records(office: Office) -> list[Finding]:
+    data = office.data
+    found = [_check_mode(Path(data.train))] if not data.train.startswith("pkg://") else []
+    os.environ.update(office.environment)
+    from fedllm.training.data import check_columns, read_table
+
+    table = read_table(data.train, data.train_split)
+    check_columns(table, data)
+    found.append(Finding(True, f"records: {len(table)} in {data.train}, with every column that is needed"))
+    labels: tuple[str, ...] = ()
+    if data.label is not None:
+        count = Counter(None if label is None else str(label) for label in table[data.label])
+        labels = tuple(sorted(label for label in count if label is not None))
+        empty = count[None]
+        if empty:
+            found.append(Finding(False, f"records: {data.label} is empty in {empty}. Fill it in or leave them out."))
+            return found
+        if len(labels) < 2:
+            found.append(Finding(False, f"records: {data.label} holds fewer than two labels; check data.label"))
+            return found
+        found.append(Finding(True, f"records: {len(labels)} labels; a plan must declare every one of them"))
+    if not office.config.models:
+        found.append(Finding(False, "models: none permitted, so every plan is refused. Name them in site.yaml."))
+    for name in office.config.models:
+        try:
+            found.append(_check_model(office, name, labels))
+        except FedllmError as error:
+            found.append(Finding(False, str(error)))
+    return found
+
+
+def _check_model(office: Office, name: str, labels: tuple[str, ...]) -> Finding:
+    """Load a permitted model, turn every record into tokens, and count privacy units."""
+    from fedllm.training.data import Tokeniser, build_units, read_table
+    from fedllm.training.model import load_base, pick_device
+
+    data, own = office.data, office.policy
+    task: Literal["classification", "causal-lm"] = "classification" if labels else "causal-lm"
+    planned = ModelConfig(source=name, task=task, labels=labels, max_length=64)  # a plan chooses its own length
+    model = office.model(planned)
+    tokenizer = load_base(model, pick_device(office.config.resources.device)).tokenizer
+    table = read_table(data.train, data.train_split)
+    cap = len(table)  # a plan chooses how many records of one person count
+    units = build_units(table, Tokeniser(tokenizer, model, data), data.unit if own.unit == "person" else None, cap)
+    own.check_units(len(units))
+    what = "persons" if own.unit == "person" else "records"
+    return Finding(True, f"model {name}: loaded; {len(units)} {what} to protect, at least {own.min_units:g} needed")
+
+
+def _check_mode(path: Path) -> Finding:
+    """Look whether other users of this machine can reach the records."""
+    for place in [path, *sorted(path.iterdir())] if path.is_dir() else [path]:
+        for bits in (0o070, 0o007):
+            reach = all(parent.stat().st_mode & 0o011 & bits for parent in place.resolve().parents)
+            if reach and place.stat().st_mode & 0o044 & bits:
+                right = "go-rwx"
+                return Finding(False, f"records: others on this machine can read {place}. Run: chmod {right} '{place}'")
+    return Finding(True, f"records: only their owner can read {path}")

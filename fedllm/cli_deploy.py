@@ -1,0 +1,241 @@
+"""The commands of a deployment. An entry point: it may import anything, and imports late so that --help is quick."""
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedllm.errors import ConfigError, FedllmError
+
+site_app = typer.Typer(help="An office: its folder, keys and grants.", no_args_is_help=True)
+server_app = typer.Typer(help="Head office: certificates, identity and offices.", no_args_is_help=True)
+
+_HeadOffice = Annotated[
+    Path,
+    typer.Option("--home", envvar="FEDLLM_HOME", help="Head office's folder.", show_default="~/.fedllm/head-office"),
+]
+_Office = Annotated[
+    Path, typer.Option("--home", envvar="FEDLLM_HOME", help="The site's folder.", show_default="~/.fedllm/site")
+]
+_HEAD_OFFICE, _OFFICE = Path("~/.fedllm/head-office"), Path("~/.fedllm/site")
+_Fingerprint = Annotated[
+    str | None,
+    typer.Option("--fingerprint", help="What the other side read to you on the telephone.", show_default=False),
+]
+_SiteName = Annotated[str, typer.Argument(help="The site's name.", show_default=False)]
+
+
+class Rotated(Enum):
+    """What head office can replace."""
+
+    certificate = "certificate"
+    ca = "ca"
+    identity = "identity"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of a deployment to the main command."""
+    app.command("init-federation")(init_federation)
+    app.command("admit")(admit)
+    app.command("revoke")(revoke)
+    app.add_typer(site_app, name="site")
+    app.add_typer(server_app, name="server")
+
+
+# ---- head office -----------------------------------------------------------------------------------------------------
+
+
+def init_federation(
+    file: Annotated[Path, typer.Argument(help="federation.yaml: name and host, at the least.", show_default=False)],
+    home: _HeadOffice = _HEAD_OFFICE,
+) -> None:
+    """Make head office's folder: authority, server certificate, identity, roster."""
+    from server.federation import init_federation as make
+
+    office = make(file, _private(home))
+    facts = office.config
+    typer.echo(f"Head office of {facts.name}, at {facts.host}:{facts.fleet_port}: {office.folder}")
+    typer.echo(f"Its fingerprint, to read to offices on the telephone:\n\n  {office.identity.public.fingerprint}\n")
+    typer.echo("Next, at every office: fedllm site init --name NAME. Then here: fedllm admit NAME.join")
+
+
+def admit(
+    file: Annotated[Path, typer.Argument(help="The join request, NAME.join.", show_default=False)],
+    fingerprint: _Fingerprint = None,
+    home: _HeadOffice = _HEAD_OFFICE,
+) -> None:
+    """Admit an office, or an office's new keys."""
+    from fedllm.provision import JoinRequest
+    from server import federation
+
+    folder = _private(home)
+    office = federation.HeadOffice.open(folder)  # before anybody is asked anything
+    join = federation.read_join_request(file)
+    request, _ = JoinRequest.open(join)
+    typer.echo(f"Join request of {request.site}, made {request.made_at:%Y-%m-%d %H:%M} UTC")
+    heard = fingerprint or _ask("Call the office on a number that you know. Its fingerprint, as heard")
+    grant = federation.admit(folder, join, heard)
+    typer.echo(f"{request.site} is admitted: {request.public.fingerprint}")
+    typer.echo(f"Send it this grant: {grant}")
+    typer.echo(f"and read this fingerprint to it on the telephone:\n\n  {office.identity.public.fingerprint}\n")
+
+
+def revoke(site: _SiteName, home: _HeadOffice = _HEAD_OFFICE) -> None:
+    """Accept no key of a site any more."""
+    from server import federation
+
+    member = federation.revoke(_private(home), site)
+    typer.echo(f"{member.site} is revoked. Its keys cannot be admitted again; new ones of it can.")
+
+
+@server_app.command("grant")
+def server_grant(site: _SiteName, home: _HeadOffice = _HEAD_OFFICE) -> None:
+    """Write a site's grant again."""
+    from server import federation
+
+    typer.echo(f"Send it this grant: {federation.renew_grant(_private(home), site)}")
+
+
+@server_app.command("retire")
+def server_retire(site: _SiteName, home: _HeadOffice = _HEAD_OFFICE) -> None:
+    """Accept only the newest keys of a site, after its rotation."""
+    from server import federation
+
+    member = federation.retire(_private(home), site)
+    typer.echo(f"{member.site} is known by {member.public.fingerprint} alone. There: fedllm site retire")
+
+
+@server_app.command("rotate")
+def server_rotate(
+    what: Annotated[Rotated, typer.Argument(help="What to replace.", show_default=False)],
+    finish: Annotated[bool, typer.Option("--finish", help="ca, identity: second step, use the new one.")] = False,
+    retire: Annotated[bool, typer.Option("--retire", help="ca, identity: last step, forget the old one.")] = False,
+    home: _HeadOffice = _HEAD_OFFICE,
+) -> None:
+    """Replace a key of head office while rounds go on.
+
+    certificate: one step, and offices need do nothing. ca and identity: three steps, so that every office can install
+    its new grant in between.
+    """
+    from server import federation
+
+    folder = _private(home)
+    if finish and retire:
+        raise ConfigError("--finish and --retire are two steps. Take one at a time.")
+    if what is Rotated.certificate:
+        if finish or retire:
+            raise ConfigError("rotate certificate is one step; leave out --finish and --retire")
+        federation.rotate_server_certificate(folder)
+        typer.echo("The server has a new certificate. It is used from the next start: fedllm server start")
+        return
+    step: federation.Step = "finish" if finish else "retire" if retire else "start"
+    rotate = federation.rotate_ca if what is Rotated.ca else federation.rotate_identity
+    grants = rotate(folder, step)
+    new = federation.HeadOffice.open(folder).identities[-1 if step == "start" else 0].public.fingerprint
+    said = {
+        "start": f"A new {what.value} stands beside the old one, and every grant names both.",
+        "finish": f"The new {what.value} is in use from the next start: fedllm server start",
+        "retire": f"The old {what.value} is forgotten.",
+    }
+    after = {
+        "start": f"When every office has installed its grant: fedllm server rotate {what.value} --finish",
+        "finish": f"When a round went well: fedllm server rotate {what.value} --retire",
+        "retire": "Offices install their grants when it suits them.",
+    }
+    typer.echo(said[step])
+    if what is Rotated.identity:
+        typer.echo(f"The new fingerprint: {new}")
+    for grant in grants:
+        typer.echo(f"  {grant}")
+    typer.echo(after[step])
+
+
+# ---- an office -------------------------------------------------------------------------------------------------------
+
+
+@site_app.command("init")
+def site_init(
+    name: Annotated[str, typer.Option("--name", help="The site's name, such as seoul-gangnam.", show_default=False)],
+    home: _Office = _OFFICE,
+) -> None:
+    """Make this office's folder, with its keys, settings and join request."""
+    from client.office import init_office
+
+    office = init_office(_private(home), name)
+    typer.echo(f"The site {office.name}: {office.folder}")
+    typer.echo(f"Send head office this join request: {office.join_file}")
+    typer.echo(f"and read this fingerprint to them on the telephone:\n\n  {office.identity.public.fingerprint}\n")
+    typer.echo(f"Meanwhile fill in {office.folder / 'site.yaml'}, then: fedllm site check")
+
+
+@site_app.command("install")
+def site_install(
+    file: Annotated[Path, typer.Argument(help="The grant from head office, NAME.grant.", show_default=False)],
+    fingerprint: _Fingerprint = None,
+    home: _Office = _OFFICE,
+) -> None:
+    """Install a grant: this head office, and no other, is believed."""
+    from client import office
+
+    folder = _private(home)
+    grant = office.read_grant(file)
+    if fingerprint is None and office.needs_fingerprint(folder, grant):
+        fingerprint = _ask("Call head office on a number that you know. Its fingerprint, as heard")
+    installed = office.install(folder, grant, fingerprint)
+    known = " and ".join(identity.fingerprint for identity in installed.coordinators)
+    typer.echo(f"{installed.name} takes part at {installed.superlink}; head office is known by {known}")
+    typer.echo("Restart the site where it runs: fedllm site start")
+
+
+@site_app.command("rotate")
+def site_rotate(home: _Office = _OFFICE) -> None:
+    """Make new keys beside the present ones, and a join request for them."""
+    from client.office import rotate
+
+    office = rotate(_private(home))
+    typer.echo(f"New keys of {office.name}; the present ones stay in use until the grant for the new is installed.")
+    typer.echo(f"Send head office this join request: {office.join_file}")
+    typer.echo(f"and read this fingerprint to them:\n\n  {office.keys[-1].identity.public.fingerprint}\n")
+
+
+@site_app.command("retire")
+def site_retire(home: _Office = _OFFICE) -> None:
+    """Forget keys that are no longer in use."""
+    from client.office import retire
+
+    office = retire(_private(home))
+    typer.echo(f"{office.name} keeps {len(office.keys)} set of keys; in use: {office.identity.public.fingerprint}")
+
+
+@site_app.command("check")
+def site_check(home: _Office = _OFFICE) -> None:
+    """Try all that a run will need, without a network and without spending anything."""
+    from client.office import check
+
+    findings = check(_private(home))
+    for finding in findings:
+        typer.echo(f"{'ok   ' if finding.right else 'WRONG'}  {finding.text}")
+    wrong = sum(not finding.right for finding in findings)
+    if wrong:
+        raise FedllmError(f"{wrong} of {len(findings)} findings need to be put right, see above")
+
+
+# ---- common ----------------------------------------------------------------------------------------------------------
+
+
+def _private(folder: Path) -> Path:
+    """Return the folder; from here on, nothing that this process makes is open to others."""
+    os.umask(0o077)
+    try:
+        return folder.expanduser().absolute()
+    except RuntimeError:
+        raise ConfigError(f"--home={folder}: there is no such home folder") from None
+
+
+def _ask(question: str) -> str:
+    try:
+        return str(typer.prompt(question, default="", show_default=False))
+    except typer.Abort:
+        raise ConfigError("nobody answered. Give what you heard on the telephone as --fingerprint.") from None
