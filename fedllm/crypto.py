@@ -70,7 +70,11 @@ class PublicIdentity:
 
     def verify(self, document: bytes, signature: bytes) -> None:
         """Raise CryptoError unless this party signed `document`."""
-        _verify(self.signing, signature, _SIGNED_DOCUMENT + document)
+        _verify(self.signing, signature, self.signed_part(document))
+
+    def signed_part(self, document: bytes) -> bytes:
+        """Return what this party signs of a document: with both its keys, so that neither can be exchanged."""
+        return _SIGNED_DOCUMENT + self.signing + self.sealing + document
 
 
 class Identity:
@@ -102,7 +106,7 @@ class Identity:
 
     def sign(self, document: bytes) -> bytes:
         """Return a signature of 64 bytes over a document."""
-        return self._signing.sign(_SIGNED_DOCUMENT + document)
+        return self._signing.sign(self.public.signed_part(document))
 
     def seal(self, plaintext: bytes, receiver: PublicIdentity) -> bytes:
         """Sign `plaintext` for `receiver` and encrypt both to it.
@@ -336,19 +340,22 @@ def issued_by(pem: bytes, authorities: Sequence[bytes]) -> int:
 
 def _facts(certificate: x509.Certificate) -> CertificateFacts:
     try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        hosts = tuple(str(name.value) for name in names)
-    except x509.ExtensionNotFound:
-        hosts = ()
-    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
-        raise CryptoError(f"a certificate with an unusable extension ({error})") from None
-    return CertificateFacts(
-        subject=certificate.subject.rfc4514_string(),
-        hosts=hosts,
-        begins=certificate.not_valid_before_utc,
-        ends=certificate.not_valid_after_utc,
-        fingerprint=certificate.fingerprint(hashes.SHA256()).hex(),
-    )
+        try:
+            names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            hosts = tuple(str(name.value) for name in names)
+        except x509.ExtensionNotFound:
+            hosts = ()
+        return CertificateFacts(
+            subject=certificate.subject.rfc4514_string(),
+            hosts=hosts,
+            begins=certificate.not_valid_before_utc,
+            ends=certificate.not_valid_after_utc,
+            fingerprint=certificate.fingerprint(hashes.SHA256()).hex(),
+        )
+    except (  # what a malformed certificate makes the parser raise, which reads it bit by bit
+        ValueError, KeyError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, UnsupportedAlgorithm,
+    ) as error:  # fmt: skip
+        raise CryptoError(f"a certificate that cannot be read ({error!r})") from None
 
 
 def _certificate(
