@@ -515,7 +515,7 @@ def _check_records(office: Office) -> list[Finding]:
     from fedllm.training.data import check_columns, read_table
 
     table = read_table(data.train, data.train_split)
-    check_columns(table, data)
+    check_columns(table, data, [data.unit])
     found.append(Finding(True, f"records: {len(table)} in {data.train}, with every column that is needed"))
     labels: tuple[str, ...] = ()
     if data.label is not None:

@@ -170,21 +170,31 @@ class RunPlan(Frozen):
         return self.privacy.sampling_rate * (self.privacy.units_per_site or 0)
 
 
-class DataConfig(Frozen):
-    """Records of the sites and the public held-out set, and how a record becomes text."""
+class TextConfig(Frozen):
+    """How a record becomes text."""
 
-    train: str = Field(min_length=1)  # .jsonl/.json/.csv/.parquet file, folder of them, hub name, or pkg://
-    train_split: str = "train"
-    heldout: str | None = None  # PUBLIC; head office evaluates on it
-    heldout_split: str = "test"
-    heldout_limit: int | None = Field(None, ge=1)
     prompt: str | None = None  # template of the part that is given, e.g. "Q: {question}\nA: "
     text: str = Field(min_length=1)  # template of the part that is learned, or of the text to classify
     chat: bool = False  # put prompt and text into the base model's chat template
     label: str | None = Field(None, min_length=1)  # classification: column of the label
-    unit: str | None = Field(None, min_length=1)  # column that names the person a record belongs to
+
+
+class HeldoutConfig(TextConfig):
+    """The public held-out set, on which head office evaluates, and what reports say of the data."""
+
+    heldout: str | None = None  # .jsonl/.json/.csv/.parquet file, folder of them, hub name, or pkg://; null: none
+    heldout_split: str = "test"
+    heldout_limit: int | None = Field(None, ge=1)
     description: str = ""  # PUBLIC; one sentence for the model card
     samples: int = Field(3, ge=0)  # held-out questions answered before and after, for the summary
+
+
+class DataConfig(HeldoutConfig):
+    """The records of simulated sites as well."""
+
+    train: str = Field(min_length=1)  # as `heldout`
+    train_split: str = "train"
+    unit: str | None = Field(None, min_length=1)  # column that names the person a record belongs to
 
 
 class PartitionConfig(Frozen):
@@ -204,35 +214,45 @@ class PartitionConfig(Frozen):
         return self
 
 
-class FederationConfig(Frozen):
-    """Who takes part, and what head office does when some do not."""
+class QuorumConfig(Frozen):
+    """What head office does when some sites do not answer, and what the others weigh."""
 
-    backend: Literal["in-process", "ray"] = "in-process"
-    partition: PartitionConfig
     quorum: int = Field(2, ge=1)  # answers without which a round does not count
     round_timeout: float = Field(600.0, gt=0)  # seconds
     weights: dict[str, float] = {}  # declared PUBLIC, by site; a site that is not named weighs 1
-    cpus_per_site: float = Field(1.0, gt=0)  # ray
-    gpus_per_site: float = Field(0.0, ge=0)  # ray
 
     @model_validator(mode="after")
-    def _validate(self) -> "FederationConfig":
+    def _validate(self) -> "QuorumConfig":
         if any(weight <= 0 for weight in self.weights.values()):
             raise ValueError("weights must be positive; leave a site out of the federation instead of weighing it 0")
         return self
 
 
-class SiteConfig(Frozen):
-    """What a site decides for itself."""
+class FederationConfig(QuorumConfig):
+    """A federation of simulated sites."""
+
+    backend: Literal["in-process", "ray"] = "in-process"
+    partition: PartitionConfig
+    cpus_per_site: float = Field(1.0, gt=0)  # ray
+    gpus_per_site: float = Field(0.0, ge=0)  # ray
+
+
+class ComputeConfig(Frozen):
+    """With what a process computes; changes no result."""
+
+    micro_batch: int = Field(64, ge=1)  # records in one forward pass: memory, not mathematics
+    threads: int | None = Field(None, ge=1, le=4096)  # of torch on the CPU; null: torch's own choice
+    device: str = "auto"  # auto, cpu, cuda, cuda:0 ...
+
+
+class SiteConfig(ComputeConfig):
+    """What a simulated site decides for itself."""
 
     epsilon: float | None = Field(None, gt=0)  # total budget; null: just what the plan asks for
     budgets: dict[str, float] = {}  # by site, instead of `epsilon`
     min_units: int | None = Field(
         None, ge=1
     )  # fewer: the site takes no part; null: one expected batch, at most half of units_per_site
-    micro_batch: int = Field(64, ge=1)  # records in one forward pass: memory, not mathematics
-    threads: int | None = Field(None, ge=1, le=4096)  # of torch on the CPU; null: torch's own choice
-    device: str = "auto"  # auto, cpu, cuda, cuda:0 ...
 
     @model_validator(mode="after")
     def _validate(self) -> "SiteConfig":
@@ -241,23 +261,22 @@ class SiteConfig(Frozen):
         return self
 
 
-class SimulationConfig(Frozen):
-    """A whole simulated federation, as composed by Hydra."""
+class RunConfig(Frozen):
+    """What every run of a federation is configured by, simulated or deployed."""
 
-    name: str = Field(pattern=r"^[^/\\\x00]+$", max_length=200)  # folder under `output`
-    output: str = "runs"
+    name: str = Field(pattern=r"^[^/\\\x00]+$", max_length=200)  # of the run's folder
     seed: Seed = 0
     resume: bool = False
     model: ModelConfig
-    data: DataConfig
+    data: HeldoutConfig
     adapter: AdapterConfig
     privacy: PrivacyConfig
     training: TrainingConfig
-    federation: FederationConfig
-    site: SiteConfig
+    federation: QuorumConfig
+    site: ComputeConfig
 
     @model_validator(mode="after")
-    def _validate(self) -> "SimulationConfig":
+    def _validate_run(self) -> "RunConfig":
         if self.name in (".", ".."):
             raise ValueError("name is a folder name of its own")
         if self.model.task == "classification" and self.data.label is None:
@@ -268,6 +287,32 @@ class SimulationConfig(Frozen):
             raise ValueError("data.chat=true needs data.prompt, the user's turn")
         if len(self.name.encode()) > 255:
             raise ValueError("name is longer than the 255 bytes of a folder name")
+        return self
+
+
+class DeploymentConfig(RunConfig):
+    """A run of a deployed federation; `site` says with what head office evaluates."""
+
+    @model_validator(mode="after")
+    def _validate(self) -> "DeploymentConfig":
+        if self.privacy.units_per_site is None:
+            raise ValueError(
+                "privacy.units_per_site: give the nominal number of privacy units a site. It is public, and the same "
+                "for all: head office does not know what the sites hold"
+            )
+        return self
+
+
+class SimulationConfig(RunConfig):
+    """A whole simulated federation, as composed by Hydra."""
+
+    output: str = "runs"  # folder of the runs' folders
+    data: DataConfig
+    federation: FederationConfig
+    site: SiteConfig
+
+    @model_validator(mode="after")
+    def _validate(self) -> "SimulationConfig":
         if self.privacy.unit == "person" and self.data.unit is None:
             raise ValueError("data.unit: privacy.unit=person needs the column that names the person")
         return self

@@ -16,7 +16,7 @@ from fedllm import codec
 from fedllm.delta import AdapterSpec
 from fedllm.errors import CheckpointError, CryptoError, MessageError, QuorumLost
 from fedllm.messages import KEY, RECORD, Declined, Prepare, Ready, Reason, TrainReply, TrainRequest, from_bytes
-from fedllm.plan import FederationConfig, RunPlan
+from fedllm.plan import QuorumConfig, RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.training.server_optimizer import ServerOptimizer
 from server.aggregate import weighted_mean
@@ -81,7 +81,7 @@ class Coordinator:
     def __init__(
         self,
         plan: RunPlan,
-        federation: FederationConfig,
+        federation: QuorumConfig,
         spec: AdapterSpec,
         start: NDArray[np.float32],
         folder: Path,

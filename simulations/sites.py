@@ -29,7 +29,7 @@ class SimulatedData:
         self._table: Table = read_table(data.train, data.train_split)
         self._unit = data.unit if by_person else None
         with naming(data.train):
-            check_columns(self._table, data, [cut.column] if cut.column else [])
+            check_columns(self._table, data, [data.unit, cut.column])
             self._rows = partition(self._table, cut, self._unit, seed)
         self.names = list(self._rows)
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 import fedllm
-from fedllm.plan import DataConfig, RunPlan
+from fedllm.plan import HeldoutConfig, RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.training.adapter import AdapterModel
 
@@ -35,7 +35,7 @@ class RunSummary:
     name: str
     folder: Path
     plan: RunPlan
-    data: DataConfig
+    data: HeldoutConfig
     records: list[dict[str, Any]]  # one a round, round 0 being the base model
     sites: dict[str, dict[str, Any]]
     budgets: dict[str, float]  # epsilon that each site permits

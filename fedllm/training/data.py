@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedllm.errors import ConfigError, DataError
-from fedllm.plan import DataConfig, ModelConfig
+from fedllm.plan import ModelConfig, TextConfig
 from fedllm.training.sources import resolve
 
 datasets.disable_progress_bars()
@@ -153,17 +153,18 @@ def naming(source: str) -> Iterator[None]:
         raise DataError(f"{source}: {error}") from error
 
 
-def check_columns(table: Table, data: DataConfig, extra: Sequence[str] = ()) -> None:
+def check_columns(table: Table, data: TextConfig, extra: Sequence[str | None] = ()) -> None:
     """Raise DataError unless the table has every column that the configuration names.
 
-    Of those that name a person, label or site (`extra`), a cell must hold one value.
+    Of label, person and site (the last two in `extra`, None where there is none), a cell must hold one value.
     """
-    named = [*_fields(data.prompt or ""), *_fields(data.text), *(c for c in (data.label, data.unit) if c), *extra]
+    single = [column for column in (data.label, *extra) if column]
+    named = [*_fields(data.prompt or ""), *_fields(data.text), *single]
     missing = sorted(set(named) - set(table.column_names))
     if missing:
         raise DataError(f"missing column {', '.join(missing)}; the records have {', '.join(table.column_names)}")
-    for column in (data.label, data.unit, *extra):
-        if column and not isinstance(table.features[column], datasets.Value | datasets.ClassLabel):
+    for column in single:
+        if not isinstance(table.features[column], datasets.Value | datasets.ClassLabel):
             raise DataError(f"column {column} holds lists or objects; expected text or numbers")
 
 
@@ -193,7 +194,7 @@ def render(template: str, row: Mapping[str, Any], number: int) -> str:
 class Tokeniser:
     """Turns rows into records with the base model's own tokenizer, which is never fitted on private text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, data: DataConfig) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, data: TextConfig) -> None:
         self._tokenizer, self._model, self._data = tokenizer, model, data
         self._classes = {label: index for index, label in enumerate(model.labels)}
         if data.chat and not tokenizer.chat_template:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from fedllm.errors import ModelError
-from fedllm.plan import DataConfig
+from fedllm.plan import HeldoutConfig
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Table, Tokeniser, Unit, batches, build_units, render
 from fedllm.training.losses import logits, token_losses
@@ -37,7 +37,9 @@ class Sample:
 class Evaluator:
     """Evaluates adapters on one public held-out set."""
 
-    def __init__(self, adapter: AdapterModel, table: Table, tokeniser: Tokeniser, data: DataConfig, micro_batch: int):
+    def __init__(
+        self, adapter: AdapterModel, table: Table, tokeniser: Tokeniser, data: HeldoutConfig, micro_batch: int
+    ):
         self._adapter, self._table, self._tokeniser, self._data = adapter, table, tokeniser, data
         self._micro_batch = micro_batch
         self._units: tuple[Unit, ...] = build_units(table, tokeniser, None, 1)

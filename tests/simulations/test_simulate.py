@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 import fedllm.privacy.accounting
 import fedllm.training.workspace
-import simulations.simulate
+import server.run
 from client.site import Site
 from fedllm.audit.summary import RunSummary
 from fedllm.errors import ConfigError, FedllmError
@@ -84,7 +84,7 @@ def run(config: SimulationConfig) -> Run:
 
 def without_plots(patch: pytest.MonkeyPatch) -> None:
     """Leave out what takes most of the time of a small run, where the test is about something else."""
-    patch.setattr(simulations.simulate, "write_outputs", lambda *_: None)
+    patch.setattr(server.run, "write_outputs", lambda *_: None)
 
 
 # ---- variants: each is run once, and all tests of outputs look into each -------------------------------------------
@@ -167,8 +167,9 @@ def test_a_run_leaves_every_output_and_nothing_else(variants: Callable[[str], Ru
     assert {file for file in found if not file.startswith("sites/")} == {
         "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
         "checkpoint.safetensors", "checkpoint.safetensors.previous", "config.json", "lock", "metrics.jsonl",
-        "plan.json",        "rounds.png", "rounds.svg", "sites.png", "sites.svg", "summary.ko.md", "summary.md",
+        "plan.json", "rounds.png", "rounds.svg", "sites.png", "sites.svg", "summary.ko.md", "summary.md",
     }  # fmt: skip
+    assert "sites/sites.log" in found
     assert folder.stat().st_mode & 0o077 == 0, "the folder holds ledgers: it is for its owner alone"
 
 
@@ -468,6 +469,9 @@ def run_until(config: SimulationConfig, events: int) -> None:
 
     with pytest.raises(Killed):
         simulate(config, lambda plan, names: None, observe)
+    for thread in threading.enumerate():  # kill -9 leaves no site at work
+        if thread.name.startswith("node-"):
+            thread.join()
 
 
 def resumed(config: SimulationConfig, **changes: Any) -> SimulationConfig:
@@ -615,7 +619,7 @@ def test_a_run_that_no_site_joins_ends_with_its_outputs(
         return Declined(site=site.name, reason="policy").to_bytes()
 
     monkeypatch.setattr(Site, "handle", handle)
-    done = run(configure(tmp_path))
+    done = run(configure(tmp_path, federation={"round_timeout": 2.0}))
     assert "quorum" in done.summary.stopped
     assert [line["round"] for line in done.metrics()] == [0]
     assert (done.folder / "summary.md").exists()

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from fedllm.errors import ConfigError, DataError
-from fedllm.plan import DataConfig, ModelConfig
+from fedllm.plan import ModelConfig, TextConfig
 from fedllm.training.data import (
     IGNORE,
     Record,
@@ -62,7 +62,7 @@ def tokeniser(
 ) -> Tokeniser:
     config = ModelConfig(source="unused", max_length=max_length, **model)
     label = "label" if config.task == "classification" else None
-    return Tokeniser(tokenizer, config, DataConfig(train="unused", prompt=prompt, text=text, label=label))
+    return Tokeniser(tokenizer, config, TextConfig(prompt=prompt, text=text, label=label))
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
@@ -308,15 +308,22 @@ def test_rows_of_differing_columns_are_read_with_nulls_or_refused(write_jsonl: W
 
 
 def test_a_missing_column_is_named_together_with_those_that_are_there() -> None:
-    data = DataConfig(train="x", prompt="{qestion}", text="{answer}", unit="client", label="mood")
+    data = TextConfig(prompt="{qestion}", text="{answer}", label="mood")
     with pytest.raises(DataError) as error:
-        check_columns(table_of(ROWS), data, ["branch"])
+        check_columns(table_of(ROWS), data, ["client", "branch", None])
     for name in ("qestion", "client", "mood", "branch", "question", "answer", "customer"):
         assert name in str(error.value)
 
 
 def test_columns_that_are_there_are_accepted() -> None:
-    check_columns(table_of(ROWS), DataConfig(train="x", prompt="{question}", text="{answer}", unit="customer"))
+    check_columns(table_of(ROWS), TextConfig(prompt="{question}", text="{answer}"), ["customer"])
+
+
+@pytest.mark.parametrize(("label", "person"), [("who", None), (None, "who")], ids=["label", "person"])
+@pytest.mark.parametrize("value", [["kim"], {"id": 1}], ids=["list", "object"])
+def test_a_person_or_label_is_one_value(label: str | None, person: str | None, value: object) -> None:
+    with pytest.raises(DataError, match="column who"):
+        check_columns(table_of([{"text": "a", "who": value}]), TextConfig(text="{text}", label=label), [person])
 
 
 HOSTILE = [
@@ -332,14 +339,14 @@ def test_a_template_that_is_more_than_columns_is_refused(template: str) -> None:
     with pytest.raises((ConfigError, DataError)):
         render(template, row, 0)
     with pytest.raises((ConfigError, DataError)):  # and before anything is tokenised
-        check_columns(table_of([row]), DataConfig(train="x", text=template))
+        check_columns(table_of([row]), TextConfig(text=template))
 
 
 @given(template=st.text(st.sampled_from("{}!:.[]0rd question한_-"), max_size=12))
 def test_any_template_gives_text_or_an_error_of_ours(template: str) -> None:
     row = {"question": "q", "한": "국", "0": "zero", "d": 1, "r": None}
     try:
-        check_columns(table_of([row]), DataConfig(train="x", text=template or "x"))
+        check_columns(table_of([row]), TextConfig(text=template or "x"))
         text = render(template, row, 0)
     except (ConfigError, DataError):
         return
@@ -409,7 +416,7 @@ def test_a_long_record_is_cut_and_keeps_the_beginning_of_its_answer(
 
 
 def test_a_chat_template_wraps_the_prompt_and_only_the_answer_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
-    data = DataConfig(train="x", prompt="{question}", text="{answer}", chat=True)
+    data = TextConfig(prompt="{question}", text="{answer}", chat=True)
     with pytest.raises(ConfigError, match=r"data\.chat"):
         Tokeniser(tokenizer, ModelConfig(source="plain"), data)
     chatty = copy.deepcopy(tokenizer)
@@ -497,6 +504,10 @@ def test_the_spelling_of_a_name_does_not_make_two_persons_of_one(tokenizer: PreT
 
 def test_persons_may_be_numbered(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(build_units(people(1, 2, 1, 0), tokeniser(tokenizer), "who", 10)) == 3
+
+
+def test_somebody_may_be_called_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert len(build_units(people("None", "nan", "null", "NaN"), tokeniser(tokenizer), "who", 10)) == 4
 
 
 def test_a_person_without_a_number_is_nobody(tokenizer: PreTrainedTokenizerFast) -> None:

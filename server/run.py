@@ -1,0 +1,181 @@
+"""A run at head office, whatever carries its messages: its folder, its plan, its coordinator, its outputs."""
+
+import contextlib
+import fcntl
+import json
+import resource
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm.audit.summary import RunSummary, write_outputs
+from fedllm.errors import CheckpointError, ConfigError
+from fedllm.plan import Frozen, RunConfig, RunPlan, parse
+from fedllm.privacy.accounting import calibrate
+from fedllm.training.data import Tokeniser, check_columns, naming, read_table
+from fedllm.training.evaluation import Evaluator
+from fedllm.training.workspace import Workspace, open_workspace, use_threads
+from server.checkpoint import write_atomically
+from server.rounds import CHECKPOINT, PLAN, Coordinator, Event
+
+CONFIG, LOCK = "config.json", "lock"
+
+_T = TypeVar("_T", bound=Frozen)
+
+
+def check_folder(config: RunConfig, folder: Path) -> None:
+    """Raise an error where a run cannot start in its folder, or cannot be resumed there."""
+    try:
+        there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        taken = folder.exists() and not folder.is_dir()
+    except OSError as error:
+        raise _no_place(folder, error) from None
+    if config.resume and CHECKPOINT not in there:
+        raise CheckpointError(f"resume=true, but {folder} holds no {CHECKPOINT}. Start the run without resume=true.")
+    # A run that was stopped before its first checkpoint starts over.
+    begun = CHECKPOINT not in there and (PLAN in there or (LOCK in there and there <= {LOCK, f"{PLAN}.new"}))
+    if not config.resume and (taken or (folder.is_dir() and not begun)):
+        raise ConfigError(f"{folder} exists. Choose another name=..., or continue that run with resume=true.")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, config: RunConfig) -> Iterator[None]:
+    """Make and hold the run's folder; raises ConfigError where another process does, or has used it meanwhile."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise _no_place(folder, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{folder} is in use by another run. Wait for it, or choose another name=...") from None
+        check_folder(config, folder)
+        yield
+
+
+def _no_place(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"output: {folder} cannot be made ({error.strerror}). Choose another place.")
+
+
+def make_plan(config: RunConfig) -> RunPlan:
+    """Return a new plan, its noise calibrated where the configuration leaves it open."""
+    privacy = config.privacy
+    if privacy.mode == "local" and privacy.noise_multiplier is None:
+        steps = config.training.rounds * config.training.local_steps
+        noise = calibrate(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
+        privacy = privacy.model_copy(update={"noise_multiplier": noise})
+    return RunPlan(
+        run=uuid.uuid4().hex, seed=config.seed, model=config.model, adapter=config.adapter, privacy=privacy,
+        training=config.training,
+    )  # fmt: skip
+
+
+def write_plan(folder: Path, plan: RunPlan, config: RunConfig) -> None:
+    """Write what a later resume compares with."""
+    write_atomically(folder / PLAN, (plan.model_dump_json(indent=2) + "\n").encode())
+    write_atomically(folder / CONFIG, (config.model_dump_json(indent=2) + "\n").encode())
+
+
+def read_as(path: Path, kind: type[_T]) -> _T:
+    """Read a file of a run; raises CheckpointError."""
+    try:
+        return parse(kind, json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}). Restore it from a backup, or start a new run."
+        ) from None
+
+
+def differences(path: str, a: object, b: object) -> list[str]:
+    """Return the keys in which two nested values differ, with both values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b))
+        return [d for key in keys for d in differences(f"{path}.{key}".lstrip("."), a.get(key), b.get(key))]
+    return [] if a == b else [f"{path} (was {a}, now {b})"]
+
+
+class HeadOfficeRun:
+    """Model, held-out set, coordinator and outputs of one run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Load model and held-out set; raises ModelError, DataError or ConfigError where they cannot be used."""
+        self._config = config
+        use_threads(config.site.threads)
+        self._workspace = open_workspace(config.model, config.adapter, config.seed, config.site.device)
+        self._evaluator = _evaluator(config, self._workspace)
+
+    def begin(self, plan: RunPlan, folder: Path, observe: Callable[[Event], None], sites: int) -> Coordinator:
+        """Return the coordinator of a run in `folder`, resumed where the configuration says so.
+
+        `sites` is how many are expected; `observe` receives every event.
+        """
+        adapter = self._workspace.adapter
+        self._plan, self._folder = plan, folder
+        self._coordinator = Coordinator(
+            plan, self._config.federation, adapter.spec, adapter.initial, folder, partial(_score, self._evaluator),
+            observe, sites,
+        )  # fmt: skip
+        if self._config.resume:
+            self._coordinator.resume()
+        return self._coordinator
+
+    def finish(self, stopped: str, budgets: Mapping[str, float], seconds: float) -> RunSummary:
+        """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit where it is known."""
+        adapter, coordinator = self._workspace.adapter, self._coordinator
+        summary = RunSummary(
+            name=self._config.name,
+            folder=self._folder,
+            plan=self._plan,
+            data=self._config.data,
+            records=[asdict(record) for record in coordinator.records],
+            sites={name: asdict(state) for name, state in sorted(coordinator.sites.items())},
+            budgets=dict(budgets),
+            stopped=stopped,
+            seconds=seconds,
+            peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            **_before_and_after(self._evaluator, adapter.initial, coordinator.adapter),
+        )
+        write_outputs(summary, adapter, coordinator.adapter)
+        return summary
+
+
+def _evaluator(config: RunConfig, workspace: Workspace) -> Evaluator | None:
+    data = config.data
+    if data.heldout is None:
+        return None
+    table = read_table(data.heldout, data.heldout_split)
+    with naming(data.heldout):
+        check_columns(table, data)
+    if data.heldout_limit is not None:
+        count = min(data.heldout_limit, len(table))  # evenly spaced: files are often sorted
+        table = table.select([i * len(table) // count for i in range(count)])
+    tokeniser = Tokeniser(workspace.adapter.tokenizer, config.model, data)
+    with naming(data.heldout):
+        return Evaluator(workspace.adapter, table, tokeniser, data, config.site.micro_batch)
+
+
+def _score(evaluator: Evaluator | None, vector: NDArray[np.float32]) -> dict[str, float | None]:
+    return asdict(evaluator.score(vector)) if evaluator is not None else {}
+
+
+def _before_and_after(
+    evaluator: Evaluator | None, before: NDArray[np.float32], after: NDArray[np.float32]
+) -> dict[str, Any]:
+    if evaluator is None or not evaluator.generates:
+        return {}
+    first, first_samples = evaluator.exact_match(before)
+    last, last_samples = evaluator.exact_match(after)
+    return {
+        "exact_match": (first, last),
+        "samples": [
+            (a.prompt, a.expected, a.answer, b.answer) for a, b in zip(first_samples, last_samples, strict=True)
+        ],
+    }
