@@ -52,11 +52,3 @@ def write_jsonl(tmp_path: Path) -> Callable[[str, list[dict[str, Any]]], Path]:
         return path
 
     return write
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of faults that are known and not mended yet; some of their cases pass."""
-    known = set((Path(__file__).parent / "open_faults.txt").read_text("utf-8").split())
-    for item in items:
-        if getattr(item, "originalname", item.name) in known:
-            item.add_marker(pytest.mark.xfail(reason="a known, open fault", strict=False))

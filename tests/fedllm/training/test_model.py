@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fedllm.errors import ConfigError, FedllmError, ModelError
-from fedllm.plan import ModelConfig
+from fedllm.plan import ModelConfig, parse
 from fedllm.training.model import load_base, weights_digest
 
 MakeConfig = Callable[[str], ModelConfig]
@@ -112,6 +113,31 @@ def test_weights_cut_short_are_refused(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError):
         load_base(ModelConfig(source=str(folder), max_length=64), "cpu")
+
+
+def test_weights_with_a_layer_missing_are_refused(folder: Path) -> None:
+    """transformers would fill it in at random, and go on."""
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in weights if "up_proj" in name)
+    save_file({k: v for k, v in weights.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"lack {lost}"):
+        load_base(ModelConfig(source=str(folder), max_length=64), "cpu")
+    for pooling in ("native", "mean"):
+        values = {"source": str(folder), "max_length": 64, "task": "classification", "labels": ["a", "b"]}
+        with pytest.raises(ModelError, match=lost.removeprefix("model.")):
+            load_base(parse(ModelConfig, {**values, "pooling": pooling}), "cpu")
+
+
+def test_an_encoder_is_no_causal_model(base_folder: FolderOf) -> None:
+    """Its head would be drawn at random, and differ between the parties."""
+    with pytest.raises(ModelError, match=r"model\.task"):
+        load_base(ModelConfig(source=str(base_folder("bert")), max_length=32), "cpu")
+
+
+@pytest.mark.parametrize("case", ["bert-native", "bert-mean", "gpt2-native"])
+def test_a_new_head_is_no_news(model_config: MakeConfig, case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    load_base(model_config(case), "cpu")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
