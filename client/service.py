@@ -1,4 +1,7 @@
-"""The site service: the only process that opens records, keys, ledger and model. Answers on a unix socket."""
+"""The site service: the only process that opens records, keys, ledger and model. Answers on a unix socket.
+
+What it keeps count of stays in its log: it exports no metrics, no health and no reflection.
+"""
 
 import grp
 import json
@@ -11,14 +14,18 @@ from pathlib import Path
 
 import grpc
 
+from client.office import Office
 from client.site import Site
 from client.wire import METHOD, SERVICE, chunks, join
 from fedllm import envelope
 from fedllm.crypto import Identity, PublicIdentity
 from fedllm.envelope import Binding
 from fedllm.errors import Cancelled, ConfigError, CryptoError, FedllmError, MessageError
-from fedllm.files import write_secret
+from fedllm.files import locked, write_secret
 from fedllm.messages import Prepare, TrainRequest, from_bytes
+from fedllm.plan import RunPlan
+from fedllm.training.data import Tokeniser, Unit, build_units, check_columns, naming, read_table
+from fedllm.training.workspace import Workspace, open_workspace, use_threads
 
 _log = logging.getLogger("fedllm.site")
 _RUNS_KEPT = 1000  # of which the last number is remembered one by one
@@ -94,6 +101,40 @@ class Endpoint:
             except CryptoError:
                 continue
         return envelope.open_sealed(sealed, self._identities[0], self._head_office)
+
+
+def open_site(office: Office) -> Site:
+    """Return the site of an office's folder; records and models are loaded when a plan asks for them."""
+    resources = office.config.resources
+
+    def workspace(plan: RunPlan) -> Workspace:
+        return open_workspace(office.model(plan.model), plan.adapter, plan.seed, resources.device)
+
+    def units(plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
+        data = office.data
+        table = read_table(data.train, data.train_split)
+        by_person = data.unit if plan.privacy.unit == "person" else None
+        with naming(data.train):
+            check_columns(table, data, [by_person])
+            tokeniser = Tokeniser(workspace.adapter.tokenizer, plan.model, data)
+            return build_units(table, tokeniser, by_person, plan.privacy.records_per_person)
+
+    return Site(office.name, office.policy, office.ledger_file, workspace, units, resources.micro_batch)
+
+
+def run(office: Office, stop: threading.Event) -> None:
+    """Answer head office until `stop`; raises FedllmError where the service cannot start."""
+    use_threads(office.config.resources.threads)
+    limit = office.config.resources.max_message_mb << 20
+    data = office.ledger_file.parent
+    data.mkdir(mode=0o700, exist_ok=True)
+    with locked(data):  # two services at once would answer from two memories
+        endpoint = Endpoint(open_site(office), office.identities, office.coordinators, data / "requests.json")
+        server = serve(endpoint, office.socket, office.config.socket_group, limit)
+        _log.info("%s answers on %s", office.name, office.socket)
+        stop.wait()
+        server.stop(grace=None).wait()
+        office.socket.unlink(missing_ok=True)
 
 
 def serve(endpoint: Endpoint, socket: Path, group: str | None, max_bytes: int) -> grpc.Server:

@@ -36,7 +36,7 @@ class Child:
     """One process to keep alive."""
 
     name: str
-    command: Sequence[str]
+    command: Callable[[], Sequence[str]]  # asked for at every start
     log: Path  # receives all output
     env: Mapping[str, str] = field(default_factory=dict)  # added to this process's own
     made_of: Callable[[], Hashable] = _always  # another value than at its start: it is started again
@@ -101,7 +101,7 @@ class _Ward:
             child.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with child.log.open("ab") as log:
                 self._process = subprocess.Popen(
-                    list(child.command),
+                    list(child.command()),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

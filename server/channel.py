@@ -1,17 +1,17 @@
 """How messages reach sites: plain inside one process; over a network signed, sealed, and to the roster alone."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
 from flwr.serverapp import Grid
 
 from fedllm import envelope
-from fedllm.crypto import Identity, PublicIdentity
+from fedllm.crypto import Identity
 from fedllm.envelope import Binding
 from fedllm.errors import MessageError
 from fedllm.plan import RunPlan
+from server.federation import Member
 
 
 class Channel(Protocol):
@@ -48,14 +48,6 @@ class PlainChannel:
         return data
 
 
-@dataclass(frozen=True)
-class Member:
-    """A site as the roster knows it."""
-
-    name: str
-    identities: Sequence[PublicIdentity]  # the present one first; more while keys are rotated
-
-
 class SealedChannel:
     """Envelopes to the sites of a roster, which is asked anew on every use: a revoked site is out at once."""
 
@@ -72,7 +64,7 @@ class SealedChannel:
         """Return the online nodes of sites in the roster, with the sites' names."""
         self._keys = {node.node_id: node.public_key for node in self._grid.get_nodes()}
         members = {node: self._member_of(key) for node, key in self._keys.items()}
-        return {node: member.name for node, member in members.items() if member is not None}
+        return {node: member.site for node, member in members.items() if member is not None}
 
     def seal(self, node: int, round_: int, payload: bytes) -> bytes:
         """Seal `payload` to the site behind a node."""
@@ -81,7 +73,7 @@ class SealedChannel:
         binding = Binding(
             direction="to-site", run=self._plan.run, plan=self._plan.digest, round=round_, number=self._number
         )
-        sealed = envelope.seal(payload, binding, self._identity, self._member(node).identities[0])
+        sealed = envelope.seal(payload, binding, self._identity, self._member(node).public)
         answer = {"direction": "to-head-office", "request": envelope.digest(sealed)}
         self._sent[node] = binding.model_copy(update=answer)
         return sealed

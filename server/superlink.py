@@ -81,7 +81,7 @@ def superlink(office: HeadOffice) -> Child:
         "--disable-runtime-dependency-installation",
     ]  # fmt: skip
     return Child(
-        "SuperLink", command, folder / "log" / "superlink.log", environment(folder),
+        "SuperLink", lambda: command, folder / "log" / "superlink.log", environment(folder),
         made_of=partial(read, office.server_certificate_file),
     )  # fmt: skip
 

@@ -1,0 +1,156 @@
+"""A run of a deployed federation: prepared by `fedllm submit`, run by the ServerApp in a process of its own."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from flwr.serverapp import Grid
+from pydantic import Field
+
+from fedllm.errors import CheckpointError, ConfigError, FedllmError, QuorumLost
+from fedllm.files import write_secret
+from fedllm.plan import DeploymentConfig, Frozen, RunPlan
+from server.channel import SealedChannel
+from server.federation import HeadOffice, Member, Roster
+from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord, RoundStarted, SiteAnswered
+from server.run import CONFIG, HeadOfficeRun, alone_in, check_folder, differences, make_plan, read_as, write_plan
+
+STATUS, PROGRESS = "status.json", "progress.jsonl"
+_KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (RoundStarted, SiteAnswered, RoundRecord)}
+
+
+class Status(Frozen):
+    """What became of a run, and Flower's number for it."""
+
+    state: Literal["submitted", "running", "completed", "stopped"]
+    flower: str = ""
+    text: str = Field("", max_length=10_000)  # why it ended early
+
+
+def runs(home: Path) -> Path:
+    """Return the folder of the runs' folders."""
+    return home / "runs"
+
+
+def read_status(folder: Path) -> Status:
+    """Return what became of a run; raises CheckpointError where the folder is none of a run."""
+    return read_as(folder / STATUS, Status)
+
+
+def write_status(folder: Path, status: Status) -> None:
+    """Note what became of a run."""
+    write_secret(folder / STATUS, status.model_dump_json(indent=2).encode() + b"\n")
+
+
+def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
+    """Make a run's folder and plan, or find those of the run that is resumed.
+
+    Raises ConfigError where the run cannot be, or another plan is meant than the one that is resumed.
+    """
+    names = [member.site for member in HeadOffice.open(home).roster.active]
+    folder = runs(home) / config.name
+    if config.resume and (folder / PLAN).exists() and not (folder / CHECKPOINT).exists():
+        config = config.model_copy(update={"resume": False})  # ended before any site was asked: it starts over
+    check_folder(config, folder)
+    unknown = sorted(set(config.federation.weights) - set(names))
+    if unknown:
+        raise ConfigError(f"federation.weights: {', '.join(unknown)} is not in the roster, which holds {_list(names)}")
+    if config.federation.quorum > len(names):
+        raise ConfigError(
+            f"federation.quorum={config.federation.quorum}, but the roster holds {len(names)} sites. Admit more, or "
+            "lower the quorum."
+        )
+    plan = make_plan(config)
+    with alone_in(folder, config):
+        if config.resume:
+            before = read_as(folder / PLAN, RunPlan)
+            earlier = read_as(folder / CONFIG, DeploymentConfig)
+            plan = plan.model_copy(update={"run": before.run})
+            changed = differences("", before.model_dump(), plan.model_dump())
+            changed += differences("data", earlier.data.model_dump(), config.data.model_dump())
+            changed += differences("federation.weights", earlier.federation.weights, config.federation.weights)
+            if changed:
+                raise ConfigError(f"resume=true continues the same plan, but these differ: {', '.join(changed)}")
+        HeadOfficeRun(config)  # here, where the operator sees what is wrong with model or held-out set
+        write_plan(folder, plan, config)
+        write_status(folder, Status(state="submitted"))
+        (folder / PROGRESS).touch(mode=0o600)
+    return plan
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names) or "no site"
+
+
+def run(grid: Grid, home: Path, name: str) -> None:
+    """Run what `prepare` prepared, over the sealed channel, and write its outputs."""
+    folder = runs(home) / name
+    began = time.monotonic()
+    config, plan = read_as(folder / CONFIG, DeploymentConfig), read_as(folder / PLAN, RunPlan)
+    with alone_in(folder, config):
+        status = read_status(folder).model_copy(update={"state": "running"})
+        write_status(folder, status)
+        office = HeadOffice.open(home)
+        channel = SealedChannel(grid, office.identity, _member_of(office.roster_file), plan)
+        head_office = HeadOfficeRun(config)
+        coordinator = head_office.begin(plan, folder, _note(folder / PROGRESS), len(office.roster.active))
+        stopped = ""
+        try:
+            coordinator.run(grid, channel)
+        except QuorumLost as error:
+            stopped = str(error)
+        head_office.finish(stopped, {}, time.monotonic() - began)
+        write_status(
+            folder, status.model_copy(update={"state": "stopped" if stopped else "completed", "text": stopped})
+        )
+
+
+def fail(home: Path, name: str, error: BaseException) -> None:
+    """Note that a run ended with an error."""
+    text = str(error) if isinstance(error, FedllmError) else f"{type(error).__name__}: {error}"
+    folder = runs(home) / name
+    write_status(folder, read_status(folder).model_copy(update={"state": "stopped", "text": text[:10_000]}))
+
+
+def _member_of(roster: Path) -> Callable[[bytes], Member | None]:
+    """Return a function that looks a node's key up in the roster as it is now."""
+    return lambda key: Roster.load(roster).site_of_node_key(key.decode("utf-8", "replace"))
+
+
+def _note(path: Path) -> Callable[[Event], None]:
+    """Return a function that appends events, for `fedllm submit` to follow."""
+
+    def note(event: Event) -> None:
+        line = json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=False) + "\n"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    return note
+
+
+def events(path: Path, start: int) -> tuple[list[Event], int]:
+    """Return the events in a progress file from byte `start`, and where to go on."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    whole = data[: data.rfind(b"\n") + 1]  # the last line may still be being written
+    found = []
+    for line in whole.splitlines():
+        values = json.loads(line)
+        found.append(_KINDS[values.pop("event")](**values))
+    return found, start + len(whole)
+
+
+def home_of_this_process(variable: str) -> Path:
+    """Return head office's folder as the SuperLink was told; raises ConfigError where it was not."""
+    home = os.environ.get(variable)
+    if not home:
+        raise ConfigError(f"{variable} is not set: this ServerApp runs under `fedllm server start` only")
+    return Path(home)
