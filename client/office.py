@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -26,11 +27,20 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from client.policy import SitePolicy
-from fedllm.crypto import Identity, PublicIdentity, make_node_key, node_public_key
+from fedllm.crypto import Identity, PublicIdentity, make_node_key, node_public_key, read_certificates
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError
-from fedllm.files import check_private, locked, new_folder, read, read_secret, read_settings, write_secret
-from fedllm.plan import DataConfig, Frozen, ModelConfig, parse
-from fedllm.provision import MAX_DOCUMENT, Grant, JoinRequest, SiteName, check_site_name, now, same_fingerprint
+from fedllm.files import check_private, locked, new_folder, read, read_secret, write_secret
+from fedllm.plan import DataConfig, Frozen, ModelConfig
+from fedllm.provision import (
+    MAX_DOCUMENT,
+    Grant,
+    JoinRequest,
+    SiteName,
+    check_site_name,
+    now,
+    read_config,
+    same_fingerprint,
+)
 
 _MAX_SOCKET = 107  # bytes of a unix socket's path (unix(7): sun_path)
 _HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
@@ -165,7 +175,7 @@ class Office:
             raise FolderError(f"{folder}: no such folder. Make it: fedllm site init --name NAME")
         for place in (folder, folder / "keys"):
             check_private(place)
-        config = _read_config(folder / "site.yaml")
+        config = read_config(SiteFile, folder / "site.yaml")
         grant_file = folder / "grant.json"
         grant = Grant.open(read_secret(grant_file))[0] if grant_file.exists() else None
         if grant is not None and grant.site != config.name:
@@ -352,6 +362,10 @@ def install(folder: Path, data: bytes, heard: str | None = None) -> Office:
                 "nobody that this office knows has signed this grant. Hear head office's fingerprint on the telephone "
                 "and give it as --fingerprint."
             )
+        if grant.made_at > now() + timedelta(days=1):  # it would make every later one look old
+            raise CryptoError(
+                f"this grant was made on {grant.made_at:%Y-%m-%d}, which is not yet. Set both ends' clocks."
+            )
         if office.grant is not None and grant.made_at < office.grant.made_at:
             raise CryptoError(
                 f"this grant is of {grant.made_at:%Y-%m-%d %H:%M:%S}, older than the one installed "
@@ -400,14 +414,6 @@ def _changing(folder: Path) -> Iterator[Office]:
     Office.open(folder)  # its errors say more than those of the lock
     with locked(folder):
         yield Office.open(folder)
-
-
-def _read_config(path: Path) -> SiteFile:
-    try:
-        return parse(SiteFile, read_settings(path))
-    except ConfigError as error:
-        text = str(error)
-        raise ConfigError(text if text.startswith(str(path)) else f"{path}: {text}") from None
 
 
 def _read_keys(folder: Path) -> tuple[KeySet, ...]:
@@ -473,6 +479,10 @@ def check(folder: Path) -> list[Finding]:
 def _check_grant(office: Office) -> list[Finding]:
     known = ", ".join(identity.fingerprint for identity in office.coordinators)
     found = [Finding(True, f"head office at {office.superlink}, known by {known}")]
+    ends = max(facts.ends for facts in read_certificates(office.ca_file.read_bytes()))
+    if ends <= now() + timedelta(days=14):
+        text = f"head office's authority ends on {ends:%Y-%m-%d}: ask for a new grant (there: fedllm server rotate ca)"
+        found.append(Finding(False, text))
     if len(office.keys) > 1:
         newer = office.keys[-1] is not office.in_use
         text = (

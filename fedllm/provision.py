@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, AwareDatetime, Field, ValidationError
@@ -22,7 +23,8 @@ from fedllm.crypto import (
     sign_document,
 )
 from fedllm.errors import ConfigError, CryptoError
-from fedllm.plan import Frozen
+from fedllm.files import read_settings
+from fedllm.plan import Frozen, parse
 
 MAX_DOCUMENT = 1 << 20  # bytes of a join request or grant
 _MAX_SITE_NAME = 200  # bytes of UTF-8: with an ending it is a file's name
@@ -162,10 +164,20 @@ class Grant(Frozen):
         return grant, signers
 
 
-_T = TypeVar("_T", JoinRequest, Grant)
+_Document = TypeVar("_Document", JoinRequest, Grant)
+_Settings = TypeVar("_Settings", bound=Frozen)
 
 
-def _open(kind: type[_T], data: bytes, name: str) -> tuple[_T, list[PublicIdentity]]:
+def read_config(kind: type[_Settings], path: Path) -> _Settings:
+    """Read settings of an installation from a YAML file; raises ConfigError that names the file, or FolderError."""
+    values = read_settings(path)
+    try:
+        return parse(kind, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _open(kind: type[_Document], data: bytes, name: str) -> tuple[_Document, list[PublicIdentity]]:
     if len(data) > MAX_DOCUMENT:
         raise CryptoError(f"{len(data)} bytes are too many for a {name}. Is it the right file?")
     content, signers = open_document(data)

@@ -24,8 +24,8 @@ from pydantic import AwareDatetime, Field, ValidationError
 from fedllm import crypto
 from fedllm.crypto import Certificate, Identity, PublicIdentity
 from fedllm.errors import CryptoError, FederationError, FolderError
-from fedllm.files import check_private, locked, new_folder, read, read_secret, read_settings, write_secret
-from fedllm.plan import Frozen, parse
+from fedllm.files import check_private, locked, new_folder, read, read_secret, write_secret
+from fedllm.plan import Frozen
 from fedllm.provision import (
     MAX_DOCUMENT,
     Grant,
@@ -37,6 +37,7 @@ from fedllm.provision import (
     SiteName,
     check_site_name,
     now,
+    read_config,
     same_fingerprint,
 )
 
@@ -148,7 +149,7 @@ class HeadOffice:
         identities, switched = _read_identities(keys / "identity")
         return cls(
             folder=folder,
-            config=_read_config(folder / "federation.yaml"),
+            config=read_config(FederationFile, folder / "federation.yaml"),
             identities=identities,
             switched=switched,
             authorities=tuple(authorities),
@@ -215,7 +216,7 @@ class HeadOffice:
 
 def init_federation(settings: Path, folder: Path) -> HeadOffice:
     """Make head office's folder from a federation.yaml. Raises ConfigError, or FolderError where it exists."""
-    config, text = _read_config(settings), read(settings)
+    config, text = read_config(FederationFile, settings), read(settings)
     with new_folder(folder) as place:
         authority = crypto.make_ca(config.name, config.ca_days)
         _write_authorities(place, [authority])
@@ -391,10 +392,6 @@ def _changing(folder: Path) -> Iterator[HeadOffice]:
     HeadOffice.open(folder)  # its errors say more than those of the lock
     with locked(folder):
         yield HeadOffice.open(folder)
-
-
-def _read_config(path: Path) -> FederationFile:
-    return parse(FederationFile, read_settings(path))
 
 
 def _read_pairs(certificates: Path, keys: Path) -> list[Certificate]:
