@@ -6,7 +6,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,8 +53,16 @@ def read_courier(folder: Path) -> Courier:
         ) from None
 
 
-def supernode(folder: Path, log: Path) -> Child:
-    """Return the SuperNode's process, which is started again when its folder changes or it has lost head office."""
+def supernode(folder: Path, log: Path, refresh: Callable[[], None] = lambda: None) -> Child:
+    """Return the SuperNode's process, which is started again when its folder changes or it has lost head office.
+
+    `refresh` brings the folder up to date, and is called before every look at it.
+    """
+
+    def made_of() -> tuple[bytes, ...]:
+        refresh()
+        return tuple(read(folder / name) for name in (_SETTINGS, _KEY, _CA))
+
     return Child(
         "SuperNode",
         partial(_command, folder),
@@ -66,7 +74,7 @@ def supernode(folder: Path, log: Path) -> Child:
             "FLWR_HOME": str(folder / "flower"),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # for Flower's own tools
         },
-        made_of=lambda: tuple(read(folder / name) for name in (_SETTINGS, _KEY, _CA)),
+        made_of=made_of,
         ails=_Watch(folder).ails,
     )
 

@@ -12,14 +12,14 @@ from fedllm.errors import ConfigError, FedllmError
 site_app = typer.Typer(help="An office: its folder, keys and grants.", no_args_is_help=True)
 server_app = typer.Typer(help="Head office: certificates, identity and offices.", no_args_is_help=True)
 
-_HeadOffice = Annotated[
+HeadOfficeOption = Annotated[
     Path,
     typer.Option("--home", envvar="FEDLLM_HOME", help="Head office's folder.", show_default="~/.fedllm/head-office"),
 ]
-_Office = Annotated[
+OfficeOption = Annotated[
     Path, typer.Option("--home", envvar="FEDLLM_HOME", help="The site's folder.", show_default="~/.fedllm/site")
 ]
-_HEAD_OFFICE, _OFFICE = Path("~/.fedllm/head-office"), Path("~/.fedllm/site")
+HEAD_OFFICE, OFFICE = Path("~/.fedllm/head-office"), Path("~/.fedllm/site")
 _Fingerprint = Annotated[
     str | None,
     typer.Option("--fingerprint", help="What the other side read to you on the telephone.", show_default=False),
@@ -49,12 +49,12 @@ def register(app: typer.Typer) -> None:
 
 def init_federation(
     file: Annotated[Path, typer.Argument(help="federation.yaml: name and host, at the least.", show_default=False)],
-    home: _HeadOffice = _HEAD_OFFICE,
+    home: HeadOfficeOption = HEAD_OFFICE,
 ) -> None:
     """Make head office's folder: authority, server certificate, identity, roster."""
     from server.federation import init_federation as make
 
-    office = make(file, _private(home))
+    office = make(file, private(home))
     facts = office.config
     typer.echo(f"Head office of {facts.name}, at {facts.host}:{facts.fleet_port}: {office.folder}")
     typer.echo(f"Its fingerprint, to read to offices on the telephone:\n\n  {office.identity.public.fingerprint}\n")
@@ -64,13 +64,13 @@ def init_federation(
 def admit(
     file: Annotated[Path, typer.Argument(help="The join request, NAME.join.", show_default=False)],
     fingerprint: _Fingerprint = None,
-    home: _HeadOffice = _HEAD_OFFICE,
+    home: HeadOfficeOption = HEAD_OFFICE,
 ) -> None:
     """Admit an office, or an office's new keys."""
     from fedllm.provision import JoinRequest
     from server import federation
 
-    folder = _private(home)
+    folder = private(home)
     office = federation.HeadOffice.open(folder)  # before anybody is asked anything
     join = federation.read_join_request(file)
     request, _ = JoinRequest.open(join)
@@ -82,28 +82,28 @@ def admit(
     typer.echo(f"and read this fingerprint to it on the telephone:\n\n  {office.identity.public.fingerprint}\n")
 
 
-def revoke(site: _SiteName, home: _HeadOffice = _HEAD_OFFICE) -> None:
+def revoke(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
     """Accept no key of a site any more."""
     from server import federation
 
-    member = federation.revoke(_private(home), site)
+    member = federation.revoke(private(home), site)
     typer.echo(f"{member.site} is revoked. Its keys cannot be admitted again; new ones of it can.")
 
 
 @server_app.command("grant")
-def server_grant(site: _SiteName, home: _HeadOffice = _HEAD_OFFICE) -> None:
+def server_grant(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
     """Write a site's grant again."""
     from server import federation
 
-    typer.echo(f"Send it this grant: {federation.renew_grant(_private(home), site)}")
+    typer.echo(f"Send it this grant: {federation.renew_grant(private(home), site)}")
 
 
 @server_app.command("retire")
-def server_retire(site: _SiteName, home: _HeadOffice = _HEAD_OFFICE) -> None:
+def server_retire(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
     """Accept only the newest keys of a site, after its rotation."""
     from server import federation
 
-    member = federation.retire(_private(home), site)
+    member = federation.retire(private(home), site)
     typer.echo(f"{member.site} is known by {member.public.fingerprint} alone. There: fedllm site retire")
 
 
@@ -112,7 +112,7 @@ def server_rotate(
     what: Annotated[Rotated, typer.Argument(help="What to replace.", show_default=False)],
     finish: Annotated[bool, typer.Option("--finish", help="ca, identity: second step, use the new one.")] = False,
     retire: Annotated[bool, typer.Option("--retire", help="ca, identity: last step, forget the old one.")] = False,
-    home: _HeadOffice = _HEAD_OFFICE,
+    home: HeadOfficeOption = HEAD_OFFICE,
 ) -> None:
     """Replace a key of head office while rounds go on.
 
@@ -121,7 +121,7 @@ def server_rotate(
     """
     from server import federation
 
-    folder = _private(home)
+    folder = private(home)
     if finish and retire:
         raise ConfigError("--finish and --retire are two steps. Take one at a time.")
     if what is Rotated.certificate:
@@ -158,12 +158,12 @@ def server_rotate(
 @site_app.command("init")
 def site_init(
     name: Annotated[str, typer.Option("--name", help="The site's name, such as seoul-gangnam.", show_default=False)],
-    home: _Office = _OFFICE,
+    home: OfficeOption = OFFICE,
 ) -> None:
     """Make this office's folder, with its keys, settings and join request."""
     from client.office import init_office
 
-    office = init_office(_private(home), name)
+    office = init_office(private(home), name)
     typer.echo(f"The site {office.name}: {office.folder}")
     typer.echo(f"Send head office this join request: {office.join_file}")
     typer.echo(f"and read this fingerprint to them on the telephone:\n\n  {office.identity.public.fingerprint}\n")
@@ -174,12 +174,12 @@ def site_init(
 def site_install(
     file: Annotated[Path, typer.Argument(help="The grant from head office, NAME.grant.", show_default=False)],
     fingerprint: _Fingerprint = None,
-    home: _Office = _OFFICE,
+    home: OfficeOption = OFFICE,
 ) -> None:
     """Install a grant: this head office, and no other, is believed."""
     from client import office
 
-    folder = _private(home)
+    folder = private(home)
     grant = office.read_grant(file)
     if fingerprint is None and office.needs_fingerprint(folder, grant):
         fingerprint = _ask("Call head office on a number that you know. Its fingerprint, as heard")
@@ -190,31 +190,31 @@ def site_install(
 
 
 @site_app.command("rotate")
-def site_rotate(home: _Office = _OFFICE) -> None:
+def site_rotate(home: OfficeOption = OFFICE) -> None:
     """Make new keys beside the present ones, and a join request for them."""
     from client.office import rotate
 
-    office = rotate(_private(home))
+    office = rotate(private(home))
     typer.echo(f"New keys of {office.name}; the present ones stay in use until the grant for the new is installed.")
     typer.echo(f"Send head office this join request: {office.join_file}")
     typer.echo(f"and read this fingerprint to them:\n\n  {office.keys[-1].identity.public.fingerprint}\n")
 
 
 @site_app.command("retire")
-def site_retire(home: _Office = _OFFICE) -> None:
+def site_retire(home: OfficeOption = OFFICE) -> None:
     """Forget keys that are no longer in use."""
     from client.office import retire
 
-    office = retire(_private(home))
+    office = retire(private(home))
     typer.echo(f"{office.name} keeps {len(office.keys)} set of keys; in use: {office.identity.public.fingerprint}")
 
 
 @site_app.command("check")
-def site_check(home: _Office = _OFFICE) -> None:
+def site_check(home: OfficeOption = OFFICE) -> None:
     """Try all that a run will need, without a network and without spending anything."""
     from client.office import check
 
-    findings = check(_private(home))
+    findings = check(private(home))
     for finding in findings:
         typer.echo(f"{'ok   ' if finding.right else 'WRONG'}  {finding.text}")
     wrong = sum(not finding.right for finding in findings)
@@ -225,7 +225,7 @@ def site_check(home: _Office = _OFFICE) -> None:
 # ---- common ----------------------------------------------------------------------------------------------------------
 
 
-def _private(folder: Path) -> Path:
+def private(folder: Path) -> Path:
     """Return the folder; from here on, nothing that this process makes is open to others."""
     os.umask(0o077)
     try:

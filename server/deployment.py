@@ -11,13 +11,14 @@ from typing import Literal
 from flwr.serverapp import Grid
 from pydantic import Field
 
-from fedllm.errors import CheckpointError, ConfigError, FedllmError, QuorumLost
+from fedllm.errors import CheckpointError, ConfigError, FederationError, FedllmError, QuorumLost
 from fedllm.files import write_secret
 from fedllm.plan import DeploymentConfig, Frozen, RunPlan
 from server.channel import SealedChannel
 from server.federation import HeadOffice, Member, Roster
 from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord, RoundStarted, SiteAnswered
 from server.run import CONFIG, HeadOfficeRun, alone_in, check_folder, differences, make_plan, read_as, write_plan
+from server.superlink import Control
 
 STATUS, PROGRESS = "status.json", "progress.jsonl"
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (RoundStarted, SiteAnswered, RoundRecord)}
@@ -29,6 +30,11 @@ class Status(Frozen):
     state: Literal["submitted", "running", "completed", "stopped"]
     flower: str = ""
     text: str = Field("", max_length=10_000)  # why it ended early
+
+    @property
+    def open(self) -> bool:
+        """Whether the run may still go on by itself."""
+        return self.state in ("submitted", "running")
 
 
 def runs(home: Path) -> Path:
@@ -44,6 +50,38 @@ def read_status(folder: Path) -> Status:
 def write_status(folder: Path, status: Status) -> None:
     """Note what became of a run."""
     write_secret(folder / STATUS, status.model_dump_json(indent=2).encode() + b"\n")
+
+
+def known_runs(home: Path) -> list[Path]:
+    """Return the folders of all runs, in the order of their names."""
+    place = runs(home)
+    return sorted(found.parent for found in place.glob(f"*/{STATUS}")) if place.is_dir() else []
+
+
+def last_round(folder: Path) -> RoundRecord | None:
+    """Return the record of the last completed round."""
+    found = [event for event in events(folder / PROGRESS, 0)[0] if isinstance(event, RoundRecord)]
+    return found[-1] if found else None
+
+
+def settle(folder: Path, control: Control) -> Status:
+    """Return what became of a run, after asking Flower whether the process of an open one still lives.
+
+    Where Flower cannot be asked, what is known is returned.
+    """
+    status = read_status(folder)
+    if not status.open or not status.flower:
+        return status
+    try:
+        flower = control.state(status.flower)
+    except FederationError:
+        return status
+    status = read_status(folder)  # it may have ended in good order meanwhile
+    if status.open and flower not in ("pending", "running"):
+        text = f"its process at head office ended ({flower}); see {folder.parents[1] / 'log' / 'superlink.log'}."
+        status = status.model_copy(update={"state": "stopped", "text": text})
+        write_status(folder, status)
+    return status
 
 
 def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
@@ -78,7 +116,7 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
         HeadOfficeRun(config)  # here, where the operator sees what is wrong with model or held-out set
         write_plan(folder, plan, config)
         write_status(folder, Status(state="submitted"))
-        (folder / PROGRESS).touch(mode=0o600)
+        write_secret(folder / PROGRESS, b"")
     return plan
 
 

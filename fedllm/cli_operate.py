@@ -1,0 +1,327 @@
+"""The commands that run a deployment: long-running processes, and runs. An entry point, imports late."""
+
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from fedllm.cli_deploy import HEAD_OFFICE, OFFICE, HeadOfficeOption, OfficeOption, private, server_app, site_app
+from fedllm.errors import ConfigError, FederationError, FedllmError
+
+if TYPE_CHECKING:
+    from client.office import Office
+
+_console = Console()
+_POLL, _ASK_FLOWER = 0.5, 15.0  # seconds between looks at a run's progress, and at what Flower says of it
+_SYNC = 5.0  # seconds between looks at the roster
+
+_SUBMIT_HELP = """Start a run of the admitted offices and follow it.
+
+OVERRIDES are Hydra's KEY=VALUE, as for simulate, on conf/deployment.yaml; `fedllm submit --cfg` prints every key. The
+offices' records, templates and policies are their own; what is public and the same for all is set here.
+
+[bold]Examples[/bold]
+
+  fedllm submit experiment=demo-offices                     the embedded model and its public held-out set
+
+  fedllm submit name=first model=causal-lm model.source=our-base data=heldout data.heldout=./public.jsonl
+      data.prompt='{question}' data.text='{answer}' privacy.units_per_site=2000      a model and data of your own
+
+  fedllm submit --resume first                              continue it after whatever ended it
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the main command."""
+    app.command("submit", help=_SUBMIT_HELP)(submit)
+    app.command("status")(status)
+    app.command("stop")(stop)
+
+
+# ---- long-running processes ------------------------------------------------------------------------------------------
+
+
+def _say(line: str) -> None:
+    typer.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+    sys.stdout.flush()
+
+
+@server_app.command("start")
+def server_start(home: HeadOfficeOption = HEAD_OFFICE) -> None:
+    """Run head office's SuperLink, and let in the nodes of the roster, until stopped."""
+    from fedllm.files import locked
+    from fedllm.supervisor import Supervisor, until_told
+    from server.federation import HeadOffice
+    from server.superlink import superlink
+
+    folder = private(home)
+    office = HeadOffice.open(folder)
+    for warning in office.warnings():
+        _say(f"warning: {warning}")
+    (folder / "flower").mkdir(mode=0o700, exist_ok=True)
+    with locked(folder / "flower"):
+
+        def run(stop: threading.Event) -> None:
+            gate = threading.Thread(target=_keep_gate, args=(folder, stop), daemon=True)
+            gate.start()
+            Supervisor([superlink(office)], _say).run(stop)
+
+        until_told(run)
+
+
+def _keep_gate(folder: Path, stop: threading.Event) -> None:
+    """Tell the SuperLink who may connect, now and whenever the roster changes."""
+    from server.federation import HeadOffice
+    from server.superlink import Control
+
+    told = None
+    while not stop.wait(1.0 if told is None else _SYNC):
+        try:
+            office = HeadOffice.open(folder)
+            if office.roster != told:
+                for line in Control(office).sync(office.roster):
+                    _say(line)
+                if told is None:
+                    _say(f"ready: offices connect to {office.config.host}:{office.config.fleet_port}")
+                told = office.roster
+        except FedllmError as error:
+            if told is not None:
+                _say(f"warning: {error}")
+            told = None
+
+
+@site_app.command("serve")
+def site_serve(home: OfficeOption = OFFICE) -> None:
+    """Run the site service alone: for a set-up of two users, where `fedllm site carry` runs as the other."""
+    folder = private(home)
+    office = _open_office(folder)
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("fedllm.site").setLevel(logging.INFO)
+    from client.service import run
+    from fedllm.supervisor import until_told
+
+    until_told(lambda stop: run(office, stop))
+
+
+@site_app.command("courier")
+def site_courier(
+    to: Annotated[Path, typer.Argument(help="The courier's folder, made where it is missing.", show_default=False)],
+    home: OfficeOption = OFFICE,
+) -> None:
+    """Write the courier's folder: what `fedllm site carry` needs, and no key that opens a message."""
+    from client.supernode import hand_out
+
+    office = _open_office(private(home))
+    hand_out(office, to)
+    typer.echo(f"{to} is ready. Give it to the courier's user: chown -R USER '{to}'")
+
+
+@site_app.command("carry")
+def site_carry(
+    folder: Annotated[Path, typer.Argument(help="The courier's folder.", show_default=False)],
+) -> None:
+    """Run the SuperNode alone, from a courier's folder, until stopped."""
+    from client.supernode import read_courier, supernode
+    from fedllm.supervisor import Supervisor, until_told
+
+    folder = private(folder)
+    read_courier(folder)
+    until_told(Supervisor([supernode(folder, folder / "supernode.log")], _say).run)
+
+
+@site_app.command("start")
+def site_start(home: OfficeOption = OFFICE) -> None:
+    """Run the site service and the SuperNode, until stopped."""
+    from client.supernode import hand_out, supernode
+    from fedllm.files import locked
+    from fedllm.supervisor import Child, Supervisor, until_told
+
+    folder = private(home)
+    office = _open_office(folder)
+    courier = folder / "courier"
+
+    hand_out(office, courier)
+    given = _stamp(folder)
+
+    def hand_out_anew() -> None:
+        nonlocal given
+        if (now := _stamp(folder)) != given:
+            hand_out(_open_office(folder), courier)
+            given = now
+
+    service = [sys.executable, "-m", "fedllm.cli", "site", "serve", "--home", str(folder)]
+    with locked(courier):
+        children = [
+            Child("site service", lambda: service, folder / "log" / "service.log", made_of=lambda: _stamp(folder)),
+            supernode(courier, folder / "log" / "supernode.log", hand_out_anew),
+        ]
+        until_told(Supervisor(children, _say).run)
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """Return what changes with an office's settings, grant or keys: all of them are replaced as whole files."""
+    watched = (folder / "site.yaml", folder / "grant.json", folder / "keys")
+    return tuple(place.stat().st_mtime_ns if place.exists() else 0 for place in watched)
+
+
+def _open_office(folder: Path) -> "Office":
+    """Open an office that has its grant, with the environment that its libraries need."""
+    from client.office import Office
+
+    office = Office.open(folder)
+    os.environ.update(office.environment)
+    _ = office.superlink  # raises where there is no grant yet
+    return office
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def submit(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Hydra overrides, KEY=VALUE.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", help="Continue this run where it stopped.", show_default=False)
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Start the run and do not follow it.")] = False,
+    cfg: Annotated[bool, typer.Option("--cfg", help="Print the composed configuration and stop.")] = False,
+    config_dir: Annotated[
+        Path | None, typer.Option("--config-dir", help="A folder with Hydra groups of your own, searched first.")
+    ] = None,
+    home: HeadOfficeOption = HEAD_OFFICE,
+) -> None:
+    """Start a run and follow it."""
+    from fedllm.cli_settings import as_yaml, compose, validate
+    from fedllm.plan import DeploymentConfig
+
+    if resume is not None and (overrides or cfg):
+        raise ConfigError("--resume NAME continues a run with its own settings; leave out overrides and --cfg")
+    if resume is None:
+        composed = compose("deployment", overrides or [], config_dir)
+        if cfg:
+            typer.echo(as_yaml(composed), nl=False)
+            return
+        folder = private(home)
+        config = validate(DeploymentConfig, composed)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from server import deployment
+    from server.federation import HeadOffice
+    from server.run import CONFIG, read_as
+    from server.superlink import Control
+
+    if resume is not None:
+        folder = private(home)
+        earlier = deployment.runs(folder) / resume / CONFIG
+        if not earlier.exists():
+            raise ConfigError(f"--resume {resume}: there is no such run in {deployment.runs(folder)}")
+        config = read_as(earlier, DeploymentConfig).model_copy(update={"resume": True})
+    control = Control(HeadOffice.open(folder))
+    if not control.reachable():
+        raise FederationError("the SuperLink does not answer. Is it running? fedllm server start")
+    _console.print("checking model, held-out set and plan ...", highlight=False)
+    deployment.prepare(folder, config)
+    place = deployment.runs(folder) / config.name
+    number = control.start(config.name)
+    deployment.write_status(place, deployment.Status(state="submitted", flower=number))
+    _console.print(f"run {config.name} is handed to the SuperLink", highlight=False)
+    if detach:
+        return
+    _follow(folder, config.name)
+
+
+def _follow(home: Path, name: str) -> None:
+    from fedllm.plan import RunPlan
+    from server import deployment
+    from server.federation import HeadOffice
+    from server.rounds import PLAN
+    from server.run import read_as
+    from server.superlink import Control
+    from simulations.screen import Screen
+
+    place = deployment.runs(home) / name
+    office = HeadOffice.open(home)
+    control, position, asked = Control(office), 0, time.monotonic()
+    try:
+        with Screen(_console) as screen:
+            screen.announce(read_as(place / PLAN, RunPlan), [member.site for member in office.roster.active])
+            while True:
+                state = deployment.read_status(place)
+                found, position = deployment.events(place / deployment.PROGRESS, position)
+                for event in found:
+                    screen.observe(event)
+                if not state.open:
+                    break
+                if time.monotonic() - asked > _ASK_FLOWER:
+                    deployment.settle(place, control)
+                    asked = time.monotonic()
+                time.sleep(_POLL)
+    except KeyboardInterrupt:
+        _console.print(f"the run goes on. Follow it: fedllm status {name} --follow. End it: fedllm stop {name}")
+        raise typer.Exit(130) from None
+    if state.state == "stopped":
+        raise FederationError(f"{state.text} Continue it: fedllm submit --resume {name}")
+    _console.print(Markdown((place / "summary.md").read_text("utf-8")))
+    _console.print(f"Everything is in {place}/", highlight=False, soft_wrap=True)
+
+
+def status(
+    name: Annotated[str | None, typer.Argument(help="A run; without one, all.", show_default=False)] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow it to its end.")] = False,
+    home: HeadOfficeOption = HEAD_OFFICE,
+) -> None:
+    """Show what became of runs."""
+    from server import deployment
+    from server.federation import HeadOffice
+    from server.superlink import Control
+
+    folder = private(home)
+    office = HeadOffice.open(folder)
+    if name is not None and follow:
+        deployment.read_status(deployment.runs(folder) / name)
+        _follow(folder, name)
+        return
+    table = Table()
+    for heading in ("run", "state", "rounds", "epsilon", "held-out loss", "sites of the last round"):
+        table.add_column(heading)
+    places = deployment.known_runs(folder) if name is None else [deployment.runs(folder) / name]
+    for place in places:
+        state = deployment.settle(place, Control(office))
+        last = deployment.last_round(place)
+        cells = ["", "", "", ""]
+        if last is not None:
+            epsilon = "NOT PRIVATE" if not last.private else f"{last.epsilon:.2f}"
+            loss = "" if last.loss is None else f"{last.loss:.4g}"
+            cells = [str(last.round), epsilon, loss, ", ".join(last.answered)]
+        table.add_row(place.name, state.state, *cells)
+    _console.print(table)
+    for place in places:
+        state = deployment.read_status(place)
+        if state.text:
+            _console.print(f"{place.name}: {state.text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def stop(
+    name: Annotated[str, typer.Argument(help="The run.", show_default=False)], home: HeadOfficeOption = HEAD_OFFICE
+) -> None:
+    """End a run where it is; `fedllm submit --resume` goes on from its last round."""
+    from server import deployment
+    from server.federation import HeadOffice
+    from server.superlink import Control
+
+    folder = private(home)
+    place = deployment.runs(folder) / name
+    state = deployment.settle(place, control := Control(HeadOffice.open(folder)))
+    if not state.open:
+        raise ConfigError(f"run {name} has ended already ({state.state})")
+    control.stop(state.flower)
+    deployment.write_status(place, state.model_copy(update={"state": "stopped", "text": "ended by the operator."}))
+    _console.print(f"run {name} is ended. What was done is kept: fedllm submit --resume {name}", highlight=False)
