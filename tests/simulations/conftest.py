@@ -198,7 +198,7 @@ class CommandLine:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(20)
+        self._process.wait(120)  # seconds; on a busy machine even an end takes its time
         self._process.stdout.close()
 
 
