@@ -230,8 +230,7 @@ def submit(
     _console.print("checking model, held-out set and plan ...", highlight=False)
     deployment.prepare(folder, config)
     place = deployment.runs(folder) / config.name
-    number = control.start(config.name)
-    deployment.write_status(place, deployment.Status(state="submitted", flower=number))
+    deployment.hand_over(place, control)
     _console.print(f"run {config.name} is handed to the SuperLink", highlight=False)
     if detach:
         return

@@ -266,6 +266,16 @@ def node_public_key(private: bytes) -> bytes:
     return key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
+def node_key_line(pem: bytes) -> str:
+    """Return a node's public key, PEM as Flower keeps it, as one OpenSSH line; raises CryptoError."""
+    try:
+        key = serialization.load_pem_public_key(pem)
+        line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise CryptoError(f"not a node key ({error})") from None
+    return line.decode()
+
+
 def check_node_public_key(line: str) -> None:
     """Raise CryptoError unless this is the public half of a P-384 node key."""
     try:

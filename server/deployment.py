@@ -11,6 +11,7 @@ from typing import Literal
 from flwr.serverapp import Grid
 from pydantic import Field
 
+from fedllm.crypto import node_key_line
 from fedllm.errors import CheckpointError, ConfigError, FederationError, FedllmError, QuorumLost
 from fedllm.files import write_secret
 from fedllm.plan import DeploymentConfig, Frozen, RunPlan
@@ -120,6 +121,17 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
     return plan
 
 
+def hand_over(folder: Path, control: Control) -> None:
+    """Give a prepared run to the SuperLink; raises FederationError, and notes it, where that does not take it."""
+    try:
+        number = control.start(folder.name)
+    except FederationError as error:
+        write_status(folder, Status(state="stopped", text=str(error)))
+        raise
+    status = read_status(folder)  # its process may have begun already
+    write_status(folder, status.model_copy(update={"flower": number}))
+
+
 def _list(names: list[str]) -> str:
     return ", ".join(names) or "no site"
 
@@ -156,7 +168,7 @@ def fail(home: Path, name: str, error: BaseException) -> None:
 
 def _member_of(roster: Path) -> Callable[[bytes], Member | None]:
     """Return a function that looks a node's key up in the roster as it is now."""
-    return lambda key: Roster.load(roster).site_of_node_key(key.decode("utf-8", "replace"))
+    return lambda key: Roster.load(roster).site_of_node_key(node_key_line(key))
 
 
 def _note(path: Path) -> Callable[[Event], None]:

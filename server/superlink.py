@@ -38,8 +38,7 @@ packages = ["."]
 
 [tool.flwr.app]
 publisher = "fedllm"
-fab-include = []
-fab-exclude = ["**/*"]
+fab-include = ["pyproject.toml"]
 
 [tool.flwr.app.components]
 serverapp = "server.app:app"

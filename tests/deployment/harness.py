@@ -1,0 +1,207 @@
+"""A head office and offices as real processes: `fedllm server start`, `fedllm site start`, `fedllm submit`."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from client import office as site_folder
+from fedllm.privacy.accounting import AccountingEvent
+from fedllm.privacy.ledger import PrivacyLedger
+from server import deployment, federation
+from server.rounds import RoundRecord
+
+FEDLLM = [sys.executable, "-m", "fedllm.cli"]
+DELTA = 1e-5
+_DEMO = Path(__file__).parents[2] / "simulations" / "demo" / "data" / "train.jsonl"
+BRANCHES = {"seoul-gangnam": "seoul-gangnam", "busan-haeundae": "busan-haeundae", "서울-마포": "seoul-mapo"}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def until(come_about: Callable[[], Any], seconds: float = 120.0, what: str = "it") -> Any:
+    """Wait until something is true and return it."""
+    deadline = time.monotonic() + seconds
+    while not (found := come_about()):
+        assert time.monotonic() < deadline, f"{what} did not come about in {seconds:.0f} s"
+        time.sleep(0.1)
+    return found
+
+
+@dataclass
+class Program:
+    """A `fedllm` command that runs until it is stopped; `prefix` runs it elsewhere, such as in a namespace."""
+
+    arguments: Sequence[str]
+    log: Path
+    prefix: Sequence[str] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.prefix, *FEDLLM, *self.arguments], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **self.env},
+            )  # fmt: skip
+
+    def processes(self, word: str = "") -> list[psutil.Process]:
+        """All processes of this program, or those with `word` in their command line."""
+        if self.process is None or self.process.poll() is not None:
+            return []
+        mine = psutil.Process(self.process.pid)
+        found = []
+        for each in [mine, *mine.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                if word in " ".join(each.cmdline()):
+                    found.append(each)
+        return found
+
+    def kill(self, word: str) -> None:
+        """kill -9 of the program's processes with `word` in their command line; there must be one."""
+        found = self.processes(word)
+        assert found, f"no process with {word!r}"
+        for each in found:
+            with contextlib.suppress(psutil.Error):
+                each.send_signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End it as an operator would, and make sure of it."""
+        everything = self.processes()
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(30)
+        for each in everything:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+        if self.process is not None:
+            self.process.wait(30)
+
+    def text(self) -> str:
+        return self.log.read_text("utf-8") if self.log.exists() else ""
+
+
+def fedllm(*arguments: str, prefix: Sequence[str] = (), timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    """Run a `fedllm` command to its end."""
+    return subprocess.run(
+        [*prefix, *FEDLLM, *arguments], capture_output=True, text=True, timeout=timeout, check=False,
+        stdin=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
+    )  # fmt: skip
+
+
+class HeadOffice:
+    """Head office: its folder and its long-running program."""
+
+    def __init__(self, folder: Path, host: str = "127.0.0.1", prefix: Sequence[str] = (), **settings: Any) -> None:
+        self.home, self.host, self._prefix = folder / "head-office", host, prefix
+        values = {
+            "name": "한빛은행", "host": host, "listen": host, "fleet_port": free_port(), "control_port": free_port(),
+            **settings,
+        }  # fmt: skip
+        file = folder / "federation.yaml"
+        file.write_text(json.dumps(values, ensure_ascii=False), "utf-8")  # JSON is YAML
+        self.office = federation.init_federation(file, self.home)
+        self.port = int(values["fleet_port"])
+        self.program = Program(["server", "start", "--home", str(self.home)], folder / "server.log", prefix)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.office.identity.public.fingerprint
+
+    def start(self) -> None:
+        ready = self.program.text().count("ready: offices connect")
+        self.program.start()
+        until(lambda: self.program.text().count("ready: offices connect") > ready, what="the SuperLink")
+
+    def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return fedllm("submit", *arguments, "--home", str(self.home), prefix=self._prefix)
+
+    def run(self, name: str) -> Path:
+        return deployment.runs(self.home) / name
+
+    def rounds(self, name: str) -> list[RoundRecord]:
+        """The rounds that have been completed, round 0 being the base model."""
+        path = self.run(name) / "metrics.jsonl"
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        return [RoundRecord(**json.loads(line)) for line in lines]
+
+    def status(self, name: str) -> deployment.Status:
+        return deployment.read_status(self.run(name))
+
+
+class Branch:
+    """An office: its folder and its long-running program."""
+
+    def __init__(
+        self, folder: Path, name: str, records: Path, prefix: Sequence[str] = (), model: Path | None = None,
+        **policy: Any,
+    ) -> None:  # fmt: skip
+        self.name, self.home = name, folder / f"site-{name}"
+        self.office = site_folder.init_office(self.home, name)
+        self.program = Program(["site", "start", "--home", str(self.home)], folder / f"{name}.log", prefix)
+        base = "pkg://simulations.demo/base"
+        settings = {
+            "name": name,
+            "data": {
+                "train": str(records), "prompt": "Q: {question}\nA:", "text": " {answer}", "unit": "customer_id"
+            },
+            "policy": {"epsilon": 20.0, "delta": DELTA, "unit": "person", "min_units": 20, **policy},
+            "models": {base: base} if model is None else {str(model): str(model)},
+            "resources": {"threads": 1},
+        }  # fmt: skip
+        self.settings = settings
+        self.write_settings()
+
+    def write_settings(self) -> None:
+        (self.home / "site.yaml").write_text(json.dumps(self.settings, ensure_ascii=False), "utf-8")
+        (self.home / "site.yaml").chmod(0o600)
+
+    def join(self, head: HeadOffice) -> None:
+        """Be admitted and install the grant."""
+        office = site_folder.Office.open(self.home)
+        grant = federation.admit(head.home, office.join_file.read_bytes(), office.identity.public.fingerprint)
+        site_folder.install(self.home, grant.read_bytes(), head.fingerprint)
+
+    def start(self) -> None:
+        self.program.start()
+
+    def charged(self) -> list[AccountingEvent]:
+        """What the site's own ledger says was paid for."""
+        path = self.home / "data" / "ledger.db"
+        return PrivacyLedger(path, self.name, 20.0, DELTA).events() if path.exists() else []
+
+
+def records_of(branch: str, path: Path, persons: int = 60) -> Path:
+    """Write the embedded records of one branch, of so many persons."""
+    chosen: dict[str, list[str]] = {}
+    for line in _DEMO.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        if row["branch"] == branch and (row["customer_id"] in chosen or len(chosen) < persons):
+            chosen.setdefault(row["customer_id"], []).append(line)
+    path.write_text("".join(line + "\n" for lines in chosen.values() for line in lines), "utf-8")
+    path.chmod(0o600)
+    return path
+
+
+def settings(name: str, rounds: int, **more: Any) -> list[str]:
+    """The arguments of `fedllm submit` for a small run."""
+    values = {
+        "name": name, "experiment": "demo-offices", "training.rounds": rounds, "privacy.units_per_site": 60,
+        "privacy.noise_multiplier": 1.0, "data.heldout_limit": 20, "data.samples": 1, **more,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in values.items()]

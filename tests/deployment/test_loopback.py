@@ -1,0 +1,25 @@
+"""A whole deployment on loopback: real processes, TLS, node authentication, sealed messages."""
+
+import pytest
+
+from tests.deployment.conftest import Federation
+from tests.deployment.harness import settings
+
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("mode", ["local", "off"])
+def test_a_run_of_three_offices_completes_and_every_ledger_is_right(federation: Federation, mode: str) -> None:
+    head = federation.head
+    before = {name: len(branch.charged()) for name, branch in federation.branches.items()}
+    done = head.submit(*settings(mode, 2, **{"privacy.mode": mode}))
+    if mode == "off":  # the offices' policies permit no run without noise
+        assert done.returncode == 1
+        assert "declined (policy)" in done.stderr
+        assert {n: len(b.charged()) for n, b in federation.branches.items()} == before
+        return
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [record.round for record in head.rounds(mode)] == [0, 1, 2]
+    assert all(record.answered == sorted(federation.branches) for record in head.rounds(mode)[1:])
+    assert {n: len(b.charged()) - before[n] for n, b in federation.branches.items()} == dict.fromkeys(before, 2)
+    assert (head.run(mode) / "adapter" / "adapter_model.safetensors").exists()
