@@ -17,6 +17,8 @@ from server.federation import Member
 class Channel(Protocol):
     """What the round loop needs to know of the way to the sites."""
 
+    sites_may_come_back: bool  # those that are away, or whose service is down: worth waiting for
+
     def nodes(self) -> dict[int, str | None]:
         """Return the nodes that are online and may take part, and the site behind each where that is certain."""
         ...
@@ -32,6 +34,8 @@ class Channel(Protocol):
 
 class PlainChannel:
     """Bytes as they are, every node welcome: for sites in head office's own process."""
+
+    sites_may_come_back = False
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -50,6 +54,8 @@ class PlainChannel:
 
 class SealedChannel:
     """Envelopes to the sites of a roster, which is asked anew on every use: a revoked site is out at once."""
+
+    sites_may_come_back = True
 
     def __init__(
         self, grid: Grid, identity: Identity, member_of: Callable[[bytes], Member | None], plan: RunPlan

@@ -229,7 +229,7 @@ class Coordinator:
             self._prepare(grid, channel, declined, failed)
             online = set(channel.nodes())
             nodes = [n for n in self._site_of_node if n in online and n not in self._dropped]
-            may_come = self._expected_sites - len(self._dropped)
+            may_come = self._expected_sites - len(self._dropped) if channel.sites_may_come_back else 0
             enough = len(nodes) >= self._federation.quorum
             if enough or may_come < self._federation.quorum or time.monotonic() > deadline:
                 return nodes, online

@@ -13,7 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("fedllm", "client", "server", "simulations")
 FLOWER_AND_HYDRA = ("flwr", "flwr_datasets", "hydra", "omegaconf", "ray")
-COMMAND_LINE = ("fedllm.cli", "fedllm.cli_settings", "fedllm.cli_deploy", "fedllm.cli_operate")  # entry points: may import anything
+COMMAND_LINE = (
+    "fedllm.cli",
+    "fedllm.cli_settings",
+    "fedllm.cli_deploy",
+    "fedllm.cli_operate",
+)  # entry points: may import anything
 
 # Third party -> the only modules (or packages, with a dot at the end) that may import it. One concept, one file.
 ONLY_IN: dict[str, tuple[str, ...]] = {
