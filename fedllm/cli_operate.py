@@ -268,7 +268,8 @@ def _follow(home: Path, name: str) -> None:
         raise typer.Exit(130) from None
     if state.state == "stopped":
         raise FederationError(f"{state.text} Continue it: fedllm submit --resume {name}")
-    _console.print(Markdown((place / "summary.md").read_text("utf-8")))
+    text = (place / "summary.md").read_text("utf-8")
+    _console.print(Markdown("\n".join(line for line in text.splitlines() if not line.startswith("!["))))  # no plots
     _console.print(f"Everything is in {place}/", highlight=False, soft_wrap=True)
 
 

@@ -38,7 +38,7 @@ class RunSummary:
     data: HeldoutConfig
     records: list[dict[str, Any]]  # one a round, round 0 being the base model
     sites: dict[str, dict[str, Any]]
-    budgets: dict[str, float]  # epsilon that each site permits
+    budgets: dict[str, float]  # epsilon that each simulated site permits; a deployed one does not tell
     stopped: str  # why the run ended early; "" where it did not
     seconds: float  # of this process, from the reading of the data to the last round
     peak_memory_mb: float
