@@ -177,8 +177,10 @@ def _plot_sites(summary: RunSummary) -> Figure:
     rows = range(len(names))
     if None not in spending:
         axes.barh(rows, budgets, color="#e7e9ee", height=0.62, label="budget")
-        axes.barh(rows, [min(epsilon, _OFF_SCALE) for epsilon in spending], color=_ORANGE, height=0.62, label="spent")
-        axes.set_xlim(0, max([b for b in budgets if not math.isnan(b)], default=1) * 1.02)
+        shown = [min(epsilon, _OFF_SCALE) for epsilon in spending]
+        axes.barh(rows, shown, color=_ORANGE, height=0.62, label="spent")
+        known = [budget for budget in budgets if not math.isnan(budget)] or [summary.plan.privacy.epsilon, *shown]
+        axes.set_xlim(0, max(known) * 1.02)
     else:
         axes.barh(rows, [1] * len(names), color="#f6dedc", height=0.62)
         axes.set_xlim(0, 1.02)
