@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -144,7 +145,7 @@ def serve(endpoint: Endpoint, socket: Path, group: str | None, max_bytes: int) -
     """
 
     def handle(request: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        stop = threading.Event()
+        stop, began = threading.Event(), time.monotonic()
         context.add_callback(stop.set)  # the courier has gone, or its deadline has passed
         try:
             answer = endpoint.handle(join(request, max_bytes), stop)
@@ -160,6 +161,7 @@ def serve(endpoint: Endpoint, socket: Path, group: str | None, max_bytes: int) -
             _log.error("a fault in the site's software", exc_info=error)
             context.abort(grpc.StatusCode.INTERNAL, "a fault in the site's software; its log says more")
         else:
+            _log.info("answered with %d bytes after %.2f s", len(answer), time.monotonic() - began)
             yield from chunks(answer)
 
     server = grpc.server(

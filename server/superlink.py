@@ -41,8 +41,8 @@ publisher = "fedllm"
 fab-include = ["pyproject.toml"]
 
 [tool.flwr.app.components]
-serverapp = "server.app:app"
-clientapp = "client.app:app"
+serverapp = "{server}"
+clientapp = "{client}"
 
 [tool.flwr.app.config]
 run = ""
@@ -93,7 +93,7 @@ class Control:
     """Head office's hand on its SuperLink, through Flower's own command line."""
 
     def __init__(self, office: HeadOffice) -> None:
-        self._office = office
+        self.office = office
         self._flower = office.folder / "flower"
         self._nodes = self._flower / "nodes.json"  # node key -> the SuperLink's number for it
 
@@ -136,10 +136,13 @@ class Control:
         except OSError:
             return 0
 
-    def start(self, run: str) -> str:
-        """Hand the run in the folder `run` to the SuperLink and return Flower's number for it."""
+    def start(self, run: str, server: str = "server.app:app", client: str = "client.app:app") -> str:
+        """Hand the run in the folder `run` to the SuperLink and return Flower's number for it.
+
+        `server` and `client` name the apps, which are installed where they run.
+        """
         bundle = self._flower / "bundle"
-        write_secret(bundle / "pyproject.toml", _BUNDLE.encode())
+        write_secret(bundle / "pyproject.toml", _BUNDLE.format(server=server, client=client).encode())
         override = self._flower / "run.toml"
         write_secret(override, f"{RUN} = {json.dumps(run)}\n".encode())
         answer = self._flwr("run", str(bundle), _CONNECTION, "--run-config", str(override))
@@ -170,8 +173,8 @@ class Control:
         """Run one of Flower's commands; raises FederationError where it fails with another reason than `may_fail`."""
         settings = (
             f'[superlink]\ndefault = "{_CONNECTION}"\n[superlink.{_CONNECTION}]\n'
-            f'address = "{CONTROL_HOST}:{self._office.config.control_port}"\n'
-            f"root-certificates = {json.dumps(str(self._office.ca_file))}\n"
+            f'address = "{CONTROL_HOST}:{self.office.config.control_port}"\n'
+            f"root-certificates = {json.dumps(str(self.office.ca_file))}\n"
             'federation = "@none/default"\n'
         )
         write_secret(self._flower / "config.toml", settings.encode())
@@ -179,7 +182,7 @@ class Control:
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_TIMEOUT, check=False,
-                env={**os.environ, **environment(self._office.folder)},
+                env={**os.environ, **environment(self.office.folder)},
             )  # fmt: skip
             answer: dict[str, Any] = json.loads(done.stdout)
         except subprocess.TimeoutExpired:
