@@ -30,6 +30,7 @@ from fedllm.training.workspace import Workspace, open_workspace, use_threads
 
 _log = logging.getLogger("fedllm.site")
 _RUNS_KEPT = 1000  # of which the last number is remembered one by one
+_DRAIN = 10.0  # seconds for the round that is being trained when the service is told to end
 _WAITING = 4  # requests that may wait for their turn; more are told to come back
 
 
@@ -134,7 +135,7 @@ def run(office: Office, stop: threading.Event) -> None:
         server = serve(endpoint, office.socket, office.config.socket_group, limit)
         _log.info("%s answers on %s", office.name, office.socket)
         stop.wait()
-        server.stop(grace=None).wait()
+        server.stop(_DRAIN).wait()
         office.socket.unlink(missing_ok=True)
 
 

@@ -11,12 +11,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from fedllm.errors import ConfigError, FolderError
 
+LOCK = "lock"  # the file whose lock tells that a process is at work in a folder
 _MAX_SETTINGS = 1 << 20  # bytes
 
 
@@ -99,6 +100,24 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(opened)
+
+
+def take(file: IO[str]) -> bool:
+    """Take an open file's lock, until it is closed or the process ends; False where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process has taken the lock of a folder's LOCK file: it is at work there."""
+    try:
+        with (folder / LOCK).open("r") as file:
+            return not take(file)
+    except OSError:
+        return False
 
 
 def check_private(path: Path) -> None:

@@ -31,6 +31,11 @@ def _always() -> Hashable:
     return None
 
 
+def _idle(pid: int) -> bool:
+    del pid
+    return False
+
+
 @dataclass(frozen=True)
 class Child:
     """One process to keep alive."""
@@ -40,6 +45,7 @@ class Child:
     log: Path  # receives all output
     env: Mapping[str, str] = field(default_factory=dict)  # added to this process's own
     made_of: Callable[[], Hashable] = _always  # another value than at its start: it is started again
+    busy: Callable[[int], bool] = _idle  # of its process id: whether a start for another `made_of` has to wait
     ails: Callable[[int], str | None] = _well  # of its process id: why it must be started again, None where it need not
 
 
@@ -85,7 +91,7 @@ class _Ward:
             self._process, self._not_before = None, now + self._pause
             what = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
             self._say(f"{self._child.name} ended ({what}); see {self._child.log}. Again in {self._pause:.0f} s")
-        elif self._child.made_of() != self._made_of:
+        elif self._child.made_of() != self._made_of and not self._child.busy(self._process.pid):
             self._again("its keys or settings have changed")
         elif now - self._examined > _EXAMINE:
             why = self._child.ails(self._process.pid)

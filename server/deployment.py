@@ -13,13 +13,13 @@ from pydantic import Field
 
 from fedllm.crypto import node_key_line
 from fedllm.errors import CheckpointError, ConfigError, FederationError, FedllmError, QuorumLost
-from fedllm.files import write_secret
+from fedllm.files import in_use, write_secret
 from fedllm.plan import DeploymentConfig, Frozen, RunPlan
 from server.channel import SealedChannel
 from server.federation import HeadOffice, Member, Roster
 from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord, RoundStarted, SiteAnswered
 from server.run import CONFIG, HeadOfficeRun, alone_in, check_folder, differences, make_plan, read_as, write_plan
-from server.superlink import Control
+from server.superlink import RUNS, Control
 
 STATUS, PROGRESS = "status.json", "progress.jsonl"
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (RoundStarted, SiteAnswered, RoundRecord)}
@@ -40,7 +40,7 @@ class Status(Frozen):
 
 def runs(home: Path) -> Path:
     """Return the folder of the runs' folders."""
-    return home / "runs"
+    return home / RUNS
 
 
 def read_status(folder: Path) -> Status:
@@ -66,20 +66,26 @@ def last_round(folder: Path) -> RoundRecord | None:
 
 
 def settle(folder: Path, control: Control) -> Status:
-    """Return what became of a run, after asking Flower whether the process of an open one still lives.
+    """Return what became of a run, after a look whether its process still lives.
 
-    Where Flower cannot be asked, what is known is returned.
+    Before there is a process Flower is asked; where it does not answer, what is known is returned.
     """
     status = read_status(folder)
-    if not status.open or not status.flower:
-        return status
-    try:
-        flower = control.state(status.flower)
-    except FederationError:
+    if status.state == "running" and not in_use(folder):
+        why = "was ended from outside"
+    elif status.state == "submitted" and status.flower:
+        try:
+            flower = control.state(status.flower)
+        except FederationError:
+            return status
+        if flower in ("pending", "running") or in_use(folder):
+            return status
+        why = f"ended ({flower})"
+    else:
         return status
     status = read_status(folder)  # it may have ended in good order meanwhile
-    if status.open and flower not in ("pending", "running"):
-        text = f"its process at head office ended ({flower}); see {folder.parents[1] / 'log' / 'superlink.log'}."
+    if status.open:
+        text = f"its process at head office {why}; see {folder.parents[1] / 'log' / 'superlink.log'}."
         status = status.model_copy(update={"state": "stopped", "text": text})
         write_status(folder, status)
     return status
@@ -160,10 +166,17 @@ def run(grid: Grid, home: Path, name: str) -> None:
 
 
 def fail(home: Path, name: str, error: BaseException) -> None:
-    """Note that a run ended with an error."""
-    text = str(error) if isinstance(error, FedllmError) else f"{type(error).__name__}: {error}"
+    """Note that a run ended with an error, unless it is known already why it ended."""
     folder = runs(home) / name
-    write_status(folder, read_status(folder).model_copy(update={"state": "stopped", "text": text[:10_000]}))
+    status = read_status(folder)
+    if isinstance(error, FedllmError):
+        text = str(error)
+    elif isinstance(error, Exception):
+        text = f"{type(error).__name__}: {error}"
+    else:
+        text = "its process at head office was told to end: by `fedllm stop`, or because the SuperLink ended."
+    if status.open:
+        write_status(folder, status.model_copy(update={"state": "stopped", "text": text[:10_000]}))
 
 
 def _member_of(roster: Path) -> Callable[[bytes], Member | None]:

@@ -144,11 +144,12 @@ class Coordinator:
             raise
 
     def _await_nodes(self, channel: Channel) -> None:
-        """Wait for all sites, but where the quorum is there, for latecomers only a little."""
+        """Wait for all sites; where the quorum is there, or the first round waits for it, only a little."""
         began = time.monotonic()
         while (online := len(channel.nodes())) < self._expected_sites:
             waited = time.monotonic() - began
-            if waited > self._federation.round_timeout or (online >= self._federation.quorum and waited > _PATIENCE):
+            little = online >= self._federation.quorum or channel.sites_may_come_back
+            if waited > self._federation.round_timeout or (little and waited > _PATIENCE):
                 return
             time.sleep(_POLL_MAX)
 

@@ -1,9 +1,9 @@
 """A run at head office, whatever carries its messages: its folder, its plan, its coordinator, its outputs."""
 
 import contextlib
-import fcntl
 import json
 import resource
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedllm.audit.summary import RunSummary, write_outputs
 from fedllm.errors import CheckpointError, ConfigError
+from fedllm.files import LOCK, take
 from fedllm.plan import Frozen, RunConfig, RunPlan, parse
 from fedllm.privacy.accounting import calibrate
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
@@ -24,7 +25,8 @@ from fedllm.training.workspace import Workspace, open_workspace, use_threads
 from server.checkpoint import write_atomically
 from server.rounds import CHECKPOINT, PLAN, Coordinator, Event
 
-CONFIG, LOCK = "config.json", "lock"
+CONFIG = "config.json"
+_LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a moment
 
 _T = TypeVar("_T", bound=Frozen)
 
@@ -53,10 +55,12 @@ def alone_in(folder: Path, config: RunConfig) -> Iterator[None]:
     except OSError as error:
         raise _no_place(folder, error) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{folder} is in use by another run. Wait for it, or choose another name=...") from None
+        for _ in range(_LOCK_TRIES):
+            if take(file):
+                break
+            time.sleep(_LOCK_PAUSE)
+        else:
+            raise ConfigError(f"{folder} is in use by another run. Wait for it, or choose another name=...")
         check_folder(config, folder)
         yield
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedllm.errors import FederationError
-from fedllm.files import read, write_secret
+from fedllm.files import LOCK, in_use, read, write_secret
 from fedllm.supervisor import Child
 from server.federation import HeadOffice, Roster
 
 HOME = "FEDLLM_HOME"  # tells the ServerApp, which the SuperLink starts, where head office's folder is
+RUNS = "runs"  # folder of the runs' folders
 RUN = "run"  # key of a Flower run's configuration: the name of the run's folder
 CONTROL_HOST = "127.0.0.1"  # whoever reaches the Control API runs code on every node, and it asks for no password
 _CONNECTION = "head-office"
@@ -64,7 +65,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def superlink(office: HeadOffice) -> Child:
-    """Return the SuperLink's process, which is started again when its certificate changes."""
+    """Return the SuperLink's process, which is started again when its certificate changes and no run is at work."""
     folder, config = office.folder, office.config
     (folder / "flower").mkdir(mode=0o700, exist_ok=True)
     command = [
@@ -81,8 +82,13 @@ def superlink(office: HeadOffice) -> Child:
     ]  # fmt: skip
     return Child(
         "SuperLink", lambda: command, folder / "log" / "superlink.log", environment(folder),
-        made_of=partial(read, office.server_certificate_file),
+        made_of=partial(read, office.server_certificate_file), busy=lambda _: in_progress(folder),
     )  # fmt: skip
+
+
+def in_progress(home: Path) -> bool:
+    """Whether the process of any run is at work."""
+    return any(in_use(lock.parent) for lock in (home / RUNS).glob(f"*/{LOCK}"))
 
 
 def _bracketed(address: str) -> str:
@@ -160,6 +166,21 @@ class Control:
     def stop(self, number: str) -> None:
         """End a run where it is; its checkpoint is kept."""
         self._flwr("stop", number, _CONNECTION)
+
+    def connected(self) -> dict[str | None, bool]:
+        """Return the sites of all registered nodes, None for a node of another's, and whether one is online.
+
+        Raises FederationError where the SuperLink cannot be reached.
+        """
+        roster, known = Roster.load(self.office.roster_file), self._known()
+        members = {str(number): roster.site_of_node_key(key) for key, number in known.items()}
+        unnumbered = members.get("None")  # was registered before nodes.json was written
+        found: dict[str | None, bool] = {}
+        for node in self._flwr("supernode", "list", _CONNECTION)["nodes"]:
+            member = members.get(str(node["node-id"]), unnumbered)
+            site = member.site if member is not None else None
+            found[site] = found.get(site, False) or node["status"] == "online"
+        return found
 
     def reachable(self) -> bool:
         """Whether the SuperLink answers."""
