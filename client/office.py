@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from client.policy import SitePolicy
-from fedllm.crypto import Identity, PublicIdentity, make_node_key, node_public_key, read_certificates
-from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError
+from fedllm.crypto import Identity, PublicIdentity, make_node_key, node_public_key
+from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FolderError, ModelError
 from fedllm.files import check_private, locked, new_folder, read, read_secret, write_secret
 from fedllm.plan import DataConfig, Frozen, ModelConfig
 from fedllm.provision import (
@@ -445,134 +444,3 @@ def _join_request(name: str, new: KeySet, present: KeySet) -> bytes:
     line = node_public_key(read_secret(new.node_key_file)).decode()
     request = JoinRequest(site=name, identity=new.identity.public.to_text(), node_key=line, made_at=now())
     return request.sign(*{keys.number: keys.identity for keys in (new, present)}.values())
-
-
-# ---- a dry run -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    right: bool
-    text: str  # what was found; where it is wrong, what to do. Never a record's content
-
-
-def check(folder: Path) -> list[Finding]:
-    """Try all that a run will need, without a network: settings, keys, records, models, ledger, permissions."""
-    findings: list[Finding] = []
-    try:
-        office = Office.open(folder)
-    except FedllmError as error:
-        return [Finding(False, str(error))]
-    findings.append(
-        Finding(True, f"{folder}: settings and keys of {office.name}, {office.identity.public.fingerprint}")
-    )
-    for look in (_check_grant, _check_ledger, _check_socket, _check_records):
-        try:
-            findings += look(office)
-        except FedllmError as error:
-            findings.append(Finding(False, str(error)))
-    return findings
-
-
-def _check_grant(office: Office) -> list[Finding]:
-    known = ", ".join(identity.fingerprint for identity in office.coordinators)
-    found = [Finding(True, f"head office at {office.superlink}, known by {known}")]
-    ends = max(facts.ends for facts in read_certificates(office.ca_file.read_bytes()))
-    if ends <= now() + timedelta(days=14):
-        text = f"head office's authority ends on {ends:%Y-%m-%d}: ask for a new grant (there: fedllm server rotate ca)"
-        found.append(Finding(False, text))
-    if len(office.keys) > 1:
-        newer = office.keys[-1] is not office.in_use
-        text = (
-            f"new keys wait for a grant: send {office.join_file} to head office, then fedllm site install"
-            if newer
-            else "old keys are still there: fedllm site retire, when head office has heard from this office"
-        )
-        found.append(Finding(True, text))
-    return found
-
-
-def _check_ledger(office: Office) -> list[Finding]:
-    if not office.ledger_file.exists():
-        return [Finding(True, f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
-    from fedllm.privacy.ledger import PrivacyLedger
-
-    check_private(office.ledger_file)
-    own = office.policy
-    spent = PrivacyLedger(office.ledger_file, office.name, own.epsilon, own.delta).spent()
-    # whether another round fits is decided by RDP once a second plan was charged, so that is the figure to look at
-    return [Finding(True, f"ledger: epsilon {spent.epsilon_rdp:.4g} of {own.epsilon:g} spent, at delta {own.delta:g}")]
-
-
-def _check_socket(office: Office) -> list[Finding]:
-    group = office.config.socket_group
-    if group is not None:
-        import grp
-
-        try:
-            grp.getgrnam(group)
-        except KeyError:
-            return [Finding(False, f"socket_group={group}: no such group. Make it: groupadd {group}")]
-    return [Finding(True, f"socket: {office.socket}")]
-
-
-def _check_records(office: Office) -> list[Finding]:
-    data = office.data
-    found = [_check_mode(Path(data.train))] if not data.train.startswith("pkg://") else []
-    os.environ.update(office.environment)
-    from fedllm.training.data import check_columns, read_table
-
-    table = read_table(data.train, data.train_split)
-    check_columns(table, data, [data.unit])
-    found.append(Finding(True, f"records: {len(table)} in {data.train}, with every column that is needed"))
-    labels: tuple[str, ...] = ()
-    if data.label is not None:
-        count = Counter(None if label is None else str(label) for label in table[data.label])
-        labels = tuple(sorted(label for label in count if label is not None))
-        empty = count[None]
-        if empty:
-            found.append(Finding(False, f"records: {data.label} is empty in {empty}. Fill it in or leave them out."))
-            return found
-        if len(labels) < 2:
-            found.append(Finding(False, f"records: {data.label} holds fewer than two labels; check data.label"))
-            return found
-        found.append(Finding(True, f"records: {len(labels)} labels; a plan must declare every one of them"))
-    if not office.config.models:
-        found.append(Finding(False, "models: none permitted, so every plan is refused. Name them in site.yaml."))
-    for name in office.config.models:
-        try:
-            found.append(_check_model(office, name, labels))
-        except FedllmError as error:
-            found.append(Finding(False, str(error)))
-    return found
-
-
-def _check_model(office: Office, name: str, labels: tuple[str, ...]) -> Finding:
-    """Load a permitted model, turn every record into tokens, and count privacy units."""
-    from fedllm.training.data import Tokeniser, build_units, read_table
-    from fedllm.training.model import load_base, pick_device
-
-    data, own = office.data, office.policy
-    task: Literal["classification", "causal-lm"] = "classification" if labels else "causal-lm"
-    planned = ModelConfig(source=name, task=task, labels=labels, max_length=64)  # a plan chooses its own length
-    model = office.model(planned)
-    tokenizer = load_base(model, pick_device(office.config.resources.device)).tokenizer
-    table = read_table(data.train, data.train_split)
-    cap = len(table)  # a plan chooses how many records of one person count
-    units = build_units(table, Tokeniser(tokenizer, model, data), data.unit if own.unit == "person" else None, cap)
-    own.check_units(len(units))
-    what = "persons" if own.unit == "person" else "records"
-    return Finding(True, f"model {name}: loaded; {len(units)} {what} to protect, at least {own.min_units:g} needed")
-
-
-def _check_mode(path: Path) -> Finding:
-    """Look whether other users of this machine can reach the records."""
-    for place in [path, *sorted(path.iterdir())] if path.is_dir() else [path]:
-        for bits in (0o070, 0o007):
-            reach = all(parent.stat().st_mode & 0o011 & bits for parent in place.resolve().parents)
-            if reach and place.stat().st_mode & 0o044 & bits:
-                right = "go-rwx"
-                return Finding(False, f"records: others on this machine can read {place}. Run: chmod {right} '{place}'")
-    return Finding(True, f"records: only their owner can read {path}")

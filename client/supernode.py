@@ -1,9 +1,9 @@
 """Flower's SuperNode as an office runs it, from a folder that holds a node key, head office's address and no record."""
 
+import contextlib
 import json
 import os
 import socket
-import ssl
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +18,14 @@ from client.office import Office
 from fedllm.errors import FolderError
 from fedllm.files import check_private, read, read_secret, write_secret
 from fedllm.plan import Frozen
+from fedllm.reach import reach
 from fedllm.supervisor import Child
 
-_SETTINGS, _KEY, _CA = "courier.json", "node", "ca.pem"
+SETTINGS, KEY, CA = "courier.json", "node", "ca.pem"
+_COURIER = "flwr-clientapp"  # the program in which Flower runs one
 _PATIENCE = 45.0  # seconds without a connection, while head office can be reached, until the SuperNode is started anew
-_HANDSHAKE = 5.0  # seconds
+_PATIENCE_DEAD = 10.0  # the same with a connection on which nobody answers: TCP may yet find its way again
+_RETRANSMISSIONS = 6  # in a row without an answer: 12 s at least (RFC 6298, 5.5: the wait doubles, in Linux from 0.2 s)
 
 
 class Courier(Frozen):
@@ -37,19 +40,19 @@ def hand_out(office: Office, folder: Path) -> None:
     """Write the courier's folder: all that a SuperNode needs, and nothing that opens a message or a record."""
     host, _, port = office.superlink.rpartition(":")
     courier = Courier(host=host.strip("[]"), port=int(port), socket=str(office.socket))
-    write_secret(folder / _KEY, read_secret(office.node_key_file))
-    write_secret(folder / _CA, read_secret(office.ca_file))
-    write_secret(folder / _SETTINGS, courier.model_dump_json(indent=2).encode() + b"\n")
+    write_secret(folder / KEY, read_secret(office.node_key_file))
+    write_secret(folder / CA, read_secret(office.ca_file))
+    write_secret(folder / SETTINGS, courier.model_dump_json(indent=2).encode() + b"\n")
 
 
 def read_courier(folder: Path) -> Courier:
     """Read a courier's folder; raises FolderError."""
     check_private(folder)
     try:
-        return Courier.model_validate_json(read_secret(folder / _SETTINGS))
+        return Courier.model_validate_json(read_secret(folder / SETTINGS))
     except ValidationError:
         raise FolderError(
-            f"{folder / _SETTINGS} is damaged. Make it again, as the site's user: fedllm site courier {folder}"
+            f"{folder / SETTINGS} is damaged. Make it again, as the site's user: fedllm site courier {folder}"
         ) from None
 
 
@@ -61,7 +64,7 @@ def supernode(folder: Path, log: Path, refresh: Callable[[], None] = lambda: Non
 
     def made_of() -> tuple[bytes, ...]:
         refresh()
-        return tuple(read(folder / name) for name in (_SETTINGS, _KEY, _CA))
+        return tuple(read(folder / name) for name in (SETTINGS, KEY, CA))
 
     return Child(
         "SuperNode",
@@ -75,6 +78,7 @@ def supernode(folder: Path, log: Path, refresh: Callable[[], None] = lambda: Non
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # for Flower's own tools
         },
         made_of=made_of,
+        busy=_carries,
         ails=_Watch(folder).ails,
     )
 
@@ -85,12 +89,20 @@ def _command(folder: Path) -> Sequence[str]:
     return [
         str(Path(sys.executable).parent / "flower-supernode"),
         "--superlink", f"{host}:{courier.port}",
-        "--root-certificates", str(folder / _CA),
-        "--auth-supernode-private-key", str(folder / _KEY),
+        "--root-certificates", str(folder / CA),
+        "--auth-supernode-private-key", str(folder / KEY),
         "--host", "127.0.0.1", "--port", str(_free_port()),
         "--isolation", "subprocess",
         "--node-config", f"{SOCKET}={json.dumps(courier.socket, ensure_ascii=False)}",
     ]  # fmt: skip
+
+
+def _carries(pid: int) -> bool:
+    """Whether a courier is under way: to start again now would lose its answer."""
+    try:
+        return any(_COURIER in " ".join(each.cmdline()) for each in psutil.Process(pid).children(recursive=True))
+    except psutil.Error:
+        return False
 
 
 def _free_port() -> int:
@@ -99,21 +111,12 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def reach(courier: Courier, ca: Path) -> None:
-    """Shake hands with head office's SuperLink as the SuperNode would; raises OSError with what is wrong."""
-    context = ssl.create_default_context(cafile=str(ca))
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.set_alpn_protocols(["h2"])
-    with (
-        socket.create_connection((courier.host, courier.port), timeout=_HANDSHAKE) as plain,
-        context.wrap_socket(plain, server_hostname=courier.host) as secured,
-    ):
-        if secured.selected_alpn_protocol() != "h2":
-            raise OSError("the other end speaks TLS, but not gRPC")
-
-
 class _Watch:
-    """Notices a SuperNode that has given up while head office can be reached (flwr 1.39: an expired certificate)."""
+    """Notices a SuperNode that has lost head office though that can be reached.
+
+    Seen with flwr 1.39: an expired certificate makes it give up, and it goes on waiting on a connection that a firewall
+    has forgotten.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -122,25 +125,53 @@ class _Watch:
     def ails(self, pid: int) -> str | None:
         """Return why the SuperNode must be started again, None where it need not."""
         courier = read_courier(self._folder)
-        if _connected(pid, courier.port):
+        links = _links(pid, courier.port)
+        if any(links):
             self._alone_since = None
             return None
         try:
-            reach(courier, self._folder / _CA)
+            reach(courier.host, courier.port, self._folder / CA)
         except OSError:  # to start again would not help; the SuperNode itself tries on
             self._alone_since = None
             return None
         now = time.monotonic()
         self._alone_since = self._alone_since or now
-        if now - self._alone_since < _PATIENCE:
+        if now - self._alone_since < (_PATIENCE_DEAD if links else _PATIENCE) or (links and _carries(pid)):
             return None
         self._alone_since = None
-        return "head office can be reached, but it does not connect"
+        what = "its connection is dead" if links else "it does not connect"
+        return f"head office can be reached, but {what}"
 
 
-def _connected(pid: int, port: int) -> bool:
+def connected(pid: int, port: int) -> bool:
+    """Whether a process has a connection to a port of another machine, and that answers on it."""
+    return any(_links(pid, port))
+
+
+def _links(pid: int, port: int) -> list[bool]:
+    """Return, of every connection of a process to a port of another machine, whether that answers on it."""
     try:
         connections = psutil.Process(pid).net_connections("tcp")
     except psutil.Error:
-        return False
-    return any(c.status == psutil.CONN_ESTABLISHED and c.raddr and c.raddr.port == port for c in connections)
+        return []
+    silent = _silent(pid)
+    return [
+        c.laddr.port not in silent
+        for c in connections
+        if c.status == psutil.CONN_ESTABLISHED and c.raddr and c.raddr.port == port
+    ]
+
+
+def _silent(pid: int) -> set[int]:
+    """Return the local ports of connections whose other end has not answered for long.
+
+    TCP itself holds on to them for a quarter of an hour (tcp(7): tcp_retries2), and Flower sets no shorter limit.
+    """
+    found = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text("ascii").splitlines()[1:]:
+                fields = line.split()  # Linux, networking/proc_net_tcp: 1 local address, 6 retransmissions, both hex
+                if int(fields[6], 16) >= _RETRANSMISSIONS:
+                    found.add(int(fields[1].rpartition(":")[2], 16))
+    return found

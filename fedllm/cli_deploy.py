@@ -1,13 +1,17 @@
 """The commands of a deployment. An entry point: it may import anything, and imports late so that --help is quick."""
 
 import os
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedllm.errors import ConfigError, FedllmError
+
+if TYPE_CHECKING:
+    from fedllm.findings import Finding
 
 site_app = typer.Typer(help="An office: its folder, keys and grants.", no_args_is_help=True)
 server_app = typer.Typer(help="Head office: certificates, identity and offices.", no_args_is_help=True)
@@ -212,14 +216,9 @@ def site_retire(home: OfficeOption = OFFICE) -> None:
 @site_app.command("check")
 def site_check(home: OfficeOption = OFFICE) -> None:
     """Try all that a run will need, without a network and without spending anything."""
-    from client.office import check
+    from client.doctor import check
 
-    findings = check(private(home))
-    for finding in findings:
-        typer.echo(f"{'ok   ' if finding.right else 'WRONG'}  {finding.text}")
-    wrong = sum(not finding.right for finding in findings)
-    if wrong:
-        raise FedllmError(f"{wrong} of {len(findings)} findings need to be put right, see above")
+    report(check(private(home)))
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------
@@ -232,6 +231,15 @@ def private(folder: Path) -> Path:
         return folder.expanduser().absolute()
     except RuntimeError:
         raise ConfigError(f"--home={folder}: there is no such home folder") from None
+
+
+def report(findings: Sequence["Finding"]) -> None:
+    """Print findings, a line each; raises FedllmError where one is WRONG."""
+    for finding in findings:
+        typer.echo(f"{finding.level:<7}  {finding.text}")
+    count = sum(not finding.right for finding in findings)
+    if count:
+        raise FedllmError(f"{count} of {len(findings)} findings need to be put right, see above")
 
 
 def _ask(question: str) -> str:

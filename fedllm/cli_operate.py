@@ -13,14 +13,25 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from fedllm.cli_deploy import HEAD_OFFICE, OFFICE, HeadOfficeOption, OfficeOption, private, server_app, site_app
+from fedllm.cli_deploy import (
+    HEAD_OFFICE,
+    OFFICE,
+    HeadOfficeOption,
+    OfficeOption,
+    private,
+    report,
+    server_app,
+    site_app,
+)
 from fedllm.errors import ConfigError, FederationError, FedllmError
 
 if TYPE_CHECKING:
     from client.office import Office
+    from fedllm.findings import Finding
 
 _console = Console()
 _POLL, _ASK_FLOWER = 0.5, 15.0  # seconds between looks at a run's progress, and at what Flower says of it
+_ENDS = 60.0  # seconds in which a run's process ends
 _SYNC = 5.0  # seconds between looks at the roster
 
 _SUBMIT_HELP = """Start a run of the admitted offices and follow it.
@@ -44,6 +55,7 @@ def register(app: typer.Typer) -> None:
     app.command("submit", help=_SUBMIT_HELP)(submit)
     app.command("status")(status)
     app.command("stop")(stop)
+    app.command("doctor")(doctor)
 
 
 # ---- long-running processes ------------------------------------------------------------------------------------------
@@ -259,7 +271,7 @@ def _follow(home: Path, name: str) -> None:
                     screen.observe(event)
                 if not state.open:
                     break
-                if time.monotonic() - asked > _ASK_FLOWER:
+                if state.state == "running" or time.monotonic() - asked > _ASK_FLOWER:
                     deployment.settle(place, control)
                     asked = time.monotonic()
                 time.sleep(_POLL)
@@ -313,6 +325,7 @@ def stop(
     name: Annotated[str, typer.Argument(help="The run.", show_default=False)], home: HeadOfficeOption = HEAD_OFFICE
 ) -> None:
     """End a run where it is; `fedllm submit --resume` goes on from its last round."""
+    from fedllm.files import in_use
     from server import deployment
     from server.federation import HeadOffice
     from server.superlink import Control
@@ -324,4 +337,50 @@ def stop(
         raise ConfigError(f"run {name} has ended already ({state.state})")
     control.stop(state.flower)
     deployment.write_status(place, state.model_copy(update={"state": "stopped", "text": "ended by the operator."}))
+    deadline = time.monotonic() + _ENDS
+    while in_use(place) and time.monotonic() < deadline:  # until then it cannot be resumed
+        time.sleep(_POLL)
     _console.print(f"run {name} is ended. What was done is kept: fedllm submit --resume {name}", highlight=False)
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def doctor(
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            "--home", envvar="FEDLLM_HOME", help="Head office's, a site's or a courier's folder.",
+            show_default="both that ~/.fedllm may hold",
+        ),
+    ] = None,
+) -> None:  # fmt: skip
+    """Look for what is wrong here, and say what to do. Changes nothing; ends with exit code 1 if anything is WRONG.
+
+    Looks at certificates, keys, permissions, clock, ports, disk, versions, the ledger, the running processes and the
+    way to the other end.
+    """
+    places = [private(place) for place in ([HEAD_OFFICE, OFFICE] if home is None else [home])]
+    found = [place for place in places if place.is_dir()]
+    if not found:
+        raise ConfigError(
+            f"there is nothing at {' and '.join(map(str, places))}. Give the folder as --home, or make one: fedllm "
+            "init-federation, or fedllm site init"
+        )
+    report([finding for place in found for finding in _examine(place)])
+
+
+def _examine(folder: Path) -> "list[Finding]":
+    """Find out what kind of folder it is, and look at it."""
+    if (folder / "federation.yaml").exists() or (folder / "roster.json").exists():
+        from server.doctor import examine as look
+    elif (folder / "site.yaml").exists() or (folder / "grant.json").exists():
+        from client.doctor import examine as look
+    elif (folder / "courier.json").exists():
+        from client.doctor import examine_courier as look
+    else:
+        raise ConfigError(
+            f"{folder} is neither head office's folder (federation.yaml), nor a site's (site.yaml), nor a courier's "
+            "(courier.json), or it may not be read by this user"
+        )
+    return look(folder)

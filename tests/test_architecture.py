@@ -53,7 +53,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("fedllm.codec", "fedllm.delta", "fedllm.crypto", "fedllm.files", "fedllm.supervisor"),
     ("fedllm.privacy",),
     ("fedllm.plan",),
-    ("fedllm.messages", "fedllm.secagg", "fedllm.envelope", "fedllm.provision"),
+    ("fedllm.messages", "fedllm.secagg", "fedllm.envelope", "fedllm.provision", "fedllm.reach", "fedllm.findings"),
     ("fedllm.training",),
     ("fedllm.audit",),
 ]

@@ -20,7 +20,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from client import office
-from client.office import Office, check, init_office, install, needs_fingerprint, retire, rotate
+from client.doctor import check
+from client.office import Office, init_office, install, needs_fingerprint, retire, rotate
 from fedllm import cli_deploy, crypto, files
 from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError

@@ -1,0 +1,62 @@
+"""A handshake with head office's SuperLink, as a SuperNode makes it, and what is wrong where it fails."""
+
+import errno
+import socket
+import ssl
+from pathlib import Path
+
+_PATIENCE = 5.0  # seconds
+_AHEAD, _ENDED, _UNKNOWN, _OTHER_HOST = (9,), (10,), (2, 18, 19, 20, 21), (62, 64)  # OpenSSL: X509_V_ERR_*
+
+
+def reach(host: str, port: int, ca: Path, at: str | None = None) -> bytes:
+    """Shake hands, TLS 1.3 and gRPC's protocol, believing the authorities in `ca` alone.
+
+    `at` is another address at which `host` is to be found. Returns the other end's certificate, PEM; raises OSError,
+    which `remedy` explains.
+    """
+    context = ssl.create_default_context(cafile=str(ca))
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection((at or host, port), timeout=_PATIENCE) as plain,
+        context.wrap_socket(plain, server_hostname=host) as secured,
+    ):
+        if secured.selected_alpn_protocol() != "h2":
+            raise OSError("the other end speaks TLS, but not gRPC")
+        return ssl.DER_cert_to_PEM_cert(secured.getpeercert(binary_form=True) or b"").encode()
+
+
+def remedy(host: str, port: int, error: OSError) -> str:
+    """Return why `reach` failed, and what to do about it."""
+    there = f"{host}:{port}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _certificate(host, error)
+    known: list[tuple[type[OSError], str]] = [
+        (socket.gaierror, f"the name {host} is not known here (DNS). Check it: getent hosts {host}"),
+        (ssl.SSLError, f"{there} does not speak TLS 1.3 as head office does. Is another program, or a proxy, there?"),
+        (TimeoutError, f"{there} does not answer in {_PATIENCE:.0f} s. A firewall on the way? See docs/firewall.md"),
+        (ConnectionRefusedError, f"{there} refuses. At head office: fedllm server start; and is the port right?"),
+        (ConnectionError, f"{there} breaks off the connection. A firewall or a proxy on the way?"),
+    ]
+    if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+        return f"there is no way to {there} ({error.strerror}). Check network and routes: ip route get {host}"
+    return next((text for kind, text in known if isinstance(error, kind)), f"{there}: {error}")
+
+
+def _certificate(host: str, error: ssl.SSLCertVerificationError) -> str:
+    if error.verify_code in _AHEAD:
+        return "the server certificate is not valid yet: the clock here is behind. Set it: timedatectl set-ntp true"
+    if error.verify_code in _ENDED:
+        return (
+            "the server certificate has ended, or the clock here is ahead. Compare: date. At head office: "
+            "fedllm server rotate certificate"
+        )
+    if error.verify_code in _OTHER_HOST:
+        return f"the server certificate is not good for {host}. At head office: fedllm server rotate certificate"
+    if error.verify_code in _UNKNOWN:
+        return (
+            "the server certificate is not of the authority that the grant names. Somebody in between, or a new "
+            "authority: ask head office on the telephone, and for a new grant (there: fedllm server grant SITE)"
+        )
+    return f"the server certificate is refused ({error.verify_message}). Ask head office: fedllm doctor"

@@ -1,0 +1,353 @@
+"""The doctor at head office: every fault that is planted is named, with its remedy, and order is not."""
+
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedllm import crypto, findings
+from fedllm.cli import app
+from fedllm.crypto import Certificate
+from fedllm.files import write_secret
+from fedllm.findings import Finding
+from fedllm.provision import now
+from server import doctor, federation
+from server.doctor import examine
+from tests.server.test_federation import Site
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def synchronised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(findings, "_synchronised", lambda: True)
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    text = f"name: x\nhost: 127.0.0.1\nlisten: 127.0.0.1\nfleet_port: {free_port()}\ncontrol_port: {free_port()}\n"
+    (tmp_path / "federation.yaml").write_text(text)
+    made = federation.init_federation(tmp_path / "federation.yaml", tmp_path / "head-office").folder
+    site = Site()
+    federation.admit(made, site.join(), site.fingerprint)
+    return made
+
+
+def said(folder: Path, level: str) -> list[str]:
+    return [finding.text for finding in examine(folder) if finding.level == level]
+
+
+def edit(folder: Path, **values: object) -> None:
+    path = folder / "federation.yaml"
+    lines = [line for line in path.read_text().splitlines() if line.partition(":")[0] not in values]
+    write_secret(path, "\n".join([*lines, *(f"{key}: {value}" for key, value in values.items())]).encode())
+
+
+def test_a_folder_in_order_has_nothing_wrong_and_is_left_as_it_was(folder: Path) -> None:
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = examine(folder)
+    assert [finding for finding in found if finding.level == "WRONG"] == []
+    assert [finding.text for finding in found if finding.level == "warning"] == [
+        "SuperLink: it does not run. Start it: fedllm server start"
+    ]
+    for word in (
+        "certificate authority ends",
+        "good for 127.0.0.1",
+        "서울-강남",
+        "GiB free",
+        "flwr 1.39.0",
+        "access: ",
+    ):
+        assert any(word in finding.text for finding in found)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+# ---- certificates and keys -------------------------------------------------------------------------------------------
+
+
+def authority(folder: Path) -> Certificate:
+    keys = folder / "keys"
+    return crypto.read_pairs((keys / "ca.pem").read_bytes(), (keys / "ca.key").read_bytes())[0]
+
+
+def serve_with(folder: Path, certificate: Certificate) -> None:
+    write_secret(folder / "keys" / "server.pem", certificate.certificate + certificate.key)
+
+
+HOSTS = ("127.0.0.1", "localhost")
+
+
+@pytest.mark.parametrize(
+    ("days_later", "level", "text"),
+    [(0, "ok", "ends on"), (55, "ok", "ends on"), (61, "warning", "days. Remedy"), (77, "WRONG", "days. Remedy"),
+     (91, "WRONG", "has ended"), (-1, "WRONG", "Set the clock")],
+)  # fmt: skip
+def test_a_certificate_that_ends_is_announced_30_days_before_and_wrong_14_days_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, days_later: int, level: str, text: str
+) -> None:
+    then = now() + timedelta(days=days_later)
+    monkeypatch.setattr(findings, "now", lambda: then)
+    [line] = [finding for finding in examine(folder) if finding.text.startswith(("the server certificate ends",
+              "the server certificate has", "the server certificate is valid"))]  # fmt: skip
+    assert line.level == level
+    assert text in line.text
+    assert level == "ok" or "fedllm server rotate certificate" in line.text
+
+
+def test_an_authority_is_replaced_before_it_is_too_short_for_what_it_issues(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    then = now() + timedelta(days=3650 - 110)
+    monkeypatch.setattr(findings, "now", lambda: then)
+    monkeypatch.setattr(doctor, "now", lambda: then)
+    assert any("authority" in text and "fedllm server rotate ca" in text for text in said(folder, "warning"))
+
+
+def test_a_server_certificate_of_another_authority_is_wrong(folder: Path) -> None:
+    serve_with(folder, crypto.make_server_certificate(crypto.make_ca("other", 365), HOSTS, 90))
+    assert any("not issued by this federation's authority" in text for text in said(folder, "WRONG"))
+
+
+def test_a_server_certificate_without_its_own_key_is_wrong(folder: Path) -> None:
+    made = crypto.make_server_certificate(authority(folder), HOSTS, 90)
+    other = crypto.make_server_certificate(authority(folder), HOSTS, 90)
+    serve_with(folder, Certificate(made.certificate, other.key))
+    assert any("no private key beside it. Restore" in text for text in said(folder, "WRONG"))
+
+
+def test_a_host_that_the_certificate_does_not_cover_is_wrong(folder: Path) -> None:
+    edit(folder, host="head.example.com", listen="0.0.0.0")
+    [text] = said(folder, "WRONG")
+    assert "not good for head.example.com" in text
+    assert "fedllm server rotate certificate" in text
+    federation.rotate_server_certificate(folder)
+    assert said(folder, "WRONG") == []
+    edit(folder, names="[10.1.2.3]")
+    assert any("not good for 10.1.2.3" in text for text in said(folder, "warning"))
+
+
+def test_a_port_that_offices_cannot_reach_by_design_is_wrong(folder: Path) -> None:
+    edit(folder, host="head.example.com")
+    assert any("listen: 0.0.0.0" in text for text in said(folder, "WRONG"))
+
+
+@pytest.mark.parametrize("name", ["keys/identity", "keys/ca.key", "keys/ca.pem", "keys/server.pem", "roster.json"])
+def test_a_file_that_is_lost_or_damaged_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"x")
+    assert said(folder, "WRONG")
+    (folder / name).unlink()
+    assert any(name in text and "backup" in text for text in said(folder, "WRONG"))
+
+
+def test_a_mistake_in_the_settings_is_named(folder: Path) -> None:
+    edit(folder, fleet_prot=1)
+    assert any("did you mean fleet_port" in text for text in said(folder, "WRONG"))
+
+
+@pytest.mark.parametrize("what", ["ca", "identity"])
+def test_a_rotation_that_is_half_done_says_its_next_step(folder: Path, what: str) -> None:
+    rotate = federation.rotate_ca if what == "ca" else federation.rotate_identity
+    rotate(folder, "start")
+    assert any(f"fedllm server rotate {what} --finish" in text for text in said(folder, "warning"))
+    rotate(folder, "finish")
+    assert any(f"fedllm server rotate {what} --retire" in text for text in said(folder, "warning"))
+    rotate(folder, "retire")
+    assert not any("rotate" in text for text in said(folder, "warning"))
+
+
+def test_the_roster_is_looked_at(folder: Path) -> None:
+    old, new = Site("b"), Site("b")
+    federation.admit(folder, old.join(), old.fingerprint)
+    federation.admit(folder, new.join(old.identity), new.fingerprint)
+    assert any("fedllm server retire b" in text for text in said(folder, "warning"))
+    for site in ("b", "서울-강남"):
+        federation.revoke(folder, site)
+    assert any("no office is admitted" in text for text in said(folder, "warning"))
+
+
+# ---- permissions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "keys", "keys/identity", "keys/ca.key", "keys/server.pem", "roster.json"])
+def test_what_others_may_use_is_wrong(folder: Path, name: str) -> None:
+    path = folder / name
+    path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o004)
+    [text] = said(folder, "WRONG")
+    assert f"'{path}'" in text
+    assert "chmod" in text
+
+
+def test_loose_files_inside_a_private_folder_are_a_warning(folder: Path) -> None:
+    (folder / "grants" / "서울-강남.grant").chmod(0o644)
+    assert any(f"chmod -R go-rwx '{folder}'" in text for text in said(folder, "warning"))
+
+
+def test_a_folder_that_everybody_may_exchange_is_wrong(folder: Path) -> None:
+    folder.parent.chmod(0o777)
+    try:
+        assert any("another folder in the place" in text and "chmod o-w" in text for text in said(folder, "WRONG"))
+    finally:
+        folder.parent.chmod(0o700)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_of_another_user_is_wrong(folder: Path) -> None:
+    os.chown(folder / "roster.json", 65534, -1)
+    assert any("chown -R" in text and "roster.json" in text for text in said(folder, "WRONG"))
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_is_behind_or_free_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(findings, "_synchronised", lambda: False)
+    assert any("more than 5 s ahead" in text and "set-ntp" in text for text in said(folder, "warning"))
+    monkeypatch.setattr(findings, "_synchronised", lambda: None)
+    assert any("Compare it by hand" in text for text in said(folder, "warning"))
+    then = now() - timedelta(hours=1)
+    monkeypatch.setattr(findings, "now", lambda: then)
+    assert any(text.startswith("clock: it says") for text in said(folder, "WRONG"))
+
+
+def test_the_kernel_is_asked_about_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert findings._synchronised() in (True, False, None)
+
+
+@pytest.mark.parametrize(
+    ("gib", "level", "text"), [(0.5, "WRONG", "Free some space"), (3, "warning", "Free"), (9, "ok", "9.0 GiB")]
+)
+def test_a_disk_that_fills_up_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gib: float, level: str, text: str
+) -> None:
+    class Usage:
+        free = int(gib * (1 << 30))
+
+    monkeypatch.setattr(findings.shutil, "disk_usage", lambda place: Usage)
+    assert any("disk" in line and text in line for line in said(folder, level))
+
+
+def test_a_database_that_has_grown_is_named_with_what_makes_it_small(folder: Path) -> None:
+    (folder / "flower").mkdir(0o700)
+    path = folder / "flower" / "state.db"
+    path.touch(0o600)
+    os.truncate(path, 6 << 30)
+    assert any("6.0 GiB" in text and "state.db*" in text for text in said(folder, "warning"))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "remedy"),
+    [("flwr", "1.40.0", "pip install flwr==1.39.0"), ("cryptography", "47.0.1", "'cryptography<47'")],
+)
+def test_another_version_is_wrong(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: str, remedy: str
+) -> None:
+    real = findings.version
+    monkeypatch.setattr(findings, "version", lambda asked: number if asked == name else real(asked))
+    assert any(number in text and remedy in text for text in said(folder, "WRONG"))
+
+
+def test_a_proxy_for_the_control_port_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    assert any("no_proxy=127.0.0.1" in text for text in said(folder, "warning"))
+    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
+    assert not any("proxy" in text for text in said(folder, "warning"))
+
+
+# ---- ports -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listener(folder: Path) -> Iterator[Callable[[str, str], None]]:
+    opened: list[socket.socket] = []
+
+    def listen(key: str, address: str) -> None:
+        port = getattr(federation.HeadOffice.open(folder).config, key)
+        opened.append(socket.create_server((address, port)))
+
+    yield listen
+    for each in opened:
+        each.close()
+
+
+@pytest.mark.parametrize("key", ["fleet_port", "control_port"])
+def test_another_program_on_a_port_is_wrong(folder: Path, listener: Callable[[str, str], None], key: str) -> None:
+    listener(key, "127.0.0.1")
+    [text] = said(folder, "WRONG")
+    assert f"process {os.getpid()}" in text
+    assert f"choose another {key}" in text
+
+
+class Process:
+    """This process, in the SuperLink's place."""
+
+    pid = os.getpid()
+
+    def environ(self) -> dict[str, str]:
+        return {"FLWR_TELEMETRY_ENABLED": "1"}
+
+
+def test_a_superlink_whose_control_port_is_open_to_others_is_wrong(
+    folder: Path, listener: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "processes", lambda *words: [Process()])
+    monkeypatch.setattr(doctor, "_offices", lambda office: [])
+    listener("control_port", "0.0.0.0")
+    found = said(folder, "WRONG")
+    assert any("runs code at every office" in text and "fedllm server start" in text for text in found)
+    assert any("telemetry on" in text for text in found)
+    assert any("fleet port is not served" in text and "refuses" in text for text in found)
+
+
+def test_a_server_that_runs_without_its_superlink_is_wrong(folder: Path) -> None:
+    (folder / "flower").mkdir(0o700)
+    with findings.locked(folder / "flower"):
+        assert any("superlink.log" in text for text in said(folder, "WRONG"))
+
+
+def test_offices_that_are_away_and_nodes_of_strangers_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    office = federation.HeadOffice.open(folder)
+    for online, level, text in (
+        ({"서울-강남": True}, "ok", "is connected"), ({"서울-강남": False}, "warning", "There: fedllm doctor"),
+        ({}, "warning", "does not know its key yet"), ({"서울-강남": True, None: False}, "WRONG", "not in the roster"),
+    ):  # fmt: skip
+        monkeypatch.setattr(doctor.Control, "connected", lambda self, online=online: online)
+        assert any(found.level == level and text in found.text for found in doctor._offices(office))
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_ends_with_1_where_something_is_wrong_and_says_which(folder: Path) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--home", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "warning  SuperLink" in done.output
+    (folder / "keys" / "identity").chmod(0o644)
+    done = CliRunner().invoke(app, ["doctor", "--home", str(folder)])
+    assert done.exit_code == 1
+    assert "WRONG    " in done.output
+    assert "need to be put right" in str(done.exception)
+
+
+def test_the_command_finds_out_what_it_looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").mkdir(0o700)
+    done = CliRunner().invoke(app, ["doctor", "--home", str(tmp_path / "x")])
+    assert "neither head office's folder" in str(done.exception)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = CliRunner().invoke(app, ["doctor"])
+    assert "init-federation" in str(done.exception)
+
+
+def test_a_finding_is_said_once() -> None:
+    assert findings.gather(lambda: [Finding("ok", "a")], lambda: [Finding("ok", "a")]) == [Finding("ok", "a")]
