@@ -18,8 +18,12 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/fedllm simulate $(OVERRIDES)
 
+# The tests with real processes wait more than they compute, so they run beside the others.
 test: $(VENV)/dev.stamp lint
-	$(VENV)/bin/python -m pytest $(PYTEST)
+	@$(VENV)/bin/python -m pytest -m deployment >$(VENV)/deployment.log 2>&1 & deployment=$$!; \
+	$(VENV)/bin/python -m pytest -m 'not deployment' $(PYTEST); others=$$?; \
+	wait $$deployment; deployed=$$?; echo '-- tests of the deployment --'; cat $(VENV)/deployment.log; \
+	exit $$((others || deployed))
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .
