@@ -303,6 +303,13 @@ class Office:
         return planned.model_copy(update={"source": where})
 
     @property
+    def reads(self) -> tuple[Path, ...]:
+        """The files and folders that site.yaml names: records and models."""
+        cache = [] if self.config.model_cache is None else [self.config.model_cache]
+        named = [self.config.data.train, *self.config.models.values(), *cache]
+        return tuple(dict.fromkeys(self._place(path) for path in named if not path.startswith("pkg://")))
+
+    @property
     def environment(self) -> dict[str, str]:
         """Variables without which libraries would use the network; set them before anything heavy is imported."""
         quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}

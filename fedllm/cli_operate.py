@@ -28,6 +28,7 @@ from fedllm.errors import ConfigError, FederationError, FedllmError
 if TYPE_CHECKING:
     from client.office import Office
     from fedllm.findings import Finding
+    from fedllm.units import Unit
 
 _console = Console()
 _POLL, _ASK_FLOWER = 0.5, 15.0  # seconds between looks at a run's progress, and at what Flower says of it
@@ -341,6 +342,102 @@ def stop(
     while in_use(place) and time.monotonic() < deadline:  # until then it cannot be resumed
         time.sleep(_POLL)
     _console.print(f"run {name} is ended. What was done is kept: fedllm submit --resume {name}", highlight=False)
+
+
+# ---- service managers ------------------------------------------------------------------------------------------------
+
+_UnitsFolder = Annotated[Path, typer.Argument(help="Where to write them.")]
+_UNITS = Path("fedllm-units")
+
+
+@server_app.command("units")
+def server_units(folder: _UnitsFolder = _UNITS, home: HeadOfficeOption = HEAD_OFFICE) -> None:
+    """Write systemd units, a compose file and rotation of logs for head office."""
+    from fedllm import units
+    from server.federation import HeadOffice
+
+    home = private(home)
+    office = HeadOffice.open(home)
+    user = units.owner(home)
+    server = units.Unit(
+        "fedllm-server", f"Head office of {office.config.name}", ("server", "start", "--home", str(home)), user, (home,)
+    )
+    _write_units(
+        folder, [server], [home / "log" / "*.log"], units.compose([server], {server.name: office.config.fleet_port})
+    )
+
+
+@site_app.command("units")
+def site_units(
+    folder: _UnitsFolder = _UNITS,
+    two_users: Annotated[
+        bool, typer.Option("--two-users", help="The site service and the SuperNode under two users, without network "
+                           "for the first.")
+    ] = False,
+    courier_user: Annotated[str, typer.Option("--courier-user", help="The SuperNode's user.")] = "fedllm-courier",
+    courier: Annotated[
+        Path, typer.Option("--courier", help="The courier's folder, of fedllm site courier.")
+    ] = Path("/var/lib/fedllm-courier"),
+    home: OfficeOption = OFFICE,
+) -> None:  # fmt: skip
+    """Write systemd units, a compose file and rotation of logs for an office."""
+    from client.office import Office
+    from fedllm import units
+
+    home = private(home)
+    office = Office.open(home)
+    user, group = units.owner(home), office.config.socket_group
+    device = office.config.resources.device
+    gpu = device.startswith("cuda") or (device == "auto" and Path("/dev/nvidiactl").exists())
+    reads = tuple(place for place in office.reads if not place.is_relative_to(home))
+    if not two_users:
+        site = units.Unit(
+            "fedllm-site", f"Site {office.name} of fedllm", ("site", "start", "--home", str(home)), user,
+            (home,) if office.socket.is_relative_to(home) else (home, office.socket.parent), reads, group=group,
+            devices=gpu,
+        )  # fmt: skip
+        _write_units(folder, [site], [home / "log" / "*.log"], None)
+        return
+    if group is None:
+        raise ConfigError("site.yaml: two users need socket, such as /run/fedllm/site.sock, and socket_group")
+    if user == courier_user:
+        raise ConfigError(f"--courier-user={courier_user}: it is the site's user, too; take another")
+    units.check_account(courier_user, group)
+    place = office.socket.parent
+    runtime = str(place.relative_to("/run")) if place.parent == Path("/run") else None
+    service = units.Unit(
+        "fedllm-site", f"Site service of {office.name}: records, keys, ledger, model",
+        ("site", "serve", "--home", str(home)), user, (home,) if runtime else (home, place), reads, group=group,
+        runtime=runtime, network=False, devices=gpu,
+    )  # fmt: skip
+    carrier = units.Unit(
+        "fedllm-courier", f"SuperNode of {office.name}: carries sealed bytes",
+        ("site", "carry", str(courier)), courier_user, (courier,), hidden=(home, *reads), group=group,
+        after=("fedllm-site",),
+    )  # fmt: skip
+    composed = units.compose([service, carrier], {}, office.socket)
+    _write_units(folder, [service, carrier], [home / "log" / "*.log"], composed, courier)
+
+
+def _write_units(
+    folder: Path, all_units: "list[Unit]", logs: list[Path], composed: str | None, courier: Path | None = None
+) -> None:
+    """Write the files and say what comes next."""
+    from fedllm import units
+
+    folder = folder.expanduser().absolute()
+    files = {f"{unit.name}.service": units.service(unit) for unit in all_units}
+    rotations = [units.rotation(all_units[0].name, all_units[0].user, logs)]
+    if courier is not None:
+        rotations.append(units.rotation(all_units[1].name, all_units[1].user, [courier / "*.log"]))
+    files[f"{all_units[0].name}.logrotate"] = "\n".join(rotations)
+    if composed is not None:
+        files |= {"compose.yaml": composed, "Dockerfile": units.dockerfile(folder, all_units)}
+    for path in units.write(folder, files):
+        typer.echo(path)
+    names = " ".join(f"{unit.name}.service" for unit in all_units)
+    typer.echo(f"Next, as root: cp {folder}/*.service /etc/systemd/system/ && systemctl daemon-reload")
+    typer.echo(f"and: systemctl enable --now {names}")
 
 
 # ---- what is wrong ---------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 # Each layer may import itself (by the order of its files) and the layers before it.
 LAYERS: list[tuple[str, ...]] = [
     ("fedllm.errors",),
-    ("fedllm.codec", "fedllm.delta", "fedllm.crypto", "fedllm.files", "fedllm.supervisor"),
+    ("fedllm.codec", "fedllm.delta", "fedllm.crypto", "fedllm.files", "fedllm.supervisor", "fedllm.units"),
     ("fedllm.privacy",),
     ("fedllm.plan",),
     ("fedllm.messages", "fedllm.secagg", "fedllm.envelope", "fedllm.provision", "fedllm.reach", "fedllm.findings"),
