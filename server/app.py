@@ -30,13 +30,20 @@ app = ServerApp()  # of a deployment
 
 @app.main()
 def deployed(grid: Grid, context: Context) -> None:
-    """Run what lies in the folder that the run's configuration names."""
-    from server import deployment
-    from server.superlink import HOME, RUN
+    """Run what lies in the folder that the run's configuration has a ticket for.
 
-    home, name = deployment.home_of_this_process(HOME), str(context.run_config[RUN])
+    An error is noted in that folder alone: Flower would store its text in the SuperLink's database.
+    """
+    from fedllm.errors import FederationError
+    from server import deployment
+    from server.superlink import HOME, TICKET
+
+    home = deployment.home_of_this_process(HOME)
+    name = deployment.run_of(home, str(context.run_config[TICKET]))
     try:
         deployment.run(grid, home, name)
     except BaseException as error:
         deployment.fail(home, name, error)
-        raise
+        if not isinstance(error, Exception):  # told to end
+            raise
+        raise FederationError("the run has ended with an error: fedllm status") from None

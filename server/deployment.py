@@ -1,8 +1,11 @@
 """A run of a deployed federation: prepared by `fedllm submit`, run by the ServerApp in a process of its own."""
 
+import contextlib
 import json
 import os
 import time
+import traceback
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +24,7 @@ from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord, RoundStarted, Si
 from server.run import CONFIG, HeadOfficeRun, alone_in, check_folder, differences, make_plan, read_as, write_plan
 from server.superlink import RUNS, Control
 
-STATUS, PROGRESS = "status.json", "progress.jsonl"
+STATUS, PROGRESS, ERROR = "status.json", "progress.jsonl", "error.txt"
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (RoundStarted, SiteAnswered, RoundRecord)}
 
 
@@ -30,6 +33,7 @@ class Status(Frozen):
 
     state: Literal["submitted", "running", "completed", "stopped"]
     flower: str = ""
+    ticket: str = ""  # by which the run's process finds the folder: the SuperLink and the nodes learn it, not the name
     text: str = Field("", max_length=10_000)  # why it ended early
 
     @property
@@ -129,13 +133,24 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
 
 def hand_over(folder: Path, control: Control) -> None:
     """Give a prepared run to the SuperLink; raises FederationError, and notes it, where that does not take it."""
+    ticket = uuid.uuid4().hex
+    write_status(folder, read_status(folder).model_copy(update={"ticket": ticket}))
     try:
-        number = control.start(folder.name)
+        number = control.start(ticket)
     except FederationError as error:
         write_status(folder, Status(state="stopped", text=str(error)))
         raise
     status = read_status(folder)  # its process may have begun already
     write_status(folder, status.model_copy(update={"flower": number}))
+
+
+def run_of(home: Path, ticket: str) -> str:
+    """Return the name of the run that was handed over with this ticket; raises ConfigError where none was."""
+    for folder in known_runs(home):
+        with contextlib.suppress(CheckpointError):  # another run's folder may be damaged
+            if read_status(folder).ticket == ticket:
+                return folder.name
+    raise ConfigError("this process was started for a run that is not, or no longer, to be run")
 
 
 def _list(names: list[str]) -> str:
@@ -173,6 +188,7 @@ def fail(home: Path, name: str, error: BaseException) -> None:
         text = str(error)
     elif isinstance(error, Exception):
         text = f"{type(error).__name__}: {error}"
+        write_secret(folder / ERROR, "".join(traceback.format_exception(error)).encode())
     else:
         text = "its process at head office was told to end: by `fedllm stop`, or because the SuperLink ended."
     if status.open:

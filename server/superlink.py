@@ -16,7 +16,7 @@ from server.federation import HeadOffice, Roster
 
 HOME = "FEDLLM_HOME"  # tells the ServerApp, which the SuperLink starts, where head office's folder is
 RUNS = "runs"  # folder of the runs' folders
-RUN = "run"  # key of a Flower run's configuration: the name of the run's folder
+TICKET = "ticket"  # key of a Flower run's configuration: what tells the ServerApp which run is meant
 CONTROL_HOST = "127.0.0.1"  # whoever reaches the Control API runs code on every node, and it asks for no password
 _CONNECTION = "head-office"
 _TIMEOUT = 60  # seconds for one command of Flower's
@@ -46,7 +46,7 @@ serverapp = "{server}"
 clientapp = "{client}"
 
 [tool.flwr.app.config]
-run = ""
+ticket = ""
 """
 
 RunState = Literal["pending", "running", "completed", "failed", "stopped"]
@@ -142,15 +142,15 @@ class Control:
         except OSError:
             return 0
 
-    def start(self, run: str, server: str = "server.app:app", client: str = "client.app:app") -> str:
-        """Hand the run in the folder `run` to the SuperLink and return Flower's number for it.
+    def start(self, ticket: str, server: str = "server.app:app", client: str = "client.app:app") -> str:
+        """Hand a run, which its process will know by `ticket`, to the SuperLink and return Flower's number for it.
 
         `server` and `client` name the apps, which are installed where they run.
         """
         bundle = self._flower / "bundle"
         write_secret(bundle / "pyproject.toml", _BUNDLE.format(server=server, client=client).encode())
         override = self._flower / "run.toml"
-        write_secret(override, f"{RUN} = {json.dumps(run)}\n".encode())
+        write_secret(override, f"{TICKET} = {json.dumps(ticket)}\n".encode())
         answer = self._flwr("run", str(bundle), _CONNECTION, "--run-config", str(override))
         return str(answer["run-id"])
 
