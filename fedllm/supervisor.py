@@ -16,7 +16,7 @@ from fedllm.errors import ConfigError
 _log = logging.getLogger("fedllm.supervisor")
 _LOOK = 0.5  # seconds between looks at the processes
 _EXAMINE = 15.0  # seconds between examinations, which may take a while themselves
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before a process that died is started again
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 10.0  # seconds before a process that died is started again
 _SOUND = 60.0  # seconds of life after which a process counts as sound
 _GRACE = 15.0  # seconds to end by itself
 _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)

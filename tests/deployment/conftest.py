@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment.harness import BRANCHES, Branch, HeadOffice, records_of
+from tests.deployment.harness import BRANCHES, Branch, HeadOffice, records_of, stop_all
 
 
 @dataclass
@@ -30,12 +30,11 @@ def found_federation(folder: Path) -> Federation:
 @pytest.fixture(scope="session")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     made = found_federation(tmp_path_factory.mktemp("f"))
-    programs = [made.head.program, *(branch.program for branch in made.branches.values())]
+    programs = [*(branch.program for branch in made.branches.values()), made.head.program]
     try:
         made.head.start()
         for branch in made.branches.values():
             branch.start()
         yield made
     finally:
-        for program in programs:
-            program.stop()
+        stop_all(programs)

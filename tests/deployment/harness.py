@@ -5,10 +5,11 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,21 @@ from typing import Any
 import psutil
 
 from client import office as site_folder
-from fedllm.privacy.accounting import AccountingEvent
+from fedllm.cli_settings import compose, validate
+from fedllm.files import in_use
+from fedllm.plan import DeploymentConfig, RunPlan
+from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import PrivacyLedger
 from server import deployment, federation
-from server.rounds import RoundRecord
+from server.checkpoint import SiteState, load_checkpoint
+from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord
+from server.run import CONFIG, read_as
+from server.superlink import Control
 
 FEDLLM = [sys.executable, "-m", "fedllm.cli"]
 DELTA = 1e-5
+# Flower's own programs look for a new task every second; more often, the tests wait less
+_QUICK = {"OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 _DEMO = Path(__file__).parents[2] / "simulations" / "demo" / "data" / "train.jsonl"
 BRANCHES = {"seoul-gangnam": "seoul-gangnam", "busan-haeundae": "busan-haeundae", "서울-마포": "seoul-mapo"}
 
@@ -33,12 +42,12 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def until(come_about: Callable[[], Any], seconds: float = 120.0, what: str = "it") -> Any:
+def until(come_about: Callable[[], Any], seconds: float = 120.0, what: str = "it", pause: float = 0.1) -> Any:
     """Wait until something is true and return it."""
     deadline = time.monotonic() + seconds
     while not (found := come_about()):
         assert time.monotonic() < deadline, f"{what} did not come about in {seconds:.0f} s"
-        time.sleep(0.1)
+        time.sleep(pause)
     return found
 
 
@@ -56,7 +65,7 @@ class Program:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.prefix, *FEDLLM, *self.arguments], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **self.env},
+                stderr=subprocess.STDOUT, env={**os.environ, **_QUICK, **self.env},
             )  # fmt: skip
 
     def processes(self, word: str = "") -> list[psutil.Process]:
@@ -79,11 +88,29 @@ class Program:
             with contextlib.suppress(psutil.Error):
                 each.send_signal(signal.SIGKILL)
 
+    @contextlib.contextmanager
+    def held(self, word: str) -> Iterator[None]:
+        """Stop the clock of the processes with `word` in their command line."""
+        found = self.processes(word)
+        for each in found:
+            each.suspend()
+        try:
+            yield
+        finally:
+            for each in found:
+                with contextlib.suppress(psutil.Error):
+                    each.resume()
+
+    def tell_to_stop(self) -> None:
+        """End it as an operator would."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+
     def stop(self) -> None:
         """End it as an operator would, and make sure of it."""
         everything = self.processes()
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
+        self.tell_to_stop()
+        if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
         for each in everything:
@@ -94,6 +121,14 @@ class Program:
 
     def text(self) -> str:
         return self.log.read_text("utf-8") if self.log.exists() else ""
+
+
+def stop_all(programs: Sequence[Program]) -> None:
+    """End programs, all at the same time."""
+    for program in programs:
+        program.tell_to_stop()
+    for program in programs:
+        program.stop()
 
 
 def fedllm(*arguments: str, prefix: Sequence[str] = (), timeout: float = 280) -> subprocess.CompletedProcess[str]:
@@ -127,6 +162,50 @@ class HeadOffice:
         ready = self.program.text().count("ready: offices connect")
         self.program.start()
         until(lambda: self.program.text().count("ready: offices connect") > ready, what="the SuperLink")
+
+    def restarted(self, doing: Callable[[], object]) -> None:
+        """Do something after which the SuperLink is started again, and wait until it answers."""
+        started = self.program.text().count("SuperLink started")
+        doing()
+        until(lambda: self.program.text().count("SuperLink started") > started, what="a new SuperLink")
+        until(Control(federation.HeadOffice.open(self.home)).reachable, what="the SuperLink's answer")
+
+    def begin(self, name: str, rounds: int, **more: Any) -> None:
+        """What `fedllm submit --detach` does, sooner: the libraries are loaded here already."""
+        self._hand_over(config_of(name, rounds, **more))
+
+    def resume(self, name: str, **federation_settings: Any) -> None:
+        """What `fedllm submit --resume NAME --detach` does, and head office may wait longer or shorter."""
+        config = read_as(self.run(name) / CONFIG, DeploymentConfig)
+        federated = config.federation.model_copy(update=federation_settings)
+        self._hand_over(config.model_copy(update={"resume": True, "federation": federated}))
+
+    def _hand_over(self, config: DeploymentConfig) -> None:
+        deployment.prepare(self.home, config)
+        deployment.hand_over(self.run(config.name), Control(federation.HeadOffice.open(self.home)))
+
+    def events(self, name: str) -> list[Event]:
+        """What `fedllm submit` shows of the part of the run that was handed over last."""
+        return deployment.events(self.run(name) / deployment.PROGRESS, 0)[0]
+
+    def ended(self, name: str, seconds: float = 240) -> deployment.Status:
+        """Wait until a run is over and its process gone, and return what became of it."""
+        until(lambda: not self.status(name).open and not in_use(self.run(name)), seconds, f"the end of {name}")
+        return self.status(name)
+
+    def plan(self, name: str) -> RunPlan:
+        return read_as(self.run(name) / PLAN, RunPlan)
+
+    def sites(self, name: str) -> dict[str, SiteState]:
+        """What head office knows of the sites, from its last checkpoint."""
+        return load_checkpoint(self.run(name) / CHECKPOINT).sites
+
+    def follow(self, name: str) -> "subprocess.Popen[str]":
+        """What an operator starts who wants to see a run to its end."""
+        return subprocess.Popen(
+            [*self._prefix, *FEDLLM, "status", name, "--follow", "--home", str(self.home)], stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "300"},
+        )  # fmt: skip
 
     def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return fedllm("submit", *arguments, "--home", str(self.home), prefix=self._prefix)
@@ -180,6 +259,34 @@ class Branch:
     def start(self) -> None:
         self.program.start()
 
+    @property
+    def service_log(self) -> str:
+        path = self.home / "log" / "service.log"
+        return path.read_text("utf-8") if path.exists() else ""
+
+    def ledger(self, run: str) -> dict[int, str]:
+        """The rounds of a run that were charged, and whether their answer was RELEASED or only RESERVED."""
+        path = self.home / "data" / "ledger.db"
+        if not path.exists():
+            return {}
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as db:
+            rows = db.execute("SELECT round, state FROM entry WHERE run = ? ORDER BY id", (run,)).fetchall()
+        assert len({number for number, _ in rows}) == len(rows), "a round was charged twice"
+        return dict(rows)
+
+    def spent(self, run: str) -> float:
+        """The epsilon of a run, from the site's own ledger."""
+        path = self.home / "data" / "ledger.db"
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as db:
+            rows = db.execute(
+                "SELECT sampling_rate, noise_multiplier, steps FROM entry WHERE run = ?", (run,)
+            ).fetchall()
+        return spent([AccountingEvent(*row) for row in rows], DELTA).epsilon
+
+    def caught(self, run: str, round_: int, seconds: float = 120) -> None:
+        """Wait until a round is paid for."""
+        until(lambda: round_ in self.ledger(run), seconds, f"round {round_} at {self.name}", pause=0.02)
+
     def charged(self) -> list[AccountingEvent]:
         """What the site's own ledger says was paid for."""
         path = self.home / "data" / "ledger.db"
@@ -205,3 +312,8 @@ def settings(name: str, rounds: int, **more: Any) -> list[str]:
         "privacy.noise_multiplier": 1.0, "data.heldout_limit": 20, "data.samples": 1, **more,
     }  # fmt: skip
     return [f"{key}={value}" for key, value in values.items()]
+
+
+def config_of(name: str, rounds: int, **more: Any) -> DeploymentConfig:
+    """What `fedllm submit` makes of `settings`."""
+    return validate(DeploymentConfig, compose("deployment", settings(name, rounds, **more), None))

@@ -1,0 +1,86 @@
+"""Processes are killed with kill -9, at both ends and mid-round: a run goes on or is resumed, and no spend is lost."""
+
+import pytest
+
+from server.rounds import RoundStarted
+from tests.deployment.conftest import Federation
+from tests.deployment.harness import Branch, HeadOffice, fedllm, until
+
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
+
+SERVICE, SUPERNODE, COURIER = "site serve", "bin/flower-supernode", "bin/flwr-clientapp"
+SERVERAPP, SUPERLINK = "bin/flwr-serverapp", "bin/flower-superlink"
+
+
+def in_round(branch: Branch, run: str, number: int, kill: str) -> None:
+    """Kill a process of an office while it trains a round that is paid for."""
+    branch.caught(run, number)
+    with branch.program.held(SERVICE):
+        assert branch.ledger(run)[number] == "RESERVED", "the round was over too soon to be interrupted"
+        branch.program.kill(kill)
+
+
+def begun(head: HeadOffice, name: str, number: int) -> None:
+    """Wait until a round has begun."""
+    until(
+        lambda: any(isinstance(e, RoundStarted) and e.round == number for e in head.events(name)),
+        240, f"round {number} of {name}",
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(900)
+def test_a_run_survives_the_end_of_every_process(federation: Federation) -> None:
+    head, branches = federation.head, federation.branches
+    gangnam, busan, mapo = branches.values()
+    everyone = sorted(branches)
+    head.begin("survival", 5, **{
+        "federation.quorum": 1, "federation.round_timeout": 25, "training.local_steps": 12,
+        "privacy.noise_multiplier": 4.0,
+    })  # fmt: skip
+    run = head.plan("survival").run
+
+    # round 1: a site service; its supervisor starts it again, and the next courier waits for it
+    in_round(gangnam, run, 1, SERVICE)
+    # round 2: a SuperNode, and the courier of another office; it takes Flower about a minute to get over either
+    begun(head, "survival", 2)
+    in_round(busan, run, 2, SUPERNODE)
+    in_round(mapo, run, 2, COURIER)
+    # round 3: the ServerApp
+    begun(head, "survival", 3)
+    rounds = head.rounds("survival")
+    assert set(rounds[1].failed) == {gangnam.name}
+    assert set(rounds[2].failed) == {busan.name, mapo.name}
+    assert rounds[2].answered == [gangnam.name]
+    gangnam.caught(run, 3)
+    head.program.kill(SERVERAPP)
+    said = fedllm("status", "survival", "--home", str(head.home))
+    assert "stopped" in said.stdout
+    assert "ended from outside" in said.stdout
+
+    # it goes on from its last checkpoint, and now waits until everybody is back
+    head.resume("survival", quorum=3, round_timeout=180)
+    follower = head.follow("survival")
+    # round 4: the SuperLink
+    begun(head, "survival", 4)
+    for branch in branches.values():
+        branch.caught(run, 4)
+    head.restarted(lambda: head.program.kill(SUPERLINK))
+    assert head.ended("survival").state == "stopped"
+    assert "fedllm submit --resume survival" in follower.communicate(timeout=120)[1]
+    assert follower.returncode == 1
+
+    # the offices find the new SuperLink by themselves
+    done = head.submit("--resume", "survival")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rounds = head.rounds("survival")
+    assert [record.round for record in rounds] == [0, 1, 2, 3, 4, 5]
+    assert [record.answered for record in rounds[3:]] == [everyone] * 3
+
+    known = head.sites("survival")
+    for name, branch in branches.items():
+        charged = branch.ledger(run)  # holds a round at most once
+        assert sorted(charged) == [1, 2, 3, 4, 5]
+        assert all(charged[record.round] == "RELEASED" for record in rounds if name in record.answered)
+        assert known[name].charged == 5
+        assert (known[name].epsilon or 0.0) >= branch.spent(run) - 1e-9
+    assert gangnam.ledger(run)[1] == mapo.ledger(run)[2] == "RESERVED"  # paid for, and nothing left the office

@@ -1,0 +1,292 @@
+"""The sealed channel: requests to the roster's sites alone, and from each only the answer to its last request."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedllm import crypto, envelope
+from fedllm.crypto import Identity
+from fedllm.envelope import Binding
+from fedllm.errors import CryptoError, FedllmError, MessageError
+from fedllm.plan import RunPlan, parse
+from fedllm.provision import now
+from server.channel import PlainChannel, SealedChannel
+from server.federation import Member, Roster
+
+HEAD, STRANGER = Identity.generate(), Identity.generate()
+
+
+def plan(run: str = "run-1") -> RunPlan:
+    values = {
+        "run": run, "seed": 1, "model": {"source": "base"}, "adapter": {}, "training": {},
+        "privacy": {"mode": "off", "units_per_site": 10},
+    }  # fmt: skip
+    return parse(RunPlan, values)
+
+
+class Office:
+    """A site's keys, and how it answers."""
+
+    def __init__(self, name: str, node: int) -> None:
+        self.name, self.node, self.identity = name, node, Identity.generate()
+        self._node_key = crypto.make_node_key()
+        self.line = self._node_key.certificate.decode()
+
+    @property
+    def member(self) -> Member:
+        return Member(
+            site=self.name, identity=self.identity.public.to_text(), node_key=self.line, admitted_at=now()
+        )  # fmt: skip
+
+    @property
+    def pem(self) -> bytes:
+        """The node's public key as Flower keeps it."""
+        key = serialization.load_ssh_public_key(self.line.encode())
+        return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+    def answer(
+        self, sealed: bytes, payload: bytes = b"answer", signed_by: Identity | None = None, **other: Any
+    ) -> bytes:
+        binding, _, sender = envelope.open_sealed(sealed, self.identity, [HEAD.public, STRANGER.public])
+        back = {"direction": "to-head-office", "request": envelope.digest(sealed), **other}
+        return envelope.seal(payload, binding.model_copy(update=back), signed_by or self.identity, sender)
+
+
+@dataclass
+class _Node:
+    node_id: int
+    public_key: bytes
+
+
+class Nodes:
+    """The part of a Grid that a channel uses."""
+
+    def __init__(self, offices: list[Office]) -> None:
+        self.online = [_Node(office.node, office.pem) for office in offices]
+
+    def get_nodes(self) -> list[_Node]:
+        return self.online
+
+    def get_node_ids(self) -> list[int]:
+        return [node.node_id for node in self.online]
+
+
+class World:
+    """Head office's channel, two admitted offices, and one that is not."""
+
+    def __init__(self, run: str = "run-1") -> None:
+        self.seoul, self.busan, self.other = Office("서울", 1), Office("busan", 2), Office("other", 3)
+        self.roster = Roster(members=(self.seoul.member, self.busan.member))
+        self.grid = Nodes([self.seoul, self.busan, self.other])
+        self.channel = self.another(run)
+        self.channel.nodes()
+
+    def another(self, run: str = "run-1") -> SealedChannel:
+        def member_of(key: bytes) -> Member | None:
+            return self.roster.site_of_node_key(crypto.node_key_line(key))
+
+        grid: Any = self.grid
+        return SealedChannel(grid, HEAD, member_of, plan(run))
+
+    def revoke(self, office: Office) -> None:
+        self.roster = Roster(
+            members=tuple(
+                member.model_copy(update={"revoked_at": now()}) if member.site == office.name else member
+                for member in self.roster.members
+            )
+        )
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_only_the_rosters_nodes_take_part_and_each_is_known_by_its_key(world: World) -> None:
+    assert world.channel.nodes() == {1: "서울", 2: "busan"}
+    with pytest.raises(MessageError, match="revoked"):
+        world.channel.seal(3, 1, b"request")
+
+
+def test_a_request_is_sealed_to_its_site_and_bound_to_run_plan_and_round(world: World) -> None:
+    sealed = world.channel.seal(1, 4, b"request")
+    binding, payload, sender = envelope.open_sealed(sealed, world.seoul.identity, [HEAD.public])
+    assert (payload, sender) == (b"request", HEAD.public)
+    assert (binding.direction, binding.run, binding.plan, binding.round) == ("to-site", "run-1", plan().digest, 4)
+    with pytest.raises(CryptoError):
+        envelope.open_sealed(sealed, world.busan.identity, [HEAD.public])
+
+
+def test_numbers_grow_over_messages_channels_and_a_clock_that_stands(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def number(sealed: bytes) -> int:
+        return envelope.open_sealed(sealed, world.seoul.identity, [HEAD.public])[0].number
+
+    first = number(world.channel.seal(1, 0, b""))
+    later = world.another()
+    later.nodes()
+    second = number(later.seal(1, 0, b""))
+    monkeypatch.setattr("server.channel.time.time_ns", lambda: 0)
+    numbers = [first, second, *(number(later.seal(1, 0, b"")) for _ in range(3))]
+    assert numbers == sorted(set(numbers))
+
+
+def test_the_answer_to_the_last_request_is_opened(world: World) -> None:
+    to_seoul, to_busan = world.channel.seal(1, 1, b"request"), world.channel.seal(2, 1, b"request")
+    assert world.channel.open(2, world.busan.answer(to_busan, b"b")) == b"b"
+    assert world.channel.open(1, world.seoul.answer(to_seoul, b"s")) == b"s"
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"direction": "to-site"}, "direction"), ({"run": "run-2"}, "run"), ({"plan": "0" * 64}, "plan"),
+        ({"round": 2}, "round"), ({"number": 1}, "number"), ({"request": ""}, "request"),
+        ({"request": envelope.digest(b"")}, "request"),
+    ],
+)  # fmt: skip
+def test_an_answer_bound_to_anything_else_is_refused_with_what_differs(
+    world: World, other: dict[str, Any], said: str
+) -> None:
+    sealed = world.channel.seal(1, 1, b"request")
+    with pytest.raises(MessageError, match=rf"an answer to something else \({said}\)"):
+        world.channel.open(1, world.seoul.answer(sealed, **other))
+
+
+def _of_the_round_before(world: World) -> bytes:
+    old = world.seoul.answer(world.channel.seal(1, 1, b"request"))
+    world.channel.seal(1, 2, b"request")
+    return old
+
+
+def _to_the_same_round_asked_before(world: World) -> bytes:
+    old = world.seoul.answer(world.channel.seal(1, 1, b"request"))
+    world.channel.seal(1, 1, b"request")
+    return old
+
+
+def _of_another_run(world: World) -> bytes:
+    other = world.another("run-2")
+    other.nodes()
+    world.channel.seal(1, 1, b"request")
+    return world.seoul.answer(other.seal(1, 1, b"request"))
+
+
+def _of_another_site(world: World) -> bytes:
+    world.channel.seal(1, 1, b"request")
+    return world.busan.answer(world.channel.seal(2, 1, b"request"))
+
+
+def _signed_by_another_site(world: World) -> bytes:
+    return world.seoul.answer(world.channel.seal(1, 1, b"request"), signed_by=world.busan.identity)
+
+
+def _signed_by_a_stranger(world: World) -> bytes:
+    return world.seoul.answer(world.channel.seal(1, 1, b"request"), signed_by=STRANGER)
+
+
+def _signed_by_head_office(world: World) -> bytes:
+    return world.seoul.answer(world.channel.seal(1, 1, b"request"), signed_by=HEAD)
+
+
+def _the_request_sent_back(world: World) -> bytes:
+    return world.channel.seal(1, 1, b"request")
+
+
+def _sealed_to_a_stranger(world: World) -> bytes:
+    binding = Binding(direction="to-head-office", run="run-1", plan=plan().digest, round=1, number=1)
+    world.channel.seal(1, 1, b"request")
+    return envelope.seal(b"answer", binding, world.seoul.identity, STRANGER.public)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        _of_the_round_before, _to_the_same_round_asked_before, _of_another_run, _of_another_site,
+        _signed_by_another_site, _signed_by_a_stranger, _signed_by_head_office, _the_request_sent_back,
+        _sealed_to_a_stranger,
+    ],
+)  # fmt: skip
+def test_what_is_not_the_sites_answer_to_its_last_request_is_refused(
+    world: World, hostile: Callable[[World], bytes]
+) -> None:
+    data = hostile(world)
+    with pytest.raises((MessageError, CryptoError)):
+        world.channel.open(1, data)
+
+
+def test_an_answer_is_of_no_use_to_another_node(world: World) -> None:
+    answer = world.seoul.answer(world.channel.seal(1, 1, b"request"))
+    world.channel.seal(2, 1, b"request")
+    with pytest.raises(CryptoError):
+        world.channel.open(2, answer)
+    assert world.channel.open(1, answer) == b"answer"
+
+
+def test_a_site_that_is_revoked_during_the_round_is_out_at_once(world: World) -> None:
+    answer = world.seoul.answer(world.channel.seal(1, 1, b"request"))
+    world.revoke(world.seoul)
+    with pytest.raises(MessageError, match="the site was revoked"):
+        world.channel.open(1, answer)
+    with pytest.raises(MessageError, match="the site was revoked"):
+        world.channel.seal(1, 2, b"request")
+    assert world.channel.nodes() == {2: "busan"}
+
+
+def test_while_a_site_rotates_its_keys_answers_of_both_are_used_and_requests_go_to_the_new(world: World) -> None:
+    old, new = world.seoul.identity, Identity.generate()
+    before = world.channel.seal(1, 1, b"request")
+    member = world.seoul.member.model_copy(
+        update={"identity": new.public.to_text(), "previous_identities": (old.public.to_text(),)}
+    )
+    world.roster = Roster(members=(member, world.busan.member))
+    assert world.channel.open(1, world.seoul.answer(before)) == b"answer"
+    sealed = world.channel.seal(1, 2, b"request")
+    with pytest.raises(CryptoError):
+        envelope.open_sealed(sealed, old, [HEAD.public])
+    world.seoul.identity = new
+    assert world.channel.open(1, world.seoul.answer(sealed)) == b"answer"
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=400))
+def test_hostile_bytes_are_one_kind_of_error(data: bytes) -> None:
+    world = _WORLD
+    world.channel.seal(1, 1, b"request")
+    with pytest.raises(FedllmError):
+        world.channel.open(1, data)
+
+
+_WORLD = World()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_an_altered_answer_is_refused(data: st.DataObject) -> None:
+    answer = bytearray(_WORLD.seoul.answer(_WORLD.channel.seal(1, 1, b"request")))
+    answer[data.draw(st.integers(0, len(answer) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(FedllmError):
+        _WORLD.channel.open(1, bytes(answer))
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_whatever_a_known_site_signs_is_its_answer_or_refused(plain: bytes) -> None:
+    _WORLD.channel.seal(1, 1, b"request")
+    with pytest.raises(MessageError):
+        _WORLD.channel.open(1, _WORLD.seoul.identity.seal(plain, HEAD.public))
+
+
+def test_in_one_process_bytes_travel_as_they_are(world: World) -> None:
+    grid: Any = world.grid
+    plain = PlainChannel(grid)
+    assert plain.nodes() == {1: None, 2: None, 3: None}
+    assert plain.open(1, plain.seal(1, 1, b"bytes")) == b"bytes"
+    assert not plain.sites_may_come_back
+    assert world.channel.sites_may_come_back
