@@ -53,7 +53,7 @@ def train(message: Message, context: Context) -> Message:
 @server.main()
 def rounds(grid: Grid, context: Context) -> None:
     """Exchange a message with every node, several times, and note how long each exchange took."""
-    folder = Path(str(context.run_config["run"]))
+    folder = Path(str(context.run_config["ticket"]))
     settings = json.loads(Path(os.environ[SETTINGS]).read_text("utf-8"))
     while len(nodes := list(grid.get_node_ids())) < settings["nodes"]:
         time.sleep(0.5)
