@@ -227,8 +227,8 @@ def submit(
         config = validate(DeploymentConfig, composed)
     os.environ.setdefault("TQDM_DISABLE", "1")
     from server import deployment
+    from server.checkpoint import CONFIG, read_as
     from server.federation import HeadOffice
-    from server.run import CONFIG, read_as
     from server.superlink import Control
 
     if resume is not None:
@@ -253,9 +253,9 @@ def submit(
 def _follow(home: Path, name: str) -> None:
     from fedllm.plan import RunPlan
     from server import deployment
+    from server.checkpoint import read_as
     from server.federation import HeadOffice
     from server.rounds import PLAN
-    from server.run import read_as
     from server.superlink import Control
     from simulations.screen import Screen
 

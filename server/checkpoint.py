@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedllm.delta import digest_of
-from fedllm.errors import CheckpointError
+from fedllm.errors import CheckpointError, ConfigError
 from fedllm.files import is_full, replace_file
+from fedllm.plan import Frozen, parse
 
+CONFIG = "config.json"  # of a run: what it was configured by
+_T = TypeVar("_T", bound=Frozen)
 _ADAPTER, _STATE = "adapter", "optimizer."
 
 
@@ -125,3 +128,13 @@ def _digest(header: dict[str, Any], tensors: dict[str, NDArray[np.float32]]) -> 
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def read_as(path: Path, kind: type[_T]) -> _T:
+    """Read a JSON file of a run; raises CheckpointError."""
+    try:
+        return parse(kind, json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}). Restore it from a backup, or start a new run."
+        ) from None

@@ -1,4 +1,7 @@
-"""A run of a deployed federation: prepared by `fedllm submit`, run by the ServerApp in a process of its own."""
+"""A run of a deployed federation: prepared by `fedllm submit`, run by the ServerApp in a process of its own.
+
+What needs a model is imported where it is used: to ask what became of a run takes none.
+"""
 
 import contextlib
 import json
@@ -19,9 +22,9 @@ from fedllm.errors import CheckpointError, ConfigError, FederationError, FedllmE
 from fedllm.files import in_use, write_secret
 from fedllm.plan import DeploymentConfig, Frozen, RunPlan
 from server.channel import SealedChannel
+from server.checkpoint import CONFIG, read_as
 from server.federation import HeadOffice, Member, Roster
 from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord, RoundStarted, SiteAnswered
-from server.run import CONFIG, HeadOfficeRun, alone_in, check_folder, differences, make_plan, read_as, write_plan
 from server.superlink import RUNS, Control
 
 STATUS, PROGRESS, ERROR = "status.json", "progress.jsonl", "error.txt"
@@ -100,6 +103,8 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
 
     Raises ConfigError where the run cannot be, or another plan is meant than the one that is resumed.
     """
+    from server.run import HeadOfficeRun, alone_in, check_folder, differences, make_plan, write_plan
+
     names = [member.site for member in HeadOffice.open(home).roster.active]
     folder = runs(home) / config.name
     if config.resume and (folder / PLAN).exists() and not (folder / CHECKPOINT).exists():
@@ -159,6 +164,8 @@ def _list(names: list[str]) -> str:
 
 def run(grid: Grid, home: Path, name: str) -> None:
     """Run what `prepare` prepared, over the sealed channel, and write its outputs."""
+    from server.run import HeadOfficeRun, alone_in
+
     folder = runs(home) / name
     began = time.monotonic()
     config, plan = read_as(folder / CONFIG, DeploymentConfig), read_as(folder / PLAN, RunPlan)

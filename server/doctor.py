@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from server.superlink import CONTROL_HOST, Control
 
 _ROTATE = "fedllm server rotate certificate"
 _START = "fedllm server start"
+_STARTS = 30.0  # seconds that a SuperLink may need
 _OVERLAP = timedelta(days=30)  # for offices to install what names the next authority
 
 
@@ -188,7 +190,16 @@ def _ports(office: HeadOffice) -> list[Finding]:
         return [*found, warning(f"SuperLink: it does not run. Start it: {_START}")]
     if config.control_port in listeners:
         found.append(ok(f"ports: control port {config.control_port} on loopback only"))
+    if config.fleet_port not in listeners and _young(running[0]):
+        return [*found, warning("SuperLink: it is just starting. Look again in half a minute")]
     return [*found, *_way(office), *_offices(office)]
+
+
+def _young(process: psutil.Process) -> bool:
+    try:
+        return time.time() - process.create_time() < _STARTS
+    except psutil.Error:
+        return True
 
 
 def _listeners() -> dict[int, list[tuple[str, int | None]]]:

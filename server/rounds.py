@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -18,10 +18,12 @@ from fedllm.errors import CheckpointError, CryptoError, MessageError, QuorumLost
 from fedllm.messages import KEY, RECORD, Declined, Prepare, Ready, Reason, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import QuorumConfig, RunPlan
 from fedllm.privacy.accounting import spent
-from fedllm.training.server_optimizer import ServerOptimizer
 from server.aggregate import weighted_mean
 from server.channel import Channel, PlainChannel
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
+
+if TYPE_CHECKING:
+    from fedllm.training.server_optimizer import ServerOptimizer
 
 CHECKPOINT, METRICS, PLAN = "checkpoint.safetensors", "metrics.jsonl", "plan.json"
 
@@ -93,11 +95,16 @@ class Coordinator:
         self._plan, self._federation, self._spec = plan, federation, spec
         self._folder, self._score, self._observe = folder, score, observe
         self._expected_sites = expected_sites
-        self._optimizer = ServerOptimizer(plan.training.server, start)
+        self._optimizer = self._optimizer_from(start)
         self.sites: dict[str, SiteState] = {}
         self.records: list[RoundRecord] = []
         self._site_of_node: dict[int, str] = {}
         self._dropped: set[int] = set()
+
+    def _optimizer_from(self, value: NDArray[np.float32]) -> "ServerOptimizer":
+        from fedllm.training.server_optimizer import ServerOptimizer  # torch: not for those who only read records
+
+        return ServerOptimizer(self._plan.training.server, value)
 
     @property
     def round(self) -> int:
@@ -115,7 +122,7 @@ class Coordinator:
         if checkpoint.plan_digest != self._plan.digest:
             raise CheckpointError(f"the checkpoint in {self._folder} belongs to another plan")
         self._spec.check(checkpoint.adapter)
-        self._optimizer = ServerOptimizer(self._plan.training.server, checkpoint.adapter)
+        self._optimizer = self._optimizer_from(checkpoint.adapter)
         self._optimizer.restore(checkpoint.optimizer)
         self.sites = dict(checkpoint.sites)
         self.records = [r for r in _read_records(self._folder / METRICS) if r.round <= checkpoint.round]

@@ -1,7 +1,6 @@
 """A run at head office, whatever carries its messages: its folder, its plan, its coordinator, its outputs."""
 
 import contextlib
-import json
 import resource
 import time
 import uuid
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +16,15 @@ from numpy.typing import NDArray
 from fedllm.audit.summary import RunSummary, write_outputs
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.files import LOCK, take
-from fedllm.plan import Frozen, RunConfig, RunPlan, parse
+from fedllm.plan import RunConfig, RunPlan
 from fedllm.privacy.accounting import calibrate
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.evaluation import Evaluator
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
-from server.checkpoint import write_atomically
+from server.checkpoint import CONFIG, write_atomically
 from server.rounds import CHECKPOINT, PLAN, Coordinator, Event
 
-CONFIG = "config.json"
 _LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a moment
-
-_T = TypeVar("_T", bound=Frozen)
 
 
 def check_folder(config: RunConfig, folder: Path) -> None:
@@ -86,16 +82,6 @@ def write_plan(folder: Path, plan: RunPlan, config: RunConfig) -> None:
     """Write what a later resume compares with."""
     write_atomically(folder / PLAN, (plan.model_dump_json(indent=2) + "\n").encode())
     write_atomically(folder / CONFIG, (config.model_dump_json(indent=2) + "\n").encode())
-
-
-def read_as(path: Path, kind: type[_T]) -> _T:
-    """Read a file of a run; raises CheckpointError."""
-    try:
-        return parse(kind, json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, ConfigError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}). Restore it from a backup, or start a new run."
-        ) from None
 
 
 def differences(path: str, a: object, b: object) -> list[str]:

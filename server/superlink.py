@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from fedllm.errors import FederationError
 from fedllm.files import LOCK, in_use, read, write_secret
+from fedllm.reach import ONLY_TLS_1_3
 from fedllm.supervisor import Child
 from server.federation import HeadOffice, Roster
 
@@ -55,6 +56,7 @@ RunState = Literal["pending", "running", "completed", "failed", "stopped"]
 def environment(home: Path) -> dict[str, str]:
     """Return what Flower's processes of head office need: quiet, at home in our folder, nothing fetched at run time."""
     return {
+        **ONLY_TLS_1_3,
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -203,6 +205,7 @@ class Control:
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_TIMEOUT, check=False,
+                cwd=self._flower,  # it looks for apps in the present folder, which may be closed to this user
                 env={**os.environ, **environment(self.office.folder)},
             )  # fmt: skip
             answer: dict[str, Any] = json.loads(done.stdout)

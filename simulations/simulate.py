@@ -16,8 +16,9 @@ from fedllm.errors import ConfigError, QuorumLost
 from fedllm.plan import RunPlan, SimulationConfig, parse
 from fedllm.training.workspace import use_threads
 from server.app import server_app
+from server.checkpoint import CONFIG, read_as
 from server.rounds import PLAN, Coordinator, Event
-from server.run import CONFIG, HeadOfficeRun, alone_in, check_folder, differences, make_plan, read_as, write_plan
+from server.run import HeadOfficeRun, alone_in, check_folder, differences, make_plan, write_plan
 from simulations.grid import InProcessGrid, run_ray
 from simulations.sites import SITE_LOG, SimulatedData, connect, log_to, make_site, simulated_data
 

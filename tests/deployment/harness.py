@@ -23,9 +23,8 @@ from fedllm.plan import DeploymentConfig, RunPlan
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import PrivacyLedger
 from server import deployment, federation
-from server.checkpoint import SiteState, load_checkpoint
+from server.checkpoint import CONFIG, SiteState, load_checkpoint, read_as
 from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord
-from server.run import CONFIG, read_as
 from server.superlink import Control
 
 FEDLLM = [sys.executable, "-m", "fedllm.cli"]
@@ -190,7 +189,12 @@ class HeadOffice:
 
     def ended(self, name: str, seconds: float = 240) -> deployment.Status:
         """Wait until a run is over and its process gone, and return what became of it."""
-        until(lambda: not self.status(name).open and not in_use(self.run(name)), seconds, f"the end of {name}")
+        control = Control(federation.HeadOffice.open(self.home))
+
+        def over() -> bool:
+            return not in_use(self.run(name)) and not deployment.settle(self.run(name), control).open
+
+        until(over, seconds, f"the end of {name}", pause=0.3)
         return self.status(name)
 
     def plan(self, name: str) -> RunPlan:
