@@ -85,11 +85,11 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _measure(size: str, folder: Path) -> list[Row]:
-    from simulations.benchmarks.stock_training import adapter_shapes
+    from simulations.benchmarks.stock_training import adapter_shapes, make_model
 
     folder.mkdir(mode=0o700)
     model = folder / "model"
-    _make_model(model, *MODELS[size])
+    make_model(model, *MODELS[size])
     settings = {
         "model": str(model), "batch": BATCH, "tokens": TOKENS, "nodes": len(OFFICES), "stock": False,
         "adapter": adapter_shapes(str(model)),
@@ -124,21 +124,6 @@ def _measure(size: str, folder: Path) -> list[Row]:
             program.terminate()
         for program in programs:
             program.wait(60)
-
-
-def _make_model(folder: Path, hidden: int, layers: int, mlp: int) -> None:
-    from importlib import resources
-
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(str(resources.files("simulations.demo") / "base"))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _provision(folder: Path, model: Path) -> tuple[federation.HeadOffice, list[Path]]:

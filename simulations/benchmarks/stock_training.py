@@ -1,13 +1,27 @@
 """One step of plain LoRA training on a model that is loaded for it: what a stock ClientApp does in every round."""
 
 import time
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+
+def make_model(folder: Path, hidden: int, layers: int, mlp: int) -> None:
+    """Write a Llama of random weights with the demo's tokenizer: for timing, it knows nothing."""
+    tokenizer = AutoTokenizer.from_pretrained(str(resources.files("simulations.demo") / "base"))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def adapter_shapes(model: str) -> dict[str, list[int]]:
