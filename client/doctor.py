@@ -1,5 +1,6 @@
 """Looks at an office: `check` tries all that a run will need, without a network; `examine` is `fedllm doctor`."""
 
+import contextlib
 import grp
 import json
 import os
@@ -168,8 +169,9 @@ def _service(office: Office) -> list[Finding]:
 
 def _silent(socket: Path) -> str:
     """Return why nothing answers on a unix socket, nothing where it does."""
-    if not socket.exists():
-        return f"{socket} is not there"
+    with contextlib.suppress(PermissionError):
+        if not socket.exists():
+            return f"{socket} is not there"
     if not os.access(socket, os.R_OK | os.W_OK):
         return f"{socket} is not open to {pwd.getpwuid(os.geteuid()).pw_name}"
     with grpc.insecure_channel(f"unix:{socket}") as channel:
@@ -223,7 +225,7 @@ def _supernode(courier: Courier, socket: Path, start: str) -> list[Finding]:
     if not running:
         return [warning(f"SuperNode: it does not run. Start it: {start}")]
     process, others = running[0], running[1:]
-    found = quiet("SuperNode", process)
+    found: list[Finding] = []
     if others:
         found.append(wrong(f"SuperNode: {len(running)} run for one site. End all, and start one: {start}"))
     try:
@@ -233,7 +235,9 @@ def _supernode(courier: Courier, socket: Path, start: str) -> list[Finding]:
         return [warning(f"SuperNode: it has just ended. It should come back by itself; else: {start}")]
     if not mine:
         text = f"SuperNode: process {process.pid}; its own user sees more: fedllm doctor --home COURIERS_FOLDER"
-    elif connected(process.pid, courier.port):
+        return [*found, ok(text)]
+    found += quiet("SuperNode", process)
+    if connected(process.pid, courier.port):
         text = f"SuperNode: process {process.pid}, connected to head office"
     else:
         after = "Its log says why; is this office in head office's roster (there: fedllm doctor)?"

@@ -339,6 +339,17 @@ def test_a_service_that_does_not_answer_is_wrong(folder: Path, service: Callable
     assert any(text.startswith("site service: answers") for text in said(folder, "ok"))
 
 
+def test_a_socket_in_a_folder_that_is_closed_to_this_user_is_no_fault_of_the_doctor(
+    courier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.Path, "exists", closed)
+    monkeypatch.setattr(doctor.os, "access", lambda place, mode: False)
+    assert "is not open to" in doctor._silent(Path("/run/fedllm/site.sock"))
+
+
 def test_a_socket_that_others_may_use_is_wrong(folder: Path, service: Callable[[], None]) -> None:
     service()
     Office.open(folder).socket.chmod(0o666)

@@ -294,6 +294,9 @@ class Process:
 
     pid = os.getpid()
 
+    def create_time(self) -> float:
+        return 0.0
+
     def environ(self) -> dict[str, str]:
         return {"FLWR_TELEMETRY_ENABLED": "1"}
 

@@ -1,0 +1,276 @@
+"""Two people follow docs/deployment.md, command by command, from nothing to a report, a rotation and a revocation."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from client.office import init_office, install
+from server import federation
+from tests.deployment.harness import free_port, until
+
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+DOC = ROOT / "docs" / "deployment.md"
+FINGERPRINT = re.compile(r"\b(?:[0-9a-f]{4}-){9}[0-9a-f]{4}\b")
+READY = {"fedllm server start": "ready: offices connect", "fedllm site start": "SuperNode started"}
+VARIABLES = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: what it is, who uses it, and for a file where it goes."""
+
+    kind: str
+    who: str
+    place: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    found = re.findall(r"^```(\w*) ?(\S*) ?(\S*)\n(.*?)^```", DOC.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [Block(*each) for each in found]
+
+
+@dataclass
+class Person:
+    """Somebody with a home folder, a working folder, and a telephone."""
+
+    home: Path
+    port: int
+    control_port: int
+    said: str = ""  # the fingerprint that this person's screen showed last
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    output: str = ""
+
+    @property
+    def desk(self) -> Path:
+        return self.home / "desk"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {**os.environ, **VARIABLES, "HOME": str(self.home)}
+
+    def write(self, place: str, text: str) -> None:
+        """Write a file as the text shows it, for one machine instead of two."""
+        text = text.replace("head.example.com", "127.0.0.1")
+        if place == "federation.yaml":
+            text += f"listen: 127.0.0.1\nfleet_port: {self.port}\ncontrol_port: {self.control_port}\n"
+        path = self.home / place.removeprefix("~/") if place.startswith("~/") else self.desk / place
+        path.write_text(text, "utf-8")
+        path.chmod(0o600)
+
+    def do(self, line: str, heard: str) -> None:
+        """Type one command, and what was heard on the telephone if it asks."""
+        if line in READY:
+            log = self.home / f"{len(self.running)}.log"
+            with log.open("wb") as file:
+                self.running[line] = subprocess.Popen(
+                    shlex.split(line), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                    env=self.variables, cwd=self.desk,
+                )  # fmt: skip
+            until(lambda: READY[line] in log.read_text("utf-8"), what=line)
+            return
+        done = subprocess.run(
+            ["bash", "-c", line], input=f"{heard}\n", capture_output=True, text=True, timeout=200, check=False,
+            env=self.variables, cwd=self.desk,
+        )  # fmt: skip
+        self.output = done.stdout + done.stderr
+        assert done.returncode == 0, f"{line}\n{self.output}"
+        fingerprints = FINGERPRINT.findall(self.output)
+        if fingerprints:
+            self.said = fingerprints[-1]
+
+    def stop(self) -> None:
+        for process in self.running.values():
+            process.terminate()
+        for process in self.running.values():
+            process.wait(60)
+
+
+@dataclass
+class Two:
+    """Head office and the office, and the mail between them."""
+
+    head: Person
+    office: Person
+
+    def carry(self) -> None:
+        for file in self.office.home.glob(".fedllm/site/*.join"):
+            shutil.copy(file, self.head.desk)
+        for file in self.head.home.glob(".fedllm/head-office/grants/*.grant"):
+            shutil.copy(file, self.office.desk)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Two]:
+    folder = Path(tempfile.mkdtemp(prefix="fd-"))  # short: the path of a socket
+    ports = free_port(), free_port()
+    people = [Person(folder / name, *ports) for name in ("head", "office")]
+    for person in people:
+        person.desk.mkdir(parents=True)
+        person.home.chmod(0o700)
+    pair = Two(*people)
+    try:
+        yield pair
+    finally:
+        for person in people:
+            person.stop()
+        shutil.rmtree(folder)
+
+
+def test_two_people_come_from_nothing_to_a_report_and_through_every_rotation(two: Two) -> None:
+    said = {"head-office": two.head, "office": two.office}
+    for block in blocks():
+        if block.who not in said:
+            continue
+        me = said[block.who]
+        other = two.office if me is two.head else two.head
+        if block.kind == "yaml":
+            me.write(block.place, block.text)
+            continue
+        for line in block.text.splitlines():
+            if line == "fedllm doctor" and me is two.head:  # a node needs some seconds
+                until(lambda: "is connected" in asked(two.head), what="the office")
+            me.do(line, other.said)
+            two.carry()
+            if line == "fedllm status first":
+                assert "completed" in me.output
+    run = two.head.home / ".fedllm" / "head-office" / "runs"
+    for name in ("first", "second"):
+        summary = (run / name / "summary.md").read_text("utf-8")
+        assert "seoul-gangnam" in summary
+        assert (run / name / "adapter" / "adapter_model.safetensors").exists()
+    assert "no office is admitted" in asked(two.head)
+
+
+def asked(person: Person) -> str:
+    """What the doctor says just now."""
+    done = subprocess.run(
+        ["fedllm", "doctor"], capture_output=True, text=True, timeout=100, check=False, env=person.variables
+    )
+    return done.stdout
+
+
+# ---- what administrators do ------------------------------------------------------------------------------------------
+
+# In systemd's place: starts what a unit's ExecStart says as its User, with its RuntimeDirectory.
+SYSTEMCTL = """#!/bin/bash
+[ "$1" = daemon-reload ] && exit 0
+[ "$1 $2" = "enable --now" ] || exit 1
+for name in "${@:3}"; do
+  unit=/etc/systemd/system/$name.service
+  get() { sed -n "s/^$1=//p" $unit; }
+  for folder in $(get RuntimeDirectory); do install -d -m 710 -o $(get User) /run/$folder; done
+  (umask 077; cd /; HOME=/nowhere exec runuser -u $(get User) -- $(get ExecStart) > /run/$name.log 2>&1 &)
+done
+sleep 3
+"""
+
+# A namespace in which users, units and folders can be made, and are gone with it.
+NAMESPACE = """set -e
+mkdir $T/etc && cp -a /etc/. $T/etc && mount --bind $T/etc /etc
+for folder in /var/lib /run; do mount -t tmpfs -o mode=755 tmpfs $folder; done
+mkdir -p /etc/systemd/system /etc/logrotate.d
+for place in $HIDDEN; do mkdir -p $T/held$place; mount --bind $place $T/held$place; done
+for place in $HIDDEN; do echo /$(echo $place | cut -d/ -f2); done | sort -u > $T/tops
+for top in $(cat $T/tops); do mount -t tmpfs -o mode=755 tmpfs $top; done
+for place in $HIDDEN; do mkdir -p $place; mount --move $T/held$place $place; done
+cd /
+until_said() { for i in $(seq 60); do "${@:2}" | grep -q "$1" && return 0; sleep 1; done; "${@:2}"; return 1; }
+"""
+
+CHECKS = """
+until_said "seoul-gangnam is connected" runuser -u fedllm -- fedllm doctor --home /var/lib/fedllm
+until_said "site service: answers" runuser -u fedllm-site -- fedllm doctor --home /var/lib/fedllm-site/home
+until_said "connected to head office" runuser -u fedllm-courier -- fedllm doctor --home /var/lib/fedllm-courier
+for place in site.yaml keys/1/identity data; do
+  ! runuser -u fedllm-courier -- cat /var/lib/fedllm-site/home/$place 2>/dev/null
+done
+"""
+
+
+def closed_to_others() -> list[str]:
+    """Folders that the commands need, below one that other users cannot enter, such as /root/.pyenv."""
+    places = {Path(sys.base_prefix).resolve(), Path(sys.prefix).resolve(), ROOT}
+    return sorted(str(place) for place in places if any(not up.stat().st_mode & 0o001 for up in place.parents))
+
+
+def can_have_a_namespace() -> bool:
+    command = ["unshare", "--mount", "--pid", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    tools = all(shutil.which(tool) for tool in ("unshare", "useradd", "runuser"))
+    return tools and os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_have_a_namespace(), reason="needs root and leave to make namespaces")
+@pytest.mark.skipif(any(place.startswith("/tmp/") for place in closed_to_others()), reason="Python lies below /tmp")
+def test_administrators_come_to_services_of_their_own_users(tmp_path: Path) -> None:
+    you = Person(tmp_path / "you", free_port(), free_port())
+    you.desk.mkdir(parents=True)
+    federation_yaml, site_yaml = (block for block in blocks() if block.kind == "yaml")
+    you.write(federation_yaml.place, federation_yaml.text)
+    head = federation.init_federation(you.desk / "federation.yaml", you.home / ".fedllm" / "head-office")
+    site = init_office(you.home / ".fedllm" / "site", "seoul-gangnam")
+    you.write(site_yaml.place, site_yaml.text)
+    grant = federation.admit(head.folder, site.join_file.read_bytes(), site.identity.public.fingerprint)
+    install(site.folder, grant.read_bytes(), head.identity.public.fingerprint)
+
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "systemctl").write_text(SYSTEMCTL)
+    (tools / "systemctl").chmod(0o755)
+    script = NAMESPACE
+    for number, block in enumerate(block for block in blocks() if block.who == "root"):
+        script += f"mkdir $T/{number}; cd $T/{number}\n{block.text.replace('/home/you', str(you.home))}cd /\n"
+    done = subprocess.run(
+        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script + CHECKS],
+        capture_output=True, text=True, timeout=200, check=False, stdin=subprocess.DEVNULL,
+        env={**you.variables, "T": str(tmp_path), "HIDDEN": " ".join(closed_to_others()),
+             "PATH": f"{tools}:{VARIABLES['PATH']}:/usr/sbin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_every_command_of_the_page_is_one_that_is_run() -> None:
+    for block in blocks():
+        assert (block.kind, block.who) in {
+            ("", ""), ("yaml", "head-office"), ("yaml", "office"), ("sh", "head-office"), ("sh", "office"),
+            ("sh", "root"),
+        }  # fmt: skip
+    [install_] = [block.text for block in blocks() if not block.kind]  # pip's: `make test` does the same
+    assert "fedllm " not in install_
+
+
+def test_the_readme_names_no_other_commands_than_the_page() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    [section] = re.findall(r"^## Deployment\n(.*?)^## ", readme, flags=re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```sh\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
+    shown = [line.partition("#")[0].split() for text in fenced for line in text.splitlines()]
+    known = [line.split() for block in blocks() for line in block.text.splitlines()]
+    assert len(shown) >= 7
+    for words in shown:
+        command = [word for word in words[:3] if word.isalpha() or "-f" in word]
+        assert any(each[: len(command)] == command for each in known), words
+
+
+@pytest.mark.parametrize("page", ["docs/deployment.md", "docs/threat-model.md", "README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+    titles = [line.lstrip("# ").lower() for line in text.splitlines() if line.startswith("#")]
+    headings = {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
+    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
+        assert anchor in headings, anchor
