@@ -18,7 +18,7 @@ from client.office import Office
 from fedllm.errors import FolderError
 from fedllm.files import check_private, read, read_secret, write_secret
 from fedllm.plan import Frozen
-from fedllm.reach import reach
+from fedllm.reach import ONLY_TLS_1_3, reach
 from fedllm.supervisor import Child
 
 SETTINGS, KEY, CA = "courier.json", "node", "ca.pem"
@@ -71,6 +71,7 @@ def supernode(folder: Path, log: Path, refresh: Callable[[], None] = lambda: Non
         partial(_command, folder),
         log,
         {
+            **ONLY_TLS_1_3,
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
