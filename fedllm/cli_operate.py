@@ -337,10 +337,13 @@ def stop(
     if not state.open:
         raise ConfigError(f"run {name} has ended already ({state.state})")
     control.stop(state.flower)
-    deployment.write_status(place, state.model_copy(update={"state": "stopped", "text": "ended by the operator."}))
     deadline = time.monotonic() + _ENDS
     while in_use(place) and time.monotonic() < deadline:  # until then it cannot be resumed
         time.sleep(_POLL)
+    state = deployment.read_status(place)
+    if state.state == "completed":
+        raise ConfigError(f"run {name} was completed before it could be ended")
+    deployment.write_status(place, state.model_copy(update={"state": "stopped", "text": "ended by the operator."}))
     _console.print(f"run {name} is ended. What was done is kept: fedllm submit --resume {name}", highlight=False)
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployment.harness import BRANCHES, Branch, HeadOffice, records_of, stop_all
+from server import federation
+from server.superlink import Control
+from tests.deployment.harness import BRANCHES, Branch, HeadOffice, records_of, stop_all, until
 
 
 @dataclass
@@ -15,6 +17,14 @@ class Federation:
 
     head: HeadOffice
     branches: dict[str, Branch]
+
+    def ready(self) -> None:
+        """Wait until every office is connected and its service answers."""
+        control = Control(federation.HeadOffice.open(self.head.home))
+        everyone = dict.fromkeys(self.branches, True)
+        until(lambda: control.connected() == everyone, 240, "the connection of every office", pause=0.5)
+        for branch in self.branches.values():
+            until(lambda branch=branch: "answers on" in branch.service_log, 240, f"the service of {branch.name}")
 
 
 def found_federation(folder: Path) -> Federation:
@@ -27,8 +37,8 @@ def found_federation(folder: Path) -> Federation:
     return Federation(head, branches)
 
 
-@pytest.fixture(scope="session")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+@pytest.fixture(scope="session", name="federation")
+def _federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     made = found_federation(tmp_path_factory.mktemp("f"))
     programs = [*(branch.program for branch in made.branches.values()), made.head.program]
     try:

@@ -287,7 +287,7 @@ class Branch:
             ).fetchall()
         return spent([AccountingEvent(*row) for row in rows], DELTA).epsilon
 
-    def caught(self, run: str, round_: int, seconds: float = 120) -> None:
+    def caught(self, run: str, round_: int, seconds: float = 240) -> None:
         """Wait until a round is paid for."""
         until(lambda: round_ in self.ledger(run), seconds, f"round {round_} at {self.name}", pause=0.02)
 

@@ -30,6 +30,7 @@ def begun(head: HeadOffice, name: str, number: int) -> None:
 
 @pytest.mark.timeout(900)
 def test_a_run_survives_the_end_of_every_process(federation: Federation) -> None:
+    federation.ready()
     head, branches = federation.head, federation.branches
     gangnam, busan, mapo = branches.values()
     everyone = sorted(branches)
