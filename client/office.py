@@ -497,13 +497,15 @@ def _check_grant(office: Office) -> list[Finding]:
 def _check_ledger(office: Office) -> list[Finding]:
     if not office.ledger_file.exists():
         return [Finding(True, f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
-    from fedllm.privacy.ledger import PrivacyLedger
+    from fedllm.privacy.accounting import spent
+    from fedllm.privacy.ledger import LedgerFile
 
     check_private(office.ledger_file)
-    own = office.policy
-    spent = PrivacyLedger(office.ledger_file, office.name, own.epsilon, own.delta).spent()
+    own, ledger = office.policy, LedgerFile(office.ledger_file)
+    ledger.verify({keys.identity.public for keys in office.keys})
     # whether another round fits is decided by RDP once a second plan was charged, so that is the figure to look at
-    return [Finding(True, f"ledger: epsilon {spent.epsilon_rdp:.4g} of {own.epsilon:g} spent, at delta {own.delta:g}")]
+    most = max((spent(ledger.events(each), own.delta).epsilon_rdp for each in ledger.data_sets()), default=0.0)
+    return [Finding(True, f"ledger: epsilon {most:.4g} of {own.epsilon:g} spent, at delta {own.delta:g}")]
 
 
 def _check_socket(office: Office) -> list[Finding]:

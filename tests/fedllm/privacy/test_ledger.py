@@ -20,12 +20,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedllm.crypto import Identity
 from fedllm.errors import BudgetExceeded, FedllmError, LedgerError
 from fedllm.privacy.accounting import AccountingEvent, spent
-from fedllm.privacy.ledger import PrivacyLedger, Reservation
+from fedllm.privacy.ledger import DataSet, PrivacyLedger, Reservation
 
 ROOT = Path(__file__).parents[3]
 DELTA = 1e-5
+SIGNER = Identity.generate()
 EVENT = AccountingEvent(0.1, 2.0, 1)
 UNPROTECTED = AccountingEvent(0.1, 0.0, 1)  # costs everything, and nothing to account for
 AFFORDABLE = 5
@@ -34,7 +36,7 @@ BUDGET_RDP = spent([EVENT] * AFFORDABLE, DELTA).epsilon_rdp  # the same, for sev
 
 
 def open_ledger(path: Path, epsilon: float = BUDGET, dataset: str = "서울") -> PrivacyLedger:
-    return PrivacyLedger(path, dataset, epsilon, DELTA)
+    return PrivacyLedger(path, DataSet(dataset), epsilon, DELTA, SIGNER)
 
 
 @pytest.fixture
