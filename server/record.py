@@ -23,6 +23,6 @@ Bodies, by the entry's kind:
              stopped        why the run ended early, or ""
              adapter        digest of the final adapter
 
-An adapter's digest is SHA-256 over its float32[d], little endian. An `end` may be followed by `resumed`. A round's entry
-is on disk before the round's checkpoint, so the record is never behind; nothing that was signed is ever removed.
+An adapter's digest is SHA-256 over its float32[d], little endian. An `end` may be followed by `resumed`. A round's
+entry is on disk before the checkpoint, so the record is never behind; nothing that was signed is ever removed.
 """

@@ -20,15 +20,18 @@ COMMAND_LINE = (
     "fedllm.cli_operate",
 )  # entry points: may import anything
 
+_TRAINERS = ("simulations.demo.pretrain", "simulations.benchmarks.stock_training")  # apart from the product
+
 # Third party -> the only modules (or packages, with a dot at the end) that may import it. One concept, one file.
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "torch": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain"),
-    "transformers": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain"),
-    "peft": ("fedllm.training.", "fedllm.audit."),
+    "torch": ("fedllm.training.", "fedllm.audit.", *_TRAINERS),
+    "transformers": ("fedllm.training.", "fedllm.audit.", *_TRAINERS),
+    "peft": ("fedllm.training.", "fedllm.audit.", *_TRAINERS),
     "opacus": ("fedllm.training.engine",),
     "datasets": ("fedllm.training.data", "simulations."),
     "sqlite3": ("fedllm.privacy.ledger",),
     "cryptography": ("fedllm.crypto",),
+    "securesystemslib": ("fedllm.crypto",),
     "yaml": ("fedllm.files", *COMMAND_LINE),
     "dp_accounting": ("fedllm.privacy.accounting",),
     "safetensors": ("fedllm.training.", "server.checkpoint"),
@@ -51,6 +54,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 LAYERS: list[tuple[str, ...]] = [
     ("fedllm.errors",),
     ("fedllm.codec", "fedllm.delta", "fedllm.crypto", "fedllm.files", "fedllm.supervisor"),
+    ("fedllm.chain", "fedllm.statement"),
     ("fedllm.privacy",),
     ("fedllm.plan",),
     ("fedllm.messages", "fedllm.secagg", "fedllm.envelope", "fedllm.provision"),

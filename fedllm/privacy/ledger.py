@@ -16,7 +16,10 @@ are what the site works with; the chain is what it can show.
 
 import contextlib
 import hashlib
+import hmac
+import math
 import os
+import secrets
 import sqlite3
 import threading
 import time
@@ -52,7 +55,7 @@ CREATE TABLE entry (
     reply BLOB,                         -- what was released; kept for two rounds of the run
     UNIQUE (dataset, run, round)
 );
-CREATE TABLE member (                   -- what a data set holds, as keyed hashes, to find data sets that overlap
+CREATE TABLE member (                   -- what a data set holds, as hashes, to find data sets that overlap
     dataset TEXT NOT NULL,
     hash BLOB NOT NULL,
     PRIMARY KEY (dataset, hash)
@@ -65,9 +68,11 @@ CREATE TABLE overlap (                  -- data sets that share a member, both w
 ) WITHOUT ROWID;
 CREATE TABLE chain (                    -- fedllm.chain: every change of `entry`, signed
     number INTEGER PRIMARY KEY,
+    kind TEXT NOT NULL,
     digest TEXT NOT NULL,
     line TEXT NOT NULL
 );
+CREATE TABLE secret (key BLOB NOT NULL); -- makes the names of data sets, which leave the site, tell nothing of them
 """
 _HASH = 16  # bytes of a member's hash
 
@@ -190,6 +195,14 @@ class LedgerFile:
             )
             return [Charge(row[0], row[1], row[2], AccountingEvent(*row[3:6]), row[6], row[7]) for row in rows]
 
+    def name_of(self, db: sqlite3.Connection, dataset: DataSet) -> str:
+        """Return what this ledger calls a data set.
+
+        Its fingerprint would tell whoever knows all records but one, and guesses that, whether the guess is right.
+        """
+        key = db.execute("SELECT key FROM secret").fetchone()[0]
+        return hmac.new(key, dataset.fingerprint.encode(), "sha256").hexdigest()
+
     def head(self) -> Head:
         """Return the newest entry of the chain."""
         with self.transaction() as db:
@@ -252,13 +265,26 @@ class PrivacyLedger:
         if not (epsilon >= 0 and 0 < delta < 1):  # refuses NaN too
             raise LedgerError(f"budget epsilon={epsilon!r} at delta={delta!r}: expected epsilon >= 0 and 0 < delta < 1")
         self.file = LedgerFile(path, create=True)
-        self._dataset, self._signer = dataset.fingerprint, signer
+        self._signer = signer
         self.epsilon, self.delta = epsilon, delta
         with self.file.transaction() as db:
-            if db.execute("SELECT 1 FROM chain").fetchone() is None:
-                self._note(db, "opened", {})
+            self._dataset = self.file.name_of(db, dataset)
+            self._take_over(db)
+            self._state_budget(db)
             if db.execute("SELECT 1 FROM overlap WHERE dataset = ?", (self._dataset,)).fetchone() is None:
                 self._register(db, dataset.members)
+
+    def _take_over(self, db: sqlite3.Connection) -> None:
+        """Begin the chain, or go on with it."""
+        if db.execute("SELECT 1 FROM chain").fetchone() is None:
+            self._note(db, "opened", {})
+
+    def _state_budget(self, db: sqlite3.Connection) -> None:
+        """Put the budget into the chain where it is new: who reads the chain sees what was permitted, and when."""
+        budget = {"epsilon": self.epsilon if math.isfinite(self.epsilon) else None, "delta": self.delta}
+        row = db.execute("SELECT line FROM chain WHERE kind = 'budget' ORDER BY number DESC LIMIT 1").fetchone()
+        if row is None or open_entry(row[0]).body != budget:
+            self._note(db, "budget", budget)
 
     def _register(self, db: sqlite3.Connection, hashes: Iterable[bytes]) -> None:
         """Note what the data set holds and which others it overlaps: from now on they share their spending."""
@@ -328,8 +354,12 @@ class PrivacyLedger:
         """Append an entry to the chain."""
         row = db.execute("SELECT number, digest FROM chain ORDER BY number DESC LIMIT 1").fetchone()
         number, previous = (0, START) if row is None else (int(row[0]) + 1, str(row[1]))
-        line = make_entry(number, previous, kind, self._now(db), body, self._signer)
-        db.execute("INSERT INTO chain (number, digest, line) VALUES (?, ?, ?)", (number, open_entry(line).digest, line))
+        # to the minute: what lies between reservation and release would tell how long it took to train
+        line = make_entry(number, previous, kind, self._now(db) // 60 * 60, body, self._signer)
+        db.execute(
+            "INSERT INTO chain (number, kind, digest, line) VALUES (?, ?, ?, ?)",
+            (number, kind, open_entry(line).digest, line),
+        )
 
     def _now(self, db: sqlite3.Connection) -> float:
         """Return the time, never before that of the last entry: a clock that goes backwards frees nothing."""
@@ -451,6 +481,7 @@ def _create(path: Path) -> None:
             db.execute(f"PRAGMA application_id = {_APPLICATION}")
             db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             db.executescript(_SCHEMA)
+            db.execute("INSERT INTO secret (key) VALUES (?)", (secrets.token_bytes(32),))
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
     finally:

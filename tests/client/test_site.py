@@ -20,16 +20,19 @@ import client.site
 from client.policy import SitePolicy
 from client.site import Site
 from fedllm import codec
+from fedllm.crypto import Identity
 from fedllm.errors import Cancelled, ConfigError, DataError, ModelError
 from fedllm.messages import MAGIC, Declined, Message, Prepare, Ready, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent, spent
-from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.ledger import DataSet, LedgerFile, PrivacyLedger
 from fedllm.training.data import Record, Unit
 from fedllm.training.workspace import Workspace, open_workspace
 
 SECRET = "Hong-Gildong-8210-4242"  # stands for everything that must not leave a site
 NAME = "대구 지점"
+IDENTITY = Identity.generate()
+DATA = DataSet("what the records hold")
 
 
 class Killed(BaseException):
@@ -37,10 +40,14 @@ class Killed(BaseException):
 
 
 class Loader:
-    """The site's records, and how often they were read."""
+    """The site's records, and how often they were tokenised: what comes before only tells which data set they are."""
 
     def __init__(self, units: int = 24, error: BaseException | None = None) -> None:
         self.size, self.error, self.calls = units, error, 0
+        self.data_set = DATA
+
+    def units(self, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
+        return self(plan, workspace)
 
     def __call__(self, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
         self.calls += 1
@@ -66,11 +73,11 @@ class Office:
 
     def restart(self) -> Site:
         """The site after its process has ended and begun again: only the ledger is left."""
-        self.site = Site(
-            NAME, self.policy, self.ledger_path,
-            lambda plan: open_workspace(plan.model, plan.adapter, plan.seed, "cpu"), self.loader, 8,
-        )  # fmt: skip
+        self.site = self.make(lambda plan: open_workspace(plan.model, plan.adapter, plan.seed, "cpu"))
         return self.site
+
+    def make(self, workspace: Callable[[RunPlan], Workspace]) -> Site:
+        return Site(NAME, self.policy, self.ledger_path, lambda: IDENTITY, workspace, lambda: self.loader, 8)
 
     def workspace(self) -> Workspace:
         return open_workspace(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
@@ -92,7 +99,9 @@ class Office:
         return read(self.site.handle(Prepare(plan=self.plan).to_bytes()))
 
     def events(self) -> list[AccountingEvent]:
-        return PrivacyLedger(self.ledger_path, NAME, self.policy.epsilon, self.policy.delta).events()
+        if not self.ledger_path.exists():
+            return []
+        return [charge.event for charge in LedgerFile(self.ledger_path).charges()]
 
 
 MakePlan = Callable[..., RunPlan]
@@ -162,7 +171,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan) -> Off
             raise ModelError("another model")
         return workspace
 
-    office.site = Site(NAME, office.policy, office.ledger_path, open_only, office.loader, 8)
+    office.site = office.make(open_only)
     return office
 
 
@@ -220,7 +229,7 @@ def test_a_round_gives_an_update_of_the_planned_form(office: Office) -> None:
 @pytest.mark.parametrize("name", ["", "x" * 201, "\ud800"], ids=["empty", "too long", "lone surrogate"])
 def test_a_name_that_no_message_can_carry_is_refused_when_the_site_is_made(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="name"):
-        Site(name, SitePolicy(1.0, 1e-5, 1), tmp_path / "ledger.db", lambda plan: None, lambda p, w: (), 8)  # type: ignore[arg-type,return-value]
+        Site(name, SitePolicy(1.0, 1e-5, 1), tmp_path / "ledger.db", lambda: IDENTITY, None, Loader, 8)  # type: ignore[arg-type]
 
 
 # ---- what the site permits ------------------------------------------------------------------------------------------
@@ -260,14 +269,14 @@ def test_a_site_may_permit_unprotected_plans(tmp_path: Path, make_plan: MakePlan
 
 
 @pytest.mark.parametrize("step", ["prepare", "train"])
-def test_an_exhausted_budget_is_declined_before_any_record_is_read(
+def test_an_exhausted_budget_is_declined_before_any_record_is_tokenised(
     tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     plan = make_plan(run="second")
     event = plan.mechanism.event(plan.training.local_steps)
     budget = spent([event], 1e-3).epsilon * 1.01  # one round, and no other
     office = Office(tmp_path, plan, epsilon=budget)
-    PrivacyLedger(office.ledger_path, NAME, budget, 1e-3).reserve("first", 1, "of another run", event)
+    PrivacyLedger(office.ledger_path, DATA, budget, 1e-3, IDENTITY).reserve("first", 1, "of another run", event)
 
     def train_round(*_: object) -> None:
         raise AssertionError("trained without budget")
@@ -346,7 +355,7 @@ def test_a_round_is_trained_for_one_request_only(office: Office, make_plan: Make
     assert len(office.events()) == 1
 
 
-def test_a_ledger_that_cannot_be_used_stops_the_site_before_records_are_read(office: Office) -> None:
+def test_a_ledger_that_cannot_be_used_stops_the_site_before_records_are_tokenised(office: Office) -> None:
     office.ledger_path.write_bytes(b"not a database" * 400)
     assert reason(office.train()) == "ledger"
     assert office.loader.calls == 0

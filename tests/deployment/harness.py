@@ -17,7 +17,7 @@ import psutil
 
 from client import office as site_folder
 from fedllm.privacy.accounting import AccountingEvent
-from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.ledger import LedgerFile
 from server import deployment, federation
 from server.rounds import RoundRecord
 
@@ -183,7 +183,7 @@ class Branch:
     def charged(self) -> list[AccountingEvent]:
         """What the site's own ledger says was paid for."""
         path = self.home / "data" / "ledger.db"
-        return PrivacyLedger(path, self.name, 20.0, DELTA).events() if path.exists() else []
+        return [charge.event for charge in LedgerFile(path).charges()] if path.exists() else []
 
 
 def records_of(branch: str, path: Path, persons: int = 60) -> Path:
