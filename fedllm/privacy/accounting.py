@@ -91,6 +91,22 @@ def fits(events: Sequence[AccountingEvent], delta: float, budget: float, one_pla
     return None if pld <= budget else pld
 
 
+def deltas(events: Sequence[AccountingEvent], epsilons: Sequence[float]) -> list[float]:
+    """Return the smallest delta at each of `epsilons` that `events` together satisfy, by PLD.
+
+    1.0 throughout where no noise was added, or so little that the PLD says nothing.
+    """
+    composed = _merged(events)
+    if not composed:
+        return [0.0] * len(epsilons)
+    if any(event.noise_multiplier <= 0 for event in composed):
+        return [1.0] * len(epsilons)
+    with _one_at_a_time:
+        if not _epsilon_rdp(composed, 1e-5) <= _HOPELESS:
+            return [1.0] * len(epsilons)
+        return [float(delta) for delta in _composed(composed, _GRID).get_delta_for_epsilon(list(epsilons))]
+
+
 def _merged(events: Sequence[AccountingEvent]) -> tuple[AccountingEvent, ...]:
     """Check events and put equal ones together: their order does not matter."""
     merged: dict[tuple[float, float], int] = {}
@@ -110,17 +126,22 @@ def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float) -> Pr
     rdp = _epsilon_rdp(events, delta)
     if not rdp <= _HOPELESS:
         return PrivacySpent(rdp, rdp, delta)
-    parts = [_step_pld(event.sampling_rate, event.noise_multiplier, grid).self_compose(event.steps) for event in events]
-    composed = parts[0]
-    for part in parts[1:]:
-        composed = composed.compose(part)
-    result = PrivacySpent(float(composed.get_epsilon_for_delta(delta)), rdp, delta)
+    result = PrivacySpent(float(_composed(events, grid).get_epsilon_for_delta(delta)), rdp, delta)
     if result.epsilon_rdp < result.epsilon - 0.01 and grid == _GRID:
         raise PrivacyError(
             f"the accountants contradict each other: PLD {result.epsilon:.4g}, RDP {result.epsilon_rdp:.4g} (which can "
             "only be larger). Nothing was released. Check the versions against constraints.txt."
         )
     return result
+
+
+def _composed(events: tuple[AccountingEvent, ...], grid: float) -> Any:
+    """Return the privacy loss distribution of all `events` together."""
+    parts = [_step_pld(event.sampling_rate, event.noise_multiplier, grid).self_compose(event.steps) for event in events]
+    composed = parts[0]
+    for part in parts[1:]:
+        composed = composed.compose(part)
+    return composed
 
 
 @lru_cache(maxsize=64)
