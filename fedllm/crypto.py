@@ -241,23 +241,31 @@ def sign_envelope(payload: bytes, payload_type: str, identity: Identity) -> str:
     """Return a DSSE envelope (https://github.com/secure-systems-lab/dsse) with one signature, as one line of JSON."""
     envelope = Envelope(payload, payload_type, {})
     envelope.sign(_Signer(identity))
+    return _as_line(envelope)
+
+
+def _as_line(envelope: Envelope) -> str:
     return json.dumps(envelope.to_dict(), separators=(",", ":"))
 
 
 def open_envelope(text: str, payload_type: str) -> tuple[bytes, PublicIdentity]:
     """Return the payload of a DSSE envelope of the expected type, and the one identity that signed it.
 
-    Whether that identity is the right one is for the caller to decide.
+    Whether that identity is the right one is for the caller to decide. DSSE does not sign the key's id, and so not
+    the identity's sealing key: where that matters, the payload has to name the signer.
     """
     try:
         envelope = Envelope.from_dict(json.loads(text))
         (who,) = envelope.signatures
         signer = PublicIdentity.from_text(who)
         envelope.verify([_dsse_key(signer)], 1)
+        right = text == _as_line(envelope) and who == signer.to_text()
     except VerificationError:
         raise CryptoError("the signature does not fit the content") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, FormatError):
         raise CryptoError("not a signed envelope") from None
+    if not right:  # the same content, but not byte for byte what was signed: somebody wrote it anew
+        raise CryptoError("not in the form in which it was signed")
     if envelope.payload_type != payload_type:
         raise CryptoError(f"an envelope of another kind: {envelope.payload_type[:80]}")
     return envelope.payload, signer

@@ -37,7 +37,8 @@ def update_digest(payload: bytes) -> str:
 
 def sign_statement(statement: Statement, signer: Identity) -> str:
     """Return a statement as one line."""
-    payload = json.dumps(asdict(statement), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    fields = {**asdict(statement), "signer": signer.public.to_text()}
+    payload = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return sign_envelope(payload.encode(), STATEMENT_TYPE, signer)
 
 
@@ -48,14 +49,17 @@ def open_statement(line: str) -> tuple[Statement, PublicIdentity]:
     """
     payload, signer = open_envelope(line, STATEMENT_TYPE)
     try:
-        statement = Statement(**json.loads(payload))
-    except (ValueError, TypeError, RecursionError):
+        fields = json.loads(payload)
+        named = fields.pop("signer")
+        statement = Statement(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CryptoError("a signed statement of unknown form") from None
     numbers = (statement.epsilon, statement.epsilon_rdp, statement.delta)
     texts = (statement.site, statement.run, statement.plan, statement.ledger_digest, statement.update)
     counts = (statement.round, statement.ledger_number)
     if (
-        not all(number is None or (isinstance(number, int | float) and number >= 0) for number in numbers)
+        named != signer.to_text()
+        or not all(number is None or (isinstance(number, int | float) and number >= 0) for number in numbers)
         or statement.delta is None
         or not all(isinstance(text, str) for text in texts)
         or not all(type(count) is int and count >= 0 for count in counts)

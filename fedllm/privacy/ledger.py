@@ -75,6 +75,8 @@ CREATE TABLE chain (                    -- fedllm.chain: every change of `entry`
 CREATE TABLE secret (key BLOB NOT NULL); -- makes the names of data sets, which leave the site, tell nothing of them
 """
 _HASH = 16  # bytes of a member's hash
+_MOUNTS = Path("/proc/self/mounts")
+_PATIENCE = 30.0  # seconds to wait for another process
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,11 @@ class LedgerFile:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 _create(path)
             damaged = path.stat().st_size < 512  # SQLite would take a file cut to nothing for a new, empty one
+            owner = path.stat().st_uid
         except (OSError, sqlite3.Error) as error:
             raise LedgerError(f"cannot open the privacy ledger {path}: {error}. Check its permissions.") from error
+        if owner != os.geteuid():  # what is written beside the file would shut its owner out
+            raise LedgerError(f"the privacy ledger {path} belongs to user {owner}: run this as its owner.")
         if damaged:
             raise LedgerError(f"the privacy ledger {path} is cut short. {_NO_BACKUP}")
         with self.transaction() as db:
@@ -156,7 +161,7 @@ class LedgerFile:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """One immediate transaction, committed to disk at the end and rolled back on any error."""
         try:
-            with closing(sqlite3.connect(self.path, timeout=30, isolation_level=None)) as db:
+            with closing(sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)) as db:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute("BEGIN IMMEDIATE")
@@ -215,6 +220,14 @@ class LedgerFile:
             row = db.execute("SELECT digest FROM chain WHERE number = ?", (head.number,)).fetchone()
         return row is not None and row[0] == head.digest
 
+    def hand_over(self, old: Identity, new: Identity) -> None:
+        """Let `new` sign from here on: `old` says so, and `new` vouches for what it takes over."""
+        with self.transaction() as db:
+            line = _last_line(db)
+            if line is not None and open_entry(line).signer != new.public:
+                _note(db, "key", {"identity": new.public.to_text()}, old)
+                _note(db, "opened", {}, new)
+
     def lines(self) -> list[str]:
         """Return the chain, an entry a line; it holds no record and no count of records."""
         with self.transaction() as db:
@@ -226,8 +239,6 @@ class LedgerFile:
         Raises ChainError that names the first entry that was altered, removed, exchanged, or never signed.
         """
         entries = read_chain(self.lines(), str(self.path), signers)
-        if not entries:
-            raise ChainError(f"{self.path}: its chain is empty, so entries were removed")
         said: dict[tuple[str, str, int], tuple[Any, ...]] = {}
         for entry in entries:
             key = (str(entry.body.get("dataset")), str(entry.body.get("run")), int(entry.body.get("round", 0)))
@@ -251,6 +262,8 @@ class LedgerFile:
             raise ChainError(
                 f"{self.path}: round {extra[0][2]} of run {extra[0][1]} is in the table and was never signed"
             )
+        if not entries:  # killed between file and first entry: there is nothing yet to vouch for
+            return Head(-1, START)
         return Head(entries[-1].number, entries[-1].digest)
 
 
@@ -276,8 +289,18 @@ class PrivacyLedger:
 
     def _take_over(self, db: sqlite3.Connection) -> None:
         """Begin the chain, or go on with it."""
-        if db.execute("SELECT 1 FROM chain").fetchone() is None:
+        line = _last_line(db)
+        if line is None:
             self._note(db, "opened", {})
+        elif open_entry(line).signer != self._signer.public and not self._may_sign(db):
+            # the keys of before are lost; who trusts the new ones trusts that this is the ledger they were found with
+            self._note(db, "key", {"identity": self._signer.public.to_text()})
+
+    def _may_sign(self, db: sqlite3.Connection) -> bool:
+        lines = db.execute("SELECT line FROM chain WHERE kind IN ('opened', 'key')").fetchall()
+        entries = [open_entry(line) for (line,) in lines]
+        own = self._signer.public
+        return any(own.to_text() == entry.body.get("identity") or own == entry.signer for entry in entries)
 
     def _state_budget(self, db: sqlite3.Connection) -> None:
         """Put the budget into the chain where it is new: who reads the chain sees what was permitted, and when."""
@@ -293,13 +316,12 @@ class PrivacyLedger:
             "SELECT DISTINCT b.dataset FROM member a JOIN member b ON a.hash = b.hash WHERE a.dataset = ?",
             (self._dataset,),
         ).fetchall()
+        shared = sorted({str(other) for (other,) in others} - {self._dataset})
         pairs = {(self._dataset, self._dataset)}
-        for (other,) in others:
-            pairs |= {(self._dataset, str(other)), (str(other), self._dataset)}
+        for other in shared:
+            pairs |= {(self._dataset, other), (other, self._dataset)}
         db.executemany("INSERT INTO overlap (dataset, other) VALUES (?, ?)", sorted(pairs))
-        self._note(
-            db, "data", {"dataset": self._dataset, "overlaps": sorted(a for a, _ in pairs - {(self._dataset,) * 2})}
-        )
+        self._note(db, "data", {"dataset": self._dataset, "overlaps": shared})
 
     def reserve(self, run: str, round: int, request: str, event: AccountingEvent) -> Reservation:
         """Charge `event` for a round, or find that it is already charged. On return the charge is on disk.
@@ -337,7 +359,7 @@ class PrivacyLedger:
                 "reserved_at) VALUES (?, ?, ?, ?, ?, ?, ?, 'RESERVED', ?)",
                 (
                     self._dataset, run, round, request,
-                    event.sampling_rate, event.noise_multiplier, event.steps, self._now(db),
+                    event.sampling_rate, event.noise_multiplier, event.steps, _now(db),
                 ),
             )  # fmt: skip
             self._note(
@@ -351,20 +373,7 @@ class PrivacyLedger:
         return Reservation(run, round, None)
 
     def _note(self, db: sqlite3.Connection, kind: str, body: dict[str, Any]) -> None:
-        """Append an entry to the chain."""
-        row = db.execute("SELECT number, digest FROM chain ORDER BY number DESC LIMIT 1").fetchone()
-        number, previous = (0, START) if row is None else (int(row[0]) + 1, str(row[1]))
-        # to the minute: what lies between reservation and release would tell how long it took to train
-        line = make_entry(number, previous, kind, self._now(db) // 60 * 60, body, self._signer)
-        db.execute(
-            "INSERT INTO chain (number, kind, digest, line) VALUES (?, ?, ?, ?)",
-            (number, kind, open_entry(line).digest, line),
-        )
-
-    def _now(self, db: sqlite3.Connection) -> float:
-        """Return the time, never before that of the last entry: a clock that goes backwards frees nothing."""
-        last = db.execute("SELECT max(reserved_at) FROM entry").fetchone()[0]
-        return max(time.time(), last or 0.0)
+        _note(db, kind, body, self._signer)
 
     def _check(self, db: sqlite3.Connection, run: str, event: AccountingEvent) -> None:
         plans = set(
@@ -440,6 +449,29 @@ def _events(db: sqlite3.Connection, dataset: str) -> list[AccountingEvent]:
     return [AccountingEvent(*row) for row in rows]
 
 
+def _last_line(db: sqlite3.Connection) -> str | None:
+    row = db.execute("SELECT line FROM chain ORDER BY number DESC LIMIT 1").fetchone()
+    return None if row is None else str(row[0])
+
+
+def _note(db: sqlite3.Connection, kind: str, body: dict[str, Any], signer: Identity) -> None:
+    """Append an entry to the chain."""
+    row = db.execute("SELECT number, digest FROM chain ORDER BY number DESC LIMIT 1").fetchone()
+    number, previous = (0, START) if row is None else (int(row[0]) + 1, str(row[1]))
+    # to the minute: what lies between reservation and release would tell how long it took to train
+    line = make_entry(number, previous, kind, _now(db) // 60 * 60, body, signer)
+    db.execute(
+        "INSERT INTO chain (number, kind, digest, line) VALUES (?, ?, ?, ?)",
+        (number, kind, open_entry(line).digest, line),
+    )
+
+
+def _now(db: sqlite3.Connection) -> float:
+    """Return the time, never before that of the last entry: a clock that goes backwards frees nothing."""
+    last = db.execute("SELECT max(reserved_at) FROM entry").fetchone()[0]
+    return max(time.time(), last or 0.0)
+
+
 _EVENT = ("request", "sampling_rate", "noise_multiplier", "steps")
 
 
@@ -459,7 +491,7 @@ def _refuse_network(path: Path) -> None:
 def _file_system(place: Path) -> str | None:
     """Return the network file system that `place` lies on, None where it is a local one (Linux: /proc/mounts)."""
     try:
-        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text("utf-8").splitlines()]
+        mounts = [line.split()[1:3] for line in _MOUNTS.read_text("utf-8").splitlines()]
     except OSError:
         return None
     here = os.path.realpath(place)
