@@ -223,10 +223,6 @@ class _Record:
     end: _MarkBody | None = None
 
     @property
-    def signers(self) -> set[PublicIdentity]:
-        return {entry.signer for entry in self.entries}
-
-    @property
     def sites(self) -> list[str]:
         """Every name that appears as a site's, sorted."""
         names = set(self.body.sites)
@@ -322,11 +318,15 @@ def _read_record(path: Path, checks: _Checks) -> _Record:
     return record
 
 
-def _read_ledger(path: Path, name: str, checks: _Checks) -> _Ledger | None:
-    """Read a site's export; None, and a finding that fails, where it cannot be used."""
+def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> _Ledger | None:
+    """Read a site's export; None, and a finding that fails, where it cannot be used.
+
+    `listed` is the identity that head office's roster names; in a simulation there is no roster.
+    """
     file = f"{LEDGERS}/{path.name}"
     try:
-        ledger = _Ledger(name, read_chain(_lines(path), file))
+        signers = None if listed is None else [PublicIdentity.from_text(listed)]
+        ledger = _Ledger(name, read_chain(_lines(path), file, signers))
         if not ledger.entries:
             raise ChainError(f"{file}: empty")
         open_: dict[tuple[str, str, int], _Charge] = {}
@@ -371,6 +371,11 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, str, int], _Charge], entry:
 # ---- the audit -------------------------------------------------------------------------------------------------------
 
 
+def sites_of(folder: Path) -> list[str]:
+    """Return the names of a run's sites; raises ChainError where its record cannot be read."""
+    return _read_record(folder / RECORD, _Checks()).sites
+
+
 def assess(folder: Path, trust: Trust | None = None, made: str = "", signer: str = "", prv: Prv | None = None) -> Audit:
     """Check the evidence in `folder` and return what was found.
 
@@ -386,7 +391,7 @@ def assess(folder: Path, trust: Trust | None = None, made: str = "", signer: str
     for name in record.sites:
         path = folder / LEDGERS / f"{file_name(name)}.jsonl"
         if path.exists():
-            ledgers[name] = _read_ledger(path, name, checks)
+            ledgers[name] = _read_ledger(path, name, record.body.sites.get(name), checks)
         else:
             checks.note("ledger_chain", "unverified", f"{LEDGERS}/{path.name}: missing")
     statements = _check_statements(record, checks)
@@ -560,7 +565,7 @@ def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks:
         pairs = ((statement.epsilon, known.epsilon, _TOLERANCE_PLD), (statement.epsilon_rdp, known.epsilon_rdp, 0.0))
         right = all(_near(stated, computed, absolute) for stated, computed, absolute in pairs)
         where = f"{ledger.name}, {statement.round}: ε {_text(statement.epsilon)} (RDP {_text(statement.epsilon_rdp)})"
-        computed = f"ε {known.epsilon:.6g} (RDP {known.epsilon_rdp:.6g})"
+        computed = f"ε {known.epsilon:.4g} (RDP {known.epsilon_rdp:.4g})"
         checks.note("epsilon", right, f"{where} {'=' if right else '≠'} {computed}")
 
 
@@ -571,7 +576,7 @@ def _near(stated: float | None, computed: float, absolute: float) -> bool:
 
 
 def _text(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.6g}"
+    return "∞" if value is None else f"{value:.4g}"
 
 
 def _spent(events: Sequence[AccountingEvent], delta: float) -> PrivacySpent:
@@ -589,11 +594,7 @@ def _check_keys(
     holders = {HEAD_OFFICE: record.entries[-1].signer}
     for name in record.sites:
         ledger = ledgers.get(name)
-        signers = {entry.signer for entry in ledger.entries} if ledger else set()
         listed = record.body.sites.get(name)
-        known = {signer.to_text() for signer in signers}
-        if ledger and listed is not None:
-            checks.note("ledger_chain", listed in known, f"{name}: {RECORD} #0 = {LEDGERS}")
         for statement, signer in statements[name]:
             if not ledger and listed is not None and signer.to_text() != listed:
                 checks.note("statements", False, f"{name}, {statement.round}: {signer.fingerprint}, not of the roster")
@@ -705,7 +706,7 @@ def _accountants(
                 f"RDP {_text(_finite(cost.epsilon_rdp))} ≥ PLD {_text(_finite(cost.epsilon))}")  # fmt: skip
     if third is not None:
         near = abs(third - cost.epsilon) <= _TOLERANCE_PRV
-        checks.note("accountants", near, f"|PRV {third:.6g} - PLD {cost.epsilon:.6g}| {'≤' if near else '>'} 0.01")
+        checks.note("accountants", near, f"|PRV {third:.4g} - PLD {cost.epsilon:.4g}| {'≤' if near else '>'} 0.01")
     several = [k for k in (2, 3) if k <= len(sites)] if events else []
     return (
         Accountants(
