@@ -29,8 +29,9 @@ from fedllm.errors import (
 )
 from fedllm.messages import MAX_NAME, Declined, Message, Prepare, Ready, Reason, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import RunPlan
-from fedllm.privacy.ledger import DataSet, PrivacyLedger
+from fedllm.privacy.ledger import DataSet, Head, PrivacyLedger
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
+from fedllm.statement import Statement, sign_statement, update_digest
 from fedllm.training.data import Unit
 from fedllm.training.trainer import train_round
 from fedllm.training.workspace import Workspace
@@ -159,6 +160,11 @@ class Site:
         # before is answered as before.
         event = plan.mechanism.event(plan.training.local_steps)
         ledger = self._opened(plan).ledger
+        if request.head is not None and not ledger.file.knows(Head(request.head.number, request.head.digest)):
+            raise LedgerError(
+                f"the ledger lacks entry {request.head.number}, which it had signed for head office. Was it restored "
+                "from an old backup? Restore a newer one; without it, what was spent since then is not counted."
+            )
         reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
         if reservation.reply is not None:
             return reservation.reply
@@ -181,20 +187,34 @@ class Site:
         self._policy.check_units(len(units))
         source = self._randomness(plan, request.round)
         delta = train_round(workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch, stop)
-        spent = self._opened(plan).ledger.spent(plan.privacy.delta)
+        ledger = self._opened(plan).ledger
+        spent, head = ledger.spent(plan.privacy.delta), ledger.file.head()
         try:
             payload = codec.encode(delta.astype(np.float32), plan.training.wire)
         except MessageError as error:
             raise ModelError(f"the update cannot be sent: {error}") from None
+        statement = Statement(
+            site=self.name,
+            run=plan.run,
+            plan=plan.digest,
+            round=request.round,
+            epsilon=spent.epsilon if math.isfinite(spent.epsilon) else None,
+            epsilon_rdp=spent.epsilon_rdp if math.isfinite(spent.epsilon_rdp) else None,
+            delta=spent.delta,
+            ledger_number=head.number,
+            ledger_digest=head.digest,
+            update=update_digest(payload),
+        )
         return TrainReply(
             site=self.name,
             plan_digest=plan.digest,
             round=request.round,
             spec_digest=request.spec_digest,
             dtype=plan.training.wire,
-            epsilon=spent.epsilon if math.isfinite(spent.epsilon) else None,
-            epsilon_rdp=spent.epsilon_rdp if math.isfinite(spent.epsilon_rdp) else None,
+            epsilon=statement.epsilon,
+            epsilon_rdp=statement.epsilon_rdp,
             delta=spent.delta,
+            statement=sign_statement(statement, self._identity()),
             payload=payload,
         ).to_bytes()
 

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +21,14 @@ import client.site
 from client.policy import SitePolicy
 from client.site import Site
 from fedllm import codec
+from fedllm.chain import open_entry
 from fedllm.crypto import Identity
 from fedllm.errors import Cancelled, ConfigError, DataError, ModelError
-from fedllm.messages import MAGIC, Declined, Message, Prepare, Ready, TrainReply, TrainRequest, from_bytes
+from fedllm.messages import MAGIC, Declined, LedgerHead, Message, Prepare, Ready, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import DataSet, LedgerFile, PrivacyLedger
+from fedllm.statement import Statement, open_statement, update_digest
 from fedllm.training.data import Record, Unit
 from fedllm.training.workspace import Workspace, open_workspace
 
@@ -88,6 +91,7 @@ class Office:
             "plan": self.plan,
             "round": round_,
             "spec_digest": adapter.spec.digest,
+            "head": None,
             "payload": codec.encode(adapter.initial, "float32"),
         }
         return TrainRequest(**{**values, **changes}).to_bytes()
@@ -418,12 +422,21 @@ def test_what_a_reply_says_beside_the_update_does_not_depend_on_the_records(
     tmp_path: Path, make_plan: MakePlan, units: int
 ) -> None:
     """No record counts, no losses, no timings: the header is a function of the plan and the budget spent."""
-    documented = {"kind", "site", "plan_digest", "round", "spec_digest", "dtype", "epsilon", "epsilon_rdp", "delta"}
+    documented = {"kind", "site", "plan_digest", "round", "spec_digest", "dtype", "epsilon", "epsilon_rdp", "delta",
+                  "statement"}  # fmt: skip
     office = Office(tmp_path, make_plan(), units=units)
     reply = office.site.handle(office.request())
     assert set(header(reply)) == documented
     cost = spent([office.plan.mechanism.event(2)], 1e-3)
-    assert header(reply) == {
+    statement, signer = open_statement(header(reply)["statement"])
+    head = LedgerFile(office.ledger_path).head()
+    assert signer == IDENTITY.public
+    reserved = open_entry(LedgerFile(office.ledger_path).lines()[head.number - 1])  # before the release
+    assert statement == Statement(
+        NAME, office.plan.run, office.plan.digest, 1, cost.epsilon, cost.epsilon_rdp, 1e-3, reserved.number,
+        reserved.digest, update_digest(from_bytes(reply, TrainReply, TrainReply).payload),
+    )  # fmt: skip
+    assert {key: value for key, value in header(reply).items() if key != "statement"} == {
         "kind": "update",
         "site": NAME,
         "plan_digest": office.plan.digest,
@@ -688,3 +701,45 @@ def test_who_waits_for_a_busy_site_can_give_up(tmp_path: Path, make_plan: MakePl
         with pytest.raises(Cancelled):
             office.site.handle(office.request(), stop)
     assert office.events() == []
+
+
+# ---- a ledger that was put back ------------------------------------------------------------------------------------
+
+
+def signed_head(message: Message) -> LedgerHead:
+    assert isinstance(message, TrainReply)
+    statement, _ = open_statement(message.statement)
+    return LedgerHead(number=statement.ledger_number, digest=statement.ledger_digest)
+
+
+def test_the_ledger_that_a_site_signed_for_is_still_there_in_the_next_round(office: Office) -> None:
+    first = signed_head(office.train(1))
+    second = signed_head(office.train(2, head=first))
+    assert second.number > first.number
+    assert office.train(2, head=second) == office.train(2), "a repeated round gives the same bytes"
+    office.restart()
+    assert isinstance(office.train(3, head=second), TrainReply)
+
+
+@pytest.mark.parametrize("case", ["removed", "older", "never was", "gone on another way"])
+def test_a_ledger_without_the_entry_that_was_signed_for_is_refused(office: Office, case: str) -> None:
+    office.train(1)
+    with sqlite3.connect(office.ledger_path) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    backup = office.ledger_path.read_bytes()
+    head = signed_head(office.train(2))
+    if case == "removed":
+        for file in office.ledger_path.parent.glob("ledger.db*"):
+            file.unlink()
+    elif case == "never was":
+        head = LedgerHead(number=head.number, digest="0" * 64)
+    else:
+        office.ledger_path.write_bytes(backup)
+    office.restart()
+    if case == "gone on another way":
+        other = office.workspace().adapter.initial + 1
+        office.train(2, payload=codec.encode(other, "float32"))
+    before, calls = office.events(), office.loader.calls
+    assert reason(office.train(3, head=head)) == "ledger"
+    assert (office.events(), office.loader.calls) == (before, calls)
