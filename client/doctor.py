@@ -9,7 +9,7 @@ import stat
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import grpc
 import psutil
@@ -39,6 +39,9 @@ from fedllm.findings import (
 from fedllm.plan import ModelConfig
 from fedllm.provision import now
 from fedllm.reach import reach, remedy
+
+if TYPE_CHECKING:
+    from fedllm.privacy.accounting import PrivacySpent
 
 _PATIENCE = 3.0  # seconds for the site service to answer
 _YOUNG = timedelta(seconds=30)  # a SuperNode may need that to connect
@@ -107,13 +110,21 @@ def _authorities(ca: Path) -> list[Finding]:
     return [certificate("head office's certificate authority", newest, after)]
 
 
+def _most_spent(office: Office) -> "PrivacySpent":
+    """Check the ledger's chain and return what the data set that has spent most has spent."""
+    from fedllm.privacy.accounting import PrivacySpent, spent
+    from fedllm.privacy.ledger import LedgerFile
+
+    ledger, delta = LedgerFile(office.ledger_file), office.policy.delta
+    ledger.verify()
+    each = [spent(ledger.events(data_set), delta) for data_set in ledger.data_sets()]
+    return max(each, key=lambda one: one.epsilon_rdp, default=PrivacySpent(0.0, 0.0, delta))
+
+
 def _ledger(office: Office) -> list[Finding]:
     if not office.ledger_file.exists():
         return [ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
-    from fedllm.privacy.ledger import PrivacyLedger
-
-    own = office.policy
-    spent = PrivacyLedger(office.ledger_file, office.name, own.epsilon, own.delta).spent()
+    own, spent = office.policy, _most_spent(office)
     text = (
         f"ledger: epsilon {spent.epsilon:.4g} of {own.epsilon:g} spent, at delta {own.delta:g} (by RDP, which decides "
         f"once a second plan is charged: {spent.epsilon_rdp:.4g})"
@@ -297,11 +308,8 @@ def _check_grant(office: Office) -> list[Finding]:
 def _check_ledger(office: Office) -> list[Finding]:
     if not office.ledger_file.exists():
         return [ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
-    from fedllm.privacy.ledger import PrivacyLedger
-
     check_private(office.ledger_file)
-    own = office.policy
-    spent = PrivacyLedger(office.ledger_file, office.name, own.epsilon, own.delta).spent()
+    own, spent = office.policy, _most_spent(office)
     # whether another round fits is decided by RDP once a second plan was charged, so that is the figure to look at
     return [ok(f"ledger: epsilon {spent.epsilon_rdp:.4g} of {own.epsilon:g} spent, at delta {own.delta:g}")]
 

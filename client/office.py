@@ -377,9 +377,18 @@ def install(folder: Path, data: bytes, heard: str | None = None) -> Office:
                 f"this grant is of {grant.made_at:%Y-%m-%d %H:%M:%S}, older than the one installed "
                 f"({office.grant.made_at:%Y-%m-%d %H:%M:%S}). Ask for a new one: fedllm server grant {office.name}"
             )
+        _hand_over(office, next(k for k in office.keys if k.identity.public.fingerprint == grant.site_fingerprint))
         write_secret(office.ca_file, grant.ca.encode())  # before the grant, which says that it is there
         write_secret(folder / "grant.json", data)
     return Office.open(folder)
+
+
+def _hand_over(office: Office, new: KeySet) -> None:
+    """Let the ledger say, signed by the keys in use, that `new` ones sign from now on."""
+    if office.grant is not None and new.number != office.in_use.number and office.ledger_file.exists():
+        from fedllm.privacy.ledger import LedgerFile
+
+        LedgerFile(office.ledger_file).hand_over(office.in_use.identity, new.identity)
 
 
 def rotate(folder: Path) -> Office:

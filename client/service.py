@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 
 from client.office import Office
+from client.records import TableRecords
 from client.site import Site
 from client.wire import METHOD, SERVICE, chunks, join
 from fedllm import envelope
@@ -25,7 +26,7 @@ from fedllm.errors import Cancelled, ConfigError, CryptoError, FedllmError, Mess
 from fedllm.files import locked, write_secret
 from fedllm.messages import Prepare, TrainRequest, from_bytes
 from fedllm.plan import RunPlan
-from fedllm.training.data import Tokeniser, Unit, build_units, check_columns, naming, read_table
+from fedllm.training.data import check_columns, naming, read_table
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
 
 _log = logging.getLogger("fedllm.site")
@@ -112,16 +113,17 @@ def open_site(office: Office) -> Site:
     def workspace(plan: RunPlan) -> Workspace:
         return open_workspace(office.model(plan.model), plan.adapter, plan.seed, resources.device)
 
-    def units(plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
+    def records() -> TableRecords:
         data = office.data
         table = read_table(data.train, data.train_split)
-        by_person = data.unit if plan.privacy.unit == "person" else None
         with naming(data.train):
-            check_columns(table, data, [by_person])
-            tokeniser = Tokeniser(workspace.adapter.tokenizer, plan.model, data)
-            return build_units(table, tokeniser, by_person, plan.privacy.records_per_person)
+            check_columns(table, data, [data.unit])
+        return TableRecords(table, data, data.unit)
 
-    return Site(office.name, office.policy, office.ledger_file, workspace, units, resources.micro_batch)
+    return Site(
+        office.name, office.policy, office.ledger_file, lambda: office.identity, workspace, records,
+        resources.micro_batch,
+    )  # fmt: skip
 
 
 def run(office: Office, stop: threading.Event) -> None:

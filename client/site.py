@@ -5,14 +5,16 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.policy import SitePolicy
 from fedllm import codec
+from fedllm.crypto import Identity
 from fedllm.errors import (
     BudgetExceeded,
     Cancelled,
@@ -27,8 +29,9 @@ from fedllm.errors import (
 )
 from fedllm.messages import MAX_NAME, Declined, Message, Prepare, Ready, Reason, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import RunPlan
-from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.ledger import DataSet, Head, PrivacyLedger
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
+from fedllm.statement import Statement, sign_statement, update_digest
 from fedllm.training.data import Unit
 from fedllm.training.trainer import train_round
 from fedllm.training.workspace import Workspace
@@ -56,6 +59,29 @@ def _check(stop: threading.Event | None) -> None:
         raise Cancelled("nobody waits for the answer any more")
 
 
+class Records(Protocol):
+    """A site's records as they were when they were read."""
+
+    @property
+    def data_set(self) -> DataSet:
+        """Their fingerprint."""
+        ...
+
+    def units(self, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
+        """Return them tokenised for a plan, grouped by privacy unit."""
+        ...
+
+
+@dataclass
+class _Open:
+    """What a site has open for one plan."""
+
+    plan_digest: str
+    records: Records
+    ledger: PrivacyLedger
+    units: tuple[Unit, ...] | None = None
+
+
 class Site:
     """One branch office. Safe to call from several threads; requests are handled one at a time."""
 
@@ -64,19 +90,20 @@ class Site:
         name: str,
         policy: SitePolicy,
         ledger: Path,
+        identity: Callable[[], Identity],
         workspace: Callable[[RunPlan], Workspace],
-        units: Callable[[RunPlan, Workspace], tuple[Unit, ...]],
+        records: Callable[[], Records],
         micro_batch: int,
     ) -> None:
-        """`workspace` and `units` load model and records on first use; the ledger file lies at `ledger`."""
+        """`records` reads the records, once for every plan; `identity` signs the ledger, which lies at `ledger`."""
         if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
             raise ConfigError(
                 f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}"
             )
         self.name = name
         self._policy, self._ledger_path, self._micro_batch = policy, ledger, micro_batch
-        self._open_workspace, self._load_units = workspace, units
-        self._units: tuple[str, tuple[Unit, ...]] | None = None  # digest of the plan they were read for, units
+        self._identity, self._open_workspace, self._read_records = identity, workspace, records
+        self._open: _Open | None = None
         self._lock = threading.Lock()
 
     def handle(self, request: bytes, stop: threading.Event | None = None) -> bytes:
@@ -112,8 +139,9 @@ class Site:
     def _prepare(self, request: Prepare) -> Message:
         plan = request.plan
         self._policy.admit(plan)
-        self._ledger.check(plan.run, plan.mechanism.event(plan.training.local_steps))  # before any record is read
-        self._policy.check_units(len(self._read_units(plan)))
+        # before a record is read for anything but to know which data set it is
+        self._opened(plan).ledger.check(plan.run, plan.mechanism.event(plan.training.local_steps))
+        self._policy.check_units(len(self._units(plan)))
         return Ready(site=self.name, plan_digest=plan.digest, spec_digest=self._workspace(plan).adapter.spec.digest)
 
     def _train(self, request: TrainRequest, stop: threading.Event | None) -> bytes:
@@ -131,7 +159,13 @@ class Site:
         # The charge is on disk before a record enters anything whose result leaves the site. A round that was released
         # before is answered as before.
         event = plan.mechanism.event(plan.training.local_steps)
-        reservation = self._ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
+        ledger = self._opened(plan).ledger
+        if request.head is not None and not ledger.file.knows(Head(request.head.number, request.head.digest)):
+            raise LedgerError(
+                f"the ledger lacks entry {request.head.number}, which it had signed for head office. Was it restored "
+                "from an old backup? Restore a newer one; without it, what was spent since then is not counted."
+            )
+        reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
         if reservation.reply is not None:
             return reservation.reply
         try:
@@ -141,7 +175,7 @@ class Site:
         except Exception as error:
             # A refusal here may depend on the noisy result, so it is the round's release: no second try is free.
             reply = self._decline(error)
-        self._ledger.release(reservation, reply)
+        ledger.release(reservation, reply)
         return reply
 
     def _update(
@@ -149,30 +183,49 @@ class Site:
     ) -> bytes:
         """Train a round that is paid for and return the reply."""
         plan = request.plan
-        units = self._read_units(plan)
+        units = self._units(plan)
         self._policy.check_units(len(units))
         source = self._randomness(plan, request.round)
         delta = train_round(workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch, stop)
-        spent = self._ledger.spent(plan.privacy.delta)
+        ledger = self._opened(plan).ledger
+        spent, head = ledger.spent(plan.privacy.delta), ledger.file.head()
         try:
             payload = codec.encode(delta.astype(np.float32), plan.training.wire)
         except MessageError as error:
             raise ModelError(f"the update cannot be sent: {error}") from None
+        statement = Statement(
+            site=self.name,
+            run=plan.run,
+            plan=plan.digest,
+            round=request.round,
+            epsilon=spent.epsilon if math.isfinite(spent.epsilon) else None,
+            epsilon_rdp=spent.epsilon_rdp if math.isfinite(spent.epsilon_rdp) else None,
+            delta=spent.delta,
+            ledger_number=head.number,
+            ledger_digest=head.digest,
+            update=update_digest(payload),
+        )
         return TrainReply(
             site=self.name,
             plan_digest=plan.digest,
             round=request.round,
             spec_digest=request.spec_digest,
             dtype=plan.training.wire,
-            epsilon=spent.epsilon if math.isfinite(spent.epsilon) else None,
-            epsilon_rdp=spent.epsilon_rdp if math.isfinite(spent.epsilon_rdp) else None,
+            epsilon=statement.epsilon,
+            epsilon_rdp=statement.epsilon_rdp,
             delta=spent.delta,
+            statement=sign_statement(statement, self._identity()),
             payload=payload,
         ).to_bytes()
 
-    @cached_property
-    def _ledger(self) -> PrivacyLedger:
-        return PrivacyLedger(self._ledger_path, self.name, self._policy.epsilon, self._policy.delta)
+    def _opened(self, plan: RunPlan) -> _Open:
+        """Return records and ledger of a plan, reading the records again for another plan: they may have changed."""
+        if self._open is None or self._open.plan_digest != plan.digest:
+            records = self._read_records()
+            policy = self._policy
+            ledger = PrivacyLedger(self._ledger_path, records.data_set, policy.epsilon, policy.delta, self._identity())
+            self._open = _Open(plan.digest, records, ledger)
+        return self._open
 
     def _workspace(self, plan: RunPlan) -> Workspace:
         try:
@@ -180,10 +233,11 @@ class Site:
         except ModelError as error:
             raise SpecMismatch(str(error)) from error
 
-    def _read_units(self, plan: RunPlan) -> tuple[Unit, ...]:
-        if self._units is None or self._units[0] != plan.digest:
-            self._units = (plan.digest, self._load_units(plan, self._workspace(plan)))
-        return self._units[1]
+    def _units(self, plan: RunPlan) -> tuple[Unit, ...]:
+        opened = self._opened(plan)
+        if opened.units is None:
+            opened.units = opened.records.units(plan, self._workspace(plan))
+        return opened.units
 
     def _randomness(self, plan: RunPlan, round_: int) -> Randomness:
         if plan.privacy.protects:

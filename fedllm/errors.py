@@ -7,6 +7,7 @@
     ├── PrivacyError       a step that would weaken the stated guarantee
     │   └── BudgetExceeded the site's privacy budget does not admit the request
     ├── LedgerError        the site's durable record of spent budget cannot be used
+    ├── ChainError         a ledger or run record that was altered, or is not signed by whom it should be
     ├── MessageError       bytes from the other side that are not a valid message
     │   └── SpecMismatch   an update made for another adapter
     ├── FolderError        a folder or file of an installation that cannot be read, written or trusted
@@ -46,6 +47,10 @@ class BudgetExceeded(PrivacyError):
 
 class LedgerError(FedllmError):
     """The site's durable record of spent budget cannot be used."""
+
+
+class ChainError(FedllmError):
+    """A ledger or run record was altered, or is not signed by whom it should be."""
 
 
 class MessageError(FedllmError):

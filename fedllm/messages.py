@@ -16,6 +16,7 @@ from fedllm.plan import Frozen, RunPlan
 MAGIC = b"FLM1"
 RECORD, KEY = "fedllm", "message"  # where the transport's envelope holds a message: record and key
 MAX_NAME = 200  # characters of a site's name
+MAX_STATEMENT = 16_384  # characters
 _MAX_HEADER = 1 << 20
 
 # Why a site takes no part. The code is all that head office learns; the particulars stay in the site's own log.
@@ -60,6 +61,13 @@ class Ready(Message):
     spec_digest: str
 
 
+class LedgerHead(Frozen):
+    """The entry of the site's ledger that head office saw last: a ledger without it was cut or put back."""
+
+    number: int = Field(ge=0)
+    digest: str = Field(max_length=64)
+
+
 class TrainRequest(Message):
     """One round: train from the adapter in the payload (float32[d])."""
 
@@ -67,10 +75,11 @@ class TrainRequest(Message):
     plan: RunPlan
     round: int = Field(ge=1)
     spec_digest: str
+    head: LedgerHead | None  # None: nothing was seen yet
 
 
 class TrainReply(Message):
-    """The site's update (the payload), and what it has spent so far on these records."""
+    """The site's update (the payload), what it has spent so far on these records, and its signed word on both."""
 
     KIND: ClassVar[str] = "update"
     site: str = Field(min_length=1, max_length=MAX_NAME)
@@ -81,6 +90,7 @@ class TrainReply(Message):
     epsilon: float | None = Field(ge=0)  # PLD; None where no noise was added
     epsilon_rdp: float | None = Field(ge=0)
     delta: float
+    statement: str = Field(max_length=MAX_STATEMENT)  # fedllm.statement
 
 
 class Declined(Message):

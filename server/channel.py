@@ -7,7 +7,7 @@ from typing import Protocol
 from flwr.serverapp import Grid
 
 from fedllm import envelope
-from fedllm.crypto import Identity
+from fedllm.crypto import Identity, PublicIdentity
 from fedllm.envelope import Binding
 from fedllm.errors import MessageError
 from fedllm.plan import RunPlan
@@ -31,6 +31,10 @@ class Channel(Protocol):
         """Return the answer of a node to what was last sealed for it; raises FedllmError where it is not that."""
         ...
 
+    def identities(self, node: int) -> tuple[PublicIdentity, ...] | None:
+        """Return who may sign for the site behind a node; None where only its first signature can tell."""
+        ...
+
 
 class PlainChannel:
     """Bytes as they are, every node welcome: for sites in head office's own process."""
@@ -50,6 +54,10 @@ class PlainChannel:
     def open(self, node: int, data: bytes) -> bytes:
         del node
         return data
+
+    def identities(self, node: int) -> tuple[PublicIdentity, ...] | None:
+        del node
+        return None
 
 
 class SealedChannel:
@@ -92,6 +100,10 @@ class SealedChannel:
             differs = [name for name in Binding.model_fields if getattr(binding, name) != getattr(expected, name)]
             raise MessageError(f"an answer to something else ({', '.join(differs)})")
         return payload
+
+    def identities(self, node: int) -> tuple[PublicIdentity, ...]:
+        """Return the identities that the roster holds for the site behind a node."""
+        return self._member(node).identities
 
     def _member(self, node: int) -> Member:
         member = self._member_of(self._keys[node])

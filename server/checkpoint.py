@@ -36,6 +36,9 @@ class SiteState:
     epsilon: float | None = 0.0  # spent so far: stated by the site, or composed from `charged` where that is more
     epsilon_rdp: float | None = 0.0
     bytes_up: int = 0  # of updates
+    identity: str = ""  # that signed the site's last statement
+    head_number: int = -1  # the newest entry of the site's ledger that it signed for
+    head_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         replace_file(path, data)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> CheckpointError:
+def cannot_write(path: Path, error: OSError) -> CheckpointError:
+    """Return the error that says why a file of a run cannot be written."""
     return CheckpointError(
         f"cannot write {path}: {error.strerror}. What was written before is intact. "
         f"{'Free some space' if is_full(error) else 'Check permissions'}, then continue with resume=true."
@@ -83,7 +87,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             previous.unlink(missing_ok=True)
             os.link(path, previous)
         except OSError as error:
-            raise _cannot_write(previous, error) from error
+            raise cannot_write(previous, error) from error
     write_atomically(path, data)
 
 

@@ -24,6 +24,7 @@ from fedllm.plan import DeploymentConfig, Frozen, RunPlan
 from server.channel import SealedChannel
 from server.checkpoint import CONFIG, read_as
 from server.federation import HeadOffice, Member, Roster
+from server.record import RECORD_FILE, RunRecord
 from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord, RoundStarted, SiteAnswered
 from server.superlink import RUNS, Control
 
@@ -175,7 +176,9 @@ def run(grid: Grid, home: Path, name: str) -> None:
         office = HeadOffice.open(home)
         channel = SealedChannel(grid, office.identity, _member_of(office.roster_file), plan)
         head_office = HeadOfficeRun(config)
-        coordinator = head_office.begin(plan, folder, _note(folder / PROGRESS), len(office.roster.active))
+        members = office.roster.active
+        record = RunRecord(folder / RECORD_FILE, office.identities, {each.site: each.identity for each in members})
+        coordinator = head_office.begin(plan, folder, _note(folder / PROGRESS), len(members), record)
         stopped = ""
         try:
             coordinator.run(grid, channel)

@@ -13,14 +13,28 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedllm import codec
+from fedllm.crypto import PublicIdentity
 from fedllm.delta import AdapterSpec
 from fedllm.errors import CheckpointError, CryptoError, MessageError, QuorumLost
-from fedllm.messages import KEY, RECORD, Declined, Prepare, Ready, Reason, TrainReply, TrainRequest, from_bytes
+from fedllm.messages import (
+    KEY,
+    RECORD,
+    Declined,
+    LedgerHead,
+    Prepare,
+    Ready,
+    Reason,
+    TrainReply,
+    TrainRequest,
+    from_bytes,
+)
 from fedllm.plan import QuorumConfig, RunPlan
 from fedllm.privacy.accounting import spent
+from fedllm.statement import open_statement, update_digest
 from server.aggregate import weighted_mean
 from server.channel import Channel, PlainChannel
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
+from server.record import RunRecord, adapter_digest
 
 if TYPE_CHECKING:
     from fedllm.training.server_optimizer import ServerOptimizer
@@ -73,6 +87,17 @@ class RoundStarted:
     sites: list[str]
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """A site's update, its statement checked."""
+
+    reply: TrainReply
+    size: int  # bytes of the whole message
+    signer: str
+    head_number: int  # of the site's ledger
+    head_digest: str
+
+
 Event = RoundStarted | SiteAnswered | RoundRecord
 Score = Callable[[NDArray[np.float32]], Mapping[str, float | None]]
 
@@ -90,11 +115,12 @@ class Coordinator:
         score: Score,
         observe: Callable[[Event], None],
         expected_sites: int,
+        record: RunRecord,
     ) -> None:
         """`score` evaluates an adapter float32[d] on public data; `folder` receives checkpoints and metrics."""
         self._plan, self._federation, self._spec = plan, federation, spec
         self._folder, self._score, self._observe = folder, score, observe
-        self._expected_sites = expected_sites
+        self._expected_sites, self._record = expected_sites, record
         self._optimizer = self._optimizer_from(start)
         self.sites: dict[str, SiteState] = {}
         self.records: list[RoundRecord] = []
@@ -132,6 +158,7 @@ class Coordinator:
                 "a backup, or start a new run."
             )
         _write_records(self._folder / METRICS, self.records)
+        self._record.resume(self._plan, self.round, self.adapter)
 
     def run(self, grid: Grid, channel: Channel | None = None) -> None:
         """Run all rounds that are left; without a `channel`, bytes travel as they are and every node is welcome.
@@ -140,15 +167,18 @@ class Coordinator:
         """
         if not self.records:
             epsilon = 0.0 if self._plan.mechanism.private else None
+            self._record.begin(self._plan, self._spec.digest, self.adapter)
             self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon, **self._scores()))
         channel = channel or PlainChannel(grid)
         self._await_nodes(channel)
         try:
             for number in range(self.round + 1, self._plan.training.rounds + 1):
                 self._round(grid, channel, number)
-        except QuorumLost:
+        except QuorumLost as error:
+            self._note_end(str(error))
             self._save()  # what the sites spent in the unfinished round is part of the record
             raise
+        self._note_end("")
 
     def _await_nodes(self, channel: Channel) -> None:
         """Wait for all sites; where the quorum is there, or the first round waits for it, only a little."""
@@ -171,13 +201,12 @@ class Coordinator:
         self._check_quorum(number, len(nodes), declined, failed)
         self._observe(RoundStarted(number, [self._site_of_node[n] for n in nodes]))
 
-        request = TrainRequest(
-            plan=self._plan, round=number, spec_digest=self._spec.digest, payload=codec.encode(self.adapter, "float32")
-        ).to_bytes()
+        payload = codec.encode(self.adapter, "float32")
+        requests = {node: self._request(self._site_of_node[node], number, payload) for node in nodes}
         updates: dict[str, NDArray[np.float32]] = {}
-        replies: dict[str, tuple[TrainReply, int]] = {}
+        replies: dict[str, _Answer] = {}
         lost: set[str] = set()
-        for node, data in self._exchange(grid, channel, nodes, request, "train", number):
+        for node, data in self._exchange(grid, channel, requests, "train", number):
             site = self._site_of_node[node]
             try:
                 if isinstance(data, str):
@@ -189,6 +218,7 @@ class Coordinator:
                         self._dropped.add(node)
                 else:
                     update = self._check(reply, site, number)
+                    answer = self._check_statement(reply, self.sites[site], channel.identities(node), len(data))
                     if self._forgot(reply, site, number):  # to ask again would cost it budget for nothing
                         lost.add(site)
                         self._dropped.add(node)
@@ -196,7 +226,7 @@ class Coordinator:
                             f"epsilon={reply.epsilon:.4g} is below the {self.sites[site].stated:.4g} of before. "
                             "Is its ledger lost?"
                         )
-                    updates[site], replies[site] = update, (reply, len(data))
+                    updates[site], replies[site] = update, answer
             except MessageError as error:
                 failed[site] = str(error)
             self._observe(SiteAnswered(number, site, site in updates, declined.get(site) or failed.get(site, "")))
@@ -204,6 +234,20 @@ class Coordinator:
         self._charge(replies, declined, failed, number, asked, len(updates) >= self._federation.quorum)
         for site in lost:  # after a resume it is used again only if it can account for all that it may have paid
             self.sites[site] = replace(self.sites[site], stated=self.sites[site].epsilon or 0.0)
+        before = adapter_digest(self.adapter)
+        entry = {
+            "round": number,
+            "counts": len(updates) >= self._federation.quorum,
+            "answered": {site: answer.reply.statement for site, answer in sorted(replies.items())},
+            "declined": dict(declined),
+            "failed": dict(failed),
+            "adapter_before": before,
+            "adapter_after": before,
+            "bytes_up": sum(answer.size for answer in replies.values()),
+            "bytes_down": sum(map(len, requests.values())),
+        }
+        if not entry["counts"]:
+            self._record.note("round", entry)
         self._check_quorum(number, len(updates), declined, failed)
 
         delta = weighted_mean(updates, self._federation.weights)
@@ -219,10 +263,11 @@ class Coordinator:
                 declined=declined,
                 failed=failed,
                 update_norm=float(np.linalg.norm(delta.astype(np.float64))),
-                bytes_up=sum(size for _, size in replies.values()),
-                bytes_down=len(request) * len(nodes),
+                bytes_up=sum(answer.size for answer in replies.values()),
+                bytes_down=sum(map(len, requests.values())),
                 seconds=time.monotonic() - began,
-            )
+            ),
+            {**entry, "adapter_after": adapter_digest(self.adapter)},
         )
 
     def _ready(
@@ -249,7 +294,8 @@ class Coordinator:
         """Announce the plan to nodes that have not heard of it, and learn which site is behind each."""
         known = channel.nodes()
         new = [n for n in known if n not in self._site_of_node and n not in self._dropped]
-        for node, data in self._exchange(grid, channel, new, Prepare(plan=self._plan).to_bytes(), "query", 0):
+        question = Prepare(plan=self._plan).to_bytes()
+        for node, data in self._exchange(grid, channel, dict.fromkeys(new, question), "query", 0):
             try:
                 if isinstance(data, str):
                     raise MessageError(data)
@@ -278,12 +324,12 @@ class Coordinator:
                 self.sites.setdefault(reply.site, SiteState())
 
     def _exchange(
-        self, grid: Grid, channel: Channel, nodes: list[int], payload: bytes, message_type: str, round_: int
+        self, grid: Grid, channel: Channel, payloads: Mapping[int, bytes], message_type: str, round_: int
     ) -> Iterator[tuple[int, bytes | str]]:
-        """Send `payload` to every node and yield (node, answer) as answers come in; text says why there is none."""
+        """Send every node its payload and yield (node, answer) as answers come in; text says why there is none."""
         timeout = self._federation.round_timeout
         waiting: dict[str, int] = {}
-        for node in nodes:
+        for node, payload in payloads.items():
             content = RecordDict({RECORD: ConfigRecord({KEY: channel.seal(node, round_, payload)})})
             waiting.update(dict.fromkeys(grid.push_messages([Message(content, node, message_type, ttl=timeout)]), node))
         deadline, pause = time.monotonic() + timeout, _POLL
@@ -296,7 +342,7 @@ class Coordinator:
                 yield node, "a fault at the site" if reply.has_error() else _open(channel, node, reply.content)
             pause = _POLL if replies else min(1.5 * pause, _POLL_MAX)
             time.sleep(pause if waiting else 0)
-        for node in nodes:
+        for node in payloads:
             if node not in answered:
                 yield node, "no answer in time"
 
@@ -317,6 +363,50 @@ class Coordinator:
             raise MessageError("epsilon is missing, though the plan adds noise")
         return codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
 
+    def _request(self, site: str, number: int, payload: bytes) -> bytes:
+        """Return the request of a round to one site, with the last that is known of its ledger."""
+        state = self.sites[site]
+        head = LedgerHead(number=state.head_number, digest=state.head_digest) if state.head_number >= 0 else None
+        return TrainRequest(
+            plan=self._plan, round=number, spec_digest=self._spec.digest, head=head, payload=payload
+        ).to_bytes()
+
+    def _check_statement(
+        self, reply: TrainReply, before: SiteState, signers: tuple[PublicIdentity, ...] | None, size: int
+    ) -> _Answer:
+        """Check what the site signed against its reply and its past; raises MessageError.
+
+        `signers` may sign for the site; where they are not known, whoever signed first goes on signing.
+        """
+        try:
+            statement, signer = open_statement(reply.statement)
+        except CryptoError as error:
+            raise MessageError(f"statement: {error}") from None
+        if signers is None:
+            signers = (PublicIdentity.from_text(before.identity),) if before.identity else (signer,)
+        if signer not in signers:
+            raise MessageError(f"statement: signed by {signer.fingerprint}, who may not sign for {reply.site}")
+        expected: dict[str, object] = {
+            "site": reply.site,
+            "run": self._plan.run,
+            "plan": reply.plan_digest,
+            "round": reply.round,
+            "epsilon": reply.epsilon,
+            "epsilon_rdp": reply.epsilon_rdp,
+            "delta": reply.delta,
+            "update": update_digest(reply.payload),
+        }
+        for name, value in expected.items():
+            if getattr(statement, name) != value:
+                raise MessageError(f"statement: {name}={getattr(statement, name)}, and the reply says {value}")
+        head = (statement.ledger_number, statement.ledger_digest)
+        if head[0] <= before.head_number and head != (before.head_number, before.head_digest):
+            raise MessageError(
+                f"statement: its ledger stands at entry {head[0]}, and stood at {before.head_number} before. Was it "
+                "restored from an old backup?"
+            )
+        return _Answer(reply, size, signer.to_text(), *head)
+
     def _forgot(self, reply: TrainReply, site: str, number: int) -> bool:
         """Whether a site states less epsilon than before; a round that is repeated may be answered as it was then."""
         before, private = self.sites[site], self._plan.mechanism.private
@@ -324,7 +414,7 @@ class Coordinator:
 
     def _charge(
         self,
-        replies: dict[str, tuple[TrainReply, int]],
+        replies: dict[str, _Answer],
         declined: dict[str, Reason],
         failed: dict[str, str],
         number: int,
@@ -335,11 +425,13 @@ class Coordinator:
         for site, before in self.sites.items():
             state = before
             if site in replies:
-                reply, size = replies[site]
+                answer = replies[site]
+                reply = answer.reply
                 state = replace(state, epsilon=reply.epsilon, epsilon_rdp=reply.epsilon_rdp, reason="")
-                state = replace(state, stated=reply.epsilon or 0.0)
+                state = replace(state, stated=reply.epsilon or 0.0, identity=answer.signer)
+                state = replace(state, head_number=answer.head_number, head_digest=answer.head_digest)
                 if counts:
-                    state = replace(state, rounds=state.rounds + 1, bytes_up=state.bytes_up + size)
+                    state = replace(state, rounds=state.rounds + 1, bytes_up=state.bytes_up + answer.size)
             elif site in failed:
                 state = replace(state, failed=state.failed + 1)
             elif site in declined:
@@ -373,12 +465,18 @@ class Coordinator:
     def _scores(self) -> dict[str, Any]:
         return {"loss": None, "perplexity": None, "accuracy": None, **self._score(self.adapter)}
 
-    def _finish(self, record: RoundRecord) -> None:
-        """Make the round durable: metrics first, so that a checkpoint never runs ahead of them."""
+    def _finish(self, record: RoundRecord, entry: dict[str, Any] | None = None) -> None:
+        """Make the round durable: metrics and run record first, so that a checkpoint never runs ahead of them."""
         self.records.append(record)
         _write_records(self._folder / METRICS, self.records)
+        if entry is not None:
+            self._record.note("round", entry)
         self._save()
         self._observe(record)
+
+    def _note_end(self, stopped: str) -> None:
+        body = {"round": self.round, "stopped": stopped, "adapter": adapter_digest(self.adapter)}
+        self._record.note("end", body)
 
     def _save(self) -> None:
         state = Checkpoint(self.round, self._plan.digest, self.adapter, self._optimizer.state(), self.sites)

@@ -22,6 +22,7 @@ from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.evaluation import Evaluator
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
 from server.checkpoint import CONFIG, write_atomically
+from server.record import RunRecord
 from server.rounds import CHECKPOINT, PLAN, Coordinator, Event
 
 _LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a moment
@@ -102,16 +103,18 @@ class HeadOfficeRun:
         self._workspace = open_workspace(config.model, config.adapter, config.seed, config.site.device)
         self._evaluator = _evaluator(config, self._workspace)
 
-    def begin(self, plan: RunPlan, folder: Path, observe: Callable[[Event], None], sites: int) -> Coordinator:
+    def begin(
+        self, plan: RunPlan, folder: Path, observe: Callable[[Event], None], sites: int, record: RunRecord
+    ) -> Coordinator:
         """Return the coordinator of a run in `folder`, resumed where the configuration says so.
 
-        `sites` is how many are expected; `observe` receives every event.
+        `sites` is how many are expected; `observe` receives every event; `record` is signed as the run goes.
         """
         adapter = self._workspace.adapter
         self._plan, self._folder = plan, folder
         self._coordinator = Coordinator(
             plan, self._config.federation, adapter.spec, adapter.initial, folder, partial(_score, self._evaluator),
-            observe, sites,
+            observe, sites, record,
         )  # fmt: skip
         if self._config.resume:
             self._coordinator.resume()

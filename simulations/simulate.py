@@ -17,6 +17,7 @@ from fedllm.plan import RunPlan, SimulationConfig, parse
 from fedllm.training.workspace import use_threads
 from server.app import server_app
 from server.checkpoint import CONFIG, read_as
+from server.record import RECORD_FILE, RunRecord, key_in
 from server.rounds import PLAN, Coordinator, Event
 from server.run import HeadOfficeRun, alone_in, check_folder, differences, make_plan, write_plan
 from simulations.grid import InProcessGrid, run_ray
@@ -52,9 +53,10 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], 
     with alone_in(folder, config):
         if config.resume:
             plan = _as_before(plan, config, folder)
-        coordinator = run.begin(plan, folder, observe, len(data.names))
         if not config.resume:
             write_plan(folder, plan, config)
+        record = RunRecord(folder / RECORD_FILE, [key_in(folder)])
+        coordinator = run.begin(plan, folder, observe, len(data.names), record)
         announce(plan, data.names)
         with _site_log(folder):
             stopped = _run(config, folder, coordinator, len(data.names))

@@ -11,10 +11,13 @@ from flwr.app import Context
 
 from client.app import Handler
 from client.policy import SitePolicy
+from client.records import TableRecords
 from client.site import Site
-from fedllm.plan import DataConfig, PartitionConfig, RunPlan, SimulationConfig
-from fedllm.training.data import Table, Tokeniser, Unit, build_units, check_columns, naming, person, read_table
-from fedllm.training.workspace import Workspace, open_workspace, use_threads
+from fedllm.crypto import Identity
+from fedllm.files import read_secret, write_secret
+from fedllm.plan import DataConfig, PartitionConfig, SimulationConfig
+from fedllm.training.data import Table, check_columns, naming, person, read_table
+from fedllm.training.workspace import open_workspace, use_threads
 from simulations.partition import partition
 
 SITE_LOG = "sites/sites.log"
@@ -40,11 +43,9 @@ class SimulatedData:
         persons = list(self._table[self._unit])
         return {name: len({person(persons[row]) for row in rows}) for name, rows in self._rows.items()}
 
-    def units(self, name: str, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
-        """Tokenise the records of one site."""
-        tokeniser = Tokeniser(workspace.adapter.tokenizer, plan.model, self._data)
-        unit = self._data.unit if plan.privacy.unit == "person" else None
-        return build_units(self._table.select(self._rows[name]), tokeniser, unit, plan.privacy.records_per_person)
+    def records(self, name: str) -> TableRecords:
+        """Return the rows of one site."""
+        return TableRecords(self._table.select(self._rows[name]), self._data, self._data.unit)
 
 
 _read = lru_cache(maxsize=1)(SimulatedData)
@@ -91,14 +92,23 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         min_units=site.min_units if site.min_units is not None else expected_batch,
         allow_unprotected=True,  # in a simulation the sites are the researcher's own
     )
+    place = folder / "sites" / _folder_name(name)
     return Site(
         name=name,
         policy=policy,
-        ledger=folder / "sites" / _folder_name(name) / "ledger.db",
+        ledger=place / "ledger.db",
+        identity=partial(_identity, place / "identity"),
         workspace=lambda plan: open_workspace(plan.model, plan.adapter, plan.seed, site.device),
-        units=partial(data.units, name),
+        records=partial(data.records, name),
         micro_batch=site.micro_batch,
     )
+
+
+def _identity(path: Path) -> Identity:
+    """Return a simulated site's keys, made on first use."""
+    if not path.exists():
+        write_secret(path, Identity.generate().to_bytes())
+    return Identity.from_bytes(read_secret(path))
 
 
 def _folder_name(site: str) -> str:

@@ -18,6 +18,8 @@ COMMAND_LINE = (
     "fedllm.cli_settings",
     "fedllm.cli_deploy",
     "fedllm.cli_operate",
+    "fedllm.cli_ledger",
+    "fedllm.cli_audit",
 )  # entry points: may import anything
 
 STOCK = "simulations.benchmarks.stock_training"  # what others do, to compare with
@@ -27,10 +29,11 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "torch": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain", STOCK),
     "transformers": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain", STOCK),
     "peft": ("fedllm.training.", "fedllm.audit.", STOCK),
-    "opacus": ("fedllm.training.engine",),
+    "opacus": ("fedllm.training.engine", "fedllm.audit.prv"),
     "datasets": ("fedllm.training.data", "simulations."),
     "sqlite3": ("fedllm.privacy.ledger",),
     "cryptography": ("fedllm.crypto",),
+    "securesystemslib": ("fedllm.crypto",),
     "yaml": ("fedllm.files", *COMMAND_LINE),
     "dp_accounting": ("fedllm.privacy.accounting",),
     "safetensors": ("fedllm.training.", "server.checkpoint"),
@@ -53,6 +56,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 LAYERS: list[tuple[str, ...]] = [
     ("fedllm.errors",),
     ("fedllm.codec", "fedllm.delta", "fedllm.crypto", "fedllm.files", "fedllm.supervisor", "fedllm.units"),
+    ("fedllm.chain", "fedllm.statement"),
     ("fedllm.privacy",),
     ("fedllm.plan",),
     ("fedllm.messages", "fedllm.secagg", "fedllm.envelope", "fedllm.provision", "fedllm.reach", "fedllm.findings"),

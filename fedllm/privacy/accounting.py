@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedllm.errors import ConfigError, PrivacyError
 
 # dp_accounting is imported where it is used: the courier imports this module, must start fast, and never accounts.
@@ -63,14 +66,55 @@ def spent(events: Sequence[AccountingEvent], delta: float) -> PrivacySpent:
 
     Raises PrivacyError where an event is impossible, or the two accountants contradict each other.
     """
+    composed = _merged(events)
+    with _one_at_a_time:
+        return _spent(composed, delta, _GRID)
+
+
+def fits(events: Sequence[AccountingEvent], delta: float, budget: float, one_plan: bool) -> float | None:
+    """Return None where `events` cost at most `budget`, or else what they cost: PLD for one plan, RDP for several.
+
+    A plan is fixed before anything is released, so its PLD is a valid filter. A later plan may depend on what earlier
+    ones released; then only RDP is (Feldman and Zrnic 2021; Whitehouse et al. 2023). Costs a millisecond where RDP, an
+    upper bound, admits the events already.
+    """
+    composed = _merged(events)
+    if any(event.noise_multiplier <= 0 for event in composed):
+        return None if budget == math.inf else math.inf
+    with _one_at_a_time:
+        rdp = _epsilon_rdp(composed, delta) if composed else 0.0
+        if rdp <= budget:
+            return None
+        if not one_plan or rdp > _HOPELESS:
+            return rdp
+        pld = _spent(composed, delta, _GRID).epsilon
+    return None if pld <= budget else pld
+
+
+def deltas(events: Sequence[AccountingEvent], epsilons: Sequence[float]) -> list[float]:
+    """Return the smallest delta at each of `epsilons` that `events` together satisfy, by PLD.
+
+    1.0 throughout where no noise was added, or so little that the PLD says nothing.
+    """
+    composed = _merged(events)
+    if not composed:
+        return [0.0] * len(epsilons)
+    if any(event.noise_multiplier <= 0 for event in composed):
+        return [1.0] * len(epsilons)
+    with _one_at_a_time:
+        if not _epsilon_rdp(composed, 1e-5) <= _HOPELESS:
+            return [1.0] * len(epsilons)
+        return [float(delta) for delta in _composed(composed, _GRID).get_delta_for_epsilon(list(epsilons))]
+
+
+def _merged(events: Sequence[AccountingEvent]) -> tuple[AccountingEvent, ...]:
+    """Check events and put equal ones together: their order does not matter."""
     merged: dict[tuple[float, float], int] = {}
     for event in events:
         event.check()
         key = (event.sampling_rate, event.noise_multiplier)
         merged[key] = merged.get(key, 0) + event.steps
-    composed = tuple(AccountingEvent(q, s, n) for (q, s), n in sorted(merged.items()) if n and q)
-    with _one_at_a_time:
-        return _spent(composed, delta, _GRID)
+    return tuple(AccountingEvent(q, s, n) for (q, s), n in sorted(merged.items()) if n and q)
 
 
 @lru_cache(maxsize=4096)
@@ -82,17 +126,22 @@ def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float) -> Pr
     rdp = _epsilon_rdp(events, delta)
     if not rdp <= _HOPELESS:
         return PrivacySpent(rdp, rdp, delta)
-    parts = [_step_pld(event.sampling_rate, event.noise_multiplier, grid).self_compose(event.steps) for event in events]
-    composed = parts[0]
-    for part in parts[1:]:
-        composed = composed.compose(part)
-    result = PrivacySpent(float(composed.get_epsilon_for_delta(delta)), rdp, delta)
+    result = PrivacySpent(float(_composed(events, grid).get_epsilon_for_delta(delta)), rdp, delta)
     if result.epsilon_rdp < result.epsilon - 0.01 and grid == _GRID:
         raise PrivacyError(
             f"the accountants contradict each other: PLD {result.epsilon:.4g}, RDP {result.epsilon_rdp:.4g} (which can "
             "only be larger). Nothing was released. Check the versions against constraints.txt."
         )
     return result
+
+
+def _composed(events: tuple[AccountingEvent, ...], grid: float) -> Any:
+    """Return the privacy loss distribution of all `events` together."""
+    parts = [_step_pld(event.sampling_rate, event.noise_multiplier, grid).self_compose(event.steps) for event in events]
+    composed = parts[0]
+    for part in parts[1:]:
+        composed = composed.compose(part)
+    return composed
 
 
 @lru_cache(maxsize=64)
@@ -106,14 +155,25 @@ def _step_pld(sampling_rate: float, noise_multiplier: float, grid: float) -> Any
 
 
 def _epsilon_rdp(events: Sequence[AccountingEvent], delta: float) -> float:
+    """Renyi divergences add up over the steps (Mironov 2017, Proposition 1), so that one step of a kind is enough."""
+    from dp_accounting.rdp import compute_epsilon
+
+    total = np.zeros(len(_RDP_ORDERS))
+    for event in events:
+        total += event.steps * _step_rdp(event.sampling_rate, event.noise_multiplier)
+    return float(compute_epsilon(_RDP_ORDERS, total, delta)[0])
+
+
+@lru_cache(maxsize=1024)
+def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float64]:
+    """Return the Renyi divergence of one step at every order, add-or-remove-one."""
     from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
-    rdp = RdpAccountant(orders=_RDP_ORDERS, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-    for event in events:
-        step = PoissonSampledDpEvent(event.sampling_rate, GaussianDpEvent(event.noise_multiplier))
-        rdp.compose(step, event.steps)
-    return float(rdp.get_epsilon(delta))
+    accountant = RdpAccountant(orders=_RDP_ORDERS, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant.compose(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)))
+    step: NDArray[np.float64] = np.asarray(accountant._rdp)  # it offers no other way to what it computed
+    return step
 
 
 @lru_cache(maxsize=256)

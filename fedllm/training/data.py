@@ -265,6 +265,18 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
 
 
+def members(table: Table, unit: str | None) -> Iterator[bytes]:
+    """Yield what the table holds, as bytes that tell one record or person from another, for a fingerprint of it.
+
+    Every record by its whole content and, where `unit` names their column, every person: two tables that share
+    either overlap, whatever their privacy unit.
+    """
+    for row in table:
+        yield b"record\0" + json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode()
+        if unit is not None:
+            yield b"person\0" + person(row[unit]).encode()
+
+
 def person(value: object) -> str:
     """Return the key of a person: one spelling for one name, also where Hangul came decomposed."""
     return unicodedata.normalize("NFC", str(value).strip())

@@ -26,7 +26,7 @@ from fedllm import cli_deploy, crypto, files
 from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError
 from fedllm.plan import ModelConfig
-from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.ledger import DataSet, PrivacyLedger
 from fedllm.provision import Grant
 from server import federation
 
@@ -500,7 +500,7 @@ def test_a_dry_run_counts_persons_and_labels(ready: Path, tiny_llama: Path) -> N
 
 def test_a_dry_run_sees_records_and_ledger_that_others_can_read(ready: Path) -> None:
     site = Office.open(ready)
-    PrivacyLedger(site.ledger_file, site.name, 8.0, 1e-5)
+    PrivacyLedger(site.ledger_file, DataSet("x"), 8.0, 1e-5, site.identity)
     assert wrong(ready) == []
     site.ledger_file.chmod(0o644)
     assert "chmod 600" in wrong(ready)[0]

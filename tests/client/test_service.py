@@ -64,7 +64,7 @@ def request(
     payload: bytes | None = None, **binding: object,
 ) -> bytes:  # fmt: skip
     asked = plan(run)
-    message = TrainRequest(plan=asked, round=2, spec_digest="s", payload=b"adapter").to_bytes()
+    message = TrainRequest(plan=asked, round=2, spec_digest="s", head=None, payload=b"adapter").to_bytes()
     values = {"direction": "to-site", "run": run, "plan": asked.digest, "round": round_, "number": number, **binding}
     return envelope.seal(message if payload is None else payload, Binding(**values), sender, receiver.public)
 
@@ -170,7 +170,7 @@ def test_the_courier_gets_the_answer_over_the_socket(socket: Path, branch: Branc
 def test_200_megabytes_pass_both_ways(socket: Path, branch: Branch) -> None:
     large = os.urandom(1 << 20) * 200
     branch.answer = large[::-1]
-    message = TrainRequest(plan=plan(), round=2, spec_digest="s", payload=large).to_bytes()
+    message = TrainRequest(plan=plan(), round=2, spec_digest="s", head=None, payload=large).to_bytes()
     sealed = ask(str(socket), request(payload=message), 200)
     assert envelope.open_sealed(sealed, HEAD, [SITE.public])[1] == large[::-1]
 

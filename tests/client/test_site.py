@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,16 +21,21 @@ import client.site
 from client.policy import SitePolicy
 from client.site import Site
 from fedllm import codec
+from fedllm.chain import open_entry
+from fedllm.crypto import Identity
 from fedllm.errors import Cancelled, ConfigError, DataError, ModelError
-from fedllm.messages import MAGIC, Declined, Message, Prepare, Ready, TrainReply, TrainRequest, from_bytes
+from fedllm.messages import MAGIC, Declined, LedgerHead, Message, Prepare, Ready, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent, spent
-from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.ledger import DataSet, LedgerFile, PrivacyLedger
+from fedllm.statement import Statement, open_statement, update_digest
 from fedllm.training.data import Record, Unit
 from fedllm.training.workspace import Workspace, open_workspace
 
 SECRET = "Hong-Gildong-8210-4242"  # stands for everything that must not leave a site
 NAME = "대구 지점"
+IDENTITY = Identity.generate()
+DATA = DataSet("what the records hold")
 
 
 class Killed(BaseException):
@@ -37,10 +43,14 @@ class Killed(BaseException):
 
 
 class Loader:
-    """The site's records, and how often they were read."""
+    """The site's records, and how often they were tokenised: what comes before only tells which data set they are."""
 
     def __init__(self, units: int = 24, error: BaseException | None = None) -> None:
         self.size, self.error, self.calls = units, error, 0
+        self.data_set = DATA
+
+    def units(self, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
+        return self(plan, workspace)
 
     def __call__(self, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
         self.calls += 1
@@ -66,11 +76,11 @@ class Office:
 
     def restart(self) -> Site:
         """The site after its process has ended and begun again: only the ledger is left."""
-        self.site = Site(
-            NAME, self.policy, self.ledger_path,
-            lambda plan: open_workspace(plan.model, plan.adapter, plan.seed, "cpu"), self.loader, 8,
-        )  # fmt: skip
+        self.site = self.make(lambda plan: open_workspace(plan.model, plan.adapter, plan.seed, "cpu"))
         return self.site
+
+    def make(self, workspace: Callable[[RunPlan], Workspace]) -> Site:
+        return Site(NAME, self.policy, self.ledger_path, lambda: IDENTITY, workspace, lambda: self.loader, 8)
 
     def workspace(self) -> Workspace:
         return open_workspace(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
@@ -81,6 +91,7 @@ class Office:
             "plan": self.plan,
             "round": round_,
             "spec_digest": adapter.spec.digest,
+            "head": None,
             "payload": codec.encode(adapter.initial, "float32"),
         }
         return TrainRequest(**{**values, **changes}).to_bytes()
@@ -92,7 +103,9 @@ class Office:
         return read(self.site.handle(Prepare(plan=self.plan).to_bytes()))
 
     def events(self) -> list[AccountingEvent]:
-        return PrivacyLedger(self.ledger_path, NAME, self.policy.epsilon, self.policy.delta).events()
+        if not self.ledger_path.exists():
+            return []
+        return [charge.event for charge in LedgerFile(self.ledger_path).charges()]
 
 
 MakePlan = Callable[..., RunPlan]
@@ -162,7 +175,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan) -> Off
             raise ModelError("another model")
         return workspace
 
-    office.site = Site(NAME, office.policy, office.ledger_path, open_only, office.loader, 8)
+    office.site = office.make(open_only)
     return office
 
 
@@ -220,7 +233,7 @@ def test_a_round_gives_an_update_of_the_planned_form(office: Office) -> None:
 @pytest.mark.parametrize("name", ["", "x" * 201, "\ud800"], ids=["empty", "too long", "lone surrogate"])
 def test_a_name_that_no_message_can_carry_is_refused_when_the_site_is_made(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="name"):
-        Site(name, SitePolicy(1.0, 1e-5, 1), tmp_path / "ledger.db", lambda plan: None, lambda p, w: (), 8)  # type: ignore[arg-type,return-value]
+        Site(name, SitePolicy(1.0, 1e-5, 1), tmp_path / "ledger.db", lambda: IDENTITY, None, Loader, 8)  # type: ignore[arg-type]
 
 
 # ---- what the site permits ------------------------------------------------------------------------------------------
@@ -260,14 +273,14 @@ def test_a_site_may_permit_unprotected_plans(tmp_path: Path, make_plan: MakePlan
 
 
 @pytest.mark.parametrize("step", ["prepare", "train"])
-def test_an_exhausted_budget_is_declined_before_any_record_is_read(
+def test_an_exhausted_budget_is_declined_before_any_record_is_tokenised(
     tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     plan = make_plan(run="second")
     event = plan.mechanism.event(plan.training.local_steps)
     budget = spent([event], 1e-3).epsilon * 1.01  # one round, and no other
     office = Office(tmp_path, plan, epsilon=budget)
-    PrivacyLedger(office.ledger_path, NAME, budget, 1e-3).reserve("first", 1, "of another run", event)
+    PrivacyLedger(office.ledger_path, DATA, budget, 1e-3, IDENTITY).reserve("first", 1, "of another run", event)
 
     def train_round(*_: object) -> None:
         raise AssertionError("trained without budget")
@@ -346,7 +359,7 @@ def test_a_round_is_trained_for_one_request_only(office: Office, make_plan: Make
     assert len(office.events()) == 1
 
 
-def test_a_ledger_that_cannot_be_used_stops_the_site_before_records_are_read(office: Office) -> None:
+def test_a_ledger_that_cannot_be_used_stops_the_site_before_records_are_tokenised(office: Office) -> None:
     office.ledger_path.write_bytes(b"not a database" * 400)
     assert reason(office.train()) == "ledger"
     assert office.loader.calls == 0
@@ -409,12 +422,21 @@ def test_what_a_reply_says_beside_the_update_does_not_depend_on_the_records(
     tmp_path: Path, make_plan: MakePlan, units: int
 ) -> None:
     """No record counts, no losses, no timings: the header is a function of the plan and the budget spent."""
-    documented = {"kind", "site", "plan_digest", "round", "spec_digest", "dtype", "epsilon", "epsilon_rdp", "delta"}
+    documented = {"kind", "site", "plan_digest", "round", "spec_digest", "dtype", "epsilon", "epsilon_rdp", "delta",
+                  "statement"}  # fmt: skip
     office = Office(tmp_path, make_plan(), units=units)
     reply = office.site.handle(office.request())
     assert set(header(reply)) == documented
     cost = spent([office.plan.mechanism.event(2)], 1e-3)
-    assert header(reply) == {
+    statement, signer = open_statement(header(reply)["statement"])
+    head = LedgerFile(office.ledger_path).head()
+    assert signer == IDENTITY.public
+    reserved = open_entry(LedgerFile(office.ledger_path).lines()[head.number - 1])  # before the release
+    assert statement == Statement(
+        NAME, office.plan.run, office.plan.digest, 1, cost.epsilon, cost.epsilon_rdp, 1e-3, reserved.number,
+        reserved.digest, update_digest(from_bytes(reply, TrainReply, TrainReply).payload),
+    )  # fmt: skip
+    assert {key: value for key, value in header(reply).items() if key != "statement"} == {
         "kind": "update",
         "site": NAME,
         "plan_digest": office.plan.digest,
@@ -679,3 +701,45 @@ def test_who_waits_for_a_busy_site_can_give_up(tmp_path: Path, make_plan: MakePl
         with pytest.raises(Cancelled):
             office.site.handle(office.request(), stop)
     assert office.events() == []
+
+
+# ---- a ledger that was put back ------------------------------------------------------------------------------------
+
+
+def signed_head(message: Message) -> LedgerHead:
+    assert isinstance(message, TrainReply)
+    statement, _ = open_statement(message.statement)
+    return LedgerHead(number=statement.ledger_number, digest=statement.ledger_digest)
+
+
+def test_the_ledger_that_a_site_signed_for_is_still_there_in_the_next_round(office: Office) -> None:
+    first = signed_head(office.train(1))
+    second = signed_head(office.train(2, head=first))
+    assert second.number > first.number
+    assert office.train(2, head=second) == office.train(2), "a repeated round gives the same bytes"
+    office.restart()
+    assert isinstance(office.train(3, head=second), TrainReply)
+
+
+@pytest.mark.parametrize("case", ["removed", "older", "never was", "gone on another way"])
+def test_a_ledger_without_the_entry_that_was_signed_for_is_refused(office: Office, case: str) -> None:
+    office.train(1)
+    with sqlite3.connect(office.ledger_path) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    backup = office.ledger_path.read_bytes()
+    head = signed_head(office.train(2))
+    if case == "removed":
+        for file in office.ledger_path.parent.glob("ledger.db*"):
+            file.unlink()
+    elif case == "never was":
+        head = LedgerHead(number=head.number, digest="0" * 64)
+    else:
+        office.ledger_path.write_bytes(backup)
+    office.restart()
+    if case == "gone on another way":
+        other = office.workspace().adapter.initial + 1
+        office.train(2, payload=codec.encode(other, "float32"))
+    before, calls = office.events(), office.loader.calls
+    assert reason(office.train(3, head=head)) == "ledger"
+    assert (office.events(), office.loader.calls) == (before, calls)

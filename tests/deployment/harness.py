@@ -21,7 +21,7 @@ from fedllm.cli_settings import compose, validate
 from fedllm.files import in_use
 from fedllm.plan import DeploymentConfig, RunPlan
 from fedllm.privacy.accounting import AccountingEvent, spent
-from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.ledger import LedgerFile
 from server import deployment, federation
 from server.checkpoint import CONFIG, SiteState, load_checkpoint, read_as
 from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord
@@ -294,7 +294,7 @@ class Branch:
     def charged(self) -> list[AccountingEvent]:
         """What the site's own ledger says was paid for."""
         path = self.home / "data" / "ledger.db"
-        return PrivacyLedger(path, self.name, 20.0, DELTA).events() if path.exists() else []
+        return [charge.event for charge in LedgerFile(path).charges()] if path.exists() else []
 
 
 def records_of(branch: str, path: Path, persons: int = 60) -> Path:

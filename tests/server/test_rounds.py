@@ -1,9 +1,13 @@
 """The round loop: what misbehaving sites, crashes and lost quorums can do to a run, which is nothing."""
 
+import errno
 import json
 import math
+import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +20,38 @@ from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 import server.checkpoint
+import server.record
 import server.rounds
 from fedllm import codec
+from fedllm.chain import Entry, read_chain
+from fedllm.crypto import Identity
 from fedllm.delta import AdapterSpec, TensorSpec
-from fedllm.errors import CheckpointError, QuorumLost
-from fedllm.messages import KEY, RECORD, Declined, Prepare, Ready, TrainReply, TrainRequest, from_bytes
+from fedllm.errors import CheckpointError, MessageError, QuorumLost
+from fedllm.messages import KEY, RECORD, Declined, LedgerHead, Prepare, Ready, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import FederationConfig, RunPlan, parse
 from fedllm.privacy.accounting import spent
+from fedllm.statement import Statement, open_statement, sign_statement, update_digest
 from server.checkpoint import load_checkpoint
+from server.record import RECORD_FILE, RunRecord, adapter_digest
 from server.rounds import CHECKPOINT, METRICS, Coordinator, Event, RoundRecord, RoundStarted, SiteAnswered
 
 DIMENSION = 12
 SPEC = AdapterSpec("base", "frozen", 2.0, (TensorSpec("a", (4, 2)), TensorSpec("b", (4,))))
 START = np.linspace(-1, 1, DIMENSION).astype(np.float32)
 NAMES = ("서울-강남", "busan", "jeju")
+HEAD_OFFICE = [Identity.generate()]
 
 Vector = NDArray[np.float32]
 
 
 class Killed(BaseException):
     """Stands for kill -9: nothing in the product may catch it."""
+
+
+@cache
+def identity_of(name: str) -> Identity:
+    del name
+    return Identity.generate()
 
 
 class FakeSite:
@@ -47,6 +63,18 @@ class FakeSite:
         self.prepared = 0
         self.spoil: Callable[[TrainReply], Any] | None = None
         self.decline_plan: str | None = None
+        self.identity = identity_of(name)
+        self.heads: list[LedgerHead | None] = []  # that head office sent
+        self.says: dict[str, Any] = {}  # what its statement says instead of what is so
+
+    def sign(self, reply: TrainReply, plan: RunPlan) -> TrainReply:
+        entry = 2 * reply.round  # of a chain with two entries a round
+        statement = Statement(
+            reply.site, plan.run, reply.plan_digest, reply.round, reply.epsilon, reply.epsilon_rdp, reply.delta, entry,
+            f"digest {entry}", update_digest(reply.payload),
+        )  # fmt: skip
+        signed = sign_statement(replace(statement, **self.says), self.identity)
+        return reply.model_copy(update={"statement": signed})
 
     def delta(self, round_: int, start: Vector) -> Vector:
         noise = np.random.default_rng([round_, *self.name.encode()]).normal(size=DIMENSION)
@@ -60,6 +88,7 @@ class FakeSite:
                 return Declined(site=self.name, reason=self.decline_plan).to_bytes()  # type: ignore[arg-type]
             return Ready(site=self.name, plan_digest=message.plan.digest, spec_digest=SPEC.digest).to_bytes()
         self.rounds.append(message.round)
+        self.heads.append(message.head)
         plan = message.plan
         private = plan.mechanism.private
         reply = TrainReply(
@@ -71,11 +100,16 @@ class FakeSite:
             epsilon=0.5 * message.round if private else None,
             epsilon_rdp=0.6 * message.round if private else None,
             delta=plan.privacy.delta,
+            statement="",
             payload=codec.encode(
                 self.delta(message.round, codec.decode(message.payload, "float32", DIMENSION)), plan.training.wire
             ),
         )
-        return reply.to_bytes() if self.spoil is None else self.spoil(reply)
+        answer = reply.to_bytes() if self.spoil is None else self.spoil(reply)
+        try:
+            return self.sign(from_bytes(answer, TrainReply, TrainReply), plan).to_bytes()
+        except (MessageError, TypeError):  # spoilt so well that there is nothing to sign
+            return answer
 
 
 class FakeGrid(Grid):
@@ -174,8 +208,9 @@ class Federation:
 
     def coordinator(self, observe: Callable[[Event], None] | None = None) -> Coordinator:
         return Coordinator(
-            self.plan, self.config, SPEC, START, self.folder, score, observe or self.events.append, len(self.sites)
-        )
+            self.plan, self.config, SPEC, START, self.folder, score, observe or self.events.append, len(self.sites),
+            RunRecord(self.folder / RECORD_FILE, HEAD_OFFICE, {"jeju": "its identity"}),
+        )  # fmt: skip
 
     def run(self) -> Coordinator:
         coordinator = self.coordinator()
@@ -657,7 +692,7 @@ def test_a_run_killed_before_any_write_resumes_to_the_same_bits(
     plan = make_plan(rounds=3, server=_OPTIMISERS["adam"])
     uninterrupted = Federation(tmp_path / "whole", plan).run()
     real = server.checkpoint.write_atomically
-    for killed_at in range(2, 8):  # the first two writes make the first checkpoint; before it a run starts over
+    for killed_at in range(3, 9):  # the first three writes make the first checkpoint; before it a run starts over
         federation = Federation(tmp_path / f"killed-{killed_at}", plan)
         writes: list[Path] = []
 
@@ -670,6 +705,7 @@ def test_a_run_killed_before_any_write_resumes_to_the_same_bits(
         with monkeypatch.context() as patch:
             patch.setattr(server.checkpoint, "write_atomically", write)
             patch.setattr(server.rounds, "write_atomically", write)
+            patch.setattr(server.record, "write_atomically", write)
             with pytest.raises(Killed):
                 federation.run()
         resumed = federation.resume()
@@ -792,3 +828,214 @@ def test_a_full_disk_ends_the_run_and_nothing_is_lost(federation: Federation, mo
         with pytest.raises(CheckpointError, match="no space left"):
             federation.run()
     assert federation.resume().adapter.tobytes() == whole.adapter.tobytes()
+
+
+# ---- statements ------------------------------------------------------------------------------------------------------
+
+LIES: dict[str, dict[str, Any]] = {
+    "another site": {"site": "busan"},
+    "another run": {"run": "x"},
+    "another plan": {"plan": "0" * 64},
+    "another round": {"round": 1},
+    "another epsilon": {"epsilon": 0.25},
+    "another epsilon by RDP": {"epsilon_rdp": 0.25},
+    "no epsilon": {"epsilon": None},
+    "another delta": {"delta": 0.5},
+    "another update": {"update": update_digest(b"")},
+    "a head that went back": {"ledger_number": 1},
+    "the same head, another digest": {"ledger_number": 2},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_site_that_signs_something_else_than_it_sends_is_not_used(tmp_path: Path, lie: str) -> None:
+    federation = Federation(tmp_path, make_plan(mode="local", noise_multiplier=1.0))
+    jeju = federation.sites["jeju"]
+
+    def spoil(reply: TrainReply) -> bytes:
+        jeju.says = LIES[lie] if reply.round == 2 else {}
+        return reply.to_bytes()
+
+    jeju.spoil = spoil
+    coordinator = federation.run()
+    assert list(coordinator.records[2].failed) == ["jeju"]
+    assert coordinator.records[2].failed["jeju"].startswith("statement: ")
+    assert coordinator.sites["jeju"].rounds == 3
+
+
+@pytest.mark.parametrize("statement", ["", "{}", "hello", "\ud83d\ude00" * 10])
+def test_a_reply_without_a_statement_is_not_used(federation: Federation, statement: str) -> None:
+    jeju = federation.sites["jeju"]
+    jeju.sign = lambda reply, plan: reply.model_copy(update={"statement": statement})  # type: ignore[method-assign]
+    coordinator = federation.run()
+    assert coordinator.sites["jeju"].rounds == 0
+    assert coordinator.round == 4
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_who_signed_first_for_a_site_goes_on_signing(federation: Federation, resumed: bool) -> None:
+    jeju, stranger = federation.sites["jeju"], Identity.generate()
+
+    def spoil(reply: TrainReply) -> bytes:
+        if reply.round == 3 and resumed:
+            raise Killed
+        return reply.to_bytes()
+
+    jeju.spoil = spoil
+    if resumed:
+        with pytest.raises(Killed):
+            federation.run()
+        jeju.spoil, jeju.identity = None, stranger
+        assert "may not sign" in federation.resume().records[3].failed["jeju"]
+    else:
+        federation.run()
+
+
+def test_with_a_roster_only_its_identities_may_sign(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {node: (site.identity.public,) for node, site in enumerate(federation.sites.values(), start=1)}
+    known[2] = (Identity.generate().public,)  # busan's is another
+    monkeypatch.setattr(server.rounds.PlainChannel, "identities", lambda self, node: known[node])
+    coordinator = federation.run()
+    assert all("may not sign for busan" in record.failed["busan"] for record in coordinator.records[1:])
+    assert coordinator.sites["jeju"].rounds == 4
+
+
+def test_every_site_hears_what_it_signed_for_last(federation: Federation) -> None:
+    federation.sites["jeju"].spoil = lambda reply: None if reply.round == 2 else reply.to_bytes()
+    federation.run()
+    numbers = {name: [head.number if head else None for head in site.heads] for name, site in federation.sites.items()}
+    assert numbers == {"서울-강남": [None, 2, 4, 6], "busan": [None, 2, 4, 6], "jeju": [None, 2, 2, 6]}
+
+
+# ---- the run record --------------------------------------------------------------------------------------------------
+
+
+def record_of(federation: Federation) -> list[Entry]:
+    lines = (federation.folder / RECORD_FILE).read_text("utf-8").splitlines()
+    return read_chain(lines, "record", [HEAD_OFFICE[0].public])
+
+
+def test_the_record_tells_the_whole_run_in_signed_entries(federation: Federation) -> None:
+    refusal = Declined(site="jeju", reason="training").to_bytes()
+    federation.sites["jeju"].spoil = lambda reply: refusal if reply.round == 2 else reply.to_bytes()
+    coordinator = federation.run()
+    entries = record_of(federation)
+    assert [entry.kind for entry in entries] == ["plan", "round", "round", "round", "round", "end"]
+    plan = entries[0].body
+    assert parse(RunPlan, plan["plan"]).digest == plan["plan_digest"] == federation.plan.digest
+    assert plan["spec_digest"] == SPEC.digest
+    assert plan["sites"] == {"jeju": "its identity"}
+    assert {"python", "fedllm", "flwr"} <= set(plan["versions"])
+    adapters = [adapter_digest(START)]
+    for number, (entry, record) in enumerate(zip(entries[1:5], coordinator.records[1:], strict=True), start=1):
+        body = entry.body
+        assert (body["round"], body["counts"]) == (number, True)
+        assert sorted(body["answered"]) == record.answered
+        for name, line in body["answered"].items():
+            statement, signer = open_statement(line)
+            assert (statement.site, statement.round, signer) == (name, number, identity_of(name).public)
+        assert (body["declined"], body["failed"]) == (record.declined, record.failed)
+        assert (body["bytes_up"], body["bytes_down"]) == (record.bytes_up, record.bytes_down)
+        assert body["adapter_before"] == adapters[-1]
+        adapters.append(body["adapter_after"])
+    assert entries[5].body == {"round": 4, "stopped": "", "adapter": adapter_digest(coordinator.adapter)}
+    assert adapters[-1] == adapter_digest(coordinator.adapter)
+
+
+def test_a_round_that_lost_its_quorum_is_on_record_with_what_was_signed(federation: Federation) -> None:
+    for name in ("jeju", "busan"):
+        federation.sites[name].spoil = lambda reply: None if reply.round == 3 else reply.to_bytes()
+    with pytest.raises(QuorumLost):
+        federation.run()
+    for site in federation.sites.values():
+        site.spoil = None
+    federation.resume()
+    entries = record_of(federation)
+    kinds = ["plan", "round", "round", "round", "end", "resumed", "round", "round", "end"]
+    assert [entry.kind for entry in entries] == kinds
+    lost = entries[3].body
+    assert (lost["round"], lost["counts"], list(lost["answered"])) == (3, False, ["서울-강남"])
+    assert lost["adapter_before"] == lost["adapter_after"] == entries[5].body["adapter"]
+    assert "quorum" in entries[4].body["stopped"]
+    assert (entries[5].body["round"], entries[6].body["round"]) == (2, 3)
+    again = entries[6].body["answered"]["서울-강남"]
+    assert again == lost["answered"]["서울-강남"], "a repeated round is answered as before, and head office accepts it"
+
+
+def test_a_record_ahead_of_the_checkpoint_keeps_what_was_signed(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves: list[int] = []
+    real = server.rounds.save_checkpoint
+
+    def save(path: Path, checkpoint: Any) -> None:
+        if checkpoint.round == 2 and not saves:
+            saves.append(2)
+            raise Killed
+        real(path, checkpoint)
+
+    monkeypatch.setattr(server.rounds, "save_checkpoint", save)
+    with pytest.raises(Killed):
+        federation.run()
+    with (federation.folder / RECORD_FILE).open("ab") as file:
+        file.write(b'{"payload":"half an en')  # and dies while it writes the next one
+    federation.resume()
+    entries = record_of(federation)
+    rounds = [(entry.kind, entry.body.get("round")) for entry in entries[1:]]
+    assert rounds[:4] == [("round", 1), ("round", 2), ("resumed", 1), ("round", 2)]
+    assert entries[2].body["answered"] == entries[4].body["answered"]
+
+
+DAMAGES: dict[str, Callable[[list[str]], list[str]]] = {
+    "an entry altered": lambda lines: [lines[0], lines[1].replace('"sig":"', '"sig":"A'), *lines[2:]],
+    "an entry removed": lambda lines: [lines[0], *lines[2:]],
+    "cut short of the checkpoint": lambda lines: lines[:4],
+    "emptied": lambda lines: [],
+    "no text": lambda lines: ["hello"],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_record_that_was_altered_stops_the_run_and_is_left_alone(federation: Federation, damage: str) -> None:
+    federation.run()
+    path = federation.folder / RECORD_FILE
+    path.write_text("".join(line + "\n" for line in DAMAGES[damage](path.read_text("utf-8").splitlines())), "utf-8")
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="record"):
+        federation.coordinator().resume()
+    assert path.read_bytes() == before
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        federation.coordinator().resume()
+
+
+def test_the_record_goes_on_under_head_offices_new_identity(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation.run()
+    old, new = HEAD_OFFICE[0], Identity.generate()
+    monkeypatch.setitem(globals(), "HEAD_OFFICE", [new, old])
+    federation.resume()
+    lines = (federation.folder / RECORD_FILE).read_text("utf-8").splitlines()
+    for trusted in (old, new):
+        entries = read_chain(lines, "record", [trusted.public])
+        assert [entry.kind for entry in entries[-3:]] == ["key", "resumed", "end"]
+        assert entries[-1].signer == new.public
+
+
+def test_a_record_on_a_full_disk_stops_the_run_and_stays_whole(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        if os.readlink(f"/proc/self/fd/{file}").endswith(RECORD_FILE) and len(federation.metrics()) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(CheckpointError, match="Free some space"):
+            federation.run()
+    assert [entry.kind for entry in record_of(federation)] == ["plan", "round"]
+    assert federation.resume().round == 4

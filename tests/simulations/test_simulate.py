@@ -33,7 +33,7 @@ from fedllm.errors import ConfigError, FedllmError
 from fedllm.messages import Declined, Message, Prepare, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import RunPlan, SimulationConfig, parse
 from fedllm.privacy.accounting import AccountingEvent, spent
-from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.adapter import AdapterModel
 from server.checkpoint import load_checkpoint
 from server.rounds import Event, RoundRecord
@@ -46,6 +46,10 @@ LABELS = ["카드", "loan", "visa"]
 OFF: dict[str, Any] = {"privacy": {"mode": "off"}}
 # Several tests need no more than the figures of a run.
 SMALL: dict[str, Any] = {"training": {"rounds": 2, "local_steps": 1}}
+
+
+def charged(ledger: Path) -> list[AccountingEvent]:
+    return [charge.event for charge in LedgerFile(ledger).charges()] if ledger.exists() else []
 
 
 @dataclass
@@ -69,7 +73,7 @@ class Run:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
     def ledger(self, site: str) -> list[Any]:
-        return PrivacyLedger(self.folder / "sites" / site / "ledger.db", site, 1.0, 1e-3).events()
+        return charged(self.folder / "sites" / site / "ledger.db")
 
 
 def run(config: SimulationConfig) -> Run:

@@ -13,19 +13,20 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from multiprocessing.pool import AsyncResult
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedllm.crypto import Identity
 from fedllm.errors import BudgetExceeded, FedllmError, LedgerError
 from fedllm.privacy.accounting import AccountingEvent, spent
-from fedllm.privacy.ledger import PrivacyLedger, Reservation
+from fedllm.privacy.ledger import DataSet, PrivacyLedger, Reservation
 
 ROOT = Path(__file__).parents[3]
 DELTA = 1e-5
+SIGNER = Identity.generate()
 EVENT = AccountingEvent(0.1, 2.0, 1)
 UNPROTECTED = AccountingEvent(0.1, 0.0, 1)  # costs everything, and nothing to account for
 AFFORDABLE = 5
@@ -34,7 +35,7 @@ BUDGET_RDP = spent([EVENT] * AFFORDABLE, DELTA).epsilon_rdp  # the same, for sev
 
 
 def open_ledger(path: Path, epsilon: float = BUDGET, dataset: str = "서울") -> PrivacyLedger:
-    return PrivacyLedger(path, dataset, epsilon, DELTA)
+    return PrivacyLedger(path, DataSet(dataset), epsilon, DELTA, SIGNER)
 
 
 @pytest.fixture
@@ -288,20 +289,24 @@ def test_a_new_ledger_may_be_opened_by_several_at_once(tmp_path: Path) -> None:
             assert list(threads.map(open_new, range(start, start + 6))) == [0] * 6
 
 
-def test_processes_together_cannot_overdraw_the_budget(ledger: PrivacyLedger) -> None:
+def reserve_elsewhere(path: Path, dataset: DataSet, signer: bytes, number: int) -> bool:
+    """What a process of its own does: one reservation, if the budget admits it."""
+    ledger = PrivacyLedger(path, dataset, BUDGET, DELTA, Identity.from_bytes(signer))
+    try:
+        return ledger.reserve("run", number, "request", EVENT).reply is None
+    except BudgetExceeded:
+        return False
+
+
+def reserve_in_processes(path: Path, datasets: list[DataSet]) -> int:
+    """Reserve by turns for `datasets` in two processes at once; return how many were admitted."""
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        pending: list[AsyncResult[Reservation]] = [
-            pool.apply_async(ledger.reserve, ("run", number, "request", EVENT)) for number in range(12)
-        ]
-        pool.close()
-        admitted = 0
-        for result in pending:
-            try:
-                admitted += result.get().reply is None
-            except BudgetExceeded:
-                continue
-        pool.join()
-    assert admitted == AFFORDABLE
+        tasks = [(path, datasets[number % len(datasets)], SIGNER.to_bytes(), number) for number in range(12)]
+        return sum(pool.starmap(reserve_elsewhere, tasks, chunksize=1))
+
+
+def test_processes_together_cannot_overdraw_the_budget(ledger: PrivacyLedger, path: Path) -> None:
+    assert reserve_in_processes(path, [DataSet("서울")]) == AFFORDABLE
     assert ledger.spent(DELTA).epsilon == BUDGET
 
 
@@ -311,7 +316,9 @@ import os, sys, time
 from pathlib import Path
 from fedllm.errors import FedllmError
 from fedllm.privacy.accounting import AccountingEvent
-from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.crypto import Identity
+from fedllm.privacy.ledger import DataSet, PrivacyLedger
+signer = Identity.from_bytes(sys.argv[2].encode())
 event = AccountingEvent(0.1, 2.0, 1)
 unprotected = AccountingEvent(0.1, 0.0, 1)
 path = Path(sys.argv[1])
@@ -329,7 +336,7 @@ def test_a_reservation_outlives_a_killed_process_and_counts_as_spent(path: Path)
     code = (
         PRELUDE
         + """
-PrivacyLedger(path, "서울", 100.0, 1e-5).reserve("run", 1, "request", event)
+PrivacyLedger(path, DataSet("서울"), 100.0, 1e-5, signer).reserve("run", 1, "request", event)
 import sqlite3
 db = sqlite3.connect(path, isolation_level=None)
 db.execute("BEGIN IMMEDIATE")  # and dies amidst the next transaction, too
@@ -339,7 +346,9 @@ time.sleep(600)
 """
     )
     with subprocess.Popen(
-        [sys.executable, "-X", "utf8", "-c", code, str(path)], stdout=subprocess.PIPE, cwd=ROOT
+        [sys.executable, "-X", "utf8", "-c", code, str(path), SIGNER.to_bytes().decode()],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"reserved\n"
@@ -386,11 +395,16 @@ def test_a_ledger_that_cannot_be_written_is_a_ledger_error_and_loses_nothing(rea
         + """
 if os.geteuid() == 0:
     os.seteuid(65534)  # the superuser may write anything
-report(lambda: PrivacyLedger(path, "서울", float("inf"), 1e-5).reserve("run", 2, "request", unprotected))
+data = DataSet("서울")
+report(lambda: PrivacyLedger(path, data, float("inf"), 1e-5, signer).reserve("run", 2, "request", unprotected))
 """
     )
     done = subprocess.run(
-        [sys.executable, "-X", "utf8", "-c", code, str(path)], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-X", "utf8", "-c", code, str(path), SIGNER.to_bytes().decode()],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     reachable.chmod(0o755)
     assert done.stdout.startswith("LedgerError")
@@ -406,13 +420,17 @@ def test_a_full_disk_is_a_ledger_error_and_charges_nothing(path: Path) -> None:
         PRELUDE
         + """
 import resource
-ledger = PrivacyLedger(path, "서울", float("inf"), 1e-5)
+ledger = PrivacyLedger(path, DataSet("서울"), float("inf"), 1e-5, signer)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
 report(lambda: ledger.reserve("run", 2, "request", unprotected))
 """
     )
     done = subprocess.run(
-        [sys.executable, "-X", "utf8", "-c", code, str(path)], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-X", "utf8", "-c", code, str(path), SIGNER.to_bytes().decode()],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     assert done.stdout.startswith("LedgerError")
     assert open_ledger(path).events() == [EVENT]
@@ -424,12 +442,16 @@ def test_a_plan_with_hardly_any_noise_cannot_exhaust_the_memory_of_a_site(path: 
         + """
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
-ledger = PrivacyLedger(path, "서울", 100.0, 1e-5)
+ledger = PrivacyLedger(path, DataSet("서울"), 100.0, 1e-5, signer)
 report(lambda: ledger.reserve("run", 1, "request", AccountingEvent(0.1, 0.001, 1)))
 """
     )
     done = subprocess.run(
-        [sys.executable, "-X", "utf8", "-c", code, str(path)], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-X", "utf8", "-c", code, str(path), SIGNER.to_bytes().decode()],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr.splitlines()[-1]
     assert "Exceeded" in done.stdout or "Error" in done.stdout
@@ -471,17 +493,17 @@ def test_a_file_that_is_no_database_is_a_ledger_error_and_stays_as_it_is(tmp_pat
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("version", [2, 99, -1])
+@pytest.mark.parametrize("version", [1, 99, -1])
 def test_a_ledger_of_another_version_is_refused_and_stays_as_it_is(
     ledger: PrivacyLedger, path: Path, version: int
 ) -> None:
     ledger.reserve("run", 1, "request", EVENT)
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {version}")
-    with pytest.raises(LedgerError, match=f"schema {version}, expected 1"):
+    with pytest.raises(LedgerError, match=f"schema {version}, expected 2"):
         open_ledger(path)
     with closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA user_version = 1")
+        db.execute("PRAGMA user_version = 2")
     assert open_ledger(path).events() == [EVENT]
 
 

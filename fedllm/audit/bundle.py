@@ -1,0 +1,202 @@
+"""The folder of an audit: the evidence, the report, and one signature over all of it; written, and verified.
+
+record.jsonl, plan.json, metrics.jsonl, ledgers/SITE.jsonl    the evidence (fedllm.audit.evidence)
+audit.json                                                    what was found; audit.schema.json describes it
+audit.html, audit.pdf (and audit.ko.html, audit.ko.pdf)       the same, for people
+audit.sig                                                     {file: SHA-256}, signed (DSSE)
+"""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from fedllm.audit.evidence import LEDGERS, METRICS, PLAN, RECORD, Prv, Trust, assess, file_name, sites_of
+from fedllm.audit.model import INTEGRITY, Audit
+from fedllm.crypto import Identity, open_envelope, sign_envelope
+from fedllm.errors import ChainError, CryptoError, FolderError
+from fedllm.privacy.ledger import LedgerFile
+
+FOLDER, JSON, SIGNATURE = "audit", "audit.json", "audit.sig"
+SIGNATURE_TYPE = "application/vnd.fedllm.audit+json"
+
+_NEAR = 1e-5  # relative, between figures of two machines
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_audit` made."""
+
+    audit: Audit
+    folder: Path
+    problems: tuple[str, ...]  # why a file is missing
+
+
+def write_audit(
+    run: Path,
+    folder: Path,
+    pages: Sequence[tuple[str, str]],
+    ledgers: Path | None = None,
+    signer: Identity | None = None,
+    prv: Prv | None = None,
+) -> Written:
+    """Gather the evidence of a run, check it, and write the report to `folder`, which is replaced as a whole.
+
+    `pages` are (stem, language) of the pages for people; `ledgers` is a folder of exported ledgers, without which the
+    run's folder is searched. Raises ChainError where there is no readable record, FolderError where nothing can be
+    written.
+    """
+    from fedllm.audit.report import render_html, render_pdf, to_json
+
+    if folder.exists() and any(folder.iterdir()) and not (folder / JSON).exists():
+        raise FolderError(f"{folder} exists and holds no audit. Nothing was overwritten; choose another folder.")
+    names = sites_of(run)
+    problems = []
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise FolderError(f"{folder} cannot be written: {error.strerror}") from None
+    try:
+        _gather(run, names, ledgers, new)
+        made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+        audit = assess(new, None, made, signer.public.fingerprint if signer else "", prv)
+        (new / JSON).write_bytes(to_json(audit))
+        for stem, language in pages:
+            html = render_html(audit, "ko" if language == "ko" else "en")
+            (new / f"{stem}.html").write_text(html, "utf-8")
+            try:
+                (new / f"{stem}.pdf").write_bytes(render_pdf(html))
+            except FolderError as error:
+                problems.append(str(error))
+        if signer is not None:
+            payload = json.dumps({"files": _digests(new)}, sort_keys=True, ensure_ascii=False).encode()
+            (new / SIGNATURE).write_text(sign_envelope(payload, SIGNATURE_TYPE, signer), "utf-8")
+        new.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
+    except OSError as error:
+        raise FolderError(f"{folder} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return Written(audit, folder, tuple(dict.fromkeys(problems)))
+
+
+def _gather(run: Path, names: Sequence[str], ledgers: Path | None, folder: Path) -> None:
+    """Copy the evidence; what is missing is left for the audit to say."""
+    for name in (RECORD, PLAN, METRICS):
+        if (run / name).exists():
+            shutil.copyfile(run / name, folder / name)
+    (folder / LEDGERS).mkdir()
+    for name in names:
+        stem = file_name(name)
+        export = (ledgers if ledgers is not None else run / LEDGERS) / f"{stem}.jsonl"
+        own = run / "sites" / stem / "ledger.db"  # in a simulation, every site's ledger lies here
+        if export.exists():
+            shutil.copyfile(export, folder / LEDGERS / export.name)
+        elif ledgers is None and own.exists():
+            lines = LedgerFile(own).lines()
+            (folder / LEDGERS / f"{stem}.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file but the signature."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != SIGNATURE
+    }
+
+
+# ---- verification ----------------------------------------------------------------------------------------------------
+
+
+def verify(folder: Path, trust: Trust) -> tuple[Audit, tuple[str, ...]]:
+    """Check an audit's folder without believing who made it; return the audit and what could not be compared.
+
+    Raises ChainError that names the first contradiction.
+    """
+    try:
+        stored = Audit.model_validate_json((folder / JSON).read_bytes())
+    except OSError as error:
+        raise ChainError(f"{JSON} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ChainError(f"{JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    audit = assess(folder, trust, stored.made, stored.signer, lambda *_: stored.accountants.prv)
+    for code in (*(f.code for f in audit.findings if f.code in INTEGRITY), "keys", "metrics"):
+        finding = audit.finding(code)
+        if finding.status == "fails":
+            raise ChainError(f"{code}: {finding.evidence[0]}")
+    difference = _difference(json.loads(stored.model_dump_json()), json.loads(_unaware(audit).model_dump_json()), "")
+    if difference:
+        raise ChainError(f"{JSON}: {difference}")
+    _check_signature(folder, audit, trust)
+    return audit, _check_pages(folder, stored)
+
+
+def _unaware(audit: Audit) -> Audit:
+    """Return the audit as it is for somebody who has no keys to compare with."""
+    findings = tuple(
+        finding.model_copy(update={"status": "unverified"}) if finding.code == "keys" else finding
+        for finding in audit.findings
+    )
+    return audit.model_copy(update={"findings": findings})
+
+
+def _difference(stated: object, found: object, where: str) -> str | None:
+    """Return the first place where two JSON values differ by more than two machines' arithmetic does."""
+    if isinstance(stated, dict) and isinstance(found, dict) and stated.keys() == found.keys():
+        pairs = [(stated[key], found[key], f"{where}.{key}") for key in stated]
+    elif isinstance(stated, list) and isinstance(found, list) and len(stated) == len(found):
+        pairs = [(a, b, f"{where}.{i}") for i, (a, b) in enumerate(zip(stated, found, strict=True))]
+    elif isinstance(stated, float) and isinstance(found, float):
+        near = math.isclose(stated, found, rel_tol=_NEAR, abs_tol=_NEAR)
+        return None if near else f"{where.lstrip('.')} states {stated!r}, computed {found!r}"
+    else:
+        same = stated == found and type(stated) is type(found)
+        return None if same else f"{where.lstrip('.')} states {stated!r:.200}, the evidence says {found!r:.200}"
+    return next((text for a, b, path in pairs if (text := _difference(a, b, path))), None)
+
+
+def _check_signature(folder: Path, audit: Audit, trust: Trust) -> None:
+    """Raise ChainError unless somebody who is trusted signed exactly these files."""
+    try:
+        payload, signer = open_envelope((folder / SIGNATURE).read_text("utf-8"), SIGNATURE_TYPE)
+        files = json.loads(payload)["files"]
+    except OSError:
+        raise ChainError(f"{SIGNATURE} is missing: nobody vouches for the report's pages") from None
+    except (CryptoError, ValueError, KeyError, TypeError) as error:
+        raise ChainError(f"{SIGNATURE}: {error}") from None
+    if trust.name_of(signer) is None or signer.fingerprint != audit.signer:
+        raise ChainError(f"{SIGNATURE}: signed by {signer.fingerprint}, who is not trusted, or not the one named")
+    found = _digests(folder)
+    for name in sorted(set(files) | set(found)):
+        if files.get(name) != found.get(name):
+            what = "missing" if name not in found else "not signed" if name not in files else "altered"
+            raise ChainError(f"{name}: {what}")
+
+
+def _check_pages(folder: Path, audit: Audit) -> tuple[str, ...]:
+    """Render every page again and compare; return what could not be compared."""
+    from fedllm.audit.report import render_html, renderer
+
+    left = [f"{path.name}: its words were not compared, only its signature" for path in sorted(folder.glob("*.pdf"))]
+    for path in sorted(folder.glob("*.html")):
+        page = path.read_text("utf-8")
+        if f'content="fedllm {renderer()}"' not in page:
+            left.append(f"{path.name}: made by other versions, so only its signature was checked")
+            continue
+        language = "ko" if re.search(r'<html lang="ko">', page) else "en"
+        if render_html(audit, "ko" if language == "ko" else "en") != page:
+            raise ChainError(f"{path.name}: it does not say what {JSON} says")
+    return tuple(left)

@@ -1,0 +1,742 @@
+"""From a folder of evidence to an audit: every signature, chain and epsilon is checked again. Needs no torch.
+
+record.jsonl          head office's run record (server.record says what is in it)
+plan.json             the plan that the sites were sent
+metrics.jsonl         what head office measured after each round, on public data
+ledgers/SITE.jsonl    a site's ledger, by `fedllm ledger export`
+"""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import fedllm
+from fedllm.audit.model import (
+    INTEGRITY,
+    Accountants,
+    Audit,
+    Claim,
+    Code,
+    Finding,
+    Point,
+    Run,
+    Site,
+    Status,
+    Utility,
+    Verdict,
+)
+from fedllm.audit.risk import risk_of
+from fedllm.chain import Entry, read_chain
+from fedllm.crypto import PublicIdentity
+from fedllm.errors import ChainError, ConfigError, CryptoError
+from fedllm.plan import RunPlan
+from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, spent
+from fedllm.provision import same_fingerprint
+from fedllm.statement import Statement, open_statement
+
+RECORD, PLAN, METRICS, LEDGERS = "record.jsonl", "plan.json", "metrics.jsonl", "ledgers"
+HEAD_OFFICE = "head-office"  # its name in a file of trusted keys
+
+_TOLERANCE_PLD = 1e-3  # between two computations of the same PLD, on whatever machines
+_TOLERANCE_RDP = 5e-3  # relative
+_TOLERANCE_PRV = 0.01  # between PLD and PRV, two numerical methods
+_SHOWN = 12  # pieces of evidence of one finding
+_POINTS = 24  # of a site's timeline
+
+_M = TypeVar("_M", bound=BaseModel)
+Prv = Callable[[Sequence[AccountingEvent], float], float | None]
+
+
+def file_name(site: str) -> str:
+    """Return a file name of its own for every site, readable where the site's name allows."""
+    for sign in "%/\\\0":
+        site = site.replace(sign, f"%{ord(sign):02X}")
+    site = site.replace(".", "%2E", 1) if site.startswith(".") else site
+    return site if len(site.encode()) <= 200 else hashlib.sha256(site.encode()).hexdigest()
+
+
+# ---- whom to believe -------------------------------------------------------------------------------------------------
+
+
+class Trust:
+    """Identities that the reader knows by other means, by name; a name may have several."""
+
+    def __init__(self, keys: Mapping[str, Sequence[str]]) -> None:
+        """`keys` are fingerprints or whole identities in hexadecimal."""
+        self._keys = {name: tuple(texts) for name, texts in keys.items()}
+
+    @classmethod
+    def read(cls, path: Path) -> "Trust":
+        """Read a file of lines NAME KEY; raises ConfigError."""
+        keys: dict[str, list[str]] = defaultdict(list)
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--trust: {path} cannot be read ({error})") from None
+        for number, line in enumerate(lines, start=1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            name, _, key = line.strip().rpartition(" ")
+            if not name or len("".join(c for c in key if c.isalnum())) not in (40, 128):
+                raise ConfigError(
+                    f"{path}, line {number}: expected a name ({HEAD_OFFICE}, or a site's) and its fingerprint"
+                )
+            keys[name.strip()].append(key)
+        if not keys:
+            raise ConfigError(f"--trust: {path} names nobody")
+        return cls(keys)
+
+    def knows(self, name: str, identity: PublicIdentity) -> bool:
+        """Whether `identity` is one of this name."""
+        return any(
+            same_fingerprint(key, identity.fingerprint) or key.casefold() == identity.to_text()
+            for key in self._keys.get(name, ())
+        )
+
+    def name_of(self, identity: PublicIdentity) -> str | None:
+        """Return whose identity this is."""
+        return next((name for name in self._keys if self.knows(name, identity)), None)
+
+
+# ---- what is in the files --------------------------------------------------------------------------------------------
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class _PlanBody(_Body):
+    plan: dict[str, Any]
+    plan_digest: str
+    versions: dict[str, str]
+    sites: dict[str, str]
+    adapter: str
+
+
+class _RoundBody(_Body):
+    round: int
+    counts: bool
+    answered: dict[str, str]
+    declined: dict[str, str]
+    failed: dict[str, str]
+    adapter_before: str
+    adapter_after: str
+
+
+class _MarkBody(_Body):  # resumed, end
+    round: int
+    adapter: str
+    stopped: str = ""
+
+
+class _Reserved(_Body):
+    dataset: str
+    run: str
+    round: int
+    sampling_rate: float
+    noise_multiplier: float
+    steps: int
+
+    @property
+    def event(self) -> AccountingEvent:
+        return AccountingEvent(self.sampling_rate, self.noise_multiplier, self.steps)
+
+
+class _Settled(_Body):  # released, aborted
+    dataset: str
+    run: str
+    round: int
+
+
+class _Budget(_Body):
+    epsilon: float | None
+    delta: float = Field(gt=0, lt=1)
+
+
+class _DataSet(_Body):
+    dataset: str
+    overlaps: list[str]
+
+
+class _Metrics(_Body):
+    round: int
+    loss: float | None
+    perplexity: float | None
+    accuracy: float | None
+    answered: list[str]
+    declined: dict[str, str]
+
+
+def _as(kind: type[_M], content: object, where: str) -> _M:
+    """Read one body; raises ChainError."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ChainError(f"{where}: {key}: {first['msg']}") from None
+
+
+class _Checks:
+    """Collects findings."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Code, dict[Status, list[str]]] = {
+            code: {status: [] for status in get_args(Status)} for code in get_args(Code)
+        }
+
+    def note(self, code: Code, status: Status | bool, evidence: str) -> None:
+        """Add a piece of evidence; a bool says whether something holds."""
+        known: Status = status if isinstance(status, str) else "holds" if status else "fails"
+        self._seen[code][known].append(evidence)
+
+    def findings(self) -> tuple[Finding, ...]:
+        """One for each code; a single contradiction makes it fail, a single gap leaves it unverified."""
+        found = []
+        for code, seen in self._seen.items():
+            status: Status = "fails" if seen["fails"] else "unverified" if seen["unverified"] else "holds"
+            if not seen[status]:
+                status = "unverified"  # nothing was there to be looked at
+            texts = seen[status]
+            found.append(
+                Finding(code=code, status=status, evidence=tuple(texts[:_SHOWN]), more=max(0, len(texts) - _SHOWN))
+            )
+        return tuple(found)
+
+
+@dataclass
+class _Record:
+    """Head office's record."""
+
+    entries: list[Entry]
+    plan: RunPlan
+    body: _PlanBody
+    rounds: list[_RoundBody] = field(default_factory=list)  # that count and were not superseded
+    attempts: list[tuple[int, _RoundBody]] = field(default_factory=list)  # all there ever were, by entry
+    end: _MarkBody | None = None
+
+    @property
+    def sites(self) -> list[str]:
+        """Every name that appears as a site's, sorted."""
+        names = set(self.body.sites)
+        for _, body in self.attempts:
+            names |= set(body.answered) | set(body.declined)
+            names |= {name for name in body.failed if not name.startswith("node ")}
+        return sorted(names)
+
+
+@dataclass
+class _Charge:
+    number: int  # of the entry
+    at: float
+    body: _Reserved
+    released: bool = False
+    aborted: int | None = None  # the entry that gave it back
+
+
+@dataclass
+class _Ledger:
+    """A site's ledger, from its export."""
+
+    name: str
+    entries: list[Entry]
+    charges: list[_Charge] = field(default_factory=list)
+    overlaps: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    budget: _Budget | None = None
+
+    def of(self, run: str) -> list[_Charge]:
+        return [charge for charge in self.charges if charge.body.run == run]
+
+    def together(self, run: str) -> set[str]:
+        """Return the data sets that share the spending of those that a run used."""
+        used = {charge.body.dataset for charge in self.of(run)}
+        return used.union(*(self.overlaps[each] for each in used))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_bytes().decode().splitlines()
+    except (OSError, ValueError) as error:
+        raise ChainError(f"{path.name} cannot be read ({error})") from None
+
+
+def _head(name: str, entries: Sequence[Entry]) -> str:
+    last = entries[-1]
+    return f"{name} #0–#{last.number}, SHA-256 {last.digest[:16]}…, {last.signer.fingerprint}"
+
+
+def _read_record(path: Path, checks: _Checks) -> _Record:
+    """Read the record; raises ChainError where its chain or its plan cannot be used at all."""
+    try:
+        entries = read_chain(_lines(path), RECORD)
+    except CryptoError as error:
+        raise ChainError(f"{RECORD}: {error}") from None
+    if not entries or entries[0].kind != "plan":
+        raise ChainError(f"{RECORD}, entry 0: expected the plan")
+    body = _as(_PlanBody, entries[0].body, f"{RECORD}, entry 0")
+    try:
+        plan = RunPlan.model_validate_json(json.dumps(body.plan))
+    except ValidationError as error:
+        raise ChainError(f"{RECORD}, entry 0: no plan ({error.errors()[0]['msg']})") from None
+    checks.note("record_chain", True, _head(RECORD, entries))
+    checks.note("plan", plan.digest == body.plan_digest, f"{RECORD} #0: {body.plan_digest[:16]}…")
+    record = _Record(entries, plan, body)
+    adapter = {0: body.adapter}
+    done = 0
+    for entry in entries[1:]:
+        where = f"{RECORD} #{entry.number}"
+        if entry.kind == "round":
+            step = _as(_RoundBody, entry.body, where)
+            record.attempts.append((entry.number, step))
+            record.end = None
+            after = step.adapter_after if step.counts else step.adapter_before
+            right = step.round == done + 1 and step.adapter_before == adapter[done] and step.adapter_after == after
+            checks.note("rounds", right, f"{where}: {done} → {step.round}, {step.adapter_before[:16]}…")
+            if step.counts:
+                record.rounds.append(step)
+                done = step.round
+                adapter[done] = step.adapter_after
+        elif entry.kind in ("resumed", "end"):
+            mark = _as(_MarkBody, entry.body, where)
+            back = max(0, mark.round)
+            right = back in adapter and mark.adapter == adapter[back] and (entry.kind == "resumed" or back == done)
+            checks.note("rounds", right and back <= done, f"{where}: {entry.kind}, {back}, {mark.adapter[:16]}…")
+            record.end = mark if entry.kind == "end" else None
+            if right and back <= done:
+                done = back
+                record.rounds = [step for step in record.rounds if step.round <= done]
+        elif entry.kind != "key":
+            checks.note("rounds", False, f"{where}: {entry.kind}?")
+    checks.note("rounds", "holds" if record.end else "unverified", f"{RECORD}: {'end' if record.end else 'no end'}")
+    return record
+
+
+def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> _Ledger | None:
+    """Read a site's export; None, and a finding that fails, where it cannot be used.
+
+    `listed` is the identity that head office's roster names; in a simulation there is no roster.
+    """
+    file = f"{LEDGERS}/{path.name}"
+    try:
+        signers = None if listed is None else [PublicIdentity.from_text(listed)]
+        ledger = _Ledger(name, read_chain(_lines(path), file, signers))
+        if not ledger.entries:
+            raise ChainError(f"{file}: empty")
+        open_: dict[tuple[str, str, int], _Charge] = {}
+        for entry in ledger.entries:
+            _apply(ledger, open_, entry, f"{file}, entry {entry.number}")
+    except (ChainError, CryptoError) as error:
+        checks.note("ledger_chain", False, str(error))
+        return None
+    checks.note("ledger_chain", True, _head(file, ledger.entries))
+    return ledger
+
+
+def _apply(ledger: _Ledger, charges: dict[tuple[str, str, int], _Charge], entry: Entry, where: str) -> None:
+    """Add an entry to what the ledger holds; raises ChainError where it contradicts an earlier one."""
+    if entry.kind == "reserved":
+        body = _as(_Reserved, entry.body, where)
+        key = (body.dataset, body.run, body.round)
+        if key in charges:
+            raise ChainError(f"{where}: round {body.round} of run {body.run} is charged twice")
+        charges[key] = _Charge(entry.number, float(entry.at), body)
+        ledger.charges.append(charges[key])
+    elif entry.kind in ("released", "aborted"):
+        settled = _as(_Settled, entry.body, where)
+        charge = charges.get((settled.dataset, settled.run, settled.round))
+        if charge is None or charge.released or charge.aborted is not None:
+            raise ChainError(f"{where}: {entry.kind}, but round {settled.round} of run {settled.run} is not reserved")
+        if entry.kind == "released":
+            charge.released = True
+        else:
+            charge.aborted = entry.number
+    elif entry.kind == "budget":
+        ledger.budget = _as(_Budget, entry.body, where)
+    elif entry.kind == "data":
+        data = _as(_DataSet, entry.body, where)
+        for other in data.overlaps:
+            ledger.overlaps[data.dataset].add(other)
+            ledger.overlaps[other].add(data.dataset)
+    elif entry.kind not in ("opened", "key"):
+        raise ChainError(f"{where}: {entry.kind}?")
+
+
+# ---- the audit -------------------------------------------------------------------------------------------------------
+
+
+def sites_of(folder: Path) -> list[str]:
+    """Return the names of a run's sites; raises ChainError where its record cannot be read."""
+    return _read_record(folder / RECORD, _Checks()).sites
+
+
+def assess(folder: Path, trust: Trust | None = None, made: str = "", signer: str = "", prv: Prv | None = None) -> Audit:
+    """Check the evidence in `folder` and return what was found.
+
+    `made` and `signer` are put into the audit as they are; `prv` computes an epsilon by a third method. Raises
+    ChainError where there is no readable record: then there is nothing to report on.
+    """
+    checks = _Checks()
+    record = _read_record(folder / RECORD, checks)
+    plan = record.plan
+    _check_plan(folder / PLAN, record, checks)
+    utility = _check_metrics(folder / METRICS, record, checks)
+    ledgers: dict[str, _Ledger | None] = {}
+    for name in record.sites:
+        path = folder / LEDGERS / f"{file_name(name)}.jsonl"
+        if path.exists():
+            ledgers[name] = _read_ledger(path, name, record.body.sites.get(name), checks)
+        else:
+            checks.note("ledger_chain", "unverified", f"{LEDGERS}/{path.name}: missing")
+    statements = _check_statements(record, checks)
+    for name, ledger in ledgers.items():
+        if ledger is not None:
+            _check_site(ledger, record, statements[name], checks)
+    _check_keys(record, ledgers, statements, trust, checks)
+    _check_strangers(folder / LEDGERS, record, checks)
+    sites = tuple(_site(name, record, ledgers, statements[name], checks) for name in record.sites)
+    accountants, risk_events = _accountants(record, ledgers, sites, prv, checks)
+    privacy = plan.privacy
+    checks.note("protected", privacy.protects, f"{PLAN}: mode={privacy.mode}, insecure_seed={privacy.insecure_seed}")
+    checks.note("site_software", "unverified", f"{PLAN}: sampling_rate={privacy.sampling_rate:g}")
+    checks.note("unit", "unverified", f"{PLAN}: unit={privacy.unit}")
+    checks.note("one_site_a_person", "unverified", f"{RECORD}: {len(sites)}")
+    checks.note("empirical", "unverified", "-")
+    findings = checks.findings()
+    end = record.end
+    return Audit(
+        made=made,
+        program=fedllm.__version__,
+        signer=signer,
+        verdict=_verdict(findings),
+        run=Run(
+            name=plan.run,
+            plan_digest=plan.digest,
+            head_office=record.entries[-1].signer.fingerprint,
+            began=_time(record.entries[0].at),
+            ended=_time(record.entries[-1].at) if end else None,
+            stopped=end.stopped if end else "",
+            rounds=len(record.rounds),
+            rounds_planned=plan.training.rounds,
+            entries=len(record.entries),
+            head=record.entries[-1].digest,
+            versions=record.body.versions,
+        ),
+        claim=Claim(
+            mode=privacy.mode,
+            unit=privacy.unit,
+            records_per_person=privacy.records_per_person,
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            sampling_rate=privacy.sampling_rate,
+            clip_norm=privacy.clip_norm,
+            noise_multiplier=plan.mechanism.noise_multiplier,
+            local_steps=plan.training.local_steps,
+            units_per_site=privacy.units_per_site or 0,
+            seeded=privacy.insecure_seed is not None,
+            base_model=plan.model.source + (f" @ {plan.model.revision}" if plan.model.revision else ""),
+            task=plan.model.task,
+            adapter_rank=plan.adapter.rank,
+            wire=plan.training.wire,
+        ),
+        sites=sites,
+        findings=findings,
+        accountants=accountants,
+        risk=risk_of(risk_events, accountants.pld if privacy.protects else None),
+        timeline=tuple(point for ledger in ledgers.values() if ledger is not None for point in _points(ledger, plan)),
+        utility=utility,
+    )
+
+
+def _verdict(findings: Iterable[Finding]) -> Verdict:
+    status = {finding.code: finding.status for finding in findings}
+    if any(status[code] == "fails" for code in INTEGRITY) or status["keys"] == "fails":
+        return "unverifiable"
+    if "fails" in (status["protected"], status["plan_target"], status["budget"]):
+        return "exceeded"
+    needed: tuple[Code, ...] = ("ledger_chain", "ledger_complete", "charged_before_release", "epsilon", "statements")
+    return "unverifiable" if any(status[code] != "holds" for code in needed) else "within"
+
+
+def _time(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):
+        return "?"
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 9) if value < float("inf") else None
+
+
+def _check_plan(path: Path, record: _Record, checks: _Checks) -> None:
+    try:
+        same = RunPlan.model_validate_json(path.read_bytes()) == record.plan
+    except (OSError, ValidationError):
+        same = False
+    checks.note("plan", same, f"{path.name} = {RECORD} #0")
+
+
+def _check_metrics(path: Path, record: _Record, checks: _Checks) -> tuple[Utility, ...]:
+    try:
+        read = [_as(_Metrics, json.loads(line), f"{METRICS} {n}") for n, line in enumerate(_lines(path), start=1)]
+    except (ChainError, ValueError) as error:
+        checks.note("metrics", "unverified" if not path.exists() else "fails", str(error))
+        return ()
+    rounds: dict[int, _RoundBody] = {step.round: step for step in record.rounds}
+    for number, line in enumerate(read):
+        step = rounds.get(line.round)
+        right = line.round == number and (
+            (number == 0 and not line.answered)
+            or (step is not None and line.answered == sorted(step.answered) and line.declined == step.declined)
+        )
+        checks.note("metrics", right, f"{METRICS}, {number}")
+    checks.note("metrics", len(read) == len(rounds) + 1, f"{METRICS}: 0–{len(read) - 1}; {RECORD}: {len(rounds)}")
+    return tuple(
+        Utility(round=line.round, loss=line.loss, perplexity=line.perplexity, accuracy=line.accuracy) for line in read
+    )
+
+
+_Signed = list[tuple[Statement, PublicIdentity]]
+
+
+def _check_statements(record: _Record, checks: _Checks) -> dict[str, _Signed]:
+    """Open every statement; those that are not about this round, or not signed, are left out and noted."""
+    found: dict[str, _Signed] = {name: [] for name in record.sites}
+    plan = record.plan
+    for number, step in record.attempts:
+        for site, line in step.answered.items():
+            where = f"{RECORD} #{number}, {site}"
+            try:
+                statement, signer = open_statement(line)
+            except CryptoError as error:
+                checks.note("statements", False, f"{where}: {error}")
+                continue
+            said = (statement.site, statement.run, statement.plan, statement.round, statement.delta)
+            meant = (site, plan.run, plan.digest, step.round, plan.privacy.delta)
+            right = said == meant
+            checks.note("statements", right, f"{where}: {signer.fingerprint}" if right else f"{where}: {said}")
+            if right:
+                found[site].append((statement, signer))
+    return found
+
+
+def _check_site(ledger: _Ledger, record: _Record, statements: _Signed, checks: _Checks) -> None:
+    """Compare a site's ledger with what it signed: nothing missing, paid before release, every epsilon right."""
+    plan = record.plan
+    event = plan.mechanism.event(plan.training.local_steps)
+    signers = {entry.signer for entry in ledger.entries}
+    charges = {charge.body.round: charge for charge in ledger.of(plan.run)}
+    for statement, signer in statements:
+        where = f"{ledger.name}, {statement.round}"
+        number = statement.ledger_number
+        there = number < len(ledger.entries) and ledger.entries[number].digest == statement.ledger_digest
+        checks.note("ledger_complete", there, f"{where}: #{number} {statement.ledger_digest[:16]}…")
+        if signer not in signers:
+            checks.note("statements", False, f"{where}: {signer.fingerprint} never signed the ledger")
+        charge = charges.get(statement.round)
+        paid = charge is not None and charge.number <= number and charge.aborted is None and charge.body.event == event
+        checks.note("charged_before_release", paid, f"{where}: #{charge.number if charge else '-'} ≤ #{number}")
+        if charge is not None:  # what left the site was noted before it left: its absence is a cut tail
+            checks.note("ledger_complete", charge.released, f"{where}: released")
+    _check_epsilons(ledger, plan, statements, checks)
+
+
+def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks: _Checks) -> None:
+    """Compute what each statement says was spent from the charges that the ledger held at that time."""
+    together = ledger.together(plan.run)
+    changes = [(c.number, c.body.event, 1) for c in ledger.charges if c.body.dataset in together]
+    changes += [(c.aborted, c.body.event, -1) for c in ledger.charges if c.body.dataset in together and c.aborted]
+    changes.sort(key=lambda change: change[0])
+    steps: Counter[tuple[float, float]] = Counter()
+    position = 0
+    for statement, _ in sorted(statements, key=lambda signed: signed[0].ledger_number):
+        while position < len(changes) and changes[position][0] <= statement.ledger_number:
+            _, event, sign = changes[position]
+            steps[event.sampling_rate, event.noise_multiplier] += sign * event.steps
+            position += 1
+        known = _spent([AccountingEvent(q, s, n) for (q, s), n in steps.items()], plan.privacy.delta)
+        pairs = ((statement.epsilon, known.epsilon, _TOLERANCE_PLD), (statement.epsilon_rdp, known.epsilon_rdp, 0.0))
+        right = all(_near(stated, computed, absolute) for stated, computed, absolute in pairs)
+        where = f"{ledger.name}, {statement.round}: ε {_text(statement.epsilon)} (RDP {_text(statement.epsilon_rdp)})"
+        computed = f"ε {known.epsilon:.4g} (RDP {known.epsilon_rdp:.4g})"
+        checks.note("epsilon", right, f"{where} {'=' if right else '≠'} {computed}")
+
+
+def _near(stated: float | None, computed: float, absolute: float) -> bool:
+    if stated is None or computed == float("inf"):
+        return stated is None and computed == float("inf")
+    return abs(stated - computed) <= (absolute or _TOLERANCE_RDP * max(computed, 1e-9))
+
+
+def _text(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.4g}"
+
+
+def _spent(events: Sequence[AccountingEvent], delta: float) -> PrivacySpent:
+    return spent(list(events), delta)
+
+
+def _check_keys(
+    record: _Record,
+    ledgers: Mapping[str, _Ledger | None],
+    statements: Mapping[str, _Signed],
+    trust: Trust | None,
+    checks: _Checks,
+) -> None:
+    """Compare who signed with the roster in the record, and with the keys that the reader holds."""
+    holders = {HEAD_OFFICE: record.entries[-1].signer}
+    for name in record.sites:
+        ledger = ledgers.get(name)
+        listed = record.body.sites.get(name)
+        for statement, signer in statements[name]:
+            if not ledger and listed is not None and signer.to_text() != listed:
+                checks.note("statements", False, f"{name}, {statement.round}: {signer.fingerprint}, not of the roster")
+        if ledger:  # its last signature covers all entries before
+            holders[name] = ledger.entries[-1].signer
+        elif statements[name]:
+            holders[name] = statements[name][-1][1]
+    for name, identity in holders.items():
+        if trust is None:
+            checks.note("keys", "unverified", f"{name}: {identity.fingerprint}")
+        else:
+            checks.note("keys", trust.knows(name, identity), f"{name}: {identity.fingerprint}")
+
+
+def _check_strangers(folder: Path, record: _Record, checks: _Checks) -> None:
+    expected = {f"{file_name(name)}.jsonl" for name in record.sites}
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        if path.name not in expected:
+            checks.note("ledger_chain", False, f"{LEDGERS}/{path.name}: no site of this run")
+
+
+def _site(
+    name: str, record: _Record, ledgers: Mapping[str, _Ledger | None], statements: _Signed, checks: _Checks
+) -> Site:
+    """Return a site's account, and note whether it is within the plan and its budget."""
+    plan, delta = record.plan, record.plan.privacy.delta
+    ledger = ledgers.get(name)
+    reasons = sorted({step.declined[name] for _, step in record.attempts if name in step.declined})
+    budget = ledger.budget if ledger else None
+    if ledger is not None:
+        together = ledger.together(plan.run)
+        live = [c for c in ledger.charges if c.aborted is None and c.body.dataset in together]
+        total = _spent([c.body.event for c in live], delta)
+        released = _spent([c.body.event for c in live if c.released], delta).epsilon
+        run = _spent([c.body.event for c in live if c.body.run == plan.run], delta).epsilon
+        charged, rdp = total.epsilon, total.epsilon_rdp
+    else:  # only what the site has signed elsewhere is known
+        last = max((s for s, _ in statements), key=lambda s: (s.round, s.ledger_number), default=None)
+        released = charged = run = _number(last.epsilon) if last else 0.0
+        rdp = _number(last.epsilon_rdp) if last else 0.0
+    limit = budget.epsilon if budget else None
+    where = f"{name}: ε {_text(_finite(run))}"
+    if ledger is not None or statements:
+        status: Status = "holds" if run <= plan.privacy.epsilon + _TOLERANCE_PLD else "fails"
+        checks.note("plan_target", status, f"{where} {'≤' if status == 'holds' else '>'} {plan.privacy.epsilon:g}")
+    if budget is None:
+        checks.note("budget", "unverified", f"{name}: -")
+    else:
+        permitted = (
+            _spent([c.body.event for c in live], budget.delta).epsilon if budget.delta != delta else charged
+        ) if ledger is not None else charged  # fmt: skip
+        within = limit is None or permitted <= limit + _TOLERANCE_PLD
+        sign = "≤" if within else ">"
+        checks.note(
+            "budget", within, f"{name}: ε {_text(_finite(permitted))} {sign} {_text(limit)} (δ {budget.delta:g})"
+        )
+    signer = ledger.entries[-1].signer if ledger else statements[-1][1] if statements else None
+    broken = name in ledgers and ledger is None
+    return Site(
+        name=name,
+        fingerprint=signer.fingerprint if signer else "",
+        answered=sum(name in step.answered for _, step in record.attempts),
+        declined=sum(name in step.declined for _, step in record.attempts),
+        failed=sum(name in step.failed for _, step in record.attempts),
+        reasons=tuple(reasons),
+        ledger="verified" if ledger else "broken" if broken else "missing",
+        entries=len(ledger.entries) if ledger else 0,
+        head=ledger.entries[-1].digest if ledger else "",
+        spent=_finite(released),
+        charged=_finite(charged),
+        charged_rdp=_finite(rdp),
+        run=_finite(run),
+        budget=limit,
+        budget_known=budget is not None,
+        left=_finite(max(0.0, limit - charged)) if limit is not None else None,
+    )
+
+
+def _number(epsilon: float | None) -> float:
+    return float("inf") if epsilon is None else float(epsilon)
+
+
+def _accountants(
+    record: _Record,
+    ledgers: Mapping[str, _Ledger | None],
+    sites: Sequence[Site],
+    prv: Prv | None,
+    checks: _Checks,
+) -> tuple[Accountants, list[AccountingEvent]]:
+    """Return what the costliest site's events cost by several methods, and the events."""
+    plan, delta = record.plan, record.plan.privacy.delta
+    worst = max(sites, key=lambda site: _number(site.charged), default=None)
+    ledger = ledgers.get(worst.name) if worst else None
+    step = plan.mechanism.event(plan.training.local_steps)
+    if ledger is not None:
+        together = ledger.together(plan.run)
+        merged: Counter[tuple[float, float]] = Counter()
+        for charge in ledger.charges:
+            if charge.aborted is None and charge.body.dataset in together:
+                merged[charge.body.sampling_rate, charge.body.noise_multiplier] += charge.body.steps
+        events = [AccountingEvent(q, s, n) for (q, s), n in sorted(merged.items())]
+    else:
+        events = (
+            [AccountingEvent(step.sampling_rate, step.noise_multiplier, step.steps * worst.answered)] if worst else []
+        )
+    cost = _spent(events, delta)
+    third = prv(events, delta) if prv is not None and cost.epsilon < float("inf") else None
+    checks.note("accountants", cost.epsilon_rdp >= cost.epsilon - _TOLERANCE_PRV,
+                f"RDP {_text(_finite(cost.epsilon_rdp))} ≥ PLD {_text(_finite(cost.epsilon))}")  # fmt: skip
+    if third is not None:
+        near = abs(third - cost.epsilon) <= _TOLERANCE_PRV
+        checks.note("accountants", near, f"|PRV {third:.4g} - PLD {cost.epsilon:.4g}| {'≤' if near else '>'} 0.01")
+    several = [k for k in (2, 3) if k <= len(sites)] if events else []
+    return (
+        Accountants(
+            site=worst.name if worst else "",
+            events=tuple((event.sampling_rate, event.noise_multiplier, event.steps) for event in events),
+            delta=delta,
+            pld=_finite(cost.epsilon),
+            rdp=_finite(cost.epsilon_rdp),
+            prv=third,
+            planned=_finite(_spent([plan.mechanism.event(plan.steps)], delta).epsilon),
+            several_sites=tuple((k, _finite(_spent(events * k, delta).epsilon)) for k in several),
+        ),
+        events,
+    )
+
+
+def _points(ledger: _Ledger, plan: RunPlan) -> list[Point]:
+    """Return a site's spending over its charges, at no more than a few of them."""
+    together = ledger.together(plan.run)
+    charges = [c for c in ledger.charges if c.aborted is None and c.body.dataset in together]
+    last = len(charges) - 1
+    chosen = sorted({round(last * i / (_POINTS - 1)) for i in range(_POINTS)}) if charges else []
+    return [
+        Point(
+            site=ledger.name,
+            at=_time(charges[i].at),
+            run=charges[i].body.run,
+            round=charges[i].body.round,
+            charge=i + 1,
+            epsilon=_finite(_spent([c.body.event for c in charges[: i + 1]], plan.privacy.delta).epsilon),
+        )
+        for i in chosen
+    ]

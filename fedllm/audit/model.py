@@ -1,0 +1,174 @@
+"""What an audit finds: one frozen value, written as audit.json. It holds no record and no count of records."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fedllm.plan import Frozen
+
+Status = Literal["holds", "fails", "unverified"]
+Verdict = Literal["within", "exceeded", "unverifiable"]
+# What is checked, in the order in which a contradiction is reported. `Finding.code` is one of these.
+Code = Literal[
+    "record_chain",  # head office's record is unbroken, and signed by one that is trusted
+    "plan",  # the plan in the record, plan.json and every digest of it agree
+    "rounds",  # rounds follow one another, and each starts from the adapter that the one before left
+    "statements",  # every statement is signed by its site, and is about this run, plan and round
+    "ledger_chain",  # every site's ledger is unbroken, and signed by that site
+    "ledger_complete",  # the ledger holds every entry that the site has signed a statement on, and what follows it
+    "charged_before_release",  # every answer was paid for, as planned, before it left
+    "epsilon",  # every stated epsilon is what the ledger's events cost
+    "accountants",  # RDP is not below PLD; PRV is near it
+    "protected",  # noise is added, and nobody can predict it
+    "plan_target",  # the run cost each site at most what the plan announced
+    "budget",  # everything charged is within what the site permits
+    "metrics",  # head office's measurements are about the rounds in the record
+    "keys",  # the keys were compared with ones that the reader holds
+    "site_software",  # sites really draw their coins and noise as the plan says
+    "unit",  # records are grouped by privacy unit as the plan says
+    "one_site_a_person",  # nobody's records are at several sites
+    "empirical",  # an attack was tried
+]
+# Where one of these fails, nothing else in the evidence can be relied on.
+INTEGRITY: frozenset[Code] = frozenset(
+    {"record_chain", "plan", "rounds", "statements", "ledger_chain", "ledger_complete", "charged_before_release",
+     "epsilon", "accountants"}
+)  # fmt: skip
+
+
+class Finding(Frozen):
+    """One thing that the audit looked at."""
+
+    code: Code
+    status: Status
+    evidence: tuple[str, ...]  # where to look, and what is there: contradictions, gaps, or what agreed
+    more: int = Field(0, ge=0)  # pieces of evidence that are left out for brevity
+
+
+class Run(Frozen):
+    """What was run, and by whom."""
+
+    name: str  # the plan's id of the run
+    plan_digest: str
+    head_office: str  # fingerprint of the identity that signed last
+    began: str  # UTC, by head office's clock
+    ended: str | None  # None where the record has no end
+    stopped: str  # why it ended early, or ""
+    rounds: int
+    rounds_planned: int
+    entries: int  # of the record
+    head: str  # digest of the record's last entry
+    versions: dict[str, str]  # of the software at head office
+
+
+class Claim(Frozen):
+    """What the plan promises to one privacy unit of one site."""
+
+    mode: Literal["local", "off"]
+    unit: Literal["record", "person"]
+    records_per_person: int
+    epsilon: float
+    delta: float
+    sampling_rate: float
+    clip_norm: float
+    noise_multiplier: float
+    local_steps: int
+    units_per_site: int  # nominal, public
+    seeded: bool
+    base_model: str
+    task: str
+    adapter_rank: int
+    wire: str
+
+
+class Site(Frozen):
+    """One site's account. Epsilons at the plan's delta; None is one without bound."""
+
+    name: str
+    fingerprint: str  # "" where the site never signed
+    answered: int
+    declined: int
+    failed: int
+    reasons: tuple[str, ...]  # of refusals
+    ledger: Literal["verified", "broken", "missing"]
+    entries: int
+    head: str
+    spent: float | None  # PLD, of all that was released of these records, in every run
+    charged: float | None  # PLD, of that and what is reserved and may still be released
+    charged_rdp: float | None
+    run: float | None  # PLD, of this run alone
+    budget: float | None  # None: unlimited, or not known
+    budget_known: bool  # whether the site's ledger states one
+    left: float | None
+
+
+class Point(Frozen):
+    """A site's spending after one of its charges."""
+
+    site: str
+    at: str  # UTC, to the minute
+    run: str
+    round: int
+    charge: int  # 1, 2, ... of this site
+    epsilon: float | None  # PLD
+
+
+class Accountants(Frozen):
+    """One sequence of events, the costliest site's, by independent methods."""
+
+    site: str
+    events: tuple[tuple[float, float, int], ...]  # sampling rate, noise multiplier, steps
+    delta: float
+    pld: float | None
+    rdp: float | None
+    prv: float | None  # Opacus; None where it was not at hand
+    planned: float | None  # PLD of the whole plan
+    several_sites: tuple[tuple[int, float | None], ...]  # a person in k sites: (k, PLD)
+
+
+class Risk(Frozen):
+    """What an attacker who sees everything that was released can do, at most (the costliest site's records)."""
+
+    advantage: float = Field(ge=0, le=1)  # how much likelier a right "was in the data" is than a wrong one
+    tpr_at_1_percent: float = Field(ge=0, le=1)
+    curve: tuple[tuple[float, float], ...]  # false positive rate, largest true positive rate
+
+
+class Utility(Frozen):
+    """Head office's measurement on the public held-out set after a round; round 0 is the base model."""
+
+    round: int
+    loss: float | None
+    perplexity: float | None
+    accuracy: float | None
+
+
+class Audit(Frozen):
+    """The whole audit."""
+
+    format: Literal[1] = 1
+    made: str  # UTC
+    program: str  # fedllm's version
+    signer: str  # fingerprint of who signs the report; "" for nobody
+    verdict: Verdict
+    run: Run
+    claim: Claim
+    sites: tuple[Site, ...]
+    findings: tuple[Finding, ...]
+    accountants: Accountants
+    risk: Risk
+    timeline: tuple[Point, ...]
+    utility: tuple[Utility, ...]
+
+    def finding(self, code: Code) -> Finding:
+        """Return one finding."""
+        return next(finding for finding in self.findings if finding.code == code)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of audit.json (draft 2020-12), as published in audit.schema.json."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "fedllm audit",
+        **{key: value for key, value in Audit.model_json_schema(mode="serialization").items() if key != "title"},
+    }

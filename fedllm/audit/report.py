@@ -1,0 +1,305 @@
+"""The audit report that people read: audit.html, audit.json and audit.pdf, in English or Korean.
+
+The page is self-contained: no script, no remote asset, plots inline, and the glyphs it needs embedded. The same audit
+gives the same page, byte for byte, wherever the same software renders it.
+"""
+
+import base64
+import io
+import json
+import logging
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from functools import cache, partial
+from importlib.metadata import version
+from importlib.resources import as_file, files
+from typing import Any, Literal
+
+import matplotlib as mpl
+from fontTools.subset import Options, Subsetter
+from fontTools.ttLib import TTFont
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+import fedllm
+from fedllm.audit.model import Audit, Finding, Site
+from fedllm.errors import FolderError
+
+Language = Literal["en", "ko"]
+LANGUAGES: tuple[Language, ...] = ("en", "ko")
+
+PDF_NEEDS = (
+    "audit.pdf was not written: WeasyPrint or a library that it uses is missing. "
+    "On Debian: apt-get install libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0. Then make "
+    "the report again, or print audit.html from a browser."
+)
+_FONT = files("fedllm.audit") / "fonts" / "NotoSansKR.otf"
+_BLUE, _ORANGE, _GREY, _GREEN = "#1f5fa8", "#c2571a", "#767b84", "#2c7a4b"
+_BARS = 8  # on the first screen
+_ATTENTION = 7  # findings on the first screen
+
+_CROSSWALK = (  # law, number, item, what the record shows
+    ("law.pipa", "1", "law.purpose", "law.purpose.shows"),
+    ("law.pipa", "2", "law.items", "law.none"),
+    ("law.pipa", "3", "law.use", "law.use.shows"),
+    ("law.pipa", "4", "law.recipient", "law.recipient.shows"),
+    ("law.pipa", "5", "law.period", "law.period.shows"),
+    ("law.pipa", "6", "law.other", "law.none"),
+    ("law.30", "(a)", "law.controller", "law.none"),
+    ("law.30", "(b)", "law.purpose", "law.purpose.shows"),
+    ("law.30", "(c)", "law.categories", "law.none"),
+    ("law.30", "(d)", "law.recipients", "law.recipient.shows"),
+    ("law.30", "(e)", "law.transfer", "law.none"),
+    ("law.30", "(f)", "law.erasure", "law.none"),
+    ("law.30", "(g)", "law.measures", "law.measures.shows"),
+    ("law.35", "(a)", "law.description", "law.description.shows"),
+    ("law.35", "(b)", "law.necessity", "law.necessity.shows"),
+    ("law.35", "(c)", "law.risks", "law.risks.shows"),
+    ("law.35", "(d)", "law.address", "law.measures.shows"),
+)
+_GLOSSARY = ("epsilon", "unit", "ledger", "pld", "poisson", "adapter", "advantage")
+
+
+def renderer() -> str:
+    """Return what decides the bytes of a page beside the audit itself."""
+    return " ".join((fedllm.__version__, *(f"{p} {version(p)}" for p in ("matplotlib", "jinja2", "fonttools"))))
+
+
+def render_html(audit: Audit, language: Language) -> str:
+    """Return the report as one page of HTML."""
+    say = partial(_say, language)
+    environment = Environment(
+        loader=PackageLoader("fedllm.audit"), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(number=number, digest=_digest)
+    page = environment.get_template("audit.html.j2").render(
+        a=audit, t=say, words=_words(), language=language, renderer=renderer(), bars=_bars(audit), why=_why(audit, say),
+        attention=_attention(audit), attention_limit=_ATTENTION, right=_cases(50 + 50 * audit.risk.advantage),
+        tpr=_cases(100 * audit.risk.tpr_at_1_percent), unit=say(f"unit.{audit.claim.unit}"), protects=_protects(audit),
+        several=_several(audit, say), crosswalk=_CROSSWALK, glossary=_GLOSSARY, plots=_plots(audit, say),
+        change=_change(audit),
+    )  # fmt: skip
+    return page.replace("/*FONT*/", _font_face(page))
+
+
+def render_pdf(html: str) -> bytes:
+    """Return the page as PDF; raises FolderError that says what to install where that is not possible here."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from weasyprint import HTML
+
+            logging.getLogger("weasyprint").setLevel(logging.ERROR)  # it warns of SVG's own properties
+            logging.getLogger("fontTools").setLevel(logging.ERROR)
+            return bytes(HTML(string=html).write_pdf())
+    except (ImportError, OSError):  # OSError: a shared library that is not there
+        raise FolderError(PDF_NEEDS) from None
+
+
+def to_json(audit: Audit) -> bytes:
+    """Return audit.json."""
+    return (audit.model_dump_json(indent=1) + "\n").encode()
+
+
+# ---- words and figures -----------------------------------------------------------------------------------------------
+
+
+@cache
+def _words() -> dict[str, tuple[str, str]]:
+    words: dict[str, tuple[str, str]] = json.loads(
+        (files("fedllm.audit") / "templates" / "words.json").read_text("utf-8")
+    )
+    return words
+
+
+def _say(language: Language, key: str, **values: object) -> str:
+    """Return a text; `values` fill it in."""
+    return _words()[key][LANGUAGES.index(language)].format(**values)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Format an epsilon; None is one without bound."""
+    return "∞" if value is None or math.isinf(value) else f"{value:.{digits}g}"
+
+
+def _digest(text: str) -> Markup:
+    """Let a digest break anywhere in eight places."""
+    return Markup("<wbr>").join(escape(text[i : i + 8]) for i in range(0, len(text), 8))
+
+
+def _cases(percent: float) -> str:
+    """Round a share of 100 up, so that the reader is never told too little."""
+    return f"{min(100, math.ceil(percent - 1e-9))}"
+
+
+def _why(audit: Audit, say: partial[str]) -> str:
+    known = sum(site.budget_known for site in audit.sites)
+    if audit.verdict == "within" and known < len(audit.sites):
+        return say("why.within_plan", known=known, total=len(audit.sites))
+    return say(f"why.{audit.verdict}")
+
+
+def _protects(audit: Audit) -> str:
+    if audit.finding("protected").status == "fails":
+        return "protects.nothing"
+    return "protects.unverifiable" if audit.verdict == "unverifiable" else f"protects.{audit.claim.unit}"
+
+
+def _attention(audit: Audit) -> list[Finding]:
+    """Return what failed, then what is unverified."""
+    return [f for status in ("fails", "unverified") for f in audit.findings if f.status == status]
+
+
+def _limit(site: Site, audit: Audit) -> float:
+    """Return what a site's bar is measured against."""
+    return site.budget if site.budget is not None else audit.claim.epsilon
+
+
+def _share(value: float | None, limit: float) -> float:
+    return 1.0 if value is None else value / limit if limit else float(value > 0)
+
+
+def _bars(audit: Audit) -> dict[str, Any]:
+    """Return the costliest sites with the widths of their bars in percent."""
+    ranked = sorted(audit.sites, key=lambda site: -_share(site.charged, _limit(site, audit)))
+    shown = ranked[:_BARS]
+    rows = []
+    for site in shown:
+        limit = _limit(site, audit)
+        spent, charged = (min(100 * _share(value, limit), 100.0) for value in (site.spent, site.charged))
+        over = site.charged is None or site.charged > limit + 1e-3
+        left = None if site.charged is None else max(0.0, limit - site.charged)
+        rows.append({"site": site, "limit": limit, "spent": f"{spent:.2f}", "left": left, "over": over,
+                     "reserved": f"{max(0.0, charged - spent):.2f}"})  # fmt: skip
+    return {"rows": rows, "others": ranked[_BARS:]}
+
+
+def _several(audit: Audit, say: partial[str]) -> str:
+    return "; ".join(say("claim.k.figure", k=k, epsilon=number(e)) for k, e in audit.accountants.several_sites)
+
+
+def _measure(audit: Audit) -> Literal["accuracy", "loss"]:
+    return "accuracy" if audit.utility and audit.utility[-1].accuracy is not None else "loss"
+
+
+def _change(audit: Audit) -> tuple[str, str] | None:
+    """Return the held-out measurement before and after; None where there is none."""
+    values = [getattr(step, _measure(audit)) for step in audit.utility]
+    return (number(values[0]), number(values[-1])) if values and None not in values else None
+
+
+# ---- plots -----------------------------------------------------------------------------------------------------------
+
+
+def _plots(audit: Audit, say: partial[str]) -> dict[str, Markup]:
+    with as_file(_FONT) as path:
+        font_manager.fontManager.addfont(path)
+    style: dict[Any, Any] = {
+        "font.family": ["Noto Sans KR", "DejaVu Sans"], "font.size": 9, "axes.unicode_minus": False,
+        "svg.fonttype": "path", "svg.hashsalt": "fedllm", "text.parse_math": False, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.edgecolor": _GREY, "path.simplify": True,
+    }  # fmt: skip
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        plots = {"tradeoff": _inline(_plot_tradeoff(audit, say), "tradeoff", say("tradeoff"))}
+        if audit.timeline:
+            plots["timeline"] = _inline(_plot_timeline(audit, say), "timeline", say("timeline"))
+        if _change(audit) is not None:
+            plots["utility"] = _inline(_plot_utility(audit, say), "utility", say("utility"))
+    return plots
+
+
+def _inline(figure: Figure, name: str, label: str) -> Markup:
+    """Return a figure as an SVG element, its ids made its own so that several fit on one page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return Markup(svg)  # noqa: S704  # matplotlib escapes texts, and they are drawn as outlines
+
+
+def _axes(height: float = 2.9) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color="#e6e8ec", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _plot_timeline(audit: Audit, say: partial[str]) -> Figure:
+    figure, axes = _axes()
+    finite = [point for point in audit.timeline if point.epsilon is not None]
+    many = len(audit.sites) > 12
+    for site in audit.sites:
+        points = [point for point in finite if point.site == site.name]
+        xs, ys = [point.charge for point in points], [point.epsilon or 0.0 for point in points]
+        axes.step(xs, ys, where="post", color=_GREY, linewidth=0.6 if many else 0.9, alpha=0.6)
+        for mine, colour in ((False, _ORANGE), (True, _BLUE)):
+            chosen = [point for point in points if (point.run == audit.run.name) == mine]
+            if chosen:
+                axes.plot([p.charge for p in chosen], [p.epsilon or 0.0 for p in chosen], ".", color=colour,
+                          markersize=3 if many else 5)  # fmt: skip
+    axes.plot([], [], ".", color=_BLUE, label=say("plot.this"))
+    if any(point.run != audit.run.name for point in finite):
+        axes.plot([], [], ".", color=_ORANGE, label=say("plot.other"))
+    target = say("plot.target", epsilon=number(audit.claim.epsilon))
+    axes.axhline(audit.claim.epsilon, color=_GREY, linestyle="--", linewidth=1, label=target)
+    axes.set(xlabel=say("plot.charges"), ylabel=say("plot.epsilon"))
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _plot_tradeoff(audit: Audit, say: partial[str]) -> Figure:
+    figure, axes = _axes(3.4)
+    rates, hits = zip(*audit.risk.curve, strict=True)
+    axes.fill_between(rates, rates, hits, color=_BLUE, alpha=0.12, linewidth=0)
+    axes.plot(rates, hits, color=_BLUE, label=say("plot.bound"))
+    axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, label=say("plot.guess"))
+    tpr = audit.risk.tpr_at_1_percent
+    axes.plot([0.01], [tpr], "o", color=_ORANGE, markersize=5)
+    axes.annotate(f"1 % → {100 * tpr:.3g} %", (0.01, tpr), textcoords="offset points", xytext=(9, -4), color=_ORANGE)
+    axes.set(xlabel=say("plot.fpr"), ylabel=say("plot.tpr"), xlim=(-0.01, 1), ylim=(0, 1.02))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def _plot_utility(audit: Audit, say: partial[str]) -> Figure:
+    figure, axes = _axes(2.5)
+    measure = _measure(audit)
+    values: Sequence[float] = [getattr(step, measure) for step in audit.utility]
+    rounds = [step.round for step in audit.utility]
+    axes.plot(rounds, values, color=_GREEN, marker="." if len(rounds) < 60 else "")
+    axes.set(xlabel=say("plot.round"), ylabel=say(f"plot.{measure}"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _font_face(page: str) -> str:
+    """Return the CSS that embeds the glyphs of `page`; signs that the font lacks come from the reader's system."""
+    options = Options()
+    options.layout_features = ["kern"]
+    options.hinting = False
+    options.flavor = "woff"
+    font = TTFont(io.BytesIO(_FONT.read_bytes()), recalcTimestamp=False)
+    subsetter = Subsetter(options)
+    subsetter.populate(unicodes=sorted({ord(sign) for sign in page} | {0x20}))
+    subsetter.subset(font)
+    font.flavor = "woff"
+    buffer = io.BytesIO()
+    font.save(buffer)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'@font-face{{font-family:"Report";src:url(data:font/woff;base64,{data}) format("woff")}}'

@@ -1,0 +1,103 @@
+"""The commands of an audit. An entry point: it may import anything, and imports late so that --help is quick."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedllm.errors import ChainError
+
+audit_app = typer.Typer(help="The audit of a run: a report for people, and its verification.", no_args_is_help=True)
+
+_RECORD_KEY = "record.key"  # a simulation's own
+
+
+class Lang(Enum):
+    """Languages of a report."""
+
+    ko = "ko"
+    en = "en"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the main command."""
+    app.add_typer(audit_app, name="audit")
+
+
+@audit_app.command("report")
+def report(
+    run: Annotated[Path, typer.Argument(help="The run's folder, or an audit's.", show_default=False)],
+    lang: Annotated[
+        Lang | None, typer.Option(help="Language of audit.html and audit.pdf; without it, both.", show_default=False)
+    ] = None,
+    ledgers: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the sites' ledgers, SITE.jsonl, by fedllm ledger export.", show_default=False),
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(help="Identity file that signs the report, such as keys/identity.", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="RUN/audit")] = None,
+) -> None:
+    """Check a run's evidence and write audit.html, audit.json and audit.pdf."""
+    from fedllm.audit.bundle import FOLDER, write_audit
+    from fedllm.audit.prv import epsilon_prv
+    from fedllm.crypto import Identity
+    from fedllm.files import read_secret
+
+    own = run / _RECORD_KEY
+    source = key if key is not None else own if own.exists() else None
+    signer = Identity.from_bytes(read_secret(source)) if source is not None else None
+    pages = [("audit", lang.value)] if lang is not None else [("audit", "en"), ("audit.ko", "ko")]
+    written = write_audit(run, out or run / FOLDER, pages, ledgers, signer, epsilon_prv)
+    typer.echo(f"{_VERDICTS[written.audit.verdict]}. The report is in {written.folder}")
+    for finding in written.audit.findings:
+        if finding.status == "fails":
+            typer.echo(f"  fails: {finding.code}: {finding.evidence[0]}")
+    if signer is None:
+        typer.echo("It is not signed: give --key, or nobody can tell whether its pages were altered.")
+    for problem in written.problems:
+        typer.echo(f"warning: {problem}", err=True)
+
+
+_VERDICTS = {"within": "within budget", "exceeded": "exceeded", "unverifiable": "cannot verify"}
+
+
+@audit_app.command("verify")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="The audit's folder.", show_default=False)],
+    trust: Annotated[
+        Path,
+        typer.Option(
+            help="File of keys that you trust: lines NAME FINGERPRINT, NAME being head-office or a site.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Check an audit offline, without believing who made it; ends with 1 at the first contradiction.
+
+    Schema, chains, signatures and co-signatures are checked, every epsilon is computed again from the ledgers' events,
+    and pages are rendered again and compared. An audit that is sound, but whose verdict is not "within budget", ends
+    with 1 as well.
+    """
+    from fedllm.audit.bundle import verify as check
+    from fedllm.audit.evidence import Trust
+
+    audit, left = check(folder, Trust.read(trust))
+    for line in left:
+        typer.echo(f"note: {line}")
+    if audit.verdict != "within":
+        found = [f for f in audit.findings if f.status == "fails"] or [
+            f for f in audit.findings if f.status == "unverified"
+        ]
+        raise ChainError(
+            f"the audit is sound, and its verdict is: {_VERDICTS[audit.verdict]} "
+            f"({found[0].code}: {found[0].evidence[0]})"
+        )
+    spent = audit.accountants
+    typer.echo(
+        f"verified: {_VERDICTS[audit.verdict]}; {len(audit.sites)} sites, {audit.run.rounds} rounds, epsilon at most "
+        f"{spent.pld:.4g} at delta {spent.delta:g} ({spent.site})"
+    )

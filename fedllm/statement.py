@@ -1,0 +1,68 @@
+"""What a site signs with every update: what it has spent, and where its ledger stood.
+
+A statement is one DSSE envelope on one line; its payload is canonical JSON. Head office keeps it, word for word, in
+the run record. It ties the update to the site's ledger: whoever holds it notices a ledger that was cut or put back.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from fedllm.crypto import Identity, PublicIdentity, open_envelope, sign_envelope
+from fedllm.errors import CryptoError
+
+STATEMENT_TYPE = "application/vnd.fedllm.statement+json"
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A site's word on one round. Which records it used is not in it."""
+
+    site: str
+    run: str
+    plan: str  # the plan's digest
+    round: int
+    epsilon: float | None  # spent on these records so far, at `delta`: PLD; None where no noise was added
+    epsilon_rdp: float | None
+    delta: float
+    ledger_number: int  # an entry of the site's chain that already holds the round's charge: its newest
+    ledger_digest: str
+    update: str  # SHA-256 of the update's bytes, hex
+
+
+def update_digest(payload: bytes) -> str:
+    """Return what a statement calls an update."""
+    return hashlib.sha256(payload).hexdigest()
+
+
+def sign_statement(statement: Statement, signer: Identity) -> str:
+    """Return a statement as one line."""
+    fields = {**asdict(statement), "signer": signer.public.to_text()}
+    payload = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return sign_envelope(payload.encode(), STATEMENT_TYPE, signer)
+
+
+def open_statement(line: str) -> tuple[Statement, PublicIdentity]:
+    """Read a statement and who signed it; raises CryptoError where its signature does not fit, or it is none.
+
+    Whether the signer is the site's identity is for the caller to decide.
+    """
+    payload, signer = open_envelope(line, STATEMENT_TYPE)
+    try:
+        fields = json.loads(payload)
+        named = fields.pop("signer")
+        statement = Statement(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CryptoError("a signed statement of unknown form") from None
+    numbers = (statement.epsilon, statement.epsilon_rdp, statement.delta)
+    texts = (statement.site, statement.run, statement.plan, statement.ledger_digest, statement.update)
+    counts = (statement.round, statement.ledger_number)
+    if (
+        named != signer.to_text()
+        or not all(number is None or (isinstance(number, int | float) and number >= 0) for number in numbers)
+        or statement.delta is None
+        or not all(isinstance(text, str) for text in texts)
+        or not all(type(count) is int and count >= 0 for count in counts)
+    ):
+        raise CryptoError("a signed statement of unknown form")
+    return statement, signer
