@@ -150,16 +150,20 @@ def connected(pid: int, port: int) -> bool:
 
 
 def _links(pid: int, port: int) -> list[bool]:
-    """Return, of every connection of a process to a port of another machine, whether that answers on it."""
+    """Return, of every connection of a process to a port of another machine, whether that answers on it.
+
+    What it has opened to another port is counted, too: on the way there may be a proxy (gRPC heeds https_proxy).
+    """
     try:
         connections = psutil.Process(pid).net_connections("tcp")
     except psutil.Error:
         return []
     silent = _silent(pid)
+    own = {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
     return [
         c.laddr.port not in silent
         for c in connections
-        if c.status == psutil.CONN_ESTABLISHED and c.raddr and c.raddr.port == port
+        if c.status == psutil.CONN_ESTABLISHED and c.raddr and (c.raddr.port == port or c.laddr.port not in own)
     ]
 
 

@@ -179,6 +179,8 @@ class Control:
         unnumbered = members.get("None")  # was registered before nodes.json was written
         found: dict[str | None, bool] = {}
         for node in self._flwr("supernode", "list", _CONNECTION)["nodes"]:
+            if node["status"] == "unregistered":
+                continue
             member = members.get(str(node["node-id"]), unnumbered)
             site = member.site if member is not None else None
             found[site] = found.get(site, False) or node["status"] == "online"

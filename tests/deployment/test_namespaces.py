@@ -561,6 +561,20 @@ def test_the_superlink_learns_nothing_but_sizes(story: Story) -> None:
         _clear_of(markers, data, name)
 
 
+def test_a_round_takes_no_more_of_a_link_than_docs_firewall_says(story: Story) -> None:
+    size, minutes = {"down": 0, "up": 0}, (story.capture.packets[-1][0] - story.capture.packets[0][0]) / 60
+    for _, packet in story.capture.packets:
+        if packet[12:14] == b"\x08\x00" and ADDRESS[SLOW] in (found := _ends(packet)):
+            size["up" if found[0] == ADDRESS[SLOW] else "down"] += len(packet)
+    rounds, dimension = len(story.rounds()) - 1, len(story.adapters[0])  # and perhaps one that was stopped
+    assert 4 * dimension * rounds < size["down"] < (4 * dimension + 10_000) * (rounds + 1) + 30_000 * (minutes + 1)
+    assert 2 * dimension * rounds < size["up"] < (2 * dimension + 10_000) * (rounds + 1) + 30_000 * (minutes + 1)
+
+
+def _ends(packet: bytes) -> tuple[str, str]:
+    return socket.inet_ntoa(packet[26:30]), socket.inet_ntoa(packet[30:34])
+
+
 @pytest.mark.parametrize(("seconds_ahead", "welcome"), [(20, False), (-60, True)])
 def test_a_clock_that_is_ahead_keeps_an_office_out_and_one_a_little_behind_does_not(
     story: Story, tmp_path: Path, seconds_ahead: int, welcome: bool

@@ -321,6 +321,7 @@ def test_a_server_that_runs_without_its_superlink_is_wrong(folder: Path) -> None
 
 def test_offices_that_are_away_and_nodes_of_strangers_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     office = federation.HeadOffice.open(folder)
+    monkeypatch.setattr(doctor, "_SYNC", 0)
     for online, level, text in (
         ({"서울-강남": True}, "ok", "is connected"), ({"서울-강남": False}, "warning", "There: fedllm doctor"),
         ({}, "warning", "does not know its key yet"), ({"서울-강남": True, None: False}, "WRONG", "not in the roster"),
