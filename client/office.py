@@ -12,6 +12,7 @@ own, and old ones go on opening messages until they are retired. So each step is
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -68,6 +69,13 @@ class SiteData(Frozen):
         return self
 
 
+class PeriodLimit(Frozen):
+    """What may be spent in some days."""
+
+    days: float = Field(gt=0, le=36_500)
+    epsilon: float = Field(gt=0)
+
+
 class Policy(Frozen):
     """What the office permits, as in SitePolicy."""
 
@@ -76,6 +84,11 @@ class Policy(Frozen):
     unit: Literal["record", "person"] = "record"
     min_units: int = Field(100, ge=1)
     allow_unprotected: bool = False
+    run_epsilon: float | None = Field(None, gt=0)
+    period: PeriodLimit | None = None
+    max_rank: int | None = Field(None, ge=1)
+    train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
+    modes: tuple[Literal["local", "off"], ...] = Field(("local", "off"), min_length=1)
 
 
 class Resources(Frozen):
@@ -128,6 +141,11 @@ policy:
   unit: record           # what is protected: record, or person (needs data.unit)
   min_units: 100         # with fewer records (or persons) than this, the office takes no part
   allow_unprotected: false  # true: also plans that are NOT PRIVATE
+  # run_epsilon: 4.0      # the most that one run may cost
+  # period: {{days: 90, epsilon: 4.0}}  # the most that all runs of any 90 days may cost
+  # max_rank: 16          # of an adapter
+  # train: [B]            # parts of an adapter that a plan may train
+  # modes: [local]        # of privacy
 
 # The models that plans may name, and where this office has them. A plan that names another one is refused.
 models: {{}}
@@ -271,7 +289,14 @@ class Office:
     def policy(self) -> SitePolicy:
         """What the office permits."""
         own = self.config.policy
-        return SitePolicy(own.epsilon, own.delta, own.min_units, own.unit, own.allow_unprotected)
+        from fedllm.privacy.ledger import Period
+
+        return SitePolicy(
+            own.epsilon, own.delta, own.min_units, own.unit, own.allow_unprotected,
+            math.inf if own.run_epsilon is None else own.run_epsilon,
+            None if own.period is None else Period(own.period.days, own.period.epsilon),
+            own.max_rank, own.train, own.modes,
+        )  # fmt: skip
 
     @property
     def data(self) -> DataConfig:

@@ -1,10 +1,13 @@
 """What an office permits. Never sent by, or to, head office."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from fedllm.errors import DataError, PrivacyError
 from fedllm.plan import RunPlan
+from fedllm.privacy.accounting import fits
+from fedllm.privacy.ledger import Period
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,11 @@ class SitePolicy:
     min_units: float  # fewer units than this: the site takes no part
     unit: Literal["record", "person"] = "record"  # what this office protects, at the least
     allow_unprotected: bool = False  # plans without noise, or with noise that a seed predicts
+    run_epsilon: float = math.inf  # the most that one run may cost, at `delta`, all its rounds together
+    period: Period | None = None  # what may be spent in some days, beside the whole budget
+    max_rank: int | None = None  # of an adapter
+    train: tuple[str, ...] = ("AB", "B")  # the parts of an adapter that a plan may train
+    modes: tuple[str, ...] = ("local", "off")  # of privacy
 
     def admit(self, plan: RunPlan) -> None:
         """Raise PrivacyError where the plan asks for what the site does not permit, whatever the budget."""
@@ -25,6 +33,17 @@ class SitePolicy:
             raise PrivacyError("the plan protects single records; this office protects persons (privacy.unit=person)")
         if plan.privacy.delta > self.delta:
             raise PrivacyError(f"privacy.delta={plan.privacy.delta:g} is above the site's delta of {self.delta:g}")
+
+        if plan.privacy.mode not in self.modes:
+            raise PrivacyError(f"privacy.mode={plan.privacy.mode}; the policy permits {', '.join(self.modes)}")
+        if plan.adapter.train not in self.train:
+            raise PrivacyError(f"adapter.train={plan.adapter.train}; the policy permits {', '.join(self.train)}")
+        if self.max_rank is not None and plan.adapter.rank > self.max_rank:
+            raise PrivacyError(f"adapter.rank={plan.adapter.rank} is above the policy's max_rank of {self.max_rank}")
+        if math.isfinite(self.run_epsilon):
+            whole = fits([plan.mechanism.event(plan.steps)], self.delta, self.run_epsilon, one_plan=True)
+            if whole is not None:
+                raise PrivacyError(f"the run would cost epsilon {whole:.4g}, above run_epsilon={self.run_epsilon:g}")
 
     def check_units(self, units: int) -> None:
         """Raise DataError where the site has too few units to take part."""

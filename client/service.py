@@ -106,6 +106,15 @@ class Endpoint:
         return envelope.open_sealed(sealed, self._identities[0], self._head_office)
 
 
+def read_records(office: Office) -> TableRecords:
+    """Return an office's records as they are now; raises DataError where they cannot be used."""
+    data = office.data
+    table = read_table(data.train, data.train_split)
+    with naming(data.train):
+        check_columns(table, data, [data.unit])
+    return TableRecords(table, data, data.unit)
+
+
 def open_site(office: Office) -> Site:
     """Return the site of an office's folder; records and models are loaded when a plan asks for them."""
     resources = office.config.resources
@@ -113,16 +122,9 @@ def open_site(office: Office) -> Site:
     def workspace(plan: RunPlan) -> Workspace:
         return open_workspace(office.model(plan.model), plan.adapter, plan.seed, resources.device)
 
-    def records() -> TableRecords:
-        data = office.data
-        table = read_table(data.train, data.train_split)
-        with naming(data.train):
-            check_columns(table, data, [data.unit])
-        return TableRecords(table, data, data.unit)
-
     return Site(
-        office.name, office.policy, office.ledger_file, lambda: office.identity, workspace, records,
-        resources.micro_batch,
+        office.name, office.policy, office.ledger_file, lambda: office.identity, workspace,
+        lambda: read_records(office), resources.micro_batch,
     )  # fmt: skip
 
 

@@ -223,7 +223,9 @@ class Site:
         if self._open is None or self._open.plan_digest != plan.digest:
             records = self._read_records()
             policy = self._policy
-            ledger = PrivacyLedger(self._ledger_path, records.data_set, policy.epsilon, policy.delta, self._identity())
+            ledger = PrivacyLedger(
+                self._ledger_path, records.data_set, policy.epsilon, policy.delta, self._identity(), policy.period
+            )
             self._open = _Open(plan.digest, records, ledger)
         return self._open
 

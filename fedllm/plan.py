@@ -307,6 +307,7 @@ class SimulationConfig(RunConfig):
     """A whole simulated federation, as composed by Hydra."""
 
     output: str = "runs"  # folder of the runs' folders
+    audit: bool = True  # write the audit report at the end
     data: DataConfig
     federation: FederationConfig
     site: SiteConfig

@@ -11,6 +11,10 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 
 from client.app import courier
+from fedllm.audit.bundle import FOLDER as AUDIT
+from fedllm.audit.bundle import write_audit
+from fedllm.audit.evidence import HEAD_OFFICE
+from fedllm.audit.prv import epsilon_prv
 from fedllm.audit.summary import RunSummary
 from fedllm.errors import ConfigError, QuorumLost
 from fedllm.plan import RunPlan, SimulationConfig, parse
@@ -22,6 +26,8 @@ from server.rounds import PLAN, Coordinator, Event
 from server.run import HeadOfficeRun, alone_in, check_folder, differences, make_plan, write_plan
 from simulations.grid import InProcessGrid, run_ray
 from simulations.sites import SITE_LOG, SimulatedData, connect, log_to, make_site, simulated_data
+
+KEYS = "trusted-keys.txt"  # for `fedllm audit verify RUN/audit --trust RUN/trusted-keys.txt`
 
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -61,7 +67,10 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], 
         with _site_log(folder):
             stopped = _run(config, folder, coordinator, len(data.names))
             budgets = {name: config.budget(name) for name in data.names}
-            return run.finish(stopped, budgets, time.monotonic() - began)
+            summary = run.finish(stopped, budgets, time.monotonic() - began)
+            if config.audit:
+                _audit(folder)
+            return summary
 
 
 def _with_nominal_size(config: SimulationConfig, counts: dict[str, int]) -> SimulationConfig:
@@ -123,6 +132,19 @@ def _run(config: SimulationConfig, folder: Path, coordinator: Coordinator, sites
     if errors:
         raise errors[0]
     return ""
+
+
+def _audit(folder: Path) -> None:
+    """Write the audit report in both languages, and the keys to verify it with."""
+    signer = key_in(folder)
+    pages = [("audit", "en"), ("audit.ko", "ko")]
+    written = write_audit(folder, folder / AUDIT, pages, signer=signer, prv=epsilon_prv)
+    known = {HEAD_OFFICE: signer.public.fingerprint, **{s.name: s.fingerprint for s in written.audit.sites}}
+    lines = [f"{name} {fingerprint}" for name, fingerprint in known.items() if fingerprint]
+    heading = "# In a deployment every office tells its own fingerprint; here one process plays all of them."
+    (folder / KEYS).write_text("\n".join([heading, *lines]) + "\n", "utf-8")
+    for problem in written.problems:
+        logging.getLogger("fedllm").warning(problem)
 
 
 @contextlib.contextmanager

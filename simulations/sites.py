@@ -1,6 +1,5 @@
 """The sites of a simulation: one process-wide set, its table read and its model loaded once."""
 
-import hashlib
 import logging
 import math
 import threading
@@ -13,6 +12,7 @@ from client.app import Handler
 from client.policy import SitePolicy
 from client.records import TableRecords
 from client.site import Site
+from fedllm.audit.evidence import file_name
 from fedllm.crypto import Identity
 from fedllm.files import read_secret, write_secret
 from fedllm.plan import DataConfig, PartitionConfig, SimulationConfig
@@ -92,7 +92,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         min_units=site.min_units if site.min_units is not None else expected_batch,
         allow_unprotected=True,  # in a simulation the sites are the researcher's own
     )
-    place = folder / "sites" / _folder_name(name)
+    place = folder / "sites" / file_name(name)
     return Site(
         name=name,
         policy=policy,
@@ -109,14 +109,6 @@ def _identity(path: Path) -> Identity:
     if not path.exists():
         write_secret(path, Identity.generate().to_bytes())
     return Identity.from_bytes(read_secret(path))
-
-
-def _folder_name(site: str) -> str:
-    """Return a folder name of its own for every site, readable where the site's name allows."""
-    for sign in "%/\\\0":
-        site = site.replace(sign, f"%{ord(sign):02X}")
-    site = site.replace(".", "%2E", 1) if site.startswith(".") else site
-    return site if len(site.encode()) <= 200 else hashlib.sha256(site.encode()).hexdigest()
 
 
 def connect(config_json: str, folder: str, context: Context) -> Handler:

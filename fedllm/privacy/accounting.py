@@ -97,14 +97,17 @@ def deltas(events: Sequence[AccountingEvent], epsilons: Sequence[float]) -> list
     1.0 throughout where no noise was added, or so little that the PLD says nothing.
     """
     composed = _merged(events)
-    if not composed:
-        return [0.0] * len(epsilons)
-    if any(event.noise_multiplier <= 0 for event in composed):
-        return [1.0] * len(epsilons)
     with _one_at_a_time:
-        if not _epsilon_rdp(composed, 1e-5) <= _HOPELESS:
-            return [1.0] * len(epsilons)
-        return [float(delta) for delta in _composed(composed, _GRID).get_delta_for_epsilon(list(epsilons))]
+        return list(_deltas(composed, tuple(epsilons)))
+
+
+@lru_cache(maxsize=64)
+def _deltas(events: tuple[AccountingEvent, ...], epsilons: tuple[float, ...]) -> tuple[float, ...]:
+    if not events:
+        return (0.0,) * len(epsilons)
+    if any(event.noise_multiplier <= 0 for event in events) or not _epsilon_rdp(events, 1e-5) <= _HOPELESS:
+        return (1.0,) * len(epsilons)
+    return tuple(float(delta) for delta in _composed(events, _GRID).get_delta_for_epsilon(list(epsilons)))
 
 
 def _merged(events: Sequence[AccountingEvent]) -> tuple[AccountingEvent, ...]:

@@ -97,6 +97,14 @@ def fingerprint(members: Iterable[bytes]) -> DataSet:
 
 
 @dataclass(frozen=True)
+class Period:
+    """What may be spent in any `days` at a stretch, beside the whole budget."""
+
+    days: float
+    epsilon: float
+
+
+@dataclass(frozen=True)
 class Head:
     """The newest entry of a ledger's chain."""
 
@@ -220,6 +228,39 @@ class LedgerFile:
             row = db.execute("SELECT digest FROM chain WHERE number = ?", (head.number,)).fetchone()
         return row is not None and row[0] == head.digest
 
+    def events_of(self, data: DataSet) -> list[AccountingEvent]:
+        """Return every event charged to what overlaps `data`, whether or not that was ever opened; writes nothing."""
+        with self.transaction() as db:
+            found = {self.name_of(db, data)}
+            for each in data.members:
+                found |= {str(row[0]) for row in db.execute("SELECT dataset FROM member WHERE hash = ?", (each,))}
+            rows = db.execute(
+                "SELECT dataset, sampling_rate, noise_multiplier, steps FROM entry WHERE state != 'ABORTED' ORDER BY id"
+            )
+            return [AccountingEvent(*row[1:]) for row in rows if row[0] in found]
+
+    def abort(self, run: str, round: int, signer: Identity, dataset: str | None = None) -> None:
+        """Give a reserved round back to the budget: the owner's decision, for a round that will not be repeated.
+
+        RESERVED proves that nothing was released (see above), and from here on nothing can be: the round is refused.
+        Raises LedgerError where there is no such reservation.
+        """
+        with self.transaction() as db:
+            rows = db.execute(
+                "SELECT dataset FROM entry WHERE run = ? AND round = ? AND state = 'RESERVED' "
+                "AND dataset = coalesce(?, dataset)",
+                (run, round, dataset),
+            ).fetchall()
+            if not rows:
+                raise LedgerError(
+                    f"round={round} of run={run} is not reserved; only what was not released can be given back"
+                )
+            for (name,) in rows:
+                db.execute(
+                    "UPDATE entry SET state = 'ABORTED' WHERE dataset = ? AND run = ? AND round = ?", (name, run, round)
+                )
+                _note(db, "aborted", {"dataset": name, "run": run, "round": round}, signer)
+
     def hand_over(self, old: Identity, new: Identity) -> None:
         """Let `new` sign from here on: `old` says so, and `new` vouches for what it takes over."""
         with self.transaction() as db:
@@ -273,12 +314,15 @@ class PrivacyLedger:
     Raises LedgerError wherever the file cannot be read, written or trusted; nothing is trained then.
     """
 
-    def __init__(self, path: Path, dataset: DataSet, epsilon: float, delta: float, signer: Identity) -> None:
+    def __init__(
+        self, path: Path, dataset: DataSet, epsilon: float, delta: float, signer: Identity,
+        period: Period | None = None,
+    ) -> None:  # fmt: skip
         """Open or create the ledger at `path` (mode 0600) with a budget of `epsilon` at `delta` for `dataset`."""
         if not (epsilon >= 0 and 0 < delta < 1):  # refuses NaN too
             raise LedgerError(f"budget epsilon={epsilon!r} at delta={delta!r}: expected epsilon >= 0 and 0 < delta < 1")
         self.file = LedgerFile(path, create=True)
-        self._signer = signer
+        self._signer, self._period = signer, period
         self.epsilon, self.delta = epsilon, delta
         with self.file.transaction() as db:
             self._dataset = self.file.name_of(db, dataset)
@@ -385,12 +429,22 @@ class PrivacyLedger:
         ) | {(run, event.sampling_rate, event.noise_multiplier)}
         try:
             over = fits([*_events(db, self._dataset), event], self.delta, self.epsilon, len(plans) == 1)
+            recent = None
+            if self._period is not None:  # several plans may lie in it, so RDP decides
+                since = _now(db) - self._period.days * 86_400
+                events = [*_events(db, self._dataset, since), event]
+                recent = fits(events, self.delta, self._period.epsilon, one_plan=False)
         except PrivacyError as error:
             raise LedgerError(f"the privacy ledger {self.file.path} cannot be added up: {error}") from None
         if over is not None:
             raise BudgetExceeded(
                 f"one more round would bring epsilon to {over:.4g}, above the site's budget of "
                 f"{self.epsilon:g} at delta {self.delta:g}."
+            )
+        if recent is not None and self._period is not None:
+            raise BudgetExceeded(
+                f"one more round would bring the epsilon of the last {self._period.days:g} days to {recent:.4g}, above "
+                f"the {self._period.epsilon:g} that a period may cost. Wait, or raise policy.period."
             )
 
     def check(self, run: str, event: AccountingEvent) -> None:
@@ -415,21 +469,8 @@ class PrivacyLedger:
             self._note(db, "released", body)
 
     def abort(self, run: str, round: int) -> None:
-        """Give a reserved round back to the budget: the owner's decision, for a round that will not be repeated.
-
-        RESERVED proves that nothing was released (see above), and from here on nothing can be: the round is refused.
-        Raises LedgerError where there is no such reservation.
-        """
-        with self.file.transaction() as db:
-            changed = db.execute(
-                "UPDATE entry SET state = 'ABORTED' WHERE dataset = ? AND run = ? AND round = ? AND state = 'RESERVED'",
-                (self._dataset, run, round),
-            ).rowcount
-            if changed != 1:
-                raise LedgerError(
-                    f"round={round} of run={run} is not reserved; only what was not released can be given back"
-                )
-            self._note(db, "aborted", {"dataset": self._dataset, "run": run, "round": round})
+        """Give a reserved round of this data set back to the budget, as LedgerFile.abort."""
+        self.file.abort(run, round, self._signer, self._dataset)
 
     def events(self) -> list[AccountingEvent]:
         """Return every event charged to this data set or one that overlaps it, in order, released or not."""
@@ -440,11 +481,12 @@ class PrivacyLedger:
         return spent(self.events(), self.delta if delta is None else delta)
 
 
-def _events(db: sqlite3.Connection, dataset: str) -> list[AccountingEvent]:
+def _events(db: sqlite3.Connection, dataset: str, since: float = -math.inf) -> list[AccountingEvent]:
     rows = db.execute(
         "SELECT sampling_rate, noise_multiplier, steps FROM entry "
-        "WHERE dataset IN (SELECT other FROM overlap WHERE dataset = ?) AND state != 'ABORTED' ORDER BY id",
-        (dataset,),
+        "WHERE dataset IN (SELECT other FROM overlap WHERE dataset = ?) AND state != 'ABORTED' AND reserved_at >= ? "
+        "ORDER BY id",
+        (dataset, since),
     )
     return [AccountingEvent(*row) for row in rows]
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from fedllm.errors import Cancelled, ConfigError, DataError, ModelError
 from fedllm.messages import MAGIC, Declined, LedgerHead, Message, Prepare, Ready, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent, spent
-from fedllm.privacy.ledger import DataSet, LedgerFile, PrivacyLedger
+from fedllm.privacy.ledger import DataSet, LedgerFile, Period, PrivacyLedger
 from fedllm.statement import Statement, open_statement, update_digest
 from fedllm.training.data import Record, Unit
 from fedllm.training.workspace import Workspace, open_workspace
@@ -252,6 +253,50 @@ def test_a_plan_beyond_policy_is_declined_before_records_and_ledger_are_touched(
     assert reason(office.prepare() if step == "prepare" else office.train()) == "policy"
     assert office.loader.calls == 0
     assert not office.ledger_path.exists()
+
+
+@pytest.mark.parametrize("step", ["prepare", "train"])
+@pytest.mark.parametrize(
+    "limits",
+    [{"run_epsilon": 2.0}, {"max_rank": 1}, {"train": ("AB",)}, {"modes": ("off",)}],
+    ids=lambda v: next(iter(v)),
+)
+def test_every_limit_of_the_policy_holds_before_records_and_ledger_are_touched(
+    tmp_path: Path, make_plan: MakePlan, site_log: list[logging.LogRecord], limits: dict[str, Any], step: str
+) -> None:
+    office = Office(tmp_path, make_plan(), **limits)
+    assert reason(office.prepare() if step == "prepare" else office.train()) == "policy"
+    assert office.loader.calls == 0
+    assert not office.ledger_path.exists()
+    assert any(next(iter(limits)) in record.getMessage() or "permits" in record.getMessage() for record in site_log)
+
+
+def test_a_plan_at_the_limits_of_the_policy_is_admitted(tmp_path: Path, make_plan: MakePlan) -> None:
+    plan = make_plan()
+    whole = spent([plan.mechanism.event(plan.steps)], 1e-3).epsilon
+    limits = {"run_epsilon": whole, "max_rank": 2, "train": ("B",), "modes": ("local",)}
+    assert isinstance(Office(tmp_path, plan, **limits).train(), TrainReply)
+
+
+def test_a_period_has_a_budget_of_its_own_by_rdp(
+    tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan()
+    event = plan.mechanism.event(plan.training.local_steps)
+    period = Period(days=30, epsilon=spent([event] * 2, 1e-3).epsilon_rdp)
+    office = Office(tmp_path, plan, epsilon=100.0, period=period)
+    for round_ in (1, 2):
+        assert isinstance(office.train(round_), TrainReply)
+    assert reason(office.train(3)) == "budget"
+    office.plan = make_plan(run="another")
+    assert reason(office.prepare()) == "budget", "another run buys no other period"
+    office.plan, real = plan, time.time()
+    monkeypatch.setattr(time, "time", lambda: real + 29 * 86_400)
+    assert reason(office.train(3)) == "budget"
+    monkeypatch.setattr(time, "time", lambda: real - 29 * 86_400)
+    assert reason(office.train(3)) == "budget", "a clock that goes backwards frees nothing"
+    monkeypatch.setattr(time, "time", lambda: real + 31 * 86_400)
+    assert isinstance(office.train(3), TrainReply)
 
 
 @pytest.mark.parametrize("step", ["prepare", "train"])

@@ -1,0 +1,28 @@
+"""A federation that ran twice on the same records, and its audit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fedllm.audit.bundle import Written, write_audit
+from tests.fedllm.audit.evidence import Federation, make_plan
+
+
+@dataclass
+class Audited:
+    """A run, its federation and its audit."""
+
+    federation: Federation
+    run: Path
+    written: Written
+
+
+@pytest.fixture(scope="session")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> Audited:
+    """The second of two runs, its report in both languages, signed by head office."""
+    federation = Federation(tmp_path_factory.mktemp("federation"))
+    federation.run("first", make_plan("e" * 32, rounds=2))
+    run = federation.run("second", make_plan(rounds=3), declines=["incheon"])
+    pages = [("audit", "en"), ("audit.ko", "ko")]
+    return Audited(federation, run, write_audit(run, run / "audit", pages, signer=federation.head_office))

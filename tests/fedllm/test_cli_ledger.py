@@ -1,0 +1,144 @@
+"""The ledger's commands, as an owner and a privacy officer use them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from client.office import Office, init_office
+from fedllm.chain import read_chain
+from fedllm.cli import app
+from fedllm.errors import ChainError, FedllmError
+from fedllm.plan import RunPlan, parse
+from fedllm.privacy.accounting import AccountingEvent
+from fedllm.privacy.ledger import PrivacyLedger
+
+EVENT = AccountingEvent(0.5, 1.5, 2)
+
+
+def run(*arguments: object) -> str:
+    """Run a command; its error is raised, as `main` would print it."""
+    result = CliRunner().invoke(app, [str(each) for each in arguments], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def plan(rounds: int = 4, **privacy: object) -> RunPlan:
+    values = {
+        "run": "planned", "seed": 1, "model": {"source": "base"}, "adapter": {"rank": 4},
+        "privacy": {"sampling_rate": 0.5, "units_per_site": 100, "noise_multiplier": 1.5, **privacy},
+        "training": {"rounds": rounds, "local_steps": 2},
+    }  # fmt: skip
+    return parse(RunPlan, values)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """An office with records and a model's name, and with two rounds in its ledger: one released, one open."""
+    folder = tmp_path / "site"
+    init_office(folder, "busan")
+    rows = [{"question": f"q{number}", "answer": f"a{number}"} for number in range(120)]
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    (folder / "base").mkdir()
+    settings = (folder / "site.yaml").read_text("utf-8").replace("models: {}", "models: {base: base}")
+    (folder / "site.yaml").write_text(settings, "utf-8")
+    return folder
+
+
+def open_ledger(home: Path) -> PrivacyLedger:
+    from client.service import read_records
+
+    office = Office.open(home)
+    return PrivacyLedger(office.ledger_file, read_records(office).data_set, 8.0, 1e-5, office.identity)
+
+
+@pytest.fixture
+def spent_home(home: Path) -> Path:
+    ledger = open_ledger(home)
+    ledger.release(ledger.reserve("first", 1, "request", EVENT), b"reply")
+    ledger.reserve("first", 2, "request", EVENT)
+    return home
+
+
+def test_before_anything_was_spent_there_is_nothing_to_show(home: Path) -> None:
+    for command in ("show", "verify"):
+        with pytest.raises(FedllmError, match="nothing was spent"):
+            run("ledger", command, "--home", home)
+
+
+def test_show_tells_what_was_spent_reserved_and_left(spent_home: Path) -> None:
+    said = run("ledger", "show", "--home", spent_home)
+    assert "1 released" in said
+    assert "1 reserved" in said
+    assert "open: round 2 of run first" in said
+    assert "budget of 8" in said
+    assert "data set" in run("ledger", "show", "--file", spent_home / "data" / "ledger.db")
+
+
+def test_verify_finds_the_first_bad_entry_of_a_ledger_and_of_an_export(spent_home: Path, tmp_path: Path) -> None:
+    office = Office.open(spent_home)
+    assert "sound: 6 entries" in run("ledger", "verify", "--home", spent_home)
+    assert "sound: 6 entries" in run("ledger", "verify", "--file", office.ledger_file)
+    to = tmp_path / "busan.jsonl"
+    run("ledger", "export", to, "--home", spent_home)
+    assert "sound: 6 entries" in run("ledger", "verify", "--file", to, "--key", office.identity.public.to_text())
+    with pytest.raises(ChainError, match="not trusted"):
+        run("ledger", "verify", "--file", to, "--key", "ab" * 64)
+    lines = to.read_text("utf-8").splitlines()
+    to.write_text("\n".join([*lines[:3], *lines[4:]]), "utf-8")
+    with pytest.raises(ChainError, match="entry 3:"):
+        run("ledger", "verify", "--file", to)
+
+
+def test_an_export_holds_no_record_and_no_count_of_records(spent_home: Path, tmp_path: Path) -> None:
+    to = tmp_path / "busan.jsonl"
+    run("ledger", "export", to, "--home", spent_home)
+    said = str([entry.body for entry in read_chain(to.read_text("utf-8").splitlines(), "export")])
+    assert "q1" not in said
+    assert "120" not in said
+    with pytest.raises(FedllmError, match="Nothing was overwritten"):
+        run("ledger", "export", to, "--home", spent_home)
+
+
+def test_an_open_round_is_given_back_and_a_released_one_is_not(spent_home: Path) -> None:
+    assert "aborted: round 2" in run("ledger", "abort", "first", 2, "--home", spent_home)
+    assert open_ledger(spent_home).events() == [EVENT]
+    for round_ in (1, 2):
+        with pytest.raises(FedllmError, match="not reserved"):
+            run("ledger", "abort", "first", round_, "--home", spent_home)
+    run("ledger", "verify", "--home", spent_home)
+
+
+@pytest.mark.parametrize("form", ["json", "yaml"])
+def test_a_forecast_says_what_a_plan_would_spend_and_how_much_fits(home: Path, tmp_path: Path, form: str) -> None:
+    file = tmp_path / f"plan.{form}"
+    values = plan(rounds=40).model_dump(mode="json")
+    file.write_text(json.dumps(values, indent=2 if form == "json" else None), "utf-8")
+    fresh = run("ledger", "forecast", file, "--home", home)
+    assert "policy: admits the plan" in fresh
+    assert not (home / "data" / "ledger.db").exists(), "a forecast writes nothing"
+    ledger = open_ledger(home)
+    for round_ in range(1, 4):
+        ledger.reserve("first", round_, "request", EVENT)
+    before = ledger.file.lines()
+    later = run("ledger", "forecast", file, "--home", home)
+
+    def fit(said: str) -> int:
+        return int(said.partition("budget of 8: ")[2].split()[0])
+
+    assert 0 < fit(later) < fit(fresh) < 40
+    assert ledger.file.lines() == before
+    for round_ in range(1, fit(later) + 1):
+        ledger.reserve("planned", round_, "request", plan().mechanism.event(2))
+    with pytest.raises(FedllmError, match="budget"):  # the forecast was right to the round
+        ledger.reserve("planned", fit(later) + 1, "request", plan().mechanism.event(2))
+
+
+def test_a_forecast_says_that_the_policy_refuses(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(plan(delta=1e-3).model_dump_json(), "utf-8")
+    with pytest.raises(FedllmError, match=r"policy: refused: privacy\.delta"):
+        run("ledger", "forecast", file, "--home", home)
