@@ -19,7 +19,6 @@ import hashlib
 import hmac
 import math
 import os
-import secrets
 import sqlite3
 import threading
 import time
@@ -555,7 +554,7 @@ def _create(path: Path) -> None:
             db.execute(f"PRAGMA application_id = {_APPLICATION}")
             db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             db.executescript(_SCHEMA)
-            db.execute("INSERT INTO secret (key) VALUES (?)", (secrets.token_bytes(32),))
+            db.execute("INSERT INTO secret (key) VALUES (?)", (os.urandom(32),))
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
     finally:

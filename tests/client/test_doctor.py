@@ -27,7 +27,7 @@ from fedllm.cli import app
 from fedllm.crypto import Certificate
 from fedllm.files import locked, write_secret
 from fedllm.privacy.accounting import AccountingEvent
-from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.ledger import DataSet, PrivacyLedger
 from fedllm.provision import now
 from server import federation
 
@@ -294,7 +294,8 @@ def test_a_clock_behind_the_grant_is_wrong(folder: Path, monkeypatch: pytest.Mon
     [(1, "ok", "of 8 spent"), (9, "warning", "Little is left"), (12, "warning", "declined")],
 )
 def test_what_was_spent_is_told(folder: Path, rounds: int, level: str, said_: str) -> None:
-    ledger = PrivacyLedger(folder / "data" / "ledger.db", "a", 1e9, 1e-5)
+    path, signer = folder / "data" / "ledger.db", Office.open(folder).identity
+    ledger = PrivacyLedger(path, DataSet("a"), 1e9, 1e-5, signer)
     for round_ in range(rounds):
         ledger.release(ledger.reserve("run", round_, "r", AccountingEvent(1.0, 2.0, 1)), b"")
     assert any(text.startswith("ledger") and said_ in text for text in said(folder, level))
