@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedllm.errors import DataError, PrivacyError
 from fedllm.plan import RunPlan
-from fedllm.privacy.accounting import fits
-from fedllm.privacy.ledger import Period
+
+if TYPE_CHECKING:
+    from fedllm.privacy.ledger import Period
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class SitePolicy:
     unit: Literal["record", "person"] = "record"  # what this office protects, at the least
     allow_unprotected: bool = False  # plans without noise, or with noise that a seed predicts
     run_epsilon: float = math.inf  # the most that one run may cost, at `delta`, all its rounds together
-    period: Period | None = None  # what may be spent in some days, beside the whole budget
+    period: "Period | None" = None  # what may be spent in some days, beside the whole budget
     max_rank: int | None = None  # of an adapter
     train: tuple[str, ...] = ("AB", "B")  # the parts of an adapter that a plan may train
     modes: tuple[str, ...] = ("local", "off")  # of privacy
@@ -41,6 +42,8 @@ class SitePolicy:
         if self.max_rank is not None and plan.adapter.rank > self.max_rank:
             raise PrivacyError(f"adapter.rank={plan.adapter.rank} is above the policy's max_rank of {self.max_rank}")
         if math.isfinite(self.run_epsilon):
+            from fedllm.privacy.accounting import fits
+
             whole = fits([plan.mechanism.event(plan.steps)], self.delta, self.run_epsilon, one_plan=True)
             if whole is not None:
                 raise PrivacyError(f"the run would cost epsilon {whole:.4g}, above run_epsilon={self.run_epsilon:g}")

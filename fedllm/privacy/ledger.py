@@ -397,23 +397,27 @@ class PrivacyLedger:
                 "UPDATE entry SET reply = NULL WHERE dataset = ? AND run = ? AND round < ?",
                 (self._dataset, run, round - 1),
             )
-            db.execute(
-                "INSERT INTO entry (dataset, run, round, request, sampling_rate, noise_multiplier, steps, state, "
-                "reserved_at) VALUES (?, ?, ?, ?, ?, ?, ?, 'RESERVED', ?)",
-                (
-                    self._dataset, run, round, request,
-                    event.sampling_rate, event.noise_multiplier, event.steps, _now(db),
-                ),
-            )  # fmt: skip
-            self._note(
-                db, "reserved",
-                {
-                    "dataset": self._dataset, "run": run, "round": round, "request": request,
-                    "sampling_rate": event.sampling_rate, "noise_multiplier": event.noise_multiplier,
-                    "steps": event.steps,
-                },
-            )  # fmt: skip
+            self.charge(db, run, round, request, event)
         return Reservation(run, round, None)
+
+    def charge(self, db: sqlite3.Connection, run: str, round: int, request: str, event: AccountingEvent) -> None:
+        """Enter a charge, whatever the budget: `reserve` asks first."""
+        db.execute(
+            "INSERT INTO entry (dataset, run, round, request, sampling_rate, noise_multiplier, steps, state, "
+            "reserved_at) VALUES (?, ?, ?, ?, ?, ?, ?, 'RESERVED', ?)",
+            (
+                self._dataset, run, round, request,
+                event.sampling_rate, event.noise_multiplier, event.steps, _now(db),
+            ),
+        )  # fmt: skip
+        self._note(
+            db, "reserved",
+            {
+                "dataset": self._dataset, "run": run, "round": round, "request": request,
+                "sampling_rate": event.sampling_rate, "noise_multiplier": event.noise_multiplier,
+                "steps": event.steps,
+            },
+        )  # fmt: skip
 
     def _note(self, db: sqlite3.Connection, kind: str, body: dict[str, Any]) -> None:
         _note(db, kind, body, self._signer)
@@ -427,11 +431,11 @@ class PrivacyLedger:
             )
         ) | {(run, event.sampling_rate, event.noise_multiplier)}
         try:
-            over = fits([*_events(db, self._dataset), event], self.delta, self.epsilon, len(plans) == 1)
+            over = fits([*_summed(db, self._dataset), event], self.delta, self.epsilon, len(plans) == 1)
             recent = None
             if self._period is not None:  # several plans may lie in it, so RDP decides
                 since = _now(db) - self._period.days * 86_400
-                events = [*_events(db, self._dataset, since), event]
+                events = [*_summed(db, self._dataset, since), event]
                 recent = fits(events, self.delta, self._period.epsilon, one_plan=False)
         except PrivacyError as error:
             raise LedgerError(f"the privacy ledger {self.file.path} cannot be added up: {error}") from None
@@ -480,12 +484,23 @@ class PrivacyLedger:
         return spent(self.events(), self.delta if delta is None else delta)
 
 
-def _events(db: sqlite3.Connection, dataset: str, since: float = -math.inf) -> list[AccountingEvent]:
+def _summed(db: sqlite3.Connection, dataset: str, since: float = -math.inf) -> list[AccountingEvent]:
+    """Return what `_events` does, equal events as one: a round's check must not grow with the ledger's age."""
+    rows = db.execute(
+        "SELECT sampling_rate, noise_multiplier, sum(steps), min(steps) < 0 OR sum(typeof(steps) != 'integer') "
+        "FROM entry WHERE dataset IN (SELECT other FROM overlap WHERE dataset = ?) AND state != 'ABORTED' "
+        "AND reserved_at >= ? GROUP BY sampling_rate, noise_multiplier",
+        (dataset, since),
+    )
+    # a row that cannot be must not vanish in a sum: it becomes an event that is refused
+    return [AccountingEvent(rate, noise, -1 if damaged else steps) for rate, noise, steps, damaged in rows]
+
+
+def _events(db: sqlite3.Connection, dataset: str) -> list[AccountingEvent]:
     rows = db.execute(
         "SELECT sampling_rate, noise_multiplier, steps FROM entry "
-        "WHERE dataset IN (SELECT other FROM overlap WHERE dataset = ?) AND state != 'ABORTED' AND reserved_at >= ? "
-        "ORDER BY id",
-        (dataset, since),
+        "WHERE dataset IN (SELECT other FROM overlap WHERE dataset = ?) AND state != 'ABORTED' ORDER BY id",
+        (dataset,),
     )
     return [AccountingEvent(*row) for row in rows]
 

@@ -23,10 +23,11 @@ from client import office
 from client.doctor import check
 from client.office import Office, init_office, install, needs_fingerprint, retire, rotate
 from fedllm import cli_deploy, crypto, files
+from fedllm.chain import open_entry
 from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError
 from fedllm.plan import ModelConfig
-from fedllm.privacy.ledger import DataSet, PrivacyLedger
+from fedllm.privacy.ledger import DataSet, Period, PrivacyLedger
 from fedllm.provision import Grant
 from server import federation
 
@@ -635,3 +636,36 @@ print("loaded:", *sorted({{name.partition('.')[0] for name in sys.modules}}))
     loaded = set(done.stdout.rpartition("loaded:")[2].split())
     assert "cryptography" in loaded
     assert not loaded & {"torch", "transformers", "datasets", "flwr", "hydra", "sqlite3", "scipy", "pandas"}
+
+
+def test_new_keys_take_the_ledger_over_when_their_grant_is_installed(head: Path, member: Path) -> None:
+    old = Office.open(member)
+    ledger = PrivacyLedger(old.ledger_file, DataSet("x"), 8.0, 1e-5, old.identity)
+    rotate(member)
+    assert all(open_entry(line).kind != "key" for line in ledger.file.lines())
+    new = install(member, admit(head, member))
+    assert new.identity.public != old.identity.public
+    retire(member)
+    for trusted in (old.identity.public, new.identity.public):
+        ledger.file.verify([trusted])
+    kinds = [(open_entry(line).kind, open_entry(line).signer) for line in ledger.file.lines()[-2:]]
+    assert kinds == [("key", old.identity.public), ("opened", new.identity.public)]
+
+
+def test_every_limit_of_site_yaml_reaches_the_policy(folder: Path) -> None:
+    edit(folder, {
+        "policy.run_epsilon": 4.0, "policy.period": {"days": 90, "epsilon": 3.0}, "policy.max_rank": 16,
+        "policy.train": ["B"], "policy.modes": ["local"],
+    })  # fmt: skip
+    policy = Office.open(folder).policy
+    assert (policy.run_epsilon, policy.period, policy.max_rank) == (4.0, Period(90, 3.0), 16)
+    assert (policy.train, policy.modes) == (("B",), ("local",))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"run_epsilon": 0}, {"period": {"days": 0, "epsilon": 1}}, {"period": {"days": 9}}, {"max_rank": 0},
+              {"train": []}, {"train": ["A"]}, {"modes": ["central"]}],
+)  # fmt: skip
+def test_an_impossible_limit_is_refused(folder: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"policy.{next(iter(wrong))}"):
+        edit(folder, {f"policy.{key}": value for key, value in wrong.items()})

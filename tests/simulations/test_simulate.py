@@ -171,7 +171,8 @@ def test_a_run_leaves_every_output_and_nothing_else(variants: Callable[[str], Ru
     assert {file for file in found if not file.startswith("sites/")} == {
         "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
         "checkpoint.safetensors", "checkpoint.safetensors.previous", "config.json", "lock", "metrics.jsonl",
-        "plan.json", "rounds.png", "rounds.svg", "sites.png", "sites.svg", "summary.ko.md", "summary.md",
+        "plan.json", "record.jsonl", "record.key",
+        "rounds.png", "rounds.svg", "sites.png", "sites.svg", "summary.ko.md", "summary.md",
     }  # fmt: skip
     assert "sites/sites.log" in found
     assert folder.stat().st_mode & 0o077 == 0, "the folder holds ledgers: it is for its owner alone"

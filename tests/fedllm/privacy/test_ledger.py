@@ -388,13 +388,15 @@ def test_a_ledger_that_cannot_be_written_is_a_ledger_error_and_loses_nothing(rea
     path = reachable / "ledger.db"
     open_ledger(path).reserve("run", 1, "request", EVENT)
     before = path.read_bytes()
+    if os.geteuid() == 0:
+        os.chown(path, 65534, -1)  # the superuser may write anything, so another user tries, who owns it
     path.chmod(0o444 if read_only == "file" else 0o666)
     reachable.chmod(0o777 if read_only == "file" else 0o555)
     code = (
         PRELUDE
         + """
 if os.geteuid() == 0:
-    os.seteuid(65534)  # the superuser may write anything
+    os.seteuid(65534)
 data = DataSet("서울")
 report(lambda: PrivacyLedger(path, data, float("inf"), 1e-5, signer).reserve("run", 2, "request", unprotected))
 """
@@ -407,6 +409,7 @@ report(lambda: PrivacyLedger(path, data, float("inf"), 1e-5, signer).reserve("ru
         cwd=ROOT,
     )
     reachable.chmod(0o755)
+    os.chown(path, os.geteuid(), -1)
     assert done.stdout.startswith("LedgerError")
     assert str(path) in done.stdout
     assert "permissions" in done.stdout or "as its owner" in done.stdout

@@ -1,0 +1,248 @@
+"""The report: readable in both languages, self-contained, without a record in it, and nothing in it is cut."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedllm.audit import report
+from fedllm.audit.model import Audit, Point, Utility
+from fedllm.audit.report import LANGUAGES, Language, render_html, render_pdf
+from fedllm.cli import app
+from fedllm.errors import FolderError
+from fedllm.files import write_secret
+from tests.fedllm.audit.conftest import Audited
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WORDS: dict[str, list[str]] = json.loads((Path(report.__file__).parent / "templates" / "words.json").read_text("utf-8"))
+
+
+class Page(HTMLParser):
+    """What a browser would load, run or show."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.handlers: list[str] = []
+        self.text: list[str] = []
+        self._style = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._style = tag == "style"
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+                self.links.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+            if name.startswith("on"):
+                self.handlers.append(name)
+
+    def handle_data(self, data: str) -> None:
+        if not self._style:
+            self.text.append(data)
+
+
+def large(audit: Audit, sites: int, rounds: int) -> Audit:
+    """Return an audit of many sites and rounds, with long names and all kinds of trouble."""
+    base = audit.sites[0]
+    many = tuple(
+        base.model_copy(update={
+            "name": f"지점-{i:03d}-" + "아주긴이름" * (8 if i == 3 else 1), "answered": rounds,
+            "charged": 8.0 * (i + 1) / sites,
+            "spent": 7.0 * (i + 1) / sites, "run": 5.0, "budget": None if i % 7 == 0 else 8.0,
+            "budget_known": i % 7 != 0, "left": 0.0, "ledger": ("verified", "broken", "missing")[i % 3],
+            "reasons": ("budget", "internal"), "declined": 12,
+        })
+        for i in range(sites)
+    )  # fmt: skip
+    points = tuple(
+        Point(site=site.name, at="2026-09-21 14:14", run=audit.run.name, round=n * rounds // 24,
+              charge=n * rounds // 24 + 1, epsilon=(site.charged or 0) * (n + 1) / 24)
+        for site in many for n in range(24)
+    )  # fmt: skip
+    steps = tuple(Utility(round=i, loss=2 / (1 + i), perplexity=None, accuracy=None) for i in range(rounds + 1))
+    findings = tuple(
+        f.model_copy(update={"status": "fails", "evidence": tuple(f"{'x' * 90} #{i}" for i in range(12)), "more": 990})
+        if f.code in ("budget", "epsilon") else f for f in audit.findings
+    )  # fmt: skip
+    return audit.model_copy(update={
+        "sites": many, "timeline": points, "utility": steps, "findings": findings, "verdict": "unverifiable",
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=LANGUAGES)
+def language(request: pytest.FixtureRequest) -> Language:
+    chosen: Language = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def html(audited: Audited, language: Language) -> str:
+    return render_html(audited.written.audit, language)
+
+
+def test_the_page_runs_nothing_and_loads_nothing(html: str) -> None:
+    page = Page(html)
+    assert not {"script", "iframe", "object", "embed", "link", "img", "form"} & set(page.tags)
+    assert page.handlers == []
+    assert all(link.startswith("#") for link in page.links)
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"', "", html)
+    assert "http" not in without_names
+    loaded = [url for url in re.findall(r"url\(([^)]*)\)", html) if not url.startswith("#")]
+    assert [url[:22] for url in loaded] == ["data:font/woff;base64,"]
+    assert "@import" not in html
+
+
+def test_ids_are_unique_and_every_reference_is_to_one_of_them(html: str) -> None:
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links if link} <= set(page.ids)
+    assert set(re.findall(r"url\(#([^)]+)\)", html)) <= set(page.ids)
+
+
+def test_the_same_audit_gives_the_same_page(audited: Audited, language: Language, html: str) -> None:
+    assert render_html(audited.written.audit, language) == html
+
+
+def test_the_page_holds_no_word_that_promises_too_much(html: str) -> None:
+    text = " ".join(Page(html).text).casefold()
+    for word in ("anonym", "익명", "gdpr compliant", "fully private", "완전히 안전"):
+        assert word not in text
+
+
+def test_korean_is_korean_and_english_is_english() -> None:
+    for key, (english, korean) in WORDS.items():
+        assert not re.search("[가-힣]", english), key
+        assert re.search("[가-힣εδ]", korean) or key in {"accountants.rdp", "accountants.pld"}, key
+        assert set(re.findall(r"{(\w+)}", english)) >= set(re.findall(r"{(\w+)}", korean)), key
+
+
+def test_every_text_is_used() -> None:
+    source = "".join(
+        (Path(report.__file__).parent / name).read_text("utf-8") for name in ("report.py", "templates/audit.html.j2")
+    )
+    for key in WORDS:
+        stem = key.rpartition(".")[0]
+        assert f'"{key}"' in source or f'"{stem}."' in source or f'"{stem}.{{' in source or "." not in key, key
+
+
+def test_every_sign_of_a_page_is_in_the_embedded_font(html: str, tmp_path: Path) -> None:
+    from fontTools.ttLib import TTFont
+
+    data = re.search(r"data:font/woff;base64,([^)]+)\)", html)
+    assert data is not None
+    (tmp_path / "font.woff").write_bytes(base64.b64decode(data.group(1)))
+    known = set(TTFont(tmp_path / "font.woff").getBestCmap())
+    shown = {ord(sign) for sign in "".join(Page(html).text) if not sign.isspace()}
+    assert {chr(code) for code in shown - known} <= {"✓", "✕"}  # the browser's own
+
+
+def test_a_hundred_sites_and_a_thousand_rounds_render_in_seconds_and_fit_on_few_pages(
+    audited: Audited, language: Language
+) -> None:
+    audit = large(audited.written.audit, 100, 1000)
+    render_html(audited.written.audit, language)  # imports and fonts are not what is measured
+    began = time.process_time()
+    html = render_html(audit, language)
+    assert time.process_time() - began < 10
+    assert len(html) < 3_000_000
+    first = html.partition("<h2>")[0]
+    assert first.count('class="bar"') == 8
+
+
+def test_a_pdf_is_made_or_one_clear_instruction_given(html: str) -> None:
+    try:
+        pdf = render_pdf(html)
+    except FolderError as error:
+        assert "apt-get install libpango" in str(error)  # noqa: PT017  # either is right
+        return
+    assert pdf.startswith(b"%PDF-")
+    assert len(pdf) > 40_000  # with its glyphs
+
+
+def test_where_weasyprint_lacks_a_library_the_instruction_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "weasyprint", None)
+    with pytest.raises(FolderError, match=r"libpango-1\.0-0 libpangoft2-1\.0-0 libharfbuzz-subset0"):
+        render_pdf("<p>x</p>")
+
+
+def test_the_commands_write_a_report_in_one_language_and_verify_it(
+    audited: Audited, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = audited.federation.write_trust(tmp_path / "keys.txt")
+    signing = tmp_path / "identity"
+    write_secret(signing, audited.federation.head_office.to_bytes())
+    monkeypatch.setattr("fedllm.audit.prv.epsilon_prv", lambda *_: None)
+    out = tmp_path / "out"
+    command = ["audit", "report", str(audited.run), "--lang", "ko", "--key", str(signing), "--out", str(out)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "within budget" in done.output
+    assert '<html lang="ko">' in (out / "audit.html").read_text("utf-8")
+    verify = ["audit", "verify", str(out), "--trust", str(keys)]
+    assert CliRunner().invoke(app, verify).exit_code == 0
+    (out / "metrics.jsonl").write_text("", "utf-8")
+    failed = CliRunner().invoke(app, verify)
+    assert failed.exit_code == 1
+    assert "metrics" in str(failed.exception)
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+# Reports every element whose content is wider than itself, or that leaves the page; only the test runs this script.
+MEASURE = """<script>
+window.onload = function () {
+  var wrong = [], page = document.documentElement.clientWidth;
+  document.querySelectorAll("main *").forEach(function (e) {
+    if (e.closest("svg")) return;
+    var box = e.getBoundingClientRect();
+    var name = e.tagName + "." + e.className + ": " + e.textContent.trim().slice(0, 40);
+    if (box.right > page + 1 || box.left < -1) wrong.push("outside " + name);
+    var inline = getComputedStyle(e).display === "inline", clipped = e.classList.contains("name");
+    if (!inline && !clipped && e.clientWidth && e.scrollWidth > e.clientWidth + 1) wrong.push("cut " + name);
+  });
+  document.body.textContent = "MEASURED " + page + " [" + wrong.slice(0, 10).join(" | ") + "]";
+};
+</script>"""
+
+
+def browse(*arguments: str) -> str:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["1200,900", "820,1180", "500,900"], ids=["desk", "tablet", "narrow"])
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
+def test_nothing_overflows_or_is_cut(
+    audited: Audited, language: Language, tmp_path: Path, size: str, many: bool
+) -> None:
+    audit = large(audited.written.audit, 100, 1000) if many else audited.written.audit
+    file = tmp_path / "page.html"
+    file.write_text(render_html(audit, language).replace("</head>", MEASURE + "</head>"), "utf-8")
+    shown = browse(f"--window-size={size}", "--dump-dom", file.as_uri())
+    found = re.search(r"MEASURED (\d+) \[(.*?)\]", shown, re.DOTALL)
+    assert found is not None
+    assert found.group(2) == ""
+    assert int(found.group(1)) == int(size.partition(",")[0])
+
+
+@pytest.mark.slow
+def test_the_first_screen_is_drawn(audited: Audited, language: Language, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(render_html(audited.written.audit, language), "utf-8")
+    shot = tmp_path / "shot.png"
+    browse("--window-size=1200,900", f"--screenshot={shot}", (tmp_path / "page.html").as_uri())
+    assert shot.stat().st_size > 50_000  # an empty page has less than 10,000
