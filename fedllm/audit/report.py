@@ -178,7 +178,8 @@ def _bars(audit: Audit) -> dict[str, Any]:
         left = None if site.charged is None else max(0.0, limit - site.charged)
         rows.append({"site": site, "limit": limit, "spent": f"{spent:.2f}", "left": left, "over": over,
                      "reserved": f"{max(0.0, charged - spent):.2f}"})  # fmt: skip
-    return {"rows": rows, "others": ranked[_BARS:]}
+    others = sorted(math.inf if site.charged is None else site.charged for site in ranked[_BARS:])
+    return {"rows": rows, "others": others}
 
 
 def _several(audit: Audit, say: partial[str]) -> str:
