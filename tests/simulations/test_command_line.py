@@ -83,7 +83,8 @@ def composed(fedllm: Any, *arguments: str) -> dict[str, Any]:
 def test_cfg_prints_the_whole_configuration_as_yaml(fedllm: Any) -> None:
     values = composed(fedllm)
     assert set(values) == {
-        "name", "output", "seed", "resume", "audit", "model", "data", "adapter", "privacy", "training", "federation", "site",
+        "name", "output", "seed", "resume", "audit",
+        "model", "data", "adapter", "privacy", "training", "federation", "site",
     }  # fmt: skip
     assert values["privacy"]["epsilon"] == 8.0
     assert composed(fedllm, "privacy=off", "privacy.epsilon=3", "name=first")["privacy"]["mode"] == "off"
