@@ -316,7 +316,7 @@ def test_a_file_in_the_bundles_folder_is_not_bundled(federation: Federation, tmp
 def test_with_too_few_offices_a_run_waits_and_then_stops_with_the_reason(federation: Federation) -> None:
     head = federation.head
     stop_all([branch.program for branch in federation.branches.values()])
-    head.begin("few", 1, **{"federation.round_timeout": 6})
+    head.begin("few", 1, **{"federation.round_timeout": 3})
     ended = head.ended("few")
     assert ended.state == "stopped"
     assert "round 1: 0 sites, federation.quorum=2. no site answered." in ended.text
