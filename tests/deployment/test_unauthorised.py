@@ -182,7 +182,7 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_at_the_socket(federa
     plan = make_plan(config_of("at-the-socket", 1))
     known = {"run": plan.run, "plan": plan.digest}
     genuine = _sealed(Prepare(plan=plan), site, me, **known)
-    train = TrainRequest(plan=plan, round=1, spec_digest="0" * 64, payload=b"")
+    train = TrainRequest(plan=plan, round=1, spec_digest="0" * 64, head=None, payload=b"")
     altered = bytearray(_sealed(Prepare(plan=plan), site, me, **known))
     altered[-1] ^= 1
     others = {
