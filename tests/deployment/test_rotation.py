@@ -17,15 +17,9 @@ pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
 
 def install(head: HeadOffice, branch: Branch) -> None:
-    """Carry a site's grant to it, and wait until it works with it.
-
-    The grant is signed by an identity that is known, so nobody has to telephone.
-    """
-    services, nodes = branch.service_log.count("answers on"), branch.program.text().count("SuperNode started")
+    """Carry a site's grant to it. It is signed by an identity that is known, so nobody has to telephone."""
     grant = head.home / "grants" / f"{branch.name}.grant"
     site_folder.install(branch.home, grant.read_bytes())
-    until(lambda: branch.service_log.count("answers on") > services, 240, f"the new service of {branch.name}")
-    until(lambda: branch.program.text().count("SuperNode started") > nodes, 240, f"the SuperNode of {branch.name}")
 
 
 def certificate_of(head: HeadOffice, ca: Path) -> str:
@@ -43,10 +37,10 @@ def test_every_key_is_replaced_while_a_run_goes_on(federation: Federation) -> No
     assert old_node is not None
     links = head.program.text().count("SuperLink started")
 
-    head.begin("rotation", 4, **{"federation.quorum": 1, "federation.round_timeout": 60})
+    head.begin("rotation", 3, **{"federation.round_timeout": 45})
     run = head.plan("rotation").run
     begun(head, "rotation", 1)
-    # both ends announce what is to come, and one office after the other installs its new grant
+    # both ends announce what is to come, and every office installs its new grant
     head_folder.rotate_ca(head.home, "start")
     head_folder.rotate_identity(head.home, "start")
     new = site_folder.rotate(mapo.home)
@@ -58,10 +52,10 @@ def test_every_key_is_replaced_while_a_run_goes_on(federation: Federation) -> No
     head_folder.rotate_identity(head.home, "finish")
     assert head.ended("rotation", 400).state == "completed"
     rounds = head.rounds("rotation")
-    assert [record.round for record in rounds] == [0, 1, 2, 3, 4]
+    assert [record.round for record in rounds] == [0, 1, 2, 3]
     for name, branch in branches.items():
         used = {record.round for record in rounds if name in record.answered}
-        assert used <= set(branch.ledger(run)) <= {1, 2, 3, 4}
+        assert used <= set(branch.ledger(run)) <= {1, 2, 3}
 
     # the SuperLink shows a certificate of the new authority, and the offices are back by themselves
     after = head_folder.HeadOffice.open(head.home)
