@@ -236,19 +236,19 @@ def test_a_stranger_at_head_office_is_refused_and_so_is_a_revoked_office(federat
     # somebody who has SuperLink, certificates and all, but not the identity that the offices have pinned
     refusals = {name: branch.service_log.count("not signed by anyone") for name, branch in branches.items()}
     with _identity(head, Identity.generate()):
-        head.begin("trust", 2, **{
-            "federation.round_timeout": 15, "training.local_steps": 12, "privacy.noise_multiplier": 4.0,
-        })  # fmt: skip
-        ended = head.ended("trust")
-    run = head.plan("trust").run
+        head.begin("stranger", 1, **{"federation.round_timeout": 15})
+        ended = head.ended("stranger")
     assert ended.state == "stopped"
     assert "round 1: 0 sites, federation.quorum=2" in ended.text
-    assert (head.run("trust") / "summary.md").exists()
-    assert all(branch.ledger(run) == {} for branch in branches.values())
+    assert (head.run("stranger") / "summary.md").exists()
+    assert all(branch.ledger(head.plan("stranger").run) == {} for branch in branches.values())
     assert any(branch.service_log.count("not signed by anyone") > refusals[n] for n, branch in branches.items())
 
     # head office itself; its operator stops the run in a round that an office has paid for already
-    head.resume("trust", round_timeout=180)
+    head.begin("trust", 2, **{
+        "federation.round_timeout": 180, "training.local_steps": 12, "privacy.noise_multiplier": 4.0,
+    })  # fmt: skip
+    run = head.plan("trust").run
     begun(head, "trust", 1)
     mapo.caught(run, 1)
     with mapo.program.held(SERVICE):
@@ -257,7 +257,7 @@ def test_a_stranger_at_head_office_is_refused_and_so_is_a_revoked_office(federat
     assert (head.status("trust").state, head.status("trust").text) == ("stopped", "ended by the operator.")
 
     # the round is repeated, and in the next one an office is revoked before it has answered
-    head.resume("trust", round_timeout=180)
+    head.resume("trust")
     begun(head, "trust", 2)
     mapo.caught(run, 2)
     with mapo.program.held(SERVICE):
