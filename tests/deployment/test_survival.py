@@ -84,4 +84,5 @@ def test_a_run_survives_the_end_of_every_process(federation: Federation) -> None
         assert all(charged[record.round] == "RELEASED" for record in rounds if name in record.answered)
         assert known[name].charged == 5
         assert (known[name].epsilon or 0.0) >= branch.spent(run) - 1e-9
-    assert gangnam.ledger(run)[1] == mapo.ledger(run)[2] == "RESERVED"  # paid for, and nothing left the office
+    assert gangnam.ledger(run)[1] == "RESERVED"  # paid for, and nothing left the office: its service was killed
+    # mapo's service may have handed its answer to the courier that was killed: RELEASED or not, round 2 is paid for
