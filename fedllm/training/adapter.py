@@ -34,6 +34,7 @@ class AdapterModel:
         self.lock = threading.RLock()
         parameters = dict(model.named_parameters())
         self._trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.flat = _joined(list(self._trainable.values()))
         frozen = {name: p for name, p in parameters.items() if "lora_" in name and not p.requires_grad}
         self.spec = AdapterSpec(
             base=base_digest,
@@ -52,19 +53,17 @@ class AdapterModel:
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
-        device: torch.device = next(iter(self._trainable.values())).device
-        return device
+        return self.flat.device
 
     def vector(self) -> NDArray[np.float32]:
         """Return a copy of the current values, float32[d]."""
-        parts = [p.detach().reshape(-1).to("cpu", torch.float32) for p in self._trainable.values()]
-        return torch.cat(parts).numpy().copy()
+        return self.flat.detach().cpu().numpy().copy()
 
     def load(self, vector: NDArray[np.float32]) -> None:
         """Set the values from float32[d]; raises SpecMismatch on another shape."""
-        for name, values in self.spec.split(vector).items():
-            with torch.no_grad():
-                self._trainable[name].copy_(torch.from_numpy(values.copy()))
+        self.spec.split(vector)  # which checks it
+        with torch.no_grad():
+            self.flat.copy_(torch.from_numpy(vector.copy()))
 
     def save(self, vector: NDArray[np.float32], folder: Path, base: str) -> None:
         """Write the adapter float32[d] in PEFT format, naming its `base`.
@@ -127,6 +126,17 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
                 parameter.requires_grad_(False)
     peft_model.eval()
     return AdapterModel(peft_model, base.tokenizer, base.digest, adapter.alpha / adapter.rank)
+
+
+def _joined(parameters: list[nn.Parameter]) -> nn.Parameter:
+    """Move the values of `parameters` into one vector, float32[d], of which they become views; return it.
+
+    What is done to the vector is done to the model: one tensor to load, clip, add noise to and optimise.
+    """
+    flat = nn.Parameter(torch.cat([p.detach().reshape(-1).float() for p in parameters]))
+    for p, values in zip(parameters, torch.split(flat.detach(), [p.numel() for p in parameters]), strict=True):
+        p.data = values.view(p.shape)
+    return flat
 
 
 def _linear_names(model: nn.Module) -> list[str]:

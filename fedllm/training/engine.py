@@ -1,12 +1,14 @@
-"""One DP-SGD step on an adapter: per-unit gradients, clip, noise. The only importer of Opacus.
+"""The clipped sum of per-unit gradients of an adapter, and the step that follows. The only importer of Opacus.
 
-Per-unit gradients need no hooks: every privacy unit gets its own leaf, a view of the same weights expanded along a
-new first axis, and plain autograd then returns one gradient a unit. Opacus's DPOptimizer clips, scales and steps;
-noise and coins come from the run's Mechanism and the operating system.
+A privacy unit's gradient is the gradient of its own loss. Every trainable layer multiplies all rows by the same
+weights, as ever; only its backward pass differs: it returns one weight gradient a unit, by a batched product of what
+autograd holds anyway. They land in one matrix, a row a unit, so that norm, clip and sum are one operation each.
+Noise and optimiser come after, and not necessarily here.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -21,8 +23,38 @@ from fedllm.training.data import Batch, Unit, batches
 from fedllm.training.losses import unit_losses
 
 
+class _PerUnitProduct(torch.autograd.Function):
+    """x W^T + b, differentiated by every unit's own copy of W and b; the copies are never made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NTI: Tensor, weights: Tensor, biases: Tensor | None, weight: Tensor, bias: Tensor | None,
+        unit_of_row: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """`weights` [units, O, I] and `biases` [units, O] only say what to differentiate by."""
+        ctx.save_for_backward(x_NTI, weight, unit_of_row)
+        ctx.units = len(weights)
+        return F.linear(x_NTI, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x_NTI, weight, unit_of_row = ctx.saved_tensors
+        (y_NTO,) = upstream
+        by_x = y_NTO @ weight if ctx.needs_input_grad[0] else None
+        by_weight = torch.bmm(y_NTO.transpose(1, 2), x_NTI)
+        by_bias = y_NTO.sum(1) if ctx.needs_input_grad[2] else None
+        if ctx.units != len(unit_of_row):  # a person's records add up
+            by_weight = _added(by_weight, unit_of_row, ctx.units)
+            by_bias = None if by_bias is None else _added(by_bias, unit_of_row, ctx.units)
+        return by_x, by_weight, by_bias, None, None, None
+
+
+def _added(rows: Tensor, unit_of_row: Tensor, units: int) -> Tensor:
+    return rows.new_zeros((units, *rows.shape[1:])).index_add_(0, unit_of_row, rows)
+
+
 class _PerUnitLinear(nn.Module):
-    """A linear layer that, inside `per_unit`, gives every privacy unit weights of its own to differentiate."""
+    """A trainable linear layer that, inside `per_unit`, is differentiated unit by unit."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -41,14 +73,30 @@ class _PerUnitLinear(nn.Module):
                 "before this layer, so a record's gradient cannot be bounded. Leave the layer out of adapter.targets."
             )
         x_NTI = x.reshape(x.shape[0], -1, x.shape[-1])
-        y_NTO = torch.bmm(x_NTI, self.leaves["weight"].index_select(0, self.unit_of_row).transpose(1, 2))
-        if "bias" in self.leaves:
-            y_NTO = y_NTO + self.leaves["bias"].index_select(0, self.unit_of_row).unsqueeze(1)
+        y_NTO: Tensor = _PerUnitProduct.apply(  # type: ignore[no-untyped-call]
+            x_NTI, self.leaves["weight"], self.leaves.get("bias"), self.weight.detach(),
+            None if self.bias is None else self.bias.detach(), self.unit_of_row,
+        )  # fmt: skip
         return y_NTO.reshape(*x.shape[:-1], self.out_features)
 
 
+def clip_and_sum(gradients: Tensor, mechanism: Mechanism) -> Tensor:
+    """Scale every row of float32[units, d] to L2 norm `clip_norm` at most, and add the rows up: float32[d].
+
+    The norm is over everything trainable together, and taken in float64: in float32 the norm of a very long row comes
+    out too small, so the clip too weak. The mechanism without privacy clips nothing.
+    """
+    if not mechanism.private:
+        return gradients.sum(0)
+    norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+    factors = (mechanism.clip_norm / norms.clamp(min=1e-30)).clamp(max=1.0)
+    return torch.mv(gradients.T, factors.float())
+
+
 class _Optimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
-    """Opacus's DPOptimizer with noise from the Mechanism and its source instead of a torch generator."""
+    """Opacus's DPOptimizer, with noise from the Mechanism and its source instead of a torch generator."""
+
+    accumulated_iterations = 1  # of a step: the sum over all its units comes at once
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, mechanism: Mechanism, expected_units: float, source: Randomness
@@ -61,21 +109,6 @@ class _Optimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
             expected_batch_size=expected_units,  # public: never the number of units really drawn
         )
         self.mechanism, self._source = mechanism, source
-
-    def clip_and_accumulate(self) -> None:
-        """Add up the units' gradients, each scaled to L2 norm `clip_norm` at most over all parameters together.
-
-        Overrides Opacus's for its norms: in float32 the norm of a very long row comes out too small, so the clip too
-        weak. Here they are taken in float64.
-        """
-        squares = [
-            torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64).square() for g in self.grad_samples
-        ]
-        norms = torch.stack(squares).sum(0).sqrt()
-        factors = (self.max_grad_norm / norms.clamp(min=1e-30)).clamp(max=1.0).float()
-        for p, gradients in zip(self.params, self.grad_samples, strict=True):
-            clipped = torch.einsum("u,u...->...", factors, gradients)
-            p.summed_grad = clipped if p.summed_grad is None else p.summed_grad + clipped
 
     def add_noise(self) -> None:
         """Set p.grad to the clipped sum plus noise, float32.
@@ -110,6 +143,7 @@ class Engine:
                 f"trainable tensors outside linear layers have no per-unit gradient: {', '.join(orphans[:5])}. "
                 "Choose adapter.targets among linear layers."
             )
+        self._leaves: dict[nn.Parameter, Tensor] = {}  # while in `per_unit`
         self._check_separation()
 
     def _check_separation(self) -> None:
@@ -127,70 +161,70 @@ class Engine:
             self.unit_gradients(Batch(i, torch.ones_like(i), torch.zeros_like(units) if classifies else i, units, n))
             for i in (ids, other)
         )
-        for a, b in zip(first, second, strict=True):
-            if not torch.allclose(a[1:], b[1:], rtol=1e-3, atol=1e-3 * float(a.abs().max())):
-                raise ModelError(
-                    "the model mixes the records of a batch, so that a record's gradient cannot be bounded. Use "
-                    "another model, or leave the mixing layers out of adapter.targets."
-                )
+        if not torch.allclose(first[1:], second[1:], rtol=1e-3, atol=1e-3 * float(first.abs().max())):
+            raise ModelError(
+                "the model mixes the records of a batch, so that a record's gradient cannot be bounded. Use another "
+                "model, or leave the mixing layers out of adapter.targets."
+            )
 
     def optimizer(
         self, optimizer: torch.optim.Optimizer, mechanism: Mechanism, expected_units: float, source: Randomness
     ) -> DPOptimizer:
-        """Wrap a torch optimiser over the adapter's parameters; `source` gives the noise."""
+        """Wrap a torch optimiser of `adapter.flat`; `source` gives the noise."""
         return _Optimizer(optimizer, mechanism, expected_units, source)
 
     def step(self, optimizer: DPOptimizer, units: Sequence[Unit], micro_batch: int) -> None:
-        """Take one step on the Poisson-sampled `units`; an empty batch is a step of noise alone.
-
-        `micro_batch` bounds the records of one forward pass and does not change the result: whole units are clipped
-        and summed pass by pass, and noise is added once.
-        """
-        optimizer.zero_grad()
-        for p in optimizer.params:
-            p.grad_sample = torch.zeros((0, *p.shape), device=p.device)
-        optimizer.clip_and_accumulate()  # the empty sum, so that an empty batch needs no case of its own
-        for batch in batches(units, micro_batch, self._adapter.tokenizer.pad_token_id, self._adapter.device):
-            for p, gradients in zip(
-                optimizer.params, self.unit_gradients(batch, optimizer.mechanism.private), strict=True
-            ):
-                p.grad_sample = gradients
-            optimizer.clip_and_accumulate()
+        """Take one step on the Poisson-sampled `units`; an empty batch is a step of noise alone."""
+        optimizer.zero_grad(set_to_none=True)
+        (flat,) = optimizer.params
+        flat.summed_grad = self.clipped_sum(units, optimizer.mechanism, micro_batch)
         optimizer.add_noise()
         optimizer.scale_grad()
         optimizer.original_optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def unit_gradients(self, batch: Batch, private: bool = True) -> list[Tensor]:
-        """Return the gradient of each unit's own loss, float32[units, *shape] for each trainable parameter.
+    def clipped_sum(self, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int) -> Tensor:
+        """Return the sum of the units' clipped gradients, float32[d]: all that a step needs to know of the records.
+
+        `micro_batch` bounds the records of one forward pass and does not change the result: whole units are clipped
+        and added pass by pass, in constant memory.
+        """
+        total = torch.zeros_like(self._adapter.flat, requires_grad=False)
+        for batch in batches(units, micro_batch, self._adapter.tokenizer.pad_token_id, self._adapter.device):
+            total += clip_and_sum(self.unit_gradients(batch, mechanism.private), mechanism)
+        return total
+
+    def unit_gradients(self, batch: Batch, private: bool = True) -> Tensor:
+        """Return the gradient of each unit's own loss, float32[units, d], in the order of the flat vector.
 
         A unit whose gradient is not finite contributes zero: a NaN would pass any clip. That there was one is private
         and is not reported, unless nothing is protected: then it raises ModelError.
         """
         with self._per_unit(batch) as leaves:
-            unit_losses(self._adapter, batch).sum().backward()  # type: ignore[no-untyped-call]
-            gradients = [
-                torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.to(torch.float32)
-                for leaf in (leaves[p] for p in self._adapter.trainable.values())
-            ]
-        finite = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0).isfinite()
+            parts = torch.autograd.grad(  # zeros for a layer that the loss does not depend on
+                unit_losses(self._adapter, batch).sum(), leaves, allow_unused=True, materialize_grads=True
+            )
+        gradients = torch.cat([part.flatten(1).float() for part in parts], dim=1)
+        del parts
+        finite = gradients.norm(dim=1).isfinite()
         if not bool(finite.all()):
             if not private:
                 raise ModelError("the gradient of a record is NaN or infinite. Lower training.learning_rate.")
-            gradients = [g.where(finite.view(-1, *[1] * (g.ndim - 1)), torch.zeros_like(g)) for g in gradients]
+            gradients[~finite] = 0.0
         return gradients
 
     @contextmanager
-    def _per_unit(self, batch: Batch) -> Iterator[dict[nn.Parameter, Tensor]]:
-        leaves: dict[nn.Parameter, Tensor] = {}
+    def _per_unit(self, batch: Batch) -> Iterator[list[Tensor]]:
+        """Give every unit weights of its own to differentiate by, [units, *shape] in the order of the flat vector."""
         try:
             for layer in self._layers:
                 layer.unit_of_row = batch.unit_of_row
                 for name, p in layer.named_parameters():
                     leaf = p.detach().expand(batch.units, *p.shape).requires_grad_(p.requires_grad)
-                    layer.leaves[name] = leaves[p] = leaf
-            yield leaves
+                    layer.leaves[name] = self._leaves[p] = leaf
+            yield [self._leaves[p] for p in self._adapter.trainable.values()]
         finally:
+            self._leaves.clear()
             for layer in self._layers:
                 layer.unit_of_row = None
                 layer.leaves.clear()

@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import IGNORE, Batch
+
+_LOGITS = 1 << 22  # logits that are in memory at a time: 16 MiB of float32, a third-level cache
 
 
 def token_losses(adapter: AdapterModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -22,8 +24,48 @@ def token_losses(adapter: AdapterModel, batch: Batch) -> tuple[Tensor, Tensor]:
     else:
         transformer, head = adapter.split
         states: Any = transformer(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        logits_MV = head(states.last_hidden_state[rows, columns])
+        states_MD = states.last_hidden_state[rows, columns]
+        if isinstance(head, nn.Linear):
+            return head_losses(states_MD, head.weight, head.bias, targets_NT[rows, columns]), rows
+        logits_MV = head(states_MD)
     return F.cross_entropy(logits_MV.float(), targets_NT[rows, columns], reduction="none"), rows
+
+
+def head_losses(states_MD: Tensor, weight: Tensor, bias: Tensor | None, targets_M: Tensor) -> Tensor:
+    """Return the cross-entropy of a frozen linear output head, float32[M], without ever holding logits[M, V].
+
+    Equal to cross_entropy(linear(states, weight, bias), targets, reduction="none") and its gradient by the states.
+    """
+    losses: Tensor = _HeadLosses.apply(states_MD, weight, bias, targets_M)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _HeadLosses(torch.autograd.Function):
+    """The logits of a few tokens at a time; the gradient by the states is taken while they are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, states_MD: Tensor, weight: Tensor, bias: Tensor | None, targets_M: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        losses_M = torch.empty(len(states_MD), device=states_MD.device)
+        gradient_MD = torch.empty_like(states_MD) if wanted else None
+        many = max(1, _LOGITS // len(weight))
+        for first in range(0, len(states_MD), many):
+            here = slice(first, first + many)
+            logits = F.linear(states_MD[here], weight, bias).float()
+            target = targets_M[here, None]
+            top = torch.logsumexp(logits, dim=1, keepdim=True)
+            losses_M[here] = (top - logits.gather(1, target)).squeeze(1)
+            if gradient_MD is not None:  # softmax - one-hot, times the weights
+                softmax = logits.sub_(top).exp_()
+                softmax.scatter_add_(1, target, softmax.new_full(target.shape, -1.0))
+                torch.mm(softmax.to(weight.dtype), weight, out=gradient_MD[here])
+        ctx.gradient_MD = gradient_MD
+        return losses_M
+
+    @staticmethod
+    def backward(ctx: Any, *upstream_M: Tensor) -> tuple[Tensor | None, None, None, None]:
+        gradient: Tensor = ctx.gradient_MD
+        return gradient * upstream_M[0][:, None].to(gradient.dtype), None, None, None
 
 
 def record_losses(adapter: AdapterModel, batch: Batch) -> Tensor:

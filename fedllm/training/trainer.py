@@ -47,7 +47,7 @@ def train_round(
 
 
 def _optimizer(adapter: AdapterModel, plan: RunPlan) -> torch.optim.Optimizer:
-    parameters, training = list(adapter.trainable.values()), plan.training
+    parameters, training = [adapter.flat], plan.training
     if training.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=training.learning_rate)
     return torch.optim.SGD(parameters, lr=training.learning_rate, momentum=training.momentum)

@@ -157,7 +157,7 @@ def test_a_saved_adapter_gives_the_same_logits_on_a_freshly_loaded_base(
     adapter.load(random_vector(adapter))
     engine = Engine(adapter)  # as in a run: saved after training
     optimizer = engine.optimizer(
-        torch.optim.SGD(list(adapter.trainable.values()), lr=0.01), Mechanism(1.0, 1.0, 0.5), 1.0, OsRandomness()
+        torch.optim.SGD([adapter.flat], lr=0.01), Mechanism(1.0, 1.0, 0.5), 1.0, OsRandomness()
     )
     engine.step(optimizer, make_units(case), 8)
     expected = logits(adapter.model)
@@ -197,7 +197,7 @@ def test_training_b_leaves_a_and_the_base_untouched_bit_for_bit(
     assert sum("lora_A" in name for name in before) == 14
     engine = Engine(adapter)
     wrapped = engine.optimizer(
-        optimizer(list(adapter.trainable.values()), lr=0.5), Mechanism(1.0, 1.0, 0.5), 1.0, OsRandomness()
+        optimizer([adapter.flat], lr=0.5), Mechanism(1.0, 1.0, 0.5), 1.0, OsRandomness()
     )
     for _ in range(3):
         engine.step(wrapped, make_units(), 4)

@@ -149,7 +149,7 @@ def test_a_model_that_knows_its_answers_by_heart_matches_them_exactly(
     adapter.load(adapter.initial)
     units = build_units(datasets.Dataset.from_list(rows), Tokeniser(adapter.tokenizer, config, CAUSAL), None, 1)
     optimizer = engine.optimizer(
-        torch.optim.Adam(list(adapter.trainable.values()), lr=0.02), Mechanism(1.0, 0.0, 1.0), 2.0, OsRandomness()
+        torch.optim.Adam([adapter.flat], lr=0.02), Mechanism(1.0, 0.0, 1.0), 2.0, OsRandomness()
     )
     for _ in range(60):
         engine.step(optimizer, units, 8)
@@ -191,7 +191,7 @@ def test_evaluation_leaves_the_engine_able_to_train(open_adapter: Open, model_co
     before = evaluator.score(adapter.initial)
     units = build_units(datasets.Dataset.from_list(ROWS), Tokeniser(adapter.tokenizer, config, CAUSAL), None, 1)
     optimizer = engine.optimizer(
-        torch.optim.SGD(list(adapter.trainable.values()), lr=0.5), Mechanism(1.0, 0.0, 1.0), 5.0, OsRandomness()
+        torch.optim.SGD([adapter.flat], lr=0.5), Mechanism(1.0, 0.0, 1.0), 5.0, OsRandomness()
     )
     for _ in range(5):
         engine.step(optimizer, units, 8)
