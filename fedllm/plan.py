@@ -33,6 +33,7 @@ class ModelConfig(Frozen):
     task: Literal["causal-lm", "classification"] = "causal-lm"
     labels: tuple[str, ...] = ()  # classification: every label, public, in the order of the classes
     pooling: Literal["native", "mean"] = "native"  # classification: the model's own head, or mean-pooled tokens
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights; the adapter is always float32
     max_length: int = Field(
         256, ge=8, le=1_000_000
     )  # tokens; of longer records the prompt loses its beginning, then the text its end

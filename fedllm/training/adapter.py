@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from fedllm.delta import AdapterSpec, TensorSpec
 from fedllm.errors import ModelError
 from fedllm.plan import AdapterConfig, ModelConfig
-from fedllm.training.model import BaseModel
+from fedllm.training.model import BaseModel, pick_dtype
 
 
 class AdapterModel:
@@ -125,7 +125,23 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
             if "lora_A" in name:
                 parameter.requires_grad_(False)
     peft_model.eval()
+    _narrow(peft_model, pick_dtype(model.dtype, base.model))
     return AdapterModel(peft_model, base.tokenizer, base.digest, adapter.alpha / adapter.rank)
+
+
+def _narrow(model: PeftModel, dtype: torch.dtype) -> None:
+    """Give the base's frozen weights another type; the adapter, and with it clip and noise, stays float32.
+
+    Only now: digests and initial values must not depend on what a party computes with.
+    """
+    if dtype == torch.float32:
+        return
+    for name, p in model.named_parameters():
+        if not p.requires_grad and "lora_" not in name:
+            p.data = p.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.requires_grad:  # a head: PEFT converts for its own layers
+            module.register_forward_pre_hook(lambda layer, x: (x[0].to(layer.weight.dtype), *x[1:]))
 
 
 def _joined(parameters: list[nn.Parameter]) -> nn.Parameter:

@@ -65,6 +65,7 @@ class _PerUnitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b; x is [N, ..., in], row n belonging to unit `unit_of_row[n]`."""
+        x = x.to(self.weight.dtype)  # a base in bfloat16
         if self.unit_of_row is None:
             return F.linear(x, self.weight, self.bias)
         if x.shape[0] != len(self.unit_of_row):

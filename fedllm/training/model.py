@@ -24,6 +24,8 @@ from fedllm.training.sources import resolve
 
 transformers_logging.disable_progress_bar()
 
+_PAYS_IN_BFLOAT16 = 20_000_000  # parameters; see docs/benchmarks.md
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -53,7 +55,7 @@ class MeanPooledClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: object) -> SequenceClassifierOutput:
         """Return logits[N, labels] for input_ids[N, T]."""
-        states_NTD = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states_NTD = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
         mask_NT1 = attention_mask.unsqueeze(-1).to(states_NTD.dtype)
         mean_ND = (states_NTD * mask_NT1).sum(1) / mask_NT1.sum(1).clamp(min=1)
         return SequenceClassifierOutput(logits=self.classifier(F.normalize(mean_ND, dim=-1)))
@@ -129,6 +131,23 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def pick_dtype(dtype: str, model: nn.Module) -> torch.dtype:
+    """Return the type of the frozen weights while training.
+
+    auto: bfloat16 where `model` has at least 20 million parameters and its device multiplies bfloat16 faster.
+    """
+    if dtype != "auto":
+        return torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    parameters = list(model.parameters())
+    if sum(p.numel() for p in parameters) < _PAYS_IN_BFLOAT16:
+        return torch.float32
+    if parameters[0].device.type == "cuda":
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # torch has no public name for these
+        faster = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if faster else torch.float32
 
 
 def pick_device(device: str) -> str:
