@@ -299,6 +299,8 @@ def _read_record(path: Path, checks: _Checks) -> _Record:
             after = step.adapter_after if step.counts else step.adapter_before
             right = step.round == done + 1 and step.adapter_before == adapter[done] and step.adapter_after == after
             checks.note("rounds", right, f"{where}: {done} → {step.round}, {step.adapter_before[:16]}…")
+            if step.counts and len(step.answered) < plan.quorum:  # as the sites were promised
+                checks.note("rounds", False, f"{where}: {len(step.answered)} < {plan.quorum}")
             if step.counts:
                 record.rounds.append(step)
                 done = step.round
