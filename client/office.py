@@ -89,6 +89,19 @@ class Policy(Frozen):
     max_rank: int | None = Field(None, ge=1)
     train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
     modes: tuple[Literal["local", "off"], ...] = Field(("local", "off"), min_length=1)
+    min_sites: int = Field(1, ge=1)
+
+    @property
+    def limits(self) -> SitePolicy:
+        """The same for the site service."""
+        from fedllm.privacy.ledger import Period
+
+        return SitePolicy(
+            self.epsilon, self.delta, self.min_units, self.unit, self.allow_unprotected,
+            math.inf if self.run_epsilon is None else self.run_epsilon,
+            None if self.period is None else Period(self.period.days, self.period.epsilon),
+            self.max_rank, self.train, self.modes, self.min_sites,
+        )  # fmt: skip
 
 
 class Resources(Frozen):
@@ -146,6 +159,7 @@ policy:
   # max_rank: 16          # of an adapter
   # train: [B]            # parts of an adapter that a plan may train
   # modes: [local]        # of privacy
+  # min_sites: 3         # decline plans whose rounds count with fewer offices than this
 
 # The models that plans may name, and where this office has them. A plan that names another one is refused.
 models: {{}}
@@ -288,15 +302,7 @@ class Office:
     @property
     def policy(self) -> SitePolicy:
         """What the office permits."""
-        own = self.config.policy
-        from fedllm.privacy.ledger import Period
-
-        return SitePolicy(
-            own.epsilon, own.delta, own.min_units, own.unit, own.allow_unprotected,
-            math.inf if own.run_epsilon is None else own.run_epsilon,
-            None if own.period is None else Period(own.period.days, own.period.epsilon),
-            own.max_rank, own.train, own.modes,
-        )  # fmt: skip
+        return self.config.policy.limits
 
     @property
     def data(self) -> DataConfig:

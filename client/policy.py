@@ -25,6 +25,7 @@ class SitePolicy:
     max_rank: int | None = None  # of an adapter
     train: tuple[str, ...] = ("AB", "B")  # the parts of an adapter that a plan may train
     modes: tuple[str, ...] = ("local", "off")  # of privacy
+    min_sites: int = 1  # a plan whose rounds count with fewer sites is declined
 
     def admit(self, plan: RunPlan) -> None:
         """Raise PrivacyError where the plan asks for what the site does not permit, whatever the budget."""
@@ -39,6 +40,8 @@ class SitePolicy:
             raise PrivacyError(f"privacy.mode={plan.privacy.mode}; the policy permits {', '.join(self.modes)}")
         if plan.adapter.train not in self.train:
             raise PrivacyError(f"adapter.train={plan.adapter.train}; the policy permits {', '.join(self.train)}")
+        if plan.quorum < self.min_sites:
+            raise PrivacyError(f"quorum={plan.quorum} sites is below the policy's min_sites of {self.min_sites}")
         if self.max_rank is not None and plan.adapter.rank > self.max_rank:
             raise PrivacyError(f"adapter.rank={plan.adapter.rank} is above the policy's max_rank of {self.max_rank}")
         if math.isfinite(self.run_epsilon):

@@ -163,7 +163,10 @@ class Site:
         if request.head is not None and not ledger.file.knows(Head(request.head.number, request.head.digest)):
             raise LedgerError(
                 f"the ledger lacks entry {request.head.number}, which it had signed for head office. Was it restored "
-                "from an old backup? Restore a newer one; without it, what was spent since then is not counted."
+                "from an old backup? What was spent since is not in it, so no round is trained on these records. Put "
+                "back the newest ledger there is. If all of them lack the entry: lower policy.epsilon by what the runs "
+                "since then have spent, and head office runs `fedllm server new-ledger` (or, in a simulation, removes "
+                "heads.json)."
             )
         reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
         if reservation.reply is not None:

@@ -102,6 +102,16 @@ def server_grant(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
     typer.echo(f"Send it this grant: {federation.renew_grant(private(home), site)}")
 
 
+@server_app.command("new-ledger")
+def server_new_ledger(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
+    """Take whatever ledger a site has from now on: its own was lost, and its people have seen to the budget."""
+    from server.heads import HEADS, Heads
+
+    folder = private(home)
+    Heads(folder / HEADS).forget(site)
+    typer.echo(f"{site}: the next run takes its ledger as it is")
+
+
 @server_app.command("retire")
 def server_retire(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
     """Accept only the newest keys of a site, after its rotation."""

@@ -1,6 +1,9 @@
 """The commands of a site's privacy ledger. An entry point: it may import anything, and imports late."""
 
+import math
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,12 +16,15 @@ from fedllm.errors import ConfigError, LedgerError
 
 if TYPE_CHECKING:
     from client.office import Office
+    from client.policy import SitePolicy
+    from fedllm.privacy.accounting import AccountingEvent
     from fedllm.privacy.ledger import LedgerFile
 
 ledger_app = typer.Typer(help="A site's account of the privacy that was spent.", no_args_is_help=True)
 _FileOption = Annotated[
     Path | None, typer.Option("--file", help="A ledger elsewhere, instead of the site's own.", show_default=False)
 ]
+_DELTA = 1e-5  # at which a ledger is shown that states none
 _console = Console()
 
 
@@ -40,13 +46,16 @@ def _open(home: Path, file: Path | None) -> "tuple[LedgerFile, Office | None]":
 
 @ledger_app.command("show")
 def show(home: OfficeOption = OFFICE, file: _FileOption = None) -> None:
-    """Show what every data set has spent, at the site's delta, and what is left of its budget."""
+    """Show what every data set has spent, at the site's delta, and what is left of its budget.
+
+    With `--file` budget and delta are those that the ledger states.
+    """
     from fedllm.privacy.accounting import spent
 
     ledger, office = _open(home, file)
-    budget, delta = (office.policy.epsilon, office.policy.delta) if office else (None, 1e-5)
+    budget, delta = (office.policy.epsilon, office.policy.delta) if office else ledger.budget() or (math.inf, _DELTA)
     charges = ledger.charges()
-    limit = "" if budget is None else f", of a budget of {budget:g}"
+    limit = "" if budget == math.inf else f", of a budget of {budget:g}"
     table = Table(title=f"epsilon at delta {delta:g}{limit}")
     for name in ("data set", "spent", "reserved", "by RDP", "left", "runs", "rounds"):
         table.add_column(name, justify="left" if name in ("data set", "rounds") else "right")
@@ -56,7 +65,7 @@ def show(home: OfficeOption = OFFICE, file: _FileOption = None) -> None:
         reserved = [charge.event for charge in own if charge.state == "RESERVED"]
         states = Counter(charge.state.lower() for charge in own)
         # RDP decides once a second plan was charged, so it says how much is sure to be left
-        left = "" if budget is None else f"{max(0.0, budget - total.epsilon_rdp):.4g}"
+        left = "" if budget == math.inf else f"{max(0.0, budget - total.epsilon_rdp):.4g}"
         table.add_row(
             name[:12], f"{total.epsilon:.4g}", f"{spent(reserved, delta).epsilon:.4g}", f"{total.epsilon_rdp:.4g}",
             left, str(len({charge.run for charge in own})), ", ".join(f"{n} {s}" for s, n in sorted(states.items())),
@@ -136,35 +145,100 @@ def abort(
 def forecast(
     plan: Annotated[Path, typer.Argument(help="A plan: plan.json of a run, or YAML.", show_default=False)],
     home: OfficeOption = OFFICE,
+    file: _FileOption = None,
+    policy_file: Annotated[
+        Path | None,
+        typer.Option("--policy", help="YAML of limits, as below `policy` in site.yaml.", show_default=False),
+    ] = None,
 ) -> None:
-    """Say what a planned run would spend on this site's records, whether policy admits it, and how many rounds fit."""
-    from client.office import Office
-    from client.service import read_records
+    """Say what a planned run would spend on this site's records, whether policy admits it, and how many rounds fit.
+
+    With `--file` no site's folder is needed: the costliest data set in the ledger is the one that is planned for, and
+    the limits are those that the ledger states, or `--policy`.
+    """
+    from client.office import Office, Policy
     from fedllm.errors import PrivacyError
     from fedllm.files import read_settings
     from fedllm.plan import RunPlan, parse
-    from fedllm.privacy.accounting import fits, spent
-    from fedllm.privacy.ledger import LedgerFile
+    from fedllm.privacy.accounting import spent
 
     planned = parse(RunPlan, {"run": "forecast", **read_settings(plan)})
-    office = Office.open(private(home))
-    policy, event = office.policy, planned.mechanism.event(planned.training.local_steps)
-    before = []
-    if office.ledger_file.exists():
-        before = LedgerFile(office.ledger_file).events_of(read_records(office).data_set)
+    office = None if file is not None else Office.open(private(home))
+    policy = parse(Policy, read_settings(policy_file)).limits if policy_file is not None else None
+    if office is not None:
+        policy = policy or office.policy
+        past = _past_of(office)
+    else:
+        ledger, _ = _open(home, file)
+        policy, past = policy or _stated(ledger), _past_in(ledger)
+    event = planned.mechanism.event(planned.training.local_steps)
+    before = past(-math.inf)
     alone = spent([event] * planned.training.rounds, policy.delta)
     after = spent([*before, *[event] * planned.training.rounds], policy.delta)
     typer.echo(f"the run alone: epsilon {alone.epsilon:.4g} at delta {policy.delta:g}")
     typer.echo(f"with all before it: epsilon {after.epsilon:.4g} (by RDP {after.epsilon_rdp:.4g})")
-    low, high = 0, planned.training.rounds
-    while low < high:
-        middle = (low + high + 1) // 2
-        over = fits([*before, *[event] * middle], policy.delta, policy.epsilon, one_plan=not before)
-        low, high = (middle, high) if over is None else (low, middle - 1)
-    typer.echo(f"rounds that fit the budget of {policy.epsilon:g}: {low} of {planned.training.rounds}")
+    rounds = planned.training.rounds
+    whole = _fitting(rounds, event, before, policy.delta, policy.epsilon, one_plan=not before)
+    typer.echo(f"rounds that fit the budget of {policy.epsilon:g}: {whole} of {rounds}")
+    if policy.period is not None:
+        recent = past(time.time() - policy.period.days * 86_400)
+        now = _fitting(rounds, event, recent, policy.delta, policy.period.epsilon, one_plan=False)
+        typer.echo(
+            f"rounds that fit now, with at most {policy.period.epsilon:g} in {policy.period.days:g} days: "
+            f"{min(whole, now)} of {rounds}"
+        )
     try:
         policy.admit(planned)
-        office.model(planned.model)
+        if office is not None:
+            office.model(planned.model)
     except PrivacyError as error:
         raise PrivacyError(f"policy: refused: {error}") from None
-    typer.echo("policy: admits the plan" + ("" if policy.period is None else "; its period may hold rounds back"))
+    known = office is not None or policy_file is not None
+    typer.echo("policy: admits the plan" if known else "policy: not known; --policy FILE checks the plan against one")
+
+
+def _fitting(
+    rounds: int, event: "AccountingEvent", before: "list[AccountingEvent]", delta: float, budget: float, one_plan: bool
+) -> int:
+    """Return how many of `rounds` may follow `before`, by the rule that a ledger decides by."""
+    from fedllm.privacy.accounting import fits
+
+    low, high = 0, rounds
+    while low < high:
+        middle = (low + high + 1) // 2
+        over = fits([*before, *[event] * middle], delta, budget, one_plan)
+        low, high = (middle, high) if over is None else (low, middle - 1)
+    return low
+
+
+_Past = Callable[[float], "list[AccountingEvent]"]  # what was charged since a time
+
+
+def _past_of(office: "Office") -> _Past:
+    """Return what an office's records have been charged with."""
+    from client.service import read_records
+    from fedllm.privacy.ledger import LedgerFile
+
+    if not office.ledger_file.exists():
+        return lambda since: []
+    ledger, data = LedgerFile(office.ledger_file), read_records(office).data_set
+    return lambda since: ledger.events_of(data, since)
+
+
+def _past_in(ledger: "LedgerFile") -> _Past:
+    """Return what the costliest data set of a ledger has been charged with."""
+    from fedllm.privacy.accounting import spent
+
+    known = ledger.data_sets()
+    if not known:
+        return lambda since: []
+    worst = max(known, key=lambda name: spent(ledger.events(name), _DELTA).epsilon_rdp)
+    return lambda since: ledger.events(worst, since)
+
+
+def _stated(ledger: "LedgerFile") -> "SitePolicy":
+    """Return the limits that a ledger states; its site may have others, which only the site knows."""
+    from client.policy import SitePolicy
+
+    epsilon, delta = ledger.budget() or (math.inf, _DELTA)
+    return SitePolicy(epsilon, delta, min_units=1, allow_unprotected=True)

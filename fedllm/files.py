@@ -102,6 +102,20 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(opened)
 
 
+@contextmanager
+def taking_turns(path: Path) -> Iterator[None]:
+    """Let processes change the file at `path` one after the other; a file beside it carries the lock."""
+    try:
+        opened = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
 def take(file: IO[str]) -> bool:
     """Take an open file's lock, until it is closed or the process ends; False where another process has it."""
     try:

@@ -136,6 +136,7 @@ class RunPlan(Frozen):
 
     run: str = Field(min_length=1)  # unique
     seed: Seed  # public: initial adapter values
+    quorum: int = Field(1, ge=1)  # promised to the sites: a round with answers of fewer sites does not count
     model: ModelConfig
     adapter: AdapterConfig
     privacy: PrivacyConfig
@@ -254,6 +255,7 @@ class SiteConfig(ComputeConfig):
     min_units: int | None = Field(
         None, ge=1
     )  # fewer: the site takes no part; null: one expected batch, at most half of units_per_site
+    folder: str | None = Field(None, min_length=1)  # of the sites' folders, kept over runs; null: in the run's folder
 
     @model_validator(mode="after")
     def _validate(self) -> "SiteConfig":

@@ -24,6 +24,7 @@ from fedllm.plan import DeploymentConfig, Frozen, RunPlan
 from server.channel import SealedChannel
 from server.checkpoint import CONFIG, read_as
 from server.federation import HeadOffice, Member, Roster
+from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord
 from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord, RoundStarted, SiteAnswered
 from server.superlink import RUNS, Control
@@ -104,7 +105,7 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
 
     Raises ConfigError where the run cannot be, or another plan is meant than the one that is resumed.
     """
-    from server.run import HeadOfficeRun, alone_in, check_folder, differences, make_plan, write_plan
+    from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
 
     names = [member.site for member in HeadOffice.open(home).roster.active]
     folder = runs(home) / config.name
@@ -124,7 +125,7 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
         if config.resume:
             before = read_as(folder / PLAN, RunPlan)
             earlier = read_as(folder / CONFIG, DeploymentConfig)
-            plan = plan.model_copy(update={"run": before.run})
+            plan = continued(plan, before)
             changed = differences("", before.model_dump(), plan.model_dump())
             changed += differences("data", earlier.data.model_dump(), config.data.model_dump())
             changed += differences("federation.weights", earlier.federation.weights, config.federation.weights)
@@ -178,7 +179,8 @@ def run(grid: Grid, home: Path, name: str) -> None:
         head_office = HeadOfficeRun(config)
         members = office.roster.active
         record = RunRecord(folder / RECORD_FILE, office.identities, {each.site: each.identity for each in members})
-        coordinator = head_office.begin(plan, folder, _note(folder / PROGRESS), len(members), record)
+        heads = Heads(home / HEADS)
+        coordinator = head_office.begin(plan, folder, _note(folder / PROGRESS), len(members), record, heads)
         stopped = ""
         try:
             coordinator.run(grid, channel)

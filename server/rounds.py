@@ -34,6 +34,7 @@ from fedllm.statement import open_statement, update_digest
 from server.aggregate import weighted_mean
 from server.channel import Channel, PlainChannel
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
+from server.heads import Heads
 from server.record import RunRecord, adapter_digest
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ CHECKPOINT, METRICS, PLAN = "checkpoint.safetensors", "metrics.jsonl", "plan.jso
 _FINAL: frozenset[Reason] = frozenset({"budget", "policy", "data", "model", "ledger"})
 # These come before the site charges itself.
 _UNCHARGED: frozenset[Reason] = frozenset({"budget", "policy", "model", "message", "ledger"})
+_LEDGER_HINT = "(ledger): cannot be used, or lacks entries that were seen before; the site's own log says what to do."
 _POLL, _POLL_MAX = 0.01, 0.5  # seconds between looks at the transport's inbox
 _PATIENCE = 15.0  # seconds for latecomers at the start of a run, where the quorum is there
 _PAUSE_MAX = 5.0  # seconds between looks for sites that may come back
@@ -116,11 +118,17 @@ class Coordinator:
         observe: Callable[[Event], None],
         expected_sites: int,
         record: RunRecord,
+        heads: Heads | None = None,
     ) -> None:
-        """`score` evaluates an adapter float32[d] on public data; `folder` receives checkpoints and metrics."""
+        """`score` evaluates an adapter float32[d] on public data; `folder` receives checkpoints and metrics.
+
+        `heads` holds what was seen of the sites' ledgers in other runs; None where they have ledgers for this run only.
+        """
         self._plan, self._federation, self._spec = plan, federation, spec
         self._folder, self._score, self._observe = folder, score, observe
-        self._expected_sites, self._record = expected_sites, record
+        self._expected_sites, self._record, self._heads = expected_sites, record, heads
+        self._known: dict[str, LedgerHead] = {}  # of the sites' ledgers, when the round began
+        self._repeated = 0  # up to this round, a site may answer as it did before a crash
         self._optimizer = self._optimizer_from(start)
         self.sites: dict[str, SiteState] = {}
         self.records: list[RoundRecord] = []
@@ -159,6 +167,7 @@ class Coordinator:
             )
         _write_records(self._folder / METRICS, self.records)
         self._record.resume(self._plan, self.round, self.adapter)
+        self._repeated = self.round + 2  # the round that was under way, and one more after a damaged checkpoint
 
     def run(self, grid: Grid, channel: Channel | None = None) -> None:
         """Run all rounds that are left; without a `channel`, bytes travel as they are and every node is welcome.
@@ -201,8 +210,7 @@ class Coordinator:
         self._check_quorum(number, len(nodes), declined, failed)
         self._observe(RoundStarted(number, [self._site_of_node[n] for n in nodes]))
 
-        payload = codec.encode(self.adapter, "float32")
-        requests = {node: self._request(self._site_of_node[node], number, payload) for node in nodes}
+        requests = self._requests(nodes, number)
         updates: dict[str, NDArray[np.float32]] = {}
         replies: dict[str, _Answer] = {}
         lost: set[str] = set()
@@ -363,13 +371,20 @@ class Coordinator:
             raise MessageError("epsilon is missing, though the plan adds noise")
         return codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
 
-    def _request(self, site: str, number: int, payload: bytes) -> bytes:
-        """Return the request of a round to one site, with the last that is known of its ledger."""
-        state = self.sites[site]
-        head = LedgerHead(number=state.head_number, digest=state.head_digest) if state.head_number >= 0 else None
-        return TrainRequest(
-            plan=self._plan, round=number, spec_digest=self._spec.digest, head=head, payload=payload
-        ).to_bytes()
+    def _requests(self, nodes: list[int], number: int) -> dict[int, bytes]:
+        """Return the request of a round to each node, with the last that is known of its site's ledger, in any run."""
+        payload = codec.encode(self.adapter, "float32")
+        self._known = self._heads.read() if self._heads is not None else {}
+        for site, state in self.sites.items():
+            if state.head_number > (self._known[site].number if site in self._known else -1):
+                self._known[site] = LedgerHead(number=state.head_number, digest=state.head_digest)
+        return {
+            node: TrainRequest(
+                plan=self._plan, round=number, spec_digest=self._spec.digest,
+                head=self._known.get(self._site_of_node[node]), payload=payload,
+            ).to_bytes()
+            for node in nodes
+        }  # fmt: skip
 
     def _check_statement(
         self, reply: TrainReply, before: SiteState, signers: tuple[PublicIdentity, ...] | None, size: int
@@ -401,10 +416,10 @@ class Coordinator:
                 raise MessageError(f"statement: {name}={getattr(statement, name)}, and the reply says {value}")
         head = (statement.ledger_number, statement.ledger_digest)
         if head[0] <= before.head_number and head != (before.head_number, before.head_digest):
-            raise MessageError(
-                f"statement: its ledger stands at entry {head[0]}, and stood at {before.head_number} before. Was it "
-                "restored from an old backup?"
-            )
+            raise MessageError(f"statement: {_went_back(head[0], before.head_number)}")
+        known = self._known.get(reply.site)
+        if known is not None and reply.round > self._repeated and head[0] <= known.number:
+            raise MessageError(f"statement: {_went_back(head[0], known.number)}")
         return _Answer(reply, size, signer.to_text(), *head)
 
     def _forgot(self, reply: TrainReply, site: str, number: int) -> bool:
@@ -440,6 +455,8 @@ class Coordinator:
             if may_have_paid and number > state.last_charged:
                 state = replace(state, charged=state.charged + 1, last_charged=number)
             self.sites[site] = self._at_least_charged(state)
+        if self._heads is not None:
+            self._heads.note({s: LedgerHead(number=a.head_number, digest=a.head_digest) for s, a in replies.items()})
 
     def _at_least_charged(self, state: SiteState) -> SiteState:
         """Raise a site's epsilon to what the rounds that it may have paid for cost: an answer can get lost."""
@@ -457,9 +474,10 @@ class Coordinator:
         reasons += [f"{site}: {what}" for site, what in failed.items()]
         earlier = {site: state.reason for site, state in self.sites.items() if state.reason and site not in declined}
         reasons += [f"{site} declined ({reason})" for site, reason in earlier.items()]
+        hint = f" {_LEDGER_HINT}" if "ledger" in {*declined.values(), *(s.reason for s in self.sites.values())} else ""
         raise QuorumLost(
             f"round {number}: {count} sites, federation.quorum={self._federation.quorum}. "
-            f"{'; '.join(reasons) or 'no site answered'}. The adapter of round {self.round} is kept."
+            f"{'; '.join(reasons) or 'no site answered'}. The adapter of round {self.round} is kept.{hint}"
         )
 
     def _scores(self) -> dict[str, Any]:
@@ -481,6 +499,10 @@ class Coordinator:
     def _save(self) -> None:
         state = Checkpoint(self.round, self._plan.digest, self.adapter, self._optimizer.state(), self.sites)
         save_checkpoint(self._folder / CHECKPOINT, state)
+
+
+def _went_back(now: int, before: int) -> str:
+    return f"its ledger stands at entry {now}, and stood at {before} before. Was it restored from an old backup?"
 
 
 def _open(channel: Channel, node: int, content: RecordDict) -> bytes | str:

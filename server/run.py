@@ -22,6 +22,7 @@ from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.evaluation import Evaluator
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
 from server.checkpoint import CONFIG, write_atomically
+from server.heads import Heads
 from server.record import RunRecord
 from server.rounds import CHECKPOINT, PLAN, Coordinator, Event
 
@@ -74,9 +75,14 @@ def make_plan(config: RunConfig) -> RunPlan:
         noise = calibrate(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
         privacy = privacy.model_copy(update={"noise_multiplier": noise})
     return RunPlan(
-        run=uuid.uuid4().hex, seed=config.seed, model=config.model, adapter=config.adapter, privacy=privacy,
-        training=config.training,
+        run=uuid.uuid4().hex, seed=config.seed, quorum=config.federation.quorum, model=config.model,
+        adapter=config.adapter, privacy=privacy, training=config.training,
     )  # fmt: skip
+
+
+def continued(plan: RunPlan, before: RunPlan) -> RunPlan:
+    """Return `plan` as that of the run `before`; a quorum may be raised on the way, the sites were promised the old."""
+    return plan.model_copy(update={"run": before.run, "quorum": min(plan.quorum, before.quorum)})
 
 
 def write_plan(folder: Path, plan: RunPlan, config: RunConfig) -> None:
@@ -104,17 +110,19 @@ class HeadOfficeRun:
         self._evaluator = _evaluator(config, self._workspace)
 
     def begin(
-        self, plan: RunPlan, folder: Path, observe: Callable[[Event], None], sites: int, record: RunRecord
-    ) -> Coordinator:
+        self, plan: RunPlan, folder: Path, observe: Callable[[Event], None], sites: int, record: RunRecord,
+        heads: Heads | None = None,
+    ) -> Coordinator:  # fmt: skip
         """Return the coordinator of a run in `folder`, resumed where the configuration says so.
 
-        `sites` is how many are expected; `observe` receives every event; `record` is signed as the run goes.
+        `sites` is how many are expected; `observe` receives every event; `record` is signed as the run goes; `heads`
+        is what other runs saw of the sites' ledgers.
         """
         adapter = self._workspace.adapter
         self._plan, self._folder = plan, folder
         self._coordinator = Coordinator(
             plan, self._config.federation, adapter.spec, adapter.initial, folder, partial(_score, self._evaluator),
-            observe, sites, record,
+            observe, sites, record, heads,
         )  # fmt: skip
         if self._config.resume:
             self._coordinator.resume()

@@ -13,19 +13,21 @@ from flwr.app import Context, RecordDict
 from client.app import courier
 from fedllm.audit.bundle import FOLDER as AUDIT
 from fedllm.audit.bundle import write_audit
-from fedllm.audit.evidence import HEAD_OFFICE
+from fedllm.audit.evidence import HEAD_OFFICE, LEDGERS, file_name
 from fedllm.audit.prv import epsilon_prv
 from fedllm.audit.summary import RunSummary
 from fedllm.errors import ConfigError, QuorumLost
 from fedllm.plan import RunPlan, SimulationConfig, parse
+from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.workspace import use_threads
 from server.app import server_app
-from server.checkpoint import CONFIG, read_as
+from server.checkpoint import CONFIG, read_as, write_atomically
+from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord, key_in
 from server.rounds import PLAN, Coordinator, Event
-from server.run import HeadOfficeRun, alone_in, check_folder, differences, make_plan, write_plan
+from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
 from simulations.grid import InProcessGrid, run_ray
-from simulations.sites import SITE_LOG, SimulatedData, connect, log_to, make_site, simulated_data
+from simulations.sites import SITE_LOG, SimulatedData, connect, folder_of, log_to, make_site, simulated_data
 
 KEYS = "trusted-keys.txt"  # for `fedllm audit verify RUN/audit --trust RUN/trusted-keys.txt`
 
@@ -52,7 +54,7 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], 
     check_folder(config, folder)
     use_threads(config.site.threads)
     data = simulated_data(config)
-    config = _with_nominal_size(config, data.unit_counts())
+    config = _with_place(_with_nominal_size(config, data.unit_counts()))
     plan = make_plan(config)
     _check_federation(config, data, folder)
     run = HeadOfficeRun(config)
@@ -62,12 +64,14 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], 
         if not config.resume:
             write_plan(folder, plan, config)
         record = RunRecord(folder / RECORD_FILE, [key_in(folder)])
-        coordinator = run.begin(plan, folder, observe, len(data.names), record)
+        coordinator = run.begin(plan, folder, observe, len(data.names), record, _heads(config))
         announce(plan, data.names)
         with _site_log(folder):
             stopped = _run(config, folder, coordinator, len(data.names))
             budgets = {name: config.budget(name) for name in data.names}
             summary = run.finish(stopped, budgets, time.monotonic() - began)
+            if config.site.folder is not None:
+                _export_ledgers(config, data.names, folder)
             if config.audit:
                 _audit(folder)
             return summary
@@ -85,10 +89,32 @@ def _with_nominal_size(config: SimulationConfig, counts: dict[str, int]) -> Simu
     )
 
 
+def _with_place(config: SimulationConfig) -> SimulationConfig:
+    """Make site.folder absolute: sites in processes of their own may work elsewhere."""
+    place = config.site.folder and str(Path(config.site.folder).expanduser().absolute())
+    return config.model_copy(update={"site": config.site.model_copy(update={"folder": place})})
+
+
+def _heads(config: SimulationConfig) -> Heads | None:
+    """Return what this output's head office knows of ledgers that outlive a run."""
+    folder = config.site.folder
+    return Heads(Path(config.output) / HEADS, f"{folder}/") if folder is not None else None
+
+
+def _export_ledgers(config: SimulationConfig, names: list[str], folder: Path) -> None:
+    """Keep the ledgers as they are now beside the run's record: they go on without it."""
+    (folder / LEDGERS).mkdir(exist_ok=True)
+    for name in names:
+        ledger = folder_of(config, folder) / file_name(name) / "ledger.db"
+        if ledger.exists():
+            lines = "".join(f"{line}\n" for line in LedgerFile(ledger).lines())
+            write_atomically(folder / LEDGERS / f"{file_name(name)}.jsonl", lines.encode())
+
+
 def _as_before(plan: RunPlan, config: SimulationConfig, folder: Path) -> RunPlan:
     """Return the plan of the run that is resumed; raises ConfigError where the configuration asks for another."""
     before, earlier = read_as(folder / PLAN, RunPlan), read_as(folder / CONFIG, SimulationConfig)
-    plan = plan.model_copy(update={"run": before.run})
+    plan = continued(plan, before)
     changed = differences("", before.model_dump(), plan.model_dump())
     changed += differences("data", earlier.data.model_dump(), config.data.model_dump())
     for key in ("partition", "weights"):

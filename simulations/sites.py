@@ -80,8 +80,13 @@ def _sites(config_json: str, folder: str) -> list[Site]:
     return [make_site(config, data, name, Path(folder)) for name in data.names]
 
 
+def folder_of(config: SimulationConfig, folder: Path) -> Path:
+    """Return where the sites of a run in `folder` keep their ledgers and keys."""
+    return folder / "sites" if config.site.folder is None else Path(config.site.folder)
+
+
 def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: Path) -> Site:
-    """Return one simulated site, with its ledger under `folder`."""
+    """Return one simulated site of a run in `folder`."""
     site = config.site
     # Half of the nominal size at most: this is taken from all sites, and none of them is too small for it by rounding.
     expected_batch = min(config.privacy.sampling_rate, 0.5) * (config.privacy.units_per_site or 0)
@@ -92,7 +97,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         min_units=site.min_units if site.min_units is not None else expected_batch,
         allow_unprotected=True,  # in a simulation the sites are the researcher's own
     )
-    place = folder / "sites" / file_name(name)
+    place = folder_of(config, folder) / file_name(name)
     return Site(
         name=name,
         policy=policy,

@@ -23,7 +23,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 _RDP_ORDERS = tuple(1 + x / 10 for x in range(1, 110)) + tuple(range(12, 64)) + (72, 96, 128, 192, 256, 512)
 _GRID = 1e-4  # of the privacy loss; the PLD is rounded up onto it
-_COARSE_GRID = 1e-3  # to look for a noise multiplier; the answer is checked on the fine grid
+_COARSE_GRID = 1e-3  # for a first look: to find a noise multiplier, or to check a figure that somebody states
 _HOPELESS = 100.0  # above this epsilon the RDP bound stands alone: the PLD says no more, and needs memory without end
 _one_at_a_time = threading.Lock()  # all sites of a process ask for the same cost at once: one computes, the others wait
 
@@ -69,6 +69,13 @@ def spent(events: Sequence[AccountingEvent], delta: float) -> PrivacySpent:
     composed = _merged(events)
     with _one_at_a_time:
         return _spent(composed, delta, _GRID)
+
+
+def spent_at_most(events: Sequence[AccountingEvent], delta: float) -> PrivacySpent:
+    """Return what `spent` does, but an upper bound of it, mostly within 0.001, at a fraction of the time."""
+    composed = _merged(events)
+    with _one_at_a_time:
+        return _spent(composed, delta, _COARSE_GRID)
 
 
 def fits(events: Sequence[AccountingEvent], delta: float, budget: float, one_plan: bool) -> float | None:

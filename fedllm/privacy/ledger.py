@@ -193,10 +193,22 @@ class LedgerFile:
             )
             return [str(row[0]) for row in rows]
 
-    def events(self, dataset: str) -> list[AccountingEvent]:
-        """Return every event charged to a data set or one that overlaps it, in order, released or not."""
+    def events(self, dataset: str, since: float = -math.inf) -> list[AccountingEvent]:
+        """Return every event charged to a data set or one that overlaps it, in order, released or not.
+
+        `since`, seconds since the epoch, leaves out what was charged before.
+        """
         with self.transaction() as db:
-            return _events(db, dataset)
+            return _events(db, dataset, since)
+
+    def budget(self) -> tuple[float, float] | None:
+        """Return the epsilon and delta that the chain stated last; None before any data set was opened."""
+        with self.transaction() as db:
+            row = db.execute("SELECT line FROM chain WHERE kind = 'budget' ORDER BY number DESC LIMIT 1").fetchone()
+        if row is None:
+            return None
+        stated = open_entry(row[0]).body
+        return (math.inf if stated["epsilon"] is None else float(stated["epsilon"])), float(stated["delta"])
 
     def charges(self) -> list[Charge]:
         """Return every charge there ever was, in order."""
@@ -227,14 +239,19 @@ class LedgerFile:
             row = db.execute("SELECT digest FROM chain WHERE number = ?", (head.number,)).fetchone()
         return row is not None and row[0] == head.digest
 
-    def events_of(self, data: DataSet) -> list[AccountingEvent]:
-        """Return every event charged to what overlaps `data`, whether or not that was ever opened; writes nothing."""
+    def events_of(self, data: DataSet, since: float = -math.inf) -> list[AccountingEvent]:
+        """Return every event charged to what overlaps `data`, whether or not that was ever opened; writes nothing.
+
+        `since`, seconds since the epoch, leaves out what was charged before.
+        """
         with self.transaction() as db:
             found = {self.name_of(db, data)}
             for each in data.members:
                 found |= {str(row[0]) for row in db.execute("SELECT dataset FROM member WHERE hash = ?", (each,))}
             rows = db.execute(
-                "SELECT dataset, sampling_rate, noise_multiplier, steps FROM entry WHERE state != 'ABORTED' ORDER BY id"
+                "SELECT dataset, sampling_rate, noise_multiplier, steps FROM entry "
+                "WHERE state != 'ABORTED' AND reserved_at >= ? ORDER BY id",
+                (since,),
             )
             return [AccountingEvent(*row[1:]) for row in rows if row[0] in found]
 
@@ -496,11 +513,11 @@ def _summed(db: sqlite3.Connection, dataset: str, since: float = -math.inf) -> l
     return [AccountingEvent(rate, noise, -1 if damaged else steps) for rate, noise, steps, damaged in rows]
 
 
-def _events(db: sqlite3.Connection, dataset: str) -> list[AccountingEvent]:
+def _events(db: sqlite3.Connection, dataset: str, since: float = -math.inf) -> list[AccountingEvent]:
     rows = db.execute(
-        "SELECT sampling_rate, noise_multiplier, steps FROM entry "
-        "WHERE dataset IN (SELECT other FROM overlap WHERE dataset = ?) AND state != 'ABORTED' ORDER BY id",
-        (dataset,),
+        "SELECT sampling_rate, noise_multiplier, steps FROM entry WHERE dataset IN "
+        "(SELECT other FROM overlap WHERE dataset = ?) AND state != 'ABORTED' AND reserved_at >= ? ORDER BY id",
+        (dataset, since),
     )
     return [AccountingEvent(*row) for row in rows]
 

@@ -655,16 +655,16 @@ def test_new_keys_take_the_ledger_over_when_their_grant_is_installed(head: Path,
 def test_every_limit_of_site_yaml_reaches_the_policy(folder: Path) -> None:
     edit(folder, {
         "policy.run_epsilon": 4.0, "policy.period": {"days": 90, "epsilon": 3.0}, "policy.max_rank": 16,
-        "policy.train": ["B"], "policy.modes": ["local"],
+        "policy.train": ["B"], "policy.modes": ["local"], "policy.min_sites": 3,
     })  # fmt: skip
     policy = Office.open(folder).policy
     assert (policy.run_epsilon, policy.period, policy.max_rank) == (4.0, Period(90, 3.0), 16)
-    assert (policy.train, policy.modes) == (("B",), ("local",))
+    assert (policy.train, policy.modes, policy.min_sites) == (("B",), ("local",), 3)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"run_epsilon": 0}, {"period": {"days": 0, "epsilon": 1}}, {"period": {"days": 9}}, {"max_rank": 0},
-              {"train": []}, {"train": ["A"]}, {"modes": ["central"]}],
+              {"train": []}, {"train": ["A"]}, {"modes": ["central"]}, {"min_sites": 0}],
 )  # fmt: skip
 def test_an_impossible_limit_is_refused(folder: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"policy.{next(iter(wrong))}"):

@@ -144,6 +144,7 @@ def make_plan(tiny_llama: Path) -> MakePlan:
         values = {
             "run": run,
             "seed": 3,
+            "quorum": 3,
             "model": {"source": str(tiny_llama), "max_length": 32},
             "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
             "privacy": {
@@ -258,7 +259,7 @@ def test_a_plan_beyond_policy_is_declined_before_records_and_ledger_are_touched(
 @pytest.mark.parametrize("step", ["prepare", "train"])
 @pytest.mark.parametrize(
     "limits",
-    [{"run_epsilon": 2.0}, {"max_rank": 1}, {"train": ("AB",)}, {"modes": ("off",)}],
+    [{"run_epsilon": 2.0}, {"max_rank": 1}, {"train": ("AB",)}, {"modes": ("off",)}, {"min_sites": 4}],
     ids=lambda v: next(iter(v)),
 )
 def test_every_limit_of_the_policy_holds_before_records_and_ledger_are_touched(
@@ -274,7 +275,7 @@ def test_every_limit_of_the_policy_holds_before_records_and_ledger_are_touched(
 def test_a_plan_at_the_limits_of_the_policy_is_admitted(tmp_path: Path, make_plan: MakePlan) -> None:
     plan = make_plan()
     whole = spent([plan.mechanism.event(plan.steps)], 1e-3).epsilon
-    limits = {"run_epsilon": whole, "max_rank": 2, "train": ("B",), "modes": ("local",)}
+    limits = {"run_epsilon": whole, "max_rank": 2, "train": ("B",), "modes": ("local",), "min_sites": 3}
     assert isinstance(Office(tmp_path, plan, **limits).train(), TrainReply)
 
 

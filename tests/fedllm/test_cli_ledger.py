@@ -11,8 +11,8 @@ from fedllm.chain import read_chain
 from fedllm.cli import app
 from fedllm.errors import ChainError, FedllmError
 from fedllm.plan import RunPlan, parse
-from fedllm.privacy.accounting import AccountingEvent
-from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.accounting import AccountingEvent, spent
+from fedllm.privacy.ledger import Period, PrivacyLedger
 
 EVENT = AccountingEvent(0.5, 1.5, 2)
 
@@ -48,11 +48,11 @@ def home(tmp_path: Path) -> Path:
     return folder
 
 
-def open_ledger(home: Path) -> PrivacyLedger:
+def open_ledger(home: Path, period: Period | None = None) -> PrivacyLedger:
     from client.service import read_records
 
     office = Office.open(home)
-    return PrivacyLedger(office.ledger_file, read_records(office).data_set, 8.0, 1e-5, office.identity)
+    return PrivacyLedger(office.ledger_file, read_records(office).data_set, 8.0, 1e-5, office.identity, period)
 
 
 @pytest.fixture
@@ -135,6 +135,48 @@ def test_a_forecast_says_what_a_plan_would_spend_and_how_much_fits(home: Path, t
         ledger.reserve("planned", round_, "request", plan().mechanism.event(2))
     with pytest.raises(FedllmError, match="budget"):  # the forecast was right to the round
         ledger.reserve("planned", fit(later) + 1, "request", plan().mechanism.event(2))
+
+
+def test_a_forecast_counts_what_the_period_admits(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(plan(rounds=9).model_dump_json(), "utf-8")
+    limit = spent([EVENT] * 3, 1e-5).epsilon_rdp
+    settings = (home / "site.yaml").read_text("utf-8")
+    written = settings.replace("  min_units: 100", f"  period: {{days: 30, epsilon: {limit!r}}}\n  min_units: 100")
+    assert written != settings
+    (home / "site.yaml").write_text(written, "utf-8")
+    said = run("ledger", "forecast", file, "--home", home)
+    assert f"rounds that fit now, with at most {limit:g} in 30 days: 3 of 9" in said
+    ledger = open_ledger(home, Period(30, limit))
+    ledger.reserve("first", 1, "request", EVENT)
+    assert "in 30 days: 2 of 9" in run("ledger", "forecast", file, "--home", home)
+    for round_ in (1, 2):
+        ledger.reserve("planned", round_, "request", EVENT)
+    with pytest.raises(FedllmError, match="last 30 days"):  # it was right to the round
+        ledger.reserve("planned", 3, "request", EVENT)
+    assert "in 30 days: 0 of 9" in run("ledger", "forecast", file, "--home", home)
+
+
+def test_a_forecast_for_a_ledger_file_needs_no_office(spent_home: Path, tmp_path: Path) -> None:
+    file, copy = tmp_path / "plan.json", tmp_path / "copy.db"
+    file.write_text(plan(rounds=40).model_dump_json(), "utf-8")
+    copy.write_bytes((spent_home / "data" / "ledger.db").read_bytes())
+    at_home = run("ledger", "forecast", file, "--home", spent_home).splitlines()
+    elsewhere = run("ledger", "forecast", file, "--file", copy).splitlines()
+    assert elsewhere[:-1] == at_home[:-1], "the ledger itself states budget and delta"
+    assert "not known" in elsewhere[-1]
+    assert "budget of 8" in run("ledger", "show", "--file", copy)
+    limits = tmp_path / "policy.yaml"
+    limits.write_text("epsilon: 8\nmin_sites: 3\n", "utf-8")
+    with pytest.raises(FedllmError, match=r"policy: refused: quorum=1 .*min_sites of 3"):
+        run("ledger", "forecast", file, "--file", copy, "--policy", limits)
+    limits.write_text("epsilon: 6\n", "utf-8")
+    said = run("ledger", "forecast", file, "--file", copy, "--policy", limits)
+    assert "budget of 6: " in said
+    assert "policy: admits the plan" in said
+    limits.write_text("epsilom: 6\n", "utf-8")
+    with pytest.raises(FedllmError, match="did you mean epsilon"):
+        run("ledger", "forecast", file, "--file", copy, "--policy", limits)
 
 
 def test_a_forecast_says_that_the_policy_refuses(home: Path, tmp_path: Path) -> None:

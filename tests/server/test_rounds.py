@@ -26,12 +26,13 @@ from fedllm import codec
 from fedllm.chain import Entry, read_chain
 from fedllm.crypto import Identity
 from fedllm.delta import AdapterSpec, TensorSpec
-from fedllm.errors import CheckpointError, MessageError, QuorumLost
+from fedllm.errors import CheckpointError, FederationError, MessageError, QuorumLost
 from fedllm.messages import KEY, RECORD, Declined, LedgerHead, Prepare, Ready, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import FederationConfig, RunPlan, parse
 from fedllm.privacy.accounting import spent
 from fedllm.statement import Statement, open_statement, sign_statement, update_digest
 from server.checkpoint import load_checkpoint
+from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord, adapter_digest
 from server.rounds import CHECKPOINT, METRICS, Coordinator, Event, RoundRecord, RoundStarted, SiteAnswered
 
@@ -65,10 +66,11 @@ class FakeSite:
         self.decline_plan: str | None = None
         self.identity = identity_of(name)
         self.heads: list[LedgerHead | None] = []  # that head office sent
+        self.base = 0  # entries of its ledger before this run
         self.says: dict[str, Any] = {}  # what its statement says instead of what is so
 
     def sign(self, reply: TrainReply, plan: RunPlan) -> TrainReply:
-        entry = 2 * reply.round  # of a chain with two entries a round
+        entry = self.base + 2 * reply.round  # of a chain with two entries a round
         statement = Statement(
             reply.site, plan.run, reply.plan_digest, reply.round, reply.epsilon, reply.epsilon_rdp, reply.delta, entry,
             f"digest {entry}", update_digest(reply.payload),
@@ -205,11 +207,16 @@ class Federation:
         self.sites = {name: FakeSite(name) for name in NAMES}
         self.grid = FakeGrid(dict(enumerate(self.sites.values(), start=1)))
         self.events: list[Event] = []
+        self.heads: Heads | None = None
+
+    def heads_seen(self) -> dict[str, LedgerHead]:
+        assert self.heads is not None
+        return self.heads.read()
 
     def coordinator(self, observe: Callable[[Event], None] | None = None) -> Coordinator:
         return Coordinator(
             self.plan, self.config, SPEC, START, self.folder, score, observe or self.events.append, len(self.sites),
-            RunRecord(self.folder / RECORD_FILE, HEAD_OFFICE, {"jeju": "its identity"}),
+            RunRecord(self.folder / RECORD_FILE, HEAD_OFFICE, {"jeju": "its identity"}), self.heads,
         )  # fmt: skip
 
     def run(self) -> Coordinator:
@@ -877,18 +884,22 @@ def test_who_signed_first_for_a_site_goes_on_signing(federation: Federation, res
     jeju, stranger = federation.sites["jeju"], Identity.generate()
 
     def spoil(reply: TrainReply) -> bytes:
-        if reply.round == 3 and resumed:
-            raise Killed
+        if reply.round == 3:
+            jeju.identity = stranger
+            if resumed:
+                raise Killed
         return reply.to_bytes()
 
     jeju.spoil = spoil
     if resumed:
         with pytest.raises(Killed):
             federation.run()
-        jeju.spoil, jeju.identity = None, stranger
-        assert "may not sign" in federation.resume().records[3].failed["jeju"]
+        jeju.spoil = None
+        coordinator = federation.resume()
     else:
-        federation.run()
+        coordinator = federation.run()
+    assert ["jeju" in record.failed for record in coordinator.records] == [False, False, False, True, True]
+    assert "may not sign" in coordinator.records[3].failed["jeju"]
 
 
 def test_with_a_roster_only_its_identities_may_sign(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -905,6 +916,104 @@ def test_every_site_hears_what_it_signed_for_last(federation: Federation) -> Non
     federation.run()
     numbers = {name: [head.number if head else None for head in site.heads] for name, site in federation.sites.items()}
     assert numbers == {"서울-강남": [None, 2, 4, 6], "busan": [None, 2, 4, 6], "jeju": [None, 2, 2, 6]}
+
+
+# ---- what other runs saw of a ledger ---------------------------------------------------------------------------------
+
+
+def heads_in(folder: Path) -> Heads:
+    return Heads(folder / HEADS)
+
+
+def next_run(federation: Federation, run: str) -> Federation:
+    """Another run of the same sites and head office, in a folder of its own."""
+    later = Federation(federation.folder.with_name(run), federation.plan.model_copy(update={"run": run}))
+    later.sites, later.grid, later.heads = federation.sites, federation.grid, federation.heads
+    return later
+
+
+@pytest.fixture
+def kept(federation: Federation) -> Federation:
+    """A federation whose head office remembers heads over runs, after one run of four rounds."""
+    federation.heads = heads_in(federation.folder.parent)
+    federation.run()
+    return federation
+
+
+def test_the_next_run_tells_every_site_what_the_last_one_saw_of_its_ledger(kept: Federation) -> None:
+    assert {site: head.number for site, head in kept.heads_seen().items()} == dict.fromkeys(NAMES, 8)
+    for site in kept.sites.values():
+        site.heads, site.base = [], 8  # the ledgers go on
+    next_run(kept, "another").run()
+    numbers = {name: [head.number if head else None for head in site.heads] for name, site in kept.sites.items()}
+    assert numbers == {name: [8, 10, 12, 14] for name in NAMES}
+    assert {head.number for head in kept.heads_seen().values()} == {16}
+
+
+def test_a_ledger_that_stands_where_it_stood_before_is_not_used_in_another_run(kept: Federation) -> None:
+    """What a site of ours refuses by itself; here is one that does not look."""
+    for name, site in kept.sites.items():
+        site.base = 8 if name != "jeju" else 0  # jeju's is an old backup
+    coordinator = next_run(kept, "another").run()
+    assert all("stood at 8 before" in record.failed["jeju"] for record in coordinator.records[1:4])
+    assert coordinator.sites["busan"].rounds == 4
+    assert kept.heads_seen()["jeju"].number == 8, "what it signed for now does not replace what it signed for then"
+    assert kept.heads_seen()["busan"].number == 16
+
+
+def test_an_old_ledger_is_accepted_once_a_person_has_decided_so(kept: Federation) -> None:
+    heads = heads_in(kept.folder.parent)
+    heads.forget("jeju")
+    with pytest.raises(FederationError, match="nothing was seen"):
+        heads.forget("jeju")
+    for name, site in kept.sites.items():
+        site.base = 8 if name != "jeju" else 0
+    assert not any(record.failed for record in next_run(kept, "another").run().records)
+    assert kept.heads_seen()["jeju"].number == 8
+
+
+def test_a_round_that_is_answered_as_before_a_crash_is_used_though_another_run_came_between(kept: Federation) -> None:
+    first = next_run(kept, "first")
+    for site in kept.sites.values():
+        site.base = 8
+
+    def die(reply: TrainReply) -> bytes:
+        if reply.round == 3:
+            raise Killed
+        return reply.to_bytes()
+
+    kept.sites["jeju"].spoil = die  # the others have answered round 3 by then, with entries 14
+    with pytest.raises(Killed):
+        first.run()
+    kept.sites["jeju"].spoil = None
+    for site in kept.sites.values():
+        site.base = 16
+    next_run(kept, "between").run()
+    for site in kept.sites.values():
+        site.base = 8
+    resumed = first.resume()
+    assert not resumed.records[3].failed, "round 3 is repeated: its answer is of before"
+    assert {head.number for head in kept.heads_seen().values()} == {24}
+
+
+def test_runs_at_once_never_replace_a_newer_head_by_an_older_one(tmp_path: Path) -> None:
+    first, second = heads_in(tmp_path), heads_in(tmp_path)
+    first.note({"a": LedgerHead(number=5, digest="five"), "b": LedgerHead(number=1, digest="one")})
+    second.note({"a": LedgerHead(number=4, digest="four")})
+    assert first.read() == {"a": LedgerHead(number=5, digest="five"), "b": LedgerHead(number=1, digest="one")}
+    other = Heads(tmp_path / HEADS, "elsewhere/")
+    other.note({"a": LedgerHead(number=0, digest="zero")})
+    assert other.read() == {"a": LedgerHead(number=0, digest="zero")}
+    assert first.read()["a"].number == 5
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', '{"a": {"number": -1, "digest": ""}}'], ids=repr)
+def test_a_damaged_file_of_heads_stops_the_run_before_any_site_pays(kept: Federation, content: str) -> None:
+    (kept.folder.parent / HEADS).write_text(content, "utf-8")
+    asked = {name: list(site.rounds) for name, site in kept.sites.items()}
+    with pytest.raises(CheckpointError, match=r"heads\.json.*Restore it from a backup"):
+        next_run(kept, "another").run()
+    assert asked == {name: site.rounds for name, site in kept.sites.items()}
 
 
 # ---- the run record --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import struct
+import sys
 import threading
 import warnings
 import xml.etree.ElementTree as ET
@@ -23,12 +24,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from typer.testing import CliRunner
 
 import fedllm.privacy.accounting
 import fedllm.training.workspace
 import server.run
 from client.site import Site
+from fedllm.audit.bundle import verify
+from fedllm.audit.evidence import Trust
 from fedllm.audit.summary import RunSummary
+from fedllm.cli import app
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.messages import Declined, Message, Prepare, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import RunPlan, SimulationConfig, parse
@@ -36,8 +41,10 @@ from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.adapter import AdapterModel
 from server.checkpoint import load_checkpoint
+from server.heads import HEADS, Heads
+from server.record import key_in
 from server.rounds import Event, RoundRecord
-from simulations.simulate import simulate
+from simulations.simulate import KEYS, simulate
 
 Configure = Callable[..., SimulationConfig]
 
@@ -546,6 +553,7 @@ def test_resuming_a_finished_run_writes_the_same_outputs_again(tmp_path: Path, c
         ("adapter", {"rank": 4}, "adapter.rank"),
         ("model", {"max_length": 16}, "model.max_length"),
         ("data", {"text": "{topic}"}, "data.text"),
+        ("federation", {"quorum": 1}, "quorum"),  # the sites were promised two
         ("federation", {"partition": {"by": "iid", "sites": 4, "column": None}}, "partition"),
     ],
 )
@@ -566,7 +574,7 @@ def test_how_a_run_is_carried_out_may_change_when_it_is_resumed(
 ) -> None:
     without_plots(monkeypatch)
     run_until(configure(tmp_path, **OFF), 7)
-    changes: dict[str, Any] = {"federation": {"quorum": 1, "round_timeout": 30.0}, "site": {"micro_batch": 16}}
+    changes: dict[str, Any] = {"federation": {"quorum": 3, "round_timeout": 30.0}, "site": {"micro_batch": 16}}
     assert not run(configure(tmp_path, resume=True, **OFF, **changes)).summary.stopped
 
 
@@ -747,6 +755,88 @@ def test_a_lost_ledger_ends_the_run(tmp_path: Path, configure: Configure, monkey
     done = run(resumed(configure(tmp_path)))
     assert "ledger" in done.summary.stopped
     assert [line["round"] for line in done.metrics()] == [0, 1, 2]
+
+
+# ---- sites that outlive a run ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lasting(tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Return a function that runs so many rounds for a head office, at sites that keep their folders."""
+    without_plots(monkeypatch)
+
+    def start(head_office: str, name: str, rounds: int, epsilon: float = 100.0, **more: Any) -> Run:
+        site = {"folder": str(tmp_path / "offices"), "epsilon": epsilon}
+        training = {"rounds": rounds, "local_steps": 1}
+        return run(configure(tmp_path / head_office, name, training=training, site=site, **more))
+
+    return start
+
+
+@pytest.mark.slow
+def test_budget_belongs_to_the_records_whichever_head_office_asks(
+    tmp_path: Path, configure: Configure, lasting: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "weasyprint", None)  # its PDFs take longer than all else here
+    privacy = configure(tmp_path).privacy
+    assert privacy.noise_multiplier is not None
+    event = AccountingEvent(privacy.sampling_rate, privacy.noise_multiplier, 1)
+    budget = spent([event] * 5, privacy.delta).epsilon_rdp
+    assert not lasting("seoul", "first", 2, budget).summary.stopped
+    assert not lasting("busan", "second", 2, budget).summary.stopped
+    third = lasting("seoul", "third", 3, budget, audit=True)
+    assert "round 2: 0 sites" in third.summary.stopped
+    assert "강남 declined (budget)" in third.summary.stopped
+    assert {s: len(charged(tmp_path / "offices" / s / "ledger.db")) for s in BRANCHES} == dict.fromkeys(BRANCHES, 5)
+    assert not any(file.suffix == ".db" for file in third.folder.rglob("*")), "the ledgers stay with the sites"
+
+    audit, _ = verify(third.folder / "audit", Trust.read(third.folder / KEYS))
+    assert audit.verdict == "within"
+    assert len({point.run for point in audit.timeline}) == 3, "what was spent for others is in the report"
+    assert all(site.left == pytest.approx(0, abs=budget / 5) for site in audit.sites)
+    keys = {key_in(tmp_path / place).public for place in ("seoul/first", "busan/second")}
+    assert len(keys) == 2
+
+
+def test_a_ledger_put_back_from_an_old_backup_is_refused_by_the_next_run(
+    tmp_path: Path, lasting: Callable[..., Run]
+) -> None:
+    ledger = tmp_path / "offices" / "jeju" / "ledger.db"
+    lasting("seoul", "first", 1)
+    backup = ledger.read_bytes()
+    lasting("seoul", "second", 1)
+    ledger.write_bytes(backup)
+    third = lasting("seoul", "third", 1)
+    assert third.metrics()[1]["declined"] == {"jeju": "ledger"}
+    assert len(third.metrics()[1]["answered"]) == 3
+    assert len(charged(ledger)) == 1, "nothing is charged to a ledger that is not the newest"
+    log = (third.folder / "sites" / "sites.log").read_text("utf-8")
+    assert "restored from an old backup" in log
+    assert "fedllm server new-ledger" in log
+    elsewhere = lasting("busan", "fourth", 1)  # another head office has seen nothing of it yet
+    assert not elsewhere.metrics()[1]["declined"]
+    Heads(tmp_path / "seoul" / HEADS, f"{tmp_path / 'offices'}/").forget("jeju")
+    assert not lasting("seoul", "fifth", 1).metrics()[1]["declined"]
+
+
+@pytest.mark.slow
+def test_a_run_writes_an_audit_in_both_languages_that_verifies_and_where_no_byte_can_be_changed(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_plots(monkeypatch)
+    folder = run(configure(tmp_path, audit=True, **SMALL)).folder
+    audit = folder / "audit"
+    found = {file.name for file in audit.iterdir()}
+    assert {"audit.html", "audit.ko.html", "audit.json", "audit.sig", "ledgers", "record.jsonl"} <= found
+    assert ("audit.pdf" in found) == ("audit.ko.pdf" in found)
+    command = ["audit", "verify", str(audit), "--trust", str(folder / KEYS)]
+    done = CliRunner().invoke(app, command)
+    assert "verified: within budget; 4 sites, 2 rounds" in done.output
+    ledger = audit / "ledgers" / "jeju.jsonl"
+    data = bytearray(ledger.read_bytes())
+    data[len(data) // 2] ^= 1
+    ledger.write_bytes(data)
+    assert CliRunner().invoke(app, command).exit_code == 1
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
