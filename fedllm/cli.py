@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 import fedllm
-from fedllm import cli_audit, cli_deploy, cli_ledger, cli_operate
+from fedllm import cli_audit, cli_deploy, cli_ledger, cli_operate, cli_privacy
 from fedllm.errors import FedllmError
 
 app = typer.Typer(
@@ -94,6 +94,7 @@ cli_deploy.register(app)
 cli_operate.register(app)
 cli_ledger.register(app)
 cli_audit.register(app)
+cli_privacy.register(app)
 
 
 def _fail(message: str) -> None:

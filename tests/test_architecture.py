@@ -20,6 +20,7 @@ COMMAND_LINE = (
     "fedllm.cli_operate",
     "fedllm.cli_ledger",
     "fedllm.cli_audit",
+    "fedllm.cli_privacy",
 )  # entry points: may import anything
 
 STOCK = "simulations.benchmarks.stock_training"  # what others do, to compare with
@@ -36,6 +37,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "securesystemslib": ("fedllm.crypto",),
     "yaml": ("fedllm.files", *COMMAND_LINE),
     "dp_accounting": ("fedllm.privacy.accounting",),
+    "scipy": ("fedllm.privacy.one_run",),
     "safetensors": ("fedllm.training.", "server.checkpoint"),
     "matplotlib": ("fedllm.audit.",),
     "jinja2": ("fedllm.audit.",),

@@ -22,7 +22,7 @@ def risk_of(events: Sequence[AccountingEvent], epsilon: float | None) -> Risk:
     if epsilon is None:
         grid, profile = np.zeros(1), np.ones(1)
     else:
-        grid = np.concatenate([[0.0], np.geomspace(1e-3, max(1.5 * epsilon, 0.1), 50)])
+        grid = np.concatenate([[0.0], np.geomspace(1e-3, min(max(1.5 * epsilon, 0.1), 150.0), 50)])
         profile = np.clip(deltas(events, grid.tolist()), 0.0, 1.0)
     rates = np.asarray(_RATES)[:, None]
     bounds = np.maximum(1 - profile - np.exp(grid) * rates, np.exp(-grid) * (1 - profile - rates))

@@ -1,7 +1,8 @@
 """Coins and noise have exactly the distribution that is charged for.
 
-Statistical tests compare with exact distributions. FALSE_ALARM bounds the chance that a correct implementation fails
-one of them; where one test makes many comparisons, the chance is divided among them (Bonferroni).
+Statistical tests compare with exact distributions, and their thresholds follow from ALL_FALSE_ALARMS, the chance that
+a correct implementation fails any of them: it is divided among the tests, and within a test among its comparisons
+(Bonferroni). Those with a seed pass or fail for ever.
 """
 
 import math
@@ -17,7 +18,8 @@ from fedllm.privacy.accounting import spent
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 
-FALSE_ALARM = 1e-6
+ALL_FALSE_ALARMS = 1e-9
+FALSE_ALARM = ALL_FALSE_ALARMS / 25  # as many as draw from the operating system, or more
 SOURCES: list[Randomness] = [OsRandomness(), SeededRandomness(0, "tests")]
 by_source = pytest.mark.parametrize("source", SOURCES, ids=lambda source: type(source).__name__)
 
@@ -121,19 +123,77 @@ def test_the_deviation_of_the_noise_is_right_to_half_a_percent(source: Randomnes
     expect_variance(Mechanism(0.5, 3.0, 0.5).noise(1_000_000, source), 1.5**2)
 
 
+def expect_independent(x: NDArray[np.float64], y: NDArray[np.float64], comparisons: int = 1) -> None:
+    """Fail where standard normal x and y are related: by correlation, by sign or by size. Each test is exact.
+
+    By size too, because a pair that shares a radius is uncorrelated and has unrelated signs.
+    """
+    assert stats.pearsonr(x, y).pvalue > FALSE_ALARM / comparisons / 3
+    expect_binomial(int((np.sign(x) == np.sign(y)).sum()), len(x), 0.5, 3 * comparisons)
+    quartile = stats.norm.isf(0.25)
+    both_large = (np.abs(x) > quartile) & (np.abs(y) > quartile)
+    expect_binomial(int(both_large.sum()), len(x), 0.25, 3 * comparisons)
+
+
 @by_source
-def test_noise_is_independent_across_calls_and_coordinates(source: Randomness) -> None:
-    mechanism = Mechanism(2.0, 0.5, 0.5)  # standard deviation 1
-    n = 20_000
-    first, second = mechanism.noise(n, source), mechanism.noise(n, source)
-    pairs = [(first, second), (first[:-1], first[1:]), (first[: n // 2], first[n // 2 :]), (first[::2], first[1::2])]
-    pairs += [(first[: n // 4], first[n // 4 : n // 2]), (first[: 3 * n // 4], first[n // 4 :])]
+def test_noise_is_independent_between_coordinates(source: Randomness) -> None:
+    n = 40_000
+    noise = Mechanism(2.0, 0.5, 0.5).noise(n, source)  # standard deviation 1
+    # neighbours, halves and quarters: where draws made together end up side by side or blocks apart
+    pairs = [(noise[:-1:2], noise[1::2]), (noise[: n // 2], noise[n // 2 :])]
+    pairs += [(noise[: n // 4], noise[n // 4 : n // 2]), (noise[: n // 4], noise[3 * n // 4 :])]
+    pairs += [(noise[: n // 2], noise[n // 2 :][::-1])]
+    for x, y in pairs:
+        expect_independent(x, y, len(pairs))
+
+
+@by_source
+def test_noise_is_independent_between_steps(source: Randomness) -> None:
+    mechanism, n, steps = Mechanism(2.0, 0.5, 0.5), 10_000, 4
+    noises = [mechanism.noise(n, source) for _ in range(steps)]
+    pairs = [(a, b) for a in range(steps) for b in range(a)]
     for a, b in pairs:
-        for x, y in ((a, b), (a**2 - 1, b**2 - 1)):  # squares: pairs of one radius would be uncorrelated themselves
-            limit = stats.norm.isf(FALSE_ALARM / (4 * len(pairs)))
-            deviation = float(np.std(x) * np.std(y)) / math.sqrt(len(x))
-            assert abs(float(np.mean(x * y))) <= 1.2 * limit * deviation  # 1.2: products have heavier tails
-    assert not np.intersect1d(first, second).size
+        expect_independent(noises[a], noises[b], len(pairs) + 1)
+        assert not np.intersect1d(noises[a], noises[b]).size
+    # with any relation between them, the noise of all steps together would not be what is charged for
+    expect_variance(np.sum(noises, axis=0), steps, len(pairs) + 1)
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [[OsRandomness() for _ in range(4)], [SeededRandomness(0, f"site-{site}") for site in range(4)]],
+    ids=["OsRandomness", "SeededRandomness"],
+)
+def test_noise_is_independent_between_sites(sources: list[Randomness]) -> None:
+    mechanism, n = Mechanism(2.0, 0.5, 0.5), 10_000
+    noises = [mechanism.noise(n, source) for source in sources]
+    pairs = [(a, b) for a in range(len(sources)) for b in range(a)]
+    for a, b in pairs:
+        expect_independent(noises[a], noises[b], len(pairs) + 1)
+    expect_variance(np.sum(noises, axis=0), len(sources), len(pairs) + 1)
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [[OsRandomness(), OsRandomness()], [SeededRandomness(0, "a"), SeededRandomness(0, "b")]],
+    ids=["OsRandomness", "SeededRandomness"],
+)
+def test_sites_draw_their_batches_independently_of_each_other(sources: list[Randomness]) -> None:
+    rate = 0.3
+    first, second = (draw_batches(Mechanism(1.0, 1.0, rate), source, 50, 1_000) for source in sources)
+    expect_binomial(int((first & second).sum()), first.size, rate**2)
+
+
+@by_source
+def test_the_size_of_a_batch_varies_as_that_of_a_poisson_sample(source: Randomness) -> None:
+    """Variance N q (1 - q); a shuffled batch has none, and sampling with replacement has more where q is large."""
+    units, rate, steps = 100, 0.4, 4_000
+    sizes = draw_batches(Mechanism(1.0, 1.0, rate), source, units, steps).sum(axis=1)
+    mean, variance = units * rate, units * rate * (1 - rate)
+    fourth = float(stats.binom(units, rate).stats(moments="k")) + 3  # of the standardised size
+    standard_error = math.sqrt((fourth - 1) / steps)
+    found = float(np.mean((sizes - mean) ** 2)) / variance
+    assert abs(found - 1) <= 1.3 * stats.norm.isf(FALSE_ALARM / 2) * standard_error  # 1.3: not quite normal in the tail
 
 
 @by_source
