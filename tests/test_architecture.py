@@ -23,14 +23,14 @@ COMMAND_LINE = (
     "fedllm.cli_privacy",
 )  # entry points: may import anything
 
-STOCK = "simulations.benchmarks.stock_training"  # what others do, to compare with
+STOCK = ("simulations.benchmarks.stock_training", "simulations.benchmarks.step")  # what others do, to compare with
 
 # Third party -> the only modules (or packages, with a dot at the end) that may import it. One concept, one file.
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "torch": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain", STOCK),
-    "transformers": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain", STOCK),
-    "peft": ("fedllm.training.", "fedllm.audit.", STOCK),
-    "opacus": ("fedllm.training.engine", "fedllm.audit.prv"),
+    "torch": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain", *STOCK),
+    "transformers": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain", *STOCK),
+    "peft": ("fedllm.training.", "fedllm.audit.", *STOCK),
+    "opacus": ("fedllm.training.engine", "fedllm.audit.prv", *STOCK),
     "datasets": ("fedllm.training.data", "simulations."),
     "sqlite3": ("fedllm.privacy.ledger",),
     "cryptography": ("fedllm.crypto",),

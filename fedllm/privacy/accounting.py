@@ -23,7 +23,9 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 _RDP_ORDERS = tuple(1 + x / 10 for x in range(1, 110)) + tuple(range(12, 64)) + (72, 96, 128, 192, 256, 512)
 _GRID = 1e-4  # of the privacy loss; the PLD is rounded up onto it
+_FINE_GRID = 1e-6  # where RDP shows that the grid was too coarse
 _COARSE_GRID = 1e-3  # for a first look: to find a noise multiplier, or to check a figure that somebody states
+_LEAST_NOISE = 0.1  # that calibration gives: less meets no epsilon under 50, unless almost nobody is sampled
 _HOPELESS = 100.0  # above this epsilon the RDP bound stands alone: the PLD says no more, and needs memory without end
 _one_at_a_time = threading.Lock()  # all sites of a process ask for the same cost at once: one computes, the others wait
 
@@ -59,6 +61,11 @@ class PrivacySpent:
     epsilon: float  # PLD (RDP above 100); math.inf where no noise was added
     epsilon_rdp: float
     delta: float
+
+    @property
+    def by_rdp_alone(self) -> bool:
+        """Whether `epsilon` is the RDP bound, because it is too large for a PLD."""
+        return self.epsilon > _HOPELESS
 
 
 def spent(events: Sequence[AccountingEvent], delta: float) -> PrivacySpent:
@@ -136,13 +143,16 @@ def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float) -> Pr
     rdp = _epsilon_rdp(events, delta)
     if not rdp <= _HOPELESS:
         return PrivacySpent(rdp, rdp, delta)
-    result = PrivacySpent(float(_composed(events, grid).get_epsilon_for_delta(delta)), rdp, delta)
-    if result.epsilon_rdp < result.epsilon - 0.01 and grid == _GRID:
+    pld = float(_composed(events, grid).get_epsilon_for_delta(delta))
+    if pld > rdp and grid == _GRID and rdp < 1:
+        # where a step loses far less than the grid can tell, rounding up adds up over very many steps
+        pld = min(pld, float(_composed(events, _FINE_GRID).get_epsilon_for_delta(delta)))
+    if rdp < pld - 0.01 and grid == _GRID:
         raise PrivacyError(
-            f"the accountants contradict each other: PLD {result.epsilon:.4g}, RDP {result.epsilon_rdp:.4g} (which can "
-            "only be larger). Nothing was released. Check the versions against constraints.txt."
+            f"the accountants contradict each other: PLD {pld:.4g}, RDP {rdp:.4g} (which can only be larger). Nothing "
+            "was released. Check the versions against constraints.txt."
         )
-    return result
+    return PrivacySpent(pld, rdp, delta)
 
 
 def _composed(events: tuple[AccountingEvent, ...], grid: float) -> Any:
@@ -181,15 +191,17 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(orders=_RDP_ORDERS, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-    accountant.compose(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)))
+    with np.errstate(all="ignore"):  # next to no noise: infinite, or not a number, at some or all orders
+        accountant.compose(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)))
     step: NDArray[np.float64] = np.asarray(accountant._rdp)  # it offers no other way to what it computed
-    return step
+    return np.where(np.isnan(step), np.inf, step)
 
 
 @lru_cache(maxsize=256)
 def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
     """Return a noise multiplier whose epsilon after `steps` is at most `epsilon`, and (up to 50) above 0.998 of it.
 
+    Where 0.1 is enough or more than enough, it is 0.1.
     Raises ConfigError where no noise multiplier up to 10,000 meets the target.
     """
 
@@ -197,6 +209,8 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
         with _one_at_a_time:
             return _spent((AccountingEvent(sampling_rate, noise_multiplier, steps),), delta, grid).epsilon
 
+    if epsilon_at(_LEAST_NOISE, _COARSE_GRID) <= epsilon:
+        return _LEAST_NOISE
     low, high = 0.05, 1.0
     while epsilon_at(high, _COARSE_GRID) > epsilon:
         low, high = high, 2 * high

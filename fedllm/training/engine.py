@@ -22,6 +22,8 @@ from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Unit, batches
 from fedllm.training.losses import unit_losses
 
+_ROWS = 8  # of float32 gradients that are widened at a time
+
 
 class _PerUnitProduct(torch.autograd.Function):
     """x W^T + b, differentiated by every unit's own copy of W and b; the copies are never made."""
@@ -82,16 +84,20 @@ class _PerUnitLinear(nn.Module):
 
 
 def clip_and_sum(gradients: Tensor, mechanism: Mechanism) -> Tensor:
-    """Scale every row of float32[units, d] to L2 norm `clip_norm` at most, and add the rows up: float32[d].
+    """Scale every row of float32[units, d] to L2 norm `clip_norm` at most, and add the rows up: float64[d].
 
-    The norm is over everything trainable together, and taken in float64: in float32 the norm of a very long row comes
-    out too small, so the clip too weak. The mechanism without privacy clips nothing.
+    The norm is over everything trainable together. Norms and sum are taken in float64: in float32 the norm of a very
+    long row comes out too small, so the clip too weak, and one row more would change how the others are rounded. The
+    mechanism without privacy clips nothing.
     """
-    if not mechanism.private:
-        return gradients.sum(0)
-    norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
-    factors = (mechanism.clip_norm / norms.clamp(min=1e-30)).clamp(max=1.0)
-    return torch.mv(gradients.T, factors.float())
+    factors = torch.ones(len(gradients), dtype=torch.float64, device=gradients.device)
+    if mechanism.private:
+        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+        factors = (mechanism.clip_norm / norms.clamp(min=1e-30)).clamp(max=1.0)
+    total = torch.zeros(gradients.shape[1], dtype=torch.float64, device=gradients.device)
+    for some, own in zip(gradients.split(_ROWS), factors.split(_ROWS), strict=True):  # type: ignore[no-untyped-call]
+        total += own @ some.double()
+    return total
 
 
 class _Optimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
@@ -112,14 +118,10 @@ class _Optimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
         self.mechanism, self._source = mechanism, source
 
     def add_noise(self) -> None:
-        """Set p.grad to the clipped sum plus noise, float32.
-
-        Added in float64 and rounded once: noise rounded to float32 first would lie on a lattice of its own, and small
-        results would betray the sum beneath.
-        """
+        """Set p.grad to the clipped sum plus noise, float32[d], by the mechanism's float-safe release."""
         for p in self.params:
-            noise = torch.from_numpy(self.mechanism.noise(p.numel(), self._source)).to(p.device).view_as(p)
-            p.grad = (p.summed_grad.double() + noise).to(p.dtype)
+            released = self.mechanism.release(p.summed_grad.cpu().numpy(), self._source)
+            p.grad = torch.from_numpy(released).to(p.device, p.dtype)
 
 
 class Engine:
@@ -185,12 +187,12 @@ class Engine:
         optimizer.zero_grad(set_to_none=True)
 
     def clipped_sum(self, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int) -> Tensor:
-        """Return the sum of the units' clipped gradients, float32[d]: all that a step needs to know of the records.
+        """Return the sum of the units' clipped gradients, float64[d]: all that a step needs to know of the records.
 
         `micro_batch` bounds the records of one forward pass and does not change the result: whole units are clipped
         and added pass by pass, in constant memory.
         """
-        total = torch.zeros_like(self._adapter.flat, requires_grad=False)
+        total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
         for batch in batches(units, micro_batch, self._adapter.tokenizer.pad_token_id, self._adapter.device):
             total += clip_and_sum(self.unit_gradients(batch, mechanism.private), mechanism)
         return total

@@ -107,7 +107,7 @@ def _hooks(size: str, dtype: torch.dtype, ids: torch.Tensor, labels: torch.Tenso
 
     def step() -> None:
         optimizer.zero_grad()
-        _record_losses(model(input_ids=ids).logits, labels).sum().backward()
+        _record_losses(model(input_ids=ids).logits, labels).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
@@ -132,7 +132,7 @@ def _ghost(size: str, dtype: torch.dtype, ids: torch.Tensor, labels: torch.Tenso
 
     def step() -> None:
         optimizer.zero_grad()
-        criterion(model(input_ids=ids).logits, labels).backward()  # type: ignore[no-untyped-call]
+        criterion(model(input_ids=ids).logits, labels).backward()
         optimizer.step()
 
     return step

@@ -169,6 +169,21 @@ def test_a_small_epsilon_is_accounted_as_exactly_as_a_large_one(q: float, noise:
     assert result.epsilon_rdp >= result.epsilon
 
 
+@pytest.mark.parametrize(("noise", "steps"), [(100.0, 1_000_000), (1_000.0, 1_000_000)])
+def test_steps_that_lose_less_than_the_grid_can_tell_are_not_billed_a_cell_each(noise: float, steps: int) -> None:
+    """Billed on the grid of 1e-4, these cost more by PLD than by RDP, which cannot be."""
+    result = spent([AccountingEvent(0.001, noise, steps)], DELTA)
+    assert 0 < result.epsilon <= result.epsilon_rdp
+
+
+@pytest.mark.parametrize("noise", [1e-300, 1e-160, 1e-9, 1e-3])
+def test_next_to_no_noise_costs_an_epsilon_without_use_and_warns_of_nothing(noise: float) -> None:
+    for q in (1.0, 0.5):
+        result = spent([AccountingEvent(q, noise, 3)], DELTA)
+        assert result.by_rdp_alone
+        assert result.epsilon == result.epsilon_rdp > 100
+
+
 @pytest.mark.parametrize("history", [[], [AccountingEvent(0.1, 1.0, 0)], [AccountingEvent(0.0, 1.0, 10)]])
 def test_what_touches_nobody_costs_nothing(history: Sequence[AccountingEvent]) -> None:
     result = spent(history, DELTA)
@@ -221,6 +236,18 @@ def test_calibrated_noise_meets_the_target_and_wastes_less_than_half_a_percent(
     noise = calibrate(epsilon, delta, q, steps)
     reached = spent([AccountingEvent(q, noise, steps)], delta).epsilon
     assert 0.995 * epsilon <= reached <= epsilon
+
+
+@settings(max_examples=10, derandomize=True)
+@given(
+    st.sampled_from([0.3, 1.0, 3.0, 8.0, 20.0]),
+    st.sampled_from([1e-5, 1e-7]),
+    st.sampled_from([0.002, 0.02, 0.2, 1.0]),
+    st.sampled_from([1, 30, 1000]),
+)
+def test_calibration_is_tight_over_a_grid_of_targets(epsilon: float, delta: float, q: float, steps: int) -> None:
+    noise = calibrate(epsilon, delta, q, steps)
+    assert 0.995 * epsilon <= spent([AccountingEvent(q, noise, steps)], delta).epsilon <= epsilon
 
 
 def test_a_run_with_calibrated_noise_stays_in_budget_in_every_round() -> None:

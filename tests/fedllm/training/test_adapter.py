@@ -196,9 +196,7 @@ def test_training_b_leaves_a_and_the_base_untouched_bit_for_bit(
     before = {name: p.detach().clone() for name, p in adapter.model.named_parameters()}
     assert sum("lora_A" in name for name in before) == 14
     engine = Engine(adapter)
-    wrapped = engine.optimizer(
-        optimizer([adapter.flat], lr=0.5), Mechanism(1.0, 1.0, 0.5), 1.0, OsRandomness()
-    )
+    wrapped = engine.optimizer(optimizer([adapter.flat], lr=0.5), Mechanism(1.0, 1.0, 0.5), 1.0, OsRandomness())
     for _ in range(3):
         engine.step(wrapped, make_units(), 4)
     for name, p in adapter.model.named_parameters():

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fedllm.errors import ModelError
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
+from fedllm.training import losses
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Record, Unit, batches
 from fedllm.training.engine import Engine, clip_and_sum
@@ -60,9 +61,12 @@ def released(
     source: Randomness | None = None,
     micro_batch: int = 64,
 ) -> NDArray[np.float64]:
-    """Return what one step hands to the optimiser, float64[d]; by default the clipped sum, without noise."""
+    """Return what one step hands to the optimiser, float64[d]; without a source of noise, the clipped sum."""
+    mechanism = mechanism or Mechanism(CLIP, 1.0, 0.5)
+    if source is None and mechanism.private:
+        return engine.clipped_sum(units, mechanism, micro_batch).numpy() / expected_units
     recorder = Recorder([adapter.flat])
-    optimizer = engine.optimizer(recorder, mechanism or Mechanism(CLIP, 1.0, 0.5), expected_units, source or Silent())
+    optimizer = engine.optimizer(recorder, mechanism, expected_units, source or Silent())
     engine.step(optimizer, units, micro_batch)
     assert len(recorder.seen) == 1
     return recorder.seen[0]
@@ -227,7 +231,7 @@ def test_an_empty_batch_is_a_step_of_noise_alone(
     adapter = open_adapter("llama")
     engine, mechanism = Engine(adapter), Mechanism(2.0, 0.5, 0.1)
     noise = released(adapter, engine, [], mechanism, expected_units=4.0, source=SeededRandomness(3))
-    again = mechanism.noise(adapter.spec.dimension, SeededRandomness(3))
+    again = mechanism.release(np.zeros(adapter.spec.dimension), SeededRandomness(3))
     assert noise == pytest.approx(again / 4.0, rel=1e-5, abs=1e-7)
 
     before = adapter.vector()
@@ -245,9 +249,9 @@ def test_the_divisor_is_public_and_not_the_size_of_the_batch(
     adapter.load(random_vector(adapter))
     engine = Engine(adapter)
     for units in (make_units(sizes=(1,)), make_units(sizes=(1, 2, 1, 1))):
-        clipped_sum = released(adapter, engine, units, expected_units=1.0)
+        clipped_sum = released(adapter, engine, units, expected_units=1.0, source=Silent())
         for expected in (0.5, 7.0, 1000.0):
-            assert released(adapter, engine, units, expected_units=expected) == pytest.approx(
+            assert released(adapter, engine, units, expected_units=expected, source=Silent()) == pytest.approx(
                 clipped_sum / expected, rel=1e-5, abs=1e-12
             )
 
@@ -369,7 +373,7 @@ def test_no_state_of_one_step_reaches_the_next(
         engine.step(optimizer, batch, 2)
     assert recorder.seen[0].tobytes() == recorder.seen[3].tobytes()
     assert not recorder.seen[1].any()
-    assert recorder.seen[2].tobytes() == released(adapter, engine, units[:1]).tobytes()
+    assert recorder.seen[2].tobytes() == released(adapter, engine, units[:1], source=Silent()).tobytes()
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -400,3 +404,49 @@ def test_a_model_that_mixes_the_records_of_a_batch_is_refused_at_once(open_adapt
         norm.forward = lambda x: forward(x + 0.5 * x.roll(1, 0))
     with pytest.raises(ModelError, match="mixes the records"):
         Engine(adapter)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("at_a_time", [1, 200, 10_000])  # logits: one token, two, all
+def test_the_loss_of_the_head_and_its_gradient_are_those_of_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, at_a_time: int, bias: bool
+) -> None:
+    monkeypatch.setattr(losses, "_LOGITS", at_a_time)
+    vocabulary = 100
+    generator = torch.Generator().manual_seed(0)
+    head = nn.Linear(4, vocabulary, bias=bias)
+    states = torch.randn(5, 4, generator=generator).requires_grad_()
+    targets = torch.tensor([0, vocabulary - 1, 3, 3, 5])
+    weights = torch.randn(5, generator=generator)
+    (expected,) = torch.autograd.grad(
+        (F.cross_entropy(head(states), targets, reduction="none") * weights).sum(), states
+    )
+    bias_V = None if head.bias is None else head.bias.detach()
+    found = losses.head_losses(states, head.weight.detach(), bias_V, targets)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), states)
+    assert torch.allclose(found, F.cross_entropy(head(states), targets, reduction="none"), rtol=1e-5)
+    assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert not losses.head_losses(states[:0], head.weight.detach(), None, targets[:0]).numel()
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "bert-native", "bert-mean"])
+def test_a_base_in_bfloat16_leaves_adapter_clip_and_noise_in_float32(
+    open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector, case: str
+) -> None:
+    wide, narrow = open_adapter(case), open_adapter(case, dtype="bfloat16")
+    vector = random_vector(wide)
+    assert narrow.spec == wide.spec  # what parties compare does not depend on what they compute with
+    assert {p.dtype for n, p in narrow.model.named_parameters() if not p.requires_grad and "lora_" not in n} == {
+        torch.bfloat16
+    }
+    units = by_length(make_units(case, sizes=(1, 2, 1)))
+    gradients = []
+    for adapter in (wide, narrow):
+        adapter.load(vector)
+        assert adapter.vector().tobytes() == vector.tobytes()
+        gradients.append(Engine(adapter).unit_gradients(one_batch(units)))
+        assert gradients[-1].dtype == adapter.flat.dtype == torch.float32
+    close = F.cosine_similarity(*gradients, dim=1)
+    assert bool((close > 0.98).all()), close
+    for unit in units:
+        assert float(np.linalg.norm(released(narrow, Engine(narrow), [unit]))) <= CLIP * (1 + 1e-6)

@@ -190,9 +190,7 @@ def test_evaluation_leaves_the_engine_able_to_train(open_adapter: Open, model_co
     evaluator = evaluator_of(adapter, config)
     before = evaluator.score(adapter.initial)
     units = build_units(datasets.Dataset.from_list(ROWS), Tokeniser(adapter.tokenizer, config, CAUSAL), None, 1)
-    optimizer = engine.optimizer(
-        torch.optim.SGD([adapter.flat], lr=0.5), Mechanism(1.0, 0.0, 1.0), 5.0, OsRandomness()
-    )
+    optimizer = engine.optimizer(torch.optim.SGD([adapter.flat], lr=0.5), Mechanism(1.0, 0.0, 1.0), 5.0, OsRandomness())
     for _ in range(5):
         engine.step(optimizer, units, 8)
     assert evaluator.score(adapter.vector()).loss < before.loss
