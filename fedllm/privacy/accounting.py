@@ -25,7 +25,8 @@ _RDP_ORDERS = tuple(1 + x / 10 for x in range(1, 110)) + tuple(range(12, 64)) + 
 _GRID = 1e-4  # of the privacy loss; the PLD is rounded up onto it
 _FINE_GRID = 1e-6  # where RDP shows that the grid was too coarse
 _COARSE_GRID = 1e-3  # for a first look: to find a noise multiplier, or to check a figure that somebody states
-_LEAST_NOISE = 0.1  # that calibration gives: less meets no epsilon under 50, unless almost nobody is sampled
+_LEAST_NOISE = 0.1  # that calibration gives: in a full batch it meets an epsilon of 93
+_NO_NOISE = 1e-6  # less cannot be computed with, and counts as none
 _HOPELESS = 100.0  # above this epsilon the RDP bound stands alone: the PLD says no more, and needs memory without end
 _one_at_a_time = threading.Lock()  # all sites of a process ask for the same cost at once: one computes, the others wait
 
@@ -191,7 +192,9 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(orders=_RDP_ORDERS, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
-    with np.errstate(all="ignore"):  # next to no noise: infinite, or not a number, at some or all orders
+    if noise_multiplier < _NO_NOISE:
+        return np.full(len(_RDP_ORDERS), np.inf)
+    with np.errstate(all="ignore"):  # with little noise it is infinite, or not a number, at some orders
         accountant.compose(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)))
     step: NDArray[np.float64] = np.asarray(accountant._rdp)  # it offers no other way to what it computed
     return np.where(np.isnan(step), np.inf, step)

@@ -238,6 +238,7 @@ def test_calibrated_noise_meets_the_target_and_wastes_less_than_half_a_percent(
     assert 0.995 * epsilon <= reached <= epsilon
 
 
+@pytest.mark.slow
 @settings(max_examples=10, derandomize=True)
 @given(
     st.sampled_from([0.3, 1.0, 3.0, 8.0, 20.0]),
