@@ -253,8 +253,15 @@ def _plot_timeline(audit: Audit, say: partial[str]) -> Figure:
     axes.plot([], [], ".", color=_BLUE, label=say("plot.this"))
     if any(point.run != audit.run.name for point in finite):
         axes.plot([], [], ".", color=_ORANGE, label=say("plot.other"))
-    target = say("plot.target", epsilon=number(audit.claim.epsilon))
-    axes.axhline(audit.claim.epsilon, color=_GREY, linestyle="--", linewidth=1, label=target)
+    # several runs are held against the budget, for the plan's target is of this run alone
+    budgets = {site.budget for site in audit.sites}
+    limit = next(iter(budgets)) if len(budgets) == 1 else None
+    if limit is not None:
+        label = say("plot.budget", epsilon=number(limit))
+        axes.axhline(limit, color=_GREY, linestyle="-", linewidth=1, label=label)
+    if all(point.run == audit.run.name for point in finite) and limit != audit.claim.epsilon:
+        target = say("plot.target", epsilon=number(audit.claim.epsilon))
+        axes.axhline(audit.claim.epsilon, color=_GREY, linestyle="--", linewidth=1, label=target)
     axes.set(xlabel=say("plot.charges"), ylabel=say("plot.epsilon"))
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -270,7 +277,14 @@ def _plot_tradeoff(audit: Audit, say: partial[str]) -> Figure:
     axes.plot([0, 1], [0, 1], color=_GREY, linestyle="--", linewidth=1, label=say("plot.guess"))
     tpr = audit.risk.tpr_at_1_percent
     axes.plot([0.01], [tpr], "o", color=_ORANGE, markersize=5)
-    axes.annotate(f"1 % → {100 * tpr:.3g} %", (0.01, tpr), textcoords="offset points", xytext=(9, -4), color=_ORANGE)
+    axes.annotate(
+        f"1 % → {100 * tpr:.3g} %",
+        (0.01, tpr),
+        textcoords="offset points",
+        xytext=(64, -4),
+        color=_ORANGE,
+        arrowprops={"arrowstyle": "-", "color": _ORANGE, "linewidth": 0.6, "shrinkB": 4},
+    )
     axes.set(xlabel=say("plot.fpr"), ylabel=say("plot.tpr"), xlim=(-0.01, 1), ylim=(0, 1.02))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
