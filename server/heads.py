@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedllm.errors import CheckpointError, FederationError
-from fedllm.files import taking_turns
+from fedllm.files import replace_file, taking_turns
 from fedllm.messages import LedgerHead
-from server.checkpoint import write_atomically
+from server.checkpoint import cannot_write
 
 HEADS = "heads.json"
 
@@ -58,4 +58,7 @@ class Heads:
 
     def _save(self, heads: Mapping[str, LedgerHead]) -> None:
         content = {site: head.model_dump() for site, head in sorted(heads.items())}
-        write_atomically(self._path, json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
+        try:
+            replace_file(self._path, json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n", 0o600)
+        except OSError as error:
+            raise cannot_write(self._path, error) from error

@@ -107,7 +107,7 @@ def _make(run: Path, head_office: Identity, sites: int, rounds: int) -> dict[str
         "versions": {"fedllm": "0.1.0"}, "sites": {s: signer.public.to_text() for s, signer in signers.items()},
         "adapter": "0" * 64,
     })  # fmt: skip
-    metrics: list[dict[str, object]] = []
+    metrics: list[dict[str, Any]] = []
     for number in range(rounds + 1):
         metrics.append({"round": number, "loss": 2.5 / (1 + number), "perplexity": 5.0, "accuracy": None,
                         "answered": sorted(answers[number]), "declined": {}})  # fmt: skip

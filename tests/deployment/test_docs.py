@@ -267,7 +267,7 @@ def test_the_readme_names_no_other_commands_than_the_page() -> None:
         assert any(each[: len(command)] == command for each in known), words
 
 
-@pytest.mark.parametrize("page", ["docs/deployment.md", "docs/threat-model.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/deployment.md", "docs/threat-model.md", "docs/audit.md", "README.md"])
 def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):

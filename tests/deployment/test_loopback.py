@@ -2,6 +2,8 @@
 
 import pytest
 
+from fedllm.privacy.ledger import Head, LedgerFile
+from server.heads import HEADS, Heads
 from tests.deployment.conftest import Federation
 from tests.deployment.harness import settings
 
@@ -23,3 +25,7 @@ def test_a_run_of_three_offices_completes_and_every_ledger_is_right(federation: 
     assert all(record.answered == sorted(federation.branches) for record in head.rounds(mode)[1:])
     assert {n: len(b.charged()) - before[n] for n, b in federation.branches.items()} == dict.fromkeys(before, 2)
     assert (head.run(mode) / "adapter" / "adapter_model.safetensors").exists()
+    seen = Heads(head.home / HEADS).read()
+    assert sorted(seen) == sorted(federation.branches)
+    for name, branch in federation.branches.items():  # the next run will ask for these
+        assert LedgerFile(branch.home / "data" / "ledger.db").knows(Head(seen[name].number, seen[name].digest))

@@ -9,13 +9,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fedllm import crypto, files
+from fedllm.cli import app
 from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, CryptoError, FederationError, FedllmError, FolderError
+from fedllm.messages import LedgerHead
 from fedllm.provision import Grant, JoinRequest, now
 from server import federation
 from server.federation import HeadOffice, Roster, admit, init_federation, retire, revoke
+from server.heads import HEADS, Heads
 
 
 class Site:
@@ -50,6 +54,20 @@ def folder(tmp_path: Path, settings: Path) -> Path:
 
 def modes(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): stat.S_IMODE(p.stat().st_mode) for p in (folder, *folder.rglob("*"))}
+
+
+# ---- what is seen of ledgers -----------------------------------------------------------------------------------------
+
+
+def test_head_office_takes_a_new_ledger_of_a_site_by_a_command_of_its_own(folder: Path) -> None:
+    heads = Heads(folder / HEADS)
+    heads.note({name: LedgerHead(number=7, digest="seven") for name in ("busan", "jeju")})
+    assert modes(folder)[HEADS] == 0o600
+    done = CliRunner().invoke(app, ["server", "new-ledger", "jeju", "--home", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert list(heads.read()) == ["busan"]
+    again = CliRunner().invoke(app, ["server", "new-ledger", "jeju", "--home", str(folder)])
+    assert isinstance(again.exception, FederationError)
 
 
 # ---- making and opening ----------------------------------------------------------------------------------------------

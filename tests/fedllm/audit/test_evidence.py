@@ -340,6 +340,13 @@ def test_a_round_left_out_by_head_office_is_found(small: tuple[Federation, Path]
     assert "rounds" in failing(run)
 
 
+@pytest.mark.parametrize(("quorum", "found"), [(2, set()), (3, {"rounds"})])
+def test_a_round_of_fewer_sites_than_the_plan_promised_is_found(tmp_path: Path, quorum: int, found: set[Code]) -> None:
+    federation = Federation(tmp_path)
+    plan = make_plan(rounds=2).model_copy(update={"quorum": quorum})
+    assert failing(federation.run("run", plan, declines=["incheon"])) == found
+
+
 def test_another_plan_is_found(small: tuple[Federation, Path]) -> None:
     federation, run = small
 
