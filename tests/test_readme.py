@@ -66,6 +66,7 @@ def office(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # Ray takes its time on a busy machine
 @pytest.mark.filterwarnings("default")  # third-party packages warn; tests of our own code make warnings errors
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme_works(command: str, office: Path, monkeypatch: pytest.MonkeyPatch) -> None:
