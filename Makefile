@@ -20,7 +20,7 @@ demo: $(VENV)/demo.stamp
 
 # The tests with real processes wait more than they compute, so they run beside the others.
 test: $(VENV)/dev.stamp lint
-	@$(VENV)/bin/python -m pytest -m deployment -n 2 --dist loadgroup >$(VENV)/deployment.log 2>&1 & deployment=$$!; \
+	@$(VENV)/bin/python -m pytest -m deployment >$(VENV)/deployment.log 2>&1 & deployment=$$!; \
 	$(VENV)/bin/python -m pytest -m 'not deployment' $(PYTEST); others=$$?; \
 	wait $$deployment; deployed=$$?; echo '-- tests of the deployment --'; cat $(VENV)/deployment.log; \
 	exit $$((others || deployed))

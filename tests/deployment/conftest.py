@@ -48,11 +48,3 @@ def _federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation
         yield made
     finally:
         stop_all(programs)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let pytest-xdist keep tests together that share processes: two workers wait for two things at a time."""
-    for item in items:
-        if item.get_closest_marker("deployment"):
-            shared = "federation" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("federation" if shared else item.path.stem))
