@@ -8,10 +8,13 @@ ledgers/SITE.jsonl    a site's ledger, by `fedllm ledger export`
 
 import hashlib
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -49,6 +52,7 @@ _TOLERANCE_RDP = 5e-3  # relative
 _TOLERANCE_PRV = 0.01  # between PLD and PRV, two numerical methods
 _SHOWN = 12  # pieces of evidence of one finding
 _POINTS = 24  # of a site's timeline
+_MANY = 4096  # statements; fewer are checked before other processes have started
 
 _M = TypeVar("_M", bound=BaseModel)
 Prv = Callable[[Sequence[AccountingEvent], float], float | None]
@@ -191,11 +195,22 @@ class _Checks:
         self._seen: dict[Code, dict[Status, list[str]]] = {
             code: {status: [] for status in get_args(Status)} for code in get_args(Code)
         }
+        self._counts: Counter[tuple[Code, Status]] = Counter()
 
     def note(self, code: Code, status: Status | bool, evidence: str) -> None:
         """Add a piece of evidence; a bool says whether something holds."""
         known: Status = status if isinstance(status, str) else "holds" if status else "fails"
-        self._seen[code][known].append(evidence)
+        self._counts[code, known] += 1
+        if len(self._seen[code][known]) < _SHOWN:
+            self._seen[code][known].append(evidence)
+
+    def add(self, other: "_Checks") -> None:
+        """Take over what was noted elsewhere."""
+        self._counts += other._counts
+        for code, seen in other._seen.items():
+            for status, texts in seen.items():
+                here = self._seen[code][status]
+                here += texts[: _SHOWN - len(here)]
 
     def findings(self) -> tuple[Finding, ...]:
         """One for each code; a single contradiction makes it fail, a single gap leaves it unverified."""
@@ -205,9 +220,8 @@ class _Checks:
             if not seen[status]:
                 status = "unverified"  # nothing was there to be looked at
             texts = seen[status]
-            found.append(
-                Finding(code=code, status=status, evidence=tuple(texts[:_SHOWN]), more=max(0, len(texts) - _SHOWN))
-            )
+            more = self._counts[code, status] - len(texts)
+            found.append(Finding(code=code, status=status, evidence=tuple(texts), more=more))
         return tuple(found)
 
 
@@ -390,16 +404,12 @@ def assess(folder: Path, trust: Trust | None = None, made: str = "", signer: str
     _check_plan(folder / PLAN, record, checks)
     utility = _check_metrics(folder / METRICS, record, checks)
     ledgers: dict[str, _Ledger | None] = {}
-    for name in record.sites:
-        path = folder / LEDGERS / f"{file_name(name)}.jsonl"
-        if path.exists():
-            ledgers[name] = _read_ledger(path, name, record.body.sites.get(name), checks)
-        else:
-            checks.note("ledger_chain", "unverified", f"{LEDGERS}/{path.name}: missing")
-    statements = _check_statements(record, checks)
-    for name, ledger in ledgers.items():
-        if ledger is not None:
-            _check_site(ledger, record, statements[name], checks)
+    statements: dict[str, _Signed] = {}
+    for evidence in _examined(folder, record):
+        checks.add(evidence.checks)
+        statements[evidence.name] = evidence.statements
+        if evidence.exported:
+            ledgers[evidence.name] = evidence.ledger
     _check_keys(record, ledgers, statements, trust, checks)
     _check_strangers(folder / LEDGERS, record, checks)
     sites = tuple(_site(name, record, ledgers, statements[name], checks) for name in record.sites)
@@ -508,30 +518,83 @@ def _check_metrics(path: Path, record: _Record, checks: _Checks) -> tuple[Utilit
 _Signed = list[tuple[Statement, PublicIdentity]]
 
 
-def _check_statements(record: _Record, checks: _Checks) -> dict[str, _Signed]:
-    """Open every statement; those that are not about this round, or not signed, are left out and noted."""
-    found: dict[str, _Signed] = {name: [] for name in record.sites}
-    plan = record.plan
+@dataclass(frozen=True)
+class _Papers:
+    """All that is needed to examine one site."""
+
+    name: str
+    path: Path  # of its ledger's export
+    listed: str | None  # the identity that head office's roster names; in a simulation there is no roster
+    plan: RunPlan
+    answers: tuple[tuple[int, int, str], ...]  # entry of the record, round, statement
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """What was found of one site."""
+
+    name: str
+    exported: bool
+    ledger: _Ledger | None
+    statements: _Signed
+    checks: _Checks
+
+
+def _examined(folder: Path, record: _Record) -> list[_Examined]:
+    """Examine every site; where there are many signatures to check, on all cores."""
+    answers: dict[str, list[tuple[int, int, str]]] = {name: [] for name in record.sites}
     for number, step in record.attempts:
-        for site, line in step.answered.items():
-            where = f"{RECORD} #{number}, {site}"
-            try:
-                statement, signer = open_statement(line)
-            except CryptoError as error:
-                checks.note("statements", False, f"{where}: {error}")
-                continue
-            said = (statement.site, statement.run, statement.plan, statement.round, statement.delta)
-            meant = (site, plan.run, plan.digest, step.round, plan.privacy.delta)
-            right = said == meant
-            checks.note("statements", right, f"{where}: {signer.fingerprint}" if right else f"{where}: {said}")
-            if right:
-                found[site].append((statement, signer))
+        for name, line in step.answered.items():
+            answers[name].append((number, step.round, line))
+    papers = [
+        _Papers(
+            name, folder / LEDGERS / f"{file_name(name)}.jsonl", record.body.sites.get(name), record.plan, tuple(own)
+        )
+        for name, own in answers.items()
+    ]
+    workers = min(len(os.sched_getaffinity(0)), len(papers))
+    if workers < 2 or sum(len(own) for own in answers.values()) < _MANY:
+        return [_examine(each) for each in papers]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # a fork would copy locks that threads hold
+        return list(pool.map(_examine, papers))
+
+
+def _examine(papers: _Papers) -> _Examined:
+    """Check everything that a site has signed."""
+    checks = _Checks()
+    exported = papers.path.exists()
+    ledger = None
+    if exported:
+        ledger = _read_ledger(papers.path, papers.name, papers.listed, checks)
+    else:
+        checks.note("ledger_chain", "unverified", f"{LEDGERS}/{papers.path.name}: missing")
+    statements = _check_statements(papers, checks)
+    if ledger is not None:
+        _check_site(ledger, papers.plan, statements, checks)
+    return _Examined(papers.name, exported, ledger, statements, checks)
+
+
+def _check_statements(papers: _Papers, checks: _Checks) -> _Signed:
+    """Open a site's statements; those that are not about their round, or not signed, are left out and noted."""
+    found: _Signed = []
+    plan, digest = papers.plan, papers.plan.digest
+    for number, round_, line in papers.answers:
+        where = f"{RECORD} #{number}, {papers.name}"
+        try:
+            statement, signer = open_statement(line)
+        except CryptoError as error:
+            checks.note("statements", False, f"{where}: {error}")
+            continue
+        said = (statement.site, statement.run, statement.plan, statement.round, statement.delta)
+        right = said == (papers.name, plan.run, digest, round_, plan.privacy.delta)
+        checks.note("statements", right, f"{where}: {signer.fingerprint}" if right else f"{where}: {said}")
+        if right:
+            found.append((statement, signer))
     return found
 
 
-def _check_site(ledger: _Ledger, record: _Record, statements: _Signed, checks: _Checks) -> None:
+def _check_site(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks: _Checks) -> None:
     """Compare a site's ledger with what it signed: nothing missing, paid before release, every epsilon right."""
-    plan = record.plan
     event = plan.mechanism.event(plan.training.local_steps)
     signers = {entry.signer for entry in ledger.entries}
     charges = {charge.body.round: charge for charge in ledger.of(plan.run)}
