@@ -38,6 +38,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "yaml": ("fedllm.files", *COMMAND_LINE),
     "dp_accounting": ("fedllm.privacy.accounting",),
     "scipy": ("fedllm.privacy.one_run",),
+    "mpmath": ("fedllm.privacy.shared",),
     "safetensors": ("fedllm.training.", "server.checkpoint"),
     "matplotlib": ("fedllm.audit.",),
     "jinja2": ("fedllm.audit.",),

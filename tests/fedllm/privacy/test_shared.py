@@ -1,0 +1,176 @@
+"""Noise in shares: rounded normals, the room in 32 bits, and a sum that is the Gaussian mechanism's."""
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from fedllm.errors import ConfigError, PrivacyError
+from fedllm.privacy import shared
+from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.randomness import OsRandomness, SeededRandomness
+from fedllm.privacy.shared import SharedMechanism, rounded_normals
+
+FALSE_ALARM = 1e-9  # of every statistical test here
+MECHANISM = Mechanism(clip_norm=0.4, noise_multiplier=0.8, sampling_rate=0.1)
+
+
+def cell_probabilities(std: float, edges: np.ndarray) -> np.ndarray:
+    """Probabilities of a rounded normal between whole numbers that are edges: the cell of k is [k - 1/2, k + 1/2]."""
+    return np.diff(stats.norm.cdf((edges - 0.5) / std))
+
+
+@pytest.mark.parametrize("std", [0.7, 16.0, 4096.0])
+def test_rounded_normals_follow_the_rounded_gaussian(std: float) -> None:
+    draws = rounded_normals(OsRandomness(), 400_000, std)
+    inner = np.unique(np.rint(np.linspace(-3 * std, 3 * std, 40)))
+    edges = np.concatenate([[-np.inf], inner, [np.inf]])
+    counts = np.histogram(draws, bins=np.nan_to_num(edges, neginf=-1e18, posinf=1e18))[0]
+    # a histogram's last bin is closed; all draws lie far inside
+    expected = cell_probabilities(std, edges) * len(draws)
+    assert stats.chisquare(counts, expected).pvalue > FALSE_ALARM
+
+
+def test_halves_of_a_pair_and_neighbours_are_independent() -> None:
+    draws = rounded_normals(OsRandomness(), 400_000, 1000.0).astype(np.float64)
+    limit = stats.norm.isf(FALSE_ALARM / 4) / math.sqrt(200_000)
+    assert abs(np.corrcoef(draws[:200_000], draws[200_000:])[0, 1]) < limit
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < limit
+    assert abs(np.corrcoef(draws[:200_000] ** 2, draws[200_000:] ** 2)[0, 1]) < 2 * limit
+
+
+def test_the_error_bound_of_the_quick_path_holds_with_room_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every draw of the quick path equals the one computed with 256-bit uniforms."""
+    std, source = 65536.0, SeededRandomness(1)
+    words = SeededRandomness(1).words(4000)
+    quick = rounded_normals(source, 4000, std)
+    for i in range(2000):
+        exact = shared._exactly(int(words[i]), int(words[2000 + i]), OsRandomness(), std)
+        assert exact == (quick[i], quick[2000 + i])
+
+
+def test_draws_near_the_middle_between_two_integers_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Middle:
+        """Words whose first draw lies within float64's error of 1000.5."""
+
+        private = False
+        asked = 0
+
+        def words(self, n: int) -> np.ndarray:
+            self.asked += 1
+            if self.asked == 1:
+                with mpmath.workprec(200):
+                    u = mpmath.exp(-(mpmath.mpf("1000.5") ** 2) / 2 / 1000**2)
+                    return np.array([int(mpmath.floor(u * 2**64)), 0], dtype=np.uint64)
+            return np.full(n, 2**64 - 1 if self.high else 0, dtype=np.uint64)
+
+        high = True
+
+    low, high = Middle(), Middle()
+    low.high = False
+    first, second = (int(rounded_normals(source, 1, 1000.0)[0]) for source in (low, high))
+    assert low.asked == high.asked == 2, "more bits were drawn"
+    assert (first, second) == (1001, 1000), "which decide: a larger uniform is a smaller radius"
+
+
+@pytest.mark.parametrize("word", [0, 1, 2**64 - 1, 2**63, 2**53])
+def test_extreme_words_give_finite_draws_within_reach(word: int) -> None:
+    class Constant:
+        private = False
+
+        def words(self, n: int) -> np.ndarray:
+            return np.full(n, word, dtype=np.uint64)
+
+    assert np.abs(rounded_normals(Constant(), 3, 1000.0)).max() <= 19 * 1000
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, math.nan, math.inf, 2.0**31])
+def test_an_impossible_share_is_refused(std: float) -> None:
+    with pytest.raises(PrivacyError, match="std="):
+        rounded_normals(OsRandomness(), 3, std)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sites=st.integers(1, 128), dropped=st.integers(0, 40), expected=st.floats(0.1, 1000), sigma=st.floats(0.3, 20),
+    data=st.data(),
+)  # fmt: skip
+def test_no_sum_of_all_sites_wraps_around(
+    sites: int, dropped: int, expected: float, sigma: float, data: st.DataObject
+) -> None:
+    honest = max(1, sites - dropped)
+    try:
+        mechanism = SharedMechanism(Mechanism(1.0, sigma, 0.1), sites, honest, expected)
+    except ConfigError:
+        return  # too coarse, and says so
+    huge = np.array([1e18, -1e18, 2.0**31, 0.0])
+    uploads = [mechanism.upload(huge, OsRandomness()) for _ in range(sites)]
+    total = sum(int(upload[0].view(np.int32)) for upload in uploads)
+    assert abs(total) < 2**31, "the worst that all sites together can send"
+    wrapped = np.sum(uploads, axis=0, dtype=np.uint32)
+    assert int(wrapped[0].view(np.int32)) == total
+    most = mechanism.scale * max(1.0, expected)
+    exact = np.array([math.floor(most), -math.floor(most)], dtype=np.float64)
+    noise = mechanism.upload(exact, OsRandomness()).view(np.int32) - exact
+    assert np.abs(noise).max() < 19 * mechanism.share_std + 1, "the promised room is not cut into"
+
+
+def test_the_sum_of_noise_shares_has_full_variance() -> None:
+    """Of the smallest honest set, exactly the mechanism's; with everybody there, more."""
+    mechanism = SharedMechanism(MECHANISM, sites=8, honest=5, expected_units=100.0)
+    d = 100_000
+    for present in (5, 8):
+        uploads = [mechanism.upload(np.zeros(d), OsRandomness()) for _ in range(present)]
+        noise = mechanism.decode(np.sum(uploads, axis=0, dtype=np.uint32))
+        std = mechanism.noise_multiplier(present) * MECHANISM.clip_norm
+        assert present > 5 or std == pytest.approx(MECHANISM.noise_std)
+        ratio = float((noise / std) @ (noise / std))
+        low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], d)
+        assert low < ratio < high
+        assert stats.kstest(noise / std, "norm").pvalue > FALSE_ALARM
+
+
+@settings(max_examples=100, deadline=None)
+@given(dimension=st.integers(1, 400), seed=st.integers(0, 2**32), lengths=st.floats(0.5, 100))
+def test_a_rounded_unit_never_passes_the_clip(dimension: int, seed: int, lengths: float) -> None:
+    mechanism = SharedMechanism(MECHANISM, 8, 5, 100.0)
+    vector = np.random.default_rng(seed).standard_normal(dimension) * lengths
+    limit = mechanism.clip_before_rounding(dimension)
+    vector *= min(1.0, limit / np.linalg.norm(vector))
+    quanta = [int(v) for v in np.rint(vector / mechanism.quantum)]
+    assert sum(q * q for q in quanta) <= mechanism.scale**2, "in whole numbers, without any rounding"
+
+
+def test_a_sum_that_is_not_whole_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="whole quanta"):
+        SharedMechanism(MECHANISM, 8, 5, 100.0).upload(np.array([0.5]), OsRandomness())
+    with pytest.raises(PrivacyError, match="whole quanta"):
+        SharedMechanism(MECHANISM, 8, 5, 100.0).upload(np.array([math.nan]), OsRandomness())
+
+
+def test_too_little_room_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match="Use fewer"):
+        SharedMechanism(Mechanism(1.0, 0.3, 0.1), 1000, 900, 1e5)
+    with pytest.raises(ConfigError, match="smaller adapter"):
+        SharedMechanism(MECHANISM, 128, 80, 1000.0).clip_before_rounding(100_000_000)
+    with pytest.raises(PrivacyError, match="honest=0"):
+        SharedMechanism(MECHANISM, 8, 0, 100.0)
+
+
+def test_the_law_of_a_sum_of_shares_is_that_of_the_rounded_gaussian() -> None:
+    """The lemma of the module's docstring, in numbers, where the difference is large enough to be seen at all."""
+    h, k = 3, np.arange(-60, 61)
+    for s, most in ((0.5, 0.2), (1.0, 0.01), (2.0, 1e-7), (3.0, 1e-15)):
+        share = np.diff(stats.norm.cdf((np.arange(-60, 62) - 0.5) / s))
+        total = np.convolve(np.convolve(share, share), share)[120:241]
+        t = np.linspace(-40 * math.pi, 40 * math.pi, 160_001)
+        spectrum = np.exp(-h * s * s * t * t / 2) * np.sinc(t / 2 / math.pi) ** h
+        law = np.array([np.trapezoid(spectrum * np.cos(t * each), t) / (2 * math.pi) for each in k])
+        bound = (2 * 60 + 1) * h * 2.01 * math.exp(-(math.pi**2) * s * s / 2) / 2
+        distance = np.abs(total - law).sum() / 2
+        assert distance <= max(bound, 1e-12), (s, distance, bound)
+        assert distance < max(most, 1e-12)
