@@ -87,6 +87,7 @@ class PrivacyConfig(Frozen):
         None, ge=0.01, le=1e6
     )  # null: calibrated so that the whole run meets epsilon
     insecure_seed: Seed | None = None  # seeded coins and noise: reproducible, and NOT PRIVATE
+    self_check: bool = True  # ask every site to check its engine first; an office does so whatever the plan says
 
     @model_validator(mode="after")
     def _validate(self) -> "PrivacyConfig":
