@@ -26,6 +26,7 @@ class SitePolicy:
     train: tuple[str, ...] = ("AB", "B")  # the parts of an adapter that a plan may train
     modes: tuple[str, ...] = ("local", "off")  # of privacy
     min_sites: int = 1  # a plan whose rounds count with fewer sites is declined
+    self_check: bool = True  # check the engine before any record is used, also where the plan does not ask for it
 
     def admit(self, plan: RunPlan) -> None:
         """Raise PrivacyError where the plan asks for what the site does not permit, whatever the budget."""

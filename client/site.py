@@ -33,6 +33,7 @@ from fedllm.privacy.ledger import DataSet, Head, PrivacyLedger
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.statement import Statement, sign_statement, update_digest
 from fedllm.training.data import Unit
+from fedllm.training.self_check import Subject, self_check_once
 from fedllm.training.trainer import train_round
 from fedllm.training.workspace import Workspace
 
@@ -141,6 +142,7 @@ class Site:
         self._policy.admit(plan)
         # before a record is read for anything but to know which data set it is
         self._opened(plan).ledger.check(plan.run, plan.mechanism.event(plan.training.local_steps))
+        self._self_check(plan, 1)
         self._policy.check_units(len(self._units(plan)))
         return Ready(site=self.name, plan_digest=plan.digest, spec_digest=self._workspace(plan).adapter.spec.digest)
 
@@ -168,6 +170,7 @@ class Site:
                 "since then have spent, and head office runs `fedllm server new-ledger` (or, in a simulation, removes "
                 "heads.json)."
             )
+        self._self_check(plan, request.round)  # before the charge: an engine that fails it costs nothing
         reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
         if reservation.reply is not None:
             return reservation.reply
@@ -237,6 +240,19 @@ class Site:
             return self._open_workspace(plan)
         except ModelError as error:
             raise SpecMismatch(str(error)) from error
+
+    def _self_check(self, plan: RunPlan, round_: int) -> None:
+        """Raise PrivacyError where the engine breaks an invariant on made-up text.
+
+        Head office may ask for it; it cannot spare an office what the office's own policy asks for.
+        """
+        if plan.privacy.self_check or self._policy.self_check:
+            workspace = self._workspace(plan)
+            self_check_once(
+                Subject(
+                    workspace.adapter, workspace.engine, plan, lambda: self._randomness(plan, round_), self._micro_batch
+                )
+            )
 
     def _units(self, plan: RunPlan) -> tuple[Unit, ...]:
         opened = self._opened(plan)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedllm.codec import WireDtype
 from fedllm.delta import digest_of
 from fedllm.errors import ConfigError
-from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.mechanism import Clipping, Mechanism
 
 
 class Frozen(BaseModel):
@@ -77,6 +77,7 @@ class PrivacyConfig(Frozen):
     records_per_person: int = Field(8, ge=1, le=1_000_000)  # contribution cap, enforced when records are loaded
     epsilon: float = Field(8.0, gt=0)  # target for the whole run, of every site
     delta: float = Field(1e-5, gt=0, lt=1)
+    clipping: Clipping = "flat"  # automatic: AUTO-S, every unit brought to almost clip_norm (arXiv 2206.07136)
     clip_norm: float = Field(1.0, gt=0)  # L2, gradient units
     sampling_rate: float = Field(0.05, gt=0, le=1)
     units_per_site: int | None = Field(
@@ -86,6 +87,7 @@ class PrivacyConfig(Frozen):
         None, ge=0.01, le=1e6
     )  # null: calibrated so that the whole run meets epsilon
     insecure_seed: Seed | None = None  # seeded coins and noise: reproducible, and NOT PRIVATE
+    self_check: bool = True  # ask every site to check its engine first; an office does so whatever the plan says
 
     @model_validator(mode="after")
     def _validate(self) -> "PrivacyConfig":
@@ -164,7 +166,7 @@ class RunPlan(Frozen):
     def mechanism(self) -> Mechanism:
         """The one object that clips, samples, adds noise and is charged for."""
         noise = self.privacy.noise_multiplier if self.privacy.mode == "local" else 0.0
-        return Mechanism(self.privacy.clip_norm, noise or 0.0, self.privacy.sampling_rate)
+        return Mechanism(self.privacy.clip_norm, noise or 0.0, self.privacy.sampling_rate, self.privacy.clipping)
 
     @property
     def expected_units(self) -> float:

@@ -96,6 +96,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         unit=config.privacy.unit,
         min_units=site.min_units if site.min_units is not None else expected_batch,
         allow_unprotected=True,  # in a simulation the sites are the researcher's own
+        self_check=config.privacy.self_check,
     )
     place = folder_of(config, folder) / file_name(name)
     return Site(

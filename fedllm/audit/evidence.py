@@ -447,6 +447,7 @@ def assess(folder: Path, trust: Trust | None = None, made: str = "", signer: str
             epsilon=privacy.epsilon,
             delta=privacy.delta,
             sampling_rate=privacy.sampling_rate,
+            clipping=privacy.clipping,
             clip_norm=privacy.clip_norm,
             noise_multiplier=plan.mechanism.noise_multiplier,
             local_steps=plan.training.local_steps,

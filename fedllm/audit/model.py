@@ -70,6 +70,7 @@ class Claim(Frozen):
     epsilon: float
     delta: float
     sampling_rate: float
+    clipping: Literal["flat", "automatic"]
     clip_norm: float
     noise_multiplier: float
     local_steps: int

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,9 @@ from numpy.typing import NDArray
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.randomness import Randomness, float_safe_normals, uniforms
 
+Clipping = Literal["flat", "automatic"]
+
+_GAMMA = 0.01  # gradient units; stability constant of automatic clipping, as its authors chose it
 _GRID_BITS = 10  # few, so that a cell of the grid holds very many values of the noise
 
 
@@ -18,12 +22,14 @@ class Mechanism:
 
     Adding or removing one unit moves the sum by at most `clip_norm`, so the noise and the accounting event that are
     made here cannot disagree with the clip (Abadi et al. 2016, section 3). `noise_multiplier=0` is the non-private
-    mechanism: it clips nothing and its event has infinite epsilon.
+    mechanism: it clips nothing and its event has infinite epsilon. How a vector is shortened (`clipping`) changes
+    neither bound nor price.
     """
 
     clip_norm: float  # L2, gradient units
     noise_multiplier: float  # noise standard deviation / clip_norm
     sampling_rate: float  # probability of each unit, independently, in each step
+    clipping: Clipping = "flat"
 
     @property
     def private(self) -> bool:
@@ -34,6 +40,19 @@ class Mechanism:
     def noise_std(self) -> float:
         """Standard deviation of the noise on every coordinate, gradient units."""
         return self.noise_multiplier * self.clip_norm if self.private else 0.0
+
+    def factors(self, norms: Any) -> Any:
+        """Return by what each unit's vector is multiplied; norms and result are float64[units], of torch or numpy.
+
+        flat: min(1, C / |g|), so that |factor * g| <= C. automatic: C / (|g| + 0.01), so that |factor * g| < C: every
+        vector is brought to almost that length, and C needs no tuning (Bu et al. 2022, arXiv 2206.07136, AUTO-S).
+        The non-private mechanism clips nothing.
+        """
+        if not self.private:
+            return norms * 0.0 + 1.0
+        if self.clipping == "automatic":
+            return self.clip_norm / (norms + _GAMMA)
+        return self.clip_norm / norms.clip(min=self.clip_norm)
 
     def event(self, steps: int) -> AccountingEvent:
         """Return what `steps` releases cost."""

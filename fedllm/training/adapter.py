@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from fedllm.delta import AdapterSpec, TensorSpec
 from fedllm.errors import ModelError
 from fedllm.plan import AdapterConfig, ModelConfig
-from fedllm.training.model import BaseModel, pick_dtype
+from fedllm.training.model import BaseModel, load_base, pick_dtype
+
+_RELOAD = 1 << 30  # bytes of a base that may be loaded a second time
+_SAME = {torch.float32: 1e-5, torch.bfloat16: 0.05}  # relative L2 distance of logits that are computed twice
 
 
 class AdapterModel:
@@ -66,9 +69,10 @@ class AdapterModel:
             self.flat.copy_(torch.from_numpy(vector.copy()))
 
     def save(self, vector: NDArray[np.float32], folder: Path, base: str) -> None:
-        """Write the adapter float32[d] in PEFT format, naming its `base`.
+        """Write the adapter float32[d] in PEFT format, naming its `base`, and read it back.
 
-        PeftModel.from_pretrained(model, folder) loads it. The live values are neither used nor changed.
+        PeftModel.from_pretrained(model, folder) loads it. The live values are neither used nor changed. Raises
+        ModelError where a value of `vector` is not in the file under the name that PEFT gives it.
         """
         folder.mkdir(parents=True, exist_ok=True)
         values = {name: torch.from_numpy(array.copy()) for name, array in self.spec.split(vector).items()}
@@ -78,9 +82,60 @@ class AdapterModel:
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / "adapter_model.safetensors"
         )
+        self._check_file(folder / "adapter_model.safetensors", values)
         config = copy.deepcopy(self.model.peft_config["default"])
         config.base_model_name_or_path, config.inference_mode = base, True
         config.save_pretrained(str(folder))
+
+    def _check_file(self, path: Path, values: dict[str, torch.Tensor]) -> None:
+        """Raise ModelError unless the file at `path` holds `values` and the frozen part of the adapter."""
+        live = {name: p.detach().cpu() for name, p in self.model.named_parameters() if "lora_" in name}
+        right = {_saved_name(name): value for name, value in {**live, **values}.items()}
+        found = load_file(path)
+        wrong = sorted(set(found) - set(right))
+        wrong += [name for name in right if name not in found or not torch.equal(found[name], right[name])]
+        if wrong:
+            raise ModelError(
+                f"{path} does not hold what was trained: {', '.join(wrong[:3])}. The run's checkpoint holds the right "
+                "values. Is peft the version of constraints.txt, and the disk sound?"
+            )
+
+
+def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32], model: ModelConfig) -> bool:
+    """Load a saved adapter as its users will, onto a fresh base, and compare its logits with those of `vector`.
+
+    Raises ModelError where they differ. Returns whether it was done: a base above 1 GiB is not loaded a second time.
+    """
+    live = adapter.model
+    if sum(p.numel() * p.element_size() for p in live.parameters()) > _RELOAD:
+        return False
+    ids = torch.arange(4, 16, device=adapter.device).reshape(2, 6)
+    base = load_base(model, str(adapter.device)).model
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of peft, on reading its own configuration
+        fresh = PeftModel.from_pretrained(cast(Any, base), str(folder), is_trainable=True).eval()
+        dtype = next((p.dtype for p in live.parameters() if p.dtype != torch.float32), torch.float32)
+        _narrow(fresh, dtype)
+        with adapter.lock:
+            before = adapter.vector()
+            try:
+                adapter.load(vector)
+                trained = live(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+            finally:
+                adapter.load(before)
+        saved = fresh(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+    apart = float((saved - trained).norm() / trained.norm().clamp(min=1e-30))
+    if not apart <= _SAME[dtype]:
+        raise ModelError(
+            f"the adapter saved in {folder} is not the one that was trained: its logits are {apart:.3g} of their size "
+            "away. The run's checkpoint holds the right values. Is peft the version of constraints.txt?"
+        )
+    return True
+
+
+def _saved_name(name: str) -> str:
+    """Return the name of a parameter in PEFT's file: the adapter is not named there, whatever it was called."""
+    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
 def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: int) -> AdapterModel:

@@ -84,16 +84,13 @@ class _PerUnitLinear(nn.Module):
 
 
 def clip_and_sum(gradients: Tensor, mechanism: Mechanism) -> Tensor:
-    """Scale every row of float32[units, d] to L2 norm `clip_norm` at most, and add the rows up: float64[d].
+    """Scale every row of float32[units, d] as the mechanism clips, and add the rows up: float64[d].
 
     The norm is over everything trainable together. Norms and sum are taken in float64: in float32 the norm of a very
     long row comes out too small, so the clip too weak, and one row more would change how the others are rounded. The
     mechanism without privacy clips nothing.
     """
-    factors = torch.ones(len(gradients), dtype=torch.float64, device=gradients.device)
-    if mechanism.private:
-        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
-        factors = (mechanism.clip_norm / norms.clamp(min=1e-30)).clamp(max=1.0)
+    factors: Tensor = mechanism.factors(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64))
     total = torch.zeros(gradients.shape[1], dtype=torch.float64, device=gradients.device)
     for some, own in zip(gradients.split(_ROWS), factors.split(_ROWS), strict=True):  # type: ignore[no-untyped-call]
         total += own @ some.double()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedllm.privacy.accounting import spent
-from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.mechanism import Clipping, Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 
 ALL_FALSE_ALARMS = 1e-9
@@ -219,6 +219,36 @@ def test_what_is_added_and_what_is_charged_cannot_disagree(
     assert mechanism.noise_std == event.noise_multiplier * clip_norm
     assert (event.sampling_rate, event.steps) == (rate, steps)
     assert mechanism.private
+
+
+@given(
+    clip_norm=st.floats(1e-6, 1e6), norms=st.lists(st.floats(0, 1e30), max_size=5),
+    clipping=st.sampled_from(["flat", "automatic"]),
+)  # fmt: skip
+def test_no_vector_is_longer_than_the_clip_norm_once_clipped(
+    clip_norm: float, norms: list[float], clipping: Clipping
+) -> None:
+    lengths = np.asarray(norms)
+    factors = Mechanism(clip_norm, 1.0, 0.5, clipping).factors(lengths)
+    clipped = factors * lengths
+    assert np.isfinite(factors).all()
+    assert (factors > 0).all()
+    assert (clipped <= clip_norm * (1 + 1e-15)).all()
+    if clipping == "flat":
+        assert (factors[lengths <= clip_norm] == 1.0).all()
+    else:  # AUTO-S: arXiv 2206.07136, equation 4.1
+        assert clipped == pytest.approx(clip_norm * lengths / (lengths + 0.01), rel=1e-12)
+
+
+def test_the_way_of_clipping_changes_neither_noise_nor_price() -> None:
+    flat, automatic = Mechanism(0.7, 1.3, 0.2), Mechanism(0.7, 1.3, 0.2, "automatic")
+    assert automatic.event(9) == flat.event(9)
+    assert (automatic.noise_std, automatic.grid) == (flat.noise_std, flat.grid)
+
+
+def test_without_privacy_nothing_is_clipped_in_any_way() -> None:
+    for clipping in ("flat", "automatic"):
+        assert Mechanism(1e-3, 0.0, 0.5, clipping).factors(np.asarray([0.0, 1.0, 1e9])).tolist() == [1.0] * 3
 
 
 @by_source

@@ -163,6 +163,44 @@ def test_the_clipped_gradient_of_every_unit_is_at_most_the_clip_norm(
         assert float(clipped @ raw) == pytest.approx(norm * raw_norm, rel=1e-6)
 
 
+@pytest.mark.parametrize("clip_norm", [1e-3, 2.0])
+@pytest.mark.parametrize("case", ["llama", "bert-native"])
+def test_automatic_clipping_brings_every_unit_to_almost_the_clip_norm(
+    open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector, case: str, clip_norm: float
+) -> None:
+    adapter = open_adapter(case)
+    adapter.load(random_vector(adapter))
+    engine, mechanism = Engine(adapter), Mechanism(clip_norm, 1.0, 0.5, "automatic")
+    units = make_units(case, sizes=(1, 4, 1, 2))
+    total = np.zeros(adapter.spec.dimension)
+    for unit in units:
+        raw = engine.unit_gradients(one_batch([unit])).double().numpy()[0]
+        norm = float(np.linalg.norm(raw))
+        clipped = released(adapter, engine, [unit], mechanism)
+        assert np.linalg.norm(clipped) < clip_norm
+        assert clipped == pytest.approx(raw * clip_norm / (norm + 0.01), rel=1e-4, abs=1e-9 * clip_norm)
+        total += clipped
+    everyone = released(adapter, engine, units, mechanism, micro_batch=3)
+    assert np.linalg.norm(everyone - total) <= 1e-5 * np.linalg.norm(total)
+    for absent in range(len(units)):
+        others = released(adapter, engine, units[:absent] + units[absent + 1 :], mechanism)
+        assert np.linalg.norm(everyone - others) <= clip_norm * (1 + 1e-5)
+
+
+def test_automatic_clipping_leaves_a_gradient_of_zero_at_zero(
+    open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector
+) -> None:
+    mechanism = Mechanism(CLIP, 1.0, 0.5, "automatic")
+    assert not clip_and_sum(torch.zeros(3, 5), mechanism).any()
+    tiny = clip_and_sum(torch.full((1, 4), 1e-30), mechanism)
+    assert 0 < float(tiny.norm()) < 1e-27
+    adapter = open_adapter("llama")
+    adapter.load(random_vector(adapter))
+    (unit,) = make_units(sizes=(1,))
+    blank = (replace(unit[0], labels=np.full_like(unit[0].labels, -100)),)
+    assert not released(adapter, Engine(adapter), [blank], mechanism).any()
+
+
 def test_a_very_long_gradient_is_clipped_as_well_as_a_short_one() -> None:
     for length in (1_000, 1_000_000, 8_000_000):
         gradient = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (1, length)).astype(np.float32))
@@ -170,21 +208,24 @@ def test_a_very_long_gradient_is_clipped_as_well_as_a_short_one() -> None:
         assert float(clipped.double().norm()) == pytest.approx(1, rel=1e-6), f"{length} coordinates"
 
 
+@pytest.mark.parametrize("clipping", ["flat", "automatic"])
 @pytest.mark.parametrize("case", ["llama", "bert-mean"])
 def test_adding_one_person_moves_the_clipped_sum_by_at_most_the_clip_norm(
-    open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector, case: str
+    open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector, case: str, clipping: Any
 ) -> None:
+    """A whole person: one record or several, all of them at once."""
+    mechanism = Mechanism(CLIP, 1.0, 0.5, clipping)
     adapter = open_adapter(case)
     adapter.load(random_vector(adapter))
     engine = Engine(adapter)
     units = make_units(case, sizes=(1, 2, 5, 1, 3, 1, 1))
-    everyone = released(adapter, engine, units, micro_batch=4)
+    everyone = released(adapter, engine, units, mechanism, micro_batch=4)
     for absent in range(len(units)):
         others = units[:absent] + units[absent + 1 :]
-        moved = np.linalg.norm(everyone - released(adapter, engine, others, micro_batch=4))
+        moved = np.linalg.norm(everyone - released(adapter, engine, others, mechanism, micro_batch=4))
         assert 0 < moved <= CLIP * (1 + 1e-5)  # 1e-5: rounding of two float32 sums of seven
-    alone = released(adapter, engine, units[:1])
-    assert np.linalg.norm(alone - released(adapter, engine, [])) <= CLIP * (1 + 1e-6)
+    alone = released(adapter, engine, units[:1], mechanism)
+    assert np.linalg.norm(alone - released(adapter, engine, [], mechanism)) <= CLIP * (1 + 1e-6)
 
 
 def test_a_person_with_many_records_counts_no_more_than_one_with_a_single_record(

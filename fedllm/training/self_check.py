@@ -1,0 +1,530 @@
+"""Invariants without which the stated privacy does not hold, checked on the real engine before any record is used.
+
+Every check has a name, runs on the model, engine, mechanism and training loop that will see the records, and is given
+public made-up tokens. The adapter's values are put back afterwards. Where a check compares with chance, all of them
+together fail a correct implementation with a chance of 1e-9 at most: their bounds are exact tail bounds, not quantiles
+of an approximation. docs/privacy.md lists which fault each of them finds.
+"""
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedllm.errors import PrivacyError
+from fedllm.plan import RunPlan
+from fedllm.privacy.accounting import AccountingEvent, fits
+from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.randomness import Randomness
+from fedllm.training import trainer
+from fedllm.training.adapter import AdapterModel
+from fedllm.training.data import IGNORE, Record, Unit
+from fedllm.training.engine import Engine
+
+_FLOAT32 = 1e-5  # relative L2 distance of two honest computations of one sum, base in float32
+_BFLOAT16 = 0.1  # the same where the base computes in bfloat16: 8 bits of mantissa, through all layers
+_TAIL = math.log(1e9 * 2 * 50)  # -log of the chance of one tail of one comparison; there are fewer than 50 beside loops
+_DRAWS = 1 << 16  # of noise, at the least: its deviation is known to 2 percent then
+_UNITS, _STEPS = 256, 512  # of the coins
+_SIZES = (1, 2, 1, 1)  # records of the made-up units
+_POISON, _FIRST = 3, 4  # token of the unit whose gradient is not finite; first token of all others
+
+
+class _Zeros:
+    """Words that are all zero: normals of zero, and coins that draw everyone. What is left is the clipped sum."""
+
+    private = False
+
+    def words(self, n: int) -> NDArray[np.uint64]:
+        return np.zeros(n, dtype=np.uint64)
+
+
+class _Recorded:
+    """A source that keeps its words, and gives them again once `replay` is set."""
+
+    def __init__(self, source: Randomness) -> None:
+        self.private, self.replay = source.private, False
+        self._source, self._kept = source, list[NDArray[np.uint64]]()
+
+    def words(self, n: int) -> NDArray[np.uint64]:
+        if self.replay:
+            words = self._kept.pop(0) if self._kept else np.zeros(0, dtype=np.uint64)
+            return words if len(words) == n else np.zeros(n, dtype=np.uint64)  # another number was drawn: found below
+        self._kept.append(self._source.words(n))
+        return self._kept[-1]
+
+
+class _Witness(torch.optim.Optimizer):
+    """An optimiser that keeps the gradient it is given and changes nothing."""
+
+    def __init__(self, flat: nn.Parameter) -> None:
+        super().__init__([flat], {})
+        self._flat, self.seen = flat, list[Tensor]()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.seen.append(self._flat.grad.detach().double().clone() if self._flat.grad is not None else torch.zeros(0))
+
+
+class _Listener:
+    """Stands in for the engine, and keeps what the training loop hands to it."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.given: tuple[Mechanism, float] | None = None
+
+    def optimizer(self, _: object, mechanism: Mechanism, expected_units: float, __: object) -> None:
+        self.given = (mechanism, expected_units)
+
+    def step(self, _: object, units: Sequence[int], __: int) -> None:
+        self.batches.append(list(units))
+
+
+@dataclass
+class Subject:
+    """What is checked, with made-up units and what a slow and plain computation says of them."""
+
+    adapter: AdapterModel
+    engine: Engine
+    plan: RunPlan
+    randomness: Callable[[], Randomness]  # the source of a round, made as the site makes it
+    micro_batch: int
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """The plan's."""
+        return self.plan.mechanism
+
+    @cached_property
+    def tight(self) -> Mechanism:
+        """The plan's mechanism with a clip norm that every unit exceeds, so that the clip is seen to act."""
+        return replace(self.mechanism, clip_norm=0.5 * min(float(g.norm()) for g in self.gradients))
+
+    @property
+    def bound(self) -> float:
+        """Relative distance at which two computations of one sum still agree."""
+        wide = all(p.dtype == torch.float32 for p in self.adapter.model.parameters())
+        return _FLOAT32 if wide else _BFLOAT16
+
+    @cached_property
+    def start(self) -> NDArray[np.float32]:
+        """Adapter values at which no gradient vanishes, float32[d]."""
+        return np.random.default_rng(0).normal(0, 0.05, self.adapter.spec.dimension).astype(np.float32)
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """Units of one and of several records of made-up tokens."""
+        embedding = _embedding(self.adapter.model)
+        vocabulary = embedding.num_embeddings if embedding is not None else 19
+        generator = np.random.default_rng(1)
+
+        def record() -> Record:
+            ids = generator.integers(_FIRST, vocabulary, size=int(generator.integers(4, 10)))
+            if self.adapter.classifies:
+                return Record(ids, np.asarray(int(generator.integers(0, len(self.plan.model.labels)))))
+            return Record(ids, np.where(np.arange(len(ids)) < len(ids) // 3, IGNORE, ids))
+
+        return [tuple(record() for _ in range(size)) for size in _SIZES]
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """The gradient of every unit at `start`, float32[d]: one record at a time, unpadded, by plain autograd."""
+        self.adapter.load(self.start)
+        return [self._gradient(unit) for unit in self.units]
+
+    def _gradient(self, unit: Unit) -> Tensor:
+        parameters = list(self.adapter.trainable.values())
+        total = torch.zeros_like(self.adapter.flat, requires_grad=False)
+        for record in unit:
+            ids = torch.from_numpy(record.input_ids).to(self.adapter.device)[None]
+            labels = torch.from_numpy(np.atleast_1d(record.labels)).to(self.adapter.device)
+            output: Any = self.adapter.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            if self.adapter.classifies:
+                loss = F.cross_entropy(output.logits.float(), labels)
+            else:
+                loss = F.cross_entropy(output.logits[0, :-1].float(), labels[1:], ignore_index=IGNORE)
+            parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            total += torch.cat([part.reshape(-1).float() for part in parts]) / len(unit)
+        return total
+
+    def slow_sum(self, mechanism: Mechanism) -> Tensor:
+        """The clipped sum over all units, float64[d], by the formulas of the papers."""
+        total = torch.zeros_like(self.gradients[0], dtype=torch.float64)
+        for gradient in self.gradients:
+            norm, factor = float(gradient.double().norm()), 1.0
+            if mechanism.private and mechanism.clipping == "flat":  # Abadi et al. 2016
+                factor = min(1.0, mechanism.clip_norm / max(norm, 1e-30))
+            elif mechanism.private:  # Bu et al. 2022
+                factor = mechanism.clip_norm / (norm + 0.01)
+            total += factor * gradient.double()
+        return total
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """The engine's sum over all units, tightly clipped, float64[d]."""
+        return self.sum(self.units, self.tight)
+
+    def sum(self, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int | None = None) -> Tensor:
+        """The engine's clipped sum at `start`, float64[d]."""
+        self.adapter.load(self.start)
+        return self.engine.clipped_sum(units, mechanism, micro_batch or self.micro_batch)
+
+    def step(
+        self, units: Sequence[Unit], mechanism: Mechanism, source: Randomness, expected: float = 1.0,
+        micro_batch: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """What a step of the engine at `start` hands to the optimiser, float64[d]."""
+        self.adapter.load(self.start)
+        witness = _Witness(self.adapter.flat)
+        optimizer = self.engine.optimizer(witness, mechanism, expected, source)
+        self.engine.step(optimizer, units, micro_batch or self.micro_batch)
+        return witness.seen[0] if len(witness.seen) == 1 else torch.full_like(self.adapter.flat.detach(), math.nan)
+
+    def differ(self, a: Tensor, b: Tensor) -> float:
+        """Relative L2 distance, NaN or above 0 where only one of them is zero."""
+        return float((a - b).norm() / b.norm().clamp(min=1e-300))
+
+
+def clip_bounds_every_unit(s: Subject) -> str:
+    """One unit more or less moves the sum by at most the clip norm, over all trainable tensors together."""
+    mechanism, rounding = s.tight, 1 + len(s.units) * s.bound
+    for absent in range(len(s.units)):
+        others = s.units[:absent] + s.units[absent + 1 :]
+        moved = float((s.whole - s.sum(others, mechanism)).norm())
+        if not moved <= mechanism.clip_norm * rounding:
+            return f"one unit moves the sum by {moved / mechanism.clip_norm:.6g} clip norms, expected at most 1"
+    return ""
+
+
+def sum_equals_the_slow_loop(s: Subject) -> str:
+    """The engine's sum is that of one unit at a time by plain autograd, clipped by the formula of the paper."""
+    for mechanism, found in ((s.tight, s.whole), (s.mechanism, s.sum(s.units, s.mechanism))):
+        apart = s.differ(found, s.slow_sum(mechanism))
+        if not apart <= s.bound:
+            return f"the sum differs from that of a slow loop by {apart:.3g} of it, expected at most {s.bound:g}"
+    return ""
+
+
+def micro_batch_changes_nothing(s: Subject) -> str:
+    """How many records are computed at a time changes neither the sum nor its clip."""
+    for size in (1, 3):
+        apart = s.differ(s.sum(s.units, s.tight, size), s.whole)
+        if not apart <= s.bound:
+            return f"micro_batch={size} changes the sum by {apart:.3g} of it, expected at most {s.bound:g}"
+    return ""
+
+
+def order_changes_nothing(s: Subject) -> str:
+    """A sum does not depend on the order of its terms; with dropout, or units that mix, it would."""
+    apart = s.differ(s.sum(s.units[::-1], s.tight), s.whole)
+    return "" if apart <= s.bound else f"the order of the units changes the sum by {apart:.3g} of it"
+
+
+def unit_that_is_not_finite_counts_zero(s: Subject) -> str:
+    """A NaN passes every clip: such a unit contributes nothing, and the others what they did."""
+    healthy = s.units[0][0]
+    sick = replace(healthy, input_ids=np.where(np.arange(len(healthy.input_ids)) == 1, _POISON, healthy.input_ids))
+    with _poisoned(s.adapter.model) as met:
+        alone = s.sum([(healthy, sick)], s.tight)
+        together = s.sum([*s.units, (sick,)], s.tight)
+    if not met:  # a compiled model may not call the hook; then nothing was learned
+        return ""
+    if alone.any():
+        return f"a unit of NaN gradient contributes a vector of norm {float(alone.norm()):.3g}, expected 0"
+    apart = s.differ(together, s.whole)
+    return "" if apart <= s.bound else f"a unit of NaN gradient changes what others contribute, by {apart:.3g} of it"
+
+
+def empty_batch_is_a_noisy_step(s: Subject) -> str:
+    """Which steps had nobody in them is a secret too: each is taken, and with its noise."""
+    released = s.step([], s.mechanism, s.randomness())
+    share = float((released != 0).double().mean()) if released.isfinite().all() else 0.0
+    return "" if share > 0.5 else f"a step of nobody releases noise on {share:.1%} of the coordinates"
+
+
+def noise_has_the_charged_deviation(s: Subject) -> str:
+    """Noise of deviation noise_multiplier * clip_norm, once a step, on every tensor, whoever is in the batch."""
+    privacy = s.plan.privacy
+    deviation = float(privacy.noise_multiplier or 0.0) * privacy.clip_norm  # by the plan, not by the mechanism
+    source, spec = s.randomness(), s.adapter.spec
+    times = min(32, max(2, math.ceil(_DRAWS / spec.dimension)))
+    crowd = s.step(s.units, s.mechanism, source, micro_batch=1) - s.sum(s.units, s.mechanism, 1)
+    for batch, noises in (("5 records", [crowd]), ("nobody", [s.step([], s.mechanism, source) for _ in range(times)])):
+        squares = torch.stack(noises).div(deviation).square().sum(0)
+        parts = [squares, *torch.split(squares, [math.prod(t.shape) for t in spec.tensors])]
+        for part in parts:
+            degrees, found = part.numel() * len(noises), float(part.sum())
+            # tails of the chi-square distribution: Laurent and Massart 2000, lemma 1
+            t = _TAIL + math.log(len(parts))
+            low, high = degrees - 2 * math.sqrt(degrees * t), degrees + 2 * math.sqrt(degrees * t) + 2 * t
+            if not low <= found <= high:
+                return (
+                    f"noise of {math.sqrt(max(found, 0) / degrees):.4g} times the charged deviation on "
+                    f"{part.numel()} coordinates of a batch of {batch}"
+                )
+    return ""
+
+
+def noise_is_fresh(s: Subject) -> str:
+    """No noise comes twice: not in the next step, not in a round that is repeated, not after a restart."""
+    first, second = s.randomness(), s.randomness()
+    if not (first.private and second.private):
+        return "coins and noise come from a seed, expected the operating system"
+    zero = np.zeros(s.adapter.spec.dimension)
+    draws = [s.mechanism.release(zero, source) / s.mechanism.noise_std for source in (first, first, second)]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        alike = abs(float(draws[a] @ draws[b]))
+        # sums of products of normals have lighter tails than those of their squares
+        if np.array_equal(draws[a], draws[b]) or alike > 2 * math.sqrt(len(zero) * _TAIL) + 2 * _TAIL:
+            return "two releases share their noise: the difference of the sums beneath can be read off"
+    return ""
+
+
+def release_lies_on_the_grid(s: Subject) -> str:
+    """The last bits of a float give away the sum beneath the noise, unless all values lie on one public grid."""
+    optimizer = s.engine.optimizer(_Witness(s.adapter.flat), s.mechanism, 1.0, s.randomness())
+    (flat,) = optimizer.params
+    sums = np.random.default_rng(2).normal(0, s.mechanism.clip_norm / 3, s.adapter.spec.dimension)
+    flat.summed_grad = torch.from_numpy(sums).to(s.adapter.device)
+    try:
+        optimizer.add_noise()
+        cells = flat.grad.double() / s.mechanism.grid
+    finally:
+        flat.grad = flat.summed_grad = None
+    off = int((cells != cells.round()).sum())
+    return "" if not off else f"{off} of {cells.numel()} released coordinates lie between the points of the public grid"
+
+
+def divisor_is_public(s: Subject) -> str:
+    """A sum is divided by the plan's expected units, whoever is in the batch."""
+    privacy = s.plan.privacy
+    expected = privacy.sampling_rate * (privacy.units_per_site or 0)
+    listener = _listen(s, 1, 1)
+    if listener.given != (s.mechanism, expected):
+        return f"training uses {listener.given}, expected the plan's mechanism and a divisor of {expected:g}"
+    # next to no noise, on a grid that is finer by as much
+    quiet = replace(s.tight, noise_multiplier=1e-9) if s.mechanism.private else s.mechanism
+    for units, total in ((s.units[:1], s.sum(s.units[:1], quiet)), (s.units, s.whole)):
+        apart = s.differ(s.step(units, quiet, _Zeros(), expected) * expected, total)
+        if not apart <= 1e-5:  # the same arithmetic on both sides
+            return f"a step of {len(units)} units is {apart:.3g} away from its sum divided by {expected:g}"
+    return ""
+
+
+def coins_are_poisson(s: Subject) -> str:
+    """Each unit enters each step by a coin of its own, at the plan's rate: no shuffled, cycled or fixed batches."""
+    rate = s.plan.privacy.sampling_rate
+    batches = _listen(s, _UNITS, _STEPS).batches
+    if len(batches) != _STEPS or any(len(set(batch)) != len(batch) for batch in batches):
+        return f"{len(batches)} batches in {_STEPS} steps, or a unit twice in one"
+    drawn = np.zeros((_STEPS, _UNITS), dtype=bool)
+    for step, batch in enumerate(batches):
+        drawn[step, batch] = True
+    sizes, every = drawn.sum(axis=1), int(drawn.sum())
+    after, beside = drawn[0::2] & drawn[1::2], drawn[:, 0::2] & drawn[:, 1::2]
+    wrong = (
+        (
+            _unlikely(every, drawn.size, rate),
+            f"units are drawn at a rate of {every / drawn.size:.4g}, and {rate:g} is charged for",
+        ),
+        (
+            any(_unlikely(int(times), _STEPS, rate, _UNITS) for times in drawn.sum(axis=0)),
+            "some units are drawn more often than others",
+        ),
+        (
+            _unlikely(int(after.sum()), after.size, rate**2),
+            "who is in a batch depends on who was in the one before: not a Poisson sample",
+        ),
+        (
+            _unlikely(int(beside.sum()), beside.size, rate**2),
+            "units are not drawn independently of each other: not a Poisson sample",
+        ),
+        (
+            _unlikely(int((sizes[0::2] == sizes[1::2]).sum()), _STEPS // 2, _equal_sizes(_UNITS, rate)),
+            f"the size of a batch varies by {sizes.std():.3g}, not as that of a Poisson sample",
+        ),
+    )
+    return next((what for found, what in wrong if found), "")
+
+
+def charge_is_the_mechanism(s: Subject) -> str:
+    """What is charged is what is done: the plan's rate, noise and steps; and all of it costs no more than promised."""
+    plan, privacy = s.plan, s.plan.privacy
+    rounds = plan.training.rounds
+    steps = plan.training.local_steps
+    true = AccountingEvent(privacy.sampling_rate, float(privacy.noise_multiplier or 0.0), steps)
+    charged = plan.mechanism.event(steps)
+    if charged != true:
+        return f"a round is charged as {charged}, and is {true}"
+    if plan.steps != rounds * steps:
+        return f"the plan counts {plan.steps} steps, and has {rounds} rounds of {steps}"
+    over = fits([true] * rounds if rounds < 100 else [replace(true, steps=rounds * steps)], privacy.delta,
+                privacy.epsilon, one_plan=True)  # fmt: skip
+    return "" if over is None else f"the whole plan costs epsilon {over:.4g}, and promises {privacy.epsilon:g}"
+
+
+def weights_change_as_the_optimiser_says(s: Subject) -> str:
+    """The model's own tensors change by what the optimiser makes of the release; all others stay as they are.
+
+    Wrapping a model can leave an adapter that trains one tensor and computes with another (meta-pytorch/opacus 820).
+    Two rounds, because an optimiser that outlives a round would show in the second.
+    """
+    training = s.plan.training
+    rate = min(training.learning_rate, 1.0)  # a rate at which training overflows is for training to report
+    plan = _with(s.plan, local_steps=1, learning_rate=rate)
+    frozen = {n: p for n, p in s.adapter.model.named_parameters() if n not in s.adapter.trainable}
+    before = {name: (p.data_ptr(), p._version) for name, p in frozen.items()}
+    small = {name: p.detach().clone() for name, p in frozen.items() if "lora_" in name}
+    for _ in range(2):
+        source = _Recorded(s.randomness())
+        trainer.train_round(s.adapter, s.engine, s.units, plan, s.start, source, s.micro_batch)
+        seen = torch.cat([p.detach().reshape(-1) for n, p in s.adapter.model.named_parameters() if n not in frozen])
+        seen = seen.clone()
+        source.replay = True
+        drawn = [s.units[i] for i in s.mechanism.sample(len(s.units), source)]
+        released = s.mechanism.release(s.sum(drawn, s.mechanism).cpu().numpy(), source) / s.plan.expected_units
+        right = nn.Parameter(torch.from_numpy(s.start.copy()).to(s.adapter.device))
+        right.grad = torch.from_numpy(released).to(right)
+        _plain_optimizer(plan, right).step()
+        rounding = 1e-6 * float(right.detach().norm())
+        moved, off = float((right.detach() - seen.new_tensor(s.start)).norm()), float((right.detach() - seen).norm())
+        if not off <= 1e-3 * moved + rounding:
+            return f"the weights are {off:.3g} away from where the optimiser put them, after a step of {moved:.3g}"
+    if any(before[name] != (p.data_ptr(), p._version) for name, p in frozen.items()):
+        return "a frozen tensor of the model was written to"
+    if any(not torch.equal(value, frozen[name]) for name, value in small.items()):
+        return "a frozen part of the adapter changed"
+    return ""
+
+
+Check = Callable[[Subject], str]  # returns what is wrong, or ""
+
+CHECKS: dict[str, Check] = {
+    check.__name__.replace("_", "-"): check
+    for check in (
+        clip_bounds_every_unit, sum_equals_the_slow_loop, micro_batch_changes_nothing, order_changes_nothing,
+        unit_that_is_not_finite_counts_zero, empty_batch_is_a_noisy_step, noise_has_the_charged_deviation,
+        noise_is_fresh, release_lies_on_the_grid, divisor_is_public, coins_are_poisson, charge_is_the_mechanism,
+        weights_change_as_the_optimiser_says,
+    )
+}  # fmt: skip
+# These say something only where noise is added.
+_OF_NOISE = {
+    "clip-bounds-every-unit", "unit-that-is-not-finite-counts-zero", "empty-batch-is-a-noisy-step",
+    "noise-has-the-charged-deviation", "noise-is-fresh", "release-lies-on-the-grid", "charge-is-the-mechanism",
+}  # fmt: skip
+
+
+def names(plan: RunPlan) -> list[str]:
+    """Return the checks that a plan must pass; where noise is left out or seeded on purpose, some say nothing."""
+    left_out = set() if plan.mechanism.private else _OF_NOISE
+    return [name for name in CHECKS if name not in left_out and (plan.privacy.protects or name != "noise-is-fresh")]
+
+
+def self_check(subject: Subject) -> None:
+    """Raise PrivacyError at the first invariant that does not hold. The adapter's values are put back."""
+    with subject.adapter.lock:
+        before = subject.adapter.vector()
+        try:
+            for name in names(subject.plan):
+                check(name, subject)
+        finally:
+            subject.adapter.load(before)
+
+
+def check(name: str, subject: Subject) -> None:
+    """Raise PrivacyError, which names the invariant, where it does not hold."""
+    wrong = CHECKS[name](subject)
+    if wrong:
+        raise PrivacyError(
+            f"self-check {name}: {wrong}. No record was used and nothing was charged. Is the installation the one of "
+            "constraints.txt, and the model a plain transformer? Then please report this."
+        )
+
+
+_passed: "weakref.WeakKeyDictionary[Engine, set[int]]" = weakref.WeakKeyDictionary()
+_checking = threading.Lock()
+
+
+def self_check_once(subject: Subject) -> None:
+    """Run `self_check` unless this engine has passed it for this plan: sites of one process share their engine."""
+    plan = subject.plan
+    key = hash((plan.model, plan.adapter, plan.privacy, plan.training, subject.micro_batch))
+    with _checking:
+        if key in _passed.get(subject.engine, set()):
+            return
+        self_check(subject)
+        _passed.setdefault(subject.engine, set()).add(key)
+
+
+def _with(plan: RunPlan, **training: Any) -> RunPlan:
+    return plan.model_copy(update={"training": plan.training.model_copy(update=training)})
+
+
+def _plain_optimizer(plan: RunPlan, parameter: nn.Parameter) -> torch.optim.Optimizer:
+    """Return a fresh torch optimiser as the plan names it, made here and not by the training loop."""
+    if plan.training.optimizer == "adam":
+        return torch.optim.Adam([parameter], lr=plan.training.learning_rate)
+    return torch.optim.SGD([parameter], lr=plan.training.learning_rate, momentum=plan.training.momentum)
+
+
+def _listen(s: Subject, units: int, steps: int) -> _Listener:
+    """Return what the real training loop asks of an engine in `steps` steps over units 0, 1, 2 ..."""
+    listener = _Listener()
+    trainer.train_round(
+        s.adapter, cast(Engine, listener), cast(Any, range(units)), _with(s.plan, local_steps=steps), s.start,
+        s.randomness(), s.micro_batch,
+    )  # fmt: skip
+    return listener
+
+
+def _unlikely(successes: int, trials: int, probability: float, comparisons: int = 1) -> bool:
+    """Whether a binomial count is too far out to be chance, by Chernoff's bound exp(-n KL(found || p))."""
+    found, p = successes / trials, probability
+    if p >= 1:
+        return found < 1
+    terms = [(found, p), (1 - found, 1 - p)]
+    divergence = sum(a * math.log(a / b) for a, b in terms if a > 0)
+    return trials * divergence > _TAIL + math.log(comparisons)
+
+
+def _equal_sizes(units: int, rate: float) -> float:
+    """Return the chance that two Poisson samples have the same size."""
+    if rate >= 1:
+        return 1.0
+    k = range(units + 1)
+    choose = [math.lgamma(units + 1) - math.lgamma(i + 1) - math.lgamma(units - i + 1) for i in k]
+    log = [c + i * math.log(rate) + (units - i) * math.log1p(-rate) for i, c in zip(k, choose, strict=True)]
+    return min(1.0, sum(math.exp(2 * value) for value in log))
+
+
+def _embedding(model: nn.Module) -> nn.Embedding | None:
+    return next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+
+
+@contextmanager
+def _poisoned(model: nn.Module) -> Iterator[list[bool]]:
+    """Let one token's embedding be NaN; yields a list that is empty as long as the model has not met it."""
+    met: list[bool] = []
+
+    def poison(_: nn.Module, ids: tuple[Tensor, ...], states: Tensor) -> Tensor:
+        if (ids[0] == _POISON).any():
+            met.append(True)
+        return states.masked_fill((ids[0] == _POISON)[..., None], math.nan)
+
+    embedding = _embedding(model)
+    hook = embedding.register_forward_hook(poison) if embedding is not None else None
+    try:
+        yield met
+    finally:
+        if hook is not None:
+            hook.remove()
