@@ -14,6 +14,7 @@ from fedllm.codec import WireDtype
 from fedllm.delta import digest_of
 from fedllm.errors import ConfigError
 from fedllm.privacy.mechanism import Clipping, Mechanism
+from fedllm.privacy.shared import SharedMechanism
 
 
 class Frozen(BaseModel):
@@ -72,7 +73,8 @@ class AdapterConfig(Frozen):
 class PrivacyConfig(Frozen):
     """What is protected, how well, and the mechanism that does it."""
 
-    mode: Literal["local", "off"] = "local"
+    mode: Literal["local", "distributed", "off"] = "local"
+    colluding_sites: int = Field(1, ge=0)  # distributed: so many may tell head office their noise; a quorum is meant
     unit: Literal["record", "person"] = "record"  # what may be added or removed without anyone noticing
     records_per_person: int = Field(8, ge=1, le=1_000_000)  # contribution cap, enforced when records are loaded
     epsilon: float = Field(8.0, gt=0)  # target for the whole run, of every site
@@ -91,7 +93,7 @@ class PrivacyConfig(Frozen):
 
     @model_validator(mode="after")
     def _validate(self) -> "PrivacyConfig":
-        if self.mode == "local" and self.units_per_site is not None and self.delta * self.units_per_site >= 1:
+        if self.mode != "off" and self.units_per_site is not None and self.delta * self.units_per_site >= 1:
             raise ValueError(
                 f"delta={self.delta:g} is no protection among {self.units_per_site} units: it must be below "
                 f"1/units = {1 / self.units_per_site:.2g}"
@@ -138,6 +140,7 @@ class RunPlan(Frozen):
 
     run: str = Field(min_length=1)  # unique
     seed: Seed  # public: initial adapter values
+    sites: int = Field(1, ge=1)  # that may take part
     quorum: int = Field(1, ge=1)  # promised to the sites: a round with answers of fewer sites does not count
     model: ModelConfig
     adapter: AdapterConfig
@@ -148,8 +151,10 @@ class RunPlan(Frozen):
     def _validate(self) -> "RunPlan":
         if self.privacy.units_per_site is None:
             raise ValueError("privacy.units_per_site: a plan states the nominal number of units a site")
-        if self.privacy.mode == "local" and self.privacy.noise_multiplier is None:
+        if self.privacy.mode != "off" and self.privacy.noise_multiplier is None:
             raise ValueError("privacy.noise_multiplier: a plan states the calibrated noise")
+        if self.privacy.mode == "distributed":
+            check_shared(self.privacy, self.training, self.sites, self.quorum)
         return self
 
     @property
@@ -165,13 +170,53 @@ class RunPlan(Frozen):
     @property
     def mechanism(self) -> Mechanism:
         """The one object that clips, samples, adds noise and is charged for."""
-        noise = self.privacy.noise_multiplier if self.privacy.mode == "local" else 0.0
+        noise = self.privacy.noise_multiplier if self.privacy.mode != "off" else 0.0
         return Mechanism(self.privacy.clip_norm, noise or 0.0, self.privacy.sampling_rate, self.privacy.clipping)
 
     @property
     def expected_units(self) -> float:
         """Public divisor of every noisy sum: q times the nominal number of units, never the actual batch."""
         return self.privacy.sampling_rate * (self.privacy.units_per_site or 0)
+
+    @property
+    def shared(self) -> SharedMechanism | None:
+        """The mechanism in shares, in mode distributed; raises ConfigError where 32 bits are too few for it."""
+        if self.privacy.mode != "distributed":
+            return None
+        honest = self.quorum - self.privacy.colluding_sites
+        return SharedMechanism(self.mechanism, self.sites, honest, self.expected_units)
+
+
+def check_shared(privacy: PrivacyConfig, training: TrainingConfig, sites: int, quorum: int) -> None:
+    """Raise ValueError where noise in shares cannot protect what a plan asks for.
+
+    `quorum` of the sites are in every sum that head office can read, and `privacy.colluding_sites` of those may have
+    told it their noise. The bound on the quorum is that of secure aggregation (fedllm.secagg).
+    """
+    if training.local_steps != 1 or training.optimizer != "sgd" or training.momentum:
+        raise ValueError(
+            "privacy.mode=distributed sums gradients, once a round: it needs training.local_steps=1, "
+            "training.optimizer=sgd and training.momentum=0. Momentum and Adam are head office's (training.server)"
+        )
+    least = max((sites + privacy.colluding_sites) // 2 + 1, privacy.colluding_sites + 2)
+    if least > sites:
+        raise ValueError(
+            f"privacy.mode=distributed: {sites} sites are too few where {privacy.colluding_sites} of them may collude "
+            f"with head office (privacy.colluding_sites). It takes at least {privacy.colluding_sites + 2}"
+        )
+    if not least <= quorum <= sites:
+        raise ValueError(
+            f"federation.quorum={quorum}: privacy.mode=distributed with {sites} sites, of which "
+            f"{privacy.colluding_sites} may collude with head office, needs a quorum of {least} to {sites}"
+        )
+
+
+def default_quorum(privacy: PrivacyConfig, sites: int) -> int:
+    """Return the quorum where none is configured: half of the sites; with noise in shares, two thirds and enough."""
+    if privacy.mode != "distributed":
+        return max(min(2, sites), sites // 2)
+    least = max((sites + privacy.colluding_sites) // 2 + 1, privacy.colluding_sites + 2)
+    return min(sites, max(least, -(-2 * sites // 3)))
 
 
 class TextConfig(Frozen):
@@ -221,7 +266,7 @@ class PartitionConfig(Frozen):
 class QuorumConfig(Frozen):
     """What head office does when some sites do not answer, and what the others weigh."""
 
-    quorum: int = Field(2, ge=1)  # answers without which a round does not count
+    quorum: int | None = Field(None, ge=1)  # answers without which a round does not count; null: by mode and sites
     round_timeout: float = Field(600.0, gt=0)  # seconds
     weights: dict[str, float] = {}  # declared PUBLIC, by site; a site that is not named weighs 1
 

@@ -115,12 +115,12 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
     unknown = sorted(set(config.federation.weights) - set(names))
     if unknown:
         raise ConfigError(f"federation.weights: {', '.join(unknown)} is not in the roster, which holds {_list(names)}")
-    if config.federation.quorum > len(names):
+    if (config.federation.quorum or 1) > len(names):
         raise ConfigError(
             f"federation.quorum={config.federation.quorum}, but the roster holds {len(names)} sites. Admit more, or "
             "lower the quorum."
         )
-    plan = make_plan(config)
+    plan = make_plan(config, len(names))
     with alone_in(folder, config):
         if config.resume:
             before = read_as(folder / PLAN, RunPlan)

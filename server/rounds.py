@@ -125,6 +125,7 @@ class Coordinator:
         `heads` holds what was seen of the sites' ledgers in other runs; None where they have ledgers for this run only.
         """
         self._plan, self._federation, self._spec = plan, federation, spec
+        self._quorum = max(plan.quorum, federation.quorum or 1)
         self._folder, self._score, self._observe = folder, score, observe
         self._expected_sites, self._record, self._heads = expected_sites, record, heads
         self._known: dict[str, LedgerHead] = {}  # of the sites' ledgers, when the round began
@@ -194,7 +195,7 @@ class Coordinator:
         began = time.monotonic()
         while (online := len(channel.nodes())) < self._expected_sites:
             waited = time.monotonic() - began
-            little = online >= self._federation.quorum or channel.sites_may_come_back
+            little = online >= self._quorum or channel.sites_may_come_back
             if waited > self._federation.round_timeout or (little and waited > _PATIENCE):
                 return
             time.sleep(_POLL_MAX)
@@ -239,13 +240,13 @@ class Coordinator:
                 failed[site] = str(error)
             self._observe(SiteAnswered(number, site, site in updates, declined.get(site) or failed.get(site, "")))
         asked = {self._site_of_node[n] for n in nodes}
-        self._charge(replies, declined, failed, number, asked, len(updates) >= self._federation.quorum)
+        self._charge(replies, declined, failed, number, asked, len(updates) >= self._quorum)
         for site in lost:  # after a resume it is used again only if it can account for all that it may have paid
             self.sites[site] = replace(self.sites[site], stated=self.sites[site].epsilon or 0.0)
         before = adapter_digest(self.adapter)
         entry = {
             "round": number,
-            "counts": len(updates) >= self._federation.quorum,
+            "counts": len(updates) >= self._quorum,
             "answered": {site: answer.reply.statement for site, answer in sorted(replies.items())},
             "declined": dict(declined),
             "failed": dict(failed),
@@ -291,8 +292,8 @@ class Coordinator:
             online = set(channel.nodes())
             nodes = [n for n in self._site_of_node if n in online and n not in self._dropped]
             may_come = self._expected_sites - len(self._dropped) if channel.sites_may_come_back else 0
-            enough = len(nodes) >= self._federation.quorum
-            if enough or may_come < self._federation.quorum or time.monotonic() > deadline:
+            enough = len(nodes) >= self._quorum
+            if enough or may_come < self._quorum or time.monotonic() > deadline:
                 return nodes, online
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE_MAX)
@@ -468,7 +469,7 @@ class Coordinator:
         return replace(state, epsilon=max(state.epsilon, least.epsilon), epsilon_rdp=rdp)
 
     def _check_quorum(self, number: int, count: int, declined: dict[str, Reason], failed: dict[str, str]) -> None:
-        if count >= self._federation.quorum:
+        if count >= self._quorum:
             return
         reasons = [f"{site} declined ({reason})" for site, reason in declined.items()]
         reasons += [f"{site}: {what}" for site, what in failed.items()]
@@ -476,7 +477,7 @@ class Coordinator:
         reasons += [f"{site} declined ({reason})" for site, reason in earlier.items()]
         hint = f" {_LEDGER_HINT}" if "ledger" in {*declined.values(), *(s.reason for s in self.sites.values())} else ""
         raise QuorumLost(
-            f"round {number}: {count} sites, federation.quorum={self._federation.quorum}. "
+            f"round {number}: {count} sites, federation.quorum={self._quorum}. "
             f"{'; '.join(reasons) or 'no site answered'}. The adapter of round {self.round} is kept.{hint}"
         )
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedllm.audit.summary import RunSummary, write_outputs
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.files import LOCK, take
-from fedllm.plan import RunConfig, RunPlan
+from fedllm.plan import RunConfig, RunPlan, default_quorum, parse
 from fedllm.privacy.accounting import calibrate
 from fedllm.training.adapter import check_saved
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
@@ -68,22 +68,32 @@ def _no_place(folder: Path, error: OSError) -> ConfigError:
     return ConfigError(f"output: {folder} cannot be made ({error.strerror}). Choose another place.")
 
 
-def make_plan(config: RunConfig) -> RunPlan:
-    """Return a new plan, its noise calibrated where the configuration leaves it open."""
+def make_plan(config: RunConfig, sites: int) -> RunPlan:
+    """Return a new plan for so many sites, its noise and quorum computed where the configuration leaves them open.
+
+    Raises ConfigError where the sites are too few for what it asks.
+    """
     privacy = config.privacy
-    if privacy.mode == "local" and privacy.noise_multiplier is None:
+    quorum = config.federation.quorum or default_quorum(privacy, sites)
+    if privacy.mode != "off" and privacy.noise_multiplier is None:
         steps = config.training.rounds * config.training.local_steps
         noise = calibrate(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
         privacy = privacy.model_copy(update={"noise_multiplier": noise})
-    return RunPlan(
-        run=uuid.uuid4().hex, seed=config.seed, quorum=config.federation.quorum, model=config.model,
-        adapter=config.adapter, privacy=privacy, training=config.training,
-    )  # fmt: skip
+    parts = {"model": config.model, "adapter": config.adapter, "privacy": privacy, "training": config.training}
+    plan = parse(RunPlan, {
+        "run": uuid.uuid4().hex, "seed": config.seed, "sites": sites, "quorum": quorum,
+        **{name: part.model_dump() for name, part in parts.items()},
+    })  # fmt: skip
+    if plan.shared is not None and config.federation.weights:
+        raise ConfigError("federation.weights: with privacy.mode=distributed only the sum is seen, so all weigh 1")
+    return plan
 
 
 def continued(plan: RunPlan, before: RunPlan) -> RunPlan:
     """Return `plan` as that of the run `before`; a quorum may be raised on the way, the sites were promised the old."""
-    return plan.model_copy(update={"run": before.run, "quorum": min(plan.quorum, before.quorum)})
+    return plan.model_copy(
+        update={"run": before.run, "sites": before.sites, "quorum": min(plan.quorum, before.quorum)}
+    )
 
 
 def write_plan(folder: Path, plan: RunPlan, config: RunConfig) -> None:

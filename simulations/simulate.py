@@ -55,8 +55,8 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], 
     use_threads(config.site.threads)
     data = simulated_data(config)
     config = _with_place(_with_nominal_size(config, data.unit_counts()))
-    plan = make_plan(config)
     _check_federation(config, data, folder)
+    plan = make_plan(config, len(data.names))
     run = HeadOfficeRun(config)
     with alone_in(folder, config):
         if config.resume:
@@ -133,7 +133,7 @@ def _check_federation(config: SimulationConfig, data: SimulatedData, folder: Pat
         unknown = sorted(set(named) - set(names))
         if unknown:
             raise ConfigError(f"{key}: no site is called {', '.join(unknown)}; the sites are {', '.join(names)}")
-    if config.federation.quorum > len(names):
+    if (config.federation.quorum or 1) > len(names):
         raise ConfigError(f"federation.quorum={config.federation.quorum}, but there are only {len(names)} sites")
     processors = os.cpu_count() or 1
     if config.federation.backend == "ray" and config.federation.cpus_per_site > processors:

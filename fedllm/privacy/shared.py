@@ -16,7 +16,7 @@ share, in quanta, and h the number of honest sites whose uploads are in the sum.
    mechanism with variance h s^2, followed by steps that look at nothing but its result.
 
 The two laws differ by a total variation of at most (2 K + 1) h |e| + P(beyond K) for every K; with s >= 16, h <= 128,
-10^9 coordinates and rounds, that is below 10^-500, and adds nothing to delta that a float could hold. Units' vectors are
+10^9 coordinates and rounds, that is below 10^-500, and adds nothing to delta that a float could hold. Vectors are
 clipped so that they are within the clip after rounding: the sensitivity is the clip norm, with no term for rounding.
 """
 

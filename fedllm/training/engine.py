@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fedllm.errors import ModelError
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness
+from fedllm.privacy.shared import SharedMechanism
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Unit, batches
 from fedllm.training.losses import unit_losses
@@ -83,17 +84,22 @@ class _PerUnitLinear(nn.Module):
         return y_NTO.reshape(*x.shape[:-1], self.out_features)
 
 
-def clip_and_sum(gradients: Tensor, mechanism: Mechanism) -> Tensor:
+def clip_and_sum(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None = None) -> Tensor:
     """Scale every row of float32[units, d] as the mechanism clips, and add the rows up: float64[d].
 
     The norm is over everything trainable together. Norms and sum are taken in float64: in float32 the norm of a very
     long row comes out too small, so the clip too weak, and one row more would change how the others are rounded. The
     mechanism without privacy clips nothing.
+
+    With `shared`, every row is rounded to its quanta, so shortened that it is within the clip afterwards, and the sum
+    is one of whole numbers, which has no rounding error.
     """
     factors: Tensor = mechanism.factors(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64))
     total = torch.zeros(gradients.shape[1], dtype=torch.float64, device=gradients.device)
+    if shared is not None:
+        factors = factors * (shared.clip_before_rounding(gradients.shape[1]) / mechanism.clip_norm / shared.quantum)
     for some, own in zip(gradients.split(_ROWS), factors.split(_ROWS), strict=True):  # type: ignore[no-untyped-call]
-        total += own @ some.double()
+        total += own @ some.double() if shared is None else (own[:, None] * some.double()).round_().sum(0)
     return total
 
 
@@ -183,15 +189,19 @@ class Engine:
         optimizer.original_optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def clipped_sum(self, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int) -> Tensor:
+    def clipped_sum(
+        self, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int, shared: SharedMechanism | None = None
+    ) -> Tensor:
         """Return the sum of the units' clipped gradients, float64[d]: all that a step needs to know of the records.
+
+        With `shared`, it is in whole quanta.
 
         `micro_batch` bounds the records of one forward pass and does not change the result: whole units are clipped
         and added pass by pass, in constant memory.
         """
         total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
         for batch in batches(units, micro_batch, self._adapter.tokenizer.pad_token_id, self._adapter.device):
-            total += clip_and_sum(self.unit_gradients(batch, mechanism.private), mechanism)
+            total += clip_and_sum(self.unit_gradients(batch, mechanism.private), mechanism, shared)
         return total
 
     def unit_gradients(self, batch: Batch, private: bool = True) -> Tensor:

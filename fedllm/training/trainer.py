@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedllm.errors import Cancelled, ModelError
+from fedllm.errors import Cancelled, ConfigError, ModelError
 from fedllm.plan import RunPlan
 from fedllm.privacy.randomness import Randomness
 from fedllm.training.adapter import AdapterModel
@@ -44,6 +44,31 @@ def train_round(
     if not np.isfinite(end).all():
         raise ModelError("training diverged: the adapter is not finite. Lower training.learning_rate.")
     return end - start
+
+
+def shared_step(
+    adapter: AdapterModel,
+    engine: Engine,
+    units: Sequence[Unit],
+    plan: RunPlan,
+    start: NDArray[np.float32],
+    source: Randomness,
+    micro_batch: int,
+) -> NDArray[np.uint32]:
+    """Return the site's part of one step of the whole federation, from `start` on a Poisson sample of `units`.
+
+    uint32[d]: its clipped sum in whole quanta with its share of the noise, modulo 2^32. The share alone protects less
+    than was promised: the result must be masked before it leaves the site. Raises ConfigError where the plan has no
+    room for such sums.
+    """
+    shared = plan.shared
+    if shared is None:
+        raise ConfigError(f"privacy.mode={plan.privacy.mode} has no noise in shares")
+    with adapter.lock:
+        adapter.load(start)
+        drawn = shared.mechanism.sample(len(units), source)
+        total = engine.clipped_sum([units[i] for i in drawn], shared.mechanism, micro_batch, shared)
+    return shared.upload(total.cpu().numpy(), source)
 
 
 def _optimizer(adapter: AdapterModel, plan: RunPlan) -> torch.optim.Optimizer:
