@@ -150,7 +150,12 @@ class Circle:
 
 
 def check_join(terms: Terms, join: SignedKey) -> None:
-    """Raise MessageError unless a site of the roster signed this key under these terms."""
+    """Raise MessageError unless a site of the roster signed this key, a usable one, under these terms."""
+    _check_signed_key(terms, join)
+    _check_key(join.site, join.key)
+
+
+def _check_signed_key(terms: Terms, join: SignedKey) -> None:
     identity = terms.roster.get(join.site)
     if identity is None:
         raise MessageError(
@@ -158,21 +163,27 @@ def check_join(terms: Terms, join: SignedKey) -> None:
         )
     try:
         identity.verify(_join_document(terms, join.site, bytes.fromhex(join.key)), bytes.fromhex(join.signature))
-        crypto.check_agreement(bytes.fromhex(join.key))
     except CryptoError as error:
         raise MessageError(
             f"the join of site={join.site!r} is not its own, or is for another plan or session ({error})"
         ) from None
 
 
+def _check_key(site: str, key: str) -> None:
+    try:
+        crypto.check_agreement(bytes.fromhex(key))
+    except CryptoError as error:
+        raise MessageError(f"site={site!r} sent {error}. Leave it out.") from None
+
+
 def make_circle(terms: Terms, joins: Iterable[SignedKey]) -> Circle:
-    """Check a list of joins, in any order; raises MessageError and PrivacyError (too few for the threshold)."""
+    """Check a list of joins, in any order; raises MessageError, and PrivacyError where the threshold does not fit."""
     ordered = tuple(sorted(joins, key=lambda join: join.site))
     if len({join.site for join in ordered}) != len(ordered) or len({join.key for join in ordered}) != len(ordered):
         raise MessageError("the list of joins names a site or a key twice")
     terms.check_size(len(ordered))
     for join in ordered:
-        check_join(terms, join)
+        _check_signed_key(terms, join)
     return Circle(terms, ordered)
 
 
@@ -433,8 +444,13 @@ class Member:
                 f"round {request.round}: the join of site={self.site!r} is missing from the list, or is not the one "
                 "that it sent. If the site was started again, send it the list with its new join."
             )
-        peers = (join for join in circle.joins if join.site != self.site)
-        return circle, {peer.site: self._key.agree(bytes.fromhex(peer.key)) for peer in peers}
+        return circle, {join.site: self._agree(join) for join in circle.joins if join.site != self.site}
+
+    def _agree(self, join: SignedKey) -> bytes:
+        try:
+            return self._key.agree(bytes.fromhex(join.key))
+        except CryptoError as error:
+            raise MessageError(f"site={join.site!r} joined with {error}. Leave it out.") from None
 
     def _deal(self, circle: Circle, agreed: dict[str, bytes], number: int) -> _Round:
         seed, key = shamir.random_number(), AgreementKey.generate()
@@ -540,10 +556,7 @@ def check_shares(circle: Circle, number: int, shares: Shares) -> None:
     """Raise MessageError unless these are a site's shares for this round of this circle."""
     _expect(circle, number, shares, shares.dealing.site)
     check_dealing(circle, number, shares.dealing)
-    try:
-        crypto.check_agreement(bytes.fromhex(shares.dealing.key))
-    except CryptoError as error:
-        raise MessageError(f"site={shares.dealing.site!r} dealt {error}") from None
+    _check_key(shares.dealing.site, shares.dealing.key)
     expected = SEALED * (len(circle.names) - 1)
     if len(shares.payload) != expected:
         raise MessageError(
