@@ -5,7 +5,7 @@ rest. Hostile or damaged bytes raise MessageError and nothing else.
 """
 
 import json
-from typing import ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -17,6 +17,7 @@ MAGIC = b"FLM1"
 RECORD, KEY = "fedllm", "message"  # where the transport's envelope holds a message: record and key
 MAX_NAME = 200  # characters of a site's name
 MAX_STATEMENT = 16_384  # characters
+MAX_HOLDERS = 512  # sites of one secure aggregation
 _MAX_HEADER = 1 << 20
 
 # Why a site takes no part. The code is all that head office learns; the particulars stay in the site's own log.
@@ -101,9 +102,137 @@ class Declined(Message):
     reason: Reason
 
 
+# ---- secure aggregation (fedllm.secagg): keys, digests and signatures in hexadecimal, bulk in the payload ------------
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Names = Annotated[tuple[Name, ...], Field(max_length=MAX_HOLDERS)]
+Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{128}$")]
+Round = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+class SignedKey(Frozen):
+    """The X25519 key that a site takes shares with, for as long as its process lives."""
+
+    site: Name
+    key: Hex32
+    signature: Hex64
+
+
+class Dealing(Frozen):
+    """The public part of what a site deals out for one round."""
+
+    site: Name
+    key: Hex32  # X25519: its pairwise masks of this round
+    commitment: Hex32  # to the seed of its own mask
+    signature: Hex64
+
+
+class Signed(Frozen):
+    """A site's signature under the round's list of survivors."""
+
+    site: Name
+    signature: Hex64
+
+
+class Join(Message):
+    """Site: takes part in secure aggregation under these terms."""
+
+    KIND: ClassVar[str] = "secagg-join"
+    context: Hex32  # digest of the terms, as in all messages below
+    join: SignedKey
+
+
+class ShareRequest(Message):
+    """Head office: deal out secrets for a round among these sites."""
+
+    KIND: ClassVar[str] = "secagg-share"
+    context: Hex32
+    round: Round
+    joins: Annotated[tuple[SignedKey, ...], Field(max_length=MAX_HOLDERS)]  # none: those of the request before
+
+
+class Shares(Message):
+    """Site: the public part of its secrets; the payload seals a pair of shares to every other site, by their order."""
+
+    KIND: ClassVar[str] = "secagg-shares"
+    context: Hex32
+    round: Round
+    joins: Hex32  # digest of the list of joins, as in all messages below
+    dealing: Dealing
+
+
+class MaskRequest(Message):
+    """Head office: these sites dealt; the payload is what they sealed to the receiver, by their order."""
+
+    KIND: ClassVar[str] = "secagg-mask"
+    context: Hex32
+    round: Round
+    joins: Hex32
+    dealings: Annotated[tuple[Dealing, ...], Field(max_length=MAX_HOLDERS)]
+
+
+class Masked(Message):
+    """Site: its masked vector, uint32[d], little-endian."""
+
+    KIND: ClassVar[str] = "secagg-masked"
+    context: Hex32
+    round: Round
+    joins: Hex32
+    site: Name
+
+
+class UnmaskRequest(Message):
+    """Head office: these sites uploaded, and those that dealt but did not upload dropped out."""
+
+    KIND: ClassVar[str] = "secagg-unmask"
+    context: Hex32
+    round: Round
+    joins: Hex32
+    survivors: Names
+    dropped: Names
+
+
+class Consent(Message):
+    """Site: will reveal shares for this list of survivors, and in this round for no other."""
+
+    KIND: ClassVar[str] = "secagg-consent"
+    context: Hex32
+    round: Round
+    joins: Hex32
+    consent: Signed
+
+
+class RevealRequest(Message):
+    """Head office: enough survivors have signed the list."""
+
+    KIND: ClassVar[str] = "secagg-reveal"
+    context: Hex32
+    round: Round
+    joins: Hex32
+    consents: Annotated[tuple[Signed, ...], Field(max_length=MAX_HOLDERS)]
+
+
+class Reveal(Message):
+    """Site: one share of 32 bytes for every participant, by their order."""
+
+    KIND: ClassVar[str] = "secagg-revealed"
+    context: Hex32
+    round: Round
+    joins: Hex32
+    site: Name
+    claim: Hex32  # digest of the list of survivors that this answers
+
+
 _A = TypeVar("_A", bound=Message)
 _B = TypeVar("_B", bound=Message)
-_KINDS: dict[str, type[Message]] = {kind.KIND: kind for kind in (Prepare, Ready, TrainRequest, TrainReply, Declined)}
+_KINDS: dict[str, type[Message]] = {
+    kind.KIND: kind
+    for kind in (
+        Prepare, Ready, TrainRequest, TrainReply, Declined,
+        Join, ShareRequest, Shares, MaskRequest, Masked, UnmaskRequest, Consent, RevealRequest, Reveal,
+    )
+}  # fmt: skip
 
 
 def from_bytes(data: bytes, first: type[_A], second: type[_B]) -> _A | _B:

@@ -58,7 +58,15 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 # Each layer may import itself (by the order of its files) and the layers before it.
 LAYERS: list[tuple[str, ...]] = [
     ("fedllm.errors",),
-    ("fedllm.codec", "fedllm.delta", "fedllm.crypto", "fedllm.files", "fedllm.supervisor", "fedllm.units"),
+    (
+        "fedllm.codec",
+        "fedllm.delta",
+        "fedllm.crypto",
+        "fedllm.files",
+        "fedllm.shamir",
+        "fedllm.supervisor",
+        "fedllm.units",
+    ),
     ("fedllm.chain", "fedllm.statement"),
     ("fedllm.privacy",),
     ("fedllm.plan",),
