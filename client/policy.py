@@ -24,7 +24,7 @@ class SitePolicy:
     period: "Period | None" = None  # what may be spent in some days, beside the whole budget
     max_rank: int | None = None  # of an adapter
     train: tuple[str, ...] = ("AB", "B")  # the parts of an adapter that a plan may train
-    modes: tuple[str, ...] = ("local", "off")  # of privacy
+    modes: tuple[str, ...] = ("local", "distributed", "off")  # of privacy
     min_sites: int = 1  # a plan whose rounds count with fewer sites is declined
     self_check: bool = True  # check the engine before any record is used, also where the plan does not ask for it
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from client.masks import Masks, Peers
 from client.policy import SitePolicy
 from fedllm import codec
 from fedllm.crypto import Identity
@@ -22,19 +23,34 @@ from fedllm.errors import (
     DataError,
     FedllmError,
     LedgerError,
+    MasksError,
     MessageError,
     ModelError,
     PrivacyError,
     SpecMismatch,
 )
-from fedllm.messages import MAX_NAME, Declined, Message, Prepare, Ready, Reason, TrainReply, TrainRequest, from_bytes
+from fedllm.messages import (
+    MAX_NAME,
+    Declined,
+    MaskRequest,
+    Message,
+    Prepare,
+    Ready,
+    Reason,
+    Secure,
+    TrainReply,
+    TrainRequest,
+    from_bytes,
+    pack,
+    unpack,
+)
 from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import DataSet, Head, PrivacyLedger
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.statement import Statement, sign_statement, update_digest
 from fedllm.training.data import Unit
 from fedllm.training.self_check import Subject, self_check_once
-from fedllm.training.trainer import train_round
+from fedllm.training.trainer import shared_step, train_round
 from fedllm.training.workspace import Workspace
 
 _log = logging.getLogger("fedllm.site")
@@ -42,6 +58,7 @@ _log = logging.getLogger("fedllm.site")
 # Head office learns the code on the right and nothing else; the text of the error stays in the site's log.
 _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
     (BudgetExceeded, "budget"),
+    (MasksError, "masks"),
     (PrivacyError, "policy"),
     (DataError, "data"),
     (ConfigError, "data"),
@@ -95,8 +112,12 @@ class Site:
         workspace: Callable[[RunPlan], Workspace],
         records: Callable[[], Records],
         micro_batch: int,
+        peers: Peers | None = None,
     ) -> None:
-        """`records` reads the records, once for every plan; `identity` signs the ledger, which lies at `ledger`."""
+        """`records` reads the records, once for every plan; `identity` signs the ledger, which lies at `ledger`.
+
+        `peers` says whom this site believes to be another site; without it, it takes no part in noise in shares.
+        """
         if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
             raise ConfigError(
                 f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}"
@@ -105,6 +126,7 @@ class Site:
         self._policy, self._ledger_path, self._micro_batch = policy, ledger, micro_batch
         self._identity, self._open_workspace, self._read_records = identity, workspace, records
         self._open: _Open | None = None
+        self._masks = Masks(name, identity, peers) if peers is not None else None
         self._lock = threading.Lock()
 
     def handle(self, request: bytes, stop: threading.Event | None = None) -> bytes:
@@ -117,9 +139,12 @@ class Site:
             _check(stop)
         try:
             _check(stop)
-            message = from_bytes(request, Prepare, TrainRequest)
+            message = from_bytes(request, Prepare, TrainRequest, Secure)
             if isinstance(message, Prepare):
                 return self._prepare(message).to_bytes()
+            if isinstance(message, Secure):
+                self._policy.admit(message.plan)
+                return self._shared(message.plan).answer(message)
             return self._train(message, stop)
         except Cancelled:
             raise
@@ -144,7 +169,12 @@ class Site:
         self._opened(plan).ledger.check(plan.run, plan.mechanism.event(plan.training.local_steps))
         self._self_check(plan, 1)
         self._policy.check_units(len(self._units(plan)))
-        return Ready(site=self.name, plan_digest=plan.digest, spec_digest=self._workspace(plan).adapter.spec.digest)
+        spec = self._workspace(plan).adapter.spec
+        join = b""
+        if plan.shared is not None:
+            plan.shared.clip_before_rounding(spec.dimension)  # refuses what 32 bits are too few for
+            join = self._shared(plan).join(request)
+        return Ready(site=self.name, plan_digest=plan.digest, spec_digest=spec.digest, payload=join)
 
     def _train(self, request: TrainRequest, stop: threading.Event | None) -> bytes:
         plan = request.plan
@@ -155,7 +185,13 @@ class Site:
         spec = workspace.adapter.spec
         if request.spec_digest != spec.digest:
             raise SpecMismatch("head office's adapter is another one. Do base model, seed and versions agree?")
-        start = codec.decode(request.payload, "float32", spec.dimension)
+        payload, mask = request.payload, None
+        if plan.shared is not None:
+            payload, asked = unpack(request.payload, 2)
+            mask = from_bytes(asked, MaskRequest, MaskRequest)
+            if mask.round != request.round:
+                raise MessageError(f"masks of round={mask.round} in a request of round={request.round}")
+        start = codec.decode(payload, "float32", spec.dimension)
         fingerprint = hashlib.sha256(plan.digest.encode() + request.round.to_bytes(8, "big") + request.payload)
 
         # The charge is on disk before a record enters anything whose result leaves the site. A round that was released
@@ -171,11 +207,13 @@ class Site:
                 "heads.json)."
             )
         self._self_check(plan, request.round)  # before the charge: an engine that fails it costs nothing
+        if mask is not None and not ledger.answered(plan.run, request.round):
+            self._shared(plan).check(plan, mask)
         reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
         if reservation.reply is not None:
             return reservation.reply
         try:
-            reply = self._update(request, workspace, start, stop)
+            reply = self._update(request, workspace, start, mask, stop)
         except Cancelled:
             raise  # given up for a reason that no record had a part in
         except Exception as error:
@@ -185,20 +223,29 @@ class Site:
         return reply
 
     def _update(
-        self, request: TrainRequest, workspace: Workspace, start: NDArray[np.float32], stop: threading.Event | None
+        self,
+        request: TrainRequest,
+        workspace: Workspace,
+        start: NDArray[np.float32],
+        mask: MaskRequest | None,
+        stop: threading.Event | None,
     ) -> bytes:
         """Train a round that is paid for and return the reply."""
         plan = request.plan
         units = self._units(plan)
         self._policy.check_units(len(units))
         source = self._randomness(plan, request.round)
-        delta = train_round(workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch, stop)
+        parts = (workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch)
+        if mask is not None:
+            payload = pack(*self._shared(plan).mask(plan, mask, shared_step(*parts)))
+        else:
+            delta = train_round(*parts, stop)
+            try:
+                payload = codec.encode(delta.astype(np.float32), plan.training.wire)
+            except MessageError as error:
+                raise ModelError(f"the update cannot be sent: {error}") from None
         ledger = self._opened(plan).ledger
         spent, head = ledger.spent(plan.privacy.delta), ledger.file.head()
-        try:
-            payload = codec.encode(delta.astype(np.float32), plan.training.wire)
-        except MessageError as error:
-            raise ModelError(f"the update cannot be sent: {error}") from None
         statement = Statement(
             site=self.name,
             run=plan.run,
@@ -216,13 +263,21 @@ class Site:
             plan_digest=plan.digest,
             round=request.round,
             spec_digest=request.spec_digest,
-            dtype=plan.training.wire,
+            dtype=plan.training.wire if mask is None else "uint32",
             epsilon=statement.epsilon,
             epsilon_rdp=statement.epsilon_rdp,
             delta=spent.delta,
             statement=sign_statement(statement, self._identity()),
             payload=payload,
         ).to_bytes()
+
+    def _shared(self, plan: RunPlan) -> Masks:
+        if self._masks is None or plan.shared is None:
+            raise PrivacyError(
+                f"privacy.mode={plan.privacy.mode}: this site has no list of the other sites' identities to aggregate "
+                "with (policy.peers)"
+            )
+        return self._masks
 
     def _opened(self, plan: RunPlan) -> _Open:
         """Return records and ledger of a plan, reading the records again for another plan: they may have changed."""

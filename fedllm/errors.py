@@ -5,7 +5,8 @@
     ├── DataError          records that cannot be read or used as configured
     ├── ModelError         a base model or adapter that cannot be loaded, adapted or trained
     ├── PrivacyError       a step that would weaken the stated guarantee
-    │   └── BudgetExceeded the site's privacy budget does not admit the request
+    │   ├── BudgetExceeded the site's privacy budget does not admit the request
+    │   └── MasksError     a step of secure aggregation that does not fit what this site did before
     ├── LedgerError        the site's durable record of spent budget cannot be used
     ├── ChainError         a ledger or run record that was altered, or is not signed by whom it should be
     ├── MessageError       bytes from the other side that are not a valid message
@@ -43,6 +44,10 @@ class PrivacyError(FedllmError):
 
 class BudgetExceeded(PrivacyError):
     """The site's privacy budget does not admit the request."""
+
+
+class MasksError(PrivacyError):
+    """A step of secure aggregation does not fit what this site joined, dealt, uploaded or revealed before."""
 
 
 class LedgerError(FedllmError):

@@ -5,7 +5,7 @@ rest. Hostile or damaged bytes raise MessageError and nothing else.
 """
 
 import json
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar, overload
 
 from pydantic import Field, ValidationError
 
@@ -29,6 +29,7 @@ Reason = Literal[
     "training",  # training gave no finite update
     "ledger",  # the ledger cannot be used, or the round was charged for another request
     "message",  # the request was not understood
+    "masks",  # its secrets of the round are lost or do not fit: it joins anew
     "internal",  # a fault in the site's software
 ]
 
@@ -51,10 +52,12 @@ class Prepare(Message):
 
     KIND: ClassVar[str] = "prepare"
     plan: RunPlan
+    session: str | None = Field(None, pattern="^[0-9a-f]{64}$")  # of secure aggregation, where the plan asks for it
+    roster: dict[str, str] = Field({})  # of all sites, name to identity; what a site makes of it is its own affair
 
 
 class Ready(Message):
-    """The site admits the plan, and has loaded model and records."""
+    """The site admits the plan, and has loaded model and records; the payload is its Join, where there is a session."""
 
     KIND: ClassVar[str] = "ready"
     site: str = Field(min_length=1, max_length=MAX_NAME)
@@ -70,7 +73,10 @@ class LedgerHead(Frozen):
 
 
 class TrainRequest(Message):
-    """One round: train from the adapter in the payload (float32[d])."""
+    """One round: train from the adapter in the payload (float32[d]).
+
+    With noise in shares, the payload is two parts (`pack`): the adapter, and a MaskRequest.
+    """
 
     KIND: ClassVar[str] = "train"
     plan: RunPlan
@@ -80,18 +86,29 @@ class TrainRequest(Message):
 
 
 class TrainReply(Message):
-    """The site's update (the payload), what it has spent so far on these records, and its signed word on both."""
+    """The site's update (the payload), what it has spent so far on these records, and its signed word on both.
+
+    With noise in shares, the payload is two parts (`pack`): Masked, and Shares of the next round, or nothing.
+    """
 
     KIND: ClassVar[str] = "update"
     site: str = Field(min_length=1, max_length=MAX_NAME)
     plan_digest: str
     round: int = Field(ge=1)
     spec_digest: str
-    dtype: WireDtype
+    dtype: WireDtype | Literal["uint32"]
     epsilon: float | None = Field(ge=0)  # PLD; None where no noise was added
     epsilon_rdp: float | None = Field(ge=0)
     delta: float
     statement: str = Field(max_length=MAX_STATEMENT)  # fedllm.statement
+
+
+class Secure(Message):
+    """A request of secure aggregation, in the payload, in the run of a plan: the answer is a message of its own."""
+
+    KIND: ClassVar[str] = "secure"
+    plan: RunPlan
+    round: int = Field(ge=1)
 
 
 class Declined(Message):
@@ -226,17 +243,45 @@ class Reveal(Message):
 
 _A = TypeVar("_A", bound=Message)
 _B = TypeVar("_B", bound=Message)
+_C = TypeVar("_C", bound=Message)
 _KINDS: dict[str, type[Message]] = {
     kind.KIND: kind
     for kind in (
-        Prepare, Ready, TrainRequest, TrainReply, Declined,
+        Prepare, Ready, TrainRequest, TrainReply, Secure, Declined,
         Join, ShareRequest, Shares, MaskRequest, Masked, UnmaskRequest, Consent, RevealRequest, Reveal,
     )
 }  # fmt: skip
 
 
-def from_bytes(data: bytes, first: type[_A], second: type[_B]) -> _A | _B:
-    """Parse a frame that must be of one of two kinds; raises MessageError on anything else."""
+def pack(*parts: bytes) -> bytes:
+    """Return parts as one payload: each after its length (uint64, big endian)."""
+    return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+
+
+def unpack(payload: bytes, parts: int) -> list[bytes]:
+    """Return the parts of a payload; raises MessageError where it is not exactly so many."""
+    found, position = [], 0
+    for _ in range(parts):
+        length = int.from_bytes(payload[position : position + 8], "big")
+        if position + 8 + length > len(payload):
+            raise MessageError(f"a payload of {len(payload)} bytes is not the {parts} parts that were expected")
+        found.append(payload[position + 8 : position + 8 + length])
+        position += 8 + length
+    if position != len(payload):
+        raise MessageError(f"{len(payload) - position} bytes are left over after {parts} parts")
+    return found
+
+
+@overload
+def from_bytes(data: bytes, first: type[_A], second: type[_B], /) -> _A | _B: ...
+
+
+@overload
+def from_bytes(data: bytes, first: type[_A], second: type[_B], third: type[_C], /) -> _A | _B | _C: ...
+
+
+def from_bytes(data: bytes, *kinds: type[Message]) -> Message:
+    """Parse a frame that must be of one of these kinds; raises MessageError on anything else."""
     if data[:4] != MAGIC or len(data) < 8:
         raise MessageError("not a fedllm message: wrong first bytes. Do both ends run the same version?")
     length = int.from_bytes(data[4:8], "big")
@@ -248,8 +293,8 @@ def from_bytes(data: bytes, first: type[_A], second: type[_B]) -> _A | _B:
         body = json.dumps(header)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MessageError(f"malformed message header ({type(error).__name__})") from None
-    if not issubclass(kind, (first, second)):
-        raise MessageError(f"unexpected message kind={kind.KIND}, expected {first.KIND} or {second.KIND}")
+    if not issubclass(kind, kinds):
+        raise MessageError(f"unexpected message kind={kind.KIND}, expected {' or '.join(k.KIND for k in kinds)}")
     if "payload" in header:
         raise MessageError("malformed message header (payload)")
     try:

@@ -323,7 +323,8 @@ class Member:
         done = self._rounds.get(number)
         if done is not None and done.circle.digest == circle.digest:
             return done.shares
-        if number <= self._newest:
+        unused = number == self._newest and done is not None and done.asked is None  # another site came or went
+        if number <= self._newest and not unused:
             raise PrivacyError(
                 f"round {number}: site={self.site!r} has dealt round {self._newest} already, and deals a round out "
                 "once. Go on with the next round."
@@ -360,6 +361,10 @@ class Member:
         return Masked(
             context=request.context, round=number, joins=circle.digest, site=self.site, payload=total_d.tobytes()
         )
+
+    def check(self, request: MaskRequest) -> None:
+        """Raise what `mask` would raise of this request, before there is a vector. Nothing changes."""
+        self._open(self._state(request), request)
 
     def unmask(self, request: UnmaskRequest) -> Consent | Reveal:
         """Answer the round's list of survivors: with shares of seeds where nobody dropped out, or with a signature.

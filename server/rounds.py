@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -15,18 +15,21 @@ from numpy.typing import NDArray
 from fedllm import codec
 from fedllm.crypto import PublicIdentity
 from fedllm.delta import AdapterSpec
-from fedllm.errors import CheckpointError, CryptoError, MessageError, QuorumLost
+from fedllm.errors import CheckpointError, CryptoError, FedllmError, MessageError, QuorumLost
 from fedllm.messages import (
     KEY,
     RECORD,
     Declined,
     LedgerHead,
+    Masked,
     Prepare,
     Ready,
     Reason,
     TrainReply,
     TrainRequest,
     from_bytes,
+    pack,
+    unpack,
 )
 from fedllm.plan import QuorumConfig, RunPlan
 from fedllm.privacy.accounting import spent
@@ -35,6 +38,7 @@ from server.aggregate import weighted_mean
 from server.channel import Channel, PlainChannel
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
 from server.heads import Heads
+from server.masks import Ask, Masks
 from server.record import RunRecord, adapter_digest
 
 if TYPE_CHECKING:
@@ -45,10 +49,11 @@ CHECKPOINT, METRICS, PLAN = "checkpoint.safetensors", "metrics.jsonl", "plan.jso
 # After these a site is not asked again in this run; after the others it may do better next time.
 _FINAL: frozenset[Reason] = frozenset({"budget", "policy", "data", "model", "ledger"})
 # These come before the site charges itself.
-_UNCHARGED: frozenset[Reason] = frozenset({"budget", "policy", "model", "message", "ledger"})
+_UNCHARGED: frozenset[Reason] = frozenset({"budget", "policy", "model", "message", "ledger", "masks"})
 _LEDGER_HINT = "(ledger): cannot be used, or lacks entries that were seen before; the site's own log says what to do."
 _POLL, _POLL_MAX = 0.01, 0.5  # seconds between looks at the transport's inbox
 _PATIENCE = 15.0  # seconds for latecomers at the start of a run, where the quorum is there
+_LOST_IN_A_ROW = 3  # rounds whose sum stayed closed, after which the run ends
 _PAUSE_MAX = 5.0  # seconds between looks for sites that may come back
 
 
@@ -65,6 +70,8 @@ class RoundRecord:
     answered: list[str] = field(default_factory=list)
     declined: dict[str, Reason] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # site or node -> what was wrong
+    noise_multiplier: float | None = None  # noise in shares: of this round's sum, colluding sites left out
+    lost: str = ""  # noise in shares: why the sum stayed closed, though the sites have paid for the round
     update_norm: float = 0.0  # L2 of the averaged delta
     bytes_up: int = 0
     bytes_down: int = 0
@@ -119,22 +126,29 @@ class Coordinator:
         expected_sites: int,
         record: RunRecord,
         heads: Heads | None = None,
+        roster: Mapping[str, PublicIdentity] | None = None,
     ) -> None:
         """`score` evaluates an adapter float32[d] on public data; `folder` receives checkpoints and metrics.
 
         `heads` holds what was seen of the sites' ledgers in other runs; None where they have ledgers for this run only.
+        `roster` names the sites that may take part where their noise comes in shares.
         """
         self._plan, self._federation, self._spec = plan, federation, spec
         self._quorum = max(plan.quorum, federation.quorum or 1)
         self._folder, self._score, self._observe = folder, score, observe
         self._expected_sites, self._record, self._heads = expected_sites, record, heads
         self._known: dict[str, LedgerHead] = {}  # of the sites' ledgers, when the round began
+        self._resumed = False
         self._repeated = 0  # up to this round, a site may answer as it did before a crash
         self._optimizer = self._optimizer_from(start)
         self.sites: dict[str, SiteState] = {}
         self.records: list[RoundRecord] = []
         self._site_of_node: dict[int, str] = {}
         self._dropped: set[int] = set()
+        self._forgetful: set[str] = set()  # sites that stated less than before in the present round
+        self._forgotten: set[int] = set()  # nodes whose sites lost their secrets, and are to join anew
+        self._shared = plan.shared
+        self._masks = Masks(plan, spec.dimension, roster or {}) if self._shared is not None else None
 
     def _optimizer_from(self, value: NDArray[np.float32]) -> "ServerOptimizer":
         from fedllm.training.server_optimizer import ServerOptimizer  # torch: not for those who only read records
@@ -168,6 +182,7 @@ class Coordinator:
             )
         _write_records(self._folder / METRICS, self.records)
         self._record.resume(self._plan, self.round, self.adapter)
+        self._resumed = True
         self._repeated = self.round + 2  # the round that was under way, and one more after a damaged checkpoint
 
     def run(self, grid: Grid, channel: Channel | None = None) -> None:
@@ -181,6 +196,9 @@ class Coordinator:
             self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon, **self._scores()))
         channel = channel or PlainChannel(grid)
         self._await_nodes(channel)
+        if self._resumed and self._shared is not None and self.round < self._plan.training.rounds:
+            # sites may have paid for the round that was under way, and deal no second set of secrets for it
+            self._lose(self.round + 1, "head office was started again", {}, {}, {}, time.monotonic())
         try:
             for number in range(self.round + 1, self._plan.training.rounds + 1):
                 self._round(grid, channel, number)
@@ -211,40 +229,19 @@ class Coordinator:
         self._check_quorum(number, len(nodes), declined, failed)
         self._observe(RoundStarted(number, [self._site_of_node[n] for n in nodes]))
 
-        requests = self._requests(nodes, number)
-        updates: dict[str, NDArray[np.float32]] = {}
-        replies: dict[str, _Answer] = {}
-        lost: set[str] = set()
-        for node, data in self._exchange(grid, channel, requests, "train", number):
-            site = self._site_of_node[node]
-            try:
-                if isinstance(data, str):
-                    raise MessageError(data)
-                reply = from_bytes(data, TrainReply, Declined)
-                if isinstance(reply, Declined):
-                    declined[site] = reply.reason
-                    if reply.reason in _FINAL:
-                        self._dropped.add(node)
-                else:
-                    update = self._check(reply, site, number)
-                    answer = self._check_statement(reply, self.sites[site], channel.identities(node), len(data))
-                    if self._forgot(reply, site, number):  # to ask again would cost it budget for nothing
-                        lost.add(site)
-                        self._dropped.add(node)
-                        raise MessageError(
-                            f"epsilon={reply.epsilon:.4g} is below the {self.sites[site].stated:.4g} of before. "
-                            "Is its ledger lost?"
-                        )
-                    updates[site], replies[site] = update, answer
-            except MessageError as error:
-                failed[site] = str(error)
-            self._observe(SiteAnswered(number, site, site in updates, declined.get(site) or failed.get(site, "")))
+        masking = self._deal(grid, channel, number, nodes, failed)
+        if self._masks is not None:
+            nodes = [n for n in nodes if self._site_of_node[n] in masking]
+            self._check_quorum(number, len(nodes), declined, failed)
+        requests = self._requests(nodes, number, masking)
+        updates, replies = self._collect(grid, channel, number, requests, declined, failed)
         asked = {self._site_of_node[n] for n in nodes}
         self._charge(replies, declined, failed, number, asked, len(updates) >= self._quorum)
-        for site in lost:  # after a resume it is used again only if it can account for all that it may have paid
+        for site in self._forgetful:  # after a resume it is used again only if it can account for all it may have paid
             self.sites[site] = replace(self.sites[site], stated=self.sites[site].epsilon or 0.0)
+        self._forgetful.clear()
         before = adapter_digest(self.adapter)
-        entry = {
+        entry: dict[str, Any] = {
             "round": number,
             "counts": len(updates) >= self._quorum,
             "answered": {site: answer.reply.statement for site, answer in sorted(replies.items())},
@@ -255,22 +252,30 @@ class Coordinator:
             "bytes_up": sum(answer.size for answer in replies.values()),
             "bytes_down": sum(map(len, requests.values())),
         }
-        if not entry["counts"]:
-            self._record.note("round", entry)
-        self._check_quorum(number, len(updates), declined, failed)
-
-        delta = weighted_mean(updates, self._federation.weights)
+        noise = None
+        if self._masks is None:
+            if not entry["counts"]:
+                self._record.note("round", entry)
+            self._check_quorum(number, len(updates), declined, failed)
+            delta = weighted_mean(cast(dict[str, NDArray[np.float32]], updates), self._federation.weights)
+        else:
+            try:
+                delta, noise = self._unmasked(grid, channel, number, cast(dict[str, Masked], updates))
+            except FedllmError as error:
+                self._lose(number, str(error), entry, declined, failed, began)
+                return
+            entry["noise_multiplier"] = noise
         self._optimizer.step(delta, (number - 1) / self._plan.training.rounds)
-        epsilons = [state.epsilon for state in self.sites.values()]
         self._finish(
             RoundRecord(
                 round=number,
                 private=self._plan.privacy.protects,
                 **self._scores(),
-                epsilon=max((e for e in epsilons if e is not None), default=0.0) if None not in epsilons else None,
+                epsilon=self._epsilon(),
                 answered=sorted(updates),
                 declined=declined,
                 failed=failed,
+                noise_multiplier=noise,
                 update_norm=float(np.linalg.norm(delta.astype(np.float64))),
                 bytes_up=sum(answer.size for answer in replies.values()),
                 bytes_down=sum(map(len, requests.values())),
@@ -278,6 +283,108 @@ class Coordinator:
             ),
             {**entry, "adapter_after": adapter_digest(self.adapter)},
         )
+
+    def _deal(
+        self, grid: Grid, channel: Channel, number: int, nodes: list[int], failed: dict[str, str]
+    ) -> dict[str, bytes]:
+        """Return what secure aggregation asks of each site in this round; nothing where there is none."""
+        if self._masks is None:
+            return {}
+        names = [self._site_of_node[n] for n in nodes]
+        masking, undealt = self._masks.deal(number, names, self._asker(grid, channel, number))
+        failed.update(undealt)
+        self._forgotten |= {n for n in nodes if self._site_of_node[n] in undealt}
+        return masking
+
+    def _collect(
+        self, grid: Grid, channel: Channel, number: int, requests: Mapping[int, bytes],
+        declined: dict[str, Reason], failed: dict[str, str],
+    ) -> tuple[dict[str, NDArray[np.float32] | Masked], dict[str, _Answer]]:  # fmt: skip
+        """Ask the sites for their updates, and return those that can be used, by site."""
+        updates: dict[str, NDArray[np.float32] | Masked] = {}
+        replies: dict[str, _Answer] = {}
+        for node, data in self._exchange(grid, channel, requests, "train", number):
+            site = self._site_of_node[node]
+            try:
+                if isinstance(data, str):
+                    raise MessageError(data)
+                reply = from_bytes(data, TrainReply, Declined)
+                if isinstance(reply, Declined):
+                    declined[site] = reply.reason
+                    if reply.reason in _FINAL:
+                        self._dropped.add(node)
+                    if reply.reason == "masks":
+                        self._forgotten.add(node)
+                else:
+                    update = self._check(reply, site, number)
+                    answer = self._check_statement(reply, self.sites[site], channel.identities(node), len(data))
+                    if self._forgot(reply, site, number):  # to ask again would cost it budget for nothing
+                        self._forgetful.add(site)
+                        self._dropped.add(node)
+                        raise MessageError(
+                            f"epsilon={reply.epsilon:.4g} is below the {self.sites[site].stated:.4g} of before. "
+                            "Is its ledger lost?"
+                        )
+                    updates[site], replies[site] = update, answer
+            except MessageError as error:
+                failed[site] = str(error)
+            self._observe(SiteAnswered(number, site, site in updates, declined.get(site) or failed.get(site, "")))
+        return updates, replies
+
+    def _unmasked(
+        self, grid: Grid, channel: Channel, number: int, uploads: Mapping[str, Masked]
+    ) -> tuple[NDArray[np.float32], float]:
+        """Return the step float32[d] that the sum of the uploads says, and the noise multiplier of that sum.
+
+        The sum is the first thing that can be read. It is divided by public numbers: the survivors, and the units that
+        are expected of each. Raises FedllmError where too few sites are left to unmask it.
+        """
+        if self._masks is None or self._shared is None:
+            raise FedllmError("this run has no noise in shares")
+        total = self._masks.unmask(number, uploads, self._asker(grid, channel, number))
+        gradient = self._shared.decode(total) / (len(uploads) * self._plan.expected_units)
+        honest = len(uploads) - self._plan.privacy.colluding_sites
+        step = -self._plan.training.learning_rate * gradient
+        return step.astype(np.float32), self._shared.noise_multiplier(honest)
+
+    def _lose(
+        self, number: int, why: str, entry: Mapping[str, Any], declined: dict[str, Reason], failed: dict[str, str],
+        began: float,
+    ) -> None:  # fmt: skip
+        """Note a round whose sum stays closed: what the sites paid for it stands, and the adapter stays as it is.
+
+        Raises QuorumLost where several in a row are lost, before more is spent for nothing.
+        """
+        digest = adapter_digest(self.adapter)
+        nothing = {
+            "round": number, "answered": {}, "declined": {}, "failed": {}, "bytes_up": 0, "bytes_down": 0,
+            "adapter_before": digest, "adapter_after": digest,
+        }  # fmt: skip
+        body = {**nothing, **entry, "counts": False, "lost": why}
+        last = self.records[-1]
+        record = replace(
+            last, round=number, lost=why, answered=sorted(body["answered"]), declined=declined, failed=failed,
+            noise_multiplier=None, update_norm=0.0, bytes_up=body["bytes_up"], bytes_down=body["bytes_down"],
+            epsilon=self._epsilon(), seconds=time.monotonic() - began,
+        )  # fmt: skip
+        self._finish(record, body)
+        if len(self.records) > _LOST_IN_A_ROW and all(r.lost for r in self.records[-_LOST_IN_A_ROW:]):
+            raise QuorumLost(f"round {number}: {why} {_LOST_IN_A_ROW} rounds in a row were lost. Find out why first.")
+
+    def _epsilon(self) -> float | None:
+        """Return the largest epsilon that any site has spent; None where no noise was added."""
+        epsilons = [state.epsilon for state in self.sites.values()]
+        return max((e for e in epsilons if e is not None), default=0.0) if None not in epsilons else None
+
+    def _asker(self, grid: Grid, channel: Channel, number: int) -> Ask:
+        """Return how secure aggregation reaches sites."""
+
+        def ask(requests: Mapping[str, bytes], enough: int) -> Iterator[tuple[str, bytes | str]]:
+            nodes = {node: requests[site] for node, site in self._site_of_node.items() if site in requests}
+            for node, data in self._exchange(grid, channel, nodes, "query", number, enough):
+                yield self._site_of_node[node], data
+
+        return ask
 
     def _ready(
         self, grid: Grid, channel: Channel, declined: dict[str, Reason], failed: dict[str, str]
@@ -302,8 +409,11 @@ class Coordinator:
     def _prepare(self, grid: Grid, channel: Channel, declined: dict[str, Reason], failed: dict[str, str]) -> None:
         """Announce the plan to nodes that have not heard of it, and learn which site is behind each."""
         known = channel.nodes()
+        for node in self._forgotten:
+            self._site_of_node.pop(node, None)
+        self._forgotten.clear()
         new = [n for n in known if n not in self._site_of_node and n not in self._dropped]
-        question = Prepare(plan=self._plan).to_bytes()
+        question = self._masks.question if self._masks is not None else Prepare(plan=self._plan).to_bytes()
         for node, data in self._exchange(grid, channel, dict.fromkeys(new, question), "query", 0):
             try:
                 if isinstance(data, str):
@@ -311,6 +421,8 @@ class Coordinator:
                 reply = from_bytes(data, Ready, Declined)
                 if known[node] not in (None, reply.site):
                     raise MessageError(f"claims to be {reply.site}")
+                if self._masks is not None and isinstance(reply, Ready):
+                    self._masks.join(reply.site, reply.payload)
             except MessageError as error:
                 failed[known[node] or f"node {node}"] = f"no valid answer to the plan: {error}"
                 continue
@@ -333,9 +445,13 @@ class Coordinator:
                 self.sites.setdefault(reply.site, SiteState())
 
     def _exchange(
-        self, grid: Grid, channel: Channel, payloads: Mapping[int, bytes], message_type: str, round_: int
-    ) -> Iterator[tuple[int, bytes | str]]:
-        """Send every node its payload and yield (node, answer) as answers come in; text says why there is none."""
+        self, grid: Grid, channel: Channel, payloads: Mapping[int, bytes], message_type: str, round_: int,
+        enough: int | None = None,
+    ) -> Iterator[tuple[int, bytes | str]]:  # fmt: skip
+        """Send every node its payload and yield (node, answer) as answers come in; text says why there is none.
+
+        Once `enough` have answered, the others have little time left.
+        """
         timeout = self._federation.round_timeout
         waiting: dict[str, int] = {}
         for node, payload in payloads.items():
@@ -348,6 +464,8 @@ class Coordinator:
             for reply in replies:
                 node = waiting.pop(reply.metadata.reply_to_message_id)
                 answered.add(node)
+                if len(answered) == enough:
+                    deadline = min(deadline, time.monotonic() + _PATIENCE)
                 yield node, "a fault at the site" if reply.has_error() else _open(channel, node, reply.content)
             pause = _POLL if replies else min(1.5 * pause, _POLL_MAX)
             time.sleep(pause if waiting else 0)
@@ -355,14 +473,14 @@ class Coordinator:
             if node not in answered:
                 yield node, "no answer in time"
 
-    def _check(self, reply: TrainReply, site: str, number: int) -> NDArray[np.float32]:
-        """Return the update float32[d], or raise MessageError where the reply is not this site's to this round."""
+    def _check(self, reply: TrainReply, site: str, number: int) -> NDArray[np.float32] | Masked:
+        """Return the update float32[d] or the masked upload; raises MessageError where it is not to this round."""
         expected: dict[str, object] = {
             "site": site,
             "plan_digest": self._plan.digest,
             "round": number,
             "spec_digest": self._spec.digest,
-            "dtype": self._plan.training.wire,
+            "dtype": self._plan.training.wire if self._masks is None else "uint32",
             "delta": self._plan.privacy.delta,
         }
         for name, value in expected.items():
@@ -370,10 +488,15 @@ class Coordinator:
                 raise MessageError(f"{name}={getattr(reply, name)}, expected {value}")
         if self._plan.mechanism.private and (reply.epsilon is None or reply.epsilon_rdp is None):
             raise MessageError("epsilon is missing, though the plan adds noise")
+        if self._masks is not None:
+            return self._masks.read(site, number, *unpack(reply.payload, 2))
         return codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
 
-    def _requests(self, nodes: list[int], number: int) -> dict[int, bytes]:
-        """Return the request of a round to each node, with the last that is known of its site's ledger, in any run."""
+    def _requests(self, nodes: list[int], number: int, masking: Mapping[str, bytes]) -> dict[int, bytes]:
+        """Return the request of a round to each node, with the last that is known of its site's ledger, in any run.
+
+        `masking` is what secure aggregation asks of each site, empty where there is none.
+        """
         payload = codec.encode(self.adapter, "float32")
         self._known = self._heads.read() if self._heads is not None else {}
         for site, state in self.sites.items():
@@ -382,7 +505,8 @@ class Coordinator:
         return {
             node: TrainRequest(
                 plan=self._plan, round=number, spec_digest=self._spec.digest,
-                head=self._known.get(self._site_of_node[node]), payload=payload,
+                head=self._known.get(self._site_of_node[node]),
+                payload=pack(payload, masking[self._site_of_node[node]]) if masking else payload,
             ).to_bytes()
             for node in nodes
         }  # fmt: skip

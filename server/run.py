@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.audit.summary import RunSummary, write_outputs
+from fedllm.crypto import PublicIdentity
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.files import LOCK, take
 from fedllm.plan import RunConfig, RunPlan, default_quorum, parse
@@ -91,9 +92,7 @@ def make_plan(config: RunConfig, sites: int) -> RunPlan:
 
 def continued(plan: RunPlan, before: RunPlan) -> RunPlan:
     """Return `plan` as that of the run `before`; a quorum may be raised on the way, the sites were promised the old."""
-    return plan.model_copy(
-        update={"run": before.run, "sites": before.sites, "quorum": min(plan.quorum, before.quorum)}
-    )
+    return plan.model_copy(update={"run": before.run, "sites": before.sites, "quorum": min(plan.quorum, before.quorum)})
 
 
 def write_plan(folder: Path, plan: RunPlan, config: RunConfig) -> None:
@@ -122,18 +121,18 @@ class HeadOfficeRun:
 
     def begin(
         self, plan: RunPlan, folder: Path, observe: Callable[[Event], None], sites: int, record: RunRecord,
-        heads: Heads | None = None,
+        heads: Heads | None = None, roster: Mapping[str, PublicIdentity] | None = None,
     ) -> Coordinator:  # fmt: skip
         """Return the coordinator of a run in `folder`, resumed where the configuration says so.
 
         `sites` is how many are expected; `observe` receives every event; `record` is signed as the run goes; `heads`
-        is what other runs saw of the sites' ledgers.
+        is what other runs saw of the sites' ledgers; `roster` names who takes part where noise comes in shares.
         """
         adapter = self._workspace.adapter
         self._plan, self._folder = plan, folder
         self._coordinator = Coordinator(
             plan, self._config.federation, adapter.spec, adapter.initial, folder, partial(_score, self._evaluator),
-            observe, sites, record, heads,
+            observe, sites, record, heads, roster,
         )  # fmt: skip
         if self._config.resume:
             self._coordinator.resume()

@@ -27,7 +27,7 @@ from server.record import RECORD_FILE, RunRecord, key_in
 from server.rounds import PLAN, Coordinator, Event
 from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
 from simulations.grid import InProcessGrid, run_ray
-from simulations.sites import SITE_LOG, SimulatedData, connect, folder_of, log_to, make_site, simulated_data
+from simulations.sites import SITE_LOG, SimulatedData, connect, folder_of, log_to, make_site, roster_of, simulated_data
 
 KEYS = "trusted-keys.txt"  # for `fedllm audit verify RUN/audit --trust RUN/trusted-keys.txt`
 
@@ -64,7 +64,8 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], 
         if not config.resume:
             write_plan(folder, plan, config)
         record = RunRecord(folder / RECORD_FILE, [key_in(folder)])
-        coordinator = run.begin(plan, folder, observe, len(data.names), record, _heads(config))
+        roster = roster_of(config, data.names, folder) if plan.shared is not None else None
+        coordinator = run.begin(plan, folder, observe, len(data.names), record, _heads(config), roster)
         announce(plan, data.names)
         with _site_log(folder):
             stopped = _run(config, folder, coordinator, len(data.names))
@@ -135,6 +136,11 @@ def _check_federation(config: SimulationConfig, data: SimulatedData, folder: Pat
             raise ConfigError(f"{key}: no site is called {', '.join(unknown)}; the sites are {', '.join(names)}")
     if (config.federation.quorum or 1) > len(names):
         raise ConfigError(f"federation.quorum={config.federation.quorum}, but there are only {len(names)} sites")
+    if config.federation.backend == "ray" and config.privacy.mode == "distributed":
+        raise ConfigError(
+            "federation.backend=ray: a site's secrets of secure aggregation live in one process, and Ray moves sites "
+            "between processes. Use federation.backend=in-process with privacy.mode=distributed."
+        )
     processors = os.cpu_count() or 1
     if config.federation.backend == "ray" and config.federation.cpus_per_site > processors:
         raise ConfigError(

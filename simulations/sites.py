@@ -13,7 +13,7 @@ from client.policy import SitePolicy
 from client.records import TableRecords
 from client.site import Site
 from fedllm.audit.evidence import file_name
-from fedllm.crypto import Identity
+from fedllm.crypto import Identity, PublicIdentity
 from fedllm.files import read_secret, write_secret
 from fedllm.plan import DataConfig, PartitionConfig, SimulationConfig
 from fedllm.training.data import Table, check_columns, naming, person, read_table
@@ -107,7 +107,14 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         workspace=lambda plan: open_workspace(plan.model, plan.adapter, plan.seed, site.device),
         records=partial(data.records, name),
         micro_batch=site.micro_batch,
+        peers=lambda _: roster_of(config, data.names, folder),
     )
+
+
+def roster_of(config: SimulationConfig, names: list[str], folder: Path) -> dict[str, PublicIdentity]:
+    """Return who the sites are; in a simulation all of them can look at one another's keys."""
+    place = folder_of(config, folder)
+    return {name: _identity(place / file_name(name) / "identity").public for name in names}
 
 
 def _identity(path: Path) -> Identity:

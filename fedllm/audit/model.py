@@ -64,7 +64,7 @@ class Run(Frozen):
 class Claim(Frozen):
     """What the plan promises to one privacy unit of one site."""
 
-    mode: Literal["local", "off"]
+    mode: Literal["local", "distributed", "off"]
     unit: Literal["record", "person"]
     records_per_person: int
     epsilon: float

@@ -417,6 +417,14 @@ class PrivacyLedger:
             self.charge(db, run, round, request, event)
         return Reservation(run, round, None)
 
+    def answered(self, run: str, round: int) -> bool:
+        """Whether a round was charged before, so that it is answered as it was, or not at all."""
+        with self.file.transaction() as db:
+            row = db.execute(
+                "SELECT 1 FROM entry WHERE dataset = ? AND run = ? AND round = ?", (self._dataset, run, round)
+            ).fetchone()
+        return row is not None
+
     def charge(self, db: sqlite3.Connection, run: str, round: int, request: str, event: AccountingEvent) -> None:
         """Enter a charge, whatever the budget: `reserve` asks first."""
         db.execute(

@@ -1,0 +1,79 @@
+"""A site's part in secure aggregation over a run: joins, deals, masks and reveals through `fedllm.secagg`."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm.crypto import Identity, PublicIdentity
+from fedllm.errors import ConfigError, CryptoError, MasksError, MessageError, PrivacyError
+from fedllm.messages import MaskRequest, Prepare, RevealRequest, Secure, ShareRequest, Shares, UnmaskRequest, from_bytes
+from fedllm.plan import RunPlan
+from fedllm.secagg import Member, Terms
+
+Peers = Callable[[Mapping[str, str]], Mapping[str, PublicIdentity]]
+
+
+class Masks:
+    """Lives in memory only: a site that was started again has dropped out, and joins anew."""
+
+    def __init__(self, site: str, identity: Callable[[], Identity], peers: Peers) -> None:
+        """`peers` returns those of the sites that head office names whom this site believes to be who they are."""
+        self._site, self._identity, self._peers = site, identity, peers
+        self._member: Member | None = None
+
+    def join(self, request: Prepare) -> bytes:
+        """Return this site's Join for a session of a plan; the same one while the session lasts."""
+        plan = request.plan
+        if request.session is None:
+            raise MessageError("a plan with noise in shares comes with a session of secure aggregation")
+        with _judged():
+            terms = Terms(
+                plan.digest, request.session, plan.quorum, plan.privacy.colluding_sites, self._peers(request.roster)
+            )
+            if self._member is None or self._member.terms != terms:
+                self._member = Member(terms, self._site, self._identity())
+        return self._member.join.to_bytes()
+
+    def answer(self, request: Secure) -> bytes:
+        """Answer a step of secure aggregation that is not an upload."""
+        member = self._of(request.plan)
+        step = from_bytes(request.payload, ShareRequest, UnmaskRequest, RevealRequest)
+        if step.round != request.round or step.round > request.plan.training.rounds:
+            raise MessageError(f"round={step.round} of secure aggregation in a request of round={request.round}")
+        with _judged():
+            if isinstance(step, ShareRequest):
+                return member.share(step).to_bytes()
+            return (member.unmask(step) if isinstance(step, UnmaskRequest) else member.reveal(step)).to_bytes()
+
+    def check(self, plan: RunPlan, request: MaskRequest) -> None:
+        """Raise MasksError where an upload could not be masked as head office asks: before it is paid for."""
+        with _judged():
+            self._of(plan).check(request)
+
+    def mask(self, plan: RunPlan, request: MaskRequest, vector: NDArray[np.uint32]) -> tuple[bytes, bytes]:
+        """Return the masked vector uint32[d] as a message, and this site's secrets of the next round, dealt out."""
+        member = self._of(plan)
+        with _judged():
+            masked = member.mask(request, vector)
+            following: Shares | None = None
+            if request.round < plan.training.rounds:
+                following = member.share(ShareRequest(context=request.context, round=request.round + 1, joins=()))
+        return masked.to_bytes(), following.to_bytes() if following is not None else b""
+
+    def _of(self, plan: RunPlan) -> Member:
+        if self._member is None or self._member.terms.plan != plan.digest:
+            raise MasksError("this site has not joined secure aggregation for this plan since it was started")
+        return self._member
+
+
+@contextlib.contextmanager
+def _judged() -> Iterator[None]:
+    """Turn what secure aggregation refuses into the one error that says so."""
+    try:
+        yield
+    except MasksError:
+        raise
+    except (PrivacyError, MessageError, CryptoError, ConfigError) as error:
+        raise MasksError(str(error)) from error

@@ -1,0 +1,157 @@
+"""Head office's side of secure aggregation over a run: who joined, what was dealt, and the one sum it may read."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm import secagg
+from fedllm.crypto import PublicIdentity, random_bytes
+from fedllm.errors import FedllmError, MessageError, QuorumLost
+from fedllm.messages import (
+    Consent,
+    Declined,
+    Join,
+    Masked,
+    Prepare,
+    Reveal,
+    Secure,
+    ShareRequest,
+    Shares,
+    SignedKey,
+    from_bytes,
+)
+from fedllm.plan import RunPlan
+from fedllm.secagg import Circle, Terms
+
+# Sends each of these sites a request and returns what they answered: bytes, or text that says why there is nothing.
+# The number is how many answers are enough for others not to be waited for long.
+Ask = Callable[[Mapping[str, bytes], int], Iterable[tuple[str, bytes | str]]]
+
+
+class Masks:
+    """One session. Keeps nothing on disk: head office that was started again opens another, and all sites join anew."""
+
+    def __init__(self, plan: RunPlan, dimension: int, roster: Mapping[str, PublicIdentity]) -> None:
+        self._plan, self._dimension = plan, dimension
+        self._terms = Terms(
+            plan.digest, random_bytes(32).hex(), plan.quorum, plan.privacy.colluding_sites, dict(roster)
+        )
+        self._joins: dict[str, SignedKey] = {}
+        self._circle: Circle | None = None
+        self._dealt: dict[str, Shares] = {}  # of the round to come, by the circle
+        self._participants: dict[str, Shares] = {}  # of the present round
+
+    @property
+    def question(self) -> bytes:
+        """What announces the plan, and asks a site to join."""
+        roster = {name: identity.to_text() for name, identity in self._terms.roster.items()}
+        return Prepare(plan=self._plan, session=self._terms.session, roster=roster).to_bytes()
+
+    def join(self, site: str, payload: bytes) -> None:
+        """Take a site's join, in place of an earlier one; raises MessageError where it is not its own."""
+        join = from_bytes(payload, Join, Join)
+        if join.context != self._terms.context or join.join.site != site:
+            raise MessageError("a join of another site, or to another session")
+        secagg.check_join(self._terms, join.join)
+        if self._joins.get(site) != join.join:
+            self._dealt.pop(site, None)
+        self._joins[site] = join.join
+
+    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
+        """Have secrets of a round dealt among `sites`; return each dealer's MaskRequest, and who did not deal and why.
+
+        Nothing is asked where all have dealt with their last uploads: that is the round of two exchanges. Raises
+        FedllmError where so few have joined that no secrets can be dealt.
+        """
+        names = sorted(set(sites) & set(self._joins))
+        dealt = {name: self._dealt[name] for name in names if name in self._dealt}
+        failed: dict[str, str] = {}
+        circle = self._circle
+        if circle is None or set(dealt) != set(names):
+            circle = self._circle = secagg.make_circle(self._terms, [self._joins[name] for name in names])
+            step = ShareRequest(context=self._terms.context, round=number, joins=circle.joins).to_bytes()
+            dealt = {}
+            for site, data in ask(dict.fromkeys(names, self._secure(number, step)), len(names)):
+                try:
+                    shares = from_bytes(_bytes(data), Shares, Declined)
+                    if isinstance(shares, Declined):
+                        raise MessageError(f"declined to deal ({shares.reason})")
+                    self._check_shares(circle, number, shares, site)
+                    dealt[site] = shares
+                except MessageError as error:
+                    failed[site] = str(error)
+        self._dealt = {}
+        self._participants = dealt
+        return {site: secagg.mask_request(circle, number, dealt, site).to_bytes() for site in dealt}, failed
+
+    def read(self, site: str, number: int, masked: bytes, following: bytes) -> Masked:
+        """Check an upload, and keep what the site dealt for the next round; raises MessageError."""
+        circle = self._at(number)
+        upload = from_bytes(masked, Masked, Masked)
+        if upload.site != site:
+            raise MessageError(f"an upload of site={upload.site}")
+        secagg.read_masked(circle, number, upload, self._dimension)
+        if following:
+            shares = from_bytes(following, Shares, Shares)
+            self._check_shares(circle, number + 1, shares, site)
+            self._dealt[site] = shares
+        return upload
+
+    def unmask(self, number: int, uploads: Mapping[str, Masked], ask: Ask) -> NDArray[np.uint32]:
+        """Return the sum of the uploads, uint32[d]; raises FedllmError where it stays closed."""
+        circle, threshold = self._at(number), self._plan.quorum
+        claim = secagg.unmask_request(circle, number, self._participants, uploads)
+        secagg.check_claim(self._terms, claim, self._participants)
+        consents: list[Consent] = []
+        reveals: list[Reveal] = []
+        faults: list[str] = []
+        question: dict[str, bytes] = dict.fromkeys(uploads, self._secure(number, claim.to_bytes()))
+        while question:
+            for site, data in ask(question, threshold):
+                try:
+                    answer = from_bytes(_bytes(data), Consent, Reveal, Declined)
+                    if isinstance(answer, Declined):
+                        raise MessageError(f"declined ({answer.reason})")
+                    if isinstance(answer, Consent):
+                        if answer.consent.site != site:
+                            raise MessageError(f"a signature of site={answer.consent.site}")
+                        secagg.check_consent(circle, claim, answer.consent)
+                        consents.append(answer)
+                    else:
+                        if answer.site != site:
+                            raise MessageError(f"shares of site={answer.site}")
+                        secagg.check_reveal(circle, claim, answer)
+                        reveals.append(answer)
+                except MessageError as error:
+                    faults.append(f"{site}: {error}")
+            question = {}
+            if len(consents) >= threshold and not reveals:
+                step = secagg.reveal_request(claim, consents).to_bytes()
+                question = dict.fromkeys((consent.consent.site for consent in consents), self._secure(number, step))
+                consents = []
+        if len(reveals) < threshold:
+            raise QuorumLost(
+                f"{len(reveals)} of {len(uploads)} sites helped to unmask the sum, at least {threshold} are needed. "
+                f"{'; '.join(faults)}"
+            )
+        return secagg.unmask(circle, self._participants, claim, uploads, reveals, self._dimension).total_d
+
+    def _secure(self, number: int, step: bytes) -> bytes:
+        return Secure(plan=self._plan, round=number, payload=step).to_bytes()
+
+    def _check_shares(self, circle: Circle, number: int, shares: Shares, site: str) -> None:
+        if shares.dealing.site != site:
+            raise MessageError(f"shares of site={shares.dealing.site}")
+        secagg.check_shares(circle, number, shares)
+
+    def _at(self, number: int) -> Circle:
+        if self._circle is None:
+            raise FedllmError(f"round {number}: nobody has dealt secrets")
+        return self._circle
+
+
+def _bytes(data: bytes | str) -> bytes:
+    if isinstance(data, str):
+        raise MessageError(data)
+    return data
