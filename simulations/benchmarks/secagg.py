@@ -10,8 +10,8 @@ Bytes of Flower are contents only: keys, ciphertexts, shares, and the vector as 
 is the same. The two take turns; ratios are taken within each turn. What fedllm does once a run (join, check all
 joins, agree on keys) is listed apart; Flower makes new keys in every round.
 
-The two do not give the same protection. Flower's masks are MT19937 from a seed of 32 bits (`pseudo_rand_gen`), and its
-sites check no signatures: it is safe only with a head office that does not look.
+The two do not give the same protection: Flower's masks are MT19937 from a seed of 32 bits (`pseudo_rand_gen`), and
+its keys carry no signature, so it is made for a head office that keeps to the protocol.
 """
 
 import os
