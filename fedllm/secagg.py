@@ -29,7 +29,7 @@ list says which of the two shares comes out. With n holders, c of whom collude, 
 secrets of a peer only if two groups of honest sites answered different lists: 2(t - c) <= n - c. Every site demands
 2t > n + c, which excludes it, and t - c >= 2, so that no sum holds a single honest upload. This also covers a list
 with dropouts shown to some and one without to others, different participants shown to different sites (pairwise masks
-then do not cancel, or only within one group of at least t), and different lists of joins (nothing of one opens
+then do not cancel, or only within one group of at least t - c honest sites), and different lists of joins (nothing of one opens
 anything of the other: the digest is part of every key and signature). The signatures on a list with dropouts are for
 the sites: t of them prove that nobody else can have enough for another list before the first mask key is given away.
 
@@ -38,7 +38,9 @@ made to answer twice, for nothing is left to answer with; its new share key is n
 next round on it takes part again with a new Join.
 
 **What this does not do.** A site may upload nonsense (no input is proved), and one that deals wrong shares, or a head
-office that alters messages, can stop a round. Which sites took part is public. Masks are as good as AES, X25519 and
+office that alters messages, can stop a round; sealed shares are authenticated by their key alone, so one that does not
+open tells nobody which of the two it was. Uploads and reveals are not signed here: only head office relies on them, and
+the transport's envelope carries a signature. Which sites took part is public. Masks are as good as AES, X25519 and
 HKDF-SHA256; the sum itself is protected by noise, elsewhere.
 """
 

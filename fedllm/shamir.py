@@ -38,7 +38,7 @@ def _powers(threshold: int, holders: int) -> list[list[int]]:
     return [[pow(x, k, PRIME) for k in range(threshold)] for x in range(1, holders + 1)]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def weights(points: tuple[int, ...], at: int = 0) -> tuple[int, ...]:
     """Return Lagrange's coefficients: f(at) is the sum of weight * f(point). Once for every set of holders."""
     if len(set(points)) != len(points):
