@@ -29,7 +29,9 @@ from fedllm.messages import MAGIC, Declined, LedgerHead, Message, Prepare, Ready
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import DataSet, LedgerFile, Period, PrivacyLedger
+from fedllm.privacy.mechanism import Mechanism
 from fedllm.statement import Statement, open_statement, update_digest
+from fedllm.training import self_check
 from fedllm.training.data import Record, Unit
 from fedllm.training.workspace import Workspace, open_workspace
 
@@ -363,6 +365,59 @@ def test_too_few_units_are_declined(tmp_path: Path, make_plan: MakePlan, units: 
 
 def test_enough_units_are_not_declined(tmp_path: Path, make_plan: MakePlan) -> None:
     assert isinstance(Office(tmp_path, make_plan(), units=12, min_units=12.0).prepare(), Ready)
+
+
+# ---- an engine that must not be trusted -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("step", ["prepare", "train"])
+def test_an_engine_that_fails_the_self_check_is_declined_before_a_charge_and_before_records(
+    tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, site_log: list[logging.LogRecord],
+    step: str, asked: bool,
+) -> None:  # fmt: skip
+    """Whatever the plan says: head office cannot spare an office the check."""
+    monkeypatch.setattr(Mechanism, "noise_std", 1.0)
+    office = Office(tmp_path, make_plan(privacy={"clip_norm": 0.3, "self_check": asked}))
+    assert reason(office.prepare() if step == "prepare" else office.train()) == "policy"
+    assert office.loader.calls == 0
+    assert office.events() == []
+    assert any("self-check noise-has-the-charged-deviation" in record.getMessage() for record in site_log)
+
+
+def test_a_simulation_may_go_without_the_self_check(
+    tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.site, "self_check_once", lambda _: pytest.fail("it was not asked for"))
+    office = Office(tmp_path, make_plan(privacy={"self_check": False}), self_check=False)
+    assert isinstance(office.prepare(), Ready)
+    assert isinstance(office.train(), TrainReply)
+
+
+def test_an_engine_is_checked_once_for_a_plan_and_left_as_it_was(
+    tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[RunPlan] = []
+    honest = self_check.self_check
+
+    def count(subject: self_check.Subject) -> None:
+        before = subject.adapter.vector()
+        honest(subject)
+        assert subject.adapter.vector().tobytes() == before.tobytes()
+        checked.append(subject.plan)
+
+    monkeypatch.setattr(self_check, "self_check", count)
+    plan = make_plan(privacy={"clip_norm": 0.7})
+    for name in ("a", "b"):  # two sites of one process
+        (tmp_path / name).mkdir()
+        office = Office(tmp_path / name, plan)
+        assert isinstance(office.prepare(), Ready)
+        assert isinstance(office.train(1), TrainReply)
+        assert isinstance(office.train(2), TrainReply)
+    assert checked == [plan]
+    office.plan = make_plan(run="another", privacy={"clip_norm": 0.71})
+    assert isinstance(office.train(), TrainReply)
+    assert len(checked) == 2
 
 
 # ---- requests that are wrong ----------------------------------------------------------------------------------------

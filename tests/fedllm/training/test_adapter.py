@@ -10,13 +10,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import nn
 
+import fedllm.training.adapter
 from fedllm.errors import ModelError, SpecMismatch
 from fedllm.plan import AdapterConfig, ModelConfig
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
-from fedllm.training.adapter import AdapterModel, attach
+from fedllm.training.adapter import AdapterModel, attach, check_saved
 from fedllm.training.data import Unit
 from fedllm.training.engine import Engine
 from fedllm.training.model import load_base
@@ -169,6 +171,53 @@ def test_a_saved_adapter_gives_the_same_logits_on_a_freshly_loaded_base(
     assert not torch.allclose(logits(base), expected, atol=1e-3)
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     assert torch.allclose(logits(loaded), expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "bert-native", "bert-mean", "gpt2-native"])
+def test_a_saved_adapter_is_loaded_as_its_users_will_and_compared(
+    open_adapter: Open, model_config: MakeConfig, random_vector: RandomVector, tmp_path: Path, case: str, dtype: str
+) -> None:
+    adapter, config = open_adapter(case, dtype=dtype), model_config(case)
+    Engine(adapter)
+    final, before = random_vector(adapter), adapter.vector()
+    adapter.save(final, tmp_path / "adapter", config.source)
+    assert check_saved(tmp_path / "adapter", adapter, final, config)
+    assert adapter.vector().tobytes() == before.tobytes()
+    adapter.save(final * 1.5, tmp_path / "adapter", config.source)  # another one lies where this one should
+    with pytest.raises(ModelError, match="not the one that was trained"):
+        check_saved(tmp_path / "adapter", adapter, final, config)
+
+
+def test_a_large_base_is_not_loaded_twice(
+    open_adapter: Open, model_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fedllm.training.adapter, "_RELOAD", 1000)
+    adapter = open_adapter("llama")
+    assert not check_saved(tmp_path, adapter, adapter.initial, model_config("llama"))
+
+
+@pytest.mark.parametrize("damage", ["a value changed", "a tensor missing", "the values of another vector"])
+def test_a_file_that_does_not_hold_the_adapter_is_found_at_once(
+    open_adapter: Open, random_vector: RandomVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    adapter = open_adapter("bert-native")
+
+    def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        name = next(name for name in tensors if "lora_B" in name)
+        if damage == "a value changed":
+            tensors[name] = tensors[name].clone()
+            tensors[name][0, 0] += 1e-3
+        elif damage == "a tensor missing":
+            del tensors[name]
+        else:
+            tensors = {name: value * 2 for name, value in tensors.items()}
+        save_file(tensors, path)
+
+    monkeypatch.setattr(fedllm.training.adapter, "save_file", write)
+    with pytest.raises(ModelError, match="does not hold what was trained"):
+        adapter.save(random_vector(adapter), tmp_path / "adapter", "base")
 
 
 def test_a_saved_adapter_names_its_base_and_no_other_place(

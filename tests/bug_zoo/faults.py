@@ -1,0 +1,500 @@
+"""Planted faults: ways in which programs of this kind have lost their privacy, each as a patch of the product.
+
+A fault is named for what it does. It names the invariant that must find it: one of the self-check, or one of
+invariants.py, which cost more than a start of training can afford.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import client.site
+import fedllm.training.data
+import server.checkpoint
+from fedllm.privacy.accounting import AccountingEvent, calibrate
+from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
+from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
+from fedllm.training import engine, losses, trainer
+from fedllm.training.data import Batch, Unit
+from fedllm.training.engine import Engine
+from fedllm.training.self_check import Subject
+
+Patch = pytest.MonkeyPatch
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`inject` plants it in the product; `spoil` does something to the subject of a self-check instead."""
+
+    name: str
+    invariant: str
+    inject: Callable[[Patch], None] = lambda patch: None
+    spoil: Callable[[Subject], None] = lambda subject: None
+    classifies: bool = False  # shows on a model with a classification head
+
+
+# ---- the clip --------------------------------------------------------------------------------------------------------
+
+
+def _clip(vector: Tensor, norm: float) -> Tensor:
+    return vector * min(1.0, norm / max(float(vector.double().norm()), 1e-30))
+
+
+def clip_of_the_mean(patch: Patch) -> None:
+    def faulty(gradients: Tensor, mechanism: Mechanism) -> Tensor:
+        return _clip(gradients.double().mean(0), mechanism.clip_norm) * len(gradients)
+
+    patch.setattr(engine, "clip_and_sum", faulty)
+
+
+def _clip_in_parts(patch: Patch, cut: Callable[[list[str]], list[list[int]]]) -> None:
+    """Clip groups of tensors apart, each to the whole clip norm."""
+    shapes: list[tuple[str, int]] = []
+    create = Engine.__init__
+
+    def remember(self: Engine, adapter: Any) -> None:
+        create(self, adapter)
+        shapes[:] = [(name, p.numel()) for name, p in adapter.trainable.items()]
+
+    def faulty(gradients: Tensor, mechanism: Mechanism) -> Tensor:
+        total = torch.zeros(gradients.shape[1], dtype=torch.float64)
+        starts = np.cumsum([0, *(size for _, size in shapes)])
+        for group in cut([name for name, _ in shapes]):
+            here = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group])
+            for row in gradients:
+                total[here] += _clip(row[here].double(), mechanism.clip_norm)
+        return total
+
+    patch.setattr(Engine, "__init__", remember)
+    patch.setattr(engine, "clip_and_sum", faulty)
+
+
+def clip_per_tensor(patch: Patch) -> None:
+    _clip_in_parts(patch, lambda names: [[i] for i in range(len(names))])
+
+
+def head_clipped_apart(patch: Patch) -> None:
+    def cut(names: list[str]) -> list[list[int]]:
+        adapter = [i for i, name in enumerate(names) if "lora_" in name]
+        return [adapter, [i for i in range(len(names)) if i not in adapter]]
+
+    _clip_in_parts(patch, cut)
+
+
+def clip_per_record(patch: Patch) -> None:
+    honest = Engine.clipped_sum
+
+    def faulty(self: Engine, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int) -> Tensor:
+        return honest(self, [(record,) for unit in units for record in unit], mechanism, micro_batch)
+
+    patch.setattr(Engine, "clipped_sum", faulty)
+
+
+def nan_through_the_clip(patch: Patch) -> None:
+    patch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones_like(self, dtype=torch.bool))
+
+
+def last_micro_batch_twice(patch: Patch) -> None:
+    honest = Engine.clipped_sum
+
+    def faulty(self: Engine, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int) -> Tensor:
+        total = honest(self, units, mechanism, micro_batch)
+        if sum(map(len, units)) > micro_batch:
+            total = total + honest(self, units[-1:], mechanism, micro_batch)
+        return total
+
+    patch.setattr(Engine, "clipped_sum", faulty)
+
+
+def loss_averaged_over_the_batch(patch: Patch) -> None:
+    def faulty(adapter: Any, batch: Batch) -> Tensor:
+        return losses.unit_losses(adapter, batch) / len(batch.labels)
+
+    patch.setattr(engine, "unit_losses", faulty)
+
+
+def automatic_clip_without_its_bound(patch: Patch) -> None:
+    """Normalised by the length plus gamma, then scaled by more than the sensitivity that is accounted for."""
+    patch.setattr(Mechanism, "factors", lambda self, norms: 1.0 / (norms + 0.01))
+
+
+# ---- the noise -------------------------------------------------------------------------------------------------------
+
+
+def no_noise(patch: Patch) -> None:
+    def faulty(self: Any) -> None:
+        for p in self.params:
+            p.grad = p.summed_grad.to(p.dtype)
+
+    patch.setattr(engine._Optimizer, "add_noise", faulty)
+
+
+def _noise_in_step(patch: Patch, factor: Callable[[Any, Sequence[Unit], int], float]) -> None:
+    honest = Engine.step
+
+    def faulty(self: Engine, optimizer: Any, units: Sequence[Unit], micro_batch: int) -> None:
+        right = optimizer.mechanism
+        scaled = right.noise_multiplier * factor(optimizer, units, micro_batch)
+        optimizer.mechanism = replace(right, noise_multiplier=scaled)
+        honest(self, optimizer, units, micro_batch)
+        optimizer.mechanism = right
+
+    patch.setattr(Engine, "step", faulty)
+
+
+def noise_once_per_micro_batch(patch: Patch) -> None:
+    def factor(_: Any, units: Sequence[Unit], micro_batch: int) -> float:
+        return math.sqrt(max(1, math.ceil(sum(map(len, units)) / micro_batch)))
+
+    _noise_in_step(patch, factor)
+
+
+def noise_scaled_by_the_actual_batch(patch: Patch) -> None:
+    _noise_in_step(patch, lambda optimizer, units, _: max(1, len(units)) / optimizer.expected_batch_size)
+
+
+def noise_of_another_clip_norm(patch: Patch) -> None:
+    patch.setattr(Mechanism, "noise_std", property(lambda self: self.noise_multiplier * 1.0))
+
+
+def noise_divided_by_the_sites(patch: Patch) -> None:
+    honest = Mechanism.noise_std.fget  # type: ignore[attr-defined]
+    patch.setattr(Mechanism, "noise_std", property(lambda self: honest(self) / math.sqrt(3)))
+
+
+def noise_on_one_tensor_alone(patch: Patch) -> None:
+    honest = Mechanism.noise
+
+    def faulty(self: Mechanism, dimension: int, source: Randomness) -> Any:
+        noise = honest(self, dimension, source)
+        noise[-dimension // 4 :] = 0.0
+        return noise
+
+    patch.setattr(Mechanism, "noise", faulty)
+
+
+def seeded_noise(patch: Patch) -> None:
+    patch.setattr(client.site, "OsRandomness", lambda: SeededRandomness(0))
+
+
+def generator_restored_on_resume(patch: Patch) -> None:
+    """Claims to be private, but every process that opens it goes on from one saved state."""
+
+    class Restored(OsRandomness):
+        def __init__(self) -> None:
+            self._generator = np.random.default_rng(20240611)
+
+        def words(self, n: int) -> Any:
+            return self._generator.integers(0, 2**64, size=n, dtype=np.uint64, endpoint=False)
+
+    patch.setattr(client.site, "OsRandomness", Restored)
+
+
+def empty_batches_skipped(patch: Patch) -> None:
+    honest = Engine.step
+
+    def faulty(self: Engine, optimizer: Any, units: Sequence[Unit], micro_batch: int) -> None:
+        if units:
+            honest(self, optimizer, units, micro_batch)
+
+    patch.setattr(Engine, "step", faulty)
+
+
+def low_bits_unrounded(patch: Patch) -> None:
+    def faulty(self: Mechanism, clipped_sum: Any, source: Randomness) -> Any:
+        return np.asarray(clipped_sum, dtype=np.float64) + self.noise(clipped_sum.size, source)
+
+    patch.setattr(Mechanism, "release", faulty)
+
+
+# ---- sampling and the divisor ----------------------------------------------------------------------------------------
+
+
+def shuffled_batches(patch: Patch) -> None:
+    """An epoch at a time, as a shuffling loader deals them out."""
+    left: list[int] = []
+    generator = np.random.default_rng(0)
+
+    def faulty(self: Mechanism, units: int, source: Randomness) -> Any:
+        size = max(1, round(self.sampling_rate * units))
+        if len(left) < size or max(left, default=0) >= units:
+            left[:] = generator.permutation(units).tolist()
+        batch, left[:] = left[:size], left[size:]
+        return np.asarray(batch)
+
+    patch.setattr(Mechanism, "sample", faulty)
+
+
+def batches_of_fixed_size(patch: Patch) -> None:
+    generator = np.random.default_rng(0)
+
+    def faulty(self: Mechanism, units: int, source: Randomness) -> Any:
+        return generator.choice(units, max(1, round(self.sampling_rate * units)), replace=False)
+
+    patch.setattr(Mechanism, "sample", faulty)
+
+
+def micro_batches_filled_up(patch: Patch) -> None:
+    """The last micro-batch is filled with others, so that q is larger than what is charged for."""
+    honest = Mechanism.sample
+
+    def faulty(self: Mechanism, units: int, source: Randomness) -> Any:
+        drawn = honest(self, units, source)
+        others = np.setdiff1d(np.arange(units), drawn)
+        return np.concatenate([drawn, others[: -len(drawn) % 8]])
+
+    patch.setattr(Mechanism, "sample", faulty)
+
+
+def one_batch_for_the_whole_round(patch: Patch) -> None:
+    honest, kept = Mechanism.sample, dict[int, Any]()
+
+    def faulty(self: Mechanism, units: int, source: Randomness) -> Any:
+        return kept.setdefault(id(source), honest(self, units, source))
+
+    patch.setattr(Mechanism, "sample", faulty)
+
+
+def divided_by_the_actual_batch(patch: Patch) -> None:
+    honest = Engine.step
+
+    def faulty(self: Engine, optimizer: Any, units: Sequence[Unit], micro_batch: int) -> None:
+        optimizer.expected_batch_size = max(1, len(units))
+        honest(self, optimizer, units, micro_batch)
+
+    patch.setattr(Engine, "step", faulty)
+
+
+def divided_by_the_sites_own_size(patch: Patch) -> None:
+    """The optimiser of a round is told q times the number of units that the site has: a secret."""
+    honest = trainer.train_round
+
+    def faulty(adapter: Any, its: Any, units: Any, plan: Any, *rest: Any) -> Any:
+        privacy = plan.privacy.model_copy(update={"units_per_site": len(units)})
+        return honest(adapter, its, units, plan.model_copy(update={"privacy": privacy}), *rest)
+
+    patch.setattr(trainer, "train_round", faulty)
+
+
+def weighted_by_the_record_count(patch: Patch) -> None:
+    honest = trainer.train_round
+
+    def faulty(adapter: Any, its: Any, units: Any, plan: Any, *rest: Any) -> Any:
+        return honest(adapter, its, units, plan, *rest) * (len(units) / plan.privacy.units_per_site)
+
+    patch.setattr(trainer, "train_round", faulty)
+
+
+# ---- the optimiser and the model -------------------------------------------------------------------------------------
+
+
+def optimiser_outlives_the_round(patch: Patch) -> None:
+    honest, kept = trainer._optimizer, dict[int, Any]()
+    patch.setattr(trainer, "_optimizer", lambda adapter, plan: kept.setdefault(id(adapter), honest(adapter, plan)))
+
+
+def momentum_of_gradients_without_noise(patch: Patch) -> None:
+    honest = Engine.step
+
+    def faulty(self: Engine, optimizer: Any, units: Sequence[Unit], micro_batch: int) -> None:
+        bare = self.clipped_sum(units, optimizer.mechanism, micro_batch)
+        honest(self, optimizer, units, micro_batch)
+        for p, state in optimizer.original_optimizer.state.items():
+            if state.get("momentum_buffer") is not None:
+                state["momentum_buffer"].copy_(bare.to(p) / optimizer.expected_batch_size)
+
+    patch.setattr(Engine, "step", faulty)
+
+
+def adapter_detached_by_wrapping(subject: Subject) -> None:
+    """The optimiser's tensor is not the model's any more (meta-pytorch/opacus 820)."""
+    for p in subject.adapter.trainable.values():
+        p.data = p.data.clone()
+
+
+def one_layer_detached_by_wrapping(subject: Subject) -> None:
+    last = list(subject.adapter.trainable.values())[-1]
+    last.data = last.data.clone()
+
+
+def frozen_part_trained_without_noise(patch: Patch) -> None:
+    honest = Engine.step
+
+    def faulty(self: Engine, optimizer: Any, units: Sequence[Unit], micro_batch: int) -> None:
+        honest(self, optimizer, units, micro_batch)
+        with torch.no_grad():
+            for name, p in self._adapter.model.named_parameters():
+                if "lora_A" in name and not p.requires_grad:
+                    p.add_(1e-3)
+
+    patch.setattr(Engine, "step", faulty)
+
+
+# ---- accounting ------------------------------------------------------------------------------------------------------
+
+
+def rate_times_the_share_of_clients(patch: Patch) -> None:
+    def faulty(self: Mechanism, steps: int) -> AccountingEvent:
+        return AccountingEvent(self.sampling_rate * 0.5, self.noise_multiplier, steps)
+
+    patch.setattr(Mechanism, "event", faulty)
+
+
+def a_round_charged_as_one_step(patch: Patch) -> None:
+    def faulty(self: Mechanism, steps: int) -> AccountingEvent:
+        return AccountingEvent(self.sampling_rate, self.noise_multiplier, 1)
+
+    patch.setattr(Mechanism, "event", faulty)
+
+
+def noise_calibrated_for_one_round(subject: Subject) -> None:
+    plan = subject.plan
+    privacy = plan.privacy
+    noise = calibrate(privacy.epsilon, privacy.delta, privacy.sampling_rate, plan.training.local_steps)
+    subject.plan = plan.model_copy(update={"privacy": privacy.model_copy(update={"noise_multiplier": noise})})
+
+
+def new_accountant_every_round(patch: Patch) -> None:
+    honest = PrivacyLedger.events
+    patch.setattr(PrivacyLedger, "events", lambda self: honest(self)[-1:])
+
+
+def steps_lost_on_resume(patch: Patch) -> None:
+    create, honest = PrivacyLedger.__init__, PrivacyLedger.events
+
+    def faulty(self: PrivacyLedger, *arguments: Any) -> None:
+        create(self, *arguments)
+        patch.setattr(self, "_forgotten", len(honest(self)), raising=False)
+
+    patch.setattr(PrivacyLedger, "__init__", faulty)
+    patch.setattr(PrivacyLedger, "events", lambda self: honest(self)[self._forgotten :])
+
+
+def charged_only_after_training(patch: Patch) -> None:
+    reserve, release = PrivacyLedger.reserve, PrivacyLedger.release
+    wanted: dict[tuple[str, int], tuple[Any, ...]] = {}
+
+    def later(self: PrivacyLedger, run: str, round: int, *rest: Any) -> Reservation:
+        wanted[run, round] = rest
+        return Reservation(run, round, None)
+
+    def now(self: PrivacyLedger, reservation: Reservation, reply: bytes) -> None:
+        key = (reservation.run, reservation.round)
+        release(self, reserve(self, *key, *wanted.pop(key)), reply)
+
+    patch.setattr(PrivacyLedger, "reserve", later)
+    patch.setattr(PrivacyLedger, "release", now)
+
+
+def killed_rounds_given_back(patch: Patch) -> None:
+    create = PrivacyLedger.__init__
+
+    def faulty(self: PrivacyLedger, path: Any, *arguments: Any) -> None:
+        create(self, path, *arguments)
+        for charge in LedgerFile(path).charges():
+            if charge.state == "RESERVED":
+                self.abort(charge.run, charge.round)
+
+    patch.setattr(PrivacyLedger, "__init__", faulty)
+
+
+def released_reply_not_kept(patch: Patch) -> None:
+    patch.setattr(PrivacyLedger, "release", lambda self, reservation, reply: None)
+
+
+def every_second_release_free(patch: Patch) -> None:
+    """A round is charged under a key that two rounds share."""
+    honest = PrivacyLedger.charge
+    count = itertools.count()
+
+    def faulty(self: PrivacyLedger, db: Any, run: str, round: int, request: str, event: AccountingEvent) -> None:
+        paid = event if next(count) % 2 == 0 else replace(event, steps=0)
+        honest(self, db, run, round, request, paid)
+
+    patch.setattr(PrivacyLedger, "charge", faulty)
+
+
+def checkpoint_without_the_accountant(patch: Patch) -> None:
+    honest = server.checkpoint.asdict
+
+    def faulty(state: Any) -> dict[str, Any]:
+        kept: dict[str, Any] = honest(state)
+        for key in ("charged", "last_charged", "stated", "epsilon", "epsilon_rdp"):
+            kept.pop(key)
+        return kept
+
+    patch.setattr(server.checkpoint, "asdict", faulty)
+
+
+def one_person_under_two_spellings(patch: Patch) -> None:
+    patch.setattr(fedllm.training.data, "person", str)
+
+
+def cap_on_records_ignored(patch: Patch) -> None:
+    honest = fedllm.training.data.build_units
+
+    def faulty(table: Any, tokeniser: Any, unit: str | None, cap: int) -> Any:
+        return honest(table, tokeniser, unit, 10**6)
+
+    patch.setattr(fedllm.training.data, "build_units", faulty)
+
+
+SELF_CHECK = [
+    Fault("the mean of a batch is clipped", "sum-equals-the-slow-loop", clip_of_the_mean),
+    Fault("every tensor is clipped by itself", "clip-bounds-every-unit", clip_per_tensor),
+    Fault("adapter and head are clipped apart", "clip-bounds-every-unit", head_clipped_apart, classifies=True),
+    Fault("a person's records are clipped one by one", "clip-bounds-every-unit", clip_per_record),
+    Fault("automatic clipping forgets the clip norm", "sum-equals-the-slow-loop", automatic_clip_without_its_bound),
+    Fault("NaN goes through the clip", "unit-that-is-not-finite-counts-zero", nan_through_the_clip),
+    Fault("the last micro-batch counts twice", "micro-batch-changes-nothing", last_micro_batch_twice),
+    Fault("the loss is averaged over the batch", "micro-batch-changes-nothing", loss_averaged_over_the_batch),
+    Fault("no noise is added", "empty-batch-is-a-noisy-step", no_noise),
+    Fault("empty batches are skipped", "empty-batch-is-a-noisy-step", empty_batches_skipped),
+    Fault("noise is added once per micro-batch", "noise-has-the-charged-deviation", noise_once_per_micro_batch),
+    Fault("noise is scaled by the actual batch", "noise-has-the-charged-deviation", noise_scaled_by_the_actual_batch),
+    Fault("noise follows another clip norm", "noise-has-the-charged-deviation", noise_of_another_clip_norm),
+    Fault("noise is divided by the sites", "noise-has-the-charged-deviation", noise_divided_by_the_sites),
+    Fault("some tensors get no noise", "noise-has-the-charged-deviation", noise_on_one_tensor_alone),
+    Fault("noise comes from a seed", "noise-is-fresh", seeded_noise),
+    Fault("the generator is restored on resume", "noise-is-fresh", generator_restored_on_resume),
+    Fault("the low bits are not rounded", "release-lies-on-the-grid", low_bits_unrounded),
+    Fault("the sum is divided by the actual batch", "divisor-is-public", divided_by_the_actual_batch),
+    Fault("the sum is divided by the site's own size", "divisor-is-public", divided_by_the_sites_own_size),
+    Fault("batches are shuffled", "coins-are-poisson", shuffled_batches),
+    Fault("batches have a fixed size", "coins-are-poisson", batches_of_fixed_size),
+    Fault("micro-batches are filled up", "coins-are-poisson", micro_batches_filled_up),
+    Fault("one batch serves a whole round", "coins-are-poisson", one_batch_for_the_whole_round),
+    Fault("q is multiplied by the share of clients", "charge-is-the-mechanism", rate_times_the_share_of_clients),
+    Fault("a round is charged as one step", "charge-is-the-mechanism", a_round_charged_as_one_step),
+    Fault("noise is calibrated for one round", "charge-is-the-mechanism", spoil=noise_calibrated_for_one_round),
+    Fault("the update is weighted by the record count", "weights-change-as-the-optimiser-says",
+          weighted_by_the_record_count),
+    Fault("the optimiser outlives the round", "weights-change-as-the-optimiser-says", optimiser_outlives_the_round),
+    Fault("momentum carries gradients without noise", "weights-change-as-the-optimiser-says",
+          momentum_of_gradients_without_noise),
+    Fault("wrapping detaches the adapter", "weights-change-as-the-optimiser-says", spoil=adapter_detached_by_wrapping),
+    Fault("wrapping detaches one layer", "weights-change-as-the-optimiser-says", spoil=one_layer_detached_by_wrapping),
+    Fault("a frozen part is trained without noise", "weights-change-as-the-optimiser-says",
+          frozen_part_trained_without_noise),
+]  # fmt: skip
+
+TESTS_ONLY = [
+    Fault("every round has a new accountant", "budget-composes-over-rounds", new_accountant_every_round),
+    Fault("steps are lost on resume", "budget-composes-over-rounds", steps_lost_on_resume),
+    Fault("every second release is free", "budget-composes-over-rounds", every_second_release_free),
+    Fault("a round is charged after training", "charge-is-on-disk-before-records-are-used",
+          charged_only_after_training),
+    Fault("killed rounds are given back", "killed-round-stays-charged", killed_rounds_given_back),
+    Fault("a released reply is not kept", "one-charge-buys-one-release", released_reply_not_kept),
+    Fault("a checkpoint lacks the accountant", "checkpoint-keeps-what-was-charged", checkpoint_without_the_accountant),
+    Fault("one person is two units", "a-person-is-one-unit", one_person_under_two_spellings),
+    Fault("the cap on records is ignored", "a-person-is-one-unit", cap_on_records_ignored),
+]  # fmt: skip

@@ -1,0 +1,139 @@
+"""Invariants that cost too much, or touch too much, for the start of a training: they run in the tests alone.
+
+Each takes a fresh folder and the base model's, and returns what is wrong, or "".
+"""
+
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+import client.site
+from fedllm.messages import TrainReply
+from fedllm.plan import RunPlan, parse
+from fedllm.privacy.accounting import spent
+from fedllm.training import data
+from fedllm.training.data import Record, Tokeniser
+from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint
+from tests.client.test_site import Killed, Office, read
+
+
+def plan_of(base: Path, **changes: Any) -> RunPlan:
+    """Return a small plan; `changes` are privacy and training values."""
+    privacy = {
+        "mode": "local", "unit": "record", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 0.4, "sampling_rate": 0.2,
+        "units_per_site": 24, "noise_multiplier": 1.0,
+    }  # fmt: skip
+    training = {"rounds": 4, "local_steps": 2, "learning_rate": 0.1, "momentum": 0.9, "wire": "float32"}
+    model: dict[str, Any] = {"source": str(base), "max_length": 32}
+    if changes.pop("classifies", False):
+        model |= {"task": "classification", "labels": ["a", "b", "c"]}
+    for key, value in changes.items():
+        (privacy if key in privacy or key in ("clipping", "insecure_seed") else training)[key] = value
+    return parse(
+        RunPlan,
+        {
+            "run": "zoo", "seed": 3, "model": model, "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+            "privacy": privacy, "training": training,
+        },
+    )  # fmt: skip
+
+
+def office_of(folder: Path, base: Path) -> Office:
+    return Office(folder, plan_of(base), epsilon=100.0, self_check=False)
+
+
+def budget_composes_over_rounds(folder: Path, base: Path) -> str:
+    """After three rounds, with restarts in between, a site states what three rounds cost together."""
+    office = office_of(folder, base)
+    for number in (1, 2, 3):
+        office.restart()
+        reply = office.train(number)
+        if not isinstance(reply, TrainReply):
+            return f"round {number} was declined"
+        true = spent([office.plan.mechanism.event(2 * number)], 1e-3).epsilon
+        if reply.epsilon is None or abs(reply.epsilon - true) > 1e-9:
+            return f"after round {number} the site states epsilon {reply.epsilon}, expected {true:.4g}"
+    return ""
+
+
+def charge_is_on_disk_before_records_are_used(folder: Path, base: Path) -> str:
+    """When training begins, its charge can be read from the ledger by anybody who opens it."""
+    office, seen = office_of(folder, base), list[int]()
+    honest = client.site.train_round
+
+    def look(*arguments: Any) -> Any:
+        seen.append(len(office.events()))
+        return honest(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client.site, "train_round", look)
+        office.train(1)
+    return "" if seen == [1] else f"{seen} charges on disk when training began, expected [1]"
+
+
+def killed_round_stays_charged(folder: Path, base: Path) -> str:
+    """A round whose process was killed may have been sent: it counts as spent, whatever happens next."""
+    office = office_of(folder, base)
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client.site, "train_round", kill)
+        with pytest.raises(Killed):
+            office.train(1)
+    office.restart()
+    reply = office.train(2)
+    if not isinstance(reply, TrainReply):
+        return "the round after the killed one was declined"
+    true = spent([office.plan.mechanism.event(4)], 1e-3).epsilon
+    stated = reply.epsilon or 0.0
+    return "" if stated >= true - 1e-9 else f"two charged rounds cost {stated:.4g}, expected {true:.4g}"
+
+
+def one_charge_buys_one_release(folder: Path, base: Path) -> str:
+    """Who asks twice gets the same bytes: two noisy answers at one price would be averaged."""
+    office = office_of(folder, base)
+    request = office.request()
+    first = office.site.handle(request)
+    second = office.restart().handle(request)
+    if not isinstance(read(first), TrainReply):
+        return "the round was declined"
+    return "" if first == second else "one request was answered twice, with two noises, for one charge"
+
+
+def checkpoint_keeps_what_was_charged(folder: Path, base: Path) -> str:
+    """What head office knows of a site's spending survives the end of its process."""
+    state = {"seoul": SiteState(rounds=2, charged=3, last_charged=3, stated=1.5, epsilon=2.0, epsilon_rdp=2.5)}
+    path = folder / "checkpoint.safetensors"
+    save_checkpoint(path, Checkpoint(3, "plan", np.zeros(4, np.float32), {}, state))
+    found = load_checkpoint(path).sites
+    return "" if found == state else f"the checkpoint holds {found}"
+
+
+def a_person_is_one_unit(folder: Path, base: Path) -> str:
+    """All records of a person form one unit, however the name is spelt, and no more than the cap are used."""
+    name = "김하나"
+    people = [name, f" {name} ", unicodedata.normalize("NFD", name), name, "이둘"]
+
+    def tokenise(row: Any, number: int) -> Record:
+        return Record(np.asarray([number]), np.asarray([number]))
+
+    tokeniser: Tokeniser = tokenise  # type: ignore[assignment]
+    table = Dataset.from_dict({"person": people})
+    sizes = sorted(len(unit) for unit in data.build_units(table, tokeniser, "person", 3))
+    return "" if sizes == [1, 3] else f"units of {sizes} records, expected [1, 3]"
+
+
+INVARIANTS: dict[str, Callable[[Path, Path], str]] = {
+    invariant.__name__.replace("_", "-"): invariant
+    for invariant in (
+        budget_composes_over_rounds, charge_is_on_disk_before_records_are_used, killed_round_stays_charged,
+        one_charge_buys_one_release, checkpoint_keeps_what_was_charged, a_person_is_one_unit,
+    )
+}  # fmt: skip
