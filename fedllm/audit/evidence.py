@@ -8,6 +8,7 @@ ledgers/SITE.jsonl    a site's ledger, by `fedllm ledger export`
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,6 +50,7 @@ HEAD_OFFICE = "head-office"  # its name in a file of trusted keys
 
 _TOLERANCE_PLD = 1e-3  # between two computations of the same PLD, on whatever machines
 _TOLERANCE_RDP = 5e-3  # relative
+_SAME = 1e-9  # relative, between two computations of a square root
 _TOLERANCE_PRV = 0.01  # between PLD and PRV, two numerical methods
 _SHOWN = 12  # pieces of evidence of one finding
 _POINTS = 24  # of a site's timeline
@@ -132,6 +134,8 @@ class _RoundBody(_Body):
     failed: dict[str, str]
     adapter_before: str
     adapter_after: str
+    lost: str = ""
+    noise_multiplier: float | None = None
 
 
 class _MarkBody(_Body):  # resumed, end
@@ -315,7 +319,11 @@ def _read_record(path: Path, checks: _Checks) -> _Record:
             checks.note("rounds", right, f"{where}: {done} → {step.round}, {step.adapter_before[:16]}…")
             if step.counts and len(step.answered) < plan.quorum:  # as the sites were promised
                 checks.note("rounds", False, f"{where}: {len(step.answered)} < {plan.quorum}")
-            if step.counts:
+            if step.counts and plan.shared is not None:
+                noise = plan.shared.noise_multiplier(max(0, len(step.answered) - plan.privacy.colluding_sites))
+                right = step.noise_multiplier is not None and abs(step.noise_multiplier - noise) < _SAME * noise
+                checks.note("rounds", right, f"{where}: {_text(step.noise_multiplier)} = {noise:.4g}")
+            if step.counts or (step.lost and plan.shared is not None):
                 record.rounds.append(step)
                 done = step.round
                 adapter[done] = step.adapter_after
@@ -418,6 +426,8 @@ def assess(folder: Path, trust: Trust | None = None, made: str = "", signer: str
     checks.note("protected", privacy.protects, f"{PLAN}: mode={privacy.mode}, insecure_seed={privacy.insecure_seed}")
     checks.note("site_software", "unverified", f"{PLAN}: sampling_rate={privacy.sampling_rate:g}")
     checks.note("unit", "unverified", f"{PLAN}: unit={privacy.unit}")
+    alone = privacy.mode != "distributed"
+    checks.note("peers", "holds" if alone else "unverified", f"{PLAN}: mode={privacy.mode}, sites={plan.sites}")
     checks.note("one_site_a_person", "unverified", f"{RECORD}: {len(sites)}")
     checks.note("empirical", "unverified", "-")
     findings = checks.findings()
@@ -434,7 +444,7 @@ def assess(folder: Path, trust: Trust | None = None, made: str = "", signer: str
             began=_time(record.entries[0].at),
             ended=_time(record.entries[-1].at) if end else None,
             stopped=end.stopped if end else "",
-            rounds=len(record.rounds),
+            rounds=sum(step.counts for step in record.rounds),
             rounds_planned=plan.training.rounds,
             entries=len(record.entries),
             head=record.entries[-1].digest,
@@ -450,6 +460,9 @@ def assess(folder: Path, trust: Trust | None = None, made: str = "", signer: str
             clipping=privacy.clipping,
             clip_norm=privacy.clip_norm,
             noise_multiplier=plan.mechanism.noise_multiplier,
+            sites=plan.sites,
+            quorum=plan.quorum,
+            colluding_sites=privacy.colluding_sites,
             local_steps=plan.training.local_steps,
             units_per_site=privacy.units_per_site or 0,
             seeded=privacy.insecure_seed is not None,
@@ -790,10 +803,40 @@ def _accountants(
             rdp=_finite(cost.epsilon_rdp),
             prv=third,
             planned=_finite(_spent([plan.mechanism.event(plan.steps)], delta).epsilon),
-            several_sites=tuple((k, _finite(_spent(events * k, delta).epsilon)) for k in several),
+            several_sites=tuple((k, _finite(_spent(_of_sites(events, k, plan), delta).epsilon)) for k in several),
+            coalitions=tuple((k, _finite(_spent(_weaker(events, plan, k), delta).epsilon)) for k in _coalitions(plan)),
+            share_alone=_finite(_spent(_weaker(events, plan, plan.quorum - 1), delta).epsilon)
+            if plan.shared is not None
+            else None,
         ),
         events,
     )
+
+
+def _of_sites(events: Sequence[AccountingEvent], k: int, plan: RunPlan) -> list[AccountingEvent]:
+    """Return what a person pays whose records are at k sites.
+
+    With noise of each site's own, k times the events. With one noise for all, a person moves the sum by k clip norms,
+    unless no site drew them: as if drawn with probability 1 - (1 - q)^k, and the noise k times smaller. A mixture of
+    shifts is no further from no shift than its longest (joint convexity of the hockey-stick divergence).
+    """
+    if plan.shared is None:
+        return list(events) * k
+    return [AccountingEvent(1 - (1 - e.sampling_rate) ** k, e.noise_multiplier / k, e.steps) for e in events]
+
+
+def _coalitions(plan: RunPlan) -> list[int]:
+    """Return the sizes of coalitions larger than named for which the masks still hold: 2 t > n + k."""
+    if plan.shared is None:
+        return []
+    most = min(plan.quorum - 2, 2 * plan.quorum - plan.sites - 1)
+    return list(range(plan.privacy.colluding_sites + 1, most + 1))[:4]
+
+
+def _weaker(events: Sequence[AccountingEvent], plan: RunPlan, colluding: int) -> list[AccountingEvent]:
+    """Return the events as head office and so many sites see them, who know their own shares of the noise."""
+    left = math.sqrt((plan.quorum - colluding) / (plan.quorum - plan.privacy.colluding_sites))
+    return [AccountingEvent(e.sampling_rate, e.noise_multiplier * left, e.steps) for e in events]
 
 
 def _points(ledger: _Ledger, plan: RunPlan) -> list[Point]:

@@ -26,6 +26,7 @@ Code = Literal[
     "keys",  # the keys were compared with ones that the reader holds
     "site_software",  # sites really draw their coins and noise as the plan says
     "unit",  # records are grouped by privacy unit as the plan says
+    "peers",  # sites aggregate with sites whose keys they have compared themselves
     "one_site_a_person",  # nobody's records are at several sites
     "empirical",  # an attack was tried
 ]
@@ -72,7 +73,10 @@ class Claim(Frozen):
     sampling_rate: float
     clipping: Literal["flat", "automatic"]
     clip_norm: float
-    noise_multiplier: float
+    noise_multiplier: float  # mode distributed: of a sum of the fewest sites, without the shares of those that collude
+    sites: int  # that may take part
+    quorum: int  # fewest in a sum that can be read
+    colluding_sites: int  # mode distributed: so many may tell head office their share of the noise
     local_steps: int
     units_per_site: int  # nominal, public
     seeded: bool
@@ -125,6 +129,8 @@ class Accountants(Frozen):
     prv: float | None  # Opacus; None where it was not at hand
     planned: float | None  # PLD of the whole plan
     several_sites: tuple[tuple[int, float | None], ...]  # a person in k sites: (k, PLD)
+    coalitions: tuple[tuple[int, float | None], ...]  # mode distributed: head office with k sites, more than named: PLD
+    share_alone: float | None  # mode distributed: PLD of one site's share, all there is where the masks are broken
 
 
 class Risk(Frozen):

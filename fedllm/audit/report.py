@@ -83,7 +83,8 @@ def render_html(audit: Audit, language: Language) -> str:
         a=audit, t=say, words=_words(), language=language, renderer=renderer(), bars=_bars(audit), why=_why(audit, say),
         attention=_attention(audit), attention_limit=_ATTENTION, right=_cases(50 + 50 * audit.risk.advantage),
         tpr=_cases(100 * audit.risk.tpr_at_1_percent), unit=say(f"unit.{audit.claim.unit}"), protects=_protects(audit),
-        several=_several(audit, say), crosswalk=_CROSSWALK, glossary=_GLOSSARY, plots=_plots(audit, say),
+        several=_several(audit, say), coalition=_coalition(audit, say), crosswalk=_CROSSWALK, glossary=_GLOSSARY,
+        plots=_plots(audit, say),
         change=_change(audit),
     )  # fmt: skip
     return page.replace("/*FONT*/", _font_face(page))
@@ -184,6 +185,14 @@ def _bars(audit: Audit) -> dict[str, Any]:
 
 def _several(audit: Audit, say: partial[str]) -> str:
     return "; ".join(say("claim.k.figure", k=k, epsilon=number(e)) for k, e in audit.accountants.several_sites)
+
+
+def _coalition(audit: Audit, say: partial[str]) -> str:
+    """Say what head office can bound with the help of more sites than the plan names."""
+    accountants = audit.accountants
+    figures = "; ".join(say("claim.coalition.figure", k=k, epsilon=number(e)) for k, e in accountants.coalitions)
+    key = "claim.coalition.text" if figures else "claim.coalition.none"
+    return say(key, figures=figures, alone=number(accountants.share_alone))
 
 
 def _measure(audit: Audit) -> Literal["accuracy", "loss"]:
