@@ -1,0 +1,303 @@
+"""Noise in shares: the federation trains as one pooled trainer would, and head office reads nothing but sums."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from client.site import Site
+from fedllm.audit.bundle import verify
+from fedllm.audit.evidence import Trust
+from fedllm.audit.summary import RunSummary
+from fedllm.errors import ConfigError
+from fedllm.messages import Masked, Secure, TrainReply, TrainRequest, UnmaskRequest, from_bytes, unpack
+from fedllm.plan import RunPlan, SimulationConfig
+from fedllm.privacy.ledger import LedgerFile
+from fedllm.privacy.randomness import SeededRandomness
+from fedllm.privacy.shared import rounded_normals
+from fedllm.training.server_optimizer import ServerOptimizer
+from fedllm.training.workspace import open_workspace
+from server.checkpoint import load_checkpoint
+from server.record import RECORD_FILE
+from server.rounds import Event
+from simulations.simulate import KEYS, simulate
+from simulations.sites import simulated_data
+from tests.simulations.conftest import Configure
+
+BRANCHES = ("busan", "daegu", "jeju", "강남")
+SHARED: dict[str, Any] = {
+    "privacy": {"mode": "distributed", "noise_multiplier": None},
+    "training": {"rounds": 2, "local_steps": 1, "wire": "float16"},
+    "federation": {"quorum": None, "round_timeout": 60.0},
+}
+Handle = Callable[..., bytes]
+
+
+def changed(**changes: dict[str, Any]) -> dict[str, Any]:
+    return {key: {**SHARED.get(key, {}), **changes.get(key, {})} for key in {*SHARED, *changes}}
+
+
+def run(config: SimulationConfig, observe: Callable[[Event], None] = lambda _: None) -> RunSummary:
+    return simulate(config, lambda *_: None, observe)
+
+
+def rounds_of(folder: Path) -> list[dict[str, Any]]:
+    """The bodies of a record's rounds."""
+    import base64
+
+    lines = (folder / RECORD_FILE).read_text("utf-8").splitlines()
+    entries = [json.loads(base64.b64decode(json.loads(line)["payload"])) for line in lines]
+    return [entry["body"] for entry in entries if entry["kind"] == "round"]
+
+
+def adapter_of(folder: Path) -> NDArray[np.float32]:
+    return load_checkpoint(folder / "checkpoint.safetensors").adapter
+
+
+def pooled(config: SimulationConfig, plan: RunPlan) -> tuple[NDArray[np.float32], float]:
+    """One trainer who holds all records, with the sites' own coins and noise: DP-SGD in float64, nothing rounded.
+
+    Returns the adapter and the largest that rounding to quanta may have moved a coordinate of one step's gradient.
+    """
+    workspace = open_workspace(plan.model, plan.adapter, plan.seed, "cpu")
+    engine, adapter, shared, data = workspace.engine, workspace.adapter, plan.shared, simulated_data(config)
+    assert shared is not None
+    optimizer = ServerOptimizer(plan.training.server, adapter.initial)
+    worst = 0.0
+    for number in range(1, plan.training.rounds + 1):
+        total = np.zeros(adapter.spec.dimension)
+        drawn_units = 0
+        for name in data.names:
+            units = data.records(name).units(plan, workspace)
+            source = SeededRandomness(plan.privacy.insecure_seed or 0, name, number)
+            drawn = shared.mechanism.sample(len(units), source)
+            adapter.load(optimizer.value)
+            total += engine.clipped_sum([units[i] for i in drawn], shared.mechanism, 8).numpy()
+            total += rounded_normals(source, total.size, shared.share_std) * shared.quantum
+            drawn_units += len(drawn)
+        lost = np.sqrt(total.size) / 2 / shared.scale * plan.privacy.clip_norm
+        worst = max(worst, drawn_units * (shared.quantum / 2 + lost) / (len(data.names) * plan.expected_units))
+        gradient = total / (len(data.names) * plan.expected_units)
+        optimizer.step(-(plan.training.learning_rate * gradient).astype(np.float32), (number - 1) / plan.training.rounds)
+    return optimizer.value, worst
+
+
+@pytest.mark.parametrize("sites", [2, 8, pytest.param(32, marks=pytest.mark.slow)])
+def test_the_federation_trains_as_one_pooled_trainer_would(tmp_path: Path, configure: Configure, sites: int) -> None:
+    """With the same coins and noise: the same adapter, up to the stated rounding of gradients to quanta."""
+    config = configure(tmp_path, **changed(
+        privacy={"insecure_seed": 11, "noise_multiplier": 0.6, "colluding_sites": 0 if sites == 2 else 1,
+                 "sampling_rate": 0.6, "unit": "record", "units_per_site": max(2, 80 // sites)},
+        federation={"partition": {"by": "iid", "sites": sites, "column": None}},
+        site={"min_units": 1}, data={"samples": 0},
+    ))  # fmt: skip
+    done = run(config)
+    assert not done.stopped
+    expected, worst = pooled(config, done.plan)
+    start = open_workspace(done.plan.model, done.plan.adapter, done.plan.seed, "cpu").adapter.initial
+    found = adapter_of(done.folder)
+    assert np.abs(expected - start).max() > 0.01, "there was something to learn"
+    # every round's error, and what a gradient at a slightly other adapter adds to it
+    bound = 4 * done.plan.training.rounds * done.plan.training.learning_rate * worst + 1e-6
+    assert np.abs(found - expected).max() <= bound
+    assert bound < 1e-3 * np.abs(expected - start).max()
+
+
+def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure) -> None:
+    done = run(configure(tmp_path, audit=True, **SHARED))
+    assert done.plan.quorum == 3, "two thirds of four sites"
+    audit, _ = verify(done.folder / "audit", Trust.read(done.folder / KEYS))
+    assert (audit.verdict, audit.claim.mode, audit.claim.quorum) == ("within", "distributed", 3)
+    assert audit.accountants.share_alone is not None
+    assert audit.accountants.pld is not None
+    assert audit.accountants.share_alone > audit.accountants.pld
+    (two, epsilon_of_two), *_ = audit.accountants.several_sites
+    assert two == 2
+    assert epsilon_of_two is not None
+    assert epsilon_of_two > 1.9 * audit.accountants.pld, "a person at two sites moves the one sum twice as far"
+    for body in rounds_of(done.folder):
+        assert body["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier * np.sqrt(3 / 2))
+    for language, word in (("", "masks its sum"), (".ko", "가립니다")):
+        assert word in (done.folder / "audit" / f"audit{language}.html").read_text("utf-8")
+
+
+def replies_of(monkeypatch: pytest.MonkeyPatch, fail: Callable[[str, object], bool]) -> list[tuple[str, TrainReply]]:
+    """Let sites vanish where `fail` says so of a site and its request; return the replies that head office gets."""
+    honest = Site.handle
+    replies: list[tuple[str, TrainReply]] = []
+
+    def handle(self: Site, request: bytes, *rest: Any) -> bytes:
+        try:
+            message: Any = from_bytes(request, TrainRequest, Secure)
+        except Exception:
+            message = None
+        if isinstance(message, Secure):
+            try:
+                message = from_bytes(message.payload, UnmaskRequest, UnmaskRequest)
+            except Exception:
+                message = None
+        if fail(self.name, message):
+            raise RuntimeError("vanished")
+        answer = honest(self, request, *rest)
+        if isinstance(message, TrainRequest):
+            reply = from_bytes(answer, TrainReply, TrainReply)
+            replies.append((self.name, reply))
+        return answer
+
+    monkeypatch.setattr(Site, "handle", handle)
+    return replies
+
+
+@pytest.mark.parametrize("kind", [TrainRequest, UnmaskRequest])
+def test_sites_may_vanish_down_to_the_quorum(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    replies_of(monkeypatch, lambda name, message: name == "jeju" and isinstance(message, kind))
+    done = run(configure(tmp_path, audit=True, **SHARED))
+    assert not done.stopped
+    bodies = rounds_of(done.folder)
+    for body in bodies:
+        assert body["counts"]
+        assert ("jeju" in body["answered"]) == (kind is UnmaskRequest)
+    survivors = 3 if kind is TrainRequest else 4
+    factor = np.sqrt((survivors - 1) / 2)  # one may collude; shares are sized for two honest ones
+    assert bodies[0]["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier * factor)
+    assert verify(done.folder / "audit", Trust.read(done.folder / KEYS))[0].verdict == "within"
+
+
+def test_below_the_quorum_the_sum_stays_closed_and_the_spend_stands(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, message: object) -> bool:
+        return isinstance(message, UnmaskRequest) and message.round == 1 and name in ("jeju", "busan")
+
+    replies_of(monkeypatch, fail)
+    done = run(configure(tmp_path, audit=True, **SHARED))
+    assert not done.stopped
+    first, second = rounds_of(done.folder)
+    assert not first["counts"]
+    assert "unmask" in first["lost"]
+    assert first["adapter_after"] == first["adapter_before"]
+    assert second["counts"]
+    for name in BRANCHES:
+        charges = LedgerFile(done.folder / "sites" / name / "ledger.db").charges()
+        assert len(charges) == 2, "the lost round was paid for"
+    assert verify(done.folder / "audit", Trust.read(done.folder / KEYS))[0].verdict == "within"
+
+
+def test_a_run_ends_before_all_is_spent_for_nothing(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies_of(monkeypatch, lambda name, message: isinstance(message, UnmaskRequest) and name in ("jeju", "busan"))
+    done = run(configure(tmp_path, **changed(training={"rounds": 6})))
+    assert "3 rounds in a row were lost" in done.stopped
+    assert [body["counts"] for body in rounds_of(done.folder)] == [False] * 3
+
+
+def test_a_site_that_was_started_again_joins_anew(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[int] = []
+
+    def forget(name: str, message: object) -> bool:
+        return False
+
+    replies_of(monkeypatch, forget)
+    honest = Site.handle
+
+    def handle(self: Site, request: bytes, *rest: Any) -> bytes:
+        if self.name == "daegu" and not forgotten:
+            try:
+                message = from_bytes(request, TrainRequest, TrainRequest)
+            except Exception:
+                message = None
+            if message is not None and message.round == 2:
+                forgotten.append(2)
+                assert self._masks is not None
+                self._masks._member = None  # as a new process would have none
+        return honest(self, request, *rest)
+
+    monkeypatch.setattr(Site, "handle", handle)
+    done = run(configure(tmp_path, **changed(training={"rounds": 4})))
+    bodies = rounds_of(done.folder)
+    assert ["daegu" in body["answered"] for body in bodies] == [True, False, True, True]
+    assert bodies[1]["declined"] == {"daegu": "masks"}
+    ledger = LedgerFile(done.folder / "sites" / "daegu" / "ledger.db").charges()
+    assert len(ledger) == 3, "it paid nothing for the round that it could not mask"
+
+
+def test_a_resumed_run_gives_the_interrupted_round_up(tmp_path: Path, configure: Configure) -> None:
+    class StopHereError(Exception):
+        pass
+
+    def stop(event: Event) -> None:
+        if type(event).__name__ == "SiteAnswered" and event.round == 2:
+            raise StopHereError
+
+    changes = changed(training={"rounds": 4})
+    with pytest.raises(StopHereError):
+        run(configure(tmp_path, **changes), stop)
+    done = run(configure(tmp_path, resume=True, audit=True, **changes))
+    assert not done.stopped
+    bodies = rounds_of(done.folder)
+    assert [(body["round"], body["counts"]) for body in bodies] == [(1, True), (2, False), (3, True), (4, True)]
+    assert "started again" in bodies[1]["lost"]
+    epsilons = {name: state["epsilon"] for name, state in done.sites.items()}
+    assert all(epsilon <= done.plan.privacy.epsilon for epsilon in epsilons.values())
+    assert verify(done.folder / "audit", Trust.read(done.folder / KEYS))[0].verdict == "within"
+
+
+def test_what_a_site_uploads_is_not_its_sum(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site's masked upload has nothing of the small numbers beneath: its high bits are as likely 0 as 1."""
+    replies = replies_of(monkeypatch, lambda *_: False)
+    done = run(configure(tmp_path, **SHARED))
+    shared = done.plan.shared
+    assert shared is not None
+    assert len(replies) == 2 * len(BRANCHES)
+    for _, reply in replies:
+        masked = from_bytes(unpack(reply.payload, 2)[0], Masked, Masked)
+        vector = np.frombuffer(masked.payload, "<u4")
+        ones = np.unpackbits(vector.view(np.uint8)).sum()
+        n = 32 * vector.size
+        assert abs(ones - n / 2) < 6.2 * np.sqrt(n) / 2, "false alarm below 1e-9"
+        beneath = 19 * shared.share_std + shared.scale * 20
+        assert np.abs(vector.view(np.int32)).max() > 10 * beneath or beneath > 2**27
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training": {"local_steps": 2}}, "local_steps=1"),
+        ({"training": {"optimizer": "adam"}}, "optimizer=sgd"),
+        ({"training": {"momentum": 0.5}}, "momentum=0"),
+        ({"federation": {"quorum": 2}}, "needs a quorum of 3 to 4"),
+        ({"privacy": {"colluding_sites": 3}}, "too few"),
+        ({"federation": {"weights": {"jeju": 2.0}}}, "all weigh 1"),
+        ({"federation": {"backend": "ray"}}, "Ray moves sites"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    tmp_path: Path, configure: Configure, changes: dict[str, dict[str, Any]], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(configure(tmp_path, **changed(**changes)))
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_a_site_that_knows_no_other_site_declines(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Site.__init__
+
+    def alone(self: Site, *arguments: Any, **named: Any) -> None:
+        honest(self, *arguments, **{**named, "peers": None})
+
+    monkeypatch.setattr(Site, "__init__", alone)
+    done = run(configure(tmp_path, **SHARED))
+    assert "declined (policy)" in done.stopped
