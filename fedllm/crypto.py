@@ -208,8 +208,11 @@ class AgreementKey:
 
     @classmethod
     def from_scalar(cls, scalar: int) -> "AgreementKey":
-        """Return the key of a scalar; raises CryptoError where there is none."""
-        if not 0 <= scalar < 2**255:
+        """Return the key whose `scalar` this is; raises CryptoError where there is none.
+
+        Numbers that differ in the bits which RFC 7748 fixes would give the same key: only one of them is taken.
+        """
+        if not 2**254 <= scalar < 2**255 or scalar % 8:
             raise CryptoError("this number is no private X25519 key")
         return cls(scalar.to_bytes(_KEY, "little"))
 

@@ -31,8 +31,7 @@ secrets of a peer only if two groups of honest sites answered different lists: 2
 with dropouts shown to some and one without to others, different participants shown to different sites (pairwise masks
 then do not cancel, or only within one group of at least t - c honest sites), and different lists of joins (nothing of
 one opens anything of the other: the digest is part of every key and signature). The signatures on a list with dropouts
-are for the sites: t of them prove that nobody else can have enough for another list before the first mask key is given
-away.
+are for the sites: t of them prove that no other list can have enough, before the first mask key is given away.
 
 **Why state in memory.** Whatever a site holds for a round dies with its process: a restart is a dropout. It cannot be
 made to answer twice, for nothing is left to answer with; its new share key is not in the old list of joins. From the
@@ -701,7 +700,14 @@ def _seed_check(circle: Circle, number: int, dealing: Dealing) -> Callable[[int]
 
 def _scalar_check(dealing: Dealing) -> Callable[[int], bool]:
     expected = bytes.fromhex(dealing.key)
-    return lambda scalar: scalar < 2**255 and AgreementKey.from_scalar(scalar).public == expected
+
+    def fits(scalar: int) -> bool:
+        try:
+            return AgreementKey.from_scalar(scalar).public == expected
+        except CryptoError:
+            return False
+
+    return fits
 
 
 def _recover(

@@ -217,6 +217,21 @@ def test_one_wrong_share_is_found_and_the_sum_is_still_right(holder: int, dealer
     assert bool(unmasked.doubtful) == (sites[holder] in needed)
 
 
+def test_a_wrong_share_that_changes_only_bits_without_meaning_is_found_too() -> None:
+    """Holders 2 to 5 weigh 10, -20, 15 and -4: a share wrong by one moves the scalar by four, which X25519 ignores."""
+    federation = Federation(7, 4)
+    vectors = random_vectors(federation.members, 8)
+    del vectors["지점-001"]
+    dealt = federation.share(1)
+    uploads = federation.mask(1, dealt, vectors)
+    claim = federation.claim(1, dealt, uploads)
+    reveals = federation.reveals(claim, list(uploads), list(uploads))
+    reveals = [spoil(r, 0) if r.site == "지점-005" else r for r in reveals]
+    unmasked = secagg.unmask(federation.circle, dealt, claim, uploads, reveals, 8)
+    assert unmasked.doubtful == (("지점-005", "지점-001"),)
+    assert unmasked.total_d.tolist() == total(vectors).tolist()
+
+
 def test_where_no_share_is_to_spare_the_round_ends_and_names_all_who_may_be_at_fault() -> None:
     federation = Federation(4, 3)
     vectors = random_vectors(federation.members, 8)

@@ -111,6 +111,28 @@ def test_one_key_for_two_sites(five: Federation) -> None:
         with_joins(five, replace(five.circle.joins, copied))
 
 
+def test_one_mask_key_for_two_sites(five: Federation) -> None:
+    """A colluding site announces the mask key of another one as its own."""
+    key, commitment = bytes.fromhex(five.share(1)[B].dealing.key), b"\xcd" * 32
+    document = secagg._dealing_document(five.circle, 1, C, key, commitment)
+    copied = Dealing(
+        site=C, key=key.hex(), commitment=commitment.hex(), signature=five.identities[C].sign(document).hex()
+    )
+    with pytest.raises(MessageError, match="or a site or key twice"):
+        five.members[A].mask(dealing_request(five, copied), np.zeros(4, np.uint32))
+
+
+def test_sites_with_different_rosters_do_not_aggregate_together(five: Federation) -> None:
+    """Two rosters give one name two identities, which sign the same share key."""
+    key, digests = bytes.fromhex(five.circle.joins[4].key), []
+    for identity in (five.identities[E], identity_of("outsider")):
+        terms = secagg.Terms(PLAN, SESSION, 3, 0, {**five.terms.roster, E: identity.public})
+        signature = identity.sign(secagg._join_document(terms, E, key)).hex()
+        joins = (*five.circle.joins[:4], SignedKey(site=E, key=key.hex(), signature=signature))
+        digests.append(secagg.make_circle(terms, joins).digest)
+    assert digests[0] == five.circle.digest != digests[1]
+
+
 def test_a_mask_key_that_protects_nothing(five: Federation) -> None:
     """A colluding site announces the point of order one; every site would share the mask zero with it."""
     document = secagg._dealing_document(five.circle, 1, B, bytes(32), b"\xcd" * 32)

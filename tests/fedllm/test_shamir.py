@@ -4,11 +4,12 @@ import itertools
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm import shamir
 from fedllm.crypto import AgreementKey
+from fedllm.errors import CryptoError
 from tests.fedllm.secagg_federation import seeded
 
 secrets = st.integers(0, shamir.PRIME - 1)
@@ -46,6 +47,7 @@ def test_any_threshold_of_shares_gives_the_secret(secret: int, threshold: int, d
     assert naive(dict(zip(chosen, values, strict=True)), 0) == secret
 
 
+@settings(max_examples=25)
 @given(secrets, secrets)
 def test_fewer_shares_fit_every_secret_equally_well(secret: int, other: int) -> None:
     shares = shamir.split(secret, 3, 4)
@@ -66,6 +68,10 @@ def test_every_mask_key_can_be_shared() -> None:
         key = AgreementKey(private)
         assert 2**254 <= key.scalar < 2**255 < shamir.PRIME
         assert AgreementKey.from_scalar(key.scalar).public == key.public
+        assert AgreementKey.from_scalar(key.scalar).scalar == key.scalar
+        for other in (key.scalar + 4, key.scalar + 2**255, key.scalar - 2**254, shamir.PRIME - 1):
+            with pytest.raises(CryptoError, match="no private X25519 key"):
+                AgreementKey.from_scalar(other)
 
 
 def test_coefficients_come_from_the_one_source_of_secrets() -> None:
