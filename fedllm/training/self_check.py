@@ -472,12 +472,12 @@ def _with(plan: RunPlan, **training: Any) -> RunPlan:
 def _replayed(s: Subject, plan: RunPlan, source: Randomness) -> NDArray[np.float64]:
     """Return the weights float64[d] after the steps of a round whose coins and noise `source` gives again."""
     right = nn.Parameter(torch.from_numpy(s.start.copy()).to(s.adapter.device))
-    optimizer = _plain_optimizer(plan, right)
+    optimizer, mechanism = _plain_optimizer(plan, right), s.mechanism
     for _ in range(plan.training.local_steps):
-        drawn = [s.units[i] for i in s.mechanism.sample(len(s.units), source)]
+        drawn = [s.units[i] for i in mechanism.sample(len(s.units), source)]
         s.adapter.load(right.detach().cpu().numpy())
-        clipped = s.engine.clipped_sum(drawn, s.mechanism, s.micro_batch)
-        released = s.mechanism.release(clipped.cpu().numpy(), source)
+        clipped = s.engine.clipped_sum(drawn, mechanism, s.micro_batch)
+        released = mechanism.release(clipped.cpu().numpy(), source)
         right.grad = torch.from_numpy(released).to(right) / plan.expected_units
         optimizer.step()
     return right.detach().cpu().double().numpy()
