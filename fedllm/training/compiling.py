@@ -80,7 +80,7 @@ class Blocks:
         trials = [_trial(base.device, padded, classifies, grouped) for padded in (True, False)]
         expected = [gradients(batch) for batch in trials]
         try:
-            _use_private_cache()
+            use_private_cache()
             self._compiled = [
                 torch.compile(block.forward, dynamic=True, fullgraph=True, options={"compile_threads": 1})
                 for block in self._blocks
@@ -188,7 +188,7 @@ def _compiler_settings() -> Iterator[None]:
         yield
 
 
-def _use_private_cache() -> None:
+def use_private_cache() -> None:
     """Keep compiled code where nobody else can write: torch's own choice is a folder under /tmp with a known name.
 
     Raises ModelError where the environment names a folder that others can write to.

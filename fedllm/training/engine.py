@@ -7,6 +7,7 @@ Noise and optimiser come after, and not necessarily here.
 """
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -159,6 +160,8 @@ class Engine:
         self._blocks = Blocks(model)
         self._persons = False  # units may have several records
         self._compile = "off"  # or auto, which goes on without where it fails, or on
+        # For a simulation's screen alone. Both are private: how many tokens were sampled tells of the records.
+        self.tokens, self.seconds = 0, 0.0
         self._check_separation()
 
     def _check_separation(self) -> None:
@@ -234,10 +237,24 @@ class Engine:
         `micro_batch` bounds the records of one forward pass and does not change the result: whole units are clipped
         and added pass by pass, in constant memory.
         """
+        began = time.perf_counter()
         total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
         for batch in batches(units, micro_batch, self._adapter.tokenizer.pad_token_id, self._adapter.device):
             total += clip_and_sum(self.unit_gradients(batch, mechanism.private), mechanism)
+            self.tokens += int(batch.attention_mask.sum())
+        self.seconds += time.perf_counter() - began
         return total
+
+    def clipped_share(self, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int) -> float | None:
+        """Return how many of PUBLIC units have a gradient longer than clip_norm, 0 to 1; None where nothing is clipped.
+
+        Never of a site's records: of them even a share would have to be accounted for.
+        """
+        if not mechanism.private or not units:
+            return None
+        pad, device = self._adapter.tokenizer.pad_token_id, self._adapter.device
+        norms = [self.unit_gradients(batch).norm(dim=1) for batch in batches(units, micro_batch, pad, device)]
+        return float((torch.cat(norms) > mechanism.clip_norm).float().mean())
 
     def unit_gradients(self, batch: Batch, private: bool = True) -> Tensor:
         """Return the gradient of each unit's own loss, float32[units, d], in the order of the flat vector.

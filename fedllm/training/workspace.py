@@ -50,3 +50,9 @@ def open_for_training(plan: RunPlan, model: ModelConfig, device: str, checkpoint
     with workspace.adapter.lock:
         workspace.engine.set_up(plan, checkpointing)
     return workspace
+
+
+def trained() -> tuple[int, float]:
+    """Return tokens and seconds of the training done in this process so far; private, for a simulation's screen."""
+    engines = [workspace.engine for workspace in _open.values()]
+    return sum(engine.tokens for engine in engines), sum(engine.seconds for engine in engines)

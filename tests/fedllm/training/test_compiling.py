@@ -257,7 +257,7 @@ def test_compiled_code_that_fails_later_is_given_up(
 
 def test_compiled_code_lies_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def place() -> Path:
-        compiling._use_private_cache()
+        compiling.use_private_cache()
         folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
         assert folder.stat().st_mode & 0o777 == 0o700
         assert folder.stat().st_uid == os.getuid()
@@ -282,4 +282,4 @@ def test_compiled_code_lies_where_nobody_else_can_write(tmp_path: Path, monkeypa
     (tmp_path / "open").mkdir(mode=0o777)
     (tmp_path / "open").chmod(0o777)
     with pytest.raises(ModelError, match="TORCHINDUCTOR_CACHE_DIR"):
-        compiling._use_private_cache()
+        compiling.use_private_cache()
