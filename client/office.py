@@ -110,6 +110,7 @@ class Resources(Frozen):
     threads: int | None = Field(None, ge=1, le=4096)
     device: str = "auto"
     micro_batch: int = Field(64, ge=1)
+    checkpointing: bool = False
     max_message_mb: int = Field(512, ge=1, le=65536)
 
 
@@ -170,6 +171,7 @@ resources:
   # threads: 4           # of the processor; without it, all
   device: auto           # auto, cpu, cuda, cuda:0 ...
   micro_batch: 64        # records in one pass: less needs less memory
+  checkpointing: false   # true: recompute activations in the backward pass, which needs less memory and more time
   max_message_mb: 512
 
 # Where two system users share the work, the site's and the SuperNode's:

@@ -27,7 +27,7 @@ from fedllm.files import locked, write_secret
 from fedllm.messages import Prepare, TrainRequest, from_bytes
 from fedllm.plan import RunPlan
 from fedllm.training.data import check_columns, naming, read_table
-from fedllm.training.workspace import Workspace, open_workspace, use_threads
+from fedllm.training.workspace import Workspace, open_for_training, use_threads
 
 _log = logging.getLogger("fedllm.site")
 _RUNS_KEPT = 1000  # of which the last number is remembered one by one
@@ -120,7 +120,7 @@ def open_site(office: Office) -> Site:
     resources = office.config.resources
 
     def workspace(plan: RunPlan) -> Workspace:
-        return open_workspace(office.model(plan.model), plan.adapter, plan.seed, resources.device)
+        return open_for_training(plan, office.model(plan.model), resources.device, resources.checkpointing)
 
     return Site(
         office.name, office.policy, office.ledger_file, lambda: office.identity, workspace,

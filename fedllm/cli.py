@@ -69,12 +69,13 @@ def simulate(
         typer.echo(as_yaml(composed), nl=False)
         return
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own progress bars would tear ours
+    from fedllm.training.workspace import trained
     from simulations.screen import Screen
     from simulations.simulate import simulate as run
 
     config = validate(SimulationConfig, composed)
     try:
-        with Screen(_console) as screen:
+        with Screen(_console, trained) as screen:
             summary = run(config, screen.announce, screen.observe)
     except KeyboardInterrupt:
         _errors.print(f"stopped. What was done is kept; continue with name={config.name} resume=true.", markup=False)

@@ -35,6 +35,7 @@ class ModelConfig(Frozen):
     labels: tuple[str, ...] = ()  # classification: every label, public, in the order of the classes
     pooling: Literal["native", "mean"] = "native"  # classification: the model's own head, or mean-pooled tokens
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights; the adapter is always float32
+    compile: Literal["auto", "on", "off"] = "auto"  # the blocks, for training; auto: where possible and worth its time
     max_length: int = Field(
         256, ge=8, le=1_000_000
     )  # tokens; of longer records the prompt loses its beginning, then the text its end
@@ -292,6 +293,7 @@ class ComputeConfig(Frozen):
     micro_batch: int = Field(64, ge=1)  # records in one forward pass: memory, not mathematics
     threads: int | None = Field(None, ge=1, le=4096)  # of torch on the CPU; null: torch's own choice
     device: str = "auto"  # auto, cpu, cuda, cuda:0 ...
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
 
 class SiteConfig(ComputeConfig):

@@ -76,6 +76,7 @@ class RoundRecord:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+    clipped: float | None = None  # share of (some) held-out records whose gradient is longer than clip_norm
 
 
 @dataclass(frozen=True)

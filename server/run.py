@@ -19,8 +19,10 @@ from fedllm.errors import CheckpointError, ConfigError
 from fedllm.files import LOCK, take
 from fedllm.plan import RunConfig, RunPlan, default_quorum, parse
 from fedllm.privacy.accounting import calibrate
+from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.adapter import check_saved
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
+from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
 from server.checkpoint import CONFIG, write_atomically
@@ -131,8 +133,9 @@ class HeadOfficeRun:
         adapter = self._workspace.adapter
         self._plan, self._folder = plan, folder
         self._coordinator = Coordinator(
-            plan, self._config.federation, adapter.spec, adapter.initial, folder, partial(_score, self._evaluator),
-            observe, sites, record, heads, roster,
+            plan, self._config.federation, adapter.spec, adapter.initial, folder,
+            partial(_score, self._evaluator, self._workspace.engine, plan.mechanism), observe, sites, record, heads,
+            roster,
         )  # fmt: skip
         if self._config.resume:
             self._coordinator.resume()
@@ -174,8 +177,12 @@ def _evaluator(config: RunConfig, workspace: Workspace) -> Evaluator | None:
         return Evaluator(workspace.adapter, table, tokeniser, data, config.site.micro_batch)
 
 
-def _score(evaluator: Evaluator | None, vector: NDArray[np.float32]) -> dict[str, float | None]:
-    return asdict(evaluator.score(vector)) if evaluator is not None else {}
+def _score(
+    evaluator: Evaluator | None, engine: Engine, mechanism: Mechanism, vector: NDArray[np.float32]
+) -> dict[str, float | None]:
+    if evaluator is None:
+        return {}
+    return {**asdict(evaluator.score(vector)), "clipped": evaluator.clipped_share(engine, vector, mechanism)}
 
 
 def _before_and_after(

@@ -1,6 +1,7 @@
 """What a person sees while a federation runs, and at its end."""
 
 import logging
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -33,8 +34,9 @@ class _ConsoleHandler(logging.Handler):
 class Screen:
     """A live view of the rounds; on a pipe or in a log, one line a round."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, trained: Callable[[], tuple[int, float]] | None = None) -> None:
+        """`trained` tells the tokens and seconds of the training done so far in this process."""
+        self._console, self._trained, self._before = console, trained, (0, 0.0)
         count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
         left = (TextColumn("left"), TimeRemainingColumn())
         self._rounds = Progress(
@@ -98,7 +100,7 @@ class Screen:
         else:
             self._rounds.update(self._round_task, completed=event.round)
             line = self._line(event)
-            self._figures.plain = line
+            self._figures.plain = line + self._speed()
             if not self._console.is_terminal:
                 self._console.print(line, highlight=False, soft_wrap=True)
 
@@ -110,9 +112,21 @@ class Screen:
         if record.accuracy is not None:
             parts.append(f"held-out accuracy {record.accuracy:.3f}")
         parts.append("NOT PRIVATE" if not record.private else f"epsilon {record.epsilon:.2f}")
+        if record.clipped is not None:
+            parts.append(f"{record.clipped:.0%} of held-out gradients clipped")
         if record.round:
             parts.append(f"{len(record.answered)} sites in {record.seconds:.1f} s")
         return " · ".join(parts)
+
+    def _speed(self) -> str:
+        """Training tokens a second since the last round, to two digits.
+
+        For the eyes of whoever simulates, and in no file or message: how many tokens were sampled is private.
+        """
+        tokens, seconds = self._trained() if self._trained else (0, 0.0)
+        new, took = tokens - self._before[0], seconds - self._before[1]
+        self._before = (tokens, seconds)
+        return f" · {float(f'{new / took:.2g}'):,.0f} tokens/s" if new and took else ""
 
     def summarise(self, summary: RunSummary) -> None:
         """Print the closing tables."""

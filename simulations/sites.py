@@ -17,7 +17,7 @@ from fedllm.crypto import Identity, PublicIdentity
 from fedllm.files import read_secret, write_secret
 from fedllm.plan import DataConfig, PartitionConfig, SimulationConfig
 from fedllm.training.data import Table, check_columns, naming, person, read_table
-from fedllm.training.workspace import open_workspace, use_threads
+from fedllm.training.workspace import open_for_training, use_threads
 from simulations.partition import partition
 
 SITE_LOG = "sites/sites.log"
@@ -104,7 +104,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         policy=policy,
         ledger=place / "ledger.db",
         identity=partial(_identity, place / "identity"),
-        workspace=lambda plan: open_workspace(plan.model, plan.adapter, plan.seed, site.device),
+        workspace=lambda plan: open_for_training(plan, plan.model, site.device, site.checkpointing),
         records=partial(data.records, name),
         micro_batch=site.micro_batch,
         peers=lambda _: roster_of(config, data.names, folder),

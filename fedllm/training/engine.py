@@ -6,23 +6,29 @@ autograd holds anyway. They land in one matrix, a row a unit, so that norm, clip
 Noise and optimiser come after, and not necessarily here.
 """
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedllm.errors import ModelError
+from fedllm.plan import RunPlan
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness
 from fedllm.privacy.shared import SharedMechanism
 from fedllm.training.adapter import AdapterModel
+from fedllm.training.compiling import Blocks, first_line, pays
 from fedllm.training.data import Batch, Unit, batches
 from fedllm.training.losses import unit_losses
 
+_log = logging.getLogger("fedllm.site")
 _ROWS = 8  # of float32 gradients that are widened at a time
 
 
@@ -32,9 +38,12 @@ class _PerUnitProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_NTI: Tensor, weights: Tensor, biases: Tensor | None, weight: Tensor, bias: Tensor | None,
-        unit_of_row: Tensor,
+        unit_of_row: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """`weights` [units, O, I] and `biases` [units, O] only say what to differentiate by."""
+        """`weights` [units, O, I] and `biases` [units, O] only say what to differentiate by.
+
+        `unit_of_row` is None where every row is a unit.
+        """
         ctx.save_for_backward(x_NTI, weight, unit_of_row)
         ctx.units = len(weights)
         return F.linear(x_NTI, weight, bias)
@@ -46,7 +55,7 @@ class _PerUnitProduct(torch.autograd.Function):
         by_x = y_NTO @ weight if ctx.needs_input_grad[0] else None
         by_weight = torch.bmm(y_NTO.transpose(1, 2), x_NTI)
         by_bias = y_NTO.sum(1) if ctx.needs_input_grad[2] else None
-        if ctx.units != len(unit_of_row):  # a person's records add up
+        if unit_of_row is not None:  # a person's records add up
             by_weight = _added(by_weight, unit_of_row, ctx.units)
             by_bias = None if by_bias is None else _added(by_bias, unit_of_row, ctx.units)
         return by_x, by_weight, by_bias, None, None, None
@@ -65,6 +74,7 @@ class _PerUnitLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.leaves: dict[str, Tensor] = {}  # [units, *shape] by parameter name, while in `per_unit`
         self.unit_of_row: Tensor | None = None  # [N]
+        self.grouped = False  # units have several rows
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b; x is [N, ..., in], row n belonging to unit `unit_of_row[n]`."""
@@ -79,7 +89,7 @@ class _PerUnitLinear(nn.Module):
         x_NTI = x.reshape(x.shape[0], -1, x.shape[-1])
         y_NTO: Tensor = _PerUnitProduct.apply(  # type: ignore[no-untyped-call]
             x_NTI, self.leaves["weight"], self.leaves.get("bias"), self.weight.detach(),
-            None if self.bias is None else self.bias.detach(), self.unit_of_row,
+            None if self.bias is None else self.bias.detach(), self.unit_of_row if self.grouped else None,
         )  # fmt: skip
         return y_NTO.reshape(*x.shape[:-1], self.out_features)
 
@@ -150,6 +160,11 @@ class Engine:
                 "Choose adapter.targets among linear layers."
             )
         self._leaves: dict[nn.Parameter, Tensor] = {}  # while in `per_unit`
+        self._blocks = Blocks(model)
+        self._persons = False  # units may have several records
+        self._compile = "off"  # or auto, which goes on without where it fails, or on
+        # For a simulation's screen alone. Both are private: how many tokens were sampled tells of the records.
+        self.tokens, self.seconds = 0, 0.0
         self._check_separation()
 
     def _check_separation(self) -> None:
@@ -172,6 +187,36 @@ class Engine:
                 "the model mixes the records of a batch, so that a record's gradient cannot be bounded. Use another "
                 "model, or leave the mixing layers out of adapter.targets."
             )
+
+    def set_up(self, plan: RunPlan, checkpointing: bool) -> None:
+        """Get ready for a plan, before anything is charged: compile the model where the plan says so or gains by it.
+
+        `checkpointing`: recompute activations in the backward pass. Raises ModelError where model.compile=on and the
+        model cannot be compiled.
+        """
+        self._blocks.checkpointing, self._persons = checkpointing, plan.privacy.unit == "person"
+        adapter, wish, longest = self._adapter, plan.model.compile, plan.model.max_length
+        size = sum(p.numel() for p in adapter.model.parameters())
+        gains = pays(size, plan.steps * plan.expected_units, longest, adapter.device)
+        if self._compile != "off" or wish == "off" or (wish == "auto" and not gains):
+            return
+        values = adapter.vector()
+        try:
+            adapter.load(np.random.default_rng(0).normal(0, 0.02, len(values)).astype(np.float32))  # public
+            self._blocks.compile(self._gradients, longest, classifies=adapter.classifies, grouped=self._persons)
+            _log.info("model.compile: the model is compiled")
+        except ModelError as error:
+            if wish == "on":
+                raise
+            _log.warning("%s; training goes on without", error)
+        finally:
+            adapter.load(values)
+        self._compile = wish
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the model runs compiled while it is trained."""
+        return self._blocks.compiled
 
     def optimizer(
         self, optimizer: torch.optim.Optimizer, mechanism: Mechanism, expected_units: float, source: Randomness
@@ -199,10 +244,24 @@ class Engine:
         `micro_batch` bounds the records of one forward pass and does not change the result: whole units are clipped
         and added pass by pass, in constant memory.
         """
+        began = time.perf_counter()
         total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
         for batch in batches(units, micro_batch, self._adapter.tokenizer.pad_token_id, self._adapter.device):
             total += clip_and_sum(self.unit_gradients(batch, mechanism.private), mechanism, shared)
+            self.tokens += int(batch.attention_mask.sum())
+        self.seconds += time.perf_counter() - began
         return total
+
+    def clipped_share(self, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int) -> float | None:
+        """Return how many of PUBLIC units have a gradient longer than clip_norm, 0 to 1; None where nothing is clipped.
+
+        Never of a site's records: of them even a share would have to be accounted for.
+        """
+        if not mechanism.private or not units:
+            return None
+        pad, device = self._adapter.tokenizer.pad_token_id, self._adapter.device
+        norms = [self.unit_gradients(batch).norm(dim=1) for batch in batches(units, micro_batch, pad, device)]
+        return float((torch.cat(norms) > mechanism.clip_norm).float().mean())
 
     def unit_gradients(self, batch: Batch, private: bool = True) -> Tensor:
         """Return the gradient of each unit's own loss, float32[units, d], in the order of the flat vector.
@@ -210,12 +269,16 @@ class Engine:
         A unit whose gradient is not finite contributes zero: a NaN would pass any clip. That there was one is private
         and is not reported, unless nothing is protected: then it raises ModelError.
         """
-        with self._per_unit(batch) as leaves:
-            parts = torch.autograd.grad(  # zeros for a layer that the loss does not depend on
-                unit_losses(self._adapter, batch).sum(), leaves, allow_unused=True, materialize_grads=True
-            )
-        gradients = torch.cat([part.flatten(1).float() for part in parts], dim=1)
-        del parts
+        try:
+            gradients = self._gradients(batch)
+        except Exception as error:  # a compiler raises anything
+            if isinstance(error, ModelError) or not self._blocks.compiled:
+                raise
+            if self._compile == "on":
+                raise ModelError(f"model.compile: it failed ({first_line(error)}). Set model.compile=off.") from error
+            _log.warning("model.compile: it failed (%s); training goes on without", first_line(error))
+            self._blocks.give_up()
+            gradients = self._gradients(batch)
         finite = gradients.norm(dim=1).isfinite()
         if not bool(finite.all()):
             if not private:
@@ -223,16 +286,26 @@ class Engine:
             gradients[~finite] = 0.0
         return gradients
 
+    def _gradients(self, batch: Batch) -> Tensor:
+        with self._per_unit(batch) as leaves:
+            parts = torch.autograd.grad(  # zeros for a layer that the loss does not depend on
+                unit_losses(self._adapter, batch).sum(), leaves, allow_unused=True, materialize_grads=True
+            )
+        return torch.cat([part.flatten(1).float() for part in parts], dim=1)
+
     @contextmanager
     def _per_unit(self, batch: Batch) -> Iterator[list[Tensor]]:
         """Give every unit weights of its own to differentiate by, [units, *shape] in the order of the flat vector."""
         try:
             for layer in self._layers:
                 layer.unit_of_row = batch.unit_of_row
+                # persons' records go one way even where all have one: compiled code knows no other
+                layer.grouped = self._persons or batch.units != len(batch.unit_of_row)
                 for name, p in layer.named_parameters():
                     leaf = p.detach().expand(batch.units, *p.shape).requires_grad_(p.requires_grad)
                     layer.leaves[name] = self._leaves[p] = leaf
-            yield [self._leaves[p] for p in self._adapter.trainable.values()]
+            with self._blocks.running(batch):
+                yield [self._leaves[p] for p in self._adapter.trainable.values()]
         finally:
             self._leaves.clear()
             for layer in self._layers:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,9 +12,14 @@ from torch.nn import functional as F
 
 from fedllm.errors import ModelError
 from fedllm.plan import HeldoutConfig
+from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Table, Tokeniser, Unit, batches, build_units, render
+from fedllm.training.engine import Engine
 from fedllm.training.losses import logits, token_losses
+
+_FEW = 32  # held-out records whose gradients are measured after a round
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,13 @@ class Evaluator:
             return Score(loss, accuracy=right / count)
         return Score(loss, perplexity=math.exp(min(loss, 700.0)))
 
+    def clipped_share(self, engine: Engine, vector: NDArray[np.float32], mechanism: Mechanism) -> float | None:
+        """Return the share of held-out records, of at most 32, whose gradient `mechanism` would shorten."""
+        few = _spread(self._units, _FEW)
+        with self._adapter.lock:
+            self._adapter.load(vector)
+            return engine.clipped_share(few, mechanism, min(self._micro_batch, _FEW))
+
     @torch.inference_mode()
     def exact_match(self, vector: NDArray[np.float32]) -> tuple[float, list[Sample]]:
         """Answer every held-out prompt greedily.
@@ -114,7 +127,7 @@ class Evaluator:
         return [str(t).strip() for t in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
 
 
-def _spread(samples: Sequence[Sample], n: int) -> list[Sample]:
-    """Return `n` samples, evenly spread over the set."""
-    n = min(n, len(samples))
-    return [samples[i * len(samples) // n] for i in range(n)]
+def _spread(things: Sequence[_T], n: int) -> list[_T]:
+    """Return `n` things, evenly spread over all."""
+    n = min(n, len(things))
+    return [things[i * len(things) // n] for i in range(n)]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedllm.plan import AdapterConfig, ModelConfig
+from fedllm.plan import AdapterConfig, ModelConfig, RunPlan
 from fedllm.training.adapter import AdapterModel, attach
 from fedllm.training.engine import Engine
 from fedllm.training.model import load_base, pick_device
@@ -42,3 +42,17 @@ def open_workspace(model: ModelConfig, adapter: AdapterConfig, seed: int, device
             attached = attach(load_base(model, key[3]), model, adapter, seed)
             _open[key] = Workspace(attached, Engine(attached))
         return _open[key]
+
+
+def open_for_training(plan: RunPlan, model: ModelConfig, device: str, checkpointing: bool) -> Workspace:
+    """Return the workspace of a plan, its engine set up; `model` is the plan's, as this site has it."""
+    workspace = open_workspace(model, plan.adapter, plan.seed, device)
+    with workspace.adapter.lock:
+        workspace.engine.set_up(plan, checkpointing)
+    return workspace
+
+
+def trained() -> tuple[int, float]:
+    """Return tokens and seconds of the training done in this process so far; private, for a simulation's screen."""
+    engines = [workspace.engine for workspace in _open.values()]
+    return sum(engine.tokens for engine in engines), sum(engine.seconds for engine in engines)

@@ -4,8 +4,9 @@ python -m simulations.benchmarks.step --sizes 5M,30M,135M --dtypes float32,bfloa
 
 *peft* is the plain step of a PEFT user: one loss over the batch, one backward pass, AdamW. *hooks* and *ghost* are
 Opacus on the same model. *fedllm* is the engine's whole DP step: per-unit gradients, clip, noise from the operating
-system, optimiser. The arrangements take turns, so that whatever else the machine does falls on all of them; a ratio is
-taken within each turn.
+system, optimiser. *compiled* is with torch.compile, PEFT's model block by block as the engine does it; the time of
+compiling is in "start", set-up and the first two steps, and in no step. The arrangements take turns, so that whatever
+else the machine does falls on all of them; a ratio is taken within each turn.
 """
 
 import json
@@ -15,12 +16,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import psutil
 import torch
+import torch._dynamo.config as recompiles
 import typer
 from opacus import GradSampleModule
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
@@ -33,10 +36,11 @@ from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedllm.plan import AdapterConfig, ModelConfig
+from fedllm.plan import AdapterConfig, ModelConfig, PrivacyConfig, RunPlan, TrainingConfig
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.training.adapter import attach
+from fedllm.training.compiling import use_private_cache
 from fedllm.training.data import IGNORE, Record
 from fedllm.training.engine import Engine
 from fedllm.training.model import BaseModel
@@ -47,7 +51,7 @@ Step = Callable[[], None]
 _SIZES = {
     "5M": (256, 5, 704, 4, 4, 4_096), "30M": (512, 8, 1408, 8, 4, 16_384), "135M": (576, 30, 1536, 9, 3, 49_152),
 }  # fmt: skip
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MECHANISM = Mechanism(clip_norm=1.0, noise_multiplier=1.0, sampling_rate=0.1)
 
 
@@ -62,7 +66,7 @@ def _base(size: str) -> LlamaForCausalLM:
     )  # fmt: skip
 
 
-def _records(size: str, batch: int, tokens: int, labelled: float) -> tuple[torch.Tensor, torch.Tensor]:
+def records(size: str, batch: int, tokens: int, labelled: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and labels, int64[batch, tokens]; the last `labelled` of each record carries loss."""
     ids = torch.randint(3, _SIZES[size][-1], (batch, tokens), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
@@ -79,8 +83,12 @@ def _trainable(model: Any) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _peft(size: str, dtype: torch.dtype, ids: torch.Tensor, labels: torch.Tensor, targets: Any) -> Step:
+def _peft(
+    size: str, dtype: torch.dtype, ids: torch.Tensor, labels: torch.Tensor, targets: Any, compiled: bool = False
+) -> Step:
     model = _peft_model(size, dtype, targets).train()
+    for block in model.get_base_model().model.layers if compiled else ():
+        block.forward = torch.compile(block.forward, dynamic=True, options={"compile_threads": 1})
     optimizer = torch.optim.AdamW(_trainable(model), lr=1e-4)
 
     def step() -> None:
@@ -143,33 +151,52 @@ def _no_text() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
 
 
-def _fedllm(
+def fedllm_step(
     size: str, dtype: torch.dtype, ids: torch.Tensor, labels: torch.Tensor, targets: Any,
-    train: Literal["AB", "B"] = "AB",
+    train: Literal["AB", "B"] = "AB", compiled: bool = False, checkpointing: bool = False, micro_batch: int = 0,
 ) -> Step:  # fmt: skip
-    model = ModelConfig(source="benchmark", dtype="bfloat16" if dtype == torch.bfloat16 else "float32")
-    adapter = attach(
-        BaseModel(_base(size).eval(), _no_text(), "0" * 64), model,
-        AdapterConfig(rank=8, alpha=16.0, targets=targets, train=train), 0,
+    model = ModelConfig(
+        source="benchmark", dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        compile="on" if compiled else "off", max_length=max(8, ids.shape[1]),
     )  # fmt: skip
+    lora = AdapterConfig(rank=8, alpha=16.0, targets=targets, train=train)
+    adapter = attach(BaseModel(_base(size).eval(), _no_text(), "0" * 64), model, lora, 0)
     engine = Engine(adapter)
+    privacy = PrivacyConfig(units_per_site=1_000, noise_multiplier=1.0)
+    plan = RunPlan(run="benchmark", seed=0, model=model, adapter=lora, privacy=privacy, training=TrainingConfig())
+    engine.set_up(plan, checkpointing)
     optimizer = engine.optimizer(
         torch.optim.AdamW([adapter.flat], lr=1e-4), _MECHANISM, float(len(ids)), OsRandomness()
     )
     units = [(Record(i.numpy(), target.numpy()),) for i, target in zip(ids, labels, strict=True)]
-    return lambda: engine.step(optimizer, units, len(units))
-
-
-def _fedllm_b(size: str, dtype: torch.dtype, ids: torch.Tensor, labels: torch.Tensor, targets: Any) -> Step:
-    return _fedllm(size, dtype, ids, labels, targets, "B")
+    return lambda: engine.step(optimizer, units, micro_batch or len(units))
 
 
 _ARRANGEMENTS: dict[str, Callable[..., Step]] = {
-    "peft": _peft, "hooks": _hooks, "ghost": _ghost, "fedllm": _fedllm, "fedllm, B only": _fedllm_b,
-}  # fmt: skip
+    "peft": _peft,
+    "peft compiled": partial(_peft, compiled=True),
+    "hooks": _hooks,
+    "ghost": _ghost,
+    "fedllm": fedllm_step,
+    "fedllm, B only": partial(fedllm_step, train="B"),
+    "fedllm compiled": partial(fedllm_step, compiled=True),
+    "fedllm compiled, B only": partial(fedllm_step, train="B", compiled=True),
+    "fedllm recomputing": partial(fedllm_step, checkpointing=True),
+}
 
 
-def _peak_mb(arguments: list[str]) -> float:
+def peak_mb(step: Step, warm: int = 2, steps: int = 3) -> float:
+    """Return the most that this process holds during `steps`, after `warm` ones that compile and allocate their own."""
+    for _ in range(warm):
+        step()
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): begin VmHWM anew; ru_maxrss would remember the parent's
+    for _ in range(steps):
+        step()
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 2**10
+
+
+def _peak_mb_alone(arguments: list[str]) -> float:
     """Return what a process of its own needs for model and steps, above its libraries."""
     done = subprocess.run(
         [sys.executable, "-m", "simulations.benchmarks.step", *arguments], check=True, capture_output=True, text=True
@@ -194,39 +221,45 @@ def measure(
     """Time a training step in every arrangement."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
-    chosen: Any = "all-linear" if targets == "all-linear" else _ATTENTION
+    use_private_cache()
+    recompiles.recompile_limit = 64  # of the model in all its arrangements
+    chosen: Any = "all-linear" if targets == "all-linear" else ATTENTION
     if only_memory:
+        if "compiled" in only_memory:
+            torch.compile(lambda x: x + 1)(torch.zeros(2))  # the compiler is a library, too
         before = psutil.Process().memory_info().rss
         step = _ARRANGEMENTS[only_memory](
-            sizes, getattr(torch, dtypes), *_records(sizes, batch, tokens, labelled), chosen
+            sizes, getattr(torch, dtypes), *records(sizes, batch, tokens, labelled), chosen
         )
-        for _ in range(3):
-            step()
-        status = Path("/proc/self/status").read_text()  # ru_maxrss would remember the parent's
-        peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-        print(peak / 2**10 - before / 2**20)
+        print(peak_mb(step) - before / 2**20)
         return
     table = Table(
         title=f"one step, {batch} x {tokens} tokens, {labelled:.0%} labelled, LoRA r=8 on {targets}, "
         f"{threads} threads; median of {turns} turns (quartiles)"
     )
-    for column in ("model", "dtype", "step", "seconds", "/ peft", "MB", "/ peft"):
+    for column in ("model", "dtype", "step", "seconds", "/ peft", "MB", "/ peft", "start, s"):
         table.add_column(column, justify="left" if column in ("model", "dtype", "step") else "right")
     for size in sizes.split(","):
         for dtype in dtypes.split(","):
             names = arrangements.split(";")
-            data = _records(size, batch, tokens, labelled)
-            steps = {name: _ARRANGEMENTS[name](size, getattr(torch, dtype), *data, chosen) for name in names}
+            data = records(size, batch, tokens, labelled)
+            steps: dict[str, Step] = {}
+            start: dict[str, float] = {}
+            for name in names:
+                began = time.perf_counter()
+                steps[name] = _ARRANGEMENTS[name](size, getattr(torch, dtype), *data, chosen)
+                for _ in range(2):
+                    steps[name]()
+                start[name] = time.perf_counter() - began
             seconds: dict[str, list[float]] = {name: [] for name in names}
-            for turn in range(turns + 2):  # two to warm up
+            for _ in range(turns):
                 for name, step in steps.items():
                     began = time.perf_counter()
                     step()
-                    if turn >= 2:
-                        seconds[name].append(time.perf_counter() - began)
+                    seconds[name].append(time.perf_counter() - began)
             del steps
             memory = {
-                name: _peak_mb(
+                name: _peak_mb_alone(
                     ["--only-memory", name, "--sizes", size, "--dtypes", dtype, "--batch", str(batch), "--tokens",
                      str(tokens), "--labelled", str(labelled), "--targets", targets, "--threads", str(threads)]
                 )
@@ -238,7 +271,7 @@ def measure(
                 table.add_row(
                     size, dtype, name, f"{statistics.median(seconds[name]):.3f}",
                     f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{memory[name]:.0f}",
-                    f"{memory[name] / memory['peft']:.2f}",
+                    f"{memory[name] / memory['peft']:.2f}", f"{start[name]:.0f}",
                 )  # fmt: skip
     Console(width=120).print(table)
     print(machine())
