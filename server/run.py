@@ -18,7 +18,6 @@ from fedllm.errors import CheckpointError, ConfigError
 from fedllm.files import LOCK, take
 from fedllm.plan import RunConfig, RunPlan
 from fedllm.privacy.accounting import calibrate
-from fedllm.training.adapter import check_saved
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.evaluation import Evaluator
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
@@ -146,7 +145,6 @@ class HeadOfficeRun:
             **_before_and_after(self._evaluator, adapter.initial, coordinator.adapter),
         )
         write_outputs(summary, adapter, coordinator.adapter)
-        check_saved(self._folder / "adapter", adapter, coordinator.adapter, self._config.model)
         return summary
 
 
