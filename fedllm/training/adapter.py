@@ -114,9 +114,7 @@ def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32]
         try:
             fresh = PeftModel.from_pretrained(cast(Any, base), str(folder), is_trainable=True).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(
-                f"the adapter saved in {folder} does not load ({(str(error).splitlines() or [type(error).__name__])[0][:200]}). {_KEPT}"
-            ) from error
+            raise ModelError(f"the adapter saved in {folder} does not load ({str(error)[:200]}). {_KEPT}") from error
         dtype = next((p.dtype for p in live.parameters() if p.dtype != torch.float32), torch.float32)
         _narrow(fresh, dtype)
         with adapter.lock:
