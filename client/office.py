@@ -88,8 +88,9 @@ class Policy(Frozen):
     period: PeriodLimit | None = None
     max_rank: int | None = Field(None, ge=1)
     train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
-    modes: tuple[Literal["local", "off"], ...] = Field(("local", "off"), min_length=1)
+    modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
     min_sites: int = Field(1, ge=1)
+    peers: dict[str, str] = Field(default_factory=dict)  # other offices and the fingerprints of their keys
 
     @property
     def limits(self) -> SitePolicy:
@@ -161,6 +162,8 @@ policy:
   # train: [B]            # parts of an adapter that a plan may train
   # modes: [local]        # of privacy
   # min_sites: 3         # decline plans whose rounds count with fewer offices than this
+  # peers:               # offices to share noise with (privacy.mode=distributed), and the fingerprints of their keys,
+  #   busan: 1a2b 3c4d ...   # as each of them tells you itself: not as head office says
 
 # The models that plans may name, and where this office has them. A plan that names another one is refused.
 models: {{}}
@@ -243,6 +246,16 @@ class Office:
     def identity(self) -> Identity:
         """The identity that signs."""
         return self.in_use.identity
+
+    def peers(self, named: Mapping[str, str]) -> dict[str, PublicIdentity]:
+        """Return those of the offices that head office names whose fingerprints this office has pinned, and itself."""
+        known = {self.name: self.identity.public}
+        for name, fingerprint in self.config.policy.peers.items():
+            with contextlib.suppress(CryptoError):  # head office may send anything
+                identity = PublicIdentity.from_text(named.get(name, ""))
+                if name != self.name and same_fingerprint(fingerprint, identity.fingerprint):
+                    known[name] = identity
+        return known
 
     @property
     def identities(self) -> tuple[Identity, ...]:

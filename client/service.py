@@ -24,7 +24,7 @@ from fedllm.crypto import Identity, PublicIdentity
 from fedllm.envelope import Binding
 from fedllm.errors import Cancelled, ConfigError, CryptoError, FedllmError, MessageError
 from fedllm.files import locked, write_secret
-from fedllm.messages import Prepare, TrainRequest, from_bytes
+from fedllm.messages import Prepare, Secure, TrainRequest, from_bytes
 from fedllm.plan import RunPlan
 from fedllm.training.data import check_columns, naming, read_table
 from fedllm.training.workspace import Workspace, open_for_training, use_threads
@@ -84,8 +84,8 @@ class Endpoint:
         Cancelled as the site does.
         """
         binding, payload, sender = self._open(sealed)
-        message = from_bytes(payload, Prepare, TrainRequest)
-        round_ = message.round if isinstance(message, TrainRequest) else 0
+        message = from_bytes(payload, Prepare, TrainRequest, Secure)
+        round_ = 0 if isinstance(message, Prepare) else message.round
         said = Binding(
             direction="to-site", run=message.plan.run, plan=message.plan.digest, round=round_, number=binding.number
         )

@@ -20,7 +20,6 @@ from fedllm.files import LOCK, take
 from fedllm.plan import RunConfig, RunPlan, default_quorum, parse
 from fedllm.privacy.accounting import calibrate
 from fedllm.privacy.mechanism import Mechanism
-from fedllm.training.adapter import check_saved
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
@@ -158,7 +157,6 @@ class HeadOfficeRun:
             **_before_and_after(self._evaluator, adapter.initial, coordinator.adapter),
         )
         write_outputs(summary, adapter, coordinator.adapter)
-        check_saved(self._folder / "adapter", adapter, coordinator.adapter, self._config.model)
         return summary
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import fedllm
 from fedllm.plan import HeldoutConfig, RunPlan
 from fedllm.privacy.accounting import spent
-from fedllm.training.adapter import AdapterModel
+from fedllm.training.adapter import AdapterModel, check_saved
 
 _OFF_SCALE = 1e6  # an epsilon above says no more, and a site may claim any: drawing 1e308 overflows
 _BLUE, _ORANGE, _RED, _GREY = "#2563a8", "#c2571a", "#b3261e", "#8a8f98"
@@ -90,6 +90,7 @@ def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.
     environment.filters.update(number=_number, cell=_cell)
     folder = summary.folder
     adapter.save(final, folder / "adapter", summary.plan.model.source)
+    check_saved(folder / "adapter", adapter, final, summary.plan.model)
     card = environment.get_template("card.md.j2").render(s=summary, plan=summary.plan)
     (folder / "adapter" / "README.md").write_text(card, "utf-8")
     for language in ("en", "ko"):

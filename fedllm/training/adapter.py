@@ -21,6 +21,7 @@ from fedllm.errors import ModelError
 from fedllm.plan import AdapterConfig, ModelConfig
 from fedllm.training.model import BaseModel, load_base, pick_dtype
 
+_KEPT = "The run's checkpoint holds the right values. Is peft the version of constraints.txt, and the disk sound?"
 _RELOAD = 1 << 30  # bytes of a base that may be loaded a second time
 _SAME = {torch.float32: 1e-5, torch.bfloat16: 0.05}  # relative L2 distance of logits that are computed twice
 
@@ -95,10 +96,7 @@ class AdapterModel:
         wrong = sorted(set(found) - set(right))
         wrong += [name for name in right if name not in found or not torch.equal(found[name], right[name])]
         if wrong:
-            raise ModelError(
-                f"{path} does not hold what was trained: {', '.join(wrong[:3])}. The run's checkpoint holds the right "
-                "values. Is peft the version of constraints.txt, and the disk sound?"
-            )
+            raise ModelError(f"{path} does not hold what was trained: {', '.join(wrong[:3])}. {_KEPT}")
 
 
 def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32], model: ModelConfig) -> bool:
@@ -113,7 +111,10 @@ def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32]
     base = load_base(model, str(adapter.device)).model
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of peft, on reading its own configuration
-        fresh = PeftModel.from_pretrained(cast(Any, base), str(folder), is_trainable=True).eval()
+        try:
+            fresh = PeftModel.from_pretrained(cast(Any, base), str(folder), is_trainable=True).eval()
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"the adapter saved in {folder} does not load ({str(error)[:200]}). {_KEPT}") from error
         dtype = next((p.dtype for p in live.parameters() if p.dtype != torch.float32), torch.float32)
         _narrow(fresh, dtype)
         with adapter.lock:
@@ -128,7 +129,7 @@ def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32]
     if not apart <= _SAME[dtype]:
         raise ModelError(
             f"the adapter saved in {folder} is not the one that was trained: its logits are {apart:.3g} of their size "
-            "away. The run's checkpoint holds the right values. Is peft the version of constraints.txt?"
+            f"away. {_KEPT}"
         )
     return True
 

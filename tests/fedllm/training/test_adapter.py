@@ -188,6 +188,9 @@ def test_a_saved_adapter_is_loaded_as_its_users_will_and_compared(
     adapter.save(final * 1.5, tmp_path / "adapter", config.source)  # another one lies where this one should
     with pytest.raises(ModelError, match="not the one that was trained"):
         check_saved(tmp_path / "adapter", adapter, final, config)
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match="does not load"):
+        check_saved(tmp_path / "adapter", adapter, final, config)
 
 
 def test_a_large_base_is_not_loaded_twice(
