@@ -23,7 +23,9 @@ COMMAND_LINE = (
     "fedllm.cli_privacy",
 )  # entry points: may import anything
 
-STOCK = ("simulations.benchmarks.stock_training", "simulations.benchmarks.step")  # what others do, to compare with
+STOCK = (  # what others do, to compare with
+    "simulations.benchmarks.stock_training", "simulations.benchmarks.step", "simulations.benchmarks.batch_memory",
+)  # fmt: skip
 
 # Third party -> the only modules (or packages, with a dot at the end) that may import it. One concept, one file.
 ONLY_IN: dict[str, tuple[str, ...]] = {

@@ -194,6 +194,10 @@ def use_private_cache() -> None:
     Raises ModelError where the environment names a folder that others can write to.
     """
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if named and Path(named).name.startswith(
+        "torchinductor_"
+    ):  # torch's own choice, which it notes when it is imported
+        named = None
     place = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedllm"
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -51,3 +51,19 @@ def test_the_screen_says_what_the_round_cost(tmp_path: Path, configure: Callable
     assert "서울, busan" in output.getvalue()
     assert "perplexity 2.46 · epsilon 1.25" in output.getvalue()
     assert "accuracy 0.750 · NOT PRIVATE" in output.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "log file"])
+def test_the_speed_of_training_is_for_the_eyes_alone(
+    tmp_path: Path, configure: Callable[..., SimulationConfig], terminal: bool
+) -> None:
+    """How many tokens were sampled is private: the screen rounds it, and a log that may be kept does not have it."""
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=200, color_system=None)
+    counts = iter([(0, 0.0), (123_456, 10.0)])
+    with Screen(console, lambda: next(counts)) as screen:
+        screen.announce(_plan(configure(tmp_path)), ["서울", "busan"])
+        screen.observe(RoundRecord(0, True, 0.0, 0.9, 2.46, None))
+        screen.observe(RoundRecord(1, True, 1.25, 0.9, 2.46, None, answered=["서울"], clipped=0.25))
+    assert ("12,000 tokens/s" in output.getvalue()) == terminal
+    assert "25% of held-out gradients clipped" in output.getvalue()

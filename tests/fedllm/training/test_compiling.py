@@ -89,7 +89,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @conv1d
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("case", ["gpt2", "qwen2", "gemma2", "bert-native", "bert-mean"])
+@pytest.mark.parametrize("case", ["gpt2", "qwen2", "gemma2", "bert-mean"])
 def test_traced_gradients_are_those_of_the_model(
     open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector, case: str
 ) -> None:
@@ -263,7 +263,7 @@ def test_compiled_code_lies_where_nobody_else_can_write(tmp_path: Path, monkeypa
         assert folder.stat().st_uid == os.getuid()
         return folder
 
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_someone")  # torch's own choice
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert place() == tmp_path / "cache" / "fedllm"
     assert place() == tmp_path / "cache" / "fedllm"  # named by the environment now

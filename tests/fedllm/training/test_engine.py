@@ -491,3 +491,15 @@ def test_a_base_in_bfloat16_leaves_adapter_clip_and_noise_in_float32(
     assert bool((close > 0.98).all()), close
     for unit in units:
         assert float(np.linalg.norm(released(narrow, Engine(narrow), [unit]))) <= CLIP * (1 + 1e-6)
+
+
+def test_the_share_of_clipped_units_is_the_share_of_long_gradients(
+    open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector
+) -> None:
+    adapter = open_adapter("llama")
+    adapter.load(random_vector(adapter))
+    engine, units = Engine(adapter), make_units(sizes=(1, 1, 1, 1))
+    norms = engine.unit_gradients(one_batch(units)).norm(dim=1).sort().values
+    between = float(norms[0] + norms[1]) / 2
+    assert engine.clipped_share(units, Mechanism(between, 1.0, 0.5), 3) == 0.75
+    assert engine.clipped_share(units, Mechanism(between, 0.0, 0.5), 3) is None
