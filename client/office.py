@@ -11,13 +11,13 @@ The grant names the keys that it was made for: they are the ones in use. New key
 own, and old ones go on opening messages until they are retired. So each step is one write that counts.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -469,7 +469,7 @@ def retire(folder: Path) -> Office:
     return Office.open(folder)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _changing(folder: Path) -> Iterator[Office]:
     """Open the folder to change it; one process at a time."""
     Office.open(folder)  # its errors say more than those of the lock

@@ -124,7 +124,7 @@ def open_site(office: Office) -> Site:
 
     return Site(
         office.name, office.policy, office.ledger_file, lambda: office.identity, workspace,
-        lambda: read_records(office), resources.micro_batch,
+        lambda: read_records(office), resources.micro_batch, office.peers if office.config.policy.peers else None,
     )  # fmt: skip
 
 

@@ -180,7 +180,8 @@ def run(grid: Grid, home: Path, name: str) -> None:
         members = office.roster.active
         record = RunRecord(folder / RECORD_FILE, office.identities, {each.site: each.identity for each in members})
         heads = Heads(home / HEADS)
-        coordinator = head_office.begin(plan, folder, _note(folder / PROGRESS), len(members), record, heads)
+        roster = {each.site: each.public for each in members}
+        coordinator = head_office.begin(plan, folder, _note(folder / PROGRESS), len(members), record, heads, roster)
         stopped = ""
         try:
             coordinator.run(grid, channel)
