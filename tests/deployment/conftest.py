@@ -34,6 +34,10 @@ def found_federation(folder: Path) -> Federation:
     for name, branch in BRANCHES.items():
         branches[name] = Branch(folder, name, records_of(branch, folder / f"{branch}.jsonl"))
         branches[name].join(head)
+    for branch in branches.values():  # as the offices told each other
+        others = (each for each in branches.values() if each is not branch)
+        branch.settings["policy"]["peers"] = {each.name: each.office.identity.public.fingerprint for each in others}
+        branch.write_settings()
     return Federation(head, branches)
 
 

@@ -10,7 +10,7 @@ from tests.deployment.harness import settings
 pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("mode", ["local", "off"])
+@pytest.mark.parametrize("mode", ["local", "distributed", "off"])
 def test_a_run_of_three_offices_completes_and_every_ledger_is_right(federation: Federation, mode: str) -> None:
     head = federation.head
     before = {name: len(branch.charged()) for name, branch in federation.branches.items()}
@@ -23,6 +23,7 @@ def test_a_run_of_three_offices_completes_and_every_ledger_is_right(federation: 
     assert done.returncode == 0, done.stdout + done.stderr
     assert [record.round for record in head.rounds(mode)] == [0, 1, 2]
     assert all(record.answered == sorted(federation.branches) for record in head.rounds(mode)[1:])
+    assert all((record.noise_multiplier is not None) == (mode == "distributed") for record in head.rounds(mode)[1:])
     assert {n: len(b.charged()) - before[n] for n, b in federation.branches.items()} == dict.fromkeys(before, 2)
     assert (head.run(mode) / "adapter" / "adapter_model.safetensors").exists()
     seen = Heads(head.home / HEADS).read()
