@@ -120,18 +120,35 @@ def test_compiled_gradients_are_those_of_the_model(
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("max_length", [64, 10_000])  # attention written out, or SDPA
 def test_a_compiled_step_takes_persons_with_several_records_and_nobody_at_all(
-    open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector, max_length: int
+    open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector
 ) -> None:
     _, plain = opened(open_adapter, random_vector, "llama")
-    _, fast = opened(
-        open_adapter, random_vector, "llama", "on", unit="person", checkpointing=True, max_length=max_length
-    )
+    _, fast = opened(open_adapter, random_vector, "llama", "on", unit="person", checkpointing=True)
     for batch in some_batches(make_units, "llama", (1, 3, 1, 2, 1)):
         assert_same(fast.unit_gradients(batch), plain.unit_gradients(batch))
     assert not fast.clipped_sum([], Mechanism(1.0, 1.0, 0.5), 8).any()
     assert fast.compiled
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("max_length", [64, 10_000])  # attention written out, or SDPA
+def test_compiled_gradients_of_a_base_in_bfloat16_are_close_to_the_uncompiled_ones(
+    open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector, max_length: int
+) -> None:
+    engines = []
+    for wish in ("off", "on"):
+        adapter = open_adapter("llama", dtype="bfloat16")
+        engines.append(Engine(adapter))
+        engines[-1].set_up(plan_of(wish, max_length=max_length), checkpointing=False)
+        adapter.load(random_vector(adapter))
+    assert engines[1].compiled
+    assert engines[1]._blocks._writes_out == (max_length == 64)
+    for batch in some_batches(make_units, "llama", (1,) * 6):
+        gradients = [engine.unit_gradients(batch) for engine in engines]
+        assert bool((torch.nn.functional.cosine_similarity(*gradients, dim=1) > 0.98).all())
 
 
 @conv1d
