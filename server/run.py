@@ -18,7 +18,7 @@ from fedllm.crypto import PublicIdentity
 from fedllm.errors import CheckpointError, ConfigError
 from fedllm.files import LOCK, take
 from fedllm.plan import RunConfig, RunPlan, default_quorum, parse
-from fedllm.privacy.accounting import calibrate
+from fedllm.privacy.accounting import calibrate, fits
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
@@ -29,6 +29,7 @@ from server.heads import Heads
 from server.record import RunRecord
 from server.rounds import CHECKPOINT, PLAN, Coordinator, Event
 
+_ROUNDING = 1e-3  # of epsilon, between a plan's target and what its noise costs
 _LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a moment
 
 
@@ -81,6 +82,16 @@ def make_plan(config: RunConfig, sites: int) -> RunPlan:
         steps = config.training.rounds * config.training.local_steps
         noise = calibrate(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
         privacy = privacy.model_copy(update={"noise_multiplier": noise})
+    elif privacy.mode != "off" and privacy.noise_multiplier is not None:
+        mechanism = Mechanism(privacy.clip_norm, privacy.noise_multiplier, privacy.sampling_rate)
+        over = fits([mechanism.event(config.training.rounds * config.training.local_steps)], privacy.delta,
+                    privacy.epsilon + _ROUNDING, one_plan=True)  # fmt: skip
+        if over is not None:
+            raise ConfigError(
+                f"privacy.noise_multiplier={privacy.noise_multiplier:g}: the plan would cost epsilon {over:.4g}, above "
+                f"its own target, privacy.epsilon={privacy.epsilon:g}. Set it to null to have it calibrated, or raise "
+                "privacy.epsilon."
+            )
     parts = {"model": config.model, "adapter": config.adapter, "privacy": privacy, "training": config.training}
     plan = parse(RunPlan, {
         "run": uuid.uuid4().hex, "seed": config.seed, "sites": sites, "quorum": quorum,

@@ -73,7 +73,8 @@ class Screen:
         lines.add_row(
             "sites", Text(", ".join(sites[:10]) + (f" and {len(sites) - 10} more" if len(sites) > 10 else ""))
         )
-        lines.add_row("rounds", f"{plan.training.rounds}, {plan.training.local_steps} local steps each")
+        steps = plan.training.local_steps
+        lines.add_row("rounds", f"{plan.training.rounds}, {steps} local step{'s' if steps > 1 else ''} each")
         if privacy.mode == "off":
             lines.add_row("privacy", "[bold red]NOT PRIVATE[/bold red]: no noise is added")
         else:
@@ -82,6 +83,11 @@ class Screen:
                 f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for every {privacy.unit}, "
                 f"noise multiplier {privacy.noise_multiplier:g}, Poisson rate {privacy.sampling_rate:g}",
             )
+            if privacy.mode == "distributed":
+                lines.add_row(
+                    "", f"shared noise: head office sees the sum of at least {plan.quorum} sites, and "
+                    f"{privacy.colluding_sites} of them may help it to see more"
+                )  # fmt: skip
             if not privacy.protects:
                 lines.add_row("", "[bold red]NOT PRIVATE[/bold red]: coins and noise come from a seed")
         self._console.print(Panel(lines, title="fedllm", title_align="left", border_style="blue", expand=False))
@@ -114,7 +120,9 @@ class Screen:
         parts.append("NOT PRIVATE" if not record.private else f"epsilon {record.epsilon:.2f}")
         if record.clipped is not None:
             parts.append(f"{record.clipped:.0%} of held-out gradients clipped")
-        if record.round:
+        if record.lost:
+            parts.append(f"lost: {record.lost}")
+        elif record.round:
             parts.append(f"{len(record.answered)} sites in {record.seconds:.1f} s")
         return " · ".join(parts)
 

@@ -12,7 +12,9 @@ from simulations.benchmarks.bench import (
     Benchmark,
     DataOption,
     EpsilonOption,
+    Mode,
     ModelOption,
+    ModeOption,
     OutOption,
     OverrideArgument,
     SeedsOption,
@@ -69,6 +71,7 @@ def main(
     model: ModelOption,
     epsilon: EpsilonOption = "off,8",
     seeds: SeedsOption = 1,
+    mode: ModeOption = Mode.local,
     out: OutOption = Path("runs/banking77"),
     overrides: OverrideArgument = None,
 ) -> None:
@@ -80,7 +83,7 @@ def main(
         f"data.heldout={data / 'test.jsonl'}",
     )
     benchmark = Benchmark("banking77", "accuracy", 3, SETTINGS + sources, PRIVATE, PUBLIC)
-    run(benchmark, epsilon, seeds, out, overrides or [], Console())
+    run(benchmark, epsilon, seeds, out, overrides or [], Console(), mode)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,6 +20,23 @@ from rich.console import Console
 from rich.table import Table
 
 _RESULT = "benchmark.json"
+
+
+class Mode(Enum):
+    """Who adds the noise."""
+
+    local = "local"
+    distributed = "distributed"
+    pooled = "pooled"
+
+
+_MODES = {
+    Mode.local: ("privacy=local",),
+    Mode.distributed: ("privacy=distributed", "federation.quorum=null"),
+    Mode.pooled: (
+        "privacy=local", "federation.partition.by=iid", "federation.partition.sites=1", "federation.quorum=1",
+    ),
+}  # fmt: skip
 _PACKAGES = ("fedllm", "flwr", "torch", "transformers", "peft", "opacus", "dp-accounting")
 
 # The options that every benchmark has.
@@ -28,6 +46,9 @@ DataOption = Annotated[
 ModelOption = Annotated[Path, typer.Option("--model", exists=True, file_okay=False, help="Folder of the base model.")]
 EpsilonOption = Annotated[
     str, typer.Option("--epsilon", help="Comma-separated privacy budgets; `off` is the run without privacy.")
+]
+ModeOption = Annotated[
+    Mode, typer.Option("--mode", help="Noise of every site's own, noise in shares, or one trainer who holds all data.")
 ]
 SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Runs for each epsilon, with seeds 0, 1, ...")]
 OutOption = Annotated[
@@ -68,16 +89,17 @@ class Benchmark:
 
 
 def run(
-    benchmark: Benchmark, epsilons: str, seeds: int, out: Path, extra: Sequence[str], console: Console
-) -> list[Measurement]:
+    benchmark: Benchmark, epsilons: str, seeds: int, out: Path, extra: Sequence[str], console: Console,
+    mode: Mode = Mode.local,
+) -> list[Measurement]:  # fmt: skip
     """Make every run that is not complete yet, print the table, and write it to `out`/results.md."""
     targets = parse_epsilons(epsilons)
     out.mkdir(parents=True, exist_ok=True)
     measurements = []
     for target in targets:
         for seed in range(seeds):
-            name = f"{'off' if target is None else f'eps{target:g}'}-seed{seed}"
-            measurements.append(_one(benchmark, target, seed, name, out, extra, console))
+            name = f"{'off' if target is None else f'{mode.value}-eps{target:g}'}-seed{seed}"
+            measurements.append(_one(benchmark, target, seed, name, out, extra, console, mode))
     _print_table(benchmark, measurements, console)
     text = markdown(benchmark, measurements)
     (out / "results.md").write_text(text, "utf-8")
@@ -97,14 +119,15 @@ def parse_epsilons(text: str) -> list[float | None]:
 
 
 def _one(
-    benchmark: Benchmark, target: float | None, seed: int, name: str, out: Path, extra: Sequence[str], console: Console
-) -> Measurement:
+    benchmark: Benchmark, target: float | None, seed: int, name: str, out: Path, extra: Sequence[str], console: Console,
+    mode: Mode,
+) -> Measurement:  # fmt: skip
     folder = out / name
     overrides = [f"name={name}", f"output={out}", f"seed={seed}", *benchmark.overrides]
     if target is None:
         overrides += ["privacy=off", *benchmark.public]
     else:
-        overrides += ["privacy=local", f"privacy.epsilon={target:g}", *benchmark.private]
+        overrides += [*benchmark.private, *_MODES[mode], f"privacy.epsilon={target:g}"]
     overrides += extra
     result = folder / _RESULT
     if result.exists():

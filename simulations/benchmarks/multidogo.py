@@ -12,7 +12,9 @@ from simulations.benchmarks.bench import (
     Benchmark,
     DataOption,
     EpsilonOption,
+    Mode,
     ModelOption,
+    ModeOption,
     OutOption,
     OverrideArgument,
     SeedsOption,
@@ -50,13 +52,14 @@ def main(
     model: ModelOption,
     epsilon: EpsilonOption = "off,8",
     seeds: SeedsOption = 1,
+    mode: ModeOption = Mode.local,
     out: OutOption = Path("runs/multidogo"),
     overrides: OverrideArgument = None,
 ) -> None:
     """Held-out perplexity before, after with differential privacy, and after without."""
     sources = (f"model.source={model}", f"data.train={data / 'train.jsonl'}", f"data.heldout={data / 'test.jsonl'}")
     benchmark = Benchmark("multidogo", "perplexity", 2, SETTINGS + sources)
-    run(benchmark, epsilon, seeds, out, overrides or [], Console())
+    run(benchmark, epsilon, seeds, out, overrides or [], Console(), mode)
 
 
 if __name__ == "__main__":
