@@ -318,7 +318,10 @@ class Member:
         self._newest = 0
 
     def share(self, request: ShareRequest) -> Shares:
-        """Draw this round's secrets and deal them out. Raises MessageError and PrivacyError."""
+        """Draw this round's secrets and deal them out. Raises MessageError and PrivacyError.
+
+        Before anything is masked with them, others may be dealt in their place to another list of sites.
+        """
         self._expect(request.context)
         circle, agreed = self._circle_of(request)
         number = request.round

@@ -236,15 +236,23 @@ def test_sealed_shares_of_an_earlier_round(five: Federation) -> None:
 
 
 def test_a_round_cannot_be_dealt_again(five: Federation) -> None:
+    """Only one that nothing was masked with, to other sites: then what was dealt before opens nothing any more."""
+    vectors = vectors_of(five)
     five.share(1)
-    five.share(5)
+    dealt = five.share(5)
     for number in (1, 4):
         with pytest.raises(PrivacyError, match="deals a round out once"):
             five.members[A].share(five.share_request(number))
-    other = five.circle.joins[:3]
-    with pytest.raises(PrivacyError, match="deals a round out once"):
-        five.members[A].share(five.share_request(5).model_copy(update={"joins": other}))
     assert five.members[A].share(five.share_request(5)) == five.share(5)[A]
+    fewer = five.share_request(5).model_copy(update={"joins": five.circle.joins[:4]})
+    again = five.members[A].share(fewer)
+    assert again.dealing.key != dealt[A].dealing.key
+    assert again.dealing.commitment != dealt[A].dealing.commitment
+    with pytest.raises(MessageError, match="other joins"):
+        five.members[A].mask(five.mask_request(5, dealt, A), vectors[A])
+    five.members[B].mask(five.mask_request(5, dealt, B), vectors[B])
+    with pytest.raises(PrivacyError, match="deals a round out once"):
+        five.members[B].share(fewer)
 
 
 def test_requests_of_a_round_that_is_over(five: Federation) -> None:
