@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -66,6 +67,12 @@ def load_base(config: ModelConfig, device: str) -> BaseModel:
     source = resolve(config.source)
     where: dict[str, Any] = {"revision": config.revision} if isinstance(source, str) and config.revision else {}
     try:
+        if getattr(AutoConfig.from_pretrained(source, **where), "quantization_config", None) is not None:
+            raise ModelError(
+                f"model.source={config.source} holds quantised weights (4-bit and the like), which are not supported: "
+                "gradients of single units through them were never tested. Give the model as it was before, with "
+                "model.dtype=bfloat16 to save memory."
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         # dropout off: it is no defence, and it would make a unit's gradient depend on a coin
         model = _from_pretrained(config, source, where).to(torch.device(device)).eval()

@@ -146,3 +146,10 @@ def test_a_new_head_is_no_news(model_config: MakeConfig, case: str, capfd: pytes
 def test_a_place_where_no_model_is_is_a_config_error(source: str) -> None:
     with pytest.raises(ConfigError):
         load_base(ModelConfig(source=source), "cpu")
+
+
+def test_quantised_weights_are_refused_with_the_remedy(folder: Path, model_config: MakeConfig) -> None:
+    spoil(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    config = model_config("llama").model_copy(update={"source": str(folder)})
+    with pytest.raises(ModelError, match=r"quantised weights.*model\.dtype=bfloat16"):
+        load_base(config, "cpu")
