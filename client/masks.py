@@ -12,6 +12,7 @@ from fedllm.messages import MaskRequest, Prepare, RevealRequest, Secure, ShareRe
 from fedllm.plan import RunPlan
 from fedllm.secagg import Member, Terms
 
+_RUNS = 8  # at a time
 Peers = Callable[[Mapping[str, str]], Mapping[str, PublicIdentity]]
 
 
@@ -21,7 +22,7 @@ class Masks:
     def __init__(self, site: str, identity: Callable[[], Identity], peers: Peers) -> None:
         """`peers` returns those of the sites that head office names whom this site believes to be who they are."""
         self._site, self._identity, self._peers = site, identity, peers
-        self._member: Member | None = None
+        self._members: dict[str, Member] = {}  # by the plan's digest, the least recent first: runs may overlap
 
     def join(self, request: Prepare) -> bytes:
         """Return this site's Join for a session of a plan; the same one while the session lasts."""
@@ -30,11 +31,20 @@ class Masks:
             raise MessageError("a plan with noise in shares comes with a session of secure aggregation")
         with _judged():
             terms = Terms(
-                plan.digest, request.session, plan.quorum, plan.privacy.colluding_sites, self._peers(request.roster)
+                plan.digest,
+                request.session,
+                plan.quorum,
+                plan.privacy.colluding_sites,
+                self._peers(request.roster),
+                plan.sites,
             )
-            if self._member is None or self._member.terms != terms:
-                self._member = Member(terms, self._site, self._identity())
-        return self._member.join.to_bytes()
+            member = self._members.pop(plan.digest, None)
+            if member is None or member.terms != terms:
+                member = Member(terms, self._site, self._identity())
+        self._members[plan.digest] = member
+        while len(self._members) > _RUNS:
+            del self._members[next(iter(self._members))]
+        return member.join.to_bytes()
 
     def answer(self, request: Secure) -> bytes:
         """Answer a step of secure aggregation that is not an upload."""
@@ -63,9 +73,10 @@ class Masks:
         return masked.to_bytes(), following.to_bytes() if following is not None else b""
 
     def _of(self, plan: RunPlan) -> Member:
-        if self._member is None or self._member.terms.plan != plan.digest:
+        member = self._members.get(plan.digest)
+        if member is None:
             raise MasksError("this site has not joined secure aggregation for this plan since it was started")
-        return self._member
+        return member
 
 
 @contextlib.contextmanager

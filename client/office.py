@@ -90,6 +90,7 @@ class Policy(Frozen):
     train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
     modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
     min_sites: int = Field(1, ge=1)
+    colluding_sites: int = Field(1, ge=0)
     peers: dict[str, str] = Field(default_factory=dict)  # other offices and the fingerprints of their keys
 
     @property
@@ -101,7 +102,7 @@ class Policy(Frozen):
             self.epsilon, self.delta, self.min_units, self.unit, self.allow_unprotected,
             math.inf if self.run_epsilon is None else self.run_epsilon,
             None if self.period is None else Period(self.period.days, self.period.epsilon),
-            self.max_rank, self.train, self.modes, self.min_sites,
+            self.max_rank, self.train, self.modes, self.colluding_sites, self.min_sites,
         )  # fmt: skip
 
 
@@ -162,6 +163,7 @@ policy:
   # train: [B]            # parts of an adapter that a plan may train
   # modes: [local]        # of privacy
   # min_sites: 3         # decline plans whose rounds count with fewer offices than this
+  # colluding_sites: 1   # privacy.mode=distributed: decline plans that count with fewer offices on head office's side
   # peers:               # offices to share noise with (privacy.mode=distributed), and the fingerprints of their keys,
   #   busan: 1a2b 3c4d ...   # as each of them tells you itself: not as head office says
 

@@ -25,6 +25,7 @@ class SitePolicy:
     max_rank: int | None = None  # of an adapter
     train: tuple[str, ...] = ("AB", "B")  # the parts of an adapter that a plan may train
     modes: tuple[str, ...] = ("local", "distributed", "off")  # of privacy
+    colluding_sites: int = 1  # mode distributed: a plan that counts with fewer is declined
     min_sites: int = 1  # a plan whose rounds count with fewer sites is declined
     self_check: bool = True  # check the engine before any record is used, also where the plan does not ask for it
 
@@ -41,6 +42,10 @@ class SitePolicy:
             raise PrivacyError(f"privacy.mode={plan.privacy.mode}; the policy permits {', '.join(self.modes)}")
         if plan.adapter.train not in self.train:
             raise PrivacyError(f"adapter.train={plan.adapter.train}; the policy permits {', '.join(self.train)}")
+        if plan.privacy.mode == "distributed" and plan.privacy.colluding_sites < self.colluding_sites:
+            raise PrivacyError(
+                f"privacy.colluding_sites={plan.privacy.colluding_sites} is below the policy's {self.colluding_sites}"
+            )
         if plan.quorum < self.min_sites:
             raise PrivacyError(f"quorum={plan.quorum} sites is below the policy's min_sites of {self.min_sites}")
         if self.max_rank is not None and plan.adapter.rank > self.max_rank:

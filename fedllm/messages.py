@@ -11,13 +11,12 @@ from pydantic import Field, ValidationError
 
 from fedllm.codec import WireDtype
 from fedllm.errors import MessageError
-from fedllm.plan import Frozen, RunPlan
+from fedllm.plan import MAX_HOLDERS, Frozen, RunPlan
 
 MAGIC = b"FLM1"
 RECORD, KEY = "fedllm", "message"  # where the transport's envelope holds a message: record and key
 MAX_NAME = 200  # characters of a site's name
 MAX_STATEMENT = 16_384  # characters
-MAX_HOLDERS = 512  # sites of one secure aggregation
 _MAX_HEADER = 1 << 20
 
 # Why a site takes no part. The code is all that head office learns; the particulars stay in the site's own log.

@@ -16,6 +16,8 @@ from fedllm.errors import ConfigError
 from fedllm.privacy.mechanism import Clipping, Mechanism
 from fedllm.privacy.shared import SharedMechanism
 
+MAX_HOLDERS = 512  # sites of one secure aggregation
+
 
 class Frozen(BaseModel):
     """A value object: immutable, no unknown fields, no silent conversion."""
@@ -156,6 +158,10 @@ class RunPlan(Frozen):
             raise ValueError("privacy.noise_multiplier: a plan states the calibrated noise")
         if self.privacy.mode == "distributed":
             check_shared(self.privacy, self.training, self.sites, self.quorum)
+            try:
+                _ = self.shared
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         return self
 
     @property
@@ -200,6 +206,8 @@ def check_shared(privacy: PrivacyConfig, training: TrainingConfig, sites: int, q
             "training.optimizer=sgd and training.momentum=0. Momentum and Adam are head office's (training.server)"
         )
     least = max((sites + privacy.colluding_sites) // 2 + 1, privacy.colluding_sites + 2)
+    if sites > MAX_HOLDERS:
+        raise ValueError(f"privacy.mode=distributed takes {MAX_HOLDERS} sites at most, found {sites}")
     if least > sites:
         raise ValueError(
             f"privacy.mode=distributed: {sites} sites are too few where {privacy.colluding_sites} of them may collude "

@@ -56,7 +56,6 @@ from fedllm import crypto, shamir
 from fedllm.crypto import AgreementKey, Identity, PublicIdentity
 from fedllm.errors import ConfigError, CryptoError, FederationError, MessageError, PrivacyError, QuorumLost
 from fedllm.messages import (
-    MAX_HOLDERS,
     Consent,
     Dealing,
     Join,
@@ -70,6 +69,7 @@ from fedllm.messages import (
     SignedKey,
     UnmaskRequest,
 )
+from fedllm.plan import MAX_HOLDERS
 
 SEALED = 2 * shamir.SHARE + 16  # bytes: a share of the seed, one of the mask key, and the tag
 _WORD = np.dtype("<u4")
@@ -90,6 +90,7 @@ class Terms:
     threshold: int  # t: shares that give a secret, and fewest survivors of a round
     colluders: int  # c: sites that may collude with head office and with each other
     roster: Mapping[str, PublicIdentity]
+    sites: int = MAX_HOLDERS  # n: the most that may hold shares, by the plan
 
     def __post_init__(self) -> None:
         if not (_is_digest(self.plan) and _is_digest(self.session)):
@@ -107,8 +108,9 @@ class Terms:
 
     def check_size(self, holders: int) -> None:
         """Raise PrivacyError unless a threshold of `holders` leaves no room for two contradictory lists."""
-        if holders > MAX_HOLDERS:
-            raise PrivacyError(f"secure aggregation takes {MAX_HOLDERS} sites at most, found {holders}")
+        most = min(self.sites, MAX_HOLDERS)
+        if holders > most:
+            raise PrivacyError(f"secure aggregation takes {most} sites at most under these terms, found {holders}")
         if not (self.threshold <= holders and 2 * self.threshold > holders + self.colluders):
             raise PrivacyError(
                 f"secagg.threshold={self.threshold} for {holders} sites of which {self.colluders} may collude: "
@@ -259,8 +261,9 @@ def _pair_mask_key(circle: Circle, number: int, own: str, key: AgreementKey, pee
     return crypto.derive(secret, circle.document("pair mask", number, *sorted((own, peer.site))))
 
 
-def _seal_key(circle: Circle, number: int, agreed: bytes, sender: str, receiver: str) -> bytes:
-    return crypto.derive(agreed, circle.document("sealed shares", number, sender, receiver))
+def _seal_key(circle: Circle, number: int, agreed: bytes, sender: str, receiver: str, dealing: bytes) -> bytes:
+    """Return a key for one pair of shares: `dealing` is what was signed of them, with keys drawn for them alone."""
+    return crypto.derive(agreed, circle.document("sealed shares", number, sender, receiver, dealing))
 
 
 def _add_mask(total_d: Vector, key: bytes, sign: int) -> None:
@@ -368,8 +371,11 @@ class Member:
         )
 
     def check(self, request: MaskRequest) -> None:
-        """Raise what `mask` would raise of this request, before there is a vector. Nothing changes."""
-        self._open(self._state(request), request)
+        """Raise what `mask` would raise of this request and a new vector. Nothing changes."""
+        state = self._state(request)
+        if state.asked is not None:
+            raise PrivacyError(f"round {request.round}: site={self.site!r} has masked a vector already")
+        self._open(state, request)
 
     def unmask(self, request: UnmaskRequest) -> Consent | Reveal:
         """Answer the round's list of survivors: with shares of seeds where nobody dropped out, or with a signature.
@@ -480,7 +486,7 @@ class Member:
             signature=self._identity.sign(signed).hex(),
         )  # fmt: skip
         sealed = b"".join(
-            crypto.seal_once(_seal_key(circle, number, agreed[peer], self.site, peer), b"".join(pair), signed)
+            crypto.seal_once(_seal_key(circle, number, agreed[peer], self.site, peer, signed), b"".join(pair), signed)
             for peer, pair in zip(circle.names, pairs, strict=True)
             if peer != self.site
         )
@@ -510,7 +516,9 @@ class Member:
             signed = check_dealing(circle, number, dealing)
             sealed = request.payload[SEALED * index : SEALED * (index + 1)]
             try:
-                pair = crypto.open_once(_seal_key(circle, number, state.agreed[name], name, self.site), sealed, signed)
+                pair = crypto.open_once(
+                    _seal_key(circle, number, state.agreed[name], name, self.site, signed), sealed, signed
+                )
                 pair_keys[name] = _pair_mask_key(circle, number, self.site, state.key, dealing)
             except CryptoError as error:
                 raise MessageError(

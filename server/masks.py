@@ -35,7 +35,7 @@ class Masks:
     def __init__(self, plan: RunPlan, dimension: int, roster: Mapping[str, PublicIdentity]) -> None:
         self._plan, self._dimension = plan, dimension
         self._terms = Terms(
-            plan.digest, random_bytes(32).hex(), plan.quorum, plan.privacy.colluding_sites, dict(roster)
+            plan.digest, random_bytes(32).hex(), plan.quorum, plan.privacy.colluding_sites, dict(roster), plan.sites
         )
         self._joins: dict[str, SignedKey] = {}
         self._circle: Circle | None = None
@@ -54,6 +54,8 @@ class Masks:
         if join.context != self._terms.context or join.join.site != site:
             raise MessageError("a join of another site, or to another session")
         secagg.check_join(self._terms, join.join)
+        if any(other.key == join.join.key for name, other in self._joins.items() if name != site):
+            raise MessageError("a join with the key of another site")
         if self._joins.get(site) != join.join:
             self._dealt.pop(site, None)
         self._joins[site] = join.join
@@ -64,15 +66,17 @@ class Masks:
         Nothing is asked where all have dealt with their last uploads: that is the round of two exchanges. Raises
         FedllmError where so few have joined that no secrets can be dealt.
         """
-        names = sorted(set(sites) & set(self._joins))
-        dealt = {name: self._dealt[name] for name in names if name in self._dealt}
         failed: dict[str, str] = {}
         circle = self._circle
+        present = sorted(set(sites) & set(self._joins), key=lambda name: (name not in self._dealt, name))
+        names = sorted(present[: self._plan.sites])
+        failed.update(dict.fromkeys(present[self._plan.sites :], f"the plan is for {self._plan.sites} sites"))
+        dealt = {name: self._dealt[name] for name in names if name in self._dealt}
         if circle is None or set(dealt) != set(names):
             circle = self._circle = secagg.make_circle(self._terms, [self._joins[name] for name in names])
             step = ShareRequest(context=self._terms.context, round=number, joins=circle.joins).to_bytes()
             dealt = {}
-            for site, data in ask(dict.fromkeys(names, self._secure(number, step)), len(names)):
+            for site, data in ask(dict.fromkeys(names, self._secure(number, step)), self._plan.quorum):
                 try:
                     shares = from_bytes(_bytes(data), Shares, Declined)
                     if isinstance(shares, Declined):

@@ -13,8 +13,11 @@ Bodies, by the entry's kind:
              answered       {site: its signed statement, word for word (fedllm.statement)}
              declined       {site: reason}
              failed         {site or node: what was wrong}
+             lost           noise in shares: why the sum stayed closed; the round is over all the same
+             noise_multiplier                noise in shares: of the sum, without as many sites as may collude
              adapter_before, adapter_after   digests; equal where the round does not count
              bytes_up, bytes_down            of updates and of requests
+    begun    round          noise in shares: the sites are asked now, and may pay; it is not asked for again
     resumed  round          the last completed round, from which the run goes on; later `round` entries before this one
                             are superseded: those rounds are repeated, and have entries of their own further on
              adapter        digest of the adapter it goes on with
@@ -82,12 +85,16 @@ class RunRecord:
         write_atomically(self.path, line.encode() + b"\n")
         self._last = open_entry(line)
 
-    def resume(self, plan: RunPlan, round_: int, adapter: NDArray[np.float32]) -> None:
-        """Go on from the checkpoint of a round: later entries stand, and are superseded."""
+    def resume(self, plan: RunPlan, round_: int, adapter: NDArray[np.float32]) -> int:
+        """Go on from the checkpoint of a round: later entries stand, and are superseded.
+
+        Returns the highest round that was begun with noise in shares.
+        """
         entries = self._read()
         if not entries or entries[0].kind != "plan" or entries[0].body.get("plan_digest") != plan.digest:
             raise CheckpointError(f"{self.path} is not the record of this run. Restore it from a backup.")
-        done = [e.body.get("round") for e in entries if e.kind == "round" and e.body.get("counts")]
+        over = (e.body for e in entries if e.kind == "round")
+        done = [body.get("round") for body in over if body.get("counts") or body.get("lost")]
         if round_ and round_ not in done:
             raise CheckpointError(
                 f"{self.path} does not reach round {round_} of the checkpoint. Restore it from a backup, or start a "
@@ -100,6 +107,7 @@ class RunRecord:
             before = [signer for signer in self._signers if signer.public in {entry.signer for entry in entries}]
             self._append("key", {"identity": new.to_text()}, (before or [self._signers[0]])[0])
         self.note("resumed", {"round": round_, "adapter": adapter_digest(adapter)})
+        return max((int(entry.body["round"]) for entry in entries if entry.kind == "begun"), default=0)
 
     def note(self, kind: str, body: dict[str, Any]) -> None:
         """Append an entry; on return it is on disk."""

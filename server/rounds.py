@@ -53,6 +53,7 @@ _UNCHARGED: frozenset[Reason] = frozenset({"budget", "policy", "model", "message
 _LEDGER_HINT = "(ledger): cannot be used, or lacks entries that were seen before; the site's own log says what to do."
 _POLL, _POLL_MAX = 0.01, 0.5  # seconds between looks at the transport's inbox
 _PATIENCE = 15.0  # seconds for latecomers at the start of a run, where the quorum is there
+_DEALS = 3  # attempts to have a round's secrets dealt
 _LOST_IN_A_ROW = 3  # rounds whose sum stayed closed, after which the run ends
 _PAUSE_MAX = 5.0  # seconds between looks for sites that may come back
 
@@ -139,7 +140,8 @@ class Coordinator:
         self._folder, self._score, self._observe = folder, score, observe
         self._expected_sites, self._record, self._heads = expected_sites, record, heads
         self._known: dict[str, LedgerHead] = {}  # of the sites' ledgers, when the round began
-        self._resumed = False
+        self._begun = 0  # with noise in shares: the highest round that sites may have paid for
+        self._lost_in_a_row = 0
         self._repeated = 0  # up to this round, a site may answer as it did before a crash
         self._optimizer = self._optimizer_from(start)
         self.sites: dict[str, SiteState] = {}
@@ -182,8 +184,7 @@ class Coordinator:
                 "a backup, or start a new run."
             )
         _write_records(self._folder / METRICS, self.records)
-        self._record.resume(self._plan, self.round, self.adapter)
-        self._resumed = True
+        self._begun = self._record.resume(self._plan, self.round, self.adapter)
         self._repeated = self.round + 2  # the round that was under way, and one more after a damaged checkpoint
 
     def run(self, grid: Grid, channel: Channel | None = None) -> None:
@@ -197,10 +198,11 @@ class Coordinator:
             self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon, **self._scores()))
         channel = channel or PlainChannel(grid)
         self._await_nodes(channel)
-        if self._resumed and self._shared is not None and self.round < self._plan.training.rounds:
-            # sites may have paid for the round that was under way, and deal no second set of secrets for it
-            self._lose(self.round + 1, "head office was started again", {}, {}, {}, time.monotonic())
         try:
+            for number in range(self.round + 1, self._begun + 1):
+                # sites may have paid for it, and have forgotten the secrets that it was masked with
+                self._charge({}, {}, {}, number, set(self.sites), False)
+                self._lose(number, "head office was started again", {}, {}, {}, time.monotonic())
             for number in range(self.round + 1, self._plan.training.rounds + 1):
                 self._round(grid, channel, number)
         except QuorumLost as error:
@@ -223,28 +225,23 @@ class Coordinator:
         began = time.monotonic()
         declined: dict[str, Reason] = {}
         failed: dict[str, str] = {}
-        nodes, online = self._ready(grid, channel, declined, failed)
-        for node, site in self._site_of_node.items():
-            if node not in online and node not in self._dropped:
-                failed[site] = "offline or still busy"
+        nodes, masking = self._gather(grid, channel, number, declined, failed)
         self._check_quorum(number, len(nodes), declined, failed)
         self._observe(RoundStarted(number, [self._site_of_node[n] for n in nodes]))
-
-        masking = self._deal(grid, channel, number, nodes, failed)
         if self._masks is not None:
-            nodes = [n for n in nodes if self._site_of_node[n] in masking]
-            self._check_quorum(number, len(nodes), declined, failed)
+            self._record.note("begun", {"round": number})
         requests = self._requests(nodes, number, masking)
         updates, replies = self._collect(grid, channel, number, requests, declined, failed)
+        delta, noise, lost = self._aggregate(grid, channel, number, updates)
         asked = {self._site_of_node[n] for n in nodes}
-        self._charge(replies, declined, failed, number, asked, len(updates) >= self._quorum)
+        self._charge(replies, declined, failed, number, asked, delta is not None)
         for site in self._forgetful:  # after a resume it is used again only if it can account for all it may have paid
             self.sites[site] = replace(self.sites[site], stated=self.sites[site].epsilon or 0.0)
         self._forgetful.clear()
         before = adapter_digest(self.adapter)
         entry: dict[str, Any] = {
             "round": number,
-            "counts": len(updates) >= self._quorum,
+            "counts": delta is not None,
             "answered": {site: answer.reply.statement for site, answer in sorted(replies.items())},
             "declined": dict(declined),
             "failed": dict(failed),
@@ -253,19 +250,21 @@ class Coordinator:
             "bytes_up": sum(answer.size for answer in replies.values()),
             "bytes_down": sum(map(len, requests.values())),
         }
-        noise = None
-        if self._masks is None:
-            if not entry["counts"]:
-                self._record.note("round", entry)
-            self._check_quorum(number, len(updates), declined, failed)
-            delta = weighted_mean(cast(dict[str, NDArray[np.float32]], updates), self._federation.weights)
-        else:
-            try:
-                delta, noise = self._unmasked(grid, channel, number, cast(dict[str, Masked], updates))
-            except FedllmError as error:
-                self._lose(number, str(error), entry, declined, failed, began)
-                return
+        if noise is not None:
             entry["noise_multiplier"] = noise
+        if lost:
+            self._lose(number, lost, entry, declined, failed, began)
+            self._lost_in_a_row += 1
+            if self._lost_in_a_row >= _LOST_IN_A_ROW:
+                raise QuorumLost(
+                    f"round {number}: {lost} {_LOST_IN_A_ROW} rounds in a row were lost. Find out why, then resume."
+                )
+            return
+        if delta is None:
+            self._record.note("round", entry)
+            self._check_quorum(number, len(updates), declined, failed)
+            return
+        self._lost_in_a_row = 0
         self._optimizer.step(delta, (number - 1) / self._plan.training.rounds)
         self._finish(
             RoundRecord(
@@ -285,17 +284,32 @@ class Coordinator:
             {**entry, "adapter_after": adapter_digest(self.adapter)},
         )
 
-    def _deal(
-        self, grid: Grid, channel: Channel, number: int, nodes: list[int], failed: dict[str, str]
-    ) -> dict[str, bytes]:
-        """Return what secure aggregation asks of each site in this round; nothing where there is none."""
-        if self._masks is None:
-            return {}
-        names = [self._site_of_node[n] for n in nodes]
-        masking, undealt = self._masks.deal(number, names, self._asker(grid, channel, number))
-        failed.update(undealt)
-        self._forgotten |= {n for n in nodes if self._site_of_node[n] in undealt}
-        return masking
+    def _gather(
+        self, grid: Grid, channel: Channel, number: int, declined: dict[str, Reason], failed: dict[str, str]
+    ) -> tuple[list[int], dict[str, bytes]]:
+        """Return the nodes that take part in a round, and what secure aggregation asks of each of their sites.
+
+        A site that lost its secrets joins anew, and then all deal again.
+        """
+        for attempt in range(1, _DEALS + 1):
+            nodes, online = self._ready(grid, channel, declined, failed)
+            for node, site in self._site_of_node.items():
+                if node not in online and node not in self._dropped:
+                    failed[site] = "offline or still busy"
+            if self._masks is None or len(nodes) < self._quorum:
+                return nodes, {}
+            names = [self._site_of_node[n] for n in nodes]
+            try:
+                masking, undealt = self._masks.deal(number, names, self._asker(grid, channel, number))
+            except FedllmError as error:
+                raise QuorumLost(f"round {number}: no secrets could be dealt. {error}") from None
+            failed.update(undealt)
+            self._forgotten |= {n for n in nodes if self._site_of_node[n] in undealt}
+            nodes = [n for n in nodes if self._site_of_node[n] in masking]
+            if len(nodes) >= self._quorum or attempt == _DEALS:
+                return nodes, masking
+            failed.clear()
+        return [], {}
 
     def _collect(
         self, grid: Grid, channel: Channel, number: int, requests: Mapping[int, bytes],
@@ -332,30 +346,35 @@ class Coordinator:
             self._observe(SiteAnswered(number, site, site in updates, declined.get(site) or failed.get(site, "")))
         return updates, replies
 
-    def _unmasked(
-        self, grid: Grid, channel: Channel, number: int, uploads: Mapping[str, Masked]
-    ) -> tuple[NDArray[np.float32], float]:
-        """Return the step float32[d] that the sum of the uploads says, and the noise multiplier of that sum.
+    def _aggregate(
+        self, grid: Grid, channel: Channel, number: int, updates: Mapping[str, NDArray[np.float32] | Masked]
+    ) -> tuple[NDArray[np.float32] | None, float | None, str]:
+        """Return the step float32[d] that the updates say together, None where they are too few.
 
-        The sum is the first thing that can be read. It is divided by public numbers: the survivors, and the units that
-        are expected of each. Raises FedllmError where too few sites are left to unmask it.
+        With noise in shares also the noise multiplier of their sum, or why it stays closed. The sum is the first thing
+        that can be read; it is divided by public numbers: survivors, and the units that are expected of each.
         """
+        enough = len(updates) >= self._quorum
         if self._masks is None or self._shared is None:
-            raise FedllmError("this run has no noise in shares")
-        total = self._masks.unmask(number, uploads, self._asker(grid, channel, number))
-        gradient = self._shared.decode(total) / (len(uploads) * self._plan.expected_units)
-        honest = len(uploads) - self._plan.privacy.colluding_sites
+            plain = cast(Mapping[str, NDArray[np.float32]], updates)
+            return (weighted_mean(plain, self._federation.weights) if enough else None), None, ""
+        if not enough:
+            return None, None, f"{len(updates)} sites answered, federation.quorum={self._quorum}."
+        try:
+            uploads = cast(Mapping[str, Masked], updates)
+            total = self._masks.unmask(number, uploads, self._asker(grid, channel, number))
+        except FedllmError as error:
+            return None, None, str(error)
+        gradient = self._shared.decode(total) / (len(updates) * self._plan.expected_units)
+        honest = len(updates) - self._plan.privacy.colluding_sites
         step = -self._plan.training.learning_rate * gradient
-        return step.astype(np.float32), self._shared.noise_multiplier(honest)
+        return step.astype(np.float32), self._shared.noise_multiplier(honest), ""
 
     def _lose(
         self, number: int, why: str, entry: Mapping[str, Any], declined: dict[str, Reason], failed: dict[str, str],
         began: float,
     ) -> None:  # fmt: skip
-        """Note a round whose sum stays closed: what the sites paid for it stands, and the adapter stays as it is.
-
-        Raises QuorumLost where several in a row are lost, before more is spent for nothing.
-        """
+        """Note a round whose sum stays closed: what the sites paid for it stands, and the adapter stays as it is."""
         digest = adapter_digest(self.adapter)
         nothing = {
             "round": number, "answered": {}, "declined": {}, "failed": {}, "bytes_up": 0, "bytes_down": 0,
@@ -369,8 +388,6 @@ class Coordinator:
             epsilon=self._epsilon(), seconds=time.monotonic() - began,
         )  # fmt: skip
         self._finish(record, body)
-        if len(self.records) > _LOST_IN_A_ROW and all(r.lost for r in self.records[-_LOST_IN_A_ROW:]):
-            raise QuorumLost(f"round {number}: {why} {_LOST_IN_A_ROW} rounds in a row were lost. Find out why first.")
 
     def _epsilon(self) -> float | None:
         """Return the largest epsilon that any site has spent; None where no noise was added."""

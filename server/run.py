@@ -141,6 +141,8 @@ class HeadOfficeRun:
         is what other runs saw of the sites' ledgers; `roster` names who takes part where noise comes in shares.
         """
         adapter = self._workspace.adapter
+        if plan.shared is not None:
+            plan.shared.clip_before_rounding(adapter.spec.dimension)  # says here what every site would decline for
         self._plan, self._folder = plan, folder
         self._coordinator = Coordinator(
             plan, self._config.federation, adapter.spec, adapter.initial, folder,

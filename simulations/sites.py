@@ -95,6 +95,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         delta=config.privacy.delta,
         unit=config.privacy.unit,
         min_units=site.min_units if site.min_units is not None else expected_batch,
+        colluding_sites=0,
         allow_unprotected=True,  # in a simulation the sites are the researcher's own
         self_check=config.privacy.self_check,
     )

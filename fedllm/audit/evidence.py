@@ -336,7 +336,7 @@ def _read_record(path: Path, checks: _Checks) -> _Record:
             if right and back <= done:
                 done = back
                 record.rounds = [step for step in record.rounds if step.round <= done]
-        elif entry.kind != "key":
+        elif entry.kind not in ("key", "begun"):
             checks.note("rounds", False, f"{where}: {entry.kind}?")
     checks.note("rounds", "holds" if record.end else "unverified", f"{RECORD}: {'end' if record.end else 'no end'}")
     return record
@@ -786,6 +786,8 @@ def _accountants(
         events = (
             [AccountingEvent(step.sampling_rate, step.noise_multiplier, step.steps * worst.answered)] if worst else []
         )
+    # other runs may have added their noise another way: what depends on that is of this run alone
+    own = [charge.body.event for charge in ledger.of(plan.run) if charge.aborted is None] if ledger else events
     cost = _spent(events, delta)
     third = prv(events, delta) if prv is not None and cost.epsilon < float("inf") else None
     checks.note("accountants", cost.epsilon_rdp >= cost.epsilon - _TOLERANCE_PRV,
@@ -803,9 +805,9 @@ def _accountants(
             rdp=_finite(cost.epsilon_rdp),
             prv=third,
             planned=_finite(_spent([plan.mechanism.event(plan.steps)], delta).epsilon),
-            several_sites=tuple((k, _finite(_spent(_of_sites(events, k, plan), delta).epsilon)) for k in several),
-            coalitions=tuple((k, _finite(_spent(_weaker(events, plan, k), delta).epsilon)) for k in _coalitions(plan)),
-            share_alone=_finite(_spent(_weaker(events, plan, plan.quorum - 1), delta).epsilon)
+            several_sites=tuple((k, _finite(_spent(_of_sites(own, k, plan), delta).epsilon)) for k in several),
+            coalitions=tuple((k, _finite(_spent(_weaker(own, plan, k), delta).epsilon)) for k in _coalitions(plan)),
+            share_alone=_finite(_spent(_weaker(own, plan, plan.quorum - 1), delta).epsilon)
             if plan.shared is not None
             else None,
         ),
@@ -830,7 +832,8 @@ def _coalitions(plan: RunPlan) -> list[int]:
     if plan.shared is None:
         return []
     most = min(plan.quorum - 2, 2 * plan.quorum - plan.sites - 1)
-    return list(range(plan.privacy.colluding_sites + 1, most + 1))[:4]
+    sizes = list(range(plan.privacy.colluding_sites + 1, most + 1))
+    return sizes if len(sizes) <= 4 else [*sizes[:3], sizes[-1]]
 
 
 def _weaker(events: Sequence[AccountingEvent], plan: RunPlan, colluding: int) -> list[AccountingEvent]:

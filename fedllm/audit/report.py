@@ -191,8 +191,9 @@ def _coalition(audit: Audit, say: partial[str]) -> str:
     """Say what head office can bound with the help of more sites than the plan names."""
     accountants = audit.accountants
     figures = "; ".join(say("claim.coalition.figure", k=k, epsilon=number(e)) for k, e in accountants.coalitions)
+    most = accountants.coalitions[-1][0] if figures else audit.claim.colluding_sites
     key = "claim.coalition.text" if figures else "claim.coalition.none"
-    return say(key, figures=figures, alone=number(accountants.share_alone))
+    return say(key, figures=figures, most=most, alone=number(accountants.share_alone))
 
 
 def _measure(audit: Audit) -> Literal["accuracy", "loss"]:

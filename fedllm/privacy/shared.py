@@ -15,7 +15,7 @@ share, in quanta, and h the number of honest sites whose uploads are in the sum.
 4. The sum of the clipped vectors is a vector x of integers, and x + round(Z + V) = round(x + Z + V): the Gaussian
    mechanism with variance h s^2, followed by steps that look at nothing but its result.
 
-The two laws differ by a total variation of at most (2 K + 1) h |e| + P(beyond K) for every K; with s >= 16, h <= 128,
+The two laws differ by a total variation of at most (2 K + 1) h |e| + P(beyond K) for every K; with s >= 16, h <= 512,
 10^9 coordinates and rounds, that is below 10^-500, and adds nothing to delta that a float could hold. Vectors are
 clipped so that they are within the clip after rounding: the sensitivity is the clip norm, with no term for rounding.
 """
@@ -55,7 +55,7 @@ def rounded_normals(source: Randomness, n: int, std: float) -> NDArray[np.int64]
     error = 4.0 * std * (radius * 2.0**-48 + u_error / radius)
     draws = np.stack([radius * np.cos(angle), radius * np.sin(angle)]) * std
     rounded = np.rint(draws)
-    unclear = (0.5 - np.abs(draws - rounded) <= error).any(axis=0)
+    unclear = (0.5 - np.abs(draws - rounded) <= error).any(axis=0) | (radius_words == 0)
     result = rounded.astype(np.int64)
     for i in np.flatnonzero(unclear):
         result[:, i] = _exactly(int(radius_words[i]), int(angle_words[i]), source, std)
@@ -89,11 +89,11 @@ class SharedMechanism:
         """Raise PrivacyError where 32 bits do not hold the sum finely enough."""
         if not 1 <= self.honest <= self.sites:
             raise PrivacyError(f"honest={self.honest} sites must be between 1 and all {self.sites}")
-        if self.share_std < _LEAST_STD:
+        if self.share_std < _LEAST_STD or self._room < self.scale:
             raise ConfigError(
                 f"{self.sites} sites of {self.expected_units:g} expected units leave no room in 32 bits for noise "
-                f"shares (standard deviation {self.share_std:.3g} steps, at least {_LEAST_STD:g} needed). Use fewer "
-                "sites, a lower privacy.sampling_rate or more noise."
+                f"shares (standard deviation {self.share_std:.3g} steps, at least {_LEAST_STD:g} needed) and for one "
+                f"clip norm ({self.scale} steps). Use fewer sites, a lower privacy.sampling_rate, or another epsilon."
             )
 
     @property
@@ -114,6 +114,11 @@ class SharedMechanism:
     def share_std(self) -> float:
         """Standard deviation of one site's noise, quanta."""
         return self.mechanism.noise_multiplier * self.scale / math.sqrt(self.honest)
+
+    @property
+    def _room(self) -> int:
+        """The largest magnitude of a site's sum before its noise."""
+        return self._reach - math.ceil(_REACH * self.share_std) - 1
 
     @property
     def _reach(self) -> int:
@@ -141,8 +146,7 @@ class SharedMechanism:
         """
         if not np.array_equal(clipped_sum, np.rint(clipped_sum)):
             raise PrivacyError("the clipped sum is not in whole quanta, so its sensitivity is not known")
-        room = self._reach - math.ceil(_REACH * self.share_std) - 1
-        noised = np.clip(clipped_sum, -room, room).astype(np.int64)
+        noised = np.clip(clipped_sum, -self._room, self._room).astype(np.int64)
         noised += rounded_normals(source, clipped_sum.size, self.share_std)
         return (noised % 2**32).astype(np.uint32)
 

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from fedllm import secagg
+from fedllm import crypto, secagg
 from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, FederationError, FedllmError, MessageError, PrivacyError, QuorumLost
 from fedllm.messages import Dealing, Reveal, SignedKey
@@ -246,6 +246,10 @@ def test_a_round_cannot_be_dealt_again(five: Federation) -> None:
     assert five.members[A].share(five.share_request(5)) == five.share(5)[A]
     fewer = five.share_request(5).model_copy(update={"joins": five.circle.joins[:4]})
     again = five.members[A].share(fewer)
+    back = five.members[A].share(five.share_request(5))
+    assert len({back.payload, again.payload, dealt[A].payload}) == 3
+    assert back.dealing.commitment != dealt[A].dealing.commitment, "new secrets, and so new keys to seal them with"
+    five.members[A].share(fewer)
     assert again.dealing.key != dealt[A].dealing.key
     assert again.dealing.commitment != dealt[A].dealing.commitment
     with pytest.raises(MessageError, match="other joins"):
@@ -253,6 +257,26 @@ def test_a_round_cannot_be_dealt_again(five: Federation) -> None:
     five.members[B].mask(five.mask_request(5, dealt, B), vectors[B])
     with pytest.raises(PrivacyError, match="deals a round out once"):
         five.members[B].share(fewer)
+
+
+def test_no_key_seals_twice(five: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head office may have a round dealt to one list, another, and the first again: a keystream used twice would show
+    its plaintexts' difference, and with enough of them the secrets themselves."""
+    keys: list[bytes] = []
+    seal = crypto.seal_once
+
+    def noting(key: bytes, plaintext: bytes, associated: bytes) -> bytes:
+        keys.append(key)
+        return seal(key, plaintext, associated)
+
+    monkeypatch.setattr(crypto, "seal_once", noting)
+    whole = five.share_request(1)
+    fewer = whole.model_copy(update={"joins": five.circle.joins[:4]})
+    for _ in range(5):
+        for request in (whole, fewer):
+            five.members[A].share(request)
+    assert len(keys) == 5 * (4 + 3)
+    assert len(set(keys)) == len(keys)
 
 
 def test_requests_of_a_round_that_is_over(five: Federation) -> None:

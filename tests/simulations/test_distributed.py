@@ -26,7 +26,7 @@ from server.record import RECORD_FILE
 from server.rounds import Event
 from simulations.simulate import KEYS, simulate
 from simulations.sites import simulated_data
-from tests.simulations.conftest import Configure
+from tests.simulations.conftest import Configure, merge
 
 BRANCHES = ("busan", "daegu", "jeju", "강남")
 SHARED: dict[str, Any] = {
@@ -216,7 +216,7 @@ def test_a_site_that_was_started_again_joins_anew(
             if message is not None and message.round == 2:
                 forgotten.append(2)
                 assert self._masks is not None
-                self._masks._member = None  # as a new process would have none
+                self._masks._members.clear()  # as a new process would have none
         return honest(self, request, *rest)
 
     monkeypatch.setattr(Site, "handle", handle)
@@ -229,23 +229,91 @@ def test_a_site_that_was_started_again_joins_anew(
 
 
 def test_a_resumed_run_gives_the_interrupted_round_up(tmp_path: Path, configure: Configure) -> None:
-    class StopHereError(Exception):
-        pass
-
-    def stop(event: Event) -> None:
-        if type(event).__name__ == "SiteAnswered" and event.round == 2:
-            raise StopHereError
-
     changes = changed(training={"rounds": 4})
     with pytest.raises(StopHereError):
-        run(configure(tmp_path, **changes), stop)
+        run(configure(tmp_path, **changes), stop_in(2))
     done = run(configure(tmp_path, resume=True, audit=True, **changes))
     assert not done.stopped
     bodies = rounds_of(done.folder)
     assert [(body["round"], body["counts"]) for body in bodies] == [(1, True), (2, False), (3, True), (4, True)]
     assert "started again" in bodies[1]["lost"]
-    epsilons = {name: state["epsilon"] for name, state in done.sites.items()}
-    assert all(epsilon <= done.plan.privacy.epsilon for epsilon in epsilons.values())
+    for state in done.sites.values():
+        assert state["charged"] == 4, "also of the round that was given up"
+        assert state["epsilon"] <= done.plan.privacy.epsilon
+    assert verify(done.folder / "audit", Trust.read(done.folder / KEYS))[0].verdict == "within"
+
+
+class StopHereError(Exception):
+    """Head office ends without a word."""
+
+
+def stop_in(number: int) -> Callable[[Event], None]:
+    def stop(event: Event) -> None:
+        if type(event).__name__ == "SiteAnswered" and event.round == number:
+            raise StopHereError
+
+    return stop
+
+
+def test_a_run_outlives_lost_rounds_and_many_ends_of_head_office(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str, message: object) -> bool:
+        return isinstance(message, UnmaskRequest) and message.round == 3 and name in ("jeju", "busan")
+
+    replies_of(monkeypatch, fail)
+    changes = changed(training={"rounds": 6})
+    for number, resume in ((2, False), (4, True), (5, True)):
+        with pytest.raises(StopHereError):
+            run(configure(tmp_path, resume=resume, **changes), stop_in(number))
+    done = run(configure(tmp_path, resume=True, audit=True, **changes))
+    assert not done.stopped
+    bodies = rounds_of(done.folder)
+    assert [(body["round"], body["counts"]) for body in bodies] == [
+        (1, True), (2, False), (3, False), (4, False), (5, False), (6, True)
+    ]  # fmt: skip
+    assert verify(done.folder / "audit", Trust.read(done.folder / KEYS))[0].verdict == "within"
+
+
+def test_a_run_that_went_back_to_the_checkpoint_before_asks_for_no_round_twice(
+    tmp_path: Path, configure: Configure
+) -> None:
+    changes = changed(training={"rounds": 5})
+    with pytest.raises(StopHereError):
+        run(configure(tmp_path, **changes), stop_in(3))
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])  # a damaged disk: the one before is taken
+    done = run(configure(tmp_path, resume=True, **changes))
+    assert not done.stopped
+    last = {body["round"]: body["counts"] for body in rounds_of(done.folder)}
+    assert last == {1: True, 2: False, 3: False, 4: True, 5: True}
+
+
+def test_a_run_that_lost_three_rounds_goes_on_when_resumed(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = {"jeju", "busan"}
+    replies_of(monkeypatch, lambda name, message: isinstance(message, UnmaskRequest) and name in away)
+    changes = changed(training={"rounds": 5})
+    assert "in a row" in run(configure(tmp_path, **changes)).stopped
+    away.clear()
+    done = run(configure(tmp_path, resume=True, audit=True, **changes))
+    assert not done.stopped
+    assert [body["counts"] for body in rounds_of(done.folder)] == [False] * 3 + [True] * 2, "nothing more was lost"
+    assert verify(done.folder / "audit", Trust.read(done.folder / KEYS))[0].verdict == "within"
+
+
+def test_a_quorum_that_was_raised_on_the_way_holds(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = changed(training={"rounds": 3})
+    with pytest.raises(StopHereError):
+        run(configure(tmp_path, **changes), stop_in(2))
+    replies_of(monkeypatch, lambda name, message: isinstance(message, TrainRequest) and name == "jeju")
+    done = run(configure(tmp_path, resume=True, audit=True, **merge(changes, {"federation": {"quorum": 4}})))
+    bodies = rounds_of(done.folder)
+    assert [body["counts"] for body in bodies] == [True, False, False]
+    assert bodies[-1]["adapter_after"] == bodies[-1]["adapter_before"]
     assert verify(done.folder / "audit", Trust.read(done.folder / KEYS))[0].verdict == "within"
 
 
