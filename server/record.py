@@ -107,7 +107,10 @@ class RunRecord:
             before = [signer for signer in self._signers if signer.public in {entry.signer for entry in entries}]
             self._append("key", {"identity": new.to_text()}, (before or [self._signers[0]])[0])
         self.note("resumed", {"round": round_, "adapter": adapter_digest(adapter)})
-        return max((int(entry.body["round"]) for entry in entries if entry.kind == "begun"), default=0)
+        unpaid = {e.body["round"] for e in entries if e.kind == "round"} - set(done)  # nobody had answered, nor paid
+        return max(
+            (int(e.body["round"]) for e in entries if e.kind == "begun" and e.body["round"] not in unpaid), default=0
+        )
 
     def note(self, kind: str, body: dict[str, Any]) -> None:
         """Append an entry; on return it is on disk."""

@@ -234,6 +234,8 @@ class Coordinator:
         updates, replies = self._collect(grid, channel, number, requests, declined, failed)
         delta, noise, lost = self._aggregate(grid, channel, number, updates)
         asked = {self._site_of_node[n] for n in nodes}
+        if all(declined.get(site) in _UNCHARGED for site in asked):
+            lost = ""  # nobody has paid for anything
         self._charge(replies, declined, failed, number, asked, delta is not None)
         for site in self._forgetful:  # after a resume it is used again only if it can account for all it may have paid
             self.sites[site] = replace(self.sites[site], stated=self.sites[site].epsilon or 0.0)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from fedllm.errors import ModelError
 from fedllm.plan import RunPlan
 from fedllm.privacy.mechanism import Mechanism
-from fedllm.privacy.randomness import Randomness
+from fedllm.privacy.randomness import Randomness, SeededRandomness, normals
 from fedllm.privacy.shared import SharedMechanism
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.compiling import Blocks, first_line, pays
@@ -202,7 +202,7 @@ class Engine:
             return
         values = adapter.vector()
         try:
-            adapter.load(np.random.default_rng(0).normal(0, 0.02, len(values)).astype(np.float32))  # public
+            adapter.load((normals(SeededRandomness(0, "public"), len(values)) * 0.02).astype(np.float32))
             self._blocks.compile(self._gradients, longest, classifies=adapter.classifies, grouped=self._persons)
             _log.info("model.compile: the model is compiled")
         except ModelError as error:

@@ -25,7 +25,7 @@ from fedllm.errors import PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, fits
 from fedllm.privacy.mechanism import Mechanism
-from fedllm.privacy.randomness import Randomness
+from fedllm.privacy.randomness import Randomness, SeededRandomness, normals, uniforms
 from fedllm.training import trainer
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import IGNORE, Record, Unit
@@ -118,19 +118,22 @@ class Subject:
     @cached_property
     def start(self) -> NDArray[np.float32]:
         """Adapter values at which no gradient vanishes, float32[d]."""
-        return np.random.default_rng(0).normal(0, 0.05, self.adapter.spec.dimension).astype(np.float32)
+        return (normals(SeededRandomness(0, "public"), self.adapter.spec.dimension) * 0.05).astype(np.float32)
 
     @cached_property
     def units(self) -> list[Unit]:
         """Units of one and of several records of made-up tokens."""
         embedding = _embedding(self.adapter.model)
         vocabulary = embedding.num_embeddings if embedding is not None else 19
-        generator = np.random.default_rng(1)
+        source = SeededRandomness(1, "public")
+
+        def drawn(low: int, high: int, n: int) -> NDArray[np.int64]:
+            return low + np.floor(uniforms(source, n) * (high - low)).astype(np.int64)
 
         def record() -> Record:
-            ids = generator.integers(_FIRST, vocabulary, size=int(generator.integers(4, 10)))
+            ids = drawn(_FIRST, vocabulary, int(drawn(4, 10, 1)[0]))
             if self.adapter.classifies:
-                return Record(ids, np.asarray(int(generator.integers(0, len(self.plan.model.labels)))))
+                return Record(ids, drawn(0, len(self.plan.model.labels), 1).reshape(()))
             return Record(ids, np.where(np.arange(len(ids)) < len(ids) // 3, IGNORE, ids))
 
         return [tuple(record() for _ in range(size)) for size in _SIZES]
@@ -293,7 +296,7 @@ def release_lies_on_the_grid(s: Subject) -> str:
     """The last bits of a float give away the sum beneath the noise, unless all values lie on one public grid."""
     optimizer = s.engine.optimizer(_Witness(s.adapter.flat), s.mechanism, 1.0, s.randomness())
     (flat,) = optimizer.params
-    sums = np.random.default_rng(2).normal(0, s.mechanism.clip_norm / 3, s.adapter.spec.dimension)
+    sums = normals(SeededRandomness(2, "public"), s.adapter.spec.dimension) * (s.mechanism.clip_norm / 3)
     flat.summed_grad = torch.from_numpy(sums).to(s.adapter.device)
     try:
         optimizer.add_noise()

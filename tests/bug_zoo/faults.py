@@ -49,7 +49,7 @@ def _clip(vector: Tensor, norm: float) -> Tensor:
 
 
 def clip_of_the_mean(patch: Patch) -> None:
-    def faulty(gradients: Tensor, mechanism: Mechanism) -> Tensor:
+    def faulty(gradients: Tensor, mechanism: Mechanism, shared: object) -> Tensor:
         return _clip(gradients.double().mean(0), mechanism.clip_norm) * len(gradients)
 
     patch.setattr(engine, "clip_and_sum", faulty)
@@ -64,7 +64,7 @@ def _clip_in_parts(patch: Patch, cut: Callable[[list[str]], list[list[int]]]) ->
         create(self, adapter)
         shapes[:] = [(name, p.numel()) for name, p in adapter.trainable.items()]
 
-    def faulty(gradients: Tensor, mechanism: Mechanism) -> Tensor:
+    def faulty(gradients: Tensor, mechanism: Mechanism, shared: object) -> Tensor:
         total = torch.zeros(gradients.shape[1], dtype=torch.float64)
         starts = np.cumsum([0, *(size for _, size in shapes)])
         for group in cut([name for name, _ in shapes]):

@@ -179,7 +179,7 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_at_the_socket(federa
     until(branch.office.socket.exists, what="the site service")
     before = len(branch.charged())
     me, site = head.office.identity, branch.office.identity.public
-    plan = make_plan(config_of("at-the-socket", 1))
+    plan = make_plan(config_of("at-the-socket", 1), 3)
     known = {"run": plan.run, "plan": plan.digest}
     genuine = _sealed(Prepare(plan=plan), site, me, **known)
     train = TrainRequest(plan=plan, round=1, spec_digest="0" * 64, head=None, payload=b"")

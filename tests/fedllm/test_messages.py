@@ -199,6 +199,8 @@ def test_a_message_with_a_field_too_many_or_too_few_is_refused(make_plan: Make, 
     with pytest.raises(MessageError, match=f"malformed {kind.KIND}"):
         parse_any(as_frame({**header, "records": 817}))
     for field in header:
+        if field in kind.model_fields and not kind.model_fields[field].is_required():
+            continue
         with pytest.raises(MessageError):
             parse_any(as_frame({key: value for key, value in header.items() if key != field}))
 
