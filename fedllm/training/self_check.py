@@ -33,6 +33,7 @@ from fedllm.training.engine import Engine
 
 _FLOAT32 = 1e-5  # relative L2 distance of two honest computations of one sum, base in float32
 _BFLOAT16 = 0.1  # the same where the base computes in bfloat16: 8 bits of mantissa, through all layers
+_ROUNDED = 0.05  # share of the clip norm that rounding to quanta may take, and some more
 _TAIL = math.log(1e9 * 2 * 50)  # -log of the chance of one tail of one comparison; there are fewer than 50 beside loops
 _DRAWS = 1 << 16  # of noise, at the least: its deviation is known to 2 percent then
 _UNITS, _STEPS = 256, 512  # of the coins
@@ -410,13 +411,59 @@ def weights_change_as_the_optimiser_says(s: Subject) -> str:
 
 Check = Callable[[Subject], str]  # returns what is wrong, or ""
 
+
+def sum_in_quanta_is_within_the_clip(s: Subject) -> str:
+    """With noise in shares: whole numbers, near the plain sum, and moved by one unit no further than the clip norm."""
+    if s.plan.shared is None:
+        return ""
+    shared = replace(s.plan.shared, mechanism=s.tight)
+
+    def in_quanta(units: Sequence[Unit]) -> Tensor:
+        s.adapter.load(s.start)
+        return s.engine.clipped_sum(units, s.tight, s.micro_batch, shared)
+
+    whole = in_quanta(s.units)
+    if not torch.equal(whole, whole.round()):
+        return "the sum is not one of whole quanta"
+    apart = s.differ(whole * shared.quantum, s.whole)
+    if not apart <= s.bound + _ROUNDED:
+        return f"in quanta the sum differs by {apart:.3g} of it, expected at most {s.bound + _ROUNDED:g}"
+    for absent in range(len(s.units)):
+        moved = float((whole - in_quanta(s.units[:absent] + s.units[absent + 1 :])).norm())
+        if not moved <= shared.scale * (1 + len(s.units) * s.bound):
+            return f"one unit moves the sum in quanta by {moved / shared.scale:.6g} clip norms, expected at most 1"
+    return ""
+
+
+def share_has_its_deviation(s: Subject) -> str:
+    """With noise in shares: those of the fewest honest sites add up to what is charged for, and none comes twice."""
+    shared, privacy = s.plan.shared, s.plan.privacy
+    if shared is None:
+        return ""
+    honest = s.plan.quorum - privacy.colluding_sites  # by the plan, not by the mechanism
+    deviation = float(privacy.noise_multiplier or 0.0) * shared.scale / math.sqrt(honest)
+    source, d = s.randomness(), s.adapter.spec.dimension
+    times = min(32, max(2, math.ceil(_DRAWS / d)))
+    draws = np.stack([shared.upload(np.zeros(d), source).view(np.int32) / deviation for _ in range(times)])
+    # tails of the chi-square distribution: Laurent and Massart 2000, lemma 1
+    found, wide = float((draws**2).sum()), 2 * math.sqrt(draws.size * _TAIL)
+    if not draws.size - wide <= found <= draws.size + wide + 2 * _TAIL:
+        return f"a share has {math.sqrt(found / draws.size):.4g} times the deviation that is counted on"
+    again = shared.upload(np.zeros(d), s.randomness()).view(np.int32) / deviation
+    limit = 2 * math.sqrt(d * _TAIL) + 2 * _TAIL
+    for other in (draws[1], again) if privacy.protects else ():
+        if np.array_equal(draws[0], other) or abs(float(draws[0] @ other)) > limit:
+            return "two uploads share their noise"
+    return ""
+
+
 CHECKS: dict[str, Check] = {
     check.__name__.replace("_", "-"): check
     for check in (
         clip_bounds_every_unit, sum_equals_the_slow_loop, micro_batch_changes_nothing, order_changes_nothing,
         unit_that_is_not_finite_counts_zero, empty_batch_is_a_noisy_step, noise_has_the_charged_deviation,
         noise_is_fresh, release_lies_on_the_grid, divisor_is_public, coins_are_poisson, charge_is_the_mechanism,
-        weights_change_as_the_optimiser_says,
+        weights_change_as_the_optimiser_says, sum_in_quanta_is_within_the_clip, share_has_its_deviation,
     )
 }  # fmt: skip
 # These say something only where noise is added.

@@ -18,10 +18,12 @@ from torch import Tensor
 import client.site
 import fedllm.training.data
 import server.checkpoint
+from fedllm.privacy import shared as shared_noise
 from fedllm.privacy.accounting import AccountingEvent, calibrate
 from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
+from fedllm.privacy.shared import SharedMechanism
 from fedllm.training import engine, losses, trainer
 from fedllm.training.data import Batch, Unit
 from fedllm.training.engine import Engine
@@ -39,6 +41,7 @@ class Fault:
     inject: Callable[[Patch], None] = lambda patch: None
     spoil: Callable[[Subject], None] = lambda subject: None
     classifies: bool = False  # shows on a model with a classification head
+    shared: bool = False  # shows where noise comes in shares
 
 
 # ---- the clip --------------------------------------------------------------------------------------------------------
@@ -447,6 +450,31 @@ def cap_on_records_ignored(patch: Patch) -> None:
     patch.setattr(fedllm.training.data, "build_units", faulty)
 
 
+# ---- noise in shares -------------------------------------------------------------------------------------------------
+
+
+def shares_for_all_sites(patch: Patch) -> None:
+    """Then the sum of the survivors has too little, as soon as somebody drops out or colludes."""
+    sized = property(lambda self: self.mechanism.noise_multiplier * self.scale / self.sites**0.5)
+    patch.setattr(SharedMechanism, "share_std", sized)
+
+
+def shares_from_a_seed(patch: Patch) -> None:
+    honest = shared_noise.rounded_normals
+    patch.setattr(shared_noise, "rounded_normals", lambda _, n, std: honest(SeededRandomness(7, "share"), n, std))
+
+
+def quanta_without_a_clip(patch: Patch) -> None:
+    honest = engine.clip_and_sum
+
+    def faulty(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None = None) -> Tensor:
+        if shared is None:
+            return honest(gradients, mechanism)
+        return (gradients.double() / shared.quantum).round().sum(0)
+
+    patch.setattr(engine, "clip_and_sum", faulty)
+
+
 SELF_CHECK = [
     Fault("the mean of a batch is clipped", "sum-equals-the-slow-loop", clip_of_the_mean),
     Fault("every tensor is clipped by itself", "clip-bounds-every-unit", clip_per_tensor),
@@ -484,6 +512,9 @@ SELF_CHECK = [
     Fault("wrapping detaches one layer", "weights-change-as-the-optimiser-says", spoil=one_layer_detached_by_wrapping),
     Fault("a frozen part is trained without noise", "weights-change-as-the-optimiser-says",
           frozen_part_trained_without_noise),
+    Fault("sums in quanta are not clipped", "sum-in-quanta-is-within-the-clip", quanta_without_a_clip, shared=True),
+    Fault("shares are sized for all sites", "share-has-its-deviation", shares_for_all_sites, shared=True),
+    Fault("shares come from a seed", "share-has-its-deviation", shares_from_a_seed, shared=True),
 ]  # fmt: skip
 
 TESTS_ONLY = [

@@ -30,6 +30,11 @@ def plan_of(base: Path, **changes: Any) -> RunPlan:
     }  # fmt: skip
     training = {"rounds": 4, "local_steps": 2, "learning_rate": 0.1, "momentum": 0.9, "wire": "float32"}
     model: dict[str, Any] = {"source": str(base), "max_length": 32}
+    whole: dict[str, Any] = {}
+    if changes.pop("shared", False):
+        whole = {"sites": 4, "quorum": 3}
+        privacy["mode"] = "distributed"
+        training |= {"local_steps": 1, "momentum": 0.0}
     if changes.pop("classifies", False):
         model |= {"task": "classification", "labels": ["a", "b", "c"]}
     for key, value in changes.items():
@@ -37,7 +42,7 @@ def plan_of(base: Path, **changes: Any) -> RunPlan:
     return parse(
         RunPlan,
         {
-            "run": "zoo", "seed": 3, "model": model, "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+            **whole, "run": "zoo", "seed": 3, "model": model, "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
             "privacy": privacy, "training": training,
         },
     )  # fmt: skip

@@ -38,7 +38,7 @@ def open_subject(tiny_llama: Path) -> Open:
 @pytest.mark.parametrize("fault", SELF_CHECK, ids=lambda fault: fault.name)
 def test_the_self_check_finds(open_subject: Open, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     fault.inject(monkeypatch)
-    subject = open_subject(fault.classifies)
+    subject = open_subject(fault.classifies, shared=fault.shared)
     fault.spoil(subject)
     with pytest.raises(PrivacyError, match=f"^self-check {fault.invariant}: .* nothing was charged"):
         self_check.check(fault.invariant, subject)
@@ -70,6 +70,9 @@ def test_the_tests_find(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (False, {"clipping": "automatic"}),
         (False, {"mode": "off", "noise_multiplier": None}),
         (False, {"insecure_seed": 1}),
+        (False, {"shared": True}),
+        (True, {"shared": True, "clipping": "automatic"}),
+        (False, {"shared": True, "insecure_seed": 1}),
     ],
     ids=str,
 )
