@@ -18,7 +18,7 @@ from fedllm.training.data import Table, Tokeniser, Unit, batches, build_units, r
 from fedllm.training.engine import Engine
 from fedllm.training.losses import logits, token_losses
 
-_FEW = 32  # held-out records whose gradients are measured after a round
+_FEW = 16  # held-out records whose gradients are measured after a round
 _T = TypeVar("_T")
 
 
@@ -77,7 +77,7 @@ class Evaluator:
         return Score(loss, perplexity=math.exp(min(loss, 700.0)))
 
     def clipped_share(self, engine: Engine, vector: NDArray[np.float32], mechanism: Mechanism) -> float | None:
-        """Return the share of held-out records, of at most 32, whose gradient `mechanism` would shorten."""
+        """Return the share of held-out records, of at most 16, whose gradient `mechanism` would shorten."""
         few = _spread(self._units, _FEW)
         with self._adapter.lock:
             self._adapter.load(vector)
