@@ -57,7 +57,7 @@ def test_the_update_is_the_difference_that_training_made(
     assert update.dtype == np.float32
     assert update.shape == start.shape
     assert np.array_equal(adapter.vector() - start, update)
-    assert (update != 0).all()
+    assert (update != 0).mean() > 0.9  # on the grid of released values a few may be 0
 
 
 def test_the_update_of_one_step_is_the_clipped_mean_over_the_public_number_of_units(
