@@ -93,8 +93,8 @@ class RunRecord:
         entries = self._read()
         if not entries or entries[0].kind != "plan" or entries[0].body.get("plan_digest") != plan.digest:
             raise CheckpointError(f"{self.path} is not the record of this run. Restore it from a backup.")
-        over = (e.body for e in entries if e.kind == "round")
-        done = [body.get("round") for body in over if body.get("counts") or body.get("lost")]
+        rounds = [entry.body for entry in entries if entry.kind == "round"]
+        done = [body.get("round") for body in rounds if body.get("counts") or body.get("lost")]
         if round_ and round_ not in done:
             raise CheckpointError(
                 f"{self.path} does not reach round {round_} of the checkpoint. Restore it from a backup, or start a "
@@ -107,10 +107,13 @@ class RunRecord:
             before = [signer for signer in self._signers if signer.public in {entry.signer for entry in entries}]
             self._append("key", {"identity": new.to_text()}, (before or [self._signers[0]])[0])
         self.note("resumed", {"round": round_, "adapter": adapter_digest(adapter)})
-        unpaid = {e.body["round"] for e in entries if e.kind == "round"} - set(done)  # nobody had answered, nor paid
-        return max(
-            (int(e.body["round"]) for e in entries if e.kind == "begun" and e.body["round"] not in unpaid), default=0
-        )
+        begun: set[int] = set()
+        for entry in entries:
+            if entry.kind == "begun":
+                begun.add(int(entry.body["round"]))
+            elif entry.kind == "round" and not (entry.body.get("counts") or entry.body.get("lost")):
+                begun.discard(int(entry.body["round"]))  # nobody had paid for it when it ended
+        return max(begun, default=0)
 
     def note(self, kind: str, body: dict[str, Any]) -> None:
         """Append an entry; on return it is on disk."""

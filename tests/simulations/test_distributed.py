@@ -1,6 +1,5 @@
 """Noise in shares: the federation trains as one pooled trainer would, and head office reads nothing but sums."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from client.site import Site
 from fedllm.audit.bundle import verify
 from fedllm.audit.evidence import Trust
 from fedllm.audit.summary import RunSummary
+from fedllm.chain import open_entry
 from fedllm.errors import ConfigError
 from fedllm.messages import Declined, Masked, Secure, TrainReply, TrainRequest, UnmaskRequest, from_bytes, unpack
 from fedllm.plan import RunPlan, SimulationConfig
@@ -47,11 +47,8 @@ def run(config: SimulationConfig, observe: Callable[[Event], None] = lambda _: N
 
 def rounds_of(folder: Path) -> list[dict[str, Any]]:
     """The bodies of a record's rounds."""
-    import base64
-
-    lines = (folder / RECORD_FILE).read_text("utf-8").splitlines()
-    entries = [json.loads(base64.b64decode(json.loads(line)["payload"])) for line in lines]
-    return [entry["body"] for entry in entries if entry["kind"] == "round"]
+    entries = map(open_entry, (folder / RECORD_FILE).read_text("utf-8").splitlines())
+    return [entry.body for entry in entries if entry.kind == "round"]
 
 
 def adapter_of(folder: Path) -> NDArray[np.float32]:
@@ -301,6 +298,29 @@ def test_a_run_that_lost_three_rounds_goes_on_when_resumed(
     assert not done.stopped
     assert [body["counts"] for body in rounds_of(done.folder)] == [False] * 3 + [True] * 2, "nothing more was lost"
     assert verify(done.folder / "audit", Trust.read(done.folder / KEYS))[0].verdict == "within"
+
+
+def test_a_round_that_nobody_paid_for_is_asked_for_again_until_somebody_did(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = {"jeju", "busan", "daegu", "강남"}
+    honest = Site.handle
+
+    def handle(self: Site, request: bytes, *rest: Any) -> bytes:
+        if request[8:40].startswith(b'{"kind":"train"') and self.name in refusing:
+            return Declined(site=self.name, reason="message").to_bytes()
+        return honest(self, request, *rest)
+
+    monkeypatch.setattr(Site, "handle", handle)
+    changes = changed(training={"rounds": 2})
+    assert "0 sites" in run(configure(tmp_path, **changes)).stopped
+    refusing.clear()
+    with pytest.raises(StopHereError):  # now the sites pay for round 1, and head office ends
+        run(configure(tmp_path, resume=True, **changes), stop_in(1))
+    done = run(configure(tmp_path, resume=True, **changes))
+    assert not done.stopped
+    last = {body["round"]: body["counts"] for body in rounds_of(done.folder)}
+    assert last == {1: False, 2: True}
 
 
 def test_a_quorum_that_was_raised_on_the_way_holds(
