@@ -102,7 +102,7 @@ class Policy(Frozen):
             self.epsilon, self.delta, self.min_units, self.unit, self.allow_unprotected,
             math.inf if self.run_epsilon is None else self.run_epsilon,
             None if self.period is None else Period(self.period.days, self.period.epsilon),
-            self.max_rank, self.train, self.modes, self.colluding_sites, self.min_sites,
+            self.max_rank, self.train, self.modes, colluding_sites=self.colluding_sites, min_sites=self.min_sites,
         )  # fmt: skip
 
 

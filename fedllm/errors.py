@@ -22,6 +22,11 @@ Each text says what was found (name=value), what was expected, and what to do.
 """
 
 
+def first_line(error: BaseException) -> str:
+    """Return the beginning of what another library's error says: one line of 300 characters at most."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 class FedllmError(Exception):
     """Base of all errors that a user can act on; the command line prints it without a traceback."""
 

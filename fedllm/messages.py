@@ -151,91 +151,81 @@ class Signed(Frozen):
     signature: Hex64
 
 
-class Join(Message):
+class _UnderTerms(Message):
+    """Base of all messages of secure aggregation."""
+
+    context: Hex32  # digest of the terms
+
+
+class _OfRound(_UnderTerms):
+    """Base of those that belong to a round."""
+
+    round: Round
+    joins: Hex32  # digest of the list of joins
+
+
+class Join(_UnderTerms):
     """Site: takes part in secure aggregation under these terms."""
 
     KIND: ClassVar[str] = "secagg-join"
-    context: Hex32  # digest of the terms, as in all messages below
     join: SignedKey
 
 
-class ShareRequest(Message):
+class ShareRequest(_UnderTerms):
     """Head office: deal out secrets for a round among these sites."""
 
     KIND: ClassVar[str] = "secagg-share"
-    context: Hex32
     round: Round
     joins: Annotated[tuple[SignedKey, ...], Field(max_length=MAX_HOLDERS)]  # none: those of the request before
 
 
-class Shares(Message):
+class Shares(_OfRound):
     """Site: the public part of its secrets; the payload seals a pair of shares to every other site, by their order."""
 
     KIND: ClassVar[str] = "secagg-shares"
-    context: Hex32
-    round: Round
-    joins: Hex32  # digest of the list of joins, as in all messages below
     dealing: Dealing
 
 
-class MaskRequest(Message):
+class MaskRequest(_OfRound):
     """Head office: these sites dealt; the payload is what they sealed to the receiver, by their order."""
 
     KIND: ClassVar[str] = "secagg-mask"
-    context: Hex32
-    round: Round
-    joins: Hex32
     dealings: Annotated[tuple[Dealing, ...], Field(max_length=MAX_HOLDERS)]
 
 
-class Masked(Message):
+class Masked(_OfRound):
     """Site: its masked vector, uint32[d], little-endian."""
 
     KIND: ClassVar[str] = "secagg-masked"
-    context: Hex32
-    round: Round
-    joins: Hex32
     site: Name
 
 
-class UnmaskRequest(Message):
+class UnmaskRequest(_OfRound):
     """Head office: these sites uploaded, and those that dealt but did not upload dropped out."""
 
     KIND: ClassVar[str] = "secagg-unmask"
-    context: Hex32
-    round: Round
-    joins: Hex32
     survivors: Names
     dropped: Names
 
 
-class Consent(Message):
+class Consent(_OfRound):
     """Site: will reveal shares for this list of survivors, and in this round for no other."""
 
     KIND: ClassVar[str] = "secagg-consent"
-    context: Hex32
-    round: Round
-    joins: Hex32
     consent: Signed
 
 
-class RevealRequest(Message):
+class RevealRequest(_OfRound):
     """Head office: enough survivors have signed the list."""
 
     KIND: ClassVar[str] = "secagg-reveal"
-    context: Hex32
-    round: Round
-    joins: Hex32
     consents: Annotated[tuple[Signed, ...], Field(max_length=MAX_HOLDERS)]
 
 
-class Reveal(Message):
+class Reveal(_OfRound):
     """Site: one share of 32 bytes for every participant, by their order."""
 
     KIND: ClassVar[str] = "secagg-revealed"
-    context: Hex32
-    round: Round
-    joins: Hex32
     site: Name
     claim: Hex32  # digest of the list of survivors that this answers
 

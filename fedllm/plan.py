@@ -194,6 +194,11 @@ class RunPlan(Frozen):
         return SharedMechanism(self.mechanism, self.sites, honest, self.expected_units)
 
 
+def least_quorum(sites: int, colluding: int) -> int:
+    """Return the smallest t with 2 t > sites + colluding and t - colluding >= 2; it may exceed the sites."""
+    return max((sites + colluding) // 2 + 1, colluding + 2)
+
+
 def check_shared(privacy: PrivacyConfig, training: TrainingConfig, sites: int, quorum: int) -> None:
     """Raise ValueError where noise in shares cannot protect what a plan asks for.
 
@@ -205,7 +210,7 @@ def check_shared(privacy: PrivacyConfig, training: TrainingConfig, sites: int, q
             "privacy.mode=distributed sums gradients, once a round: it needs training.local_steps=1, "
             "training.optimizer=sgd and training.momentum=0. Momentum and Adam are head office's (training.server)"
         )
-    least = max((sites + privacy.colluding_sites) // 2 + 1, privacy.colluding_sites + 2)
+    least = least_quorum(sites, privacy.colluding_sites)
     if sites > MAX_HOLDERS:
         raise ValueError(f"privacy.mode=distributed takes {MAX_HOLDERS} sites at most, found {sites}")
     if least > sites:
@@ -224,8 +229,7 @@ def default_quorum(privacy: PrivacyConfig, sites: int) -> int:
     """Return the quorum where none is configured: half of the sites; with noise in shares, two thirds and enough."""
     if privacy.mode != "distributed":
         return max(min(2, sites), sites // 2)
-    least = max((sites + privacy.colluding_sites) // 2 + 1, privacy.colluding_sites + 2)
-    return min(sites, max(least, -(-2 * sites // 3)))
+    return min(sites, max(least_quorum(sites, privacy.colluding_sites), -(-2 * sites // 3)))
 
 
 class TextConfig(Frozen):

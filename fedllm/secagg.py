@@ -69,7 +69,7 @@ from fedllm.messages import (
     SignedKey,
     UnmaskRequest,
 )
-from fedllm.plan import MAX_HOLDERS
+from fedllm.plan import MAX_HOLDERS, least_quorum
 
 SEALED = 2 * shamir.SHARE + 16  # bytes: a share of the seed, one of the mask key, and the tag
 _WORD = np.dtype("<u4")
@@ -119,7 +119,7 @@ class Terms:
 
     def advice(self, holders: int) -> str:
         """Say which thresholds would do."""
-        least = max((holders + self.colluders) // 2 + 1, self.colluders + 2)
+        least = least_quorum(holders, self.colluders)
         if least > holders:
             return f"With {holders} sites no threshold does: more sites are needed."
         return f"With {holders} sites the threshold must be {least} to {holders}."

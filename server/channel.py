@@ -14,6 +14,13 @@ from fedllm.plan import RunPlan
 from server.federation import Member
 
 
+def arrived(data: bytes | str) -> bytes:
+    """Return an answer; raises MessageError where there is only text that says why there is none."""
+    if isinstance(data, str):
+        raise MessageError(data)
+    return data
+
+
 class Channel(Protocol):
     """What the round loop needs to know of the way to the sites."""
 

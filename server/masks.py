@@ -22,7 +22,9 @@ from fedllm.messages import (
     from_bytes,
 )
 from fedllm.plan import RunPlan
+from fedllm.privacy.shared import SharedMechanism
 from fedllm.secagg import Circle, Terms
+from server.channel import arrived
 
 # Sends each of these sites a request and returns what they answered: bytes, or text that says why there is nothing.
 # The number is how many answers are enough for others not to be waited for long.
@@ -32,8 +34,11 @@ Ask = Callable[[Mapping[str, bytes], int], Iterable[tuple[str, bytes | str]]]
 class Masks:
     """One session. Keeps nothing on disk: head office that was started again opens another, and all sites join anew."""
 
-    def __init__(self, plan: RunPlan, dimension: int, roster: Mapping[str, PublicIdentity]) -> None:
-        self._plan, self._dimension = plan, dimension
+    def __init__(
+        self, plan: RunPlan, shared: SharedMechanism, dimension: int, roster: Mapping[str, PublicIdentity]
+    ) -> None:
+        """`shared` is the plan's; `roster` names the sites that may take part."""
+        self._plan, self._shared, self._dimension = plan, shared, dimension
         self._terms = Terms(
             plan.digest, random_bytes(32).hex(), plan.quorum, plan.privacy.colluding_sites, dict(roster), plan.sites
         )
@@ -78,7 +83,7 @@ class Masks:
             dealt = {}
             for site, data in ask(dict.fromkeys(names, self._secure(number, step)), self._plan.quorum):
                 try:
-                    shares = from_bytes(_bytes(data), Shares, Declined)
+                    shares = from_bytes(arrived(data), Shares, Declined)
                     if isinstance(shares, Declined):
                         raise MessageError(f"declined to deal ({shares.reason})")
                     self._check_shares(circle, number, shares, site)
@@ -102,8 +107,20 @@ class Masks:
             self._dealt[site] = shares
         return upload
 
-    def unmask(self, number: int, uploads: Mapping[str, Masked], ask: Ask) -> NDArray[np.uint32]:
-        """Return the sum of the uploads, uint32[d]; raises FedllmError where it stays closed."""
+    def step(self, number: int, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.float32], float]:
+        """Return the step float32[d] that the sum of the uploads says, and the noise multiplier of that sum.
+
+        The sum is the first thing that can be read; it is divided by public numbers: survivors, and the units that are
+        expected of each. Raises FedllmError where it stays closed.
+        """
+        total = self._unmask(number, uploads, ask)
+        gradient = self._shared.decode(total) / (len(uploads) * self._plan.expected_units)
+        step = -self._plan.training.learning_rate * gradient
+        honest = len(uploads) - self._plan.privacy.colluding_sites
+        return step.astype(np.float32), self._shared.noise_multiplier(honest)
+
+    def _unmask(self, number: int, uploads: Mapping[str, Masked], ask: Ask) -> NDArray[np.uint32]:
+        """Return the sum of the uploads, uint32[d]."""
         circle, threshold = self._at(number), self._plan.quorum
         claim = secagg.unmask_request(circle, number, self._participants, uploads)
         secagg.check_claim(self._terms, claim, self._participants)
@@ -114,7 +131,7 @@ class Masks:
         while question:
             for site, data in ask(question, threshold):
                 try:
-                    answer = from_bytes(_bytes(data), Consent, Reveal, Declined)
+                    answer = from_bytes(arrived(data), Consent, Reveal, Declined)
                     if isinstance(answer, Declined):
                         raise MessageError(f"declined ({answer.reason})")
                     if isinstance(answer, Consent):
@@ -153,9 +170,3 @@ class Masks:
         if self._circle is None:
             raise FedllmError(f"round {number}: nobody has dealt secrets")
         return self._circle
-
-
-def _bytes(data: bytes | str) -> bytes:
-    if isinstance(data, str):
-        raise MessageError(data)
-    return data

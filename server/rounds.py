@@ -35,7 +35,7 @@ from fedllm.plan import QuorumConfig, RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.statement import open_statement, update_digest
 from server.aggregate import weighted_mean
-from server.channel import Channel, PlainChannel
+from server.channel import Channel, PlainChannel, arrived
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
 from server.heads import Heads
 from server.masks import Ask, Masks
@@ -150,8 +150,8 @@ class Coordinator:
         self._dropped: set[int] = set()
         self._forgetful: set[str] = set()  # sites that stated less than before in the present round
         self._forgotten: set[int] = set()  # nodes whose sites lost their secrets, and are to join anew
-        self._shared = plan.shared
-        self._masks = Masks(plan, spec.dimension, roster or {}) if self._shared is not None else None
+        shared = plan.shared
+        self._masks = Masks(plan, shared, spec.dimension, roster or {}) if shared is not None else None
 
     def _optimizer_from(self, value: NDArray[np.float32]) -> "ServerOptimizer":
         from fedllm.training.server_optimizer import ServerOptimizer  # torch: not for those who only read records
@@ -293,7 +293,9 @@ class Coordinator:
 
         A site that lost its secrets joins anew, and then all deal again.
         """
-        for attempt in range(1, _DEALS + 1):
+        nodes, masking = list[int](), dict[str, bytes]()
+        for _ in range(_DEALS):
+            failed.clear()
             nodes, online = self._ready(grid, channel, declined, failed)
             for node, site in self._site_of_node.items():
                 if node not in online and node not in self._dropped:
@@ -308,10 +310,9 @@ class Coordinator:
             failed.update(undealt)
             self._forgotten |= {n for n in nodes if self._site_of_node[n] in undealt}
             nodes = [n for n in nodes if self._site_of_node[n] in masking]
-            if len(nodes) >= self._quorum or attempt == _DEALS:
-                return nodes, masking
-            failed.clear()
-        return [], {}
+            if len(nodes) >= self._quorum:
+                break
+        return nodes, masking
 
     def _collect(
         self, grid: Grid, channel: Channel, number: int, requests: Mapping[int, bytes],
@@ -323,9 +324,7 @@ class Coordinator:
         for node, data in self._exchange(grid, channel, requests, "train", number):
             site = self._site_of_node[node]
             try:
-                if isinstance(data, str):
-                    raise MessageError(data)
-                reply = from_bytes(data, TrainReply, Declined)
+                reply = from_bytes(arrived(data), TrainReply, Declined)
                 if isinstance(reply, Declined):
                     declined[site] = reply.reason
                     if reply.reason in _FINAL:
@@ -353,24 +352,19 @@ class Coordinator:
     ) -> tuple[NDArray[np.float32] | None, float | None, str]:
         """Return the step float32[d] that the updates say together, None where they are too few.
 
-        With noise in shares also the noise multiplier of their sum, or why it stays closed. The sum is the first thing
-        that can be read; it is divided by public numbers: survivors, and the units that are expected of each.
+        With noise in shares also the noise multiplier of their sum, or why it stays closed.
         """
         enough = len(updates) >= self._quorum
-        if self._masks is None or self._shared is None:
+        if self._masks is None:
             plain = cast(Mapping[str, NDArray[np.float32]], updates)
             return (weighted_mean(plain, self._federation.weights) if enough else None), None, ""
         if not enough:
             return None, None, f"{len(updates)} sites answered, federation.quorum={self._quorum}."
         try:
             uploads = cast(Mapping[str, Masked], updates)
-            total = self._masks.unmask(number, uploads, self._asker(grid, channel, number))
+            return *self._masks.step(number, uploads, self._asker(grid, channel, number)), ""
         except FedllmError as error:
             return None, None, str(error)
-        gradient = self._shared.decode(total) / (len(updates) * self._plan.expected_units)
-        honest = len(updates) - self._plan.privacy.colluding_sites
-        step = -self._plan.training.learning_rate * gradient
-        return step.astype(np.float32), self._shared.noise_multiplier(honest), ""
 
     def _lose(
         self, number: int, why: str, entry: Mapping[str, Any], declined: dict[str, Reason], failed: dict[str, str],
@@ -436,9 +430,7 @@ class Coordinator:
         question = self._masks.question if self._masks is not None else Prepare(plan=self._plan).to_bytes()
         for node, data in self._exchange(grid, channel, dict.fromkeys(new, question), "query", 0):
             try:
-                if isinstance(data, str):
-                    raise MessageError(data)
-                reply = from_bytes(data, Ready, Declined)
+                reply = from_bytes(arrived(data), Ready, Declined)
                 if known[node] not in (None, reply.site):
                     raise MessageError(f"claims to be {reply.site}")
                 if self._masks is not None and isinstance(reply, Ready):

@@ -82,21 +82,19 @@ def make_plan(config: RunConfig, sites: int) -> RunPlan:
         steps = config.training.rounds * config.training.local_steps
         noise = calibrate(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
         privacy = privacy.model_copy(update={"noise_multiplier": noise})
-    elif privacy.mode != "off" and privacy.noise_multiplier is not None:
-        mechanism = Mechanism(privacy.clip_norm, privacy.noise_multiplier, privacy.sampling_rate)
-        over = fits([mechanism.event(config.training.rounds * config.training.local_steps)], privacy.delta,
-                    privacy.epsilon + _ROUNDING, one_plan=True)  # fmt: skip
+    parts = {"model": config.model, "adapter": config.adapter, "privacy": privacy, "training": config.training}
+    plan = parse(RunPlan, {
+        "run": uuid.uuid4().hex, "seed": config.seed, "sites": sites, "quorum": quorum,
+        **{name: part.model_dump() for name, part in parts.items()},
+    })  # fmt: skip
+    if plan.mechanism.private and config.privacy.noise_multiplier is not None:
+        over = fits([plan.mechanism.event(plan.steps)], privacy.delta, privacy.epsilon + _ROUNDING, one_plan=True)
         if over is not None:
             raise ConfigError(
                 f"privacy.noise_multiplier={privacy.noise_multiplier:g}: the plan would cost epsilon {over:.4g}, above "
                 f"its own target, privacy.epsilon={privacy.epsilon:g}. Set it to null to have it calibrated, or raise "
                 "privacy.epsilon."
             )
-    parts = {"model": config.model, "adapter": config.adapter, "privacy": privacy, "training": config.training}
-    plan = parse(RunPlan, {
-        "run": uuid.uuid4().hex, "seed": config.seed, "sites": sites, "quorum": quorum,
-        **{name: part.model_dump() for name, part in parts.items()},
-    })  # fmt: skip
     if plan.shared is not None and config.federation.weights:
         raise ConfigError("federation.weights: with privacy.mode=distributed only the sum is seen, so all weigh 1")
     return plan

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.delta import AdapterSpec, TensorSpec
-from fedllm.errors import ModelError
+from fedllm.errors import ModelError, first_line
 from fedllm.plan import AdapterConfig, ModelConfig
 from fedllm.training.model import BaseModel, load_base, pick_dtype
 
@@ -171,9 +171,8 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
             torch.manual_seed(seed)
             peft_model = cast(PeftModel, get_peft_model(cast(Any, base.model), config))
     except (ValueError, TypeError, KeyError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ModelError(
-            f"adapter.targets={adapter.targets} does not fit the model ({first_line}). Its linear layers: "
+            f"adapter.targets={adapter.targets} does not fit the model ({first_line(error)}). Its linear layers: "
             f"{', '.join(linear)}"
         ) from error
     if adapter.train == "B":

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fedllm.errors import ModelError
+from fedllm.errors import ModelError, first_line
 from fedllm.training.data import IGNORE, Batch
 
-_PAYS_FROM = {"cpu": 4e12, "cuda": 4e14}  # parameters x tokens of a plan; see docs/benchmarks.md
+_PAYS_FROM = {"cpu": 4e12, "cuda": 4e14}  # parameters x tokens of a plan; an estimate, from a busy machine
 # In bfloat16 on the CPU, attention written out and compiled with its block beats SDPA, .79 to .88 of a step at 32 to
 # 512 tokens. It holds scores of all pairs of tokens, so the longest are left to SDPA.
 _SHORT = 256  # tokens
@@ -213,7 +213,3 @@ def use_private_cache() -> None:
         place = Path(tempfile.mkdtemp(prefix="fedllm-"))  # mode 0700
         atexit.register(shutil.rmtree, place, ignore_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

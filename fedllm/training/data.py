@@ -19,7 +19,7 @@ from pyarrow import parquet
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedllm.errors import ConfigError, DataError
+from fedllm.errors import ConfigError, DataError, first_line
 from fedllm.plan import ModelConfig, TextConfig
 from fedllm.training.sources import resolve
 
@@ -72,8 +72,7 @@ def read_table(source: str, split: str) -> Table:
         raise
     except Exception as error:  # datasets raises many types; each becomes one clear error
         reason = error.__cause__ or error
-        first_line = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:300]
-        raise DataError(f"{source} (split {split}) cannot be read: {first_line}") from error
+        raise DataError(f"{source} (split {split}) cannot be read: {first_line(reason)}") from error
     if len(table) == 0:
         raise DataError(f"{source} holds no records")
     return table

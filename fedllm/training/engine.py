@@ -18,13 +18,13 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedllm.errors import ModelError
+from fedllm.errors import ModelError, first_line
 from fedllm.plan import RunPlan
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness, SeededRandomness, normals
 from fedllm.privacy.shared import SharedMechanism
 from fedllm.training.adapter import AdapterModel
-from fedllm.training.compiling import Blocks, first_line, pays
+from fedllm.training.compiling import Blocks, pays
 from fedllm.training.data import Batch, Unit, batches
 from fedllm.training.losses import unit_losses
 
@@ -196,9 +196,10 @@ class Engine:
         """
         self._blocks.checkpointing, self._persons = checkpointing, plan.privacy.unit == "person"
         adapter, wish, longest = self._adapter, plan.model.compile, plan.model.max_length
+        if self._compile != "off" or wish == "off":
+            return
         size = sum(p.numel() for p in adapter.model.parameters())
-        gains = pays(size, plan.steps * plan.expected_units, longest, adapter.device)
-        if self._compile != "off" or wish == "off" or (wish == "auto" and not gains):
+        if wish == "auto" and not pays(size, plan.steps * plan.expected_units, longest, adapter.device):
             return
         values = adapter.vector()
         try:

@@ -25,7 +25,7 @@ from fedllm.training.sources import resolve
 
 transformers_logging.disable_progress_bar()
 
-_PAYS_IN_BFLOAT16 = 20_000_000  # parameters; see docs/benchmarks.md
+_PAYS_IN_BFLOAT16 = 20_000_000  # parameters; an estimate
 
 
 @dataclass(frozen=True)

@@ -267,10 +267,7 @@ def noise_has_the_charged_deviation(s: Subject) -> str:
         parts = [squares, *torch.split(squares, [math.prod(t.shape) for t in spec.tensors])]
         for part in parts:
             degrees, found = part.numel() * len(noises), float(part.sum())
-            # tails of the chi-square distribution: Laurent and Massart 2000, lemma 1
-            t = _TAIL + math.log(len(parts))
-            low, high = degrees - 2 * math.sqrt(degrees * t), degrees + 2 * math.sqrt(degrees * t) + 2 * t
-            if not low <= found <= high:
+            if not _as_wide_as_noise(found, degrees, len(parts)):
                 return (
                     f"noise of {math.sqrt(max(found, 0) / degrees):.4g} times the charged deviation on "
                     f"{part.numel()} coordinates of a batch of {batch}"
@@ -286,9 +283,7 @@ def noise_is_fresh(s: Subject) -> str:
     zero = np.zeros(s.adapter.spec.dimension)
     draws = [s.mechanism.release(zero, source) / s.mechanism.noise_std for source in (first, first, second)]
     for a, b in ((0, 1), (0, 2), (1, 2)):
-        alike = abs(float(draws[a] @ draws[b]))
-        # sums of products of normals have lighter tails than those of their squares
-        if np.array_equal(draws[a], draws[b]) or alike > 2 * math.sqrt(len(zero) * _TAIL) + 2 * _TAIL:
+        if _alike(draws[a], draws[b]):
             return "two releases share their noise: the difference of the sums beneath can be read off"
     return ""
 
@@ -445,15 +440,12 @@ def share_has_its_deviation(s: Subject) -> str:
     source, d = s.randomness(), s.adapter.spec.dimension
     times = min(32, max(2, math.ceil(_DRAWS / d)))
     draws = np.stack([shared.upload(np.zeros(d), source).view(np.int32) / deviation for _ in range(times)])
-    # tails of the chi-square distribution: Laurent and Massart 2000, lemma 1
-    found, wide = float((draws**2).sum()), 2 * math.sqrt(draws.size * _TAIL)
-    if not draws.size - wide <= found <= draws.size + wide + 2 * _TAIL:
+    found = float((draws**2).sum())
+    if not _as_wide_as_noise(found, draws.size):
         return f"a share has {math.sqrt(found / draws.size):.4g} times the deviation that is counted on"
     again = shared.upload(np.zeros(d), s.randomness()).view(np.int32) / deviation
-    limit = 2 * math.sqrt(d * _TAIL) + 2 * _TAIL
-    for other in (draws[1], again) if privacy.protects else ():
-        if np.array_equal(draws[0], other) or abs(float(draws[0] @ other)) > limit:
-            return "two uploads share their noise"
+    if privacy.protects and any(_alike(draws[0], other) for other in (draws[1], again)):
+        return "two uploads share their noise"
     return ""
 
 
@@ -548,6 +540,21 @@ def _listen(s: Subject, units: int, steps: int) -> _Listener:
         s.randomness(), s.micro_batch,
     )  # fmt: skip
     return listener
+
+
+def _as_wide_as_noise(squares: float, degrees: int, comparisons: int = 1) -> bool:
+    """Whether a sum of squares of so many standard normals may be this, in each of some comparisons.
+
+    Tails of the chi-square distribution: Laurent and Massart 2000, lemma 1.
+    """
+    t = _TAIL + math.log(comparisons)
+    wide = 2 * math.sqrt(degrees * t)
+    return degrees - wide <= squares <= degrees + wide + 2 * t
+
+
+def _alike(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
+    """Whether two draws of standard normals are dependent; products have lighter tails than squares."""
+    return np.array_equal(a, b) or abs(float(a @ b)) > 2 * math.sqrt(len(a) * _TAIL) + 2 * _TAIL
 
 
 def _unlikely(successes: int, trials: int, probability: float, comparisons: int = 1) -> bool:
