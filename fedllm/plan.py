@@ -5,7 +5,8 @@ Everything here is public. A value that is unknown, ill-typed or impossible rais
 
 import difflib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -118,11 +119,14 @@ class ServerOptimizerConfig(Frozen):
     momentum: float = Field(0.0, ge=0, lt=1)  # sgd
     betas: tuple[float, float] = (0.9, 0.99)  # adam
     eps: float = Field(1e-3, gt=0)  # adam: keeps coordinates without signal small (Reddi et al. 2021, tau)
+    noise_corrected: bool = False  # adam: take the known variance of the noise out of its mean of squares (DP-AdamBC)
 
     @model_validator(mode="after")
     def _validate(self) -> "ServerOptimizerConfig":
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+        if self.noise_corrected and self.name != "adam":
+            raise ValueError(f"noise_corrected=true is a correction of adam, found name={self.name}")
         return self
 
 
@@ -136,6 +140,15 @@ class TrainingConfig(Frozen):
     momentum: float = Field(0.0, ge=0, lt=1)  # at the site, sgd
     server: ServerOptimizerConfig = ServerOptimizerConfig()
     wire: WireDtype = "float16"  # of the deltas that sites send
+
+    @model_validator(mode="after")
+    def _validate(self) -> "TrainingConfig":
+        if self.server.noise_corrected and (self.optimizer != "sgd" or self.momentum):
+            raise ValueError(
+                "server.noise_corrected=true needs optimizer=sgd and momentum=0 at the sites: else the variance of the "
+                "noise in what they send is not known"
+            )
+        return self
 
 
 class RunPlan(Frozen):
@@ -192,6 +205,21 @@ class RunPlan(Frozen):
             return None
         honest = self.quorum - self.privacy.colluding_sites
         return SharedMechanism(self.mechanism, self.sites, honest, self.expected_units)
+
+    def noise_std(self, shares: Collection[float]) -> float:
+        """Return the deviation of the noise in each coordinate of a round's averaged delta.
+
+        `shares` are the weights of the sites that answered, and sum to 1. Every local step of plain SGD adds its own
+        noise; noise in shares is decoded from their sum, and its sites all weigh the same.
+        """
+        one = self.training.learning_rate * self.privacy.clip_norm / self.expected_units
+        if (shared := self.shared) is not None:
+            return one * shared.noise_multiplier(len(shares)) / len(shares)
+        return (
+            one
+            * self.mechanism.noise_multiplier
+            * math.sqrt(self.training.local_steps * sum(share**2 for share in shares))
+        )
 
 
 def least_quorum(sites: int, colluding: int) -> int:

@@ -34,7 +34,7 @@ from fedllm.messages import (
 from fedllm.plan import QuorumConfig, RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.statement import open_statement, update_digest
-from server.aggregate import weighted_mean
+from server.aggregate import public_shares, weighted_mean
 from server.channel import Channel, PlainChannel, arrived
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
 from server.heads import Heads
@@ -267,7 +267,8 @@ class Coordinator:
             self._check_quorum(number, len(updates), declined, failed)
             return
         self._lost_in_a_row = 0
-        self._optimizer.step(delta, (number - 1) / self._plan.training.rounds)
+        shares = public_shares(updates, self._federation.weights)
+        self._optimizer.step(delta, (number - 1) / self._plan.training.rounds, self._plan.noise_std(shares.values()))
         self._finish(
             RoundRecord(
                 round=number,

@@ -24,6 +24,8 @@ class ServerOptimizer:
 
         d = self._parameter.shape
         self._shapes: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": tuple(d), "exp_avg_sq": tuple(d)}
+        if config.noise_corrected:
+            self._shapes["noise_sq"] = ()
         if config.name == "sgd":
             self._shapes = {"momentum_buffer": tuple(d)} if config.momentum else {}
 
@@ -32,18 +34,38 @@ class ServerOptimizer:
         """The global adapter, float32[d]; a copy."""
         return self._parameter.detach().numpy().copy()
 
-    def step(self, delta: NDArray[np.float32], progress: float = 0.0) -> NDArray[np.float32]:
+    def step(self, delta: NDArray[np.float32], progress: float = 0.0, noise_std: float = 0.0) -> NDArray[np.float32]:
         """Apply the averaged delta float32[d] and return the new adapter.
 
         `progress` is the share of the rounds that are over; the learning rate follows it from 1 to `final_rate` along
-        a half cosine (Loshchilov and Hutter 2017).
+        a half cosine (Loshchilov and Hutter 2017). `noise_std` is the deviation of the noise in each coordinate of
+        `delta`; Adam takes it out of its mean of squares where `noise_corrected` is set.
         """
         fall = (1.0 - self._config.final_rate) * 0.5 * (1.0 - math.cos(math.pi * progress))
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.learning_rate * (1.0 - fall)
         self._parameter.grad = -torch.from_numpy(delta.copy())
+        before = self.value
         self._optimizer.step()
+        if self._config.noise_corrected:
+            self._correct(torch.from_numpy(before), noise_std)
         return self.value
+
+    def _correct(self, before: torch.Tensor, noise_std: float) -> None:
+        """Step from `before` again, with the noise taken out of the denominator.
+
+        DP-AdamBC, Tang, Shpilevskiy and Lecuyer 2023 (arXiv 2312.14334), algorithm 1: m / sqrt(max(v - noise, eps^2)),
+        v and the variance of the noise averaged alike, so that noise may differ from round to round.
+        """
+        first, second = self._config.betas
+        state = self._optimizer.state[self._parameter]
+        steps, rate = int(state["step"]), float(self._optimizer.param_groups[0]["lr"])
+        noise_sq = second * state.get("noise_sq", torch.zeros(())) + (1 - second) * noise_std**2
+        state["noise_sq"] = noise_sq  # beside Adam's own, and so in checkpoints
+        squares = (state["exp_avg_sq"] - noise_sq) / (1 - second**steps)
+        mean = state["exp_avg"] / (1 - first**steps)
+        with torch.no_grad():
+            self._parameter.copy_(before - rate * mean / squares.clamp_min(self._config.eps**2).sqrt())
 
     def state(self) -> dict[str, NDArray[np.float32]]:
         """Return the optimiser's state as arrays."""

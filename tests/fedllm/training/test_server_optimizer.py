@@ -19,6 +19,9 @@ CONFIGS: dict[str, ServerOptimizerConfig] = {
     "adam": ServerOptimizerConfig(name="adam", learning_rate=0.05, betas=(0.9, 0.99), eps=1e-3),
     "falling momentum": ServerOptimizerConfig(learning_rate=0.3, momentum=0.9, final_rate=0.1),
     "falling adam": ServerOptimizerConfig(name="adam", learning_rate=0.05, final_rate=0.2),
+    "corrected adam": ServerOptimizerConfig(
+        name="adam", learning_rate=0.05, final_rate=0.2, eps=0.1, noise_corrected=True
+    ),
 }
 by_config = pytest.mark.parametrize("name", CONFIGS)
 
@@ -27,17 +30,25 @@ def vector(seed: int) -> NDArray[np.float32]:
     return np.random.default_rng(seed).normal(size=D).astype(np.float32)
 
 
-Step = Callable[[NDArray[np.float64], NDArray[np.float64], float], NDArray[np.float64]]
+def noise(seed: int) -> float:
+    return 0.2 + 0.1 * (seed % 3)  # as if other sites answered in every round
+
+
+Step = Callable[[NDArray[np.float64], NDArray[np.float64], float, float], NDArray[np.float64]]
 
 
 def reference(config: ServerOptimizerConfig) -> Step:
-    """Return a step (value, delta, progress) -> value in float64, written from the papers.
+    """Return a step (value, delta, progress, noise_std) -> value in float64, written from the papers.
 
-    Kingma and Ba 2015, algorithm 1; the rate falls as in Loshchilov and Hutter 2017, equation 5, without restarts.
+    Kingma and Ba 2015, algorithm 1; Tang et al. 2023, algorithm 1, with a variance that may change; the rate falls as
+    in Loshchilov and Hutter 2017, equation 5, without restarts.
     """
     m, v, t = np.zeros(D), np.zeros(D), 0
+    noises: list[float] = []
 
-    def step(value: NDArray[np.float64], delta: NDArray[np.float64], progress: float) -> NDArray[np.float64]:
+    def step(
+        value: NDArray[np.float64], delta: NDArray[np.float64], progress: float, noise_std: float
+    ) -> NDArray[np.float64]:
         nonlocal m, v, t
         t += 1
         gradient = -delta
@@ -50,6 +61,11 @@ def reference(config: ServerOptimizerConfig) -> Step:
         m = first * m + (1 - first) * gradient
         v = second * v + (1 - second) * gradient**2
         m_hat, v_hat = m / (1 - first**t), v / (1 - second**t)
+        if config.noise_corrected:
+            noises.append(noise_std)
+            weights = second ** np.arange(t - 1, -1, -1)
+            variance = np.average(np.square(noises), weights=weights)
+            return np.asarray(value - rate * m_hat / np.sqrt(np.maximum(v_hat - variance, config.eps**2)))
         return np.asarray(value - rate * m_hat / (np.sqrt(v_hat) + config.eps))
 
     return step
@@ -69,8 +85,8 @@ def test_every_optimiser_equals_a_hand_written_one(name: str) -> None:
     value = vector(0).astype(np.float64)
     for seed in range(1, 12):
         progress = (seed - 1) / 11
-        value = step(value, vector(seed).astype(np.float64), progress)
-        stepped = optimizer.step(vector(seed), progress)
+        value = step(value, vector(seed).astype(np.float64), progress, noise(seed))
+        stepped = optimizer.step(vector(seed), progress, noise(seed))
         assert stepped == pytest.approx(value, rel=1e-5, abs=1e-6)
         assert optimizer.value.tobytes() == stepped.tobytes()
 
@@ -85,14 +101,32 @@ def test_a_restored_optimiser_goes_on_bit_for_bit(name: str, cut: int) -> None:
             saved = {key: array.copy() for key, array in resumed.state().items()}
             resumed = ServerOptimizer(CONFIGS[name], resumed.value)
             resumed.restore(saved)
-        stepped = whole.step(vector(seed), seed / 8)
-        assert stepped.tobytes() == resumed.step(vector(seed), seed / 8).tobytes()
+        stepped = whole.step(vector(seed), seed / 8, noise(seed))
+        assert stepped.tobytes() == resumed.step(vector(seed), seed / 8, noise(seed)).tobytes()
 
 
 def test_a_rate_that_does_not_fall_is_the_same_in_every_round() -> None:
     flat, plain = (ServerOptimizer(CONFIGS["fedavg"], vector(0)) for _ in range(2))
     for seed in range(1, 5):
         assert flat.step(vector(seed), seed / 4).tobytes() == plain.step(vector(seed)).tobytes()
+
+
+def test_noise_does_not_shorten_the_steps_of_corrected_adam() -> None:
+    """Plain Adam divides by signal and noise together; the corrected one by the signal, as if there were no noise."""
+    signal, std, rounds = 0.5, 1.0, 400
+    source = np.random.default_rng(0)
+    moved = {}
+    for corrected in (False, True):
+        config = ServerOptimizerConfig(
+            name="adam", learning_rate=0.01, betas=(0.9, 0.999), eps=0.3, noise_corrected=corrected
+        )
+        optimizer = ServerOptimizer(config, np.zeros(2_000, np.float32))
+        for _ in range(rounds):
+            delta = (signal + std * source.normal(size=2_000)).astype(np.float32)
+            optimizer.step(delta, noise_std=std)
+        moved[corrected] = float(optimizer.value.mean()) / (0.01 * rounds)  # 1: Adam's steps where nothing is noisy
+    assert moved[False] == pytest.approx(signal / (np.hypot(signal, std) + 0.3), rel=0.05)
+    assert moved[True] == pytest.approx(1, abs=0.15)
 
 
 def test_adam_remembers_how_many_steps_it_took() -> None:
