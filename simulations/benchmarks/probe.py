@@ -35,7 +35,6 @@ from simulations.benchmarks.bench import DataOption, ModelOption, machine
 _DELTA, _CLIP, _KEPT_BACK = 1e-5, 1.0, 1500
 _RATES = (2.0, 4.0, 8.0, 16.0)  # of an embedding of length 1
 _ALL = "distributed, quorum of all"
-_BLOCK = 256  # records whose gradients are written out at a time
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 Noise = Callable[[Sequence[NDArray[np.int64]], Array], Array]  # the records drawn at each site, weights -> noised sum
@@ -84,11 +83,10 @@ class _Probe:
     def sum_in_quanta(self, rows: NDArray[np.int64], w_CD: Array, shared: SharedMechanism) -> Array:
         """Return the sum of the records' rounded gradients, float64[C D] of whole numbers."""
         factor = shared.clip_before_rounding(w_CD.size) / _CLIP / shared.quantum
-        total = np.zeros(w_CD.shape)
-        for start in range(0, len(rows), _BLOCK):
-            some = rows[start : start + _BLOCK]
-            r = self.residuals(some, w_CD) * factor
-            total += np.rint(r[:, :, None] * self.x_ND[some][:, None, :]).sum(0)
+        total, one = np.zeros(w_CD.shape), np.empty(w_CD.shape)
+        for r_C, x_D in zip(self.residuals(rows, w_CD) * factor, self.x_ND[rows], strict=True):
+            np.multiply(r_C[:, None], x_D, out=one)
+            total += np.rint(one, out=one)
         return total.ravel()
 
     def train(self, sites: Sequence[NDArray[np.int64]], noise: Noise, rate: float, q: float, steps: int) -> Array:

@@ -37,6 +37,7 @@ def found_federation(folder: Path) -> Federation:
     for branch in branches.values():  # as the offices told each other
         others = (each for each in branches.values() if each is not branch)
         branch.settings["policy"]["peers"] = {each.name: each.office.identity.public.fingerprint for each in others}
+        branch.settings["policy"]["colluding_sites"] = 0  # of three offices one may drop out only if none colludes
         branch.write_settings()
     return Federation(head, branches)
 

@@ -86,3 +86,45 @@ def test_a_run_survives_the_end_of_every_process(federation: Federation) -> None
         assert (known[name].epsilon or 0.0) >= branch.spent(run) - 1e-9
     assert gangnam.ledger(run)[1] == "RESERVED"  # paid for, and nothing left the office: its service was killed
     # mapo's service may have handed its answer to the courier that was killed: RELEASED or not, round 2 is paid for
+
+
+@pytest.mark.timeout(600)
+def test_shared_noise_survives_the_end_of_an_office_and_of_head_office(federation: Federation) -> None:
+    """A sum is opened without the office that died, which joins anew; a round cut short by head office is given up."""
+    federation.ready()
+    head, branches = federation.head, federation.branches
+    everyone, gangnam = sorted(branches), next(iter(branches.values()))
+    others = [name for name in everyone if name != gangnam.name]
+    head.begin("survival-shared", 5, **{
+        "privacy": "distributed", "privacy.colluding_sites": 0, "federation.quorum": 2, "federation.round_timeout": 25,
+        "privacy.sampling_rate": 1.0, "privacy.noise_multiplier": 4.0,
+    })  # fmt: skip
+    run = head.plan("survival-shared").run
+
+    # round 1: an office dies with its secrets, after it has paid and before it has sent anything
+    in_round(gangnam, run, 1, SERVICE)
+    begun(head, "survival-shared", 2)
+    first = head.rounds("survival-shared")[1]
+    assert (first.answered, list(first.failed), first.lost) == (others, [gangnam.name], "")
+    assert first.noise_multiplier == pytest.approx(4.0)  # shares were sized for two
+
+    # round 2 is dealt among the others, and then the office joins anew. Round 3: head office dies with its secrets,
+    # after an office has paid; resumed, it asks nobody for that round again
+    gangnam.caught(run, 3)
+    head.program.kill(SERVERAPP)
+    until(lambda: "stopped" in fedllm("status", "survival-shared", "--home", str(head.home)).stdout, 60, "the end")
+    done = head.submit("--resume", "survival-shared")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    rounds = head.rounds("survival-shared")
+    assert [record.round for record in rounds] == [0, 1, 2, 3, 4, 5]
+    assert rounds[2].answered == others
+    assert "started again" in rounds[3].lost
+    assert [record.answered for record in rounds[4:]] == [everyone] * 2
+    known = head.sites("survival-shared")
+    for name, branch in branches.items():
+        charged = branch.ledger(run)  # holds a round at most once
+        assert set(charged) >= {1, 4, 5} | ({2} if branch is not gangnam else {3})
+        assert known[name].charged >= len(charged)
+        assert (known[name].epsilon or 0.0) >= branch.spent(run) - 1e-9
+    assert gangnam.ledger(run)[1] == "RESERVED"
