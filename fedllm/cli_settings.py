@@ -69,7 +69,10 @@ def _normalise(overrides: list[str]) -> tuple[list[str], list[tuple[list[str], A
                 continue
             override = f"{key}={_quoted(value)}"  # noqa: PLW2901
         else:
-            if choices and "=" in override and not parsed.is_sweep_override() and not isinstance(parsed.value(), str):
+            single = parsed.is_sweep_override() or isinstance(parsed.value(), str)  # Hydra itself refuses sweeps
+            chosen = parsed.value() if key.lstrip("+") == "experiment" else None  # overlays may lie one on another
+            several = isinstance(chosen, list) and all(isinstance(each, str) for each in chosen)
+            if choices and "=" in override and not single and not several:
                 raise ConfigError(f"{override}: {key} is a group of settings; choose one of {', '.join(choices)}")
         is_key = override[0].isalpha() and not choices and "/" not in key and "@" not in key
         for_hydra.append("++" + override if is_key else override)

@@ -25,7 +25,7 @@ COMMAND_LINE = (
 
 STOCK = (  # what others do, to compare with
     "simulations.benchmarks.stock_training", "simulations.benchmarks.step", "simulations.benchmarks.batch_memory",
-    "simulations.benchmarks.probe",
+    "simulations.benchmarks.probe", "simulations.benchmarks.bench",
 )  # fmt: skip
 
 # Third party -> the only modules (or packages, with a dot at the end) that may import it. One concept, one file.

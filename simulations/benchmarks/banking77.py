@@ -22,8 +22,7 @@ from simulations.benchmarks.bench import (
 )
 
 SETTINGS = (
-    "training.server.final_rate=1.0",
-    "training.server.eps=1e-3",
+    "experiment=encoder",
     "model=classifier",
     "model.pooling=mean",
     "model.max_length=64",
@@ -31,29 +30,13 @@ SETTINGS = (
     "data.text='{text}'",
     "data.label=label",
     "data.description='BANKING77: questions of bank customers, 77 intents'",
-    "adapter=lora",
-    "adapter.targets=[query,key,value,dense]",
-    "adapter.layers=[5]",
     "federation=dirichlet",
     "federation.partition.column=label",
     "federation.partition.sites=8",
     "federation.partition.alpha=0.5",
-    "federation.quorum=8",
     "site.min_units=1",
-    "site.micro_batch=16",
-    "training.server.name=sgd",
     "privacy.unit=record",
     "privacy.delta=1e-5",
-)
-PRIVATE = (
-    "adapter.alpha=0.3",
-    "training.rounds=18",
-    "training.local_steps=1",
-    "training.learning_rate=800.0",
-    "training.server.learning_rate=0.3",
-    "training.server.momentum=0.7",
-    "privacy.sampling_rate=0.8",
-    "privacy.clip_norm=0.5",
 )
 PUBLIC = (
     "adapter.alpha=1.0",
@@ -82,7 +65,7 @@ def main(
         f"data.train={data / 'train.jsonl'}",
         f"data.heldout={data / 'test.jsonl'}",
     )
-    benchmark = Benchmark("banking77", "accuracy", 3, SETTINGS + sources, PRIVATE, PUBLIC)
+    benchmark = Benchmark("banking77", "accuracy", 3, SETTINGS + sources, public=PUBLIC)
     run(benchmark, epsilon, seeds, out, overrides or [], Console(), mode)
 
 

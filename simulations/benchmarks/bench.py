@@ -1,6 +1,7 @@
 """What all benchmarks share: run the command line once per epsilon and seed, measure the process, make the tables."""
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -18,6 +19,11 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
+
+from fedllm.plan import SimulationConfig, parse
+from fedllm.training.data import IGNORE, Tokeniser, build_units, read_table, render
+from server.checkpoint import CONFIG
 
 _RESULT = "benchmark.json"
 
@@ -70,6 +76,7 @@ class Measurement:
     spent: float | None  # largest epsilon of any site, from the run's metrics; None: no noise was added
     noise_multiplier: float | None
     rounds: int
+    passes: float  # how often each record was used, on average
     wall_s: float  # of the whole process, imports and outputs included
     cpu_s: float  # user and system
     peak_mb: float
@@ -88,6 +95,30 @@ class Benchmark:
     public: tuple[str, ...] = ()  # only without
 
 
+@dataclass(frozen=True)
+class Text:
+    """How much a run reads."""
+
+    tokens: int  # of all training records that count
+    bits: float  # a byte of held-out text, for each nat a token; truncated records left out
+
+    @classmethod
+    def of(cls, folder: Path) -> "Text":
+        """Count what the run in `folder` read."""
+        config = parse(SimulationConfig, json.loads((folder / CONFIG).read_text("utf-8")))
+        data = config.data
+        tokenise = Tokeniser(AutoTokenizer.from_pretrained(config.model.source), config.model, data)
+        unit = data.unit if config.privacy.unit == "person" else None
+        units = build_units(read_table(data.train, data.train_split), tokenise, unit, config.privacy.records_per_person)
+        tokens = size = 0
+        for number, row in enumerate(read_table(data.heldout or data.train, data.heldout_split)):
+            record = tokenise(row, number)
+            if len(record.input_ids) < config.model.max_length:
+                tokens += int((record.labels != IGNORE).sum())
+                size += len(render(data.text, row, number).encode())
+        return cls(sum(len(r.input_ids) for each in units for r in each), tokens / size / math.log(2))
+
+
 def run(
     benchmark: Benchmark, epsilons: str, seeds: int, out: Path, extra: Sequence[str], console: Console,
     mode: Mode = Mode.local,
@@ -98,13 +129,17 @@ def run(
     measurements = []
     for target in targets:
         for seed in range(seeds):
-            name = f"{'off' if target is None else f'{mode.value}-eps{target:g}'}-seed{seed}"
-            measurements.append(_one(benchmark, target, seed, name, out, extra, console, mode))
-    _print_table(benchmark, measurements, console)
-    text = markdown(benchmark, measurements)
+            measurements.append(_one(benchmark, target, seed, _name(mode, target, seed), out, extra, console, mode))
+    read = Text.of(out / _name(mode, targets[0], 0))
+    _print_table(benchmark, measurements, read, console)
+    text = markdown(benchmark, measurements, read)
     (out / "results.md").write_text(text, "utf-8")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return measurements
+
+
+def _name(mode: Mode, target: float | None, seed: int) -> str:
+    return f"{'off' if target is None else f'{mode.value}-eps{target:g}'}-seed{seed}"
 
 
 def parse_epsilons(text: str) -> list[float | None]:
@@ -173,6 +208,7 @@ def read_run(
         spent=records[-1]["epsilon"],
         noise_multiplier=plan["privacy"]["noise_multiplier"] if target is not None else None,
         rounds=records[-1]["round"],
+        passes=records[-1]["round"] * plan["training"]["local_steps"] * plan["privacy"]["sampling_rate"],
         wall_s=wall_s,
         cpu_s=cpu_s,
         peak_mb=peak_mb,
@@ -186,15 +222,20 @@ _COLUMNS: Mapping[str, str] = {
     "noise multiplier": "noise",
     "before": "before",
     "after": "after",
+    "bits a byte": "bits",
     "runs": "runs",
     "wall time": "wall",
     "CPU time": "cpu",
+    "tokens / CPU s": "tokens",
     "peak memory": "memory",
 }
 
 
-def rows(benchmark: Benchmark, measurements: Sequence[Measurement]) -> list[dict[str, str]]:
-    """Return one row of cells for each target, in the order of `_COLUMNS`; several seeds become mean ± spread."""
+def rows(benchmark: Benchmark, measurements: Sequence[Measurement], read: Text) -> list[dict[str, str]]:
+    """Return one row of cells for each target, by `_COLUMNS`; several seeds become mean ± spread.
+
+    Tokens are those trained on, over the time of the whole process, evaluation included.
+    """
     result = []
     for target in dict.fromkeys(m.epsilon for m in measurements):
         group = [m for m in measurements if m.epsilon == target]
@@ -214,23 +255,28 @@ def rows(benchmark: Benchmark, measurements: Sequence[Measurement]) -> list[dict
                 "before": cell(lambda m: m.before, benchmark.digits),
                 "after": cell(lambda m: m.after, benchmark.digits)
                 + (" (stopped early)" if any(m.stopped for m in group) else ""),
+                "bits": cell(lambda m: math.log(m.after) * read.bits, 3) if benchmark.metric == "perplexity" else "-",
                 "runs": str(len(group)),
                 "wall": cell(lambda m: m.wall_s / 60, 1) + " min",
                 "cpu": cell(lambda m: m.cpu_s / 60, 1) + " min",
+                "tokens": f"{mean(m.passes * read.tokens / m.cpu_s for m in group):,.0f}",
                 "memory": f"{max(m.peak_mb for m in group):.0f} MB",
             }
         )
     return result
 
 
-def markdown(benchmark: Benchmark, measurements: Sequence[Measurement]) -> str:
+def markdown(benchmark: Benchmark, measurements: Sequence[Measurement], read: Text) -> str:
     """Return the table and the machine as Markdown."""
     lines = [
         f"{benchmark.name}: held-out {benchmark.metric}",
         "",
         "| " + " | ".join(_COLUMNS) + " |",
         "|" + " ---: |" * len(_COLUMNS),
-        *("| " + " | ".join(row[key] for key in _COLUMNS.values()) + " |" for row in rows(benchmark, measurements)),
+        *(
+            "| " + " | ".join(row[key] for key in _COLUMNS.values()) + " |"
+            for row in rows(benchmark, measurements, read)
+        ),
         "",
         machine(),
         "",
@@ -238,12 +284,14 @@ def markdown(benchmark: Benchmark, measurements: Sequence[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def _print_table(benchmark: Benchmark, measurements: Sequence[Measurement], console: Console) -> None:
+def _print_table(benchmark: Benchmark, measurements: Sequence[Measurement], read: Text, console: Console) -> None:
     table = Table(title=f"{benchmark.name}: held-out {benchmark.metric}", title_justify="left", box=SIMPLE_HEAD)
-    shown = {heading: key for heading, key in _COLUMNS.items() if key != "noise"}  # fits 80 columns
+    shown = {
+        heading: key for heading, key in _COLUMNS.items() if key not in ("noise", "bits", "tokens")
+    }  # fits 80 columns
     for heading in shown:
         table.add_column(heading.replace(" ", "\n"), justify="right", overflow="fold")
-    for row in rows(benchmark, measurements):
+    for row in rows(benchmark, measurements, read):
         table.add_row(*(row[key] for key in shown.values()))
     console.print(table)
 

@@ -2,8 +2,8 @@
 
 python -m simulations.benchmarks.modes --data DATA/multidogo --model MODELS/stories260k
 
-The base, data and adapter of `multidogo`, conversations dealt out at random, and fewer rounds, so that a run takes a
-few minutes. Each is an ordinary run of `fedllm simulate`; one that is complete is not made again.
+The base, data and settings of `multidogo`, conversations dealt out at random. Each is an ordinary run of `fedllm
+simulate`; one that is complete is not made again.
 """
 
 from collections import defaultdict
@@ -26,16 +26,9 @@ from simulations.benchmarks.bench import (
 )
 
 _SETTINGS = (
-    *(
-        s
-        for s in multidogo.SETTINGS
-        if not s.startswith(("federation", "training.rounds", "training.server.final", "privacy.sampling"))
-    ),
+    *(s for s in multidogo.SETTINGS if not s.startswith(("federation", "data.heldout_limit"))),
     "federation=iid",
-    "training.rounds=16",
-    "training.server.final_rate=0.1",
     "data.heldout_limit=1000",
-    "privacy.sampling_rate=0.06",
 )
 
 

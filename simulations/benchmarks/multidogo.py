@@ -22,28 +22,19 @@ from simulations.benchmarks.bench import (
 )
 
 SETTINGS = (
-    "training.server.final_rate=1.0",
-    "training.server.eps=1e-3",
+    "experiment=tiny-lm",
     "model=causal-lm",
     "model.max_length=64",
     "data=records",
     "data.text='{text}'",
     "data.unit=conv",
     "data.description='customer turns of MultiDoGO, six business units'",
-    "adapter=lora",
+    "data.heldout_limit=2000",
     "federation=branches",
     "federation.partition.column=domain",
-    "federation.quorum=6",
-    "training.rounds=30",
-    "training.local_steps=1",
-    "training.learning_rate=2.0",
-    "training.server.name=adam",
-    "training.server.learning_rate=0.02",
     "privacy.unit=person",
     "privacy.records_per_person=8",
     "privacy.delta=1e-5",
-    "privacy.clip_norm=0.5",
-    "privacy.sampling_rate=0.1",
 )
 
 

@@ -117,13 +117,38 @@ def test_what_a_user_writes_is_what_is_meant(fedllm: Any, override: str, path: l
     assert found == value
 
 
-@pytest.mark.parametrize("experiment", ["own-classifier", "own-records", "parallel", "shakeout", "strict"])
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        file.stem
+        for file in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml")
+        if file.stem != "demo-offices"
+    ],
+)
 def test_every_experiment_composes_or_says_what_it_needs(fedllm: Any, experiment: str) -> None:
     result = fedllm("simulate", "--cfg", f"experiment={experiment}")
     if result.code == 0:
         assert yaml.safe_load(result.output)["training"]["rounds"] > 0
     else:
         refused(result, "a value is needed", "model.source")
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "key", "value"),
+    [
+        ("own-records", "tiny-lm", "rounds", 16),
+        ("own-records", "large-lm", "rounds", 9),
+        ("own-classifier", "encoder", "rounds", 12),
+    ],
+)
+def test_settings_for_a_size_go_on_top_of_those_for_the_data(
+    fedllm: Any, data: str, size: str, key: str, value: int
+) -> None:
+    found = composed(fedllm, f"experiment=[{data},{size}]", "model.source=x", "data.train=x", "model.labels=[a,b]")
+    assert found["training"][key] == value
+    assert found["model"]["source"] == "x"
+    lone = composed(fedllm, f"experiment={data}", "model.source=x", "data.train=x", "model.labels=[a,b]")
+    assert found["data"] == lone["data"]
 
 
 def test_a_folder_of_own_groups_is_used(fedllm: Any, tmp_path: Path) -> None:
@@ -182,7 +207,9 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "unknown group choice": (["privacy=nope"], ["privacy/nope", "local", "off"]),
     "unknown model group": (["model=nope"], ["model/nope", "causal-lm"]),
     "unknown experiment": (["experiment=nope"], ["nope", "shakeout"]),
-    "two experiments": (["experiment=shakeout,strict"], ["shakeout,strict"]),
+    "unknown experiment of two": (["experiment=[shakeout,nope]"], ["nope"]),
+    "number among experiments": (["experiment=[shakeout,3]"], ["experiment"]),
+    "sweep over experiments": (["experiment=shakeout,strict"], ["shakeout,strict"]),
     "number for a group": (["privacy=3"], ["privacy"]),
     "null for a group": (["privacy=null"], ["privacy"]),
     "key of a value": (["privacy.mode.x=3"], ["privacy.mode"]),
