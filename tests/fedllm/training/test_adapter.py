@@ -22,6 +22,7 @@ from fedllm.training.adapter import AdapterModel, attach, check_saved
 from fedllm.training.data import Unit
 from fedllm.training.engine import Engine
 from fedllm.training.model import load_base
+from tests.fedllm.training.conftest import conv1d
 
 Open = Callable[..., AdapterModel]
 MakeConfig = Callable[[str], ModelConfig]
@@ -173,7 +174,7 @@ def test_a_saved_adapter_gives_the_same_logits_on_a_freshly_loaded_base(
     assert torch.allclose(logits(loaded), expected, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
+@conv1d
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["llama", "gpt2", "bert-native", "bert-mean", "gpt2-native"])
 def test_a_saved_adapter_is_loaded_as_its_users_will_and_compared(
@@ -268,7 +269,7 @@ def test_targets_that_do_not_exist_are_refused_with_the_layers_that_do(
         assert layer in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
+@conv1d
 def test_the_layers_of_a_model_without_nn_linear_are_listed_too(open_adapter: Open) -> None:
     with pytest.raises(ModelError, match="c_attn"):
         open_adapter("gpt2", targets=("q_proj",))

@@ -20,13 +20,13 @@ from fedllm.training import compiling
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Record, Unit, batches
 from fedllm.training.engine import Engine
+from tests.fedllm.training.conftest import conv1d
 
 Open = Callable[..., AdapterModel]
 MakeUnits = Callable[..., list[Unit]]
 RandomVector = Callable[[AdapterModel], NDArray[np.float32]]
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-conv1d = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module:UserWarning")
 
 
 @pytest.fixture(autouse=True)

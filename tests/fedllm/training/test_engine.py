@@ -20,6 +20,7 @@ from fedllm.training import losses
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Record, Unit, batches
 from fedllm.training.engine import Engine, clip_and_sum
+from tests.fedllm.training.conftest import conv1d
 
 FALSE_ALARM = 1e-6  # chance that a correct implementation fails one statistical test
 CASES = ["llama", "gpt2", "qwen2", "gemma2", "untied", "bert-native", "bert-mean", "gpt2-native", "llama-native"]
@@ -99,7 +100,7 @@ def slow_gradient(adapter: AdapterModel, unit: Unit) -> NDArray[np.float64]:
     return torch.cat([gradient.reshape(-1).double() for gradient in gradients]).numpy()
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
+@conv1d
 @pytest.mark.parametrize("train", ["AB", "B"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_of_each_unit_is_the_one_of_a_slow_loop(
@@ -118,7 +119,7 @@ def test_the_gradient_of_each_unit_is_the_one_of_a_slow_loop(
         assert np.linalg.norm(row - slow) <= 1e-5 * np.linalg.norm(slow)
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
+@conv1d
 @pytest.mark.parametrize("case", CASES)
 def test_outside_training_the_model_is_the_same_as_before(
     open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector, case: str
