@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from fedllm.errors import ModelError, first_line
 from fedllm.training.data import IGNORE, Batch
 
-_PAYS_FROM = {"cpu": 4e12, "cuda": 4e14}  # parameters x tokens of a plan; an estimate, from a busy machine
+_PAYS_FROM = {"cpu": 4e12, "cuda": 4e14}  # parameters x tokens; cpu: twice what docs/benchmarks.md has
 # In bfloat16 on the CPU, attention written out and compiled with its block beats SDPA, .79 to .88 of a step at 32 to
 # 512 tokens. It holds scores of all pairs of tokens, so the longest are left to SDPA.
 _SHORT = 256  # tokens
