@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from client.policy import SitePolicy
 from fedllm.crypto import Identity, PublicIdentity, make_node_key, node_public_key
@@ -92,6 +92,17 @@ class Policy(Frozen):
     min_sites: int = Field(1, ge=1)
     colluding_sites: int = Field(1, ge=0)
     peers: dict[str, str] = Field(default_factory=dict)  # other offices and the fingerprints of their keys
+
+    @field_validator("peers")
+    @classmethod
+    def _fingerprints(cls, peers: dict[str, str]) -> dict[str, str]:
+        digits = {name: "".join(c for c in heard.casefold() if c.isalnum()) for name, heard in peers.items()}
+        for name, found in digits.items():
+            if not re.fullmatch("[0-9a-f]{40}", found):
+                raise ValueError(f"the fingerprint of {name} has 40 hexadecimal digits, found {found!r}")
+        if len(set(digits.values())) < len(digits):
+            raise ValueError("two offices have one fingerprint; whoever holds that key would count as two")
+        return peers
 
     @property
     def limits(self) -> SitePolicy:

@@ -100,6 +100,8 @@ class Terms:
                 f"secagg.threshold={self.threshold} with colluders={self.colluders}: at least 2 honest sites must be "
                 "in every sum, otherwise it shows one site's update. Raise the threshold."
             )
+        if len({identity.signing for identity in self.roster.values()}) < len(self.roster):
+            raise PrivacyError("the roster has one identity under two names: whoever holds its key would count as two")
 
     @cached_property
     def context(self) -> str:

@@ -17,7 +17,7 @@ Bodies, by the entry's kind:
              noise_multiplier                noise in shares: of the sum, without as many sites as may collude
              adapter_before, adapter_after   digests; equal where the round does not count
              bytes_up, bytes_down            of updates and of requests
-    begun    round          noise in shares: the sites are asked now, and may pay; it is not asked for again
+    begun    round, sites   noise in shares: the sites are asked now, and may pay; it is not asked for again
     resumed  round          the last completed round, from which the run goes on; later `round` entries before this one
                             are superseded: those rounds are repeated, and have entries of their own further on
              adapter        digest of the adapter it goes on with
@@ -85,10 +85,10 @@ class RunRecord:
         write_atomically(self.path, line.encode() + b"\n")
         self._last = open_entry(line)
 
-    def resume(self, plan: RunPlan, round_: int, adapter: NDArray[np.float32]) -> int:
+    def resume(self, plan: RunPlan, round_: int, adapter: NDArray[np.float32]) -> dict[int, set[str]]:
         """Go on from the checkpoint of a round: later entries stand, and are superseded.
 
-        Returns the highest round that was begun with noise in shares.
+        Returns the rounds that were begun with noise in shares, and the sites that were asked and may have paid.
         """
         entries = self._read()
         if not entries or entries[0].kind != "plan" or entries[0].body.get("plan_digest") != plan.digest:
@@ -107,13 +107,13 @@ class RunRecord:
             before = [signer for signer in self._signers if signer.public in {entry.signer for entry in entries}]
             self._append("key", {"identity": new.to_text()}, (before or [self._signers[0]])[0])
         self.note("resumed", {"round": round_, "adapter": adapter_digest(adapter)})
-        begun: set[int] = set()
+        begun: dict[int, set[str]] = {}
         for entry in entries:
             if entry.kind == "begun":
-                begun.add(int(entry.body["round"]))
+                begun.setdefault(int(entry.body["round"]), set()).update(map(str, entry.body["sites"]))
             elif entry.kind == "round" and not (entry.body.get("counts") or entry.body.get("lost")):
-                begun.discard(int(entry.body["round"]))  # nobody had paid for it when it ended
-        return max(begun, default=0)
+                begun.pop(int(entry.body["round"]), None)  # nobody had paid for it when it ended
+        return begun
 
     def note(self, kind: str, body: dict[str, Any]) -> None:
         """Append an entry; on return it is on disk."""

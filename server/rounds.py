@@ -140,7 +140,7 @@ class Coordinator:
         self._folder, self._score, self._observe = folder, score, observe
         self._expected_sites, self._record, self._heads = expected_sites, record, heads
         self._known: dict[str, LedgerHead] = {}  # of the sites' ledgers, when the round began
-        self._begun = 0  # with noise in shares: the highest round that sites may have paid for
+        self._begun: dict[int, set[str]] = {}  # with noise in shares: who may have paid for which rounds
         self._lost_in_a_row = 0
         self._repeated = 0  # up to this round, a site may answer as it did before a crash
         self._optimizer = self._optimizer_from(start)
@@ -199,9 +199,12 @@ class Coordinator:
         channel = channel or PlainChannel(grid)
         self._await_nodes(channel)
         try:
-            for number in range(self.round + 1, self._begun + 1):
+            for number in range(self.round + 1, max(self._begun, default=0) + 1):
                 # sites may have paid for it, and have forgotten the secrets that it was masked with
-                self._charge({}, {}, {}, number, set(self.sites), False)
+                asked = self._begun.get(number, set())
+                for site in asked:  # in the first round there is no checkpoint yet that names them
+                    self.sites.setdefault(site, SiteState())
+                self._charge({}, {}, {}, number, asked, False)
                 self._lose(number, "head office was started again", {}, {}, {}, time.monotonic())
             for number in range(self.round + 1, self._plan.training.rounds + 1):
                 self._round(grid, channel, number)
@@ -229,7 +232,7 @@ class Coordinator:
         self._check_quorum(number, len(nodes), declined, failed)
         self._observe(RoundStarted(number, [self._site_of_node[n] for n in nodes]))
         if self._masks is not None:
-            self._record.note("begun", {"round": number})
+            self._record.note("begun", {"round": number, "sites": sorted(self._site_of_node[n] for n in nodes)})
         requests = self._requests(nodes, number, masking)
         updates, replies = self._collect(grid, channel, number, requests, declined, failed)
         delta, noise, lost = self._aggregate(grid, channel, number, updates)

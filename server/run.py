@@ -29,7 +29,6 @@ from server.heads import Heads
 from server.record import RunRecord
 from server.rounds import CHECKPOINT, PLAN, Coordinator, Event
 
-_ROUNDING = 1e-3  # of epsilon, between a plan's target and what its noise costs
 _LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a moment
 
 
@@ -88,7 +87,7 @@ def make_plan(config: RunConfig, sites: int) -> RunPlan:
         **{name: part.model_dump() for name, part in parts.items()},
     })  # fmt: skip
     if plan.mechanism.private and config.privacy.noise_multiplier is not None:
-        over = fits([plan.mechanism.event(plan.steps)], privacy.delta, privacy.epsilon + _ROUNDING, one_plan=True)
+        over = fits([plan.mechanism.event(plan.steps)], privacy.delta, privacy.epsilon, one_plan=True)
         if over is not None:
             raise ConfigError(
                 f"privacy.noise_multiplier={privacy.noise_multiplier:g}: the plan would cost epsilon {over:.4g}, above "

@@ -47,6 +47,19 @@ def rounded_normals(source: Randomness, n: int, std: float) -> NDArray[np.int64]
     pairs = (n + 1) // 2
     words = source.words(2 * pairs)
     radius_words, angle_words = words[:pairs], words[pairs:]
+    draws, error = _quickly(radius_words, angle_words, std)
+    rounded = np.rint(draws)
+    unclear = (0.5 - np.abs(draws - rounded) <= error).any(axis=0) | (radius_words == 0)
+    result = rounded.astype(np.int64)
+    for i in np.flatnonzero(unclear):
+        result[:, i] = _exactly(int(radius_words[i]), int(angle_words[i]), source, std)
+    return result.reshape(-1)[:n]
+
+
+def _quickly(
+    radius_words: NDArray[np.uint64], angle_words: NDArray[np.uint64], std: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return float64[2, n] of draws before rounding, and by how much a pair may be off, whatever more bits say."""
     u = (radius_words.astype(np.float64) + 0.5) * 2.0**-64
     u_error = 2.0**-53 + 0.5 / (radius_words.astype(np.float64) + 0.5)  # relative
     radius = np.sqrt(-2.0 * np.log(np.minimum(u, 1.0 - 2.0**-53)))
@@ -54,12 +67,7 @@ def rounded_normals(source: Randomness, n: int, std: float) -> NDArray[np.int64]
     # of log, sqrt, cos and sin each 4 units in the last place at most; four times what adds up
     error = 4.0 * std * (radius * 2.0**-48 + u_error / radius)
     draws = np.stack([radius * np.cos(angle), radius * np.sin(angle)]) * std
-    rounded = np.rint(draws)
-    unclear = (0.5 - np.abs(draws - rounded) <= error).any(axis=0) | (radius_words == 0)
-    result = rounded.astype(np.int64)
-    for i in np.flatnonzero(unclear):
-        result[:, i] = _exactly(int(radius_words[i]), int(angle_words[i]), source, std)
-    return result.reshape(-1)[:n]
+    return draws, error
 
 
 def _exactly(radius_word: int, angle_word: int, source: Randomness, std: float) -> tuple[int, int]:

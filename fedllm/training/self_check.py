@@ -10,7 +10,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -26,6 +26,7 @@ from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, fits
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness, SeededRandomness, normals, uniforms
+from fedllm.privacy.shared import SharedMechanism
 from fedllm.training import trainer
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import IGNORE, Record, Unit
@@ -76,12 +77,23 @@ class _Witness(torch.optim.Optimizer):
         self.seen.append(self._flat.grad.detach().double().clone() if self._flat.grad is not None else torch.zeros(0))
 
 
+class _HeardError(Exception):
+    """All that matters of a step was heard."""
+
+
 class _Listener:
     """Stands in for the engine, and keeps what the training loop hands to it."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.given: tuple[Mechanism, float] | None = None
+
+    def clipped_sum(
+        self, units: Sequence[int], mechanism: Mechanism, _: int, shared: SharedMechanism | None = None
+    ) -> Tensor:
+        self.batches.append(list(units))
+        self.given = (mechanism, shared.expected_units if shared is not None else math.nan)
+        raise _HeardError
 
     def optimizer(self, _: object, mechanism: Mechanism, expected_units: float, __: object) -> None:
         self.given = (mechanism, expected_units)
@@ -449,6 +461,26 @@ def share_has_its_deviation(s: Subject) -> str:
     return ""
 
 
+def upload_is_a_sum_with_its_share(s: Subject) -> str:
+    """With noise in shares: a step uploads the sum over those it drew, and its share; by other coins, another."""
+    shared = s.plan.shared
+    if shared is None:
+        return ""
+    uploads = []
+    for _ in range(2):
+        source = _Recorded(s.randomness())
+        uploads.append(trainer.shared_step(s.adapter, s.engine, s.units, s.plan, s.start, source, s.micro_batch))
+        source.replay = True
+        drawn = [s.units[i] for i in s.mechanism.sample(len(s.units), source)]
+        s.adapter.load(s.start)
+        total = s.engine.clipped_sum(drawn, s.mechanism, s.micro_batch, shared).cpu().numpy()
+        if not np.array_equal(uploads[-1], shared.upload(total, source)):
+            return "what a step uploads is not the sum over the units it drew, with its share of the noise"
+    if s.plan.privacy.protects and np.array_equal(uploads[0], uploads[1]):
+        return "two steps upload the same"
+    return ""
+
+
 CHECKS: dict[str, Check] = {
     check.__name__.replace("_", "-"): check
     for check in (
@@ -456,6 +488,7 @@ CHECKS: dict[str, Check] = {
         unit_that_is_not_finite_counts_zero, empty_batch_is_a_noisy_step, noise_has_the_charged_deviation,
         noise_is_fresh, release_lies_on_the_grid, divisor_is_public, coins_are_poisson, charge_is_the_mechanism,
         weights_change_as_the_optimiser_says, sum_in_quanta_is_within_the_clip, share_has_its_deviation,
+        upload_is_a_sum_with_its_share,
     )
 }  # fmt: skip
 # These say something only where noise is added.
@@ -499,7 +532,8 @@ _checking = threading.Lock()
 def self_check_once(subject: Subject) -> None:
     """Run `self_check` unless this engine has passed it for this plan: sites of one process share their engine."""
     plan = subject.plan
-    key = hash((plan.model, plan.adapter, plan.privacy, plan.training, subject.micro_batch))
+    parts = (plan.model, plan.adapter, plan.privacy, plan.training, plan.sites, plan.quorum, subject.micro_batch)
+    key = hash(parts)
     with _checking:
         if key in _passed.get(subject.engine, set()):
             return
@@ -534,11 +568,15 @@ def _plain_optimizer(plan: RunPlan, parameter: nn.Parameter) -> torch.optim.Opti
 
 def _listen(s: Subject, units: int, steps: int) -> _Listener:
     """Return what the real training loop asks of an engine in `steps` steps over units 0, 1, 2 ..."""
-    listener = _Listener()
-    trainer.train_round(
-        s.adapter, cast(Engine, listener), cast(Any, range(units)), _with(s.plan, local_steps=steps), s.start,
-        s.randomness(), s.micro_batch,
-    )  # fmt: skip
+    listener, source = _Listener(), s.randomness()
+    engine, numbers = cast(Engine, listener), cast(Any, range(units))
+    if s.plan.shared is None:
+        plan = _with(s.plan, local_steps=steps)
+        trainer.train_round(s.adapter, engine, numbers, plan, s.start, source, s.micro_batch)
+        return listener
+    for _ in range(steps):
+        with suppress(_HeardError):
+            trainer.shared_step(s.adapter, engine, numbers, s.plan, s.start, source, s.micro_batch)
     return listener
 
 

@@ -33,7 +33,7 @@ from fedllm.training.model import load_base
 from simulations.benchmarks.bench import DataOption, ModelOption, machine
 
 _DELTA, _CLIP, _KEPT_BACK = 1e-5, 1.0, 1500
-_RATES = (2.0, 4.0, 8.0, 16.0)  # of an embedding of length 1
+_RATES = (8.0, 16.0, 32.0, 64.0)  # of an embedding of length 1
 _ALL = "distributed, quorum of all"
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]

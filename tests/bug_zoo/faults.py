@@ -475,6 +475,34 @@ def quanta_without_a_clip(patch: Patch) -> None:
     patch.setattr(engine, "clip_and_sum", faulty)
 
 
+def _shared_step(draw: Callable[[int, float, Randomness], Any], with_share: bool) -> Callable[..., Any]:
+    def step(adapter: Any, engine: Engine, units: Any, plan: Any, start: Any, source: Randomness, size: int) -> Any:
+        shared = plan.shared
+        with adapter.lock:
+            adapter.load(start)
+            drawn = [units[i] for i in draw(len(units), plan.privacy.sampling_rate, source)]
+            total = engine.clipped_sum(drawn, shared.mechanism, size, shared).numpy()
+        return shared.upload(total, source) if with_share else (total % 2**32).astype(np.uint32)
+
+    return step
+
+
+def shared_step_of_a_fixed_size(patch: Patch) -> None:
+    def draw(n: int, rate: float, source: Randomness) -> Any:
+        return np.argsort(source.words(n))[: round(rate * n)]
+
+    patch.setattr(trainer, "shared_step", _shared_step(draw, with_share=True))
+
+
+def shared_step_without_its_share(patch: Patch) -> None:
+    """The masks hide it, and the sum of all sites lacks noise."""
+
+    def draw(n: int, rate: float, source: Randomness) -> Any:
+        return Mechanism(1.0, 1.0, rate).sample(n, source)
+
+    patch.setattr(trainer, "shared_step", _shared_step(draw, with_share=False))
+
+
 SELF_CHECK = [
     Fault("the mean of a batch is clipped", "sum-equals-the-slow-loop", clip_of_the_mean),
     Fault("every tensor is clipped by itself", "clip-bounds-every-unit", clip_per_tensor),
@@ -515,6 +543,8 @@ SELF_CHECK = [
     Fault("sums in quanta are not clipped", "sum-in-quanta-is-within-the-clip", quanta_without_a_clip, shared=True),
     Fault("shares are sized for all sites", "share-has-its-deviation", shares_for_all_sites, shared=True),
     Fault("shares come from a seed", "share-has-its-deviation", shares_from_a_seed, shared=True),
+    Fault("a shared step draws a fixed size", "coins-are-poisson", shared_step_of_a_fixed_size, shared=True),
+    Fault("a shared step sends no noise", "upload-is-a-sum-with-its-share", shared_step_without_its_share, shared=True),
 ]  # fmt: skip
 
 TESTS_ONLY = [

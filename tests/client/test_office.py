@@ -664,7 +664,8 @@ def test_every_limit_of_site_yaml_reaches_the_policy(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong", [{"run_epsilon": 0}, {"period": {"days": 0, "epsilon": 1}}, {"period": {"days": 9}}, {"max_rank": 0},
-              {"train": []}, {"train": ["A"]}, {"modes": ["central"]}, {"min_sites": 0}],
+              {"train": []}, {"train": ["A"]}, {"modes": ["central"]}, {"min_sites": 0}, {"peers": {"b": "12-34"}},
+              {"peers": {"b": "z" * 40}}, {"peers": {"b": "ab" * 20, "c": "AB-" * 20}}],
 )  # fmt: skip
 def test_an_impossible_limit_is_refused(folder: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"policy.{next(iter(wrong))}"):

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from client.site import Site
+from fedllm import secagg
 from fedllm.audit.bundle import verify
 from fedllm.audit.evidence import Trust
 from fedllm.audit.summary import RunSummary
@@ -321,6 +322,9 @@ def test_a_round_that_nobody_paid_for_is_asked_for_again_until_somebody_did(
     assert not done.stopped
     last = {body["round"]: body["counts"] for body in rounds_of(done.folder)}
     assert last == {1: False, 2: True}
+    for name in BRANCHES:  # head office knows who paid for round 1, though no checkpoint named anybody when it ended
+        assert len(LedgerFile(done.folder / "sites" / name / "ledger.db").charges()) == 2
+        assert done.sites[name]["charged"] == 2
 
 
 def test_a_quorum_that_was_raised_on_the_way_holds(
@@ -337,23 +341,24 @@ def test_a_quorum_that_was_raised_on_the_way_holds(
     assert verify(done.folder / "audit", Trust.read(done.folder / KEYS))[0].verdict == "within"
 
 
+@pytest.mark.parametrize("masks", [True, False])
 def test_what_a_site_uploads_is_not_its_sum(
-    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, masks: bool
 ) -> None:
-    """A site's masked upload has nothing of the small numbers beneath: its high bits are as likely 0 as 1."""
+    """The high byte of a masked upload is uniform, by chi-square; without masks it shows the small numbers beneath."""
+    if not masks:
+        monkeypatch.setattr(secagg, "_add_mask", lambda *_: None)
     replies = replies_of(monkeypatch, lambda *_: False)
-    done = run(configure(tmp_path, **SHARED))
-    shared = done.plan.shared
-    assert shared is not None
+    run(configure(tmp_path, **SHARED))
     assert len(replies) == 2 * len(BRANCHES)
+    tail = np.log(1e9)  # false alarm: 1e-9 an upload (Laurent and Massart 2000, lemma 1, 255 degrees of freedom)
     for _, reply in replies:
         masked = from_bytes(unpack(reply.payload, 2)[0], Masked, Masked)
-        vector = np.frombuffer(masked.payload, "<u4")
-        ones = np.unpackbits(vector.view(np.uint8)).sum()
-        n = 32 * vector.size
-        assert abs(ones - n / 2) < 6.2 * np.sqrt(n) / 2, "false alarm below 1e-9"
-        beneath = 19 * shared.share_std + shared.scale * 20
-        assert np.abs(vector.view(np.int32)).max() > 10 * beneath or beneath > 2**27
+        seen = np.bincount(np.frombuffer(masked.payload, "<u4") >> 24, minlength=256)
+        expected = seen.sum() / 256
+        assert expected > 5
+        uniform = ((seen - expected) ** 2 / expected).sum() < 255 + 2 * np.sqrt(255 * tail) + 2 * tail
+        assert uniform == masks
 
 
 @pytest.mark.parametrize(
