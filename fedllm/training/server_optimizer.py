@@ -54,18 +54,23 @@ class ServerOptimizer:
     def _correct(self, before: torch.Tensor, noise_std: float) -> None:
         """Step from `before` again, with the noise taken out of the denominator.
 
-        DP-AdamBC, Tang, Shpilevskiy and Lecuyer 2023 (arXiv 2312.14334), algorithm 1: m / sqrt(max(v - noise, eps^2)),
-        v and the variance of the noise averaged alike, so that noise may differ from round to round.
+        DP-AdamBC, Tang, Shpilevskiy and Lecuyer 2023 (arXiv 2312.14334), algorithm 1: m / sqrt(max(v - noise, floor)),
+        v and the variance of the noise averaged alike, so that noise may differ from round to round. The floor, which
+        the paper leaves to be tuned, is eps^2 or one deviation of the noise's mean square, whichever is more: below it
+        a coordinate shows no signal, and its step would be as long as the noise happens to be small.
         """
         first, second = self._config.betas
         state = self._optimizer.state[self._parameter]
         steps, rate = int(state["step"]), float(self._optimizer.param_groups[0]["lr"])
         noise_sq = second * state.get("noise_sq", torch.zeros(())) + (1 - second) * noise_std**2
         state["noise_sq"] = noise_sq  # beside Adam's own, and so in checkpoints
-        squares = (state["exp_avg_sq"] - noise_sq) / (1 - second**steps)
+        left = second**steps
+        averaged = (1 + second) * (1 - left) / ((1 - second) * (1 + left))  # so many squares, weights considered
+        floor = max(self._config.eps**2, float(noise_sq) / (1 - left) * math.sqrt(2 / averaged))
+        squares = (state["exp_avg_sq"] - noise_sq) / (1 - left)
         mean = state["exp_avg"] / (1 - first**steps)
         with torch.no_grad():
-            self._parameter.copy_(before - rate * mean / squares.clamp_min(self._config.eps**2).sqrt())
+            self._parameter.copy_(before - rate * mean / squares.clamp_min(floor).sqrt())
 
     def state(self) -> dict[str, NDArray[np.float32]]:
         """Return the optimiser's state as arrays."""

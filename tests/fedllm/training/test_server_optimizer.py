@@ -65,7 +65,9 @@ def reference(config: ServerOptimizerConfig) -> Step:
             noises.append(noise_std)
             weights = second ** np.arange(t - 1, -1, -1)
             variance = np.average(np.square(noises), weights=weights)
-            return np.asarray(value - rate * m_hat / np.sqrt(np.maximum(v_hat - variance, config.eps**2)))
+            spread = variance * np.sqrt(2 * (weights**2).sum()) / weights.sum()
+            floor = max(config.eps**2, spread)
+            return np.asarray(value - rate * m_hat / np.sqrt(np.maximum(v_hat - variance, floor)))
         return np.asarray(value - rate * m_hat / (np.sqrt(v_hat) + config.eps))
 
     return step
@@ -127,6 +129,15 @@ def test_noise_does_not_shorten_the_steps_of_corrected_adam() -> None:
         moved[corrected] = float(optimizer.value.mean()) / (0.01 * rounds)  # 1: Adam's steps where nothing is noisy
     assert moved[False] == pytest.approx(signal / (np.hypot(signal, std) + 0.3), rel=0.05)
     assert moved[True] == pytest.approx(1, abs=0.15)
+
+
+def test_corrected_adam_takes_no_giant_steps_where_there_is_no_signal() -> None:
+    """Also with an eps that plain Adam is content with: most coordinates lie below the noise in the first rounds."""
+    config = ServerOptimizerConfig(name="adam", learning_rate=0.1, betas=(0.9, 0.99), eps=1e-8, noise_corrected=True)
+    optimizer, source = ServerOptimizer(config, np.zeros(100_000, np.float32)), np.random.default_rng(0)
+    for rounds in range(1, 10):
+        delta = (0.05 * source.normal(size=100_000)).astype(np.float32)
+        assert np.abs(optimizer.step(delta, noise_std=0.05)).max() < 5 * 0.1 * rounds
 
 
 def test_adam_remembers_how_many_steps_it_took() -> None:
