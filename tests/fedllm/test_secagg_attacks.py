@@ -10,7 +10,7 @@ import pytest
 from fedllm import crypto, secagg
 from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, FederationError, FedllmError, MessageError, PrivacyError, QuorumLost
-from fedllm.messages import Dealing, Reveal, SignedKey
+from fedllm.messages import Dealing, Reveal, ShareRequest, SignedKey
 from tests.fedllm.secagg_federation import (
     PLAN,
     SESSION,
@@ -56,7 +56,8 @@ def test_forged_share_key_without_a_signature(five: Federation) -> None:
 @pytest.mark.parametrize("signer", ["outsider", C])
 def test_forged_share_key_signed_by_somebody_else(five: Federation, signer: str) -> None:
     imposter = identity_of(signer)
-    terms = secagg.Terms(PLAN, SESSION, 3, 0, {**five.terms.roster, B: imposter.public})
+    others = {name: public for name, public in five.terms.roster.items() if public != imposter.public}
+    terms = secagg.Terms(PLAN, SESSION, 3, 0, {**others, B: imposter.public})
     forged = secagg.Member(terms, B, imposter).join.join
     with pytest.raises(MessageError, match=f"{B}.*not its own"):
         with_joins(five, replace(five.circle.joins, forged))
@@ -131,6 +132,16 @@ def test_sites_with_different_rosters_do_not_aggregate_together(five: Federation
         joins = (*five.circle.joins[:4], SignedKey(site=E, key=key.hex(), signature=signature))
         digests.append(secagg.make_circle(terms, joins).digest)
     assert digests[0] == five.circle.digest != digests[1]
+    member = secagg.Member(terms, A, five.identities[A])  # knows the outsider as E, and is shown the other E
+    joins = (member.join.join, *five.circle.joins[1:])
+    with pytest.raises(MessageError, match=E):
+        member.share(ShareRequest(context=terms.context, round=1, joins=joins))
+
+
+def test_one_identity_under_two_names(five: Federation) -> None:
+    """Whoever holds its key would hold two shares of every secret, and count as one who may collude."""
+    with pytest.raises(PrivacyError, match="two names"):
+        secagg.Terms(PLAN, SESSION, 3, 0, {**five.terms.roster, E: five.identities[A].public})
 
 
 def test_a_mask_key_that_protects_nothing(five: Federation) -> None:
@@ -536,7 +547,8 @@ def test_fast_path_while_somebody_dropped_out(five: Federation) -> None:
 
 
 def test_different_participants_to_different_sites(five: Federation) -> None:
-    """Pairwise masks then do not cancel: all seeds together do not open any sum."""
+    """Pairwise masks then do not cancel: all seeds together do not open any sum; and no list finds a threshold of
+    sites that answer it, which is what it takes to open the pairwise masks of those it calls dropped."""
     dealt = five.share(1)
     vectors = vectors_of(five)
     views = {A: (A, B, C), B: (A, B, C, D), C: (A, B, C, E), D: (B, C, D), E: (A, C, E)}
@@ -550,6 +562,13 @@ def test_different_participants_to_different_sites(five: Federation) -> None:
         for chosen in itertools.combinations(views, size):
             seen = total({site: opened[site] for site in chosen})
             assert (seen != total({site: vectors[site] for site in chosen})).any()
+    for view in views.values():
+        for survivors in itertools.chain.from_iterable(
+            itertools.combinations(view, n) for n in range(1, len(view) + 1)
+        ):
+            for site in views.keys() - {name for name, own in views.items() if own == view}:
+                with pytest.raises((MessageError, PrivacyError)):
+                    five.members[site].unmask(five.claim(1, view, survivors))
 
 
 # ---- what head office itself has to notice ---------------------------------------------------------------------------
