@@ -1,8 +1,11 @@
 """Checkpoints: everything that a run needs to go on, written atomically after every round."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedllm.delta import digest_of
-from fedllm.errors import CheckpointError, ConfigError
+from fedllm.errors import CheckpointError, ConfigError, first_line
 from fedllm.files import is_full, replace_file
 from fedllm.plan import Frozen, parse
 
@@ -66,9 +69,23 @@ def write_atomically(path: Path, data: bytes) -> None:
 def cannot_write(path: Path, error: OSError) -> CheckpointError:
     """Return the error that says why a file of a run cannot be written."""
     return CheckpointError(
-        f"cannot write {path}: {error.strerror}. What was written before is intact. "
+        f"cannot write {path}: {error.strerror or first_line(error)}. What was written before is intact. "
         f"{'Free some space' if is_full(error) else 'Check permissions'}, then continue with resume=true."
     )
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what writers of other libraries raise where there is no room into the error of `cannot_write`."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(place, error) from error
+    except SafetensorError as error:  # says in words alone what the system said, e.g. "... (os error 28)"
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:  # about tensors, and no matter of the disk
+            raise
+        raise cannot_write(place, OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

@@ -24,7 +24,7 @@ from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
-from server.checkpoint import CONFIG, write_atomically
+from server.checkpoint import CONFIG, write_atomically, writing
 from server.heads import Heads
 from server.record import RunRecord
 from server.rounds import CHECKPOINT, PLAN, Coordinator, Event
@@ -167,7 +167,8 @@ class HeadOfficeRun:
             peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             **_before_and_after(self._evaluator, adapter.initial, coordinator.adapter),
         )
-        write_outputs(summary, adapter, coordinator.adapter)
+        with writing(self._folder):
+            write_outputs(summary, adapter, coordinator.adapter)
         return summary
 
 
