@@ -98,7 +98,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     header["sha256"] = _digest(header, tensors)
     data = save(tensors, metadata={"fedllm": json.dumps(header, ensure_ascii=False)})
-    previous = path.with_name(path.name + ".previous")
+    previous = _previous(path)
     if path.exists():
         try:
             previous.unlink(missing_ok=True)
@@ -108,8 +108,17 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_atomically(path, data)
 
 
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether there is something for `load_checkpoint` to read: `path` itself, or only the one before it."""
+    return path.exists() or _previous(path).exists()
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read the newest intact checkpoint: `path`, or the one before it where `path` is damaged.
+    """Read the newest intact checkpoint: `path`, or the one before it where `path` is damaged or gone.
 
     Raises CheckpointError where there is none. Going back a round loses nothing: sites answer a repeated round with
     the update they gave the first time.
@@ -117,7 +126,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         return _load(path)
     except CheckpointError as error:
-        previous = path.with_name(path.name + ".previous")
+        previous = _previous(path)
         if not previous.exists():
             raise
         try:
