@@ -277,7 +277,7 @@ def members(table: Table, unit: str | None) -> Iterator[bytes]:
 
 
 def person(value: object) -> str:
-    """Return the key of a person: one spelling for one name, also where Hangul came decomposed."""
+    """Return the key of a person, or of a site: one spelling for one name, also where Hangul came decomposed."""
     return unicodedata.normalize("NFC", str(value).strip())
 
 
