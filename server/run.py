@@ -96,8 +96,6 @@ def make_plan(config: RunConfig, sites: int) -> RunPlan:
                 f"its own target, privacy.epsilon={privacy.epsilon:g}. Set it to null to have it calibrated, or raise "
                 "privacy.epsilon."
             )
-    if plan.shared is not None and config.federation.weights:
-        raise ConfigError("federation.weights: with privacy.mode=distributed only the sum is seen, so all weigh 1")
     return plan
 
 

@@ -137,11 +137,6 @@ def _check_federation(config: SimulationConfig, data: SimulatedData, folder: Pat
             raise ConfigError(f"{key}: no site is called {', '.join(unknown)}; the sites are {', '.join(names)}")
     if (config.federation.quorum or 1) > len(names):
         raise ConfigError(f"federation.quorum={config.federation.quorum}, but there are only {len(names)} sites")
-    if config.federation.backend == "ray" and config.privacy.mode == "distributed":
-        raise ConfigError(
-            "federation.backend=ray: a site's secrets of secure aggregation live in one process, and Ray moves sites "
-            "between processes. Use federation.backend=in-process with privacy.mode=distributed."
-        )
     processors = os.cpu_count() or 1
     if config.federation.backend == "ray" and config.federation.cpus_per_site > processors:
         raise ConfigError(
