@@ -41,10 +41,10 @@ fedllm, epsilon 8. Everything is a setting; OVERRIDES are Hydra's KEY=VALUE.
 
   fedllm simulate experiment=shakeout                        an overlay from conf/experiment
 
-  fedllm simulate federation.backend=ray                     sites in parallel processes, on Ray
+  fedllm simulate experiment=parallel                        sites in parallel processes, on Ray
 
   fedllm simulate model=causal-lm model.source=./my-model data=records data.train=./records.jsonl
-      data.prompt='{question}' data.text='{answer}' federation=iid     your own model and records
+      data.prompt='{question}' data.text='{answer}' federation=iid privacy.unit=record     your own model and records
 
   fedllm simulate --cfg                                      print the configuration and stop
 """
@@ -68,12 +68,12 @@ def simulate(
     if cfg:
         typer.echo(as_yaml(composed), nl=False)
         return
+    config = validate(SimulationConfig, composed)  # before torch is imported: a mistake is told at once
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own progress bars would tear ours
     from fedllm.training.workspace import trained
     from simulations.screen import Screen
     from simulations.simulate import simulate as run
 
-    config = validate(SimulationConfig, composed)
     try:
         with Screen(_console, trained) as screen:
             summary = run(config, screen.announce, screen.observe)

@@ -379,6 +379,11 @@ class RunConfig(Frozen):
             raise ValueError("data.chat=true needs data.prompt, the user's turn")
         if len(self.name.encode()) > 255:
             raise ValueError("name is longer than the 255 bytes of a folder name")
+        if self.privacy.mode == "distributed" and self.federation.weights:
+            raise ValueError(
+                "federation.weights: with privacy.mode=distributed only the sum is seen, so all weigh 1. Leave them "
+                "out, or choose privacy=local"
+            )
         return self
 
 
@@ -407,7 +412,16 @@ class SimulationConfig(RunConfig):
     @model_validator(mode="after")
     def _validate(self) -> "SimulationConfig":
         if self.privacy.unit == "person" and self.data.unit is None:
-            raise ValueError("data.unit: privacy.unit=person needs the column that names the person")
+            raise ValueError(
+                "data.unit: privacy.unit=person needs the column that names the person. Name it, or set "
+                "privacy.unit=record"
+            )
+        if self.federation.backend == "ray" and self.privacy.mode == "distributed":
+            raise ValueError(
+                "federation.backend=ray: a site's secrets of secure aggregation live in one process, and Ray moves "
+                "sites between processes. Use federation.backend=in-process, or noise of each site's own with "
+                "privacy=local (experiment=parallel sets both)"
+            )
         return self
 
     def budget(self, site: str) -> float:

@@ -1,8 +1,11 @@
 """Checkpoints: everything that a run needs to go on, written atomically after every round."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedllm.delta import digest_of
-from fedllm.errors import CheckpointError, ConfigError
+from fedllm.errors import CheckpointError, ConfigError, first_line
 from fedllm.files import is_full, replace_file
 from fedllm.plan import Frozen, parse
 
@@ -66,9 +69,23 @@ def write_atomically(path: Path, data: bytes) -> None:
 def cannot_write(path: Path, error: OSError) -> CheckpointError:
     """Return the error that says why a file of a run cannot be written."""
     return CheckpointError(
-        f"cannot write {path}: {error.strerror}. What was written before is intact. "
+        f"cannot write {path}: {error.strerror or first_line(error)}. What was written before is intact. "
         f"{'Free some space' if is_full(error) else 'Check permissions'}, then continue with resume=true."
     )
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what writers of other libraries raise where there is no room into the error of `cannot_write`."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(place, error) from error
+    except SafetensorError as error:  # says in words alone what the system said, e.g. "... (os error 28)"
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:  # about tensors, and no matter of the disk
+            raise
+        raise cannot_write(place, OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -81,7 +98,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     header["sha256"] = _digest(header, tensors)
     data = save(tensors, metadata={"fedllm": json.dumps(header, ensure_ascii=False)})
-    previous = path.with_name(path.name + ".previous")
+    previous = _previous(path)
     if path.exists():
         try:
             previous.unlink(missing_ok=True)
@@ -91,8 +108,17 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     write_atomically(path, data)
 
 
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether there is something for `load_checkpoint` to read: `path` itself, or only the one before it."""
+    return path.exists() or _previous(path).exists()
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read the newest intact checkpoint: `path`, or the one before it where `path` is damaged.
+    """Read the newest intact checkpoint: `path`, or the one before it where `path` is damaged or gone.
 
     Raises CheckpointError where there is none. Going back a round loses nothing: sites answer a repeated round with
     the update they gave the first time.
@@ -100,7 +126,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         return _load(path)
     except CheckpointError as error:
-        previous = path.with_name(path.name + ".previous")
+        previous = _previous(path)
         if not previous.exists():
             raise
         try:

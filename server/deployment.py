@@ -22,7 +22,7 @@ from fedllm.errors import CheckpointError, ConfigError, FederationError, FedllmE
 from fedllm.files import in_use, write_secret
 from fedllm.plan import DeploymentConfig, Frozen, RunPlan
 from server.channel import SealedChannel
-from server.checkpoint import CONFIG, read_as
+from server.checkpoint import CONFIG, has_checkpoint, read_as
 from server.federation import HeadOffice, Member, Roster
 from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord
@@ -109,7 +109,7 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
 
     names = [member.site for member in HeadOffice.open(home).roster.active]
     folder = runs(home) / config.name
-    if config.resume and (folder / PLAN).exists() and not (folder / CHECKPOINT).exists():
+    if config.resume and (folder / PLAN).exists() and not has_checkpoint(folder / CHECKPOINT):
         config = config.model_copy(update={"resume": False})  # ended before any site was asked: it starts over
     check_folder(config, folder)
     unknown = sorted(set(config.federation.weights) - set(names))

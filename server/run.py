@@ -24,7 +24,7 @@ from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
-from server.checkpoint import CONFIG, write_atomically
+from server.checkpoint import CONFIG, has_checkpoint, write_atomically, writing
 from server.heads import Heads
 from server.record import RunRecord
 from server.rounds import CHECKPOINT, PLAN, Coordinator, Event
@@ -37,12 +37,13 @@ def check_folder(config: RunConfig, folder: Path) -> None:
     try:
         there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
         taken = folder.exists() and not folder.is_dir()
+        resumable = has_checkpoint(folder / CHECKPOINT)
     except OSError as error:
         raise _no_place(folder, error) from None
-    if config.resume and CHECKPOINT not in there:
+    if config.resume and not resumable:
         raise CheckpointError(f"resume=true, but {folder} holds no {CHECKPOINT}. Start the run without resume=true.")
     # A run that was stopped before its first checkpoint starts over.
-    begun = CHECKPOINT not in there and (PLAN in there or (LOCK in there and there <= {LOCK, f"{PLAN}.new"}))
+    begun = not resumable and (PLAN in there or (LOCK in there and there <= {LOCK, f"{PLAN}.new"}))
     if not config.resume and (taken or (folder.is_dir() and not begun)):
         raise ConfigError(f"{folder} exists. Choose another name=..., or continue that run with resume=true.")
 
@@ -94,8 +95,6 @@ def make_plan(config: RunConfig, sites: int) -> RunPlan:
                 f"its own target, privacy.epsilon={privacy.epsilon:g}. Set it to null to have it calibrated, or raise "
                 "privacy.epsilon."
             )
-    if plan.shared is not None and config.federation.weights:
-        raise ConfigError("federation.weights: with privacy.mode=distributed only the sum is seen, so all weigh 1")
     return plan
 
 
@@ -166,7 +165,8 @@ class HeadOfficeRun:
             peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             **_before_and_after(self._evaluator, adapter.initial, coordinator.adapter),
         )
-        write_outputs(summary, adapter, coordinator.adapter)
+        with writing(self._folder):
+            write_outputs(summary, adapter, coordinator.adapter)
         return summary
 
 

@@ -22,7 +22,7 @@ def partition(table: Table, config: PartitionConfig, unit: str | None, seed: int
         empty = next((row for row, value in enumerate(table[config.column]) if is_missing(value)), None)
         if empty is not None:
             raise DataError(f"record {empty + 1}: {config.column} is empty, so its site is unknown. Fill it in.")
-        keys = [str(value) for value in table[config.column]]
+        keys = [person(value) for value in table[config.column]]
     persons = [person(value) for value in table[unit]] if unit else range(len(table))
     rows_of_unit: dict[object, list[int]] = defaultdict(list)
     for row, (key, who) in enumerate(zip(keys, persons, strict=True)):

@@ -21,7 +21,7 @@ from fedllm.plan import RunPlan, SimulationConfig, parse
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.workspace import use_threads
 from server.app import server_app
-from server.checkpoint import CONFIG, read_as, write_atomically
+from server.checkpoint import CONFIG, read_as, write_atomically, writing
 from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord, key_in
 from server.rounds import PLAN, Coordinator, Event
@@ -104,7 +104,8 @@ def _heads(config: SimulationConfig) -> Heads | None:
 
 def _export_ledgers(config: SimulationConfig, names: list[str], folder: Path) -> None:
     """Keep the ledgers as they are now beside the run's record: they go on without it."""
-    (folder / LEDGERS).mkdir(exist_ok=True)
+    with writing(folder / LEDGERS):
+        (folder / LEDGERS).mkdir(exist_ok=True)
     for name in names:
         ledger = folder_of(config, folder) / file_name(name) / "ledger.db"
         if ledger.exists():
@@ -136,11 +137,6 @@ def _check_federation(config: SimulationConfig, data: SimulatedData, folder: Pat
             raise ConfigError(f"{key}: no site is called {', '.join(unknown)}; the sites are {', '.join(names)}")
     if (config.federation.quorum or 1) > len(names):
         raise ConfigError(f"federation.quorum={config.federation.quorum}, but there are only {len(names)} sites")
-    if config.federation.backend == "ray" and config.privacy.mode == "distributed":
-        raise ConfigError(
-            "federation.backend=ray: a site's secrets of secure aggregation live in one process, and Ray moves sites "
-            "between processes. Use federation.backend=in-process with privacy.mode=distributed."
-        )
     processors = os.cpu_count() or 1
     if config.federation.backend == "ray" and config.federation.cpus_per_site > processors:
         raise ConfigError(
@@ -174,7 +170,7 @@ def _audit(folder: Path) -> None:
     known = {HEAD_OFFICE: signer.public.fingerprint, **{s.name: s.fingerprint for s in written.audit.sites}}
     lines = [f"{name} {fingerprint}" for name, fingerprint in known.items() if fingerprint]
     heading = "# In a deployment every office tells its own fingerprint; here one process plays all of them."
-    (folder / KEYS).write_text("\n".join([heading, *lines]) + "\n", "utf-8")
+    write_atomically(folder / KEYS, ("\n".join([heading, *lines]) + "\n").encode())
     for problem in written.problems:
         logging.getLogger("fedllm").warning(problem)
 

@@ -1,5 +1,6 @@
 """The sites of a simulation: one process-wide set, its table read and its model loaded once."""
 
+import contextlib
 import logging
 import math
 import threading
@@ -18,6 +19,7 @@ from fedllm.files import read_secret, write_secret
 from fedllm.plan import DataConfig, PartitionConfig, SimulationConfig
 from fedllm.training.data import Table, check_columns, naming, person, read_table
 from fedllm.training.workspace import open_for_training, use_threads
+from server.checkpoint import writing
 from simulations.partition import partition
 
 SITE_LOG = "sites/sites.log"
@@ -54,10 +56,25 @@ _read = lru_cache(maxsize=1)(SimulatedData)
 _making_sites = threading.Lock()
 
 
+class _SiteLog(logging.FileHandler):
+    """A log that ends where the disk is full, and does not hide the error that the run ends with."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's own name
+        """Print nothing: a traceback may quote a record."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what a failed write left in the buffer cannot be written now either
+            super().close()
+
+
 def log_to(folder: Path) -> logging.Handler:
-    """Send what sites say of themselves, which may tell more than head office may know, to the run's folder alone."""
-    (folder / SITE_LOG).parent.mkdir(exist_ok=True, mode=0o700)
-    handler = logging.FileHandler(folder / SITE_LOG, encoding="utf-8")
+    """Send what sites say of themselves, which may tell more than head office may know, to the run's folder alone.
+
+    Raises CheckpointError where the file cannot be opened.
+    """
+    with writing(folder / SITE_LOG):
+        (folder / SITE_LOG).parent.mkdir(exist_ok=True, mode=0o700)
+        handler = _SiteLog(folder / SITE_LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("fedllm.site")
     logger.propagate = False

@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from fedllm.audit.evidence import LEDGERS, METRICS, PLAN, RECORD, Prv, Trust, assess, file_name, sites_of
 from fedllm.audit.model import INTEGRITY, Audit
 from fedllm.crypto import Identity, open_envelope, sign_envelope
-from fedllm.errors import ChainError, CryptoError, FolderError
+from fedllm.errors import ChainError, CryptoError, FolderError, first_line
+from fedllm.files import is_full
 from fedllm.privacy.ledger import LedgerFile
 
 FOLDER, JSON, SIGNATURE = "audit", "audit.json", "audit.sig"
@@ -64,7 +65,7 @@ def write_audit(
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise FolderError(f"{folder} cannot be written: {error.strerror}") from None
+        raise _cannot_write(folder, error) from None
     try:
         _gather(run, names, ledgers, new)
         made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
@@ -85,10 +86,18 @@ def write_audit(
             shutil.rmtree(folder)
         new.rename(folder)
     except OSError as error:
-        raise FolderError(f"{folder} cannot be written: {error.strerror}") from None
+        raise _cannot_write(folder, error) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return Written(audit, folder, tuple(dict.fromkeys(problems)))
+
+
+def _cannot_write(folder: Path, error: OSError) -> FolderError:
+    remedy = "Free some space" if is_full(error) else "Check who owns the folder and its permissions"
+    return FolderError(
+        f"{folder} cannot be written: {error.strerror or first_line(error)}. The run is not touched. {remedy}, then "
+        "write its audit with `fedllm audit report`."
+    )
 
 
 def _gather(run: Path, names: Sequence[str], ledgers: Path | None, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Records to tokens: files or hub data sets, templates, privacy units, batches."""
 
+import bisect
 import contextlib
 import csv
 import json
@@ -99,23 +100,81 @@ def _read_file(file: Path) -> Table:
     if file.suffix == ".parquet":
         return datasets.Dataset(parquet.read_table(file))
     rows = _csv_rows(file) if file.suffix == ".csv" else _json_rows(file)
-    columns = dict.fromkeys(key for row in rows for key in row)
-    return datasets.Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+    try:
+        return datasets.Dataset.from_dict(columns)
+    except Exception:  # pyarrow and datasets raise many types, which name neither column nor line
+        for column, values in columns.items():
+            _check_kinds(file, column, values)
+        raise
+
+
+def _check_kinds(file: Path, column: str, values: list[Any]) -> None:
+    """Raise DataError with the first record whose value does not fit into one column with those before it."""
+
+    def fails(count: int) -> bool:
+        try:
+            datasets.Dataset.from_dict({"": values[:count]})
+        except Exception:
+            return True
+        return False
+
+    at = bisect.bisect_left(range(len(values) + 1), True, key=fails) - 1
+    if at == len(values):
+        return
+    where = f"{file}, record {at + 1}"
+    if file.suffix == ".jsonl":
+        lines = [number for number, line in enumerate(file.read_bytes().split(b"\n"), start=1) if line.strip()]
+        where = f"{file}, line {lines[at]}"
+    before = sorted({_kind(value) for value in values[:at]} - {"null"})
+    among = f", where the records before it hold {' or '.join(before)}" if before else ""
+    raise DataError(
+        f"{where}: column {column} holds {_kind(values[at])}{among}. A column takes values of one kind, whole numbers "
+        "of at most 64 bits and text in valid Unicode: correct the value, or put it in quotes."
+    )
+
+
+_KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
+
+
+def _kind(value: object) -> str:
+    """Name the kind of a JSON value, and not the value: an error may be read by others than its owner."""
+    if isinstance(value, list | dict):
+        inside = sorted({_kind(item) for item in (value.values() if isinstance(value, dict) else value)})
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {' and '.join(inside) or 'nothing'}"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "a whole number of more than 64 bits"
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        return "text that is not valid Unicode (a lone surrogate)"
+    return _KINDS[type(value)]
 
 
 def _csv_rows(file: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    start = 1  # line in which the record begins that is being read: one with an open quote ends far below
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, strict=True)
-            rows = list(reader)
-            broken = next((n for n, row in enumerate(rows, start=2) if None in row or None in row.values()), None)
-            columns = reader.fieldnames or []
+            reader = csv.reader(lines, strict=True)
+            columns = next(reader, [])
+            twice = sorted({column for column in columns if column and columns.count(column) > 1})
+            if twice:
+                raise DataError(f"{file}, line 1: two columns are called {', '.join(twice)}. Rename or remove one.")
+            start = reader.line_num + 1
+            for fields in reader:
+                if fields and len(fields) != len(columns):
+                    raise DataError(
+                        f"{file}, line {start} (record {len(rows) + 1}): expected {len(columns)} fields, as in the "
+                        f"first line, found {len(fields)}. Correct or remove it; text that holds a comma is quoted."
+                    )
+                if fields:
+                    rows.append(dict(zip(columns, fields, strict=True)))
+                start = reader.line_num + 1
     except UnicodeDecodeError:
         raise DataError(f"{file}: not UTF-8. Convert the file to UTF-8.") from None
     except csv.Error as error:
-        raise DataError(f"{file}: not CSV ({error}). Correct or remove the line.") from None
-    if broken is not None:
-        raise DataError(f"{file}, record {broken - 1}: expected {len(columns)} fields, as in the first line")
+        raise DataError(
+            f"{file}: not CSV ({error}) in the record that begins in line {start}. Correct or remove it."
+        ) from None
     return rows
 
 
@@ -277,7 +336,7 @@ def members(table: Table, unit: str | None) -> Iterator[bytes]:
 
 
 def person(value: object) -> str:
-    """Return the key of a person: one spelling for one name, also where Hangul came decomposed."""
+    """Return the key of a person, or of a site: one spelling for one name, also where Hangul came decomposed."""
     return unicodedata.normalize("NFC", str(value).strip())
 
 

@@ -1,6 +1,7 @@
 """The command line as its user meets it: every mistake is one clear error that says what to do."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+
+from fedllm.cli import _SIMULATE_HELP
+from fedllm.cli_settings import compose, validate
+from fedllm.plan import SimulationConfig
 
 Overrides = Callable[..., list[str]]
 
@@ -64,8 +69,41 @@ def test_an_error_in_a_log_file_is_not_broken_into_lines(tmp_path: Path) -> None
 def test_help_can_be_learned_from(fedllm: Any) -> None:
     result = fedllm("simulate", "--help")
     assert result.code == 0
-    for words in ("privacy=off", "resume=true", "experiment=", "federation.backend=ray", "--cfg", "KEY=VALUE"):
+    for words in ("privacy=off", "resume=true", "experiment=", "experiment=parallel", "--cfg", "KEY=VALUE"):
         assert words in result.text
+
+
+def _examples() -> list[list[str]]:
+    """Return the arguments of every example in the help; what is said of it stands behind three spaces."""
+    text = _SIMULATE_HELP.partition("[/bold]\n")[2].replace("\n      ", " ")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return [shlex.split(line.partition("   ")[0].removeprefix("fedllm simulate")) for line in lines]
+
+
+@pytest.mark.parametrize("arguments", _examples(), ids=" ".join)
+def test_every_example_of_the_help_is_a_configuration(arguments: list[str]) -> None:
+    overrides = [argument for argument in arguments if argument != "--cfg"]
+    assert all("=" in override for override in overrides), "the words about an example are not part of it"
+    validate(SimulationConfig, compose("config", overrides, None))
+
+
+def test_the_examples_of_the_help_are_found() -> None:
+    assert len(_examples()) >= 9
+    assert "privacy.unit=record" in _examples()[-2]
+
+
+def test_a_mistake_is_told_before_torch_is_imported() -> None:
+    """Which takes ten seconds on a small machine."""
+    code = (
+        "import sys, fedllm.cli\n"
+        "try: fedllm.cli.main()\n"
+        "except SystemExit as leaving: assert leaving.code == 1\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, "simulate", "privacy.epsilon=abc"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "privacy.epsilon='abc'" in done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_command_the_help_is_shown(fedllm: Any) -> None:
@@ -254,7 +292,15 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "no clip": (["privacy.clip_norm=0"], ["privacy.clip_norm=0"]),
     "next to no noise": (["privacy.noise_multiplier=1e-9"], ["privacy.noise_multiplier"]),
     "unknown mode": (["privacy.mode=maximal"], ["privacy.mode='maximal'", "local"]),
-    "person without a column": (["data.unit=null"], ["data.unit", "person"]),
+    "person without a column": (["data.unit=null"], ["data.unit", "person", "privacy.unit=record"]),
+    "Ray with shares of noise": (
+        ["privacy.mode=distributed", "federation.backend=ray"],
+        ["federation.backend=ray", "in-process", "privacy=local"],
+    ),
+    "weights with shares of noise": (
+        ["privacy.mode=distributed", "federation.weights={busan: 2.0}"],
+        ["federation.weights", "privacy=local"],
+    ),
     "person of an empty column name": (["data.unit="], ["data.unit"]),
     "no rounds": (["training.rounds=0"], ["training.rounds=0"]),
     "endless rounds": (["training.rounds=1000000000000"], ["training.rounds"]),

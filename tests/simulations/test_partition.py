@@ -84,9 +84,16 @@ def test_a_small_alpha_makes_sites_that_differ() -> None:
 
 
 def test_names_of_branches_are_kept_as_they_are_written() -> None:
-    names = ["서울 강남", "부산/해운대", "..", "  spaced  ", "a\nb", unicodedata.normalize("NFD", "제주")]
+    names = ["서울 강남", "부산/해운대", "..", "two  words", "a\nb", "제주"]
     sites = partition(Dataset.from_dict({"branch": names}), cut(by="natural", column="branch"), None, 0)
     assert sites == {name: [number] for number, name in enumerate(names)}
+
+
+def test_one_branch_is_one_site_however_its_name_is_spelt() -> None:
+    """As one person is one person: else two sites would each take the whole budget for the same people."""
+    spelt = ["제주", unicodedata.normalize("NFD", "제주"), " 제주 ", "제주\n"]
+    sites = partition(Dataset.from_dict({"branch": spelt}), cut(by="natural", column="branch"), None, 0)
+    assert sites == {"제주": [0, 1, 2, 3]}
 
 
 def test_keys_that_are_numbers_name_sites_too() -> None:

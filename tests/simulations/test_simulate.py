@@ -544,6 +544,24 @@ def test_resuming_a_finished_run_writes_the_same_outputs_again(tmp_path: Path, c
     assert all(len(second.ledger(name)) == 2 for name in second.names)
 
 
+def test_a_run_that_has_only_the_checkpoint_before_goes_on_from_it_and_is_not_started_over(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_plots(monkeypatch)
+    config = configure(tmp_path, **SMALL)
+    first = run(config)
+    whole = first.adapter()
+    (first.folder / "checkpoint.safetensors").unlink()
+    before = {f: f.read_bytes() for f in first.folder.rglob("*") if f.is_file()}
+    with pytest.raises(ConfigError, match="continue that run with resume=true"):
+        run(config)
+    assert {f: f.read_bytes() for f in first.folder.rglob("*") if f.is_file()} == before
+    again = run(resumed(config))
+    assert again.adapter().tobytes() == whole.tobytes()
+    assert [line["round"] for line in again.metrics()] == [0, 1, 2]
+    assert all(len(again.ledger(name)) == 2 for name in again.names), "no round was paid for twice"
+
+
 @pytest.mark.parametrize(
     ("section", "value", "key"),
     [

@@ -152,6 +152,55 @@ def test_a_malformed_line_is_reported_by_its_number(tmp_path: Path, bad: str, wh
         read_table(str(path), "train")
 
 
+@pytest.mark.parametrize(
+    ("values", "line", "found"),
+    [
+        (["a", None, 5], 4, "holds a whole number, where the records before it hold text"),
+        ([5, "a"], 3, "holds text, where the records before it hold a whole number"),
+        ([1, True], 3, "holds true or false, where the records before it hold a whole number"),
+        ([{"a": 1}, "x"], 3, "holds text, where the records before it hold an object of a whole number"),
+        ([["a"], [1, None]], 3, "holds a list of a whole number and null, where the records before it hold a list of"),
+        ([1, 10**30], 3, "holds a whole number of more than 64 bits"),
+        (["\ud800"], 1, "holds text that is not valid Unicode"),
+    ],
+)
+def test_a_column_of_several_kinds_is_reported_with_its_line(
+    tmp_path: Path, values: list[Any], line: int, found: str
+) -> None:
+    """And without the value, which may be a secret."""
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps({"question": "q", "answer": value}) for value in values]
+    path.write_text("\n\n".join(lines[:2]) + "\n" + "\n".join(lines[2:]), "utf-8")  # a blank line is none
+    with pytest.raises(DataError, match=rf"train\.jsonl, line {line}: column answer {found}.*correct the value"):
+        read_table(str(path), "train")
+    path.with_suffix(".json").write_text("[" + ",".join(lines) + "]")
+    with pytest.raises(DataError, match=rf"train\.json, record {len(values)}: column answer {found}"):
+        read_table(str(path.with_suffix(".json")), "train")
+
+
+def test_whole_and_other_numbers_make_one_column(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"x": 1}\n{"x": null}\n{"x": 2.5}\n')
+    assert list(read_table(str(path), "train")["x"]) == [1.0, None, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('q,a\n"x\ny",1\n\nonly one\n', r"line 5 \(record 2\): expected 2 fields.*found 1"),
+        ("q,a\n1,2,3\n", r"line 2 \(record 1\): expected 2 fields.*found 3"),
+        ('q,a\n1,2\n3,"open\n5,6\n7,8\n', "not CSV .* begins in line 3"),
+        ('q,a\n1,2\n"3"x,4\n', "not CSV .* begins in line 3"),
+        ("q,a,q\n1,2,3\n", "line 1: two columns are called q"),
+    ],
+)
+def test_a_malformed_csv_is_reported_with_its_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_table(str(path), "train")
+
+
 @pytest.mark.parametrize("encoding", ["cp949", "utf-16", "latin-1"])
 def test_a_line_that_is_not_utf_8_is_reported_by_its_number(tmp_path: Path, encoding: str) -> None:
     path = write(tmp_path / "train.jsonl", ROWS[:2])
