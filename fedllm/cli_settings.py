@@ -1,6 +1,7 @@
 """From conf/ and overrides to a validated configuration. An entry point, and the only importer of Hydra."""
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,9 @@ def compose(root: str, overrides: list[str], config_dir: Path | None) -> dict[st
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         text = str(error).strip().splitlines()
         hints = [line for line in text[1:] if line.strip() and not any(words in line for words in _HYDRAS_ADVICE)][:12]
+        unknown = re.search(r"Could not load '(\w+)/", text[0])  # one of a list, of whose choices Hydra says nothing
+        if unknown:
+            hints.append(f"Available options in '{unknown[1]}': {', '.join(_choices(unknown[1]))}")
         raise ConfigError("\n".join([text[0].replace("'++", "'"), *hints, "`--cfg` prints every key."])) from None
     for path, value in later:
         _set(values, path, value)

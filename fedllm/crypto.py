@@ -4,6 +4,7 @@ A party (a site, or head office) has one `Identity`: an Ed25519 key that signs a
 Everything here raises CryptoError, and nothing else, on keys or bytes that are not what they should be.
 """
 
+import contextlib
 import hashlib
 import ipaddress
 import json
@@ -13,6 +14,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from cryptography import x509
@@ -81,6 +83,15 @@ class PublicIdentity:
     def signed_part(self, document: bytes) -> bytes:
         """Return what this party signs of a document: with both its keys, so that neither can be exchanged."""
         return _SIGNED_DOCUMENT + self.signing + self.sealing + document
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the path of a file before a CryptoError about its bytes."""
+    try:
+        yield
+    except CryptoError as error:
+        raise CryptoError(f"{path}: {error}") from None
 
 
 class Identity:

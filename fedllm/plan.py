@@ -356,7 +356,7 @@ class SiteConfig(ComputeConfig):
 class RunConfig(Frozen):
     """What every run of a federation is configured by, simulated or deployed."""
 
-    name: str = Field(pattern=r"^[^/\\\x00]+$", max_length=200)  # of the run's folder
+    name: str = Field(min_length=1, max_length=200)  # of the run's folder
     seed: Seed = 0
     resume: bool = False
     model: ModelConfig
@@ -369,8 +369,10 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _validate_run(self) -> "RunConfig":
-        if self.name in (".", ".."):
-            raise ValueError("name is a folder name of its own")
+        if self.name in (".", "..") or set(self.name) & set("/\\\0"):
+            raise ValueError(
+                f"name={self.name!r} is no name of a folder. Leave out / and \\; output=... says where it lies"
+            )
         if self.model.task == "classification" and self.data.label is None:
             raise ValueError("data.label: task=classification needs the column of the label")
         if self.model.task == "classification" and (self.data.prompt or self.data.chat):
@@ -403,7 +405,7 @@ class DeploymentConfig(RunConfig):
 class SimulationConfig(RunConfig):
     """A whole simulated federation, as composed by Hydra."""
 
-    output: str = "runs"  # folder of the runs' folders
+    output: str = Field("runs", min_length=1)  # folder of the runs' folders
     audit: bool = True  # write the audit report at the end
     data: DataConfig
     federation: FederationConfig
@@ -462,6 +464,8 @@ def _explain(kind: type[Frozen], detail: dict[str, Any]) -> str:
         return f"{key}: a value is needed"
     if detail["type"] == "value_error":
         return f"{key}: {message}"
+    if detail["type"] == "string_type" and isinstance(detail["input"], bool | int | float):
+        message += ". Put it in quotes, and the whole KEY=\"['0','1']\" in others, which the shell takes away"
     return f"{key}={detail['input']!r}: {message[:1].lower()}{message[1:]}"
 
 

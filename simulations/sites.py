@@ -15,6 +15,7 @@ from client.records import TableRecords
 from client.site import Site
 from fedllm.audit.evidence import file_name
 from fedllm.crypto import Identity, PublicIdentity
+from fedllm.crypto import naming as naming_file
 from fedllm.files import read_secret, write_secret
 from fedllm.plan import DataConfig, PartitionConfig, SimulationConfig
 from fedllm.training.data import Table, check_columns, naming, person, read_table
@@ -139,7 +140,8 @@ def _identity(path: Path) -> Identity:
     """Return a simulated site's keys, made on first use."""
     if not path.exists():
         write_secret(path, Identity.generate().to_bytes())
-    return Identity.from_bytes(read_secret(path))
+    with naming_file(path):
+        return Identity.from_bytes(read_secret(path))
 
 
 def connect(config_json: str, folder: str, context: Context) -> Handler:

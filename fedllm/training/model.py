@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import logging as transformers_logging
 
-from fedllm.errors import ModelError
+from fedllm.errors import ConfigError, ModelError
 from fedllm.plan import ModelConfig
 from fedllm.training.sources import resolve
 
@@ -64,7 +64,10 @@ class MeanPooledClassifier(nn.Module):
 
 def load_base(config: ModelConfig, device: str) -> BaseModel:
     """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy where that fails."""
-    source = resolve(config.source)
+    try:
+        source = resolve(config.source)
+    except ConfigError as error:  # begins with the source
+        raise ConfigError(f"model.source={error}") from None
     where: dict[str, Any] = {"revision": config.revision} if isinstance(source, str) and config.revision else {}
     try:
         if getattr(AutoConfig.from_pretrained(source, **where), "quantization_config", None) is not None:

@@ -145,6 +145,7 @@ def test_cfg_prints_the_whole_configuration_as_yaml(fedllm: Any) -> None:
         ("federation.weights.부산=2.0", ["federation", "weights"], {"부산": 2.0}),
         ("model.labels=[가, 나]", ["model", "labels"], ["가", "나"]),
         ("model.labels=[카드 분실,대출]", ["model", "labels"], ["카드 분실", "대출"]),
+        ("model.labels=['0','1']", ["model", "labels"], ["0", "1"]),
         ("model.labels=[loan,card]", ["model", "labels"], ["loan", "card"]),
     ],
 )
@@ -245,7 +246,7 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "unknown group choice": (["privacy=nope"], ["privacy/nope", "local", "off"]),
     "unknown model group": (["model=nope"], ["model/nope", "causal-lm"]),
     "unknown experiment": (["experiment=nope"], ["nope", "shakeout"]),
-    "unknown experiment of two": (["experiment=[shakeout,nope]"], ["nope"]),
+    "unknown experiment of two": (["experiment=[shakeout,nope]"], ["nope", "tiny-lm"]),
     "number among experiments": (["experiment=[shakeout,3]"], ["experiment"]),
     "sweep over experiments": (["experiment=shakeout,strict"], ["shakeout,strict"]),
     "number for a group": (["privacy=3"], ["privacy"]),
@@ -318,11 +319,14 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "no micro-batch": (["site.micro_batch=0"], ["site.micro_batch=0"]),
     "rank 0": (["adapter.rank=0"], ["adapter.rank=0"]),
     "too short": (["model.max_length=7"], ["model.max_length=7"]),
+    "labels that are numbers": (["model.labels=[0,1,2]"], ["model.labels.0=0", "in quotes"]),
     "labels for a causal model": (["model.labels=[a,b]"], ["labels", "classification"]),
     "negative seed": (["seed=-1", "federation=iid", "federation.partition.sites=2"], ["seed=-1"]),
     "enormous seed": (["seed=99999999999999999999"], ["seed"]),
     # names
-    "name with a slash": (["name=a/b"], ["name='a/b'"]),
+    "name with a slash": (["name=a/b"], ["name='a/b'", "Leave out /"]),
+    "name with a backslash": (["name=a\\\\b"], ["name=", "Leave out /"]),
+    "output without a name": (["output="], ["output=''"]),
     "name of the folder above": (["name=.."], ["name"]),
     "no name": (["name="], ["name"]),
     "name that no disk takes": (["name=" + "가" * 100], ["name"]),
@@ -585,7 +589,7 @@ def test_a_folder_that_is_no_model_is_refused(federate: Any, tmp_path: Path, tin
     ("arguments", "words"),
     [
         (["model.source=nope"], ["model.source=nope", "local folder"]),
-        (["model.source=/nope"], ["/nope", "no such"]),
+        (["model.source=/nope"], ["model.source=/nope: no such"]),
         (["model.max_length=129"], ["model.max_length=129", "128"]),
         (["adapter.targets=[nope]"], ["adapter.targets", "nope", "q_proj"]),
         (["adapter.targets=[]"], ["targets"]),
@@ -669,6 +673,9 @@ def test_a_name_is_used_once(federate: Any, tmp_path: Path) -> None:
     assert before == {f: f.read_bytes() for f in (tmp_path / "runs").rglob("*") if f.is_file()}
     changed = federate("resume=true", "training.rounds=2", privacy={"mode": "off"})
     refused(changed, "training.rounds", "was 1", "now 2")
+    (tmp_path / "runs" / "run" / "record.key").write_bytes(b"ab")
+    refused(federate("resume=true", privacy={"mode": "off"}), "runs/run/record.key: not an identity file")
+    (tmp_path / "runs" / "run" / "record.key").write_bytes(before[tmp_path / "runs" / "run" / "record.key"])
     assert federate("resume=true", privacy={"mode": "off"}).code == 0
     for file, words in (("plan.json", "plan.json"), ("metrics.jsonl", "metrics.jsonl"), ("config.json", "config.json")):
         for content in (b"[]", b"{\xff"):
