@@ -99,13 +99,20 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     header["sha256"] = _digest(header, tensors)
     data = save(tensors, metadata={"fedllm": json.dumps(header, ensure_ascii=False)})
     previous = _previous(path)
-    if path.exists():
+    if _is_intact(path):  # a damaged one must not take the place of the good one before it
         try:
             previous.unlink(missing_ok=True)
             os.link(path, previous)
         except OSError as error:
             raise cannot_write(previous, error) from error
     write_atomically(path, data)
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        return bool(_load(path))
+    except CheckpointError:
+        return False
 
 
 def _previous(path: Path) -> Path:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import server.checkpoint
 from fedllm.errors import CheckpointError
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
 
@@ -127,6 +128,24 @@ def test_another_kind_of_file_is_refused(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(CheckpointError):
         load_checkpoint(path)
+
+
+def test_a_save_that_fails_after_a_damage_leaves_the_checkpoint_before(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(path, checkpoint(1))
+    save_checkpoint(path, checkpoint(2))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert same(load_checkpoint(path), checkpoint(1))
+
+    def full(path: Path, data: bytes) -> None:
+        raise CheckpointError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.checkpoint, "write_atomically", full)
+        with pytest.raises(CheckpointError, match="no space"):
+            save_checkpoint(path, checkpoint(2))
+    assert same(load_checkpoint(path), checkpoint(1))
 
 
 def test_a_missing_file_leads_back_to_the_checkpoint_before(path: Path) -> None:
