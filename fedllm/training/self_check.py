@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedllm.errors import PrivacyError
+from fedllm.errors import Cancelled, PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, fits
 from fedllm.privacy.mechanism import Mechanism
@@ -77,10 +77,6 @@ class _Witness(torch.optim.Optimizer):
         self.seen.append(self._flat.grad.detach().double().clone() if self._flat.grad is not None else torch.zeros(0))
 
 
-class _HeardError(Exception):
-    """All that matters of a step was heard."""
-
-
 class _Listener:
     """Stands in for the engine, and keeps what the training loop hands to it."""
 
@@ -93,7 +89,7 @@ class _Listener:
     ) -> Tensor:
         self.batches.append(list(units))
         self.given = (mechanism, shared.expected_units if shared is not None else math.nan)
-        raise _HeardError
+        raise Cancelled("all that matters of a step was heard")
 
     def optimizer(self, _: object, mechanism: Mechanism, expected_units: float, __: object) -> None:
         self.given = (mechanism, expected_units)
@@ -575,7 +571,7 @@ def _listen(s: Subject, units: int, steps: int) -> _Listener:
         trainer.train_round(s.adapter, engine, numbers, plan, s.start, source, s.micro_batch)
         return listener
     for _ in range(steps):
-        with suppress(_HeardError):
+        with suppress(Cancelled):
             trainer.shared_step(s.adapter, engine, numbers, s.plan, s.start, source, s.micro_batch)
     return listener
 
