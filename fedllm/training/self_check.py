@@ -467,7 +467,7 @@ def upload_is_a_sum_with_its_share(s: Subject) -> str:
         source = _Recorded(s.randomness())
         uploads.append(trainer.shared_step(s.adapter, s.engine, s.units, s.plan, s.start, source, s.micro_batch))
         source.replay = True
-        drawn = [s.units[i] for i in s.mechanism.sample(len(s.units), source)]
+        drawn = [s.units[i] for i in shared.mechanism.sample(len(s.units), source)]
         s.adapter.load(s.start)
         total = s.engine.clipped_sum(drawn, s.mechanism, s.micro_batch, shared).cpu().numpy()
         if not np.array_equal(uploads[-1], shared.upload(total, source)):
