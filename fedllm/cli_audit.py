@@ -44,13 +44,11 @@ def report(
     """Check a run's evidence and write audit.html, audit.json and audit.pdf."""
     from fedllm.audit.bundle import FOLDER, write_audit
     from fedllm.audit.prv import epsilon_prv
-    from fedllm.crypto import Identity, naming
-    from fedllm.files import read_secret
+    from fedllm.crypto import Identity
 
     own = run / _RECORD_KEY
     source = key if key is not None else own if own.exists() else None
-    with naming(source or own):
-        signer = Identity.from_bytes(read_secret(source)) if source is not None else None
+    signer = Identity.read(source) if source is not None else None
     pages = [("audit", lang.value)] if lang is not None else [("audit", "en"), ("audit.ko", "ko")]
     written = write_audit(run, out or run / FOLDER, pages, ledgers, signer, epsilon_prv)
     typer.echo(f"{_VERDICTS[written.audit.verdict]}. The report is in {written.folder}")

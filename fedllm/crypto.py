@@ -4,7 +4,6 @@ A party (a site, or head office) has one `Identity`: an Ed25519 key that signs a
 Everything here raises CryptoError, and nothing else, on keys or bytes that are not what they should be.
 """
 
-import contextlib
 import hashlib
 import ipaddress
 import json
@@ -32,6 +31,7 @@ from securesystemslib.exceptions import FormatError, VerificationError
 from securesystemslib.signer import Key, Signature, Signer, SSlibKey  # type: ignore[attr-defined]
 
 from fedllm.errors import CryptoError
+from fedllm.files import read_secret, write_secret
 
 _SEAL_MAGIC = b"FLS1"
 _SEAL_INFO = b"fedllm sealed message v1"
@@ -85,15 +85,6 @@ class PublicIdentity:
         return _SIGNED_DOCUMENT + self.signing + self.sealing + document
 
 
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put the path of a file before a CryptoError about its bytes."""
-    try:
-        yield
-    except CryptoError as error:
-        raise CryptoError(f"{path}: {error}") from None
-
-
 class Identity:
     """A party's private keys."""
 
@@ -120,6 +111,21 @@ class Identity:
         except ValueError:
             raise CryptoError("not an identity file. Restore it from a backup, or make new keys.") from None
         return cls(Ed25519PrivateKey.from_private_bytes(keys[:_KEY]), X25519PrivateKey.from_private_bytes(keys[_KEY:]))
+
+    @classmethod
+    def read(cls, path: Path) -> "Identity":
+        """Read a file that only its owner may use; raises CryptoError with its path, and FolderError."""
+        try:
+            return cls.from_bytes(read_secret(path))
+        except CryptoError as error:
+            raise CryptoError(f"{path}: {error}") from None
+
+    @classmethod
+    def kept(cls, path: Path) -> "Identity":
+        """Read a file that is made, with new keys, on first use."""
+        if not path.exists():
+            write_secret(path, cls.generate().to_bytes())
+        return cls.read(path)
 
     def sign(self, document: bytes) -> bytes:
         """Return a signature of 64 bytes over a document."""

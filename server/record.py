@@ -46,7 +46,6 @@ from numpy.typing import NDArray
 from fedllm.chain import START, Entry, make_entry, open_entry, read_chain
 from fedllm.crypto import Identity
 from fedllm.errors import ChainError, CheckpointError
-from fedllm.files import read_secret, write_secret
 from fedllm.plan import RunPlan
 from server.checkpoint import cannot_write, write_atomically
 
@@ -61,10 +60,7 @@ def adapter_digest(adapter: NDArray[np.float32]) -> str:
 
 def key_in(folder: Path) -> Identity:
     """Return the key that signs the record of a simulation, made on first use in the run's folder."""
-    path = folder / RECORD_KEY
-    if not path.exists():
-        write_secret(path, Identity.generate().to_bytes())
-    return Identity.from_bytes(read_secret(path))
+    return Identity.kept(folder / RECORD_KEY)
 
 
 class RunRecord:

@@ -16,7 +16,6 @@ from fedllm.audit.bundle import write_audit
 from fedllm.audit.evidence import HEAD_OFFICE, LEDGERS, file_name
 from fedllm.audit.prv import epsilon_prv
 from fedllm.audit.summary import RunSummary
-from fedllm.crypto import Identity, naming
 from fedllm.errors import ConfigError, QuorumLost
 from fedllm.plan import RunPlan, SimulationConfig, parse
 from fedllm.privacy.ledger import LedgerFile
@@ -24,7 +23,7 @@ from fedllm.training.workspace import use_threads
 from server.app import server_app
 from server.checkpoint import CONFIG, read_as, write_atomically, writing
 from server.heads import HEADS, Heads
-from server.record import RECORD_FILE, RECORD_KEY, RunRecord, key_in
+from server.record import RECORD_FILE, RunRecord, key_in
 from server.rounds import PLAN, Coordinator, Event
 from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
 from simulations.grid import InProcessGrid, run_ray
@@ -64,7 +63,7 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], 
             plan = _as_before(plan, config, folder)
         if not config.resume:
             write_plan(folder, plan, config)
-        record = RunRecord(folder / RECORD_FILE, [_key(folder)])
+        record = RunRecord(folder / RECORD_FILE, [key_in(folder)])
         roster = roster_of(config, data.names, folder) if plan.shared is not None else None
         coordinator = run.begin(plan, folder, observe, len(data.names), record, _heads(config), roster)
         announce(plan, data.names)
@@ -163,14 +162,9 @@ def _run(config: SimulationConfig, folder: Path, coordinator: Coordinator, sites
     return ""
 
 
-def _key(folder: Path) -> Identity:
-    with naming(folder / RECORD_KEY):
-        return key_in(folder)
-
-
 def _audit(folder: Path) -> None:
     """Write the audit report in both languages, and the keys to verify it with."""
-    signer = _key(folder)
+    signer = key_in(folder)
     pages = [("audit", "en"), ("audit.ko", "ko")]
     written = write_audit(folder, folder / AUDIT, pages, signer=signer, prv=epsilon_prv)
     known = {HEAD_OFFICE: signer.public.fingerprint, **{s.name: s.fingerprint for s in written.audit.sites}}

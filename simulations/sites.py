@@ -15,8 +15,6 @@ from client.records import TableRecords
 from client.site import Site
 from fedllm.audit.evidence import file_name
 from fedllm.crypto import Identity, PublicIdentity
-from fedllm.crypto import naming as naming_file
-from fedllm.files import read_secret, write_secret
 from fedllm.plan import DataConfig, PartitionConfig, SimulationConfig
 from fedllm.training.data import Table, check_columns, naming, person, read_table
 from fedllm.training.workspace import open_for_training, use_threads
@@ -122,7 +120,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         name=name,
         policy=policy,
         ledger=place / "ledger.db",
-        identity=partial(_identity, place / "identity"),
+        identity=partial(Identity.kept, place / "identity"),
         workspace=lambda plan: open_for_training(plan, plan.model, site.device, site.checkpointing),
         records=partial(data.records, name),
         micro_batch=site.micro_batch,
@@ -133,15 +131,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
 def roster_of(config: SimulationConfig, names: list[str], folder: Path) -> dict[str, PublicIdentity]:
     """Return who the sites are; in a simulation all of them can look at one another's keys."""
     place = folder_of(config, folder)
-    return {name: _identity(place / file_name(name) / "identity").public for name in names}
-
-
-def _identity(path: Path) -> Identity:
-    """Return a simulated site's keys, made on first use."""
-    if not path.exists():
-        write_secret(path, Identity.generate().to_bytes())
-    with naming_file(path):
-        return Identity.from_bytes(read_secret(path))
+    return {name: Identity.kept(place / file_name(name) / "identity").public for name in names}
 
 
 def connect(config_json: str, folder: str, context: Context) -> Handler:
