@@ -37,6 +37,7 @@ from fedllm.provision import (
     JoinRequest,
     SiteName,
     check_site_name,
+    fingerprint_digits,
     now,
     read_config,
     same_fingerprint,
@@ -96,7 +97,7 @@ class Policy(Frozen):
     @field_validator("peers")
     @classmethod
     def _fingerprints(cls, peers: dict[str, str]) -> dict[str, str]:
-        digits = {name: "".join(c for c in heard.casefold() if c.isalnum()) for name, heard in peers.items()}
+        digits = {name: fingerprint_digits(heard) for name, heard in peers.items()}
         for name, found in digits.items():
             if not re.fullmatch("[0-9a-f]{40}", found):
                 raise ValueError(f"the fingerprint of {name} has 40 hexadecimal digits, found {found!r}")

@@ -63,7 +63,12 @@ def _is_address(host: str) -> bool:
 
 def same_fingerprint(heard: str, fingerprint: str) -> bool:
     """Whether what somebody wrote down on the telephone is `fingerprint`, whatever the case and separators."""
-    return "".join(c for c in heard.casefold() if c.isalnum()) == fingerprint.replace("-", "")
+    return fingerprint_digits(heard) == fingerprint.replace("-", "")
+
+
+def fingerprint_digits(heard: str) -> str:
+    """Return what somebody wrote down, in small letters and without separators."""
+    return "".join(c for c in heard.casefold() if c.isalnum())
 
 
 def now() -> datetime:

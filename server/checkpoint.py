@@ -110,9 +110,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def _is_intact(path: Path) -> bool:
     try:
-        return bool(_load(path))
+        _load(path)
     except CheckpointError:
         return False
+    return True
 
 
 def _previous(path: Path) -> Path:

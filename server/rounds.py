@@ -230,16 +230,16 @@ class Coordinator:
         failed: dict[str, str] = {}
         nodes, masking = self._gather(grid, channel, number, declined, failed)
         self._check_quorum(number, len(nodes), declined, failed)
-        self._observe(RoundStarted(number, [self._site_of_node[n] for n in nodes]))
+        asked = [self._site_of_node[n] for n in nodes]
+        self._observe(RoundStarted(number, asked))
         if self._masks is not None:
-            self._record.note("begun", {"round": number, "sites": sorted(self._site_of_node[n] for n in nodes)})
+            self._record.note("begun", {"round": number, "sites": sorted(asked)})
         requests = self._requests(nodes, number, masking)
         updates, replies = self._collect(grid, channel, number, requests, declined, failed)
         delta, noise, lost = self._aggregate(grid, channel, number, updates)
-        asked = {self._site_of_node[n] for n in nodes}
         if all(declined.get(site) in _UNCHARGED for site in asked):
             lost = ""  # nobody has paid for anything
-        self._charge(replies, declined, failed, number, asked, delta is not None)
+        self._charge(replies, declined, failed, number, set(asked), delta is not None)
         for site in self._forgetful:  # after a resume it is used again only if it can account for all it may have paid
             self.sites[site] = replace(self.sites[site], stated=self.sites[site].epsilon or 0.0)
         self._forgetful.clear()

@@ -45,10 +45,10 @@ class ServerOptimizer:
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.learning_rate * (1.0 - fall)
         self._parameter.grad = -torch.from_numpy(delta.copy())
-        before = self.value
+        before = self._parameter.detach().clone() if self._config.noise_corrected else None
         self._optimizer.step()
-        if self._config.noise_corrected:
-            self._correct(torch.from_numpy(before), noise_std)
+        if before is not None:
+            self._correct(before, noise_std)
         return self.value
 
     def _correct(self, before: torch.Tensor, noise_std: float) -> None:

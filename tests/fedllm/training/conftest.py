@@ -28,8 +28,9 @@ from fedllm.training.adapter import AdapterModel, attach
 from fedllm.training.data import IGNORE, Record, Unit
 from fedllm.training.model import load_base
 
-# PEFT turns the flag round for the Conv1D layers of GPT-2, as it must, and warns of it.
-conv1d = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module:UserWarning")
+conv1d = pytest.mark.filterwarnings(  # PEFT turns the flag round for GPT-2's layers, as it must, and warns of it
+    "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning"
+)
 
 LABELS = ("긍정", "부정", "중립")
 _COMMON: dict[str, Any] = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
