@@ -1,5 +1,6 @@
 """What all benchmarks share: run the command line once per epsilon and seed, measure the process, make the tables."""
 
+import itertools
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib.metadata import version
@@ -122,20 +123,27 @@ class Text:
 def run(
     benchmark: Benchmark, epsilons: str, seeds: int, out: Path, extra: Sequence[str], console: Console,
     mode: Mode = Mode.local,
-) -> list[Measurement]:  # fmt: skip
+) -> None:  # fmt: skip
     """Make every run that is not complete yet, print the table, and write it to `out`/results.md."""
     targets = parse_epsilons(epsilons)
-    out.mkdir(parents=True, exist_ok=True)
-    measurements = []
-    for target in targets:
-        for seed in range(seeds):
-            measurements.append(_one(benchmark, target, seed, _name(mode, target, seed), out, extra, console, mode))
+    measurements = measure(benchmark, targets, range(seeds), out, extra, console, mode)
     read = Text.of(out / _name(mode, targets[0], 0))
     _print_table(benchmark, measurements, read, console)
     text = markdown(benchmark, measurements, read)
     (out / "results.md").write_text(text, "utf-8")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-    return measurements
+
+
+def measure(
+    benchmark: Benchmark, targets: Sequence[float | None], seeds: Iterable[int], out: Path, extra: Sequence[str],
+    console: Console, mode: Mode,
+) -> list[Measurement]:  # fmt: skip
+    """Make every run that is not complete yet, and return what is known of all."""
+    out.mkdir(parents=True, exist_ok=True)
+    return [
+        _one(benchmark, target, seed, _name(mode, target, seed), out, extra, console, mode)
+        for target, seed in itertools.product(targets, seeds)
+    ]
 
 
 def _name(mode: Mode, target: float | None, seed: int) -> str:

@@ -22,7 +22,8 @@ from simulations.benchmarks.bench import (
     ModelOption,
     OverrideArgument,
     machine,
-    run,
+    measure,
+    parse_epsilons,
 )
 
 _SETTINGS = (
@@ -45,20 +46,19 @@ def main(
     sources = (f"model.source={model}", f"data.train={data / 'train.jsonl'}", f"data.heldout={data / 'test.jsonl'}")
     console, counts = Console(), [int(k) for k in sites.split(",")]
     lines = ["| epsilon | sites | pooled | distributed | local |", "| ---: | ---: | ---: | ---: | ---: |"]
-    found: dict[tuple[float, int, Mode], list[float]] = defaultdict(list)
-    # all of one seed before the next, so that a table can be had early
-    for number in range(1, seeds + 1):
+    found: dict[tuple[float | None, int, Mode], list[float]] = defaultdict(list)
+    targets = parse_epsilons(epsilon)
+    for seed in range(seeds):  # all of one before the next, so that a table can be had early
         for mode, k in [(Mode.pooled, 1), *((m, k) for m in (Mode.distributed, Mode.local) for k in counts)]:
             deal = (f"federation.partition.sites={k}", f"privacy.colluding_sites={0 if k <= 2 else 1}")
             benchmark = Benchmark("multidogo", "perplexity", 2, (*_SETTINGS, *sources, *deal))
-            for m in run(benchmark, epsilon, number, out / f"{k}-sites", overrides or [], console, mode):
-                if m.epsilon is not None and m.seed == number - 1:
-                    found[m.epsilon, k, mode].append(m.after)
-    for target in dict.fromkeys(key[0] for key in found):
+            for m in measure(benchmark, targets, [seed], out / f"{k}-sites", overrides or [], console, mode):
+                found[m.epsilon, k, mode].append(m.after)
+    for target in targets:
         for k in counts:
             cells = [found[target, 1, Mode.pooled], found[target, k, Mode.distributed], found[target, k, Mode.local]]
             texts = [f"{mean(c):.2f} ± {stdev(c):.2f}" if len(c) > 1 else f"{c[0]:.2f}" for c in cells]
-            lines.append(f"| {target:g} | {k} | {' | '.join(texts)} |")
+            lines.append(f"| {'off' if target is None else f'{target:g}'} | {k} | {' | '.join(texts)} |")
     text = "\n".join([*lines, "", machine(), ""])
     (out / "results.md").write_text(text, "utf-8")
     console.print(text, markup=False, highlight=False, soft_wrap=True)
