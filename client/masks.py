@@ -1,7 +1,7 @@
 """A site's part in secure aggregation over a run: joins, deals, masks and reveals through `fedllm.secagg`."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,11 +62,18 @@ class Masks:
         with _judged():
             self._of(plan).check(request)
 
-    def mask(self, plan: RunPlan, request: MaskRequest, vector: NDArray[np.uint32]) -> tuple[bytes, bytes]:
-        """Return the masked vector uint32[d] as a message, and this site's secrets of the next round, dealt out."""
-        member = self._of(plan)
+    def mask(
+        self, plan: RunPlan, request: MaskRequest, vector: NDArray[np.uint32], seeds: Sequence[str]
+    ) -> tuple[bytes, bytes]:
+        """Return the masked vector uint32[d] as a message, and this site's secrets of the next round, dealt out.
+
+        `seeds` are those of the noise in it that may turn out as surplus.
+        """
+        member, shared = self._of(plan), plan.shared
+        if shared is None:
+            raise MessageError(f"privacy.mode={plan.privacy.mode} has no noise in shares")
         with _judged():
-            masked = member.mask(request, vector)
+            masked = member.mask(request, vector, lambda u: tuple(seeds[k] for k in shared.given_away(u)))
             following: Shares | None = None
             if request.round < plan.training.rounds:
                 following = member.share(ShareRequest(context=request.context, round=request.round + 1, joins=()))

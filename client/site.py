@@ -237,7 +237,7 @@ class Site:
         source = self._randomness(plan, request.round)
         parts = (workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch)
         if mask is not None:
-            payload = pack(*self._shared(plan).mask(plan, mask, shared_step(*parts)))
+            payload = pack(*self._shared(plan).mask(plan, mask, *shared_step(*parts)))
         else:
             delta = train_round(*parts, stop)
             try:

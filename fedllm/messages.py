@@ -228,6 +228,7 @@ class Reveal(_OfRound):
     KIND: ClassVar[str] = "secagg-revealed"
     site: Name
     claim: Hex32  # digest of the list of survivors that this answers
+    surplus: Annotated[tuple[Hex32, ...], Field(max_length=8)]  # seeds of noise that the sum does not need
 
 
 _A = TypeVar("_A", bound=Message)

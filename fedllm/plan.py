@@ -203,18 +203,19 @@ class RunPlan(Frozen):
         """The mechanism in shares, in mode distributed; raises ConfigError where 32 bits are too few for it."""
         if self.privacy.mode != "distributed":
             return None
-        honest = self.quorum - self.privacy.colluding_sites
-        return SharedMechanism(self.mechanism, self.sites, honest, self.expected_units)
+        colluding = self.privacy.colluding_sites
+        return SharedMechanism(self.mechanism, self.sites, self.quorum, colluding, self.expected_units)
 
-    def noise_std(self, shares: Collection[float]) -> float:
+    def noise_std(self, shares: Collection[float], trimmed: int) -> float:
         """Return the deviation of the noise in each coordinate of a round's averaged delta.
 
         `shares` are the weights of the sites that answered, and sum to 1. Every local step of plain SGD adds its own
-        noise; noise in shares is decoded from their sum, and its sites all weigh the same.
+        noise; noise in shares is decoded from their sum, and its sites all weigh the same; from `trimmed` of them
+        surplus noise was taken off.
         """
         one = self.training.learning_rate * self.privacy.clip_norm / self.expected_units
         if (shared := self.shared) is not None:
-            return one * shared.noise_multiplier(len(shares)) / len(shares)
+            return one * shared.noise_multiplier(len(shares), trimmed, known=0) / len(shares)
         return (
             one
             * self.mechanism.noise_multiplier

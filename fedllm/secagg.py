@@ -76,6 +76,7 @@ _WORD = np.dtype("<u4")
 _DOMAIN = b"fedllm secure aggregation v1"
 
 Vector = NDArray[np.uint32]
+Surplus = Callable[[int], tuple[str, ...]]  # what a site reveals of its own beside shares, by the number of survivors
 
 
 # ---- what all agree on -----------------------------------------------------------------------------------------------
@@ -301,6 +302,7 @@ class _Round:
     held: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # every participant's shares of seed and key
     pair_keys: dict[str, bytes] = field(default_factory=dict)  # of the masks shared with every other participant
     claim: UnmaskRequest | None = None  # the one list of survivors
+    surplus: Surplus = lambda _: ()
 
 
 class Member:
@@ -345,8 +347,10 @@ class Member:
         self._rounds[number] = state
         return state.shares
 
-    def mask(self, request: MaskRequest, vector_d: Vector) -> Masked:
+    def mask(self, request: MaskRequest, vector_d: Vector, surplus: Surplus = lambda _: ()) -> Masked:
         """Open the shares that are meant for this site, and mask uint32[d]. Raises MessageError and PrivacyError.
+
+        `surplus` is revealed with the shares, for the round's one list.
 
         A share that does not open implicates its dealer or head office, which passed it on: take the dealer out of the
         request and ask again.
@@ -358,7 +362,7 @@ class Member:
         asked = _digest(request.to_bytes() + hashlib.sha256(total_d.data).digest())
         if state.asked is None:
             state.held, state.pair_keys = self._open(state, request)
-            state.asked = asked
+            state.asked, state.surplus = asked, surplus
         elif state.asked != asked:
             raise PrivacyError(
                 f"round {request.round}: site={self.site!r} has masked another vector, or for other sites. A round has "
@@ -537,7 +541,7 @@ def _reveal(state: _Round, site: str, claim: UnmaskRequest) -> Reveal:
     payload = b"".join(state.held[name][0 if name in survivors else 1] for name in sorted(state.held))
     return Reveal(
         context=claim.context, round=claim.round, joins=claim.joins, site=site,
-        claim=claim_digest(state.circle, claim), payload=payload,
+        claim=claim_digest(state.circle, claim), surplus=state.surplus(len(survivors)), payload=payload,
     )  # fmt: skip
 
 

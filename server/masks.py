@@ -107,26 +107,26 @@ class Masks:
             self._dealt[site] = shares
         return upload
 
-    def step(self, number: int, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.float32], float]:
-        """Return the step float32[d] that the sum of the uploads says, and the noise multiplier of that sum.
+    def step(self, number: int, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.float32], int]:
+        """Return the step float32[d] that the sum of the uploads says, and from how many sites surplus noise is off.
 
         The sum is the first thing that can be read; it is divided by public numbers: survivors, and the units that are
         expected of each. Raises FedllmError where it stays closed.
         """
-        total = self._unmask(number, uploads, ask)
+        total, trimmed = self._unmask(number, uploads, ask)
         gradient = self._shared.decode(total) / (len(uploads) * self._plan.expected_units)
         step = -self._plan.training.learning_rate * gradient
-        honest = len(uploads) - self._plan.privacy.colluding_sites
-        return step.astype(np.float32), self._shared.noise_multiplier(honest)
+        return step.astype(np.float32), trimmed
 
-    def _unmask(self, number: int, uploads: Mapping[str, Masked], ask: Ask) -> NDArray[np.uint32]:
-        """Return the sum of the uploads, uint32[d]."""
+    def _unmask(self, number: int, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.uint32], int]:
+        """Return the sum of the uploads, uint32[d], and from how many of them surplus noise was taken off."""
         circle, threshold = self._at(number), self._plan.quorum
         claim = secagg.unmask_request(circle, number, self._participants, uploads)
         secagg.check_claim(self._terms, claim, self._participants)
         consents: list[Consent] = []
         reveals: list[Reveal] = []
         faults: list[str] = []
+        surplus = len(self._shared.given_away(len(uploads)))
         question: dict[str, bytes] = dict.fromkeys(uploads, self._secure(number, claim.to_bytes()))
         while question:
             for site, data in ask(question, threshold):
@@ -143,6 +143,8 @@ class Masks:
                         if answer.site != site:
                             raise MessageError(f"shares of site={answer.site}")
                         secagg.check_reveal(circle, claim, answer)
+                        if len(answer.surplus) != surplus:
+                            raise MessageError(f"{len(answer.surplus)} seeds of surplus noise, expected {surplus}")
                         reveals.append(answer)
                 except MessageError as error:
                     faults.append(f"{site}: {error}")
@@ -156,7 +158,10 @@ class Masks:
                 f"{len(reveals)} of {len(uploads)} sites helped to unmask the sum, at least {threshold} are needed. "
                 f"{'; '.join(faults)}"
             )
-        return secagg.unmask(circle, self._participants, claim, uploads, reveals, self._dimension).total_d
+        total = secagg.unmask(circle, self._participants, claim, uploads, reveals, self._dimension).total_d
+        for reveal in reveals:
+            total -= self._shared.surplus(reveal.surplus, len(uploads), self._dimension)
+        return total, len(reveals)
 
     def _secure(self, number: int, step: bytes) -> bytes:
         return Secure(plan=self._plan, round=number, payload=step).to_bytes()

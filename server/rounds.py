@@ -236,7 +236,7 @@ class Coordinator:
             self._record.note("begun", {"round": number, "sites": sorted(asked)})
         requests = self._requests(nodes, number, masking)
         updates, replies = self._collect(grid, channel, number, requests, declined, failed)
-        delta, noise, lost = self._aggregate(grid, channel, number, updates)
+        delta, trimmed, lost = self._aggregate(grid, channel, number, updates)
         if all(declined.get(site) in _UNCHARGED for site in asked):
             lost = ""  # nobody has paid for anything
         self._charge(replies, declined, failed, number, set(asked), delta is not None)
@@ -255,8 +255,10 @@ class Coordinator:
             "bytes_up": sum(answer.size for answer in replies.values()),
             "bytes_down": sum(map(len, requests.values())),
         }
-        if noise is not None:
-            entry["noise_multiplier"] = noise
+        noise = None
+        if self._plan.shared is not None and delta is not None:
+            noise = self._plan.shared.noise_multiplier(len(updates), trimmed, self._plan.privacy.colluding_sites)
+            entry |= {"noise_multiplier": noise, "trimmed": trimmed}
         if lost:
             self._lose(number, lost, entry, declined, failed, began)
             self._lost_in_a_row += 1
@@ -271,7 +273,8 @@ class Coordinator:
             return
         self._lost_in_a_row = 0
         shares = public_shares(updates, self._federation.weights)
-        self._optimizer.step(delta, (number - 1) / self._plan.training.rounds, self._plan.noise_std(shares.values()))
+        deviation = self._plan.noise_std(shares.values(), trimmed)
+        self._optimizer.step(delta, (number - 1) / self._plan.training.rounds, deviation)
         self._finish(
             RoundRecord(
                 round=number,
@@ -353,22 +356,22 @@ class Coordinator:
 
     def _aggregate(
         self, grid: Grid, channel: Channel, number: int, updates: Mapping[str, NDArray[np.float32] | Masked]
-    ) -> tuple[NDArray[np.float32] | None, float | None, str]:
+    ) -> tuple[NDArray[np.float32] | None, int, str]:
         """Return the step float32[d] that the updates say together, None where they are too few.
 
-        With noise in shares also the noise multiplier of their sum, or why it stays closed.
+        With noise in shares also from how many sites surplus noise is off, or why their sum stays closed.
         """
         enough = len(updates) >= self._quorum
         if self._masks is None:
             plain = cast(Mapping[str, NDArray[np.float32]], updates)
-            return (weighted_mean(plain, self._federation.weights) if enough else None), None, ""
+            return (weighted_mean(plain, self._federation.weights) if enough else None), 0, ""
         if not enough:
-            return None, None, f"{len(updates)} sites answered, federation.quorum={self._quorum}."
+            return None, 0, f"{len(updates)} sites answered, federation.quorum={self._quorum}."
         try:
             uploads = cast(Mapping[str, Masked], updates)
             return *self._masks.step(number, uploads, self._asker(grid, channel, number)), ""
         except FedllmError as error:
-            return None, None, str(error)
+            return None, 0, str(error)
 
     def _lose(
         self, number: int, why: str, entry: Mapping[str, Any], declined: dict[str, Reason], failed: dict[str, str],

@@ -136,6 +136,7 @@ class _RoundBody(_Body):
     adapter_after: str
     lost: str = ""
     noise_multiplier: float | None = None
+    trimmed: int = 0
 
 
 class _MarkBody(_Body):  # resumed, end
@@ -320,7 +321,8 @@ def _read_record(path: Path, checks: _Checks) -> _Record:
             if step.counts and len(step.answered) < plan.quorum:  # as the sites were promised
                 checks.note("rounds", False, f"{where}: {len(step.answered)} < {plan.quorum}")
             if step.counts and plan.shared is not None:
-                noise = plan.shared.noise_multiplier(max(0, len(step.answered) - plan.privacy.colluding_sites))
+                many, known = len(step.answered), plan.privacy.colluding_sites
+                noise = plan.shared.noise_multiplier(many, min(max(step.trimmed, 0), many), known)
                 right = step.noise_multiplier is not None and abs(step.noise_multiplier - noise) < _SAME * noise
                 checks.note("rounds", right, f"{where}: {_text(step.noise_multiplier)} = {noise:.4g}")
             if step.counts or (step.lost and plan.shared is not None):
@@ -807,7 +809,7 @@ def _accountants(
             planned=_finite(_spent([plan.mechanism.event(plan.steps)], delta).epsilon),
             several_sites=tuple((k, _finite(_spent(_of_sites(own, k, plan), delta).epsilon)) for k in several),
             coalitions=tuple((k, _finite(_spent(_weaker(own, plan, k), delta).epsilon)) for k in _coalitions(plan)),
-            share_alone=_finite(_spent(_weaker(own, plan, plan.quorum - 1), delta).epsilon)
+            share_alone=_finite(_spent(_left(own, 1 / (plan.sites - plan.privacy.colluding_sites)), delta).epsilon)
             if plan.shared is not None
             else None,
         ),
@@ -838,8 +840,12 @@ def _coalitions(plan: RunPlan) -> list[int]:
 
 def _weaker(events: Sequence[AccountingEvent], plan: RunPlan, colluding: int) -> list[AccountingEvent]:
     """Return the events as head office and so many sites see them, who know their own shares of the noise."""
-    left = math.sqrt((plan.quorum - colluding) / (plan.quorum - plan.privacy.colluding_sites))
-    return [AccountingEvent(e.sampling_rate, e.noise_multiplier * left, e.steps) for e in events]
+    return _left(events, (plan.quorum - colluding) / (plan.quorum - plan.privacy.colluding_sites))
+
+
+def _left(events: Sequence[AccountingEvent], variance: float) -> list[AccountingEvent]:
+    """Return the events with so large a share of the noise's variance."""
+    return [AccountingEvent(e.sampling_rate, e.noise_multiplier * math.sqrt(variance), e.steps) for e in events]
 
 
 def _points(ledger: _Ledger, plan: RunPlan) -> list[Point]:

@@ -130,7 +130,7 @@ class Accountants(Frozen):
     planned: float | None  # PLD of the whole plan
     several_sites: tuple[tuple[int, float | None], ...]  # a person in k sites, this run: (k, PLD)
     coalitions: tuple[tuple[int, float | None], ...]  # mode distributed: head office with k sites, more than named: PLD
-    share_alone: float | None  # mode distributed: PLD of one site's share, all there is where the masks are broken
+    share_alone: float | None  # mode distributed: PLD of what always stays of one share, where the masks are broken
 
 
 class Risk(Frozen):

@@ -4,28 +4,50 @@ A site's sum of clipped vectors is a vector of integers, counts of a public quan
 rounded to whole quanta, and sends the result modulo 2^32, masked (fedllm.secagg). What the masks leave is the sum over
 the sites, with the noise of all of them.
 
-Why that sum is as private as the continuous Gaussian mechanism, and no worse. Let s be the standard deviation of a
-share, in quanta, and h the number of honest sites whose uploads are in the sum.
+Why that sum is as private as the continuous Gaussian mechanism, and no worse. Let the honest sites' uploads hold m
+draws, s the smallest standard deviation of one, in quanta, and S^2 the sum of their variances.
 
 1. A rounded normal is the density f = N(0, s^2) * U sampled at the integers (U uniform on [-1/2, 1/2], * convolution).
-2. So by Poisson's summation the characteristic function of a share at t in [-pi, pi] is F(t) + e(t), where F is that of
-   f and |e| <= 2.01 exp(-pi^2 s^2 / 2): F at the other points t + 2 pi k. That of the sum of h shares is (F + e)^h.
-3. F^h, up to terms of the same size, is that of the density f * ... * f sampled at the integers, which by 1. is the law
-   of round(Z + V), Z from N(0, h s^2) and V a sum of h-1 uniforms, independent of everything.
+2. So by Poisson's summation the characteristic function of a draw at t in [-pi, pi] is F(t) + e(t), where F is that of
+   f and |e| <= 2.01 exp(-pi^2 s^2 / 2): F at the other points t + 2 pi k. That of the sum is the product of F + e.
+3. The product of F, up to terms of the same size, is that of the density f * ... * f sampled at the integers, which by
+   1. is the law of round(Z + V), Z from N(0, S^2) and V a sum of m-1 uniforms, independent of everything.
 4. The sum of the clipped vectors is a vector x of integers, and x + round(Z + V) = round(x + Z + V): the Gaussian
-   mechanism with variance h s^2, followed by steps that look at nothing but its result.
+   mechanism with variance S^2, followed by steps that look at nothing but its result.
 
-The two laws differ by a total variation of at most (2 K + 1) h |e| + P(beyond K) for every K; with s >= 16, h <= 512,
+The two laws differ by a total variation of at most (2 K + 1) m |e| + P(beyond K) for every K; with s >= 16, m <= 4096,
 10^9 coordinates and rounds, that is below 10^-500, and adds nothing to delta that a float could hold. Vectors are
 clipped so that they are within the clip after rounding: the sensitivity is the clip norm, with no term for rounding.
+
+**Surplus.** N sites may take part, t are promised to be in every sum, c of them may collude. Were every share sized for
+t, the sum of all N would carry more noise than was asked for. So a share comes in parts, and once it is settled that
+u >= t sites are in the sum, each gives away the seeds of parts that are not needed, which head office takes off again
+(after Jiang, Wang and Chen, "Dordis", EuroSys 2024, XNoise). In units of the mechanism's variance over (N - c)(t - c),
+a share has N - c, of which t - c have no seed; with u survivors each gives away u - t of the others.
+
+Why enough stays, also against a head office that tells sites different things. A site gives parts away once a round,
+with the shares it reveals for the one list that it answers; whatever that says, t - c units stay. Let S be the honest
+sites whose sum is read. A list with dropouts is answered only where t sites have signed it, and there is one at most.
+
+- Without one, no mask key was given away, so S holds all honest sites of every list that one of S answered: no list has
+  more than |S| + c survivors, and S keeps |S| (N - c - (|S| + c - t)) units at least.
+- With one, of u survivors, S is all honest ones (others would need a quorum of their own), u - c or more. The t - c
+  honest ones that signed it keep N - c - (u - t) units or more each, the u - t others t - c.
+
+Either is at least (u - c) (N - c - (u - t)) units with t <= u <= N, which is least at both ends: (N - c) (t - c), the
+mechanism's variance. What a site gives away is independent of all that stays. Parts that have a seed are as good as
+AES-256, as the masks are.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedllm import crypto
 from fedllm.errors import ConfigError, PrivacyError
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness
@@ -84,33 +106,70 @@ def _exactly(radius_word: int, angle_word: int, source: Randomness, std: float) 
         return int(mpmath.nint(radius * mpmath.cos(angle))), int(mpmath.nint(radius * mpmath.sin(angle)))
 
 
+class _Keyed:
+    """The words that a seed of 256 bits stands for: AES-256-CTR, a key of its own for every call."""
+
+    private = True
+
+    def __init__(self, seed: str) -> None:
+        self._seed, self._calls = bytes.fromhex(seed), 0
+
+    def words(self, n: int) -> NDArray[np.uint64]:
+        key = crypto.derive(self._seed, b"fedllm surplus noise v1 %d" % self._calls)
+        self._calls += 1
+        return np.frombuffer(b"".join(bytes(block) for block in crypto.keystream(key, 8 * n)), "<u8")
+
+
 @dataclass(frozen=True)
 class SharedMechanism:
-    """A `Mechanism` whose noise comes in shares, from as few as `honest` sites out of `sites`."""
+    """A `Mechanism` whose noise comes in shares of `sites`, of which `quorum` are in every sum that can be read."""
 
-    mechanism: Mechanism  # what the sum of the `honest` shares amounts to
-    sites: int  # that may take part
-    honest: int  # the smallest number of sites that follow the protocol and whose shares are in a sum that is unmasked
+    mechanism: Mechanism  # what the shares of quorum - colluding sites amount to
+    sites: int  # N: that may take part
+    quorum: int  # t
+    colluding: int  # c: sites that may tell head office their shares
     expected_units: float  # at one site, in one round; public
 
     def __post_init__(self) -> None:
         """Raise PrivacyError where 32 bits do not hold the sum finely enough."""
-        if not 1 <= self.honest <= self.sites:
-            raise PrivacyError(f"honest={self.honest} sites must be between 1 and all {self.sites}")
-        if self.share_std < _LEAST_STD or self._room < self.scale:
+        if not 0 <= self.colluding < self.quorum <= self.sites:
+            raise PrivacyError(
+                f"noise in shares: expected 0 <= colluding < quorum <= sites, found colluding={self.colluding}, "
+                f"quorum={self.quorum}, sites={self.sites}"
+            )
+        least = self._std(min(self._parts))
+        if least < _LEAST_STD or self._room < self.scale:
             raise ConfigError(
                 f"{self.sites} sites of {self.expected_units:g} expected units leave no room in 32 bits for noise "
-                f"shares (standard deviation {self.share_std:.3g} steps, at least {_LEAST_STD:g} needed) and for one "
+                f"shares (standard deviation {least:.3g} steps, at least {_LEAST_STD:g} needed) and for one "
                 f"clip norm ({self.scale} steps). Use fewer sites, a lower privacy.sampling_rate, or another epsilon."
             )
 
-    @property
+    @cached_property
+    def _parts(self) -> tuple[int, ...]:
+        """Units of variance in the parts of a share: what always stays, then parts that have a seed.
+
+        The latter are halves of what is left, so that some of them add up to any number.
+        """
+        parts, surplus = [self.quorum - self.colluding], self.sites - self.quorum
+        while surplus:
+            parts.append((surplus + 1) // 2)
+            surplus -= parts[-1]
+        return tuple(parts)
+
+    def _std(self, units: int) -> float:
+        """Return the standard deviation of so many units, quanta."""
+        whole = (self.sites - self.colluding) * (self.quorum - self.colluding)
+        return self.mechanism.noise_multiplier * self.scale * math.sqrt(units / whole)
+
+    @cached_property
     def scale(self) -> int:
         """Quanta in one clip norm: the largest power of two for which no sum of all sites can pass 2^31.
 
         A site's sum has room for `expected_units` vectors that all point along one coordinate.
         """
-        noise = _REACH * self.mechanism.noise_multiplier / math.sqrt(self.honest)
+        whole = (self.sites - self.colluding) * (self.quorum - self.colluding)
+        noise = _REACH * self.mechanism.noise_multiplier * sum(math.sqrt(units / whole) for units in self._parts)
         return 1 << max(0, int(math.log2(max(1.0, self._reach / (max(1.0, self.expected_units) + noise + 1)))))
 
     @property
@@ -120,13 +179,13 @@ class SharedMechanism:
 
     @property
     def share_std(self) -> float:
-        """Standard deviation of one site's noise, quanta."""
-        return self.mechanism.noise_multiplier * self.scale / math.sqrt(self.honest)
+        """Standard deviation of one site's noise in its upload, quanta."""
+        return self._std(self.sites - self.colluding)
 
     @property
     def _room(self) -> int:
         """The largest magnitude of a site's sum before its noise."""
-        return self._reach - math.ceil(_REACH * self.share_std) - 1
+        return self._reach - math.ceil(_REACH * sum(map(self._std, self._parts))) - 1
 
     @property
     def _reach(self) -> int:
@@ -147,21 +206,52 @@ class SharedMechanism:
             )
         return self.mechanism.clip_norm * (1 - lost) * (1 - 1e-9)  # the norm itself was computed in floats
 
-    def upload(self, clipped_sum: NDArray[np.float64], source: Randomness) -> NDArray[np.uint32]:
-        """Return uint32[d]: a site's sum of clipped, rounded vectors, float64[d] of whole quanta, with its noise share.
+    def upload(
+        self, clipped_sum: NDArray[np.float64], source: Randomness
+    ) -> tuple[NDArray[np.uint32], tuple[str, ...]]:
+        """Return uint32[d], a site's sum of clipped, rounded vectors with its share of the noise, and secret seeds.
 
-        The sum is cut to its room first, coordinate by coordinate, which moves two sums no further apart.
+        `clipped_sum` is float64[d] of whole quanta. It is cut to its room first, coordinate by coordinate, which moves
+        two sums no further apart. The seeds, 64 hexadecimal digits each, are those of the share's surplus parts.
         """
         if not np.array_equal(clipped_sum, np.rint(clipped_sum)):
             raise PrivacyError("the clipped sum is not in whole quanta, so its sensitivity is not known")
         noised = np.clip(clipped_sum, -self._room, self._room).astype(np.int64)
-        noised += rounded_normals(source, clipped_sum.size, self.share_std)
-        return (noised % 2**32).astype(np.uint32)
+        noised += rounded_normals(source, clipped_sum.size, self._std(self._parts[0]))
+        seeds = tuple(source.words(4).tobytes().hex() for _ in self._parts[1:])
+        for seed, units in zip(seeds, self._parts[1:], strict=True):
+            noised += rounded_normals(_Keyed(seed), clipped_sum.size, self._std(units))
+        return (noised % 2**32).astype(np.uint32), seeds
+
+    def given_away(self, survivors: int) -> tuple[int, ...]:
+        """Return which of a share's seeds are not needed where so many sites are in a sum; raises PrivacyError."""
+        left = survivors - self.quorum
+        if not 0 <= left <= self.sites - self.quorum:
+            raise PrivacyError(f"{survivors} survivors, expected {self.quorum} to {self.sites}")
+        chosen = []
+        for index, units in enumerate(self._parts[1:]):
+            if units <= left:
+                chosen.append(index)
+                left -= units
+        return tuple(chosen)
+
+    def surplus(self, seeds: Sequence[str], survivors: int, dimension: int) -> NDArray[np.uint32]:
+        """Return uint32[d], modulo 2^32: what the parts that a site has given away amount to."""
+        total = np.zeros(dimension, np.int64)
+        for seed, index in zip(seeds, self.given_away(survivors), strict=True):
+            total += rounded_normals(_Keyed(seed), dimension, self._std(self._parts[1 + index]))
+        return (total % 2**32).astype(np.uint32)
 
     def decode(self, total: NDArray[np.uint32]) -> NDArray[np.float64]:
         """Return the sum over the sites in gradient units, float64[d], from uint32[d] modulo 2^32."""
         return total.view(np.int32).astype(np.float64) * self.quantum
 
-    def noise_multiplier(self, honest: int) -> float:
-        """Return the noise multiplier of a sum that holds the shares of `honest` sites."""
-        return self.mechanism.noise_multiplier * math.sqrt(honest / self.honest)
+    def noise_multiplier(self, survivors: int, trimmed: int, known: int) -> float:
+        """Return the noise multiplier of a sum for those who know the noise of `known` of its sites.
+
+        Of the `survivors` in it, `trimmed` have given their surplus away; known are those with the most noise.
+        """
+        full = self.sites - self.colluding
+        kept = sorted([full - (survivors - self.quorum)] * trimmed + [full] * (survivors - trimmed))
+        units = sum(kept[: max(0, survivors - known)])
+        return self.mechanism.noise_multiplier * math.sqrt(units / (full * (self.quorum - self.colluding)))

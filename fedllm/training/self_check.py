@@ -443,17 +443,30 @@ def share_has_its_deviation(s: Subject) -> str:
     shared, privacy = s.plan.shared, s.plan.privacy
     if shared is None:
         return ""
-    honest = s.plan.quorum - privacy.colluding_sites  # by the plan, not by the mechanism
-    deviation = float(privacy.noise_multiplier or 0.0) * shared.scale / math.sqrt(honest)
+    most, least = s.plan.sites - privacy.colluding_sites, s.plan.quorum - privacy.colluding_sites  # by the plan
     source, d = s.randomness(), s.adapter.spec.dimension
     times = min(32, max(2, math.ceil(_DRAWS / d)))
-    draws = np.stack([shared.upload(np.zeros(d), source).view(np.int32) / deviation for _ in range(times)])
-    found = float((draws**2).sum())
-    if not _as_wide_as_noise(found, draws.size):
-        return f"a share has {math.sqrt(found / draws.size):.4g} times the deviation that is counted on"
-    again = shared.upload(np.zeros(d), s.randomness()).view(np.int32) / deviation
-    if privacy.protects and any(_alike(draws[0], other) for other in (draws[1], again)):
-        return "two uploads share their noise"
+    shares = [shared.upload(np.zeros(d), origin) for origin in (*[source] * times, s.randomness())]
+    if shared.given_away(s.plan.quorum):
+        return "a site gives noise away where the sum needs all of it"
+    surplus = np.stack(
+        [shared.surplus([seeds[k] for k in shared.given_away(s.plan.sites)], s.plan.sites, d) for _, seeds in shares]
+    )
+    whole = np.stack([upload for upload, _ in shares])
+    for what, words, variance in (
+        ("a share", whole, 1 / least),
+        ("what always stays of a share", whole - surplus, 1 / most),
+        ("what may be given away of a share", surplus, 1 / least - 1 / most),
+    ):
+        if not variance:
+            continue
+        deviation = float(privacy.noise_multiplier or 0.0) * shared.scale * math.sqrt(variance)
+        draws = words.view(np.int32) / deviation
+        found = float((draws**2).sum())
+        if not _as_wide_as_noise(found, draws.size):
+            return f"{what} has {math.sqrt(found / draws.size):.4g} times the deviation that is counted on"
+        if privacy.protects and any(_alike(draws[0], draws[k]) for k in (1, -1)):
+            return f"{what} comes twice"
     return ""
 
 
@@ -470,9 +483,10 @@ def upload_is_a_sum_with_its_share(s: Subject) -> str:
         drawn = [s.units[i] for i in shared.mechanism.sample(len(s.units), source)]
         s.adapter.load(s.start)
         total = s.engine.clipped_sum(drawn, s.mechanism, s.micro_batch, shared).cpu().numpy()
-        if not np.array_equal(uploads[-1], shared.upload(total, source)):
+        expected, seeds = shared.upload(total, source)
+        if not np.array_equal(uploads[-1][0], expected) or uploads[-1][1] != seeds:
             return "what a step uploads is not the sum over the units it drew, with its share of the noise"
-    if s.plan.privacy.protects and np.array_equal(uploads[0], uploads[1]):
+    if s.plan.privacy.protects and np.array_equal(uploads[0][0], uploads[1][0]):
         return "two steps upload the same"
     return ""
 

@@ -54,12 +54,12 @@ def shared_step(
     start: NDArray[np.float32],
     source: Randomness,
     micro_batch: int,
-) -> NDArray[np.uint32]:
+) -> tuple[NDArray[np.uint32], tuple[str, ...]]:
     """Return the site's part of one step of the whole federation, from `start` on a Poisson sample of `units`.
 
-    uint32[d]: its clipped sum in whole quanta with its share of the noise, modulo 2^32. The share alone protects less
-    than was promised: the result must be masked before it leaves the site. Raises ConfigError where the plan has no
-    room for such sums.
+    uint32[d]: its clipped sum in whole quanta with its share of the noise, modulo 2^32; and the seeds of the share's
+    surplus. The share alone protects less than was promised: the result must be masked before it leaves the site.
+    Raises ConfigError where the plan has no room for such sums.
     """
     shared = plan.shared
     if shared is None:

@@ -121,11 +121,15 @@ def _noise(mode: str, probe: _Probe, sites: int, expected: float, mechanism: Mec
     colluding = 1 if sites > 2 else 0
     quorum = default_quorum(PrivacyConfig(mode="distributed", colluding_sites=colluding), sites)
     quorum = sites if mode == _ALL else quorum
-    shared = SharedMechanism(mechanism, sites, quorum - colluding, expected)
+    shared = SharedMechanism(mechanism, sites, quorum, colluding, expected)
 
     def together(drawn: Sequence[NDArray[np.int64]], w_CD: Array) -> Array:
         uploads = [shared.upload(probe.sum_in_quanta(rows, w_CD, shared), source) for rows in drawn]
-        return shared.decode(np.sum(uploads, axis=0, dtype=np.uint32))
+        total = np.zeros(w_CD.size, np.uint32)
+        kept = shared.given_away(sites)
+        for upload, seeds in uploads:
+            total += upload - shared.surplus([seeds[k] for k in kept], sites, total.size)
+        return shared.decode(total)
 
     return together
 

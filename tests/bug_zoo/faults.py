@@ -455,8 +455,17 @@ def cap_on_records_ignored(patch: Patch) -> None:
 
 def shares_for_all_sites(patch: Patch) -> None:
     """Then the sum of the survivors has too little, as soon as somebody drops out or colludes."""
-    sized = property(lambda self: self.mechanism.noise_multiplier * self.scale / self.sites**0.5)
-    patch.setattr(SharedMechanism, "share_std", sized)
+    patch.setattr(SharedMechanism, "_parts", property(lambda self: (self.quorum - self.colluding,)))
+
+
+def more_given_away_than_surplus(patch: Patch) -> None:
+    """As if nobody had dropped out; head office takes it off."""
+    patch.setattr(SharedMechanism, "given_away", lambda self, survivors: tuple(range(len(self._parts) - 1)))
+
+
+def surplus_from_the_same_seeds(patch: Patch) -> None:
+    honest = shared_noise._Keyed.__init__
+    patch.setattr(shared_noise._Keyed, "__init__", lambda self, seed: honest(self, "5a" * 32))
 
 
 def shares_from_a_seed(patch: Patch) -> None:
@@ -542,6 +551,8 @@ SELF_CHECK = [
           frozen_part_trained_without_noise),
     Fault("sums in quanta are not clipped", "sum-in-quanta-is-within-the-clip", quanta_without_a_clip, shared=True),
     Fault("shares are sized for all sites", "share-has-its-deviation", shares_for_all_sites, shared=True),
+    Fault("a site gives away too much noise", "share-has-its-deviation", more_given_away_than_surplus, shared=True),
+    Fault("surplus parts have the same seeds", "share-has-its-deviation", surplus_from_the_same_seeds, shared=True),
     Fault("shares come from a seed", "share-has-its-deviation", shares_from_a_seed, shared=True),
     Fault("a shared step draws a fixed size", "coins-are-poisson", shared_step_of_a_fixed_size, shared=True),
     Fault("a shared step sends no noise", "upload-is-a-sum-with-its-share", shared_step_without_its_share, shared=True),

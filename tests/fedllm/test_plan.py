@@ -425,17 +425,23 @@ def test_the_noise_of_an_averaged_update_is_known(make_plan: Make) -> None:
         share * sum(rate * plan.mechanism.release(zero, source) for _ in range(plan.training.local_steps))
         for share in shares
     )
-    assert plan.noise_std(shares) == pytest.approx(np.std(drawn), rel=0.05)
+    assert plan.noise_std(shares, 0) == pytest.approx(np.std(drawn), rel=0.05)
 
     shared = {"privacy.mode": "distributed", "training.local_steps": 1, "sites": 5, "quorum": 4, **training}
     plan = make_plan(shared)
     assert plan.shared is not None
-    for survivors in (4, 5):
-        total = np.sum([plan.shared.upload(zero, source) for _ in range(survivors)], axis=0, dtype=np.uint32)
+    for survivors, trimmed in ((4, 4), (5, 5), (5, 4), (5, 0)):
+        total = np.zeros(zero.size, np.uint32)
+        for site in range(survivors):
+            upload, seeds = plan.shared.upload(zero, source)
+            total += upload
+            if site < trimmed:
+                given = [seeds[k] for k in plan.shared.given_away(survivors)]
+                total -= plan.shared.surplus(given, survivors, zero.size)
         found = rate * np.std(plan.shared.decode(total)) / survivors
-        assert plan.noise_std([1 / survivors] * survivors) == pytest.approx(found, rel=0.05)
+        assert plan.noise_std([1 / survivors] * survivors, trimmed) == pytest.approx(found, rel=0.05)
 
-    assert make_plan({"privacy.mode": "off", **training}).noise_std([1.0]) == 0
+    assert make_plan({"privacy.mode": "off", **training}).noise_std([1.0], 0) == 0
 
 
 @pytest.mark.parametrize(

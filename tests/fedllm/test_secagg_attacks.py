@@ -11,6 +11,8 @@ from fedllm import crypto, secagg
 from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, FederationError, FedllmError, MessageError, PrivacyError, QuorumLost
 from fedllm.messages import Dealing, Reveal, ShareRequest, SignedKey
+from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.shared import SharedMechanism
 from tests.fedllm.secagg_federation import (
     PLAN,
     SESSION,
@@ -544,6 +546,40 @@ def test_fast_path_while_somebody_dropped_out(five: Federation) -> None:
         seed = five.members[site]._rounds[1].seed
         secagg._add_mask(seen, secagg._self_mask_key(five.circle, 1, site, seed), -1)
     assert (seen != total(vectors)).all()  # E's pairwise masks are still there
+
+
+def test_surplus_noise_fetched_with_one_list_and_the_sum_read_with_another() -> None:
+    """Head office and H tell A that all are there, the others that G dropped out. What stays is what was promised."""
+    federation = Federation(8, 6, 1)
+    shared = SharedMechanism(Mechanism(1.0, 1.0, 0.1), 8, 6, 1, 10.0)
+    given: dict[str, tuple[int, ...]] = {}
+
+    def surplus(site: str, survivors: int) -> tuple[str, ...]:
+        assert site not in given, "once a round"
+        given[site] = shared.given_away(survivors)
+        return tuple(f"{k:064x}" for k in given[site])
+
+    *honest, dropped, colluder = names(8)
+    dealt = federation.share(1)
+    vectors = vectors_of(federation)
+    uploads = {}
+    for site in federation.members:
+        request = federation.mask_request(1, dealt, site)
+        uploads[site] = federation.members[site].mask(request, vectors[site], partial(surplus, site))
+    everybody = federation.claim(1, dealt, dealt)
+    without = federation.claim(1, dealt, [*honest, colluder])
+    first = federation.members[honest[0]].unmask(everybody)
+    assert isinstance(first, Reveal)
+    assert len(first.surplus) == 2
+    with pytest.raises(PrivacyError, match="two lists"):
+        federation.members[honest[0]].unmask(without)
+    signers = [*honest[1:], colluder]
+    reveals = federation.reveals(without, signers, signers)
+    del uploads[dropped]
+    read = secagg.unmask(federation.circle, dealt, without, uploads, reveals, DIMENSION).total_d
+    assert np.array_equal(read, total({site: vectors[site] for site in uploads})), "the sum can be read"
+    units = sum(sum(shared._parts) - sum(shared._parts[1 + k] for k in given[site]) for site in honest)
+    assert units == (8 - 1) * (6 - 1), "with the mechanism's variance, to the unit"
 
 
 def test_different_participants_to_different_sites(five: Federation) -> None:

@@ -59,6 +59,8 @@ def adapter_of(folder: Path) -> NDArray[np.float32]:
 def pooled(config: SimulationConfig, plan: RunPlan) -> tuple[NDArray[np.float32], float]:
     """One trainer who holds all records, with the sites' own coins and noise: DP-SGD in float64, nothing rounded.
 
+    All sites are there, so nothing of their noise but the part without a seed stays.
+
     Returns the adapter and the largest that rounding to quanta may have moved a coordinate of one step's gradient.
     """
     workspace = open_workspace(plan.model, plan.adapter, plan.seed, "cpu")
@@ -75,7 +77,7 @@ def pooled(config: SimulationConfig, plan: RunPlan) -> tuple[NDArray[np.float32]
             drawn = shared.mechanism.sample(len(units), source)
             adapter.load(optimizer.value)
             total += engine.clipped_sum([units[i] for i in drawn], shared.mechanism, 8).numpy()
-            total += rounded_normals(source, total.size, shared.share_std) * shared.quantum
+            total += rounded_normals(source, total.size, shared._std(shared._parts[0])) * shared.quantum
             drawn_units += len(drawn)
         lost = np.sqrt(total.size) / 2 / shared.scale * plan.privacy.clip_norm
         worst = max(worst, drawn_units * (shared.quantum / 2 + lost) / (len(data.names) * plan.expected_units))
@@ -119,7 +121,8 @@ def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure) -> 
     assert epsilon_of_two is not None
     assert epsilon_of_two > 1.9 * audit.accountants.pld, "a person at two sites moves the one sum twice as far"
     for body in rounds_of(done.folder):
-        assert body["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier * np.sqrt(3 / 2))
+        assert body["trimmed"] == 4, "everybody was there, and gave the noise away that is not needed"
+        assert body["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier)
     for language, word in (("", "masks its sum"), (".ko", "가립니다")):
         assert word in (done.folder / "audit" / f"audit{language}.html").read_text("utf-8")
 
@@ -163,9 +166,10 @@ def test_sites_may_vanish_down_to_the_quorum(
     for body in bodies:
         assert body["counts"]
         assert ("jeju" in body["answered"]) == (kind is UnmaskRequest)
-    survivors = 3 if kind is TrainRequest else 4
-    factor = np.sqrt((survivors - 1) / 2)  # one may collude; shares are sized for two honest ones
-    assert bodies[0]["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier * factor)
+    # a share has 3 units of noise, 2 where all four survive; one may collude, with a share of the most
+    assert [body["trimmed"] for body in bodies] == [3, 3]
+    kept = 3 + 3 if kind is TrainRequest else 2 + 2 + 2
+    assert bodies[0]["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier * np.sqrt(kept / 6))
     assert verify(done.folder / "audit", Trust.read(done.folder / KEYS))[0].verdict == "within"
 
 
