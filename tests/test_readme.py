@@ -17,7 +17,7 @@ from tests.conftest import byte_tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
 # What makes a command quick; a command's own settings of the same keys are overridden.
-QUICK = ["training.rounds=2", "training.local_steps=1", "privacy.sampling_rate=0.05", "data.heldout_limit=8"]
+QUICK = ["training.rounds=1", "training.local_steps=1", "privacy.sampling_rate=0.05", "data.heldout_limit=8"]
 
 
 def commands() -> list[str]:

@@ -31,7 +31,7 @@ from tests.simulations.conftest import Configure, merge
 
 BRANCHES = ("busan", "daegu", "jeju", "강남")
 SHARED: dict[str, Any] = {
-    "privacy": {"mode": "distributed", "noise_multiplier": None},
+    "privacy": {"mode": "distributed"},
     "training": {"rounds": 2, "local_steps": 1, "wire": "float16"},
     "federation": {"quorum": None, "round_timeout": 60.0},
 }
