@@ -399,9 +399,10 @@ class Member:
         check_claim(self.terms, request, state.held)
         if self.site not in request.survivors:
             raise PrivacyError(f"round {request.round}: site={self.site!r} is said to have dropped out, yet is asked")
+        answer = None if request.dropped else _reveal(state, self.site, request)
         state.claim = request
-        if not request.dropped:
-            return _reveal(state, self.site, request)
+        if answer is not None:
+            return answer
         signature = self._identity.sign(_claim_document(state.circle, request))
         return Consent(
             context=request.context, round=request.round, joins=request.joins,

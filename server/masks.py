@@ -1,6 +1,8 @@
 """Head office's side of secure aggregation over a run: who joined, what was dealt, and the one sum it may read."""
 
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,9 +161,14 @@ class Masks:
                 f"{'; '.join(faults)}"
             )
         total = secagg.unmask(circle, self._participants, claim, uploads, reveals, self._dimension).total_d
-        for reveal in reveals:
-            total -= self._shared.surplus(reveal.surplus, len(uploads), self._dimension)
+        self._take_off(total, [reveal.surplus for reveal in reveals], len(uploads))
         return total, len(reveals)
+
+    def _take_off(self, total: NDArray[np.uint32], seeds: Iterable[Sequence[str]], survivors: int) -> None:
+        """Subtract surplus noise, in place; drawing it anew is most of head office's work, hence on all cores."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for off in pool.map(lambda own: self._shared.surplus(own, survivors, self._dimension), seeds):
+                total -= off
 
     def _secure(self, number: int, step: bytes) -> bytes:
         return Secure(plan=self._plan, round=number, payload=step).to_bytes()

@@ -15,7 +15,7 @@ Bodies, by the entry's kind:
              failed         {site or node: what was wrong}
              lost           noise in shares: why the sum stayed closed; the round is over all the same
              noise_multiplier                noise in shares: of the sum, without as many sites as may collude
-             trimmed        noise in shares: sites whose surplus noise was taken off
+             trimmed        noise in shares: sites whose surplus noise was taken off, by head office's own count
              adapter_before, adapter_after   digests; equal where the round does not count
              bytes_up, bytes_down            of updates and of requests
     begun    round, sites   noise in shares: the sites are asked now, and may pay; it is not asked for again

@@ -136,7 +136,7 @@ class _RoundBody(_Body):
     adapter_after: str
     lost: str = ""
     noise_multiplier: float | None = None
-    trimmed: int = 0
+    trimmed: int | None = None
 
 
 class _MarkBody(_Body):  # resumed, end
@@ -322,8 +322,11 @@ def _read_record(path: Path, checks: _Checks) -> _Record:
                 checks.note("rounds", False, f"{where}: {len(step.answered)} < {plan.quorum}")
             if step.counts and plan.shared is not None:
                 many, known = len(step.answered), plan.privacy.colluding_sites
-                noise = plan.shared.noise_multiplier(many, min(max(step.trimmed, 0), many), known)
-                right = step.noise_multiplier is not None and abs(step.noise_multiplier - noise) < _SAME * noise
+                # a sum opens with as many reveals as the quorum, and every one that counts has its seeds
+                trimmed = step.trimmed if step.trimmed is not None and plan.quorum <= step.trimmed <= many else None
+                noise = plan.shared.noise_multiplier(many, many if trimmed is None else trimmed, known)
+                stated = step.noise_multiplier if trimmed is not None else None
+                right = stated is not None and abs(stated - noise) < _SAME * noise
                 checks.note("rounds", right, f"{where}: {_text(step.noise_multiplier)} = {noise:.4g}")
             if step.counts or (step.lost and plan.shared is not None):
                 record.rounds.append(step)

@@ -15,7 +15,7 @@ draws, s the smallest standard deviation of one, in quanta, and S^2 the sum of t
 4. The sum of the clipped vectors is a vector x of integers, and x + round(Z + V) = round(x + Z + V): the Gaussian
    mechanism with variance S^2, followed by steps that look at nothing but its result.
 
-The two laws differ by a total variation of at most (2 K + 1) m |e| + P(beyond K) for every K; with s >= 16, m <= 4096,
+The two laws differ by a total variation of at most (2 K + 1) m |e| + P(beyond K) for every K; with s >= 16, m <= 8192,
 10^9 coordinates and rounds, that is below 10^-500, and adds nothing to delta that a float could hold. Vectors are
 clipped so that they are within the clip after rounding: the sensitivity is the clip norm, with no term for rounding.
 
@@ -30,13 +30,15 @@ with the shares it reveals for the one list that it answers; whatever that says,
 sites whose sum is read. A list with dropouts is answered only where t sites have signed it, and there is one at most.
 
 - Without one, no mask key was given away, so S holds all honest sites of every list that one of S answered: no list has
-  more than |S| + c survivors, and S keeps |S| (N - c - (|S| + c - t)) units at least.
-- With one, of u survivors, S is all honest ones (others would need a quorum of their own), u - c or more. The t - c
-  honest ones that signed it keep N - c - (u - t) units or more each, the u - t others t - c.
+  more than u = min(N, |S| + c) survivors, and S keeps |S| (N - c - (u - t)) units at least. Where |S| + c <= N that is
+  (u - c) (N - c - (u - t)), concave in u and (N - c) (t - c) at both ends, t and N; else it is |S| (t - c), still more.
+- With one, of u survivors, S is all honest ones of them. The t - c or more that signed it keep N - c - (u - t) units or
+  more each, the other u - t of the u - c or more at least t - c: (t - c) (N - c) together. S cannot be others: a site
+  that is no survivor of the list has its seed from t - c other honest sites only; and survivors none of whom signed it
+  were told to mask with none of the t - c who did, so with fewer than t, which they refuse.
 
-Either is at least (u - c) (N - c - (u - t)) units with t <= u <= N, which is least at both ends: (N - c) (t - c), the
-mechanism's variance. What a site gives away is independent of all that stays. Parts that have a seed are as good as
-AES-256, as the masks are.
+That is the mechanism's variance. What a site gives away is independent of all that stays. Parts that have a seed are as
+good as AES-256, as the masks are.
 """
 
 import math
@@ -178,11 +180,6 @@ class SharedMechanism:
         return self.mechanism.clip_norm / self.scale
 
     @property
-    def share_std(self) -> float:
-        """Standard deviation of one site's noise in its upload, quanta."""
-        return self._std(self.sites - self.colluding)
-
-    @property
     def _room(self) -> int:
         """The largest magnitude of a site's sum before its noise."""
         return self._reach - math.ceil(_REACH * sum(map(self._std, self._parts))) - 1
@@ -249,7 +246,8 @@ class SharedMechanism:
     def noise_multiplier(self, survivors: int, trimmed: int, known: int) -> float:
         """Return the noise multiplier of a sum for those who know the noise of `known` of its sites.
 
-        Of the `survivors` in it, `trimmed` have given their surplus away; known are those with the most noise.
+        Of the `survivors` in it, surplus noise was taken off `trimmed`; known are those with the most noise. Head
+        office may have seeds that came too late to be used: against it, count all as trimmed.
         """
         full = self.sites - self.colluding
         kept = sorted([full - (survivors - self.quorum)] * trimmed + [full] * (survivors - trimmed))

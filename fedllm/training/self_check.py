@@ -443,30 +443,28 @@ def share_has_its_deviation(s: Subject) -> str:
     shared, privacy = s.plan.shared, s.plan.privacy
     if shared is None:
         return ""
-    most, least = s.plan.sites - privacy.colluding_sites, s.plan.quorum - privacy.colluding_sites  # by the plan
+    sites, quorum, colluding = s.plan.sites, s.plan.quorum, privacy.colluding_sites  # by the plan, not the mechanism
     source, d = s.randomness(), s.adapter.spec.dimension
     times = min(32, max(2, math.ceil(_DRAWS / d)))
     shares = [shared.upload(np.zeros(d), origin) for origin in (*[source] * times, s.randomness())]
-    if shared.given_away(s.plan.quorum):
-        return "a site gives noise away where the sum needs all of it"
-    surplus = np.stack(
-        [shared.surplus([seeds[k] for k in shared.given_away(s.plan.sites)], s.plan.sites, d) for _, seeds in shares]
-    )
-    whole = np.stack([upload for upload, _ in shares])
-    for what, words, variance in (
-        ("a share", whole, 1 / least),
-        ("what always stays of a share", whole - surplus, 1 / most),
-        ("what may be given away of a share", surplus, 1 / least - 1 / most),
-    ):
-        if not variance:
+    one = float(privacy.noise_multiplier or 0.0) * shared.scale / math.sqrt((sites - colluding) * (quorum - colluding))
+    for present in sorted({quorum, quorum + 1, (quorum + sites) // 2, sites - 1, sites}):
+        if not quorum <= present <= sites:
             continue
-        deviation = float(privacy.noise_multiplier or 0.0) * shared.scale * math.sqrt(variance)
-        draws = words.view(np.int32) / deviation
-        found = float((draws**2).sum())
-        if not _as_wide_as_noise(found, draws.size):
-            return f"{what} has {math.sqrt(found / draws.size):.4g} times the deviation that is counted on"
-        if privacy.protects and any(_alike(draws[0], draws[k]) for k in (1, -1)):
-            return f"{what} comes twice"
+        surplus = np.stack([shared.surplus([x[k] for k in shared.given_away(present)], present, d) for _, x in shares])
+        parts = [
+            ("is left", np.stack([upload for upload, _ in shares]) - surplus, sites - colluding - present + quorum)
+        ]
+        if present > quorum:
+            parts.append(("may be taken off", surplus, present - quorum))
+        for what, words, units in parts:
+            draws = words.view(np.int32) / (one * math.sqrt(units))
+            found = float((draws**2).sum())
+            if not _as_wide_as_noise(found, draws.size):
+                wide = math.sqrt(found / draws.size)
+                return f"what {what} of a share, of {present} sites, has {wide:.4g} times the deviation counted on"
+            if privacy.protects and any(_alike(draws[0], draws[k]) for k in (1, -1)):
+                return f"what {what} of a share, of {present} sites, comes twice"
     return ""
 
 

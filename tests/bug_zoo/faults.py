@@ -463,6 +463,14 @@ def more_given_away_than_surplus(patch: Patch) -> None:
     patch.setattr(SharedMechanism, "given_away", lambda self, survivors: tuple(range(len(self._parts) - 1)))
 
 
+def one_site_more_than_there_is(patch: Patch) -> None:
+    honest = SharedMechanism.given_away
+    patch.setattr(
+        SharedMechanism, "given_away",
+        lambda self, u: honest(self, min(self.sites, u + 1) if u > self.quorum else u),
+    )  # fmt: skip
+
+
 def surplus_from_the_same_seeds(patch: Patch) -> None:
     honest = shared_noise._Keyed.__init__
     patch.setattr(shared_noise._Keyed, "__init__", lambda self, seed: honest(self, "5a" * 32))
@@ -552,6 +560,7 @@ SELF_CHECK = [
     Fault("sums in quanta are not clipped", "sum-in-quanta-is-within-the-clip", quanta_without_a_clip, shared=True),
     Fault("shares are sized for all sites", "share-has-its-deviation", shares_for_all_sites, shared=True),
     Fault("a site gives away too much noise", "share-has-its-deviation", more_given_away_than_surplus, shared=True),
+    Fault("a site gives noise for one too many", "share-has-its-deviation", one_site_more_than_there_is, shared=True),
     Fault("surplus parts have the same seeds", "share-has-its-deviation", surplus_from_the_same_seeds, shared=True),
     Fault("shares come from a seed", "share-has-its-deviation", shares_from_a_seed, shared=True),
     Fault("a shared step draws a fixed size", "coins-are-poisson", shared_step_of_a_fixed_size, shared=True),

@@ -32,7 +32,7 @@ def plan_of(base: Path, **changes: Any) -> RunPlan:
     model: dict[str, Any] = {"source": str(base), "max_length": 32}
     whole: dict[str, Any] = {}
     if changes.pop("shared", False):
-        whole = {"sites": 4, "quorum": 3}
+        whole = {"sites": 6, "quorum": 4}
         privacy["mode"] = "distributed"
         training |= {"local_steps": 1, "momentum": 0.0}
     if changes.pop("classifies", False):

@@ -23,10 +23,11 @@ from fedllm.privacy.shared import rounded_normals
 from fedllm.training.server_optimizer import ServerOptimizer
 from fedllm.training.workspace import open_workspace
 from server.checkpoint import load_checkpoint
-from server.record import RECORD_FILE
+from server.record import RECORD_FILE, key_in
 from server.rounds import Event
 from simulations.simulate import KEYS, simulate
 from simulations.sites import simulated_data
+from tests.fedllm.audit.test_evidence import failing, lie
 from tests.simulations.conftest import Configure, merge
 
 BRANCHES = ("busan", "daegu", "jeju", "강남")
@@ -125,6 +126,21 @@ def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure) -> 
         assert body["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier)
     for language, word in (("", "masks its sum"), (".ko", "가립니다")):
         assert word in (done.folder / "audit" / f"audit{language}.html").read_text("utf-8")
+
+    head_office, shared = key_in(done.folder), done.plan.shared
+    assert shared is not None
+    for trimmed in (None, -1, 2, 5):  # fewer than the quorum, or more than answered: the sum could not have been read
+
+        def overstate(bodies: list[dict[str, Any]], trimmed: int | None = trimmed) -> None:
+            for body in bodies:
+                if body["kind"] == "round":
+                    body |= {
+                        "trimmed": trimmed,
+                        "noise_multiplier": shared.noise_multiplier(4, max(trimmed or 0, 0), 1),
+                    }
+
+        lie(done.folder, head_office, overstate)
+        assert failing(done.folder) == {"rounds"}
 
 
 def replies_of(monkeypatch: pytest.MonkeyPatch, fail: Callable[[str, object], bool]) -> list[tuple[str, TrainReply]]:

@@ -1,5 +1,6 @@
 """Noise in shares: rounded normals, the room in 32 bits, and a sum that is the Gaussian mechanism's."""
 
+import itertools
 import math
 
 import mpmath
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedllm.errors import ConfigError, PrivacyError
+from fedllm.messages import Reveal
+from fedllm.plan import MAX_HOLDERS, least_quorum
 from fedllm.privacy import shared
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, SeededRandomness
@@ -171,7 +174,7 @@ def shared_of(sites: int, quorum: int, colluding: int) -> SharedMechanism:
 
 @settings(max_examples=300, deadline=None)
 @given(sites=st.integers(3, 128), data=st.data())
-def test_enough_noise_stays_whatever_lists_head_office_shows(sites: int, data: st.DataObject) -> None:
+def test_enough_noise_stays_in_the_worst_cases(sites: int, data: st.DataObject) -> None:
     """In units of a part, which are whole numbers: no rounding can hide a shortage."""
     colluding = data.draw(st.integers(0, (sites - 2) // 2))
     least = max((sites + colluding) // 2 + 1, colluding + 2)
@@ -195,6 +198,62 @@ def test_enough_noise_stays_whatever_lists_head_office_shows(sites: int, data: s
     # and where nobody cheats, there is hardly more than needed: 4 % of deviation with two thirds, at the most
     if 3 * quorum >= 2 * sites and sites >= 8 and colluding <= 1:
         assert (survivors - colluding) * kept(survivors) <= 1.1 * needed
+
+
+def least_noise(sites: int, quorum: int, colluding: int) -> int:
+    """Return the fewest units of noise in any sum that head office can read, over all it may tell each honest site.
+
+    A model of fedllm.secagg in sets. Head office tells an honest site which sites take part and which of them survived;
+    colluding sites sign and reveal whatever helps. It can read the sum of a set of uploads if it has the seed of each,
+    and of each pairwise mask in one of them that no other cancels a key.
+    """
+    shared, everybody = shared_of(sites, quorum, colluding), frozenset(range(sites))
+    honest, units = range(sites - colluding), sum(shared._parts)
+    gone = {u: sum(shared._parts[1 + k] for k in shared.given_away(u)) for u in range(quorum, sites + 1)}
+
+    def subsets(of: frozenset[int], least: int) -> list[frozenset[int]]:
+        return [frozenset(x) for n in range(least, len(of) + 1) for x in itertools.combinations(sorted(of), n)]
+
+    told = [
+        [(p, left) for p in subsets(everybody, quorum) for left in subsets(p, quorum) if site in left]
+        for site in honest
+    ]
+    fewest = sites * units
+    for lists in itertools.product(*told):
+        signers = {each: lists.count(each) + sum(k in each[1] for k in everybody if k >= len(honest)) for each in lists}
+        answers = [i for i in honest if lists[i][0] == lists[i][1] or signers[lists[i]] >= quorum]
+        seeds, keys = (
+            {
+                i for i in honest
+                if colluding + sum(i in lists[j][0] and (i in lists[j][1]) == survived for j in answers) >= quorum
+            }
+            for survived in (True, False)
+        )  # fmt: skip
+        for read in subsets(frozenset(seeds), 1):
+            if all(
+                j in keys or i in keys or (j in read and i in lists[j][0])
+                for i in read for j in lists[i][0] if j != i and j in honest
+            ):  # fmt: skip
+                fewest = min(fewest, sum(units - gone[len(lists[i][1])] * (i in answers) for i in read))
+    return fewest
+
+
+@pytest.mark.parametrize(("sites", "quorum", "colluding"), [(4, 3, 0), (4, 3, 1), (5, 4, 1), (5, 4, 2), (4, 4, 1)])
+def test_no_lists_of_head_office_leave_too_little_noise(sites: int, quorum: int, colluding: int) -> None:
+    assert least_noise(sites, quorum, colluding) == (sites - colluding) * (quorum - colluding)
+
+
+def test_the_model_of_head_office_finds_what_the_bound_on_the_quorum_forbids() -> None:
+    assert least_noise(4, 2, 0) < 4 * 2
+
+
+def test_a_reveal_has_room_for_the_seeds_of_the_largest_plan() -> None:
+    room = next(m.max_length for m in Reveal.model_fields["surplus"].metadata if hasattr(m, "max_length"))
+    for colluding in (0, 1, 2):
+        shared = SharedMechanism(
+            Mechanism(1.0, 8.0, 0.1), MAX_HOLDERS, least_quorum(MAX_HOLDERS, colluding), colluding, 5.0
+        )
+        assert len(shared.given_away(MAX_HOLDERS)) == len(shared._parts) - 1 <= room
 
 
 def test_what_a_site_gives_away_is_what_head_office_takes_off() -> None:
