@@ -340,21 +340,43 @@ def person(value: object) -> str:
     return unicodedata.normalize("NFC", str(value).strip())
 
 
-def batches(units: Sequence[Unit], micro_batch: int, pad_id: int, device: torch.device) -> Iterator[Batch]:
-    """Cut units, none of them in two, into batches of about `micro_batch` records of similar length."""
+def batches(
+    units: Sequence[Unit], micro_batch: int, pad_id: int, device: torch.device, longest: int | None = None
+) -> Iterator[Batch]:
+    """Cut units, none of them in two, into batches of about `micro_batch` records of similar length.
+
+    With `longest`, the most tokens that the model takes, the shape of a unit's records depends on the unit alone: how
+    many tokens they are padded to, and whether any of them is padded at all, which models have code of its own for.
+    """
+
+    def shape(unit: Unit) -> tuple[int, bool]:
+        lengths = [len(record.input_ids) for record in unit]
+        if longest is None:
+            return max(lengths), False
+        width = _padded(max(lengths), longest)
+        return width, min(lengths) == width
+
     pending: list[Unit] = []
-    for unit in sorted(units, key=lambda records: max(len(record.input_ids) for record in records)):
-        if pending and sum(map(len, pending)) + len(unit) > micro_batch:
-            yield _collate(pending, pad_id, device)
+    width, full = 0, False
+    for unit in sorted(units, key=shape):
+        other = longest is not None and shape(unit) != (width, full)
+        if pending and (other or sum(map(len, pending)) + len(unit) > micro_batch):
+            yield _collate(pending, pad_id, device, width)
             pending = []
         pending.append(unit)
+        width, full = shape(unit)
     if pending:
-        yield _collate(pending, pad_id, device)
+        yield _collate(pending, pad_id, device, width)
 
 
-def _collate(units: Sequence[Unit], pad_id: int, device: torch.device) -> Batch:
+def _padded(length: int, longest: int) -> int:
+    """Return how many tokens a record of `length` is padded to: a quarter more at most, from 32 tokens on."""
+    step = max(8, 1 << max(0, length.bit_length() - 3))
+    return max(length, min(-(-length // step) * step, longest))
+
+
+def _collate(units: Sequence[Unit], pad_id: int, device: torch.device, width: int) -> Batch:
     records = [record for unit in units for record in unit]
-    width = max(len(record.input_ids) for record in records)
     ids = np.full((len(records), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     labels = np.full_like(ids, IGNORE)

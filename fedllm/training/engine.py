@@ -113,6 +113,13 @@ def clip_and_sum(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanis
     return total
 
 
+def _repeated(batch: Batch, times: int) -> Batch:
+    """Return a batch with its units again and again."""
+    ids, mask, labels = (torch.cat([x] * times) for x in (batch.input_ids, batch.attention_mask, batch.labels))
+    owners = torch.cat([batch.unit_of_row + batch.units * k for k in range(times)])
+    return Batch(ids, mask, labels, owners, batch.units * times)
+
+
 class _Optimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
     """Opacus's DPOptimizer, with noise from the Mechanism and its source instead of a torch generator."""
 
@@ -162,6 +169,8 @@ class Engine:
         self._leaves: dict[nn.Parameter, Tensor] = {}  # while in `per_unit`
         self._blocks = Blocks(model)
         self._persons = False  # units may have several records
+        config: Any = adapter.model.config
+        self._longest: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31  # tokens
         self._compile = "off"  # or auto, which goes on without where it fails, or on
         # For a simulation's screen alone. Both are private: how many tokens were sampled tells of the records.
         self.tokens, self.seconds = 0, 0.0
@@ -243,11 +252,13 @@ class Engine:
         With `shared`, it is in whole quanta.
 
         `micro_batch` bounds the records of one forward pass and does not change the result: whole units are clipped
-        and added pass by pass, in constant memory.
+        and added pass by pass, in constant memory. On a CPU a unit's part does not depend on the others to the last
+        bit, since the shape of its tensors does not; but for the number of rows, which no CPU kernel was found to mind.
         """
         began = time.perf_counter()
         total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
-        for batch in batches(units, micro_batch, self._adapter.tokenizer.pad_token_id, self._adapter.device):
+        pad, device = self._adapter.tokenizer.pad_token_id, self._adapter.device
+        for batch in batches(units, micro_batch, pad, device, self._longest):
             total += clip_and_sum(self.unit_gradients(batch, mechanism.private), mechanism, shared)
             self.tokens += int(batch.attention_mask.sum())
         self.seconds += time.perf_counter() - began
@@ -269,7 +280,14 @@ class Engine:
 
         A unit whose gradient is not finite contributes zero: a NaN would pass any clip. That there was one is private
         and is not reported, unless nothing is protected: then it raises ModelError.
+
+        Few units are computed with repetitions, lest their last bits depend on company: compiled code is for two and
+        more, and layers behind the pooling of a classifier see one row a record, for fewer than four of which
+        processors have kernels of their own.
         """
+        units, least = batch.units, 4 if self._adapter.classifies else 2 if self._blocks.compiled else 1
+        if units < least:
+            batch = _repeated(batch, -(-least // units))
         try:
             gradients = self._gradients(batch)
         except Exception as error:  # a compiler raises anything
@@ -280,6 +298,7 @@ class Engine:
             _log.warning("model.compile: it failed (%s); training goes on without", first_line(error))
             self._blocks.give_up()
             gradients = self._gradients(batch)
+        gradients = gradients[:units]
         finite = gradients.norm(dim=1).isfinite()
         if not bool(finite.all()):
             if not private:

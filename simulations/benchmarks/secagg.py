@@ -8,7 +8,8 @@ functions of flwr's SecAgg, as its client mod and its workflow call them, withou
 messages: one client is timed, and at head office `--samples` of each operation, times how often the workflow does it.
 Bytes of Flower are contents only: keys, ciphertexts, shares, and the vector as its mod serialises it. The threshold
 is the same. The two take turns; ratios are taken within each turn. What fedllm does once a run (join, check all
-joins, agree on keys) is listed apart; Flower makes new keys in every round.
+joins, agree on keys) is listed apart; Flower makes new keys in every round. The noise of privacy=distributed, which is
+no part of secure aggregation and which Flower has none of, is listed apart as well.
 
 The two do not give the same protection: Flower's masks are MT19937 from a seed of 32 bits (`pseudo_rand_gen`), and
 its keys carry no signature, so it is made for a head office that keeps to the protocol.
@@ -50,6 +51,9 @@ from rich.table import Table
 from fedllm import secagg
 from fedllm.crypto import Identity
 from fedllm.messages import Consent, Masked, Message, Reveal, ShareRequest, from_bytes
+from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.randomness import OsRandomness
+from fedllm.privacy.shared import SharedMechanism
 from simulations.benchmarks.bench import machine
 
 _MODULUS = 1 << 32
@@ -248,6 +252,20 @@ def _spread(values: Sequence[float], form: str) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
+def _noise(sites: int, threshold: int, parameters: int) -> str:
+    """Time what privacy=distributed adds to a round in which nobody drops out, on one core."""
+    shared = SharedMechanism(Mechanism(1.0, 1.0, 0.1), sites, threshold, 1, 10.0)
+    zeros, source = np.zeros(parameters), OsRandomness()
+    given = shared.given_away(sites)
+    share = _mean(lambda: shared.upload(zeros, source), 3)
+    _, seeds = shared.upload(zeros, source)
+    off = _mean(lambda: shared.surplus([seeds[k] for k in given], sites, parameters), 3)
+    return (
+        f"{sites} sites, noise of privacy=distributed: {share:.3f} s at each site; to take the surplus off again "
+        f"{sites} x {off:.3f} s at head office, over its cores"
+    )
+
+
 def measure(
     sites: Annotated[str, typer.Option(help="Comma-separated.")] = "16,64,100",
     parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 1_000_000,
@@ -272,6 +290,7 @@ def measure(
             f"{n} sites, once a run and site: {federation.once.seconds / n:.3f} s, with the first dealing; "
             f"{federation.once_bytes / 1e3:.1f} kB down"
         )
+        notes.append(_noise(n, threshold, parameters))
         generator = np.random.default_rng(0)
         inputs = {name: generator.integers(0, _MODULUS, parameters, dtype=np.uint32) for name in federation.members}
         for dropout in (float(part) for part in dropouts.split(",")):

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from fedllm.errors import ModelError
 from fedllm.plan import AdapterConfig, ModelConfig, PrivacyConfig, RunPlan, TrainingConfig
 from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.shared import SharedMechanism
 from fedllm.training import compiling
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Record, Unit, batches
@@ -115,6 +116,12 @@ def test_compiled_gradients_are_those_of_the_model(
     assert fast.compiled
     for batch in some_batches(make_units, "llama", (1,) * 6):
         assert_same(fast.unit_gradients(batch), plain.unit_gradients(batch))
+    # and company changes not the last bit of them
+    units, mechanism = make_units("llama", sizes=(1,) * 6), Mechanism(0.1, 1.0, 0.5)
+    shared = SharedMechanism(mechanism, 2, 2, 0, 1.0)  # sums in quanta are exact
+    alone = sum(fast.clipped_sum([unit], mechanism, 64, shared) for unit in units)
+    assert torch.equal(fast.clipped_sum(units, mechanism, 64, shared), torch.as_tensor(alone))
+    assert fast.compiled
 
 
 @needs_compiler

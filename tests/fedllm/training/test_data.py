@@ -609,5 +609,22 @@ def test_batches_of_a_classifier_carry_one_label_a_record(sizes: list[int], micr
     ]
 
 
+@given(units=UNITS.filter(bool), longest=st.integers(12, 40), micro_batch=st.integers(1, 8))
+def test_the_shape_of_a_unit_depends_on_the_unit_alone(units: list[Unit], longest: int, micro_batch: int) -> None:
+    def shapes(some: list[Unit]) -> dict[tuple[int, ...], tuple[int, bool]]:
+        found = {}
+        for batch in batches(some, micro_batch, PAD, torch.device("cpu"), longest):
+            width = batch.input_ids.shape[1]
+            assert width <= longest
+            for unit in range(batch.units):
+                lengths = batch.attention_mask[batch.unit_of_row == unit].sum(1).tolist()
+                assert width <= max(8, max(lengths) + 7)
+                found[tuple(lengths)] = (width, bool(batch.attention_mask.all()))
+        return found
+
+    alone = [shapes([unit]) for unit in units]
+    assert shapes(units) == {lengths: shape for each in alone for lengths, shape in each.items()}
+
+
 def test_no_units_are_no_batches() -> None:
     assert list(batches([], 4, PAD, torch.device("cpu"))) == []

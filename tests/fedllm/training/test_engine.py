@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fedllm.errors import ModelError
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
+from fedllm.privacy.shared import SharedMechanism
 from fedllm.training import losses
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Record, Unit, batches
@@ -179,7 +180,7 @@ def test_automatic_clipping_brings_every_unit_to_almost_the_clip_norm(
         norm = float(np.linalg.norm(raw))
         clipped = released(adapter, engine, [unit], mechanism)
         assert np.linalg.norm(clipped) < clip_norm
-        assert clipped == pytest.approx(raw * clip_norm / (norm + 0.01), rel=1e-4, abs=1e-9 * clip_norm)
+        assert np.linalg.norm(clipped - raw * clip_norm / (norm + 0.01)) <= 1e-5 * clip_norm
         total += clipped
     everyone = released(adapter, engine, units, mechanism, micro_batch=3)
     assert np.linalg.norm(everyone - total) <= 1e-5 * np.linalg.norm(total)
@@ -254,6 +255,39 @@ def test_the_size_of_a_micro_batch_does_not_change_the_step(
         for micro_batch in (1, 2, 3, 5, 12):
             cut = released(adapter, engine, units, mechanism, micro_batch=micro_batch)
             assert np.linalg.norm(cut - whole) <= 1e-5 * np.linalg.norm(whole)
+
+
+@conv1d
+@pytest.mark.parametrize("sizes", [(1,) * 9, (1, 3, 1, 2, 1, 1, 2)], ids=["records", "persons"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "qwen2", "gemma2", "bert-native", "bert-mean"])
+def test_a_units_part_of_the_sum_is_the_same_to_the_last_bit_whoever_else_is_drawn(
+    open_adapter: Open,
+    make_units: MakeUnits,
+    random_vector: RandomVector,
+    case: str,
+    dtype: str,
+    sizes: tuple[int, ...],
+) -> None:
+    """In quanta far below the last bit of a gradient, whose sums are exact. One record fills its batch's width."""
+    adapter = open_adapter(case, dtype=dtype)
+    adapter.load(random_vector(adapter))
+    engine, units = Engine(adapter), make_units(case, sizes=sizes)
+    full = Record(np.arange(3, 19), np.asarray(1) if adapter.classifies else np.arange(3, 19))
+    units += [(full,), (Record(full.input_ids[:-1], full.labels if adapter.classifies else full.labels[:-1]),)]
+    mechanism = Mechanism(CLIP, 1.0, 0.5)
+    shared = SharedMechanism(mechanism, 2, 2, 0, 1.0)
+
+    def parts(drawn: Sequence[Unit], micro_batch: int) -> torch.Tensor:
+        return engine.clipped_sum(drawn, mechanism, micro_batch, shared)
+
+    alone = [parts([unit], 64) for unit in units]
+    assert all(part.abs().max() > 1000 for part in alone)
+    for micro_batch in (1, 4, 64):
+        for absent in range(len(units)):
+            expected = sum(part for k, part in enumerate(alone) if k != absent)
+            found = parts(units[:absent] + units[absent + 1 :], micro_batch)
+            assert torch.equal(found, torch.as_tensor(expected))
 
 
 def test_the_order_of_the_units_does_not_change_the_step(
