@@ -38,7 +38,7 @@ _ROUNDED = 0.05  # share of the clip norm that rounding to quanta may take, and 
 _TAIL = math.log(1e9 * 2 * 50)  # -log of the chance of one tail of one comparison; there are fewer than 50 beside loops
 _DRAWS = 1 << 16  # of noise, at the least: its deviation is known to 2 percent then
 _UNITS, _STEPS = 256, 512  # of the coins
-_SIZES = (1, 2, 1, 1)  # records of the made-up units
+_SIZES, _LONGEST = (1, 2, 1, 1), (7, 7, 7, 12)  # of the made-up units: records, and tokens of a record
 _POISON, _FIRST = 3, 4  # token of the unit whose gradient is not finite; first token of all others
 
 
@@ -131,7 +131,7 @@ class Subject:
 
     @cached_property
     def units(self) -> list[Unit]:
-        """Units of one and of several records of made-up tokens."""
+        """Units of one and of several records of made-up tokens: all of one batch but the last, which is longer."""
         embedding = _embedding(self.adapter.model)
         vocabulary = embedding.num_embeddings if embedding is not None else 19
         source = SeededRandomness(1, "public")
@@ -139,13 +139,13 @@ class Subject:
         def drawn(low: int, high: int, n: int) -> NDArray[np.int64]:
             return low + np.floor(uniforms(source, n) * (high - low)).astype(np.int64)
 
-        def record() -> Record:
-            ids = drawn(_FIRST, vocabulary, int(drawn(4, 10, 1)[0]))
+        def record(longest: int) -> Record:
+            ids = drawn(_FIRST, vocabulary, int(drawn(longest - 3, longest + 1, 1)[0]))
             if self.adapter.classifies:
                 return Record(ids, drawn(0, len(self.plan.model.labels), 1).reshape(()))
             return Record(ids, np.where(np.arange(len(ids)) < len(ids) // 3, IGNORE, ids))
 
-        return [tuple(record() for _ in range(size)) for size in _SIZES]
+        return [tuple(record(longest) for _ in range(size)) for size, longest in zip(_SIZES, _LONGEST, strict=True)]
 
     @cached_property
     def gradients(self) -> list[Tensor]:
