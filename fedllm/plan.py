@@ -6,10 +6,11 @@ Everything here is public. A value that is unknown, ill-typed or impossible rais
 import difflib
 import json
 import math
+import unicodedata
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedllm.codec import WireDtype
 from fedllm.delta import digest_of
@@ -26,7 +27,16 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _spelled(values: dict[str, float]) -> dict[str, float]:
+    """Return values by site, whose names may have come with decomposed Hangul, in the one spelling of a site."""
+    named = {unicodedata.normalize("NFC", name.strip()): value for name, value in values.items()}
+    if len(named) < len(values):
+        raise ValueError("a site is named twice")
+    return named
+
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+BySite = Annotated[dict[str, float], AfterValidator(_spelled)]
 
 
 class ModelConfig(Frozen):
@@ -310,7 +320,7 @@ class QuorumConfig(Frozen):
 
     quorum: int | None = Field(None, ge=1)  # answers without which a round does not count; null: by mode and sites
     round_timeout: float = Field(600.0, gt=0)  # seconds
-    weights: dict[str, float] = {}  # declared PUBLIC, by site; a site that is not named weighs 1
+    weights: BySite = {}  # declared PUBLIC, by site; a site that is not named weighs 1
 
     @model_validator(mode="after")
     def _validate(self) -> "QuorumConfig":
@@ -341,7 +351,7 @@ class SiteConfig(ComputeConfig):
     """What a simulated site decides for itself."""
 
     epsilon: float | None = Field(None, gt=0)  # total budget; null: just what the plan asks for
-    budgets: dict[str, float] = {}  # by site, instead of `epsilon`
+    budgets: BySite = {}  # by site, instead of `epsilon`
     min_units: int | None = Field(
         None, ge=1
     )  # fewer: the site takes no part; null: one expected batch, at most half of units_per_site

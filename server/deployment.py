@@ -22,7 +22,7 @@ from fedllm.errors import CheckpointError, ConfigError, FederationError, FedllmE
 from fedllm.files import in_use, write_secret
 from fedllm.plan import DeploymentConfig, Frozen, RunPlan
 from server.channel import SealedChannel
-from server.checkpoint import CONFIG, has_checkpoint, read_as
+from server.checkpoint import CONFIG, has_checkpoint, read_as, writing
 from server.federation import HeadOffice, Member, Roster
 from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord
@@ -218,7 +218,7 @@ def _note(path: Path) -> Callable[[Event], None]:
 
     def note(event: Event) -> None:
         line = json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=False) + "\n"
-        with path.open("a", encoding="utf-8") as file:
+        with writing(path.parent), path.open("a", encoding="utf-8") as file:
             file.write(line)
 
     return note

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -198,6 +199,7 @@ IMPOSSIBLE: list[tuple[str, object]] = [
     ("federation.gpus_per_site", -1.0), ("federation.partition.by", "random"), ("federation.partition.sites", 0),
     ("federation.partition.sites", None), ("federation.partition.alpha", 0.0),
     ("site.epsilon", 0.0), ("site.epsilon", -1.0), ("site.budgets", {"a": 0.0}), ("site.budgets", {"a": -2.0}),
+    ("site.budgets", {"강남": 1.0, "\u1100\u1161\u11bc\u1102\u1161\u11b7": 2.0}),
     ("site.min_units", 0), ("site.micro_batch", 0),
 ]  # fmt: skip
 
@@ -207,6 +209,14 @@ def test_an_impossible_value_is_refused_by_name(simulation_values: MakeValues, k
     with pytest.raises(ConfigError) as error:
         parse(SimulationConfig, simulation_values({key: value}))
     assert key.rpartition(".")[2] in str(error.value)
+
+
+def test_a_site_is_named_in_either_spelling_of_hangul(simulation_values: MakeValues) -> None:
+    decomposed = unicodedata.normalize("NFD", "강남")
+    changes: Values = {"site.budgets": {decomposed: 4.0}, "federation.weights": {f" {decomposed}": 2.0}}
+    config = parse(SimulationConfig, simulation_values(changes))
+    assert config.budget("강남") == 4.0
+    assert config.federation.weights == {"강남": 2.0}
 
 
 CLASSIFIER: Values = {
