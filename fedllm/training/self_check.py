@@ -35,7 +35,7 @@ from fedllm.training.engine import Engine
 _FLOAT32 = 1e-5  # relative L2 distance of two honest computations of one sum, base in float32
 _BFLOAT16 = 0.1  # the same where the base computes in bfloat16: 8 bits of mantissa, through all layers
 _ROUNDED = 0.05  # share of the clip norm that rounding to quanta may take, and some more
-_TAIL = math.log(1e9 * 2 * 50)  # -log of the chance of one tail of one comparison; there are fewer than 50 beside loops
+_TAIL = math.log(1e9 * 2 * 100)  # -log of the chance of one tail of one comparison; fewer than 100 beside loops
 _DRAWS = 1 << 16  # of noise, at the least: its deviation is known to 2 percent then
 _UNITS, _STEPS = 256, 512  # of the coins
 _SIZES, _LONGEST = (1, 2, 1, 1), (7, 7, 7, 12)  # of the made-up units: records, and tokens of a record
