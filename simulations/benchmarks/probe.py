@@ -5,8 +5,9 @@ python -m simulations.benchmarks.probe --data DATA/banking77 --model MODELS/all-
 *pooled* is DP-SGD by one trusted trainer who holds all records. *distributed* is the product's own arithmetic:
 per-record gradients rounded to quanta, `SharedMechanism.upload` at every site, the sum modulo 2^32,
 `SharedMechanism.decode` (the masks of secure aggregation cancel exactly, so they are left out), with the default
-quorum of two thirds, and with a quorum of all sites; one site may collude (none of two). *local* adds each site's own
-noise, by `Mechanism.release`. Coins and noise come from the operating system; a seed deals the records out to sites.
+quorum of two thirds, all sites there, surplus noise taken off; one site may collude (none of two). *local* adds each
+site's own noise, by `Mechanism.release`. Coins and noise come from the operating system; a seed deals the records out
+to sites.
 
 The learning rate is chosen for each target epsilon, mode and number of sites on records kept back from the training
 split, once; *distributed* takes the one of *pooled*.
@@ -34,7 +35,6 @@ from simulations.benchmarks.bench import DataOption, ModelOption, machine
 
 _DELTA, _CLIP, _KEPT_BACK = 1e-5, 1.0, 1500
 _RATES = (8.0, 16.0, 32.0, 64.0)  # of an embedding of length 1
-_ALL = "distributed, quorum of all"
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 Noise = Callable[[Sequence[NDArray[np.int64]], Array], Array]  # the records drawn at each site, weights -> noised sum
@@ -120,7 +120,6 @@ def _noise(mode: str, probe: _Probe, sites: int, expected: float, mechanism: Mec
         return pooled
     colluding = 1 if sites > 2 else 0
     quorum = default_quorum(PrivacyConfig(mode="distributed", colluding_sites=colluding), sites)
-    quorum = sites if mode == _ALL else quorum
     shared = SharedMechanism(mechanism, sites, quorum, colluding, expected)
 
     def together(drawn: Sequence[NDArray[np.int64]], w_CD: Array) -> Array:
@@ -164,7 +163,7 @@ def measure(
         noise = _noise(mode, learner, k, sampling_rate * len(learner.y_N) / k, mechanism)
         return judge.accuracy(learner.train(dealt, noise, rate, sampling_rate, steps))
 
-    modes = ("pooled", "local", "distributed", _ALL)
+    modes = ("pooled", "local", "distributed")
     print(f"| epsilon | noise multiplier | sites | {' | '.join(modes)} |")
     print("|---:|---:|---:|" + "---:|" * len(modes))
     for epsilon in map(float, epsilons.split(",")):

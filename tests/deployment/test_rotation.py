@@ -37,7 +37,7 @@ def test_every_key_is_replaced_while_a_run_goes_on(federation: Federation) -> No
     assert old_node is not None
     links = head.program.text().count("SuperLink started")
 
-    head.begin("rotation", 3, **{"federation.round_timeout": 45})
+    head.begin("rotation", 3, **{"federation.round_timeout": 120})
     run = head.plan("rotation").run
     begun(head, "rotation", 1)
     # both ends announce what is to come, and every office installs its new grant
@@ -50,7 +50,7 @@ def test_every_key_is_replaced_while_a_run_goes_on(federation: Federation) -> No
     # and head office begins to use it: the SuperLink when the run is over, the identity with the next run
     head_folder.rotate_ca(head.home, "finish")
     head_folder.rotate_identity(head.home, "finish")
-    assert head.ended("rotation", 400).state == "completed"
+    assert head.ended("rotation", 600).state == "completed"
     rounds = head.rounds("rotation")
     assert [record.round for record in rounds] == [0, 1, 2, 3]
     for name, branch in branches.items():
