@@ -49,6 +49,7 @@ def run(line: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it makes three runs and several reports
 @pytest.mark.filterwarnings("default")  # third-party packages warn; tests of our own code make warnings errors
 def test_the_walk_through_goes_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
