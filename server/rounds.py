@@ -614,8 +614,8 @@ class Coordinator:
     def _check_quorum(self, number: int, count: int, declined: dict[str, Reason], failed: dict[str, str]) -> None:
         if count >= self._quorum:
             return
-        reasons = [f"{site} declined ({reason})" for site, reason in declined.items()]
-        reasons += [f"{site}: {what}" for site, what in failed.items()]
+        reasons = [f"{site} declined ({reason})" for site, reason in sorted(declined.items())]
+        reasons += [f"{site}: {what}" for site, what in sorted(failed.items())]
         earlier = {site: state.reason for site, state in self.sites.items() if state.reason and site not in declined}
         reasons += [f"{site} declined ({reason})" for site, reason in earlier.items()]
         hint = f" {_LEDGER_HINT}" if "ledger" in {*declined.values(), *(s.reason for s in self.sites.values())} else ""
