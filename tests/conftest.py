@@ -8,13 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+SOAK = os.environ.get("FEDLLM_SOAK") == "1"  # `make soak`: larger numbers, more examples
+settings.register_profile(
+    "suite", derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("soak", deadline=None, max_examples=5000, suppress_health_check=list(HealthCheck))
+settings.load_profile("soak" if SOAK else "suite")
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tiny models, and several test processes on few cores: threads cost more than they bring, also in processes of tests.
+for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+    os.environ.setdefault(pool, "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # some tests fork: no threads of libraries
-torch.set_num_threads(1)  # tiny models: threads cost more than they bring
+torch.set_num_threads(1)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -5,13 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from fedllm.plan import RunPlan, parse
-
-# Nothing here depends on how fast the machine is.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
 
 Values = dict[str, Any]
 
