@@ -70,12 +70,15 @@ def simulate(
         return
     config = validate(SimulationConfig, composed)  # before torch is imported: a mistake is told at once
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own progress bars would tear ours
-    from fedllm.training.workspace import trained
+    from simulations.workers import warm_up
+
+    if config.federation.backend == "in-process" and config.federation.processes != 1:
+        warm_up()  # beside the imports below
     from simulations.screen import Screen
     from simulations.simulate import simulate as run
 
     try:
-        with Screen(_console, trained) as screen:
+        with Screen(_console) as screen:
             summary = run(config, screen.announce, screen.observe)
     except KeyboardInterrupt:
         _errors.print(f"stopped. What was done is kept; continue with name={config.name} resume=true.", markup=False)

@@ -334,6 +334,7 @@ class FederationConfig(QuorumConfig):
 
     backend: Literal["in-process", "ray"] = "in-process"
     partition: PartitionConfig
+    processes: int | None = Field(None, ge=1, le=1024)  # in-process: that sites train in; null: one for each core
     cpus_per_site: float = Field(1.0, gt=0)  # ray
     gpus_per_site: float = Field(0.0, ge=0)  # ray
 

@@ -149,8 +149,13 @@ class HeadOfficeRun:
             self._coordinator.resume()
         return self._coordinator
 
-    def finish(self, stopped: str, budgets: Mapping[str, float], seconds: float) -> RunSummary:
-        """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit where it is known."""
+    def finish(
+        self, stopped: str, budgets: Mapping[str, float], seconds: float, memory_elsewhere: float = 0.0
+    ) -> RunSummary:
+        """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit where it is known.
+
+        `memory_elsewhere` is what other processes of the run used at most, MB.
+        """
         adapter, coordinator = self._workspace.adapter, self._coordinator
         summary = RunSummary(
             name=self._config.name,
@@ -162,7 +167,7 @@ class HeadOfficeRun:
             budgets=dict(budgets),
             stopped=stopped,
             seconds=seconds,
-            peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 + memory_elsewhere,
             **_before_and_after(self._evaluator, adapter.initial, coordinator.adapter),
         )
         with writing(self._folder):

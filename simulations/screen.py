@@ -34,9 +34,9 @@ class _ConsoleHandler(logging.Handler):
 class Screen:
     """A live view of the rounds; on a pipe or in a log, one line a round."""
 
-    def __init__(self, console: Console, trained: Callable[[], tuple[int, float]] | None = None) -> None:
-        """`trained` tells the tokens and seconds of the training done so far in this process."""
-        self._console, self._trained, self._before = console, trained, (0, 0.0)
+    def __init__(self, console: Console) -> None:
+        self._console, self._before = console, (0, 0.0)
+        self._trained: Callable[[], tuple[int, float]] | None = None
         count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
         left = (TextColumn("left"), TimeRemainingColumn())
         self._rounds = Progress(
@@ -63,9 +63,9 @@ class Screen:
         _site_logger.removeHandler(self._log)
         self._live.stop()
 
-    def announce(self, plan: RunPlan, sites: list[str]) -> None:
-        """Show what is about to run."""
-        self._plan = plan
+    def announce(self, plan: RunPlan, sites: list[str], trained: Callable[[], tuple[int, float]] | None = None) -> None:
+        """Show what is about to run; `trained` tells the tokens and seconds of the training done so far."""
+        self._plan, self._trained = plan, trained
         privacy = plan.privacy
         lines = Table.grid(padding=(0, 2))
         lines.add_row("model", Text(plan.model.source))

@@ -19,7 +19,8 @@ from fedllm.audit.summary import RunSummary
 from fedllm.errors import ConfigError, QuorumLost
 from fedllm.plan import RunPlan, SimulationConfig, parse
 from fedllm.privacy.ledger import LedgerFile
-from fedllm.training.workspace import use_threads
+from fedllm.training.model import pick_device
+from fedllm.training.workspace import trained, use_threads
 from server.app import server_app
 from server.checkpoint import CONFIG, read_as, write_atomically, writing
 from server.heads import HEADS, Heads
@@ -28,6 +29,7 @@ from server.rounds import PLAN, Coordinator, Event
 from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
 from simulations.grid import InProcessGrid, run_ray
 from simulations.sites import SITE_LOG, SimulatedData, connect, folder_of, log_to, make_site, roster_of, simulated_data
+from simulations.workers import Workers
 
 KEYS = "trusted-keys.txt"  # for `fedllm audit verify RUN/audit --trust RUN/trusted-keys.txt`
 
@@ -40,11 +42,15 @@ _QUIET = {
 }
 
 
-def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], None],
+Trained = Callable[[], tuple[int, float]]
+
+
+def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], Trained], None],
              observe: Callable[[Event], None]) -> RunSummary:  # fmt: skip
     """Run the configured federation and write its outputs to `config.output/config.name`.
 
-    `announce` receives the plan and the sites' names before the first round, `observe` every event after. A run
+    Before the first round, `announce` receives the plan, the sites' names, and what tells tokens and seconds of the
+    training done so far, in sites at one time; `observe` receives every event after. A run
     whose quorum is lost ends with its outputs written and the reason in the summary; other errors are raised.
     """
     os.environ.update(_QUIET)
@@ -66,11 +72,13 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], 
         record = RunRecord(folder / RECORD_FILE, [key_in(folder)])
         roster = roster_of(config, data.names, folder) if plan.shared is not None else None
         coordinator = run.begin(plan, folder, observe, len(data.names), record, _heads(config), roster)
-        announce(plan, data.names)
         with _site_log(folder):
-            stopped = _run(config, folder, coordinator, len(data.names))
+            with _workers(config, folder, len(data.names)) as workers:
+                announce(plan, data.names, workers.trained if workers is not None else trained)
+                stopped = _run(config, folder, coordinator, len(data.names), workers)
             budgets = {name: config.budget(name) for name in data.names}
-            summary = run.finish(stopped, budgets, time.monotonic() - began)
+            elsewhere = workers.memory if workers is not None else 0.0
+            summary = run.finish(stopped, budgets, time.monotonic() - began, elsewhere)
             if config.site.folder is not None:
                 _export_ledgers(config, data.names, folder)
             if config.audit:
@@ -144,9 +152,30 @@ def _check_federation(config: SimulationConfig, data: SimulatedData, folder: Pat
         )
 
 
-def _run(config: SimulationConfig, folder: Path, coordinator: Coordinator, sites: int) -> str:
+def _processes(config: SimulationConfig, sites: int) -> int:
+    """Return how many processes train sites beside one another; 1 is this one."""
+    if config.federation.backend == "ray" or pick_device(config.site.device) != "cpu":
+        return 1  # Ray has its own; a GPU runs one model at a time
+    cores = len(os.sched_getaffinity(0)) // (config.site.threads or 1)
+    return min(config.federation.processes or max(1, cores), sites)
+
+
+@contextlib.contextmanager
+def _workers(config: SimulationConfig, folder: Path, sites: int) -> Iterator[Workers | None]:
+    processes = _processes(config, sites)
+    if processes == 1:
+        yield None
+        return
+    workers = Workers(processes, config.model_dump_json(), str(folder.resolve()))
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def _run(config: SimulationConfig, folder: Path, coordinator: Coordinator, sites: int, workers: Workers | None) -> str:
     """Run the rounds that are left; returns why they ended early, or nothing."""
-    client = courier(partial(connect, config.model_dump_json(), str(folder.resolve())))
+    client = courier(partial(connect, config.model_dump_json(), str(folder.resolve()), workers))
     errors: list[BaseException] = []
     server = server_app(coordinator, errors.append)
     federation = config.federation

@@ -5,11 +5,10 @@ import logging
 import math
 import threading
 from functools import lru_cache, partial
+from multiprocessing import parent_process
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flwr.app import Context
-
-from client.app import Handler
 from client.policy import SitePolicy
 from client.records import TableRecords
 from client.site import Site
@@ -21,7 +20,14 @@ from fedllm.training.workspace import open_for_training, use_threads
 from server.checkpoint import writing
 from simulations.partition import partition
 
+if TYPE_CHECKING:
+    from flwr.app import Context
+
+    from client.app import Handler
+    from simulations.workers import Workers
+
 SITE_LOG = "sites/sites.log"
+ELSEWHERE = "written_elsewhere"  # mark of a log record that another process of the run has written to that file
 
 
 class SimulatedData:
@@ -74,6 +80,7 @@ def log_to(folder: Path) -> logging.Handler:
     with writing(folder / SITE_LOG):
         (folder / SITE_LOG).parent.mkdir(exist_ok=True, mode=0o700)
         handler = _SiteLog(folder / SITE_LOG, encoding="utf-8")
+    handler.addFilter(lambda record: not hasattr(record, ELSEWHERE))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("fedllm.site")
     logger.propagate = False
@@ -87,9 +94,10 @@ def simulated_data(config: SimulationConfig) -> SimulatedData:
 
 
 @lru_cache(maxsize=1)
-def _sites(config_json: str, folder: str) -> list[Site]:
+def sites_in(config_json: str, folder: str) -> list[Site]:
+    """Return all sites of a run, made once in a process; they train in turns there."""
     config = SimulationConfig.model_validate_json(config_json)
-    if config.federation.backend == "ray":  # an actor's own process: its log would go to Ray's public folder
+    if parent_process() is not None or config.federation.backend == "ray":  # Ray's own log would be public
         log_to(Path(folder))
         use_threads(config.site.threads)
     data = simulated_data(config)
@@ -134,12 +142,15 @@ def roster_of(config: SimulationConfig, names: list[str], folder: Path) -> dict[
     return {name: Identity.kept(place / file_name(name) / "identity").public for name in names}
 
 
-def connect(config_json: str, folder: str, context: Context) -> Handler:
-    """Find the site of a Flower node in this process, making all sites on the first call.
+def connect(config_json: str, folder: str, workers: "Workers | None", context: "Context") -> "Handler":
+    """Find the site of a Flower node: in one of the `workers`, or in this process, which makes all on the first call.
 
     Lives in an importable module, so that a Ray actor keeps its sites between rounds.
     """
+    number = int(context.node_config["partition-id"])
+    # The round's own deadline is all that a simulation needs.
+    if workers is not None:
+        return lambda request, timeout: workers.handle(number, request)
     with _making_sites:
-        sites = _sites(config_json, folder)
-    site = sites[int(context.node_config["partition-id"])]
-    return lambda request, timeout: site.handle(request)  # the round's own deadline is all that a simulation needs
+        site = sites_in(config_json, folder)[number]
+    return lambda request, timeout: site.handle(request)

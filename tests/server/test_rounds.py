@@ -26,11 +26,12 @@ from fedllm import codec
 from fedllm.chain import Entry, read_chain
 from fedllm.crypto import Identity
 from fedllm.delta import AdapterSpec, TensorSpec
-from fedllm.errors import CheckpointError, FederationError, MessageError, QuorumLost
+from fedllm.errors import CheckpointError, FederationError, MessageError, ModelError, QuorumLost
 from fedllm.messages import KEY, RECORD, Declined, LedgerHead, Prepare, Ready, TrainReply, TrainRequest, from_bytes
 from fedllm.plan import FederationConfig, RunPlan, parse
 from fedllm.privacy.accounting import spent
 from fedllm.statement import Statement, open_statement, sign_statement, update_digest
+from fedllm.training.server_optimizer import ServerOptimizer
 from server.checkpoint import load_checkpoint
 from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord, adapter_digest
@@ -298,6 +299,27 @@ def test_every_round_is_on_disk_before_it_is_announced(federation: Federation) -
     assert seen == [0, 1, 2, 3, 4]
 
 
+def test_a_run_that_ended_before_its_last_adapter_was_evaluated_evaluates_it_when_it_is_resumed(
+    federation: Federation,
+) -> None:
+    federation.run()
+    complete = federation.metrics()
+    cut = [*complete[:-1], {**complete[-1], "loss": None, "perplexity": None, "accuracy": None}]
+    (federation.folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in cut), "utf-8")
+    federation.resume()
+    assert federation.metrics() == complete
+
+
+def test_an_adapter_that_is_not_finite_ends_the_run_before_anybody_pays_for_another_round(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ServerOptimizer, "step", lambda self, *_: np.full(DIMENSION, np.nan, np.float32))
+    with pytest.raises(ModelError, match="round 1: the adapter is not finite"):
+        federation.run()
+    assert all(site.rounds == [1] for site in federation.sites.values())
+    assert load_checkpoint(federation.folder / CHECKPOINT).round == 0
+
+
 def test_public_weights_are_applied(tmp_path: Path) -> None:
     weights = {"busan": 3.0}
     federation = Federation(tmp_path, make_plan(rounds=1), weights=weights)
@@ -552,7 +574,7 @@ def test_a_site_that_joins_late_is_prepared_and_used(federation: Federation) -> 
     late = federation.grid.nodes.pop(3)
 
     def observe(event: Event) -> None:
-        if isinstance(event, RoundRecord) and event.round == 2:
+        if isinstance(event, SiteAnswered) and event.round == 2:
             federation.grid.nodes[3] = late
 
     coordinator = federation.coordinator(observe)
@@ -568,9 +590,9 @@ def test_a_site_that_goes_offline_is_missed_and_used_again_when_it_returns(feder
     node = federation.grid.nodes[3]
 
     def observe(event: Event) -> None:
-        if isinstance(event, RoundRecord) and event.round == 1:
+        if isinstance(event, SiteAnswered) and (event.round, event.site) == (1, "jeju"):
             del federation.grid.nodes[3]
-        elif isinstance(event, RoundRecord) and event.round == 2:
+        elif isinstance(event, SiteAnswered) and event.round == 2:
             federation.grid.nodes[3] = node
 
     coordinator = federation.coordinator(observe)

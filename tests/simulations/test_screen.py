@@ -61,8 +61,8 @@ def test_the_speed_of_training_is_for_the_eyes_alone(
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=200, color_system=None)
     counts = iter([(0, 0.0), (123_456, 10.0)])
-    with Screen(console, lambda: next(counts)) as screen:
-        screen.announce(_plan(configure(tmp_path)), ["서울", "busan"])
+    with Screen(console) as screen:
+        screen.announce(_plan(configure(tmp_path)), ["서울", "busan"], lambda: next(counts))
         screen.observe(RoundRecord(0, True, 0.0, 0.9, 2.46, None))
         screen.observe(RoundRecord(1, True, 1.25, 0.9, 2.46, None, answered=["서울"], clipped=0.25))
     assert ("12,000 tokens/s" in output.getvalue()) == terminal
