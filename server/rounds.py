@@ -286,9 +286,7 @@ class Coordinator:
         deviation = self._plan.noise_std(shares.values(), trimmed)
         after = self._optimizer.step(delta, (number - 1) / self._plan.training.rounds, deviation)
         if not np.isfinite(after).all():
-            raise ModelError(
-                f"round {number}: training has diverged, the adapter is not finite. Lower the learning rates."
-            )
+            raise ModelError(f"round {number}: the adapter is not finite: training diverged. Lower the learning rates.")
         self._finish(
             RoundRecord(
                 round=number,

@@ -28,8 +28,8 @@ from server.record import RECORD_FILE, RunRecord, key_in
 from server.rounds import PLAN, Coordinator, Event
 from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
 from simulations.grid import InProcessGrid, run_ray
-from simulations.sites import SITE_LOG, SimulatedData, connect, folder_of, log_to, make_site, roster_of, simulated_data
-from simulations.workers import Workers
+from simulations.sites import SITE_LOG, SimulatedData, folder_of, log_to, make_site, roster_of, simulated_data
+from simulations.workers import Workers, connect
 
 KEYS = "trusted-keys.txt"  # for `fedllm audit verify RUN/audit --trust RUN/trusted-keys.txt`
 

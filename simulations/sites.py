@@ -3,11 +3,9 @@
 import contextlib
 import logging
 import math
-import threading
 from functools import lru_cache, partial
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from client.policy import SitePolicy
 from client.records import TableRecords
@@ -19,12 +17,6 @@ from fedllm.training.data import Table, check_columns, naming, person, read_tabl
 from fedllm.training.workspace import open_for_training, use_threads
 from server.checkpoint import writing
 from simulations.partition import partition
-
-if TYPE_CHECKING:
-    from flwr.app import Context
-
-    from client.app import Handler
-    from simulations.workers import Workers
 
 SITE_LOG = "sites/sites.log"
 ELSEWHERE = "written_elsewhere"  # mark of a log record that another process of the run has written to that file
@@ -56,9 +48,6 @@ class SimulatedData:
 
 
 _read = lru_cache(maxsize=1)(SimulatedData)
-
-
-_making_sites = threading.Lock()
 
 
 class _SiteLog(logging.FileHandler):
@@ -140,17 +129,3 @@ def roster_of(config: SimulationConfig, names: list[str], folder: Path) -> dict[
     """Return who the sites are; in a simulation all of them can look at one another's keys."""
     place = folder_of(config, folder)
     return {name: Identity.kept(place / file_name(name) / "identity").public for name in names}
-
-
-def connect(config_json: str, folder: str, workers: "Workers | None", context: "Context") -> "Handler":
-    """Find the site of a Flower node: in one of the `workers`, or in this process, which makes all on the first call.
-
-    Lives in an importable module, so that a Ray actor keeps its sites between rounds.
-    """
-    number = int(context.node_config["partition-id"])
-    # The round's own deadline is all that a simulation needs.
-    if workers is not None:
-        return lambda request, timeout: workers.handle(number, request)
-    with _making_sites:
-        site = sites_in(config_json, folder)[number]
-    return lambda request, timeout: site.handle(request)

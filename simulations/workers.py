@@ -15,13 +15,19 @@ from logging.handlers import QueueHandler
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedllm.errors import FederationError, FedllmError
+
+if TYPE_CHECKING:
+    from flwr.app import Context
+
+    from client.app import Handler
 
 _IMPORTS = ["simulations.sites", "transformers.models.auto.modeling_auto", "dp_accounting.pld", "dp_accounting.rdp"]
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _MB = 1024  # of ru_maxrss
+_making_sites = threading.Lock()
 _site_log = logging.getLogger("fedllm.site")
 
 
@@ -129,3 +135,19 @@ def _listen(pipe: Connection, requests: "SimpleQueue[tuple[int, bytes] | None]")
         requests.put(asked)
         if asked is None:
             return
+
+
+def connect(config_json: str, folder: str, workers: Workers | None, context: "Context") -> "Handler":
+    """Find the site of a Flower node: in one of the `workers`, or in this process, which makes all on the first call.
+
+    Lives in an importable module, so that a Ray actor keeps its sites between rounds.
+    """
+    number = int(context.node_config["partition-id"])
+    # The round's own deadline is all that a simulation needs.
+    if workers is not None:
+        return lambda request, timeout: workers.handle(number, request)
+    from simulations.sites import sites_in
+
+    with _making_sites:
+        site = sites_in(config_json, folder)[number]
+    return lambda request, timeout: site.handle(request)
