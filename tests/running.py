@@ -1,4 +1,4 @@
-"""How a test run goes: which process gets which tests, and that nothing is left behind. Hooks of `tests/conftest.py`."""
+"""How a test run goes: which process gets which tests, and that nothing is left behind. Hooks for conftest.py."""
 
 import ctypes
 import getpass
