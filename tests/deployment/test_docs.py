@@ -174,7 +174,7 @@ class Two:
             shutil.copy(file, self.office.desk)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def two() -> Iterator[Two]:
     folder = Path(tempfile.mkdtemp(prefix="fd-"))  # short: the path of a socket
     ports = free_port(), free_port()

@@ -64,12 +64,13 @@ class Intruder:
             )  # fmt: skip
 
     def ended(self) -> tuple[int, str]:
-        """Wait for its end, and return its exit code and what it said."""
+        """Wait until it has ended or was let in, and return its exit code, 0 if it runs, and what it said."""
         try:
-            code = self._process.wait(600)
+            until(lambda: self._process.poll() is not None or "SuperNode ID" in self._log.read_text("utf-8"), what="it")
+            code = self._process.poll() or 0
         finally:
             self._process.kill()
-            self._process.wait(30)
+            self._process.wait(120)
         return code, self._log.read_text("utf-8")
 
 

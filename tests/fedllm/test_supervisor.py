@@ -18,6 +18,8 @@ from fedllm import supervisor
 from fedllm.errors import ConfigError
 from fedllm.supervisor import Child, Supervisor
 
+pytestmark = pytest.mark.processes
+
 FOREVER = "import time; time.sleep(600)"
 
 
