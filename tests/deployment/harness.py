@@ -30,7 +30,7 @@ from server.superlink import Control
 FEDLLM = [sys.executable, "-m", "fedllm.cli"]
 DELTA = 1e-5
 # Flower's own programs look for a new task every second; more often, the tests wait less
-_QUICK = {"OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+_QUICK = {"OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
 _DEMO = Path(__file__).parents[2] / "simulations" / "demo" / "data" / "train.jsonl"
 BRANCHES = {"seoul-gangnam": "seoul-gangnam", "busan-haeundae": "busan-haeundae", "서울-마포": "seoul-mapo"}
 ALONE = "busan-haeundae"  # the one office that takes part in the suite
