@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -51,7 +51,8 @@ def event_options(q: float, noise: float, steps: int) -> list[str]:
 # ---- epsilon ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vector", VECTORS["single"], ids=lambda v: f"q={v['q']}-sigma={v['noise_multiplier']}")
+# The accountants themselves meet all vectors in tests/fedllm/privacy and tests/fedllm/audit.
+@pytest.mark.parametrize("vector", VECTORS["single"][::2], ids=lambda v: f"q={v['q']}-sigma={v['noise_multiplier']}")
 def test_epsilon_prints_what_the_vectors_say(vector: dict[str, Any]) -> None:
     options = event_options(vector["q"], vector["noise_multiplier"], vector["steps"])
     values = run_json("epsilon", *options, "--delta", vector["delta"])
@@ -251,7 +252,6 @@ def test_an_event_is_read_as_it_was_written(q: float, noise: float, steps: int) 
     assert parse_event(f"{q!r},{noise!r},{steps}") == AccountingEvent(q, noise, steps)
 
 
-@settings(max_examples=500)
 @given(st.text() | st.text("0123456789.,-+einfa_ ", max_size=20))
 def test_any_text_is_an_event_or_a_config_error(text: str) -> None:
     try:

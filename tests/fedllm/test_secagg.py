@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import chi2
@@ -35,7 +35,6 @@ def federations(draw: st.DrawFn) -> Federation:
 # ---- the sum ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=120)
 @given(federations(), st.data())
 def test_the_sum_is_exact_or_the_round_ends_cleanly(federation: Federation, data: st.DataObject) -> None:
     """Three rounds; in each, every site may drop out at every point and is back in the next."""
@@ -196,7 +195,6 @@ def spoil(reveal: Reveal, index: int) -> Reveal:
     return reveal.model_copy(update={"payload": bytes(payload)})
 
 
-@settings(max_examples=30)
 @given(st.integers(0, 6), st.integers(0, 6), st.booleans())
 def test_one_wrong_share_is_found_and_the_sum_is_still_right(holder: int, dealer: int, dropout: bool) -> None:
     federation = Federation(7, 4)
@@ -309,7 +307,6 @@ def test_what_a_site_is_sent_grows_linearly() -> None:
 # ---- the one guarantee -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80)
 @given(st.data())
 def test_a_site_never_reveals_both_secrets_of_a_peer(data: st.DataObject) -> None:
     """Head office holds every other site's signing key, and asks whatever it likes in whatever order."""

@@ -4,7 +4,7 @@ import itertools
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm import shamir
@@ -47,7 +47,6 @@ def test_any_threshold_of_shares_gives_the_secret(secret: int, threshold: int, d
     assert naive(dict(zip(chosen, values, strict=True)), 0) == secret
 
 
-@settings(max_examples=25)
 @given(secrets, secrets)
 def test_fewer_shares_fit_every_secret_equally_well(secret: int, other: int) -> None:
     shares = shamir.split(secret, 3, 4)
