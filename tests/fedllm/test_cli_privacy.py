@@ -116,7 +116,16 @@ def test_an_epsilon_beyond_all_use_is_a_bound_by_rdp(event: str) -> None:
     assert values["advantage"] == 1.0
 
 
-@pytest.mark.parametrize("event", ["1,10000,1", "1e-9,1,1000000", "0.001,10000,1000000", "1e-300,5,3", "0.5,0.4,1"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        "1,10000,1",
+        "1e-9,1,1000000",
+        "1e-300,5,3",
+        "0.5,0.4,1",
+        pytest.param("0.001,10000,1000000", marks=pytest.mark.soak),
+    ],
+)
 def test_the_ends_of_what_is_accepted_are_accounted_for(event: str) -> None:
     values = run_json("epsilon", "--event", event, "--delta", 1e-5)
     assert 0 <= values["pld"] <= values["rdp"] + 0.01
@@ -145,7 +154,8 @@ def test_accountants_that_contradict_each_other_are_not_printed(monkeypatch: pyt
 # ---- calibrate -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("target", "q", "steps"), [(3.0, 0.0152, 200), (8.0, 0.08, 60), (1.0, 1.0, 5)])
+# the demo's plan, and a full batch; more targets in tests/fedllm/privacy
+@pytest.mark.parametrize(("target", "q", "steps"), [(8.0, 0.08, 60), (1.0, 1.0, 5)])
 def test_calibrated_noise_is_at_the_target_or_half_a_percent_below(target: float, q: float, steps: int) -> None:
     options = ["--epsilon", target, "--delta", 1e-5, "--sampling-rate", q, "--steps", steps]
     values = run_json("calibrate", *options)

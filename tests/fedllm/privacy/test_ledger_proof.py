@@ -5,8 +5,10 @@ import os
 import signal
 import sqlite3
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from fedllm.crypto import Identity
 from fedllm.errors import BudgetExceeded, ChainError, LedgerError
 from fedllm.privacy.accounting import spent
 from fedllm.privacy.ledger import DataSet, Head, LedgerFile, PrivacyLedger, Reservation, fingerprint
-from tests.fedllm.privacy.test_ledger import AFFORDABLE, BUDGET, DELTA, EVENT, SIGNER, reserve_in_processes
+from tests.fedllm.privacy.test_ledger import AFFORDABLE, BUDGET, DELTA, EVENT, SIGNER
 
 STRANGER = Identity.generate()
 
@@ -89,11 +91,20 @@ def test_a_later_charge_to_a_data_set_counts_for_those_it_overlaps(path: Path) -
     assert first.events() == second.events() == [EVENT] * 2
 
 
-def test_processes_with_overlapping_data_sets_cannot_overdraw_the_budget_together(path: Path) -> None:
+def test_overlapping_data_sets_cannot_overdraw_the_budget_together(path: Path) -> None:
     sets = [records(0, 100), records(99, 200)]
-    for data in sets:
-        open_ledger(path, data)
-    assert reserve_in_processes(path, sets) == AFFORDABLE
+    barrier = threading.Barrier(8)
+
+    def spend(number: int) -> bool:
+        ledger = open_ledger(path, sets[number % 2])
+        barrier.wait()
+        try:
+            return ledger.reserve("run", number, "request", EVENT).reply is None
+        except BudgetExceeded:
+            return False
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(spend, range(8))) == AFFORDABLE
     assert open_ledger(path, sets[0]).spent().epsilon == BUDGET
 
 
