@@ -51,9 +51,9 @@ def plan_of(compile: str, unit: str = "record", max_length: int = 64, units: int
 
 def opened(
     open_adapter: Open, random_vector: RandomVector, case: str, compile: str = "off", checkpointing: bool = False,
-    **options: Any,
+    adapted: dict[str, Any] | None = None, **options: Any,
 ) -> tuple[AdapterModel, Engine]:  # fmt: skip
-    adapter = open_adapter(case)
+    adapter = open_adapter(case, **(adapted or {}))
     engine = Engine(adapter)
     engine.set_up(plan_of(compile, **options), checkpointing)
     adapter.load(random_vector(adapter))
@@ -90,14 +90,27 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 @conv1d
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(
-    "case",
-    ["llama", *(pytest.param(case, marks=pytest.mark.soak) for case in ("gpt2", "qwen2", "gemma2", "bert-mean"))],
+    ("case", "checkpointing", "adapted"),
+    [
+        (
+            "llama",
+            False,
+            {"targets": ("q_proj", "down_proj")},
+        ),  # of attention and of what follows: to trace all is long
+        *(
+            pytest.param(case, case == "llama", {}, marks=pytest.mark.soak)
+            for case in ("llama", "gpt2", "qwen2", "gemma2", "bert-mean")
+        ),
+    ],
 )
 def test_traced_gradients_are_those_of_the_model_for_persons_with_several_records_and_for_nobody_at_all(
-    open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector, case: str
-) -> None:
-    _, plain = opened(open_adapter, random_vector, case)
-    adapter, fast = opened(open_adapter, random_vector, case, "on", unit="person", checkpointing=case == "llama")
+    open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector, case: str, checkpointing: bool,
+    adapted: dict[str, Any],
+) -> None:  # fmt: skip
+    _, plain = opened(open_adapter, random_vector, case, adapted=adapted)
+    adapter, fast = opened(
+        open_adapter, random_vector, case, "on", checkpointing=checkpointing, adapted=adapted, unit="person"
+    )
     assert fast.compiled
     made = counters["stats"]["unique_graphs"]
     for batch in some_batches(make_units, case, (1, 3, 1, 2, 1)):
