@@ -166,9 +166,9 @@ def test_the_courier_gets_the_answer_over_the_socket(socket: Path, branch: Branc
     assert from_bytes(branch.asked[0], TrainRequest, Prepare).payload == b"adapter"
 
 
-@pytest.mark.slow
-def test_200_megabytes_pass_both_ways(socket: Path, branch: Branch) -> None:
-    large = os.urandom(1 << 20) * 200
+@pytest.mark.parametrize("megabytes", [20, pytest.param(200, marks=pytest.mark.soak)])
+def test_large_updates_pass_both_ways(socket: Path, branch: Branch, megabytes: int) -> None:
+    large = os.urandom(1 << 20) * megabytes
     branch.answer = large[::-1]
     message = TrainRequest(plan=plan(), round=2, spec_digest="s", head=None, payload=large).to_bytes()
     sealed = ask(str(socket), request(payload=message), 200)

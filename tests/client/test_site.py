@@ -184,14 +184,14 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan) -> Off
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_any_bytes_get_a_refusal_and_never_an_exception(fuzzed: Office, data: bytes) -> None:
     assert reason(read(fuzzed.site.handle(data))) == "message"
     assert reason(read(fuzzed.site.handle(MAGIC + len(data).to_bytes(4, "big") + data))) == "message"
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_damaged_requests_get_a_parseable_reply(fuzzed: Office, data: st.DataObject) -> None:
     frame = bytearray(fuzzed.request() if data.draw(st.booleans()) else Prepare(plan=fuzzed.plan).to_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
@@ -208,7 +208,7 @@ _JSON = st.recursive(
 
 
 @given(st.sampled_from(["kind", "plan", "round", "spec_digest", "payload", "stray"]), _JSON)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_hostile_headers_get_a_parseable_reply(fuzzed: Office, field: str, value: object) -> None:
     frame = fuzzed.request()
     encoded = json.dumps({**header(frame), field: value}).encode()

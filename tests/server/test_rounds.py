@@ -690,7 +690,10 @@ _OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", [*_OPTIMISERS, "fedavg, private"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [*(pytest.param(name, marks=pytest.mark.soak) for name in ("fedavg", "momentum")), "adam", "fedavg, private"],
+)
 def test_a_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path: Path, optimizer: str) -> None:
     private = {"mode": "local", "noise_multiplier": 1.0} if "private" in optimizer else {}
     plan = make_plan(server=_OPTIMISERS[optimizer.partition(",")[0]], **private)
