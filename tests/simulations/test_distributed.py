@@ -35,7 +35,7 @@ from tests.simulations.conftest import Configure, merge
 BRANCHES = ("busan", "daegu", "jeju", "강남")
 SHARED: dict[str, Any] = {
     "data": {"samples": 0},
-    "privacy": {"mode": "distributed", "noise_multiplier": 4.0},  # little is lost: its distributions are quickly composed
+    "privacy": {"mode": "distributed", "noise_multiplier": 4.0},  # its losses are quickly composed
     "training": {"rounds": 2, "local_steps": 1, "wire": "float16"},
     "federation": {"quorum": None, "round_timeout": 60.0},
 }
