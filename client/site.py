@@ -257,6 +257,7 @@ class Site:
             ledger_number=head.number,
             ledger_digest=head.digest,
             update=update_digest(payload),
+            grid=spent.grid,
         )
         return TrainReply(
             site=self.name,

@@ -69,7 +69,7 @@ def epsilon(
     elif single != (None, None, None) or not events:
         raise ConfigError("give --sampling-rate, --noise-multiplier and --steps together, or --event Q,S,T, or both.")
     cost = spent(events, delta)
-    risk = risk_of(events, cost.epsilon if math.isfinite(cost.epsilon) else None)
+    risk = risk_of(events, cost.epsilon if math.isfinite(cost.epsilon) else None, cost.grid)
     third = _cross_check(events, cost, delta)
     reasons = {"prv": third.reason} if third.reason else {}
     if cost.by_rdp_alone:

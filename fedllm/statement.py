@@ -28,6 +28,7 @@ class Statement:
     ledger_number: int  # an entry of the site's chain that already holds the round's charge: its newest
     ledger_digest: str
     update: str  # SHA-256 of the update's bytes, hex
+    grid: float | None = None  # of the privacy loss, on which `epsilon` was computed; None: 1e-4, or there is no PLD
 
 
 def update_digest(payload: bytes) -> str:
@@ -54,7 +55,7 @@ def open_statement(line: str) -> tuple[Statement, PublicIdentity]:
         statement = Statement(**fields)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise CryptoError("a signed statement of unknown form") from None
-    numbers = (statement.epsilon, statement.epsilon_rdp, statement.delta)
+    numbers = (statement.epsilon, statement.epsilon_rdp, statement.delta, statement.grid)
     texts = (statement.site, statement.run, statement.plan, statement.ledger_digest, statement.update)
     counts = (statement.round, statement.ledger_number)
     if (

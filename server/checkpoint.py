@@ -32,7 +32,7 @@ class SiteState:
     rounds: int = 0  # rounds whose update was used
     charged: int = 0  # rounds that the site may have paid for, used or not: the accountant's state
     last_charged: int = 0  # the last of them
-    stated: float = 0.0  # epsilon in the site's last answer
+    stated: float = 0.0  # epsilon by RDP in the site's last answer: unlike the PLD's, exactly monotone
     declined: int = 0
     failed: int = 0  # no answer in time, or not a valid one
     reason: str = ""  # of the last refusal, until the site answers again

@@ -241,7 +241,7 @@ class Coordinator:
             lost = ""  # nobody has paid for anything
         self._charge(replies, declined, failed, number, set(asked), delta is not None)
         for site in self._forgetful:  # after a resume it is used again only if it can account for all it may have paid
-            self.sites[site] = replace(self.sites[site], stated=self.sites[site].epsilon or 0.0)
+            self.sites[site] = replace(self.sites[site], stated=self.sites[site].epsilon_rdp or 0.0)
         self._forgetful.clear()
         before = adapter_digest(self.adapter)
         entry: dict[str, Any] = {
@@ -345,7 +345,7 @@ class Coordinator:
                         self._forgetful.add(site)
                         self._dropped.add(node)
                         raise MessageError(
-                            f"epsilon={reply.epsilon:.4g} is below the {self.sites[site].stated:.4g} of before. "
+                            f"epsilon_rdp={reply.epsilon_rdp:.4g}, and {self.sites[site].stated:.4g} before. "
                             "Is its ledger lost?"
                         )
                     updates[site], replies[site] = update, answer
@@ -569,7 +569,7 @@ class Coordinator:
     def _forgot(self, reply: TrainReply, site: str, number: int) -> bool:
         """Whether a site states less epsilon than before; a round that is repeated may be answered as it was then."""
         before, private = self.sites[site], self._plan.mechanism.private
-        return private and (reply.epsilon or 0.0) < before.stated - 1e-9 and number > before.last_charged
+        return private and (reply.epsilon_rdp or 0.0) < before.stated - 1e-9 and number > before.last_charged
 
     def _charge(
         self,
@@ -587,7 +587,7 @@ class Coordinator:
                 answer = replies[site]
                 reply = answer.reply
                 state = replace(state, epsilon=reply.epsilon, epsilon_rdp=reply.epsilon_rdp, reason="")
-                state = replace(state, stated=reply.epsilon or 0.0, identity=answer.signer)
+                state = replace(state, stated=reply.epsilon_rdp or 0.0, identity=answer.signer)
                 state = replace(state, head_number=answer.head_number, head_digest=answer.head_digest)
                 if counts:
                     state = replace(state, rounds=state.rounds + 1, bytes_up=state.bytes_up + answer.size)

@@ -24,6 +24,7 @@ from fedllm.audit.model import INTEGRITY, Audit
 from fedllm.crypto import Identity, open_envelope, sign_envelope
 from fedllm.errors import ChainError, CryptoError, FolderError, first_line
 from fedllm.files import is_full
+from fedllm.privacy.accounting import OLD_GRID
 from fedllm.privacy.ledger import LedgerFile
 
 FOLDER, JSON, SIGNATURE = "audit", "audit.json", "audit.sig"
@@ -141,7 +142,14 @@ def verify(folder: Path, trust: Trust) -> tuple[Audit, tuple[str, ...]]:
     except ValidationError as error:
         first = error.errors()[0]
         raise ChainError(f"{JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    audit = assess(folder, trust, stored.made, stored.signer, lambda *_: stored.accountants.prv)
+    accountants = stored.accountants
+    old = accountants.grid is None and accountants.pld is not None and accountants.pld > 0
+    audit = assess(
+        folder, trust, stored.made, stored.signer, lambda *_: accountants.prv, grid=OLD_GRID if old else None
+    )
+    if old:  # and leaves the grid unsaid
+        figures = audit.accountants.model_copy(update={"grid": None})
+        audit = audit.model_copy(update={"accountants": figures})
     for code in (*(f.code for f in audit.findings if f.code in INTEGRITY), "keys", "metrics"):
         finding = audit.finding(code)
         if finding.status == "fails":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -41,7 +42,7 @@ from fedllm.chain import Entry, read_chain
 from fedllm.crypto import PublicIdentity
 from fedllm.errors import ChainError, ConfigError, CryptoError
 from fedllm.plan import RunPlan
-from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, spent, spent_at_most
+from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, PrivacySpent, spent
 from fedllm.provision import same_fingerprint
 from fedllm.statement import Statement, open_statement
 
@@ -58,6 +59,7 @@ _MANY = 4096  # statements; fewer are checked before other processes have starte
 
 _M = TypeVar("_M", bound=BaseModel)
 Prv = Callable[[Sequence[AccountingEvent], float], float | None]
+_Compose = Callable[[Sequence[AccountingEvent], float], PrivacySpent]
 
 
 def file_name(site: str) -> str:
@@ -405,12 +407,17 @@ def sites_of(folder: Path) -> list[str]:
     return _read_record(folder / RECORD, _Checks()).sites
 
 
-def assess(folder: Path, trust: Trust | None = None, made: str = "", signer: str = "", prv: Prv | None = None) -> Audit:
+def assess(
+    folder: Path, trust: Trust | None = None, made: str = "", signer: str = "", prv: Prv | None = None,
+    grid: float | None = None,
+) -> Audit:  # fmt: skip
     """Check the evidence in `folder` and return what was found.
 
-    `made` and `signer` are put into the audit as they are; `prv` computes an epsilon by a third method. Raises
-    ChainError where there is no readable record: then there is nothing to report on.
+    `made` and `signer` are put into the audit as they are; `prv` computes an epsilon by a third method; `grid` is that
+    of all its figures, None the one that follows from them. Raises ChainError where there is no readable record: then
+    there is nothing to report on.
     """
+    compose = partial(spent, grid=grid)
     checks = _Checks()
     record = _read_record(folder / RECORD, checks)
     plan = record.plan
@@ -425,8 +432,8 @@ def assess(folder: Path, trust: Trust | None = None, made: str = "", signer: str
             ledgers[evidence.name] = evidence.ledger
     _check_keys(record, ledgers, statements, trust, checks)
     _check_strangers(folder / LEDGERS, record, checks)
-    sites = tuple(_site(name, record, ledgers, statements[name], checks) for name in record.sites)
-    accountants, risk_events = _accountants(record, ledgers, sites, prv, checks)
+    sites = tuple(_site(name, record, ledgers, statements[name], checks, compose) for name in record.sites)
+    accountants, risk_events = _accountants(record, ledgers, sites, prv, checks, compose)
     privacy = plan.privacy
     checks.note("protected", privacy.protects, f"{PLAN}: mode={privacy.mode}, insecure_seed={privacy.insecure_seed}")
     checks.note("site_software", "unverified", f"{PLAN}: sampling_rate={privacy.sampling_rate:g}")
@@ -479,8 +486,10 @@ def assess(folder: Path, trust: Trust | None = None, made: str = "", signer: str
         sites=sites,
         findings=findings,
         accountants=accountants,
-        risk=risk_of(risk_events, accountants.pld if privacy.protects else None),
-        timeline=tuple(point for ledger in ledgers.values() if ledger is not None for point in _points(ledger, plan)),
+        risk=risk_of(risk_events, accountants.pld if privacy.protects else None, accountants.grid),
+        timeline=tuple(
+            point for ledger in ledgers.values() if ledger is not None for point in _points(ledger, plan, compose)
+        ),
         utility=utility,
     )
 
@@ -646,10 +655,8 @@ def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks:
             steps[event.sampling_rate, event.noise_multiplier] += sign * event.steps
             position += 1
         events = [AccountingEvent(q, s, n) for (q, s), n in steps.items()]
-        known = spent_at_most(events, plan.privacy.delta)
-        if not _states(statement, known):  # a quick bound that says the same is enough; if it does not, look closely
-            known = _spent(events, plan.privacy.delta)
-        right = _states(statement, known)
+        known = spent(events, plan.privacy.delta, OLD_GRID if statement.grid is None else None)
+        right = _states(statement, known) and statement.grid in (None, known.grid)
         where = f"{ledger.name}, {statement.round}: ε {_text(statement.epsilon)} (RDP {_text(statement.epsilon_rdp)})"
         computed = f"ε {known.epsilon:.4g} (RDP {known.epsilon_rdp:.4g})"
         checks.note("epsilon", right, f"{where} {'=' if right else '≠'} {computed}")
@@ -668,10 +675,6 @@ def _near(stated: float | None, computed: float, absolute: float) -> bool:
 
 def _text(value: float | None) -> str:
     return "∞" if value is None else f"{value:.4g}"
-
-
-def _spent(events: Sequence[AccountingEvent], delta: float) -> PrivacySpent:
-    return spent(list(events), delta)
 
 
 def _check_keys(
@@ -708,8 +711,9 @@ def _check_strangers(folder: Path, record: _Record, checks: _Checks) -> None:
 
 
 def _site(
-    name: str, record: _Record, ledgers: Mapping[str, _Ledger | None], statements: _Signed, checks: _Checks
-) -> Site:
+    name: str, record: _Record, ledgers: Mapping[str, _Ledger | None], statements: _Signed, checks: _Checks,
+    compose: _Compose,
+) -> Site:  # fmt: skip
     """Return a site's account, and note whether it is within the plan and its budget."""
     plan, delta = record.plan, record.plan.privacy.delta
     ledger = ledgers.get(name)
@@ -718,9 +722,9 @@ def _site(
     if ledger is not None:
         together = ledger.together(plan.run)
         live = [c for c in ledger.charges if c.aborted is None and c.body.dataset in together]
-        total = _spent([c.body.event for c in live], delta)
-        released = _spent([c.body.event for c in live if c.released], delta).epsilon
-        run = _spent([c.body.event for c in live if c.body.run == plan.run], delta).epsilon
+        total = compose([c.body.event for c in live], delta)
+        released = compose([c.body.event for c in live if c.released], delta).epsilon
+        run = compose([c.body.event for c in live if c.body.run == plan.run], delta).epsilon
         charged, rdp = total.epsilon, total.epsilon_rdp
     else:  # only what the site has signed elsewhere is known
         last = max((s for s, _ in statements), key=lambda s: (s.round, s.ledger_number), default=None)
@@ -735,7 +739,7 @@ def _site(
         checks.note("budget", "unverified", f"{name}: -")
     else:
         permitted = (
-            _spent([c.body.event for c in live], budget.delta).epsilon if budget.delta != delta else charged
+            compose([c.body.event for c in live], budget.delta).epsilon if budget.delta != delta else charged
         ) if ledger is not None else charged  # fmt: skip
         within = limit is None or permitted <= limit + _TOLERANCE_PLD
         sign = "≤" if within else ">"
@@ -774,6 +778,7 @@ def _accountants(
     sites: Sequence[Site],
     prv: Prv | None,
     checks: _Checks,
+    compose: _Compose,
 ) -> tuple[Accountants, list[AccountingEvent]]:
     """Return what the costliest site's events cost by several methods, and the events."""
     plan, delta = record.plan, record.plan.privacy.delta
@@ -793,7 +798,7 @@ def _accountants(
         )
     # other runs may have added their noise another way: what depends on that is of this run alone
     own = [charge.body.event for charge in ledger.of(plan.run) if charge.aborted is None] if ledger else events
-    cost = _spent(events, delta)
+    cost = compose(events, delta)
     third = prv(events, delta) if prv is not None and cost.epsilon < float("inf") else None
     checks.note("accountants", cost.epsilon_rdp >= cost.epsilon - _TOLERANCE_PRV,
                 f"RDP {_text(_finite(cost.epsilon_rdp))} ≥ PLD {_text(_finite(cost.epsilon))}")  # fmt: skip
@@ -806,13 +811,14 @@ def _accountants(
             site=worst.name if worst else "",
             events=tuple((event.sampling_rate, event.noise_multiplier, event.steps) for event in events),
             delta=delta,
+            grid=cost.grid,
             pld=_finite(cost.epsilon),
             rdp=_finite(cost.epsilon_rdp),
             prv=third,
-            planned=_finite(_spent([plan.mechanism.event(plan.steps)], delta).epsilon),
-            several_sites=tuple((k, _finite(_spent(_of_sites(own, k, plan), delta).epsilon)) for k in several),
-            coalitions=tuple((k, _finite(_spent(_weaker(own, plan, k), delta).epsilon)) for k in _coalitions(plan)),
-            share_alone=_finite(_spent(_left(own, 1 / (plan.sites - plan.privacy.colluding_sites)), delta).epsilon)
+            planned=_finite(compose([plan.mechanism.event(plan.steps)], delta).epsilon),
+            several_sites=tuple((k, _finite(compose(_of_sites(own, k, plan), delta).epsilon)) for k in several),
+            coalitions=tuple((k, _finite(compose(_weaker(own, plan, k), delta).epsilon)) for k in _coalitions(plan)),
+            share_alone=_finite(compose(_left(own, 1 / (plan.sites - plan.privacy.colluding_sites)), delta).epsilon)
             if plan.shared is not None
             else None,
         ),
@@ -851,7 +857,7 @@ def _left(events: Sequence[AccountingEvent], variance: float) -> list[Accounting
     return [AccountingEvent(e.sampling_rate, e.noise_multiplier * math.sqrt(variance), e.steps) for e in events]
 
 
-def _points(ledger: _Ledger, plan: RunPlan) -> list[Point]:
+def _points(ledger: _Ledger, plan: RunPlan, compose: _Compose) -> list[Point]:
     """Return a site's spending over its charges, at no more than a few of them."""
     together = ledger.together(plan.run)
     charges = [c for c in ledger.charges if c.aborted is None and c.body.dataset in together]
@@ -864,7 +870,7 @@ def _points(ledger: _Ledger, plan: RunPlan) -> list[Point]:
             run=charges[i].body.run,
             round=charges[i].body.round,
             charge=i + 1,
-            epsilon=_finite(_spent([c.body.event for c in charges[: i + 1]], plan.privacy.delta).epsilon),
+            epsilon=_finite(compose([c.body.event for c in charges[: i + 1]], plan.privacy.delta).epsilon),
         )
         for i in chosen
     ]

@@ -124,6 +124,7 @@ class Accountants(Frozen):
     site: str
     events: tuple[tuple[float, float, int], ...]  # sampling rate, noise multiplier, steps
     delta: float
+    grid: float | None = None  # of the privacy loss; None in audits of earlier versions: 1e-4 for all their figures
     pld: float | None
     rdp: float | None
     prv: float | None  # Opacus; None where it was not at hand

@@ -11,8 +11,8 @@ _RATES = tuple(float(rate) for rate in np.unique(np.round(np.concatenate([
     [0.0, 0.01, 1.0], np.geomspace(1e-4, 0.1, 16), np.linspace(0.1, 1.0, 37)]), 6)))  # fmt: skip
 
 
-def risk_of(events: Sequence[AccountingEvent], epsilon: float | None) -> Risk:
-    """Return the trade-off between an attacker's errors after `events`, which cost `epsilon`.
+def risk_of(events: Sequence[AccountingEvent], epsilon: float | None, grid: float | None) -> Risk:
+    """Return the trade-off between an attacker's errors after `events`, which cost `epsilon` on that `grid`.
 
     Every point (epsilon, delta) of the privacy profile bounds the type II error at a type I error a by
     f(a) = max(0, 1 - delta - e^epsilon a, e^-epsilon (1 - delta - a)), and the largest such bound holds (Dong, Roth and
@@ -20,12 +20,12 @@ def risk_of(events: Sequence[AccountingEvent], epsilon: float | None) -> Risk:
     advantage, the largest gap between true and false positive rate, is delta at epsilon 0: the total variation.
     """
     if epsilon is None:
-        grid, profile = np.zeros(1), np.ones(1)
+        points, profile = np.zeros(1), np.ones(1)
     else:
-        grid = np.concatenate([[0.0], np.geomspace(1e-3, min(max(1.5 * epsilon, 0.1), 150.0), 50)])
-        profile = np.clip(deltas(events, grid.tolist()), 0.0, 1.0)
+        points = np.concatenate([[0.0], np.geomspace(1e-3, min(max(1.5 * epsilon, 0.1), 150.0), 50)])
+        profile = np.clip(deltas(events, points.tolist(), grid), 0.0, 1.0)
     rates = np.asarray(_RATES)[:, None]
-    bounds = np.maximum(1 - profile - np.exp(grid) * rates, np.exp(-grid) * (1 - profile - rates))
+    bounds = np.maximum(1 - profile - np.exp(points) * rates, np.exp(-points) * (1 - profile - rates))
     hits = 1 - np.clip(bounds.max(axis=1), 0.0, 1.0)
     curve = tuple((rate, round(float(hit), 6)) for rate, hit in zip(_RATES, hits, strict=True))
     return Risk(advantage=round(float(profile[0]), 6), tpr_at_1_percent=dict(curve)[0.01], curve=curve)

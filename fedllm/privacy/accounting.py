@@ -22,10 +22,10 @@ from fedllm.errors import ConfigError, PrivacyError
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 _RDP_ORDERS = tuple(1 + x / 10 for x in range(1, 110)) + tuple(range(12, 64)) + (72, 96, 128, 192, 256, 512)
-_GRID = 1e-4  # of the privacy loss; the PLD is rounded up onto it
-_FINE_GRID = 1e-6  # where RDP shows that the grid was too coarse
-_COARSE_GRID = 1e-3  # for a first look: to find a noise multiplier, or to check a figure that somebody states
+_FINEST, _COARSEST = 2.0**-20, 2.0**-6  # grids of the privacy loss
+OLD_GRID = 1e-4  # of every figure that names no grid: of reports and statements of earlier versions
 _LEAST_NOISE = 0.1  # that calibration gives: in a full batch it meets an epsilon of 93
+_MOST_NOISE = 10_000.0
 _NO_NOISE = 1e-6  # less cannot be computed with, and counts as none
 _HOPELESS = 100.0  # above this epsilon the RDP bound stands alone: the PLD says no more, and needs memory without end
 _one_at_a_time = threading.Lock()  # all sites of a process ask for the same cost at once: one computes, the others wait
@@ -62,6 +62,7 @@ class PrivacySpent:
     epsilon: float  # PLD (RDP above 100); math.inf where no noise was added
     epsilon_rdp: float
     delta: float
+    grid: float | None = None  # of the privacy loss, where there is a PLD
 
     @property
     def by_rdp_alone(self) -> bool:
@@ -69,60 +70,77 @@ class PrivacySpent:
         return self.epsilon > _HOPELESS
 
 
-def spent(events: Sequence[AccountingEvent], delta: float) -> PrivacySpent:
-    """Compose `events` and return the privacy loss at `delta`.
+def spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = None) -> PrivacySpent:
+    """Compose `events` and return the privacy loss at `delta`, on the grid that follows from both, or on `grid`.
 
-    Raises PrivacyError where an event is impossible, or the two accountants contradict each other.
+    A PLD is rounded up onto its grid, so it is an upper bound on any. Raises PrivacyError where an event is impossible,
+    or the two accountants contradict each other.
     """
     composed = _merged(events)
     with _one_at_a_time:
-        return _spent(composed, delta, _GRID)
-
-
-def spent_at_most(events: Sequence[AccountingEvent], delta: float) -> PrivacySpent:
-    """Return what `spent` does, but an upper bound of it, mostly within 0.001, at a fraction of the time."""
-    composed = _merged(events)
-    with _one_at_a_time:
-        return _spent(composed, delta, _COARSE_GRID)
+        return _spent(composed, delta, grid)
 
 
 def fits(events: Sequence[AccountingEvent], delta: float, budget: float, one_plan: bool) -> float | None:
     """Return None where `events` cost at most `budget`, or else what they cost: PLD for one plan, RDP for several.
 
     A plan is fixed before anything is released, so its PLD is a valid filter. A later plan may depend on what earlier
-    ones released; then only RDP is (Feldman and Zrnic 2021; Whitehouse et al. 2023). Costs a millisecond where RDP, an
-    upper bound, admits the events already.
+    ones released: see `_adaptive_rdp`. Costs a millisecond where RDP, an upper bound, admits the events already.
     """
     composed = _merged(events)
     if any(event.noise_multiplier <= 0 for event in composed):
         return None if budget == math.inf else math.inf
     with _one_at_a_time:
-        rdp = _epsilon_rdp(composed, delta) if composed else 0.0
+        if not composed:
+            return None
+        if not one_plan:
+            cost = _adaptive_rdp(composed, delta, budget)
+            return None if cost <= budget else cost
+        rdp = _epsilon_rdp(composed, delta)
         if rdp <= budget:
             return None
-        if not one_plan or rdp > _HOPELESS:
-            return rdp
-        pld = _spent(composed, delta, _GRID).epsilon
-    return None if pld <= budget else pld
+        cost = rdp if rdp > _HOPELESS else _spent(composed, delta, None).epsilon
+    return None if cost <= budget else cost
 
 
-def deltas(events: Sequence[AccountingEvent], epsilons: Sequence[float]) -> list[float]:
-    """Return the smallest delta at each of `epsilons` that `events` together satisfy, by PLD.
+def _adaptive_rdp(events: Sequence[AccountingEvent], delta: float, budget: float) -> float:
+    """Return an epsilon that gates events of which each may depend on what those before it released.
 
-    1.0 throughout where no noise was added, or so little that the PLD says nothing.
+    At one order that is fixed beforehand, the sum of Renyi divergences is a valid filter (Feldman and Zrnic 2021,
+    Theorem 4.3). The minimum over all orders is not covered by that: the order that admits the last release may depend
+    on what was released. So a few orders are fixed, as a function of the budget, and each has its part of delta.
+    Divide the transcripts by the order that admits the last release. On each part they are those of the process that
+    is filtered at this order alone, whose hockey-stick divergence at epsilon is at most that part of delta; the
+    divergence of the whole is at most the sum of the parts.
+    """
+    from dp_accounting.rdp import compute_epsilon
+
+    # Of one Gaussian that costs the whole budget the best order is 1 + 2 log(1/delta) / epsilon; subsampling lowers it.
+    best = 2 * math.log(1 / delta) / min(max(budget, 0.01), 100.0)
+    distance = np.log(np.asarray(_RDP_ORDERS) - 1)
+    chosen = sorted({int(np.argmin(np.abs(distance - math.log(best * share)))) for share in (0.15, 0.3, 0.6)})
+    total = _summed_rdp(events)
+    part = delta / len(chosen)
+    return min(float(compute_epsilon([_RDP_ORDERS[i]], total[i : i + 1], part)[0]) for i in chosen)
+
+
+def deltas(events: Sequence[AccountingEvent], epsilons: Sequence[float], grid: float | None) -> list[float]:
+    """Return the smallest delta at each of `epsilons` that `events` together satisfy, by PLD on `grid`.
+
+    1.0 throughout where no noise was added, or so little that there is no PLD (`grid` is None).
     """
     composed = _merged(events)
     with _one_at_a_time:
-        return list(_deltas(composed, tuple(epsilons)))
+        return list(_deltas(composed, tuple(epsilons), grid))
 
 
 @lru_cache(maxsize=64)
-def _deltas(events: tuple[AccountingEvent, ...], epsilons: tuple[float, ...]) -> tuple[float, ...]:
+def _deltas(events: tuple[AccountingEvent, ...], epsilons: tuple[float, ...], grid: float | None) -> tuple[float, ...]:
     if not events:
         return (0.0,) * len(epsilons)
-    if any(event.noise_multiplier <= 0 for event in events) or not _epsilon_rdp(events, 1e-5) <= _HOPELESS:
+    if grid is None or any(event.noise_multiplier <= 0 for event in events):
         return (1.0,) * len(epsilons)
-    return tuple(float(delta) for delta in _composed(events, _GRID).get_delta_for_epsilon(list(epsilons)))
+    return tuple(float(delta) for delta in _composed(events, grid).get_delta_for_epsilon(list(epsilons)))
 
 
 def _merged(events: Sequence[AccountingEvent]) -> tuple[AccountingEvent, ...]:
@@ -136,7 +154,7 @@ def _merged(events: Sequence[AccountingEvent]) -> tuple[AccountingEvent, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float) -> PrivacySpent:
+def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float | None) -> PrivacySpent:
     if not events:
         return PrivacySpent(0.0, 0.0, delta)
     if any(event.noise_multiplier <= 0 for event in events):
@@ -144,16 +162,33 @@ def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float) -> Pr
     rdp = _epsilon_rdp(events, delta)
     if not rdp <= _HOPELESS:
         return PrivacySpent(rdp, rdp, delta)
+    grid = grid or grid_of(events, delta)
     pld = float(_composed(events, grid).get_epsilon_for_delta(delta))
-    if pld > rdp and grid == _GRID and rdp < 1:
-        # where a step loses far less than the grid can tell, rounding up adds up over very many steps
-        pld = min(pld, float(_composed(events, _FINE_GRID).get_epsilon_for_delta(delta)))
-    if rdp < pld - 0.01 and grid == _GRID:
+    # Rounding up costs at most half a percent; on the old grid, more where a step loses less than a cell.
+    if rdp < 0.99 * pld - 0.01 and grid != OLD_GRID:
         raise PrivacyError(
             f"the accountants contradict each other: PLD {pld:.4g}, RDP {rdp:.4g} (which can only be larger). Nothing "
             "was released. Check the versions against constraints.txt."
         )
-    return PrivacySpent(pld, rdp, delta)
+    return PrivacySpent(min(pld, rdp), rdp, delta, grid)
+
+
+def grid_of(events: Sequence[AccountingEvent], delta: float) -> float:
+    """Return the grid of the privacy loss on which `events`, none of them without noise, are composed.
+
+    A power of two, the same wherever it is computed. To round a loss onto a grid of h and keep its mean (Doroshenko et
+    al. 2022) adds at most h^2/4 to the variance of each step, so h is a fiftieth of a step's standard deviation: that
+    of a Gaussian with the same Renyi divergence. Where rare steps lose much, that is finer than epsilon can tell, and h
+    is then as coarse as changes epsilon by a few parts in ten thousand.
+    """
+    steps = sum(event.steps for event in events)
+    orders = np.asarray(_RDP_ORDERS)
+    with np.errstate(invalid="ignore"):
+        variance = sum(
+            e.steps * float(np.min(2 * _step_rdp(e.sampling_rate, e.noise_multiplier) / orders)) for e in events
+        )
+    fine = max(0.02 * math.sqrt(variance / steps), 0.005 * _epsilon_rdp(events, delta) / math.sqrt(steps))
+    return 2.0 ** math.floor(math.log2(min(max(fine, _FINEST), _COARSEST)))
 
 
 def _composed(events: tuple[AccountingEvent, ...], grid: float) -> Any:
@@ -176,13 +211,17 @@ def _step_pld(sampling_rate: float, noise_multiplier: float, grid: float) -> Any
 
 
 def _epsilon_rdp(events: Sequence[AccountingEvent], delta: float) -> float:
-    """Renyi divergences add up over the steps (Mironov 2017, Proposition 1), so that one step of a kind is enough."""
     from dp_accounting.rdp import compute_epsilon
 
+    return float(compute_epsilon(_RDP_ORDERS, _summed_rdp(events), delta)[0])
+
+
+def _summed_rdp(events: Sequence[AccountingEvent]) -> NDArray[np.float64]:
+    """Renyi divergences add up over the steps (Mironov 2017, Proposition 1), so that one step of a kind is enough."""
     total = np.zeros(len(_RDP_ORDERS))
     for event in events:
         total += event.steps * _step_rdp(event.sampling_rate, event.noise_multiplier)
-    return float(compute_epsilon(_RDP_ORDERS, total, delta)[0])
+    return total
 
 
 @lru_cache(maxsize=1024)
@@ -204,30 +243,42 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float
 def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
     """Return a noise multiplier whose epsilon after `steps` is at most `epsilon`, and (up to 50) above 0.998 of it.
 
-    Where 0.1 is enough or more than enough, it is 0.1.
+    Where 0.1 is enough or more than enough, it is 0.1. Starts where RDP, an upper bound, meets the target.
     Raises ConfigError where no noise multiplier up to 10,000 meets the target.
     """
 
-    def epsilon_at(noise_multiplier: float, grid: float) -> float:
-        with _one_at_a_time:
-            return _spent((AccountingEvent(sampling_rate, noise_multiplier, steps),), delta, grid).epsilon
+    def by_rdp(noise: float) -> float:
+        return _epsilon_rdp((AccountingEvent(sampling_rate, noise, steps),), delta)
 
-    if epsilon_at(_LEAST_NOISE, _COARSE_GRID) <= epsilon:
+    def by_pld(noise: float) -> float:
+        with _one_at_a_time:
+            return _spent((AccountingEvent(sampling_rate, noise, steps),), delta, None).epsilon
+
+    if by_pld(_LEAST_NOISE) <= epsilon:
         return _LEAST_NOISE
-    low, high = 0.05, 1.0
-    while epsilon_at(high, _COARSE_GRID) > epsilon:
-        low, high = high, 2 * high
-        if high > 10_000:
-            raise ConfigError(
-                f"privacy.epsilon={epsilon:g} cannot be met in {steps} steps at sampling rate {sampling_rate:g} and "
-                f"delta {delta:g}. Ask for fewer rounds, a lower sampling rate or a larger epsilon."
-            )
-    while high - low > 1e-4 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if epsilon_at(middle, _COARSE_GRID) > epsilon else (low, middle)
-    # Where epsilon is small the coarse grid asks for too much noise; the fine one shows what is to spare.
-    low = max(0.05, high / 2)
-    while epsilon_at(high, _GRID) < 0.998 * epsilon and high - low > 1e-5 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if epsilon_at(middle, _GRID) > epsilon else (low, middle)
-    return math.ceil(high * 1e4) / 1e4  # rounded up: never less noise
+    low, high = _LEAST_NOISE, _MOST_NOISE
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if by_rdp(middle) > epsilon else (low, middle)
+    reached = by_pld(high)
+    if reached > epsilon:
+        raise ConfigError(
+            f"privacy.epsilon={epsilon:g} cannot be met in {steps} steps at sampling rate {sampling_rate:g} and "
+            f"delta {delta:g}. Ask for fewer rounds, a lower sampling rate or a larger epsilon."
+        )
+    low, above = _LEAST_NOISE, math.inf  # `high` meets the target with `reached`, `low` misses it with `above`
+    while reached < 0.998 * epsilon and high > (1 + 1e-5) * low:
+        # In logarithms epsilon is nearly linear in the noise; a step too far is one from the other side.
+        slope = 1.0 if above == math.inf else math.log(above / reached) / math.log(high / low)
+        guess = high * (reached / (0.999 * epsilon)) ** (1 / max(slope, 0.1))
+        if not low < guess < high:
+            guess = math.sqrt(low * high)
+        cost = by_pld(guess)
+        if cost > epsilon:
+            low, above = guess, cost
+        else:
+            high, reached = guess, cost
+    noise = math.ceil(high * 1e4) / 1e4  # rounded up: never less noise
+    while by_pld(noise) > epsilon:  # on a grid of its own
+        noise = round(noise + 1e-4, 4)
+    return noise

@@ -23,7 +23,7 @@ from fedllm.chain import START, make_entry
 from fedllm.crypto import Identity
 from fedllm.files import write_secret
 from fedllm.plan import RunPlan, parse
-from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, spent_at_most
+from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, spent
 from fedllm.statement import Statement, sign_statement
 
 _BEGAN = 1_790_000_000.0  # seconds since the epoch
@@ -92,8 +92,7 @@ def _make(run: Path, head_office: Identity, sites: int, rounds: int) -> dict[str
     })  # fmt: skip
     event = plan.mechanism.event(1)
     costs = [
-        spent_at_most([AccountingEvent(event.sampling_rate, event.noise_multiplier, n)], _DELTA)
-        for n in range(rounds + 1)
+        spent([AccountingEvent(event.sampling_rate, event.noise_multiplier, n)], _DELTA) for n in range(rounds + 1)
     ]
     signers = {f"site-{number:03d}": Identity.generate() for number in range(sites)}
     (run / LEDGERS).mkdir()
