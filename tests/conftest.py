@@ -45,6 +45,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+def some_of_the_demo(persons: int = 40) -> list[dict[str, Any]]:
+    """Return the demo's records of so many persons of each branch: tokenising all takes seconds."""
+    file = Path(__file__).parents[1] / "simulations" / "demo" / "data" / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    kept: dict[str, set[str]] = {row["branch"]: set() for row in rows}
+    for row in rows:
+        if len(kept[row["branch"]]) < persons:
+            kept[row["branch"]].add(row["customer_id"])
+    return [row for row in rows if row["customer_id"] in kept[row["branch"]]]
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama of about 20k random parameters and a byte-level tokenizer."""
