@@ -45,7 +45,8 @@ def _spelled(values: dict[str, float]) -> dict[str, float]:
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Rate = Annotated[float, Field(ge=1e-9, le=1e6)]  # of learning; the bounds of this file's first paragraph
+Rate = Annotated[float, Field(ge=1e-9, le=1e6)]  # of learning
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Label = Annotated[str, Field(max_length=1000)]
 Layer = Annotated[str, Field(max_length=200)]  # the name of one
 BySite = Annotated[dict[str, float], AfterValidator(_spelled)]
@@ -147,14 +148,12 @@ class ServerOptimizerConfig(Frozen):
         1.0, ge=1e-6, le=1
     )  # where the cosine of the learning rate ends, as a share of it; 1: flat
     momentum: float = Field(0.0, ge=0, lt=1)  # sgd
-    betas: tuple[float, float] = (0.9, 0.99)  # adam
+    betas: tuple[Beta, Beta] = (0.9, 0.99)  # adam
     eps: float = Field(1e-3, ge=1e-12, le=1e6)  # adam: keeps coordinates without signal small (Reddi et al. 2021, tau)
     noise_corrected: bool = False  # adam: take the known variance of the noise out of its mean of squares (DP-AdamBC)
 
     @model_validator(mode="after")
     def _validate(self) -> "ServerOptimizerConfig":
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
         if self.noise_corrected and self.name != "adam":
             raise ValueError(f"noise_corrected=true is a correction of adam, found name={self.name}")
         return self

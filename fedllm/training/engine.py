@@ -117,7 +117,7 @@ def clip_and_sum(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanis
     total = torch.zeros(gradients.shape[1], dtype=torch.float64, device=gradients.device)
     parts = (x.split(_ROWS) for x in (gradients, factors, norms))
     for some, factor, norm in zip(*parts, strict=True):
-        rows, times, length = some.double(), factor, factor * norm
+        rows, times, length = some.double(), factor, factor.abs() * norm
         if shared is not None:
             rows = rows.mul_(factor[:, None]).round_()
             times, length = torch.ones_like(factor), torch.linalg.vector_norm(rows, dim=1)
