@@ -87,7 +87,12 @@ class Policy(Frozen):
     allow_unprotected: bool = False
     run_epsilon: float | None = Field(None, gt=0)
     period: PeriodLimit | None = None
-    max_rank: int | None = Field(None, ge=1)
+    max_rank: int = Field(64, ge=1)
+    max_length: int = Field(1024, ge=8)
+    max_records_per_person: int = Field(64, ge=1)  # as many as resources.micro_batch: one pass
+    max_local_steps: int = Field(100, ge=1)
+    max_sampling_rate: float = Field(0.5, gt=0, le=1)  # above it, sampling hides hardly anybody
+    min_noise_multiplier: float = Field(0.3, ge=0)  # less costs epsilon 10 and more in a single step
     train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
     modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
     min_sites: int = Field(1, ge=1)
@@ -114,7 +119,9 @@ class Policy(Frozen):
             self.epsilon, self.delta, self.min_units, self.unit, self.allow_unprotected,
             math.inf if self.run_epsilon is None else self.run_epsilon,
             None if self.period is None else Period(self.period.days, self.period.epsilon),
-            self.max_rank, self.train, self.modes, colluding_sites=self.colluding_sites, min_sites=self.min_sites,
+            self.max_rank, self.max_length, self.max_records_per_person, self.max_local_steps, self.max_sampling_rate,
+            self.min_noise_multiplier, self.train, self.modes,
+            colluding_sites=self.colluding_sites, min_sites=self.min_sites,
         )  # fmt: skip
 
 
@@ -165,13 +172,19 @@ data:
 
 policy:
   epsilon: 8.0           # the most privacy that these records may ever cost, over all runs
-  delta: 1e-5
-  unit: record           # what is protected: record, or person (needs data.unit)
+  delta: 1e-5            # the largest that a plan may promise: a tenth of 1 / the number of records, or less
+  unit: record           # what is protected, and plans must: record, or person (needs data.unit)
   min_units: 100         # with fewer records (or persons) than this, the office takes no part
   allow_unprotected: false  # true: also plans that are NOT PRIVATE
   # run_epsilon: 4.0      # the most that one run may cost
   # period: {{days: 90, epsilon: 4.0}}  # the most that all runs of any 90 days may cost
-  # max_rank: 16          # of an adapter
+  # The most that a plan may ask for, and the least noise in a step. These are the defaults:
+  # max_rank: 64          # of an adapter
+  # max_length: 1024      # tokens of a record; what is longer is cut
+  # max_records_per_person: 64
+  # max_local_steps: 100  # in a round
+  # max_sampling_rate: 0.5  # share of the records that one step may use
+  # min_noise_multiplier: 0.3
   # train: [B]            # parts of an adapter that a plan may train
   # modes: [local]        # of privacy
   # min_sites: 3         # decline plans whose rounds count with fewer offices than this

@@ -17,6 +17,7 @@ from fedllm.errors import ConfigError, LedgerError
 if TYPE_CHECKING:
     from client.office import Office
     from client.policy import SitePolicy
+    from fedllm.plan import RunPlan
     from fedllm.privacy.accounting import AccountingEvent
     from fedllm.privacy.ledger import LedgerFile
 
@@ -170,7 +171,7 @@ def forecast(
         past = _past_of(office)
     else:
         ledger, _ = _open(home, file)
-        policy, past = policy or _stated(ledger), _past_in(ledger)
+        policy, past = policy or _stated(ledger, planned), _past_in(ledger)
     event = planned.mechanism.event(planned.training.local_steps)
     before = past(-math.inf)
     alone = spent([event] * planned.training.rounds, policy.delta)
@@ -236,9 +237,9 @@ def _past_in(ledger: "LedgerFile") -> _Past:
     return lambda since: ledger.events(worst, since)
 
 
-def _stated(ledger: "LedgerFile") -> "SitePolicy":
+def _stated(ledger: "LedgerFile", plan: "RunPlan") -> "SitePolicy":
     """Return the limits that a ledger states; its site may have others, which only the site knows."""
     from client.policy import SitePolicy
 
     epsilon, delta = ledger.budget() or (math.inf, _DELTA)
-    return SitePolicy(epsilon, delta, min_units=1, allow_unprotected=True)
+    return SitePolicy(epsilon, delta, min_units=1, unit=plan.privacy.unit, allow_unprotected=True)

@@ -139,6 +139,8 @@ class SharedMechanism:
                 f"noise in shares: expected 0 <= colluding < quorum <= sites, found colluding={self.colluding}, "
                 f"quorum={self.quorum}, sites={self.sites}"
             )
+        if not (math.isfinite(self.expected_units) and self.expected_units > 0):
+            raise PrivacyError(f"noise in shares: {self.expected_units:g} expected units, expected a positive number")
         least = self._std(min(self._parts))
         if least < _LEAST_STD or self._room < self.scale:
             raise ConfigError(
@@ -211,7 +213,7 @@ class SharedMechanism:
         `clipped_sum` is float64[d] of whole quanta. It is cut to its room first, coordinate by coordinate, which moves
         two sums no further apart. The seeds, 64 hexadecimal digits each, are those of the share's surplus parts.
         """
-        if not np.array_equal(clipped_sum, np.rint(clipped_sum)):
+        if not np.isfinite(clipped_sum).all() or not np.array_equal(clipped_sum, np.rint(clipped_sum)):
             raise PrivacyError("the clipped sum is not in whole quanta, so its sensitivity is not known")
         noised = np.clip(clipped_sum, -self._room, self._room).astype(np.int64)
         noised += rounded_normals(source, clipped_sum.size, self._std(self._parts[0]))

@@ -65,7 +65,7 @@ def read_table(source: str, split: str) -> Table:
         raise DataError(str(error)) from None
     try:
         if not isinstance(place, Path):
-            table = datasets.load_dataset(place, split=split)
+            table = datasets.load_dataset(place, split=split, trust_remote_code=False)
         else:
             files = _files(place, split)
             table = datasets.concatenate_datasets([_read_file(file) for file in files])

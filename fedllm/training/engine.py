@@ -7,6 +7,7 @@ Noise and optimiser come after, and not necessarily here.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,13 +104,27 @@ def clip_and_sum(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanis
 
     With `shared`, every row is rounded to its quanta, so shortened that it is within the clip afterwards, and the sum
     is one of whole numbers, which has no rounding error.
+
+    **This is where the sensitivity is made, so here it is measured**: a row that is not within the clip as it enters
+    the sum, whatever went wrong (a factor that is not finite, too), enters as zeros. Other rows are what they were.
     """
-    factors: Tensor = mechanism.factors(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64))
-    total = torch.zeros(gradients.shape[1], dtype=torch.float64, device=gradients.device)
+    norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+    factors: Tensor = mechanism.factors(norms)
+    limit = mechanism.clip_norm if mechanism.private else math.inf
     if shared is not None:
         factors = factors * (shared.clip_before_rounding(gradients.shape[1]) / mechanism.clip_norm / shared.quantum)
-    for some, own in zip(gradients.split(_ROWS), factors.split(_ROWS), strict=True):  # type: ignore[no-untyped-call]
-        total += own @ some.double() if shared is None else (own[:, None] * some.double()).round_().sum(0)
+        limit = float(shared.scale)  # quanta
+    total = torch.zeros(gradients.shape[1], dtype=torch.float64, device=gradients.device)
+    parts = (x.split(_ROWS) for x in (gradients, factors, norms))
+    for some, factor, norm in zip(*parts, strict=True):
+        rows, times, length = some.double(), factor, factor.abs() * norm
+        if shared is not None:
+            rows = rows.mul_(factor[:, None]).round_()
+            times, length = torch.ones_like(factor), torch.linalg.vector_norm(rows, dim=1)
+        beyond = ~(length <= limit)  # as NaN is
+        if bool(beyond.any()):
+            rows[beyond], times = 0.0, times.masked_fill(beyond, 0.0)
+        total += times @ rows
     return total
 
 

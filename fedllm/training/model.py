@@ -70,13 +70,14 @@ def load_base(config: ModelConfig, device: str) -> BaseModel:
         raise ConfigError(f"model.source={error}") from None
     where: dict[str, Any] = {"revision": config.revision} if isinstance(source, str) and config.revision else {}
     try:
-        if getattr(AutoConfig.from_pretrained(source, **where), "quantization_config", None) is not None:
+        shape = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+        if getattr(shape, "quantization_config", None) is not None:
             raise ModelError(
                 f"model.source={config.source} holds quantised weights (4-bit and the like), which are not supported: "
                 "gradients of single units through them were never tested. Give the model as it was before, with "
                 "model.dtype=bfloat16 to save memory."
             )
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
         # dropout off: it is no defence, and it would make a unit's gradient depend on a coin
         model = _from_pretrained(config, source, where).to(torch.device(device)).eval()
     except ModelError:
@@ -119,7 +120,9 @@ def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> Any:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model, found = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+        model, found = kind.from_pretrained(
+            source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, **options
+        )
     finally:
         transformers_logging.set_verbosity(verbosity)
     lacking = sorted(found["missing_keys"])

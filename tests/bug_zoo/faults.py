@@ -24,7 +24,7 @@ from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.privacy.shared import SharedMechanism
-from fedllm.training import engine, losses, trainer
+from fedllm.training import engine, losses, self_check, trainer
 from fedllm.training.data import Batch, Unit
 from fedllm.training.engine import Engine
 from fedllm.training.self_check import Subject
@@ -101,8 +101,28 @@ def clip_per_record(patch: Patch) -> None:
     patch.setattr(Engine, "clipped_sum", faulty)
 
 
+def _clip_unmeasured(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None, factor: float) -> Tensor:
+    """The clipped sum whose rows nobody measures as they enter it."""
+    own = mechanism.factors(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)) * factor
+    rows = own[:, None] * gradients.double()
+    return rows.sum(0) if shared is None else (rows / shared.quantum).round().sum(0)
+
+
 def nan_through_the_clip(patch: Patch) -> None:
     patch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones_like(self, dtype=torch.bool))
+    patch.setattr(engine, "clip_and_sum", lambda gradients, mechanism, shared=None: _clip_unmeasured(
+        gradients, mechanism, shared, 1.0))  # fmt: skip
+
+
+def factor_that_overflows(patch: Patch) -> None:
+    """At the plan's own clip norm, in quanta; every other mechanism that a check may try is clipped as it should be."""
+
+    def faulty(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None = None) -> Tensor:
+        over = shared is not None and mechanism.clip_norm == 0.4
+        # room for rounding is left as it should be
+        return _clip_unmeasured(gradients, mechanism, shared, math.inf if over else 0.98)
+
+    patch.setattr(engine, "clip_and_sum", faulty)
 
 
 def last_micro_batch_twice(patch: Patch) -> None:
@@ -522,12 +542,23 @@ def shared_step_without_its_share(patch: Patch) -> None:
     patch.setattr(trainer, "shared_step", _shared_step(draw, with_share=False))
 
 
+# ---- the self-check --------------------------------------------------------------------------------------------------
+
+
+def checks_remembered_by_hash(patch: Patch) -> None:
+    def faulty(subject: Subject) -> str:
+        return str(hash((subject.plan, subject.micro_batch)))
+
+    patch.setattr(self_check, "_remembered_by", faulty)
+
+
 SELF_CHECK = [
     Fault("the mean of a batch is clipped", "sum-equals-the-slow-loop", clip_of_the_mean),
     Fault("every tensor is clipped by itself", "clip-bounds-every-unit", clip_per_tensor),
     Fault("adapter and head are clipped apart", "clip-bounds-every-unit", head_clipped_apart, classifies=True),
     Fault("a person's records are clipped one by one", "clip-bounds-every-unit", clip_per_record),
     Fault("automatic clipping forgets the clip norm", "sum-equals-the-slow-loop", automatic_clip_without_its_bound),
+    Fault("a factor of the clip overflows", "clip-holds-at-every-length", factor_that_overflows, shared=True),
     Fault("NaN goes through the clip", "unit-that-is-not-finite-counts-zero", nan_through_the_clip),
     Fault("the last micro-batch counts twice", "micro-batch-changes-nothing", last_micro_batch_twice),
     Fault("the loss is averaged over the batch", "micro-batch-changes-nothing", loss_averaged_over_the_batch),
@@ -578,6 +609,7 @@ TESTS_ONLY = [
     Fault("killed rounds are given back", "killed-round-stays-charged", killed_rounds_given_back),
     Fault("a released reply is not kept", "one-charge-buys-one-release", released_reply_not_kept),
     Fault("a checkpoint lacks the accountant", "checkpoint-keeps-what-was-charged", checkpoint_without_the_accountant),
+    Fault("checks are remembered by hash", "every-plan-is-checked-itself", checks_remembered_by_hash),
     Fault("one person is two units", "a-person-is-one-unit", one_person_under_two_spellings),
     Fault("the cap on records is ignored", "a-person-is-one-unit", cap_on_records_ignored),
 ]  # fmt: skip

@@ -437,7 +437,7 @@ def _nan(payload: bytes) -> bytes:
         ({"payload": _nan}, "message"),
         ({"payload": lambda p: np.float32("inf").tobytes() + p[4:]}, "message"),
         ({"round": 5}, "message"),
-        ({"round": 2**70}, "message"),
+        ({"round": 1_000_000}, "message"),
     ],
     ids=["other adapter", "short", "long", "empty", "NaN", "infinite", "round beyond the plan", "enormous round"],
 )
@@ -565,7 +565,7 @@ def test_an_update_that_cannot_be_sent_is_a_failure_of_training(
 
 
 def test_diverged_training_is_declined_and_leaves_the_charge(tmp_path: Path, make_plan: MakePlan) -> None:
-    office = Office(tmp_path, make_plan(training={"learning_rate": 1e38}, privacy={"clip_norm": 1e4}))
+    office = Office(tmp_path, make_plan(training={"learning_rate": 1e6, "wire": "float16"}, privacy={"clip_norm": 1e4}))
     assert reason(office.train()) == "training"
     assert len(office.events()) == 1
 

@@ -244,7 +244,8 @@ class Branch:
             "data": {
                 "train": str(records), "prompt": "Q: {question}\nA:", "text": " {answer}", "unit": "customer_id"
             },
-            "policy": {"epsilon": 20.0, "delta": DELTA, "unit": "person", "min_units": 20, **policy},
+            "policy": {"epsilon": 20.0, "delta": DELTA, "unit": "person", "min_units": 20,
+                       "max_sampling_rate": 1.0, **policy},
             "models": {base: base} if model is None else {str(model): str(model)},
             "resources": {"threads": 1},
         }  # fmt: skip

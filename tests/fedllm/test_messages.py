@@ -22,7 +22,8 @@ SITE = "서울-강남 지점 | 1호"
 
 
 def message_of(kind: type[Message], plan: RunPlan, payload: bytes = b"") -> Message:
-    """Return a valid message of a kind."""
+    """Return a valid message of a kind; some have no payload."""
+    payload = payload[: kind.LONGEST]
     messages: dict[type[Message], Message] = {
         Prepare: Prepare(plan=plan, payload=payload),
         Ready: Ready(site=SITE, plan_digest=DIGEST, spec_digest=DIGEST, payload=payload),
@@ -94,7 +95,7 @@ def test_a_message_cut_anywhere_is_an_error_or_shows_in_its_payload(make_plan: M
     payload = codec.encode(np.ones(3, np.float32), "float32")
     message = message_of(kind, make_plan(), payload)
     whole = message.to_bytes()
-    begin_payload = len(whole) - len(payload)
+    begin_payload = len(whole) - len(message.payload)
     for length in range(begin_payload):
         with pytest.raises(MessageError):
             parse_any(whole[:length])
@@ -244,6 +245,17 @@ def test_deep_nesting_is_a_message_error(opening: bytes) -> None:
     balanced = b'{"kind":"prepare","plan":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     with pytest.raises(MessageError):
         parse_any(frame(balanced))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.KIND)
+def test_a_payload_that_is_too_long_is_refused(
+    make_plan: Make, monkeypatch: pytest.MonkeyPatch, kind: type[Message]
+) -> None:
+    monkeypatch.setattr(kind, "LONGEST", min(kind.LONGEST, 40))
+    message = message_of(kind, make_plan(), b"x" * 40)
+    assert parse_any(message.to_bytes()) == message
+    with pytest.raises(MessageError, match="payload"):
+        parse_any(message.to_bytes() + b"x")
 
 
 def test_an_announced_length_allocates_nothing_and_is_refused() -> None:
