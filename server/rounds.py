@@ -99,6 +99,13 @@ class RoundStarted:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What is being done outside the rounds, in words for whoever watches."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class _Answer:
     """A site's update, its statement checked."""
 
@@ -109,7 +116,7 @@ class _Answer:
     head_digest: str
 
 
-Event = RoundStarted | SiteAnswered | RoundRecord
+Event = Phase | RoundStarted | SiteAnswered | RoundRecord
 Score = Callable[[NDArray[np.float32]], Mapping[str, float | None]]
 
 
@@ -193,10 +200,12 @@ class Coordinator:
         Raises QuorumLost, after everything so far is on disk, where too few sites are left to go on.
         """
         if not self.records:
+            self._observe(Phase("evaluating the base model"))
             epsilon = 0.0 if self._plan.mechanism.private else None
             self._record.begin(self._plan, self._spec.digest, self.adapter)
             self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon, **self._scores()))
         channel = channel or PlainChannel(grid)
+        self._observe(Phase("waiting for the sites"))
         self._await_nodes(channel)
         try:
             for number in range(self.round + 1, max(self._begun, default=0) + 1):
