@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.table import Table
 
 from fedllm.cli_deploy import (
@@ -251,6 +250,8 @@ def submit(
 
 
 def _follow(home: Path, name: str) -> None:
+    from rich.markdown import Markdown
+
     from fedllm.plan import RunPlan
     from server import deployment
     from server.checkpoint import read_as

@@ -100,6 +100,13 @@ class RoundStarted:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What is being done outside the rounds, in words for whoever watches."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class _Answer:
     """A site's update, its statement checked."""
 
@@ -110,7 +117,7 @@ class _Answer:
     head_digest: str
 
 
-Event = RoundStarted | SiteAnswered | RoundRecord
+Event = Phase | RoundStarted | SiteAnswered | RoundRecord
 Score = Callable[[NDArray[np.float32]], Mapping[str, float | None]]
 
 
@@ -205,6 +212,7 @@ class Coordinator:
             self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon, None, None, None))
         elif self.records[-1].loss is None:  # it ended before this was known
             self._evaluate()
+        self._observe(Phase("waiting for the sites"))
         self._await_nodes(channel)
         try:
             for number in range(self.round + 1, max(self._begun, default=0) + 1):

@@ -27,7 +27,7 @@ from fedllm.training.workspace import Workspace, open_workspace, use_threads
 from server.checkpoint import CONFIG, has_checkpoint, write_atomically, writing
 from server.heads import Heads
 from server.record import RunRecord
-from server.rounds import CHECKPOINT, PLAN, Coordinator, Event
+from server.rounds import CHECKPOINT, PLAN, Coordinator, Event, Phase
 
 _LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a moment
 
@@ -139,7 +139,7 @@ class HeadOfficeRun:
         adapter = self._workspace.adapter
         if plan.shared is not None:
             plan.shared.clip_before_rounding(adapter.spec.dimension)  # says here what every site would decline for
-        self._plan, self._folder = plan, folder
+        self._plan, self._folder, self._observe = plan, folder, observe
         self._coordinator = Coordinator(
             plan, self._config.federation, adapter.spec, adapter.initial, folder,
             partial(_score, self._evaluator, self._workspace.engine, plan.mechanism), observe, sites, record, heads,
@@ -157,6 +157,7 @@ class HeadOfficeRun:
         `memory_elsewhere` is what other processes of the run used at most, MB.
         """
         adapter, coordinator = self._workspace.adapter, self._coordinator
+        self._observe(Phase("closing evaluation: answers before and after"))
         summary = RunSummary(
             name=self._config.name,
             folder=self._folder,
@@ -170,6 +171,7 @@ class HeadOfficeRun:
             peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 + memory_elsewhere,
             **_before_and_after(self._evaluator, adapter.initial, coordinator.adapter),
         )
+        self._observe(Phase("writing adapter, plots and summaries"))
         with writing(self._folder):
             write_outputs(summary, adapter, coordinator.adapter)
         return summary

@@ -25,7 +25,7 @@ from server.app import server_app
 from server.checkpoint import CONFIG, read_as, write_atomically, writing
 from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord, key_in
-from server.rounds import PLAN, Coordinator, Event
+from server.rounds import PLAN, Coordinator, Event, Phase
 from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
 from simulations.grid import InProcessGrid, run_ray
 from simulations.sites import SITE_LOG, SimulatedData, folder_of, log_to, make_site, roster_of, simulated_data
@@ -50,8 +50,8 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
     """Run the configured federation and write its outputs to `config.output/config.name`.
 
     Before the first round, `announce` receives the plan, the sites' names, and what tells tokens and seconds of the
-    training done so far, in sites at one time; `observe` receives every event after. A run
-    whose quorum is lost ends with its outputs written and the reason in the summary; other errors are raised.
+    training done so far; `observe` receives every event. A run whose quorum is lost ends with its outputs written and
+    the reason in the summary; other errors are raised.
     """
     os.environ.update(_QUIET)
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -59,10 +59,13 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
     folder = Path(config.output) / config.name
     check_folder(config, folder)
     use_threads(config.site.threads)
+    observe(Phase("reading the records"))
     data = simulated_data(config)
     config = _with_place(_with_nominal_size(config, data.unit_counts()))
     _check_federation(config, data, folder)
+    observe(Phase("planning: noise for the budget"))
     plan = make_plan(config, len(data.names))
+    observe(Phase("loading model and held-out set"))
     run = HeadOfficeRun(config)
     with alone_in(folder, config):
         if config.resume:
@@ -82,7 +85,7 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
             if config.site.folder is not None:
                 _export_ledgers(config, data.names, folder)
             if config.audit:
-                _audit(folder)
+                _audit(folder, observe)
             return summary
 
 
@@ -191,11 +194,13 @@ def _run(config: SimulationConfig, folder: Path, coordinator: Coordinator, sites
     return ""
 
 
-def _audit(folder: Path) -> None:
+def _audit(folder: Path, observe: Callable[[Event], None]) -> None:
     """Write the audit report in both languages, and the keys to verify it with."""
     signer = key_in(folder)
     pages = [("audit", "en"), ("audit.ko", "ko")]
-    written = write_audit(folder, folder / AUDIT, pages, signer=signer, prv=epsilon_prv)
+    written = write_audit(
+        folder, folder / AUDIT, pages, signer=signer, prv=epsilon_prv, say=lambda text: observe(Phase(text))
+    )
     known = {HEAD_OFFICE: signer.public.fingerprint, **{s.name: s.fingerprint for s in written.audit.sites}}
     lines = [f"{name} {fingerprint}" for name, fingerprint in known.items() if fingerprint]
     heading = "# In a deployment every office tells its own fingerprint; here one process plays all of them."

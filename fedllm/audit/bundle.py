@@ -6,13 +6,14 @@ audit.html, audit.pdf (and audit.ko.html, audit.ko.pdf)       the same, for peop
 audit.sig                                                     {file: SHA-256}, signed (DSSE)
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 
 from fedllm.audit.evidence import LEDGERS, METRICS, PLAN, RECORD, Prv, Trust, assess, file_name, sites_of
 from fedllm.audit.model import INTEGRITY, Audit
+from fedllm.audit.pdf import rendered, renderer
 from fedllm.crypto import Identity, open_envelope, sign_envelope
 from fedllm.errors import ChainError, CryptoError, FolderError, first_line
 from fedllm.files import is_full
@@ -49,14 +51,15 @@ def write_audit(
     ledgers: Path | None = None,
     signer: Identity | None = None,
     prv: Prv | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Written:
     """Gather the evidence of a run, check it, and write the report to `folder`, which is replaced as a whole.
 
     `pages` are (stem, language) of the pages for people; `ledgers` is a folder of exported ledgers, without which the
-    run's folder is searched. Raises ChainError where there is no readable record, FolderError where nothing can be
-    written.
+    run's folder is searched; `say` receives what is being done, in words. Raises ChainError where there is no
+    readable record, FolderError where nothing can be written.
     """
-    from fedllm.audit.report import render_html, render_pdf, to_json
+    from fedllm.audit.report import render_html, to_json
 
     if folder.exists() and any(folder.iterdir()) and not (folder / JSON).exists():
         raise FolderError(f"{folder} exists and holds no audit. Nothing was overwritten; choose another folder.")
@@ -68,17 +71,23 @@ def write_audit(
     except OSError as error:
         raise _cannot_write(folder, error) from None
     try:
+        say("audit: checking the evidence")
         _gather(run, names, ledgers, new)
         made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
         audit = assess(new, None, made, signer.public.fingerprint if signer else "", prv)
         (new / JSON).write_bytes(to_json(audit))
-        for stem, language in pages:
-            html = render_html(audit, "ko" if language == "ko" else "en")
-            (new / f"{stem}.html").write_text(html, "utf-8")
-            try:
-                (new / f"{stem}.pdf").write_bytes(render_pdf(html))
-            except FolderError as error:
-                problems.append(str(error))
+        say("audit: report as HTML and PDF")
+        with contextlib.ExitStack() as stack:
+            renderers = {}
+            for stem, language in pages:
+                page = new / f"{stem}.html"
+                page.write_text(render_html(audit, "ko" if language == "ko" else "en"), "utf-8")
+                renderers[page.with_suffix(".pdf")] = stack.enter_context(renderer(page))
+            for pdf, process in renderers.items():
+                try:
+                    pdf.write_bytes(rendered(process))
+                except FolderError as error:
+                    problems.append(str(error))
         if signer is not None:
             payload = json.dumps({"files": _digests(new)}, sort_keys=True, ensure_ascii=False).encode()
             (new / SIGNATURE).write_text(sign_envelope(payload, SIGNATURE_TYPE, signer), "utf-8")

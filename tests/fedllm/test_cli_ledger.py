@@ -1,6 +1,8 @@
 """The ledger's commands, as an owner and a privacy officer use them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,22 @@ def test_show_tells_what_was_spent_reserved_and_left(spent_home: Path) -> None:
     assert "open: round 2 of run first" in said
     assert "budget of 8" in said
     assert "data set" in run("ledger", "show", "--file", spent_home / "data" / "ledger.db")
+
+
+def test_a_ledger_is_read_without_the_libraries_of_training(spent_home: Path) -> None:
+    code = """
+import sys
+from fedllm.cli import main
+try:
+    main()
+finally:
+    print("loaded:", *sorted({name.partition('.')[0] for name in sys.modules}))
+"""
+    command = [sys.executable, "-c", code, "ledger", "show", "--home", str(spent_home)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    shown, _, loaded = done.stdout.rpartition("loaded:")
+    assert "1 released" in shown, done.stderr
+    assert not set(loaded.split()) & {"torch", "transformers", "datasets", "flwr", "hydra", "matplotlib", "opacus"}
 
 
 def test_verify_finds_the_first_bad_entry_of_a_ledger_and_of_an_export(spent_home: Path, tmp_path: Path) -> None:

@@ -106,6 +106,27 @@ def test_a_mistake_is_told_before_torch_is_imported() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_first_line_comes_before_the_libraries_that_take_long() -> None:
+    code = """
+import sys
+from importlib.abc import MetaPathFinder
+class Stop(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers", "flwr", "datasets", "matplotlib", "scipy"):
+            print("NOW", name)
+            raise SystemExit(3)
+sys.meta_path.insert(0, Stop())
+from fedllm.cli import main
+main()
+"""
+    command = [sys.executable, "-c", code, "simulate", "output=/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    first, then = done.stdout.splitlines()
+    assert first == "loading PyTorch and Transformers ..."
+    assert then.startswith("NOW")
+
+
 def test_without_a_command_the_help_is_shown(fedllm: Any) -> None:
     assert "simulate" in fedllm().text
     assert "Traceback" not in fedllm().text

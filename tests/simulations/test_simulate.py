@@ -1,5 +1,6 @@
 """A whole federation on one machine: what it leaves behind, and what it promises about it."""
 
+import contextlib
 import csv
 import fcntl
 import gc
@@ -7,7 +8,6 @@ import json
 import math
 import shutil
 import struct
-import sys
 import threading
 import warnings
 import xml.etree.ElementTree as ET
@@ -30,6 +30,7 @@ import fedllm.privacy.accounting
 import fedllm.training.workspace
 import server.run
 from client.site import Site
+from fedllm.audit import bundle
 from fedllm.audit.bundle import verify
 from fedllm.audit.evidence import Trust
 from fedllm.audit.summary import RunSummary
@@ -43,7 +44,7 @@ from fedllm.training.adapter import AdapterModel
 from server.checkpoint import load_checkpoint
 from server.heads import HEADS, Heads
 from server.record import key_in
-from server.rounds import Event, RoundRecord
+from server.rounds import Event, Phase, RoundRecord
 from simulations.simulate import KEYS, simulate
 
 Configure = Callable[..., SimulationConfig]
@@ -192,6 +193,12 @@ def test_all_planned_rounds_were_run_by_all_sites(variants: Callable[[str], Run]
     assert [record["round"] for record in done.summary.records] == [0, 1, 2, 3]
     assert [e.round for e in done.events if isinstance(e, RoundRecord)] == [0, 1, 2, 3]
     assert {n: s["rounds"] for n, s in done.summary.sites.items()} == dict.fromkeys(done.names, 3)
+    phases = [(i, e.text) for i, e in enumerate(done.events) if isinstance(e, Phase)]
+    last = max(i for i, e in enumerate(done.events) if isinstance(e, RoundRecord))
+    assert [text.split(":")[0] for i, text in phases if i > last][:2] == [
+        "closing evaluation", "writing adapter, plots and summaries",
+    ], "nobody waits before a silent screen"  # fmt: skip
+    assert (phases[0], phases[-1][0]) == ((0, "reading the records"), len(done.events) - 1)
     expected = {"person": set(BRANCHES), "seeded": set(BRANCHES)}.get(name, {"site-00", "site-01", "site-02"})
     assert set(done.names) == expected
 
@@ -475,7 +482,7 @@ def run_until(config: SimulationConfig, events: int) -> None:
     seen: list[Event] = []
 
     def observe(event: Event) -> None:
-        seen.append(event)
+        seen.extend([] if isinstance(event, Phase) else [event])
         if len(seen) == events:
             raise Killed
 
@@ -795,7 +802,8 @@ def lasting(tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatc
 def test_budget_belongs_to_the_records_whichever_head_office_asks(
     tmp_path: Path, configure: Configure, lasting: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "weasyprint", None)  # its PDFs take longer than all else here
+    monkeypatch.setattr(bundle, "renderer", contextlib.nullcontext)  # PDFs take longer than all else here
+    monkeypatch.setattr(bundle, "rendered", lambda page: b"%PDF-")
     privacy = configure(tmp_path).privacy
     assert privacy.noise_multiplier is not None
     event = AccountingEvent(privacy.sampling_rate, privacy.noise_multiplier, 1)

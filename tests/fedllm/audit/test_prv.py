@@ -1,6 +1,7 @@
 """Opacus' PRV accountant, as it is asked here, against the vectors and against the PLD."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,24 @@ def test_the_estimate_is_what_an_audit_asks_for() -> None:
 
 def test_where_opacus_is_missing_or_cannot_tell_it_is_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prv([], DELTA).reason
-    monkeypatch.setitem(sys.modules, "opacus.accountants", None)
+    monkeypatch.setitem(sys.modules, "opacus", None)
     third = prv([AccountingEvent(0.1, 1.0, 1)], DELTA)
     assert (third.estimate, third.upper, third.reason) == (None, None, "Opacus is not installed")
+
+
+def test_opacus_is_asked_without_torch_and_is_whole_for_whoever_imports_it_later() -> None:
+    code = """
+import sys
+from fedllm.audit.prv import prv
+from fedllm.privacy.accounting import AccountingEvent
+mine = prv([AccountingEvent(0.01, 1.0, 10)], 1e-5).upper
+assert mine is not None
+assert not {"torch", "opacus"} & set(sys.modules), "loaded"
+from opacus.accountants import PRVAccountant
+theirs = PRVAccountant()
+theirs.history = [(1.0, 0.01, 10)]
+assert round(theirs.get_epsilon(1e-5), 9) == mine
+import opacus
+opacus.PrivacyEngine
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,18 +2,25 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+import warnings
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from fedllm.audit import report
+from fedllm.audit.bundle import Written, write_audit
 from fedllm.audit.model import Audit, Point, Utility
-from fedllm.audit.report import LANGUAGES, Language, render_html, render_pdf
+from fedllm.audit.pdf import render_pdf, rendered, renderer
+from fedllm.audit.report import LANGUAGES, Language, render_html
 from fedllm.cli import app
 from fedllm.errors import FolderError
 from fedllm.files import write_secret
@@ -154,21 +161,144 @@ def test_a_hundred_sites_and_a_thousand_rounds_fit_on_few_pages(html_of_many: st
     assert first.count('class="bar"') == 8
 
 
-def test_a_pdf_is_made_or_one_clear_instruction_given(audited: Audited) -> None:
-    html = render_html(audited.written.audit, "ko")  # once: it takes seconds
-    try:
-        pdf = render_pdf(html)
-    except FolderError as error:
-        assert "apt-get install libpango" in str(error)  # noqa: PT017  # either is right
-        return
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
+def test_on_paper_no_word_leaves_its_page(audited: Audited, language: Language, many: bool) -> None:
+    """Also where a word is longer than its column; words that are shorter are not cut in two."""
+    audit = large(audited.written.audit, 20, 100) if many else audited.written.audit
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weasyprint = pytest.importorskip("weasyprint", exc_type=(ImportError, OSError))
+        pages = weasyprint.HTML(string=render_html(audit, language)).render().pages
+    assert len(pages) > 5
+    words = set()
+    for page in pages:
+        box: Any = page._page_box
+        for each in box.descendants():
+            if type(each).__name__ == "TextBox":
+                words.add(each.text.strip())
+                assert each.position_x >= 0, each.text
+                assert each.position_x + each.width <= page.width - box.margin_right + 1, each.text
+    headings = [WORDS[key][LANGUAGES.index(language)] for key in ("col.declined", "col.charged", "col.ledger")]
+    assert {*headings, WORDS["verified"][LANGUAGES.index(language)]} <= words
+
+
+def test_a_pdf_is_made_or_one_clear_instruction_given(audited: Audited, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(render_html(audited.written.audit, "ko"), "utf-8")  # once: it takes seconds
+    with renderer(page) as process:
+        try:
+            pdf = rendered(process)
+        except FolderError as error:
+            assert "apt-get install libpango" in str(error)  # noqa: PT017  # either is right
+            return
     assert pdf.startswith(b"%PDF-")
     assert len(pdf) > 40_000  # with its glyphs
 
 
 def test_where_weasyprint_lacks_a_library_the_instruction_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "weasyprint", None)
+    monkeypatch.setitem(sys.modules, "weasyprint", None)
     with pytest.raises(FolderError, match=r"libpango-1\.0-0 libpangoft2-1\.0-0 libharfbuzz-subset0"):
         render_pdf("<p>x</p>")
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that puts a module in WeasyPrint's place, in the processes that render."""
+
+    def put(source: str) -> None:
+        (tmp_path / "libraries").mkdir()
+        (tmp_path / "libraries" / "weasyprint.py").write_text(source, "utf-8")
+        monkeypatch.syspath_prepend(tmp_path / "libraries")
+
+    return put
+
+
+def report_of(audited: Audited, folder: Path, *languages: str) -> Written:
+    return write_audit(audited.run, folder, [(f"audit.{each}", each) for each in languages])
+
+
+def test_where_weasyprint_cannot_be_loaded_the_report_says_once_that_it_has_no_pdf(
+    audited: Audited, tmp_path: Path, stand_in: Callable[[str], None]
+) -> None:
+    stand_in("raise OSError('cannot load library libpango')")
+    written = report_of(audited, tmp_path / "audit", *LANGUAGES)
+    assert [problem[:25] for problem in written.problems] == ["audit.pdf was not written"]
+    assert "apt-get install" in written.problems[0]
+    assert {file.name for file in written.folder.glob("audit.*.*")} == {"audit.en.html", "audit.ko.html"}
+
+
+def test_a_renderer_that_fails_costs_the_pdf_and_not_the_report(
+    audited: Audited, tmp_path: Path, stand_in: Callable[[str], None]
+) -> None:
+    stand_in("print('Fontconfig warning')\nHTML = None")
+    written = report_of(audited, tmp_path / "audit", "en")
+    assert written.problems == (
+        "audit.pdf was not written: its renderer failed: TypeError: 'NoneType' object is not callable",
+    )
+    assert (written.folder / "audit.en.html").exists()
+    assert not (written.folder / "audit.en.pdf").exists()
+
+
+def test_the_pages_are_rendered_at_once_and_in_processes_of_their_own(
+    audited: Audited, tmp_path: Path, stand_in: Callable[[str], None]
+) -> None:
+    """Each waits here until the other has begun."""
+    stand_in(f"""
+import os, pathlib, time
+begun = pathlib.Path({str(tmp_path / "begun")!r})
+class HTML:
+    def __init__(self, string):
+        begun.mkdir(exist_ok=True)
+        (begun / str(os.getpid())).touch()
+    def write_pdf(self):
+        limit = time.monotonic() + 300
+        while len(list(begun.iterdir())) < 2 and time.monotonic() < limit:
+            time.sleep(0.01)
+        return b"%PDF-" if len(list(begun.iterdir())) == 2 else b"alone"
+""")
+    written = report_of(audited, tmp_path / "audit", *LANGUAGES)
+    assert not written.problems
+    assert [(written.folder / f"audit.{each}.pdf").read_bytes() for each in LANGUAGES] == [b"%PDF-", b"%PDF-"]
+    assert str(os.getpid()) not in {file.name for file in (tmp_path / "begun").iterdir()}
+
+
+def test_a_folder_that_the_user_works_in_is_no_place_for_the_renderers_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("weasyprint.py", "fedllm.py", "logging.py"):
+        (tmp_path / name).write_text("raise SystemExit('ran what lay there')", "utf-8")
+    (tmp_path / "page.html").write_text("<p>x</p>", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    with renderer(tmp_path / "page.html") as process:
+        try:
+            assert rendered(process).startswith(b"%PDF-")
+        except FolderError as error:
+            assert "apt-get install libpango" in str(error)  # noqa: PT017  # either is right
+
+
+def test_no_renderer_outlives_what_asked_for_it(tmp_path: Path, stand_in: Callable[[str], None]) -> None:
+    stand_in("import time\ntime.sleep(3600)")
+    with pytest.raises(KeyError), renderer(tmp_path / "page.html") as process:
+        raise KeyError("another page")
+    assert process.returncode is not None
+
+
+def test_an_audit_is_verified_without_the_libraries_of_training(audited: Audited, tmp_path: Path) -> None:
+    keys = audited.federation.write_trust(tmp_path / "keys.txt")
+    code = """
+import sys
+from fedllm.cli import main
+try:
+    main()
+finally:
+    print("loaded:", *sorted({name.partition('.')[0] for name in sys.modules}))
+"""
+    command = [sys.executable, "-c", code, "audit", "verify", str(audited.written.folder), "--trust", str(keys)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    shown, _, loaded = done.stdout.rpartition("loaded:")
+    assert "verified: within budget" in shown, done.stderr
+    assert not set(loaded.split()) & {"torch", "transformers", "datasets", "flwr", "hydra", "opacus", "weasyprint"}
 
 
 def test_the_commands_write_a_report_in_one_language_and_verify_it(
