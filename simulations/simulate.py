@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -81,11 +82,13 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
                 stopped = _run(config, folder, coordinator, len(data.names), workers)
             budgets = {name: config.budget(name) for name in data.names}
             elsewhere = workers.memory if workers is not None else 0.0
-            summary = run.finish(stopped, budgets, time.monotonic() - began, elsewhere)
             if config.site.folder is not None:
                 _export_ledgers(config, data.names, folder)
-            if config.audit:
-                _audit(folder, observe)
+            with ThreadPoolExecutor(1, "audit") as beside:  # the closing evaluation
+                audit = beside.submit(_audit, folder, observe) if config.audit else None
+                summary = run.finish(stopped, budgets, time.monotonic() - began, elsewhere)
+                if audit is not None:
+                    audit.result()
             return summary
 
 
