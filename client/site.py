@@ -257,6 +257,9 @@ class Site:
             ledger_number=head.number,
             ledger_digest=head.digest,
             update=update_digest(payload),
+            roster=request.begun.roster,
+            record_number=request.begun.number,
+            record_digest=request.begun.digest,
         )
         return TrainReply(
             site=self.name,

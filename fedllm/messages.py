@@ -71,6 +71,14 @@ class LedgerHead(Frozen):
     digest: str = Field(max_length=64)
 
 
+class RoundBegun(Frozen):
+    """Whom head office asks in a round, and the entry of its run record that says so; every site signs for both."""
+
+    roster: str = Field(pattern="^[0-9a-f]{64}$")  # fedllm.statement.roster_digest
+    number: int = Field(ge=0, lt=2**63)  # of the entry
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 class TrainRequest(Message):
     """One round: train from the adapter in the payload (float32[d]).
 
@@ -82,6 +90,7 @@ class TrainRequest(Message):
     round: int = Field(ge=1)
     spec_digest: str
     head: LedgerHead | None  # None: nothing was seen yet
+    begun: RoundBegun
 
 
 class TrainReply(Message):
