@@ -258,6 +258,9 @@ class Site:
             ledger_digest=head.digest,
             update=update_digest(payload),
             grid=spent.grid,
+            roster=request.begun.roster,
+            record_number=request.begun.number,
+            record_digest=request.begun.digest,
         )
         return TrainReply(
             site=self.name,

@@ -84,6 +84,14 @@ class LedgerHead(Frozen):
     digest: Digest
 
 
+class RoundBegun(Frozen):
+    """Whom head office asks in a round, and the entry of its run record that says so; every site signs for both."""
+
+    roster: str = Field(pattern="^[0-9a-f]{64}$")  # fedllm.statement.roster_digest
+    number: int = Field(ge=0, lt=2**63)  # of the entry
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 class TrainRequest(Message):
     """One round: train from the adapter in the payload (float32[d]).
 
@@ -96,6 +104,7 @@ class TrainRequest(Message):
     round: Round
     spec_digest: Digest
     head: LedgerHead | None  # None: nothing was seen yet
+    begun: RoundBegun
 
 
 class TrainReply(Message):

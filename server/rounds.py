@@ -26,6 +26,7 @@ from fedllm.messages import (
     Prepare,
     Ready,
     Reason,
+    RoundBegun,
     TrainReply,
     TrainRequest,
     from_bytes,
@@ -193,7 +194,8 @@ class Coordinator:
                 "a backup, or start a new run."
             )
         _write_records(self._folder / METRICS, self.records)
-        self._begun = self._record.resume(self._plan, self.round, self.adapter)
+        begun = self._record.resume(self._plan, self.round, self.adapter)
+        self._begun = begun if self._masks is not None else {}
         self._repeated = self.round + 2  # the round that was under way, and one more after a damaged checkpoint
 
     def run(self, grid: Grid, channel: Channel | None = None) -> None:
@@ -250,9 +252,7 @@ class Coordinator:
         self._check_quorum(number, len(nodes), declined, failed)
         asked = [self._site_of_node[n] for n in nodes]
         self._observe(RoundStarted(number, asked))
-        if self._masks is not None:
-            self._record.note("begun", {"round": number, "sites": sorted(asked)})
-        requests = self._requests(nodes, number, masking)
+        requests = self._requests(nodes, number, masking, self._record.begin_round(number, asked))
         updates, replies = self._collect(grid, channel, number, requests, declined, failed)
         delta, trimmed, lost = self._aggregate(grid, channel, number, updates)
         if all(declined.get(site) in _UNCHARGED for site in asked):
@@ -535,10 +535,12 @@ class Coordinator:
             return self._masks.read(site, number, *unpack(reply.payload, 2))
         return codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
 
-    def _requests(self, nodes: list[int], number: int, masking: Mapping[str, bytes]) -> dict[int, bytes]:
+    def _requests(
+        self, nodes: list[int], number: int, masking: Mapping[str, bytes], begun: RoundBegun
+    ) -> dict[int, bytes]:
         """Return the request of a round to each node, with the last that is known of its site's ledger, in any run.
 
-        `masking` is what secure aggregation asks of each site, empty where there is none.
+        `masking` is what secure aggregation asks of each site, empty where there is none; they sign for `begun`.
         """
         payload = codec.encode(self.adapter, "float32")
         self._known = self._heads.read() if self._heads is not None else {}
@@ -548,7 +550,7 @@ class Coordinator:
         return {
             node: TrainRequest(
                 plan=self._plan, round=number, spec_digest=self._spec.digest,
-                head=self._known.get(self._site_of_node[node]),
+                head=self._known.get(self._site_of_node[node]), begun=begun,
                 payload=pack(payload, masking[self._site_of_node[node]]) if masking else payload,
             ).to_bytes()
             for node in nodes
@@ -582,6 +584,11 @@ class Coordinator:
         for name, value in expected.items():
             if getattr(statement, name) != value:
                 raise MessageError(f"statement: {name}={getattr(statement, name)}, and the reply says {value}")
+        said = {(begun.roster, begun.number, begun.digest) for begun in self._record.began(reply.round)}
+        if (statement.roster, statement.record_number, statement.record_digest) not in said:
+            raise MessageError(
+                f"statement: entry {statement.record_number} of the run record, which begins no round {reply.round}"
+            )
         head = (statement.ledger_number, statement.ledger_digest)
         if head[0] <= before.head_number and head != (before.head_number, before.head_digest):
             raise MessageError(f"statement: {_went_back(head[0], before.head_number)}")

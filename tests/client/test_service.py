@@ -16,10 +16,11 @@ from fedllm import envelope
 from fedllm.crypto import Identity
 from fedllm.envelope import Binding
 from fedllm.errors import Cancelled, ConfigError, CryptoError, MessageError
-from fedllm.messages import Declined, Prepare, TrainRequest, from_bytes
+from fedllm.messages import Declined, Prepare, RoundBegun, TrainRequest, from_bytes
 from fedllm.plan import RunPlan, parse
 
 HEAD, SITE, STRANGER = Identity.generate(), Identity.generate(), Identity.generate()
+BEGUN = RoundBegun(roster="a" * 64, number=1, digest="b" * 64)
 
 
 def plan(run: str = "run-1") -> RunPlan:
@@ -64,7 +65,7 @@ def request(
     payload: bytes | None = None, **binding: object,
 ) -> bytes:  # fmt: skip
     asked = plan(run)
-    message = TrainRequest(plan=asked, round=2, spec_digest="s", head=None, payload=b"adapter").to_bytes()
+    message = TrainRequest(plan=asked, round=2, spec_digest="s", head=None, begun=BEGUN, payload=b"adapter").to_bytes()
     values = {"direction": "to-site", "run": run, "plan": asked.digest, "round": round_, "number": number, **binding}
     return envelope.seal(message if payload is None else payload, Binding(**values), sender, receiver.public)
 
@@ -170,7 +171,7 @@ def test_the_courier_gets_the_answer_over_the_socket(socket: Path, branch: Branc
 def test_large_updates_pass_both_ways(socket: Path, branch: Branch, megabytes: int) -> None:
     large = os.urandom(1 << 20) * megabytes
     branch.answer = large[::-1]
-    message = TrainRequest(plan=plan(), round=2, spec_digest="s", head=None, payload=large).to_bytes()
+    message = TrainRequest(plan=plan(), round=2, spec_digest="s", head=None, begun=BEGUN, payload=large).to_bytes()
     sealed = ask(str(socket), request(payload=message), 200)
     assert envelope.open_sealed(sealed, HEAD, [SITE.public])[1] == large[::-1]
 

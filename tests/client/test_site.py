@@ -25,7 +25,18 @@ from fedllm import codec
 from fedllm.chain import open_entry
 from fedllm.crypto import Identity
 from fedllm.errors import Cancelled, ConfigError, DataError, ModelError
-from fedllm.messages import MAGIC, Declined, LedgerHead, Message, Prepare, Ready, TrainReply, TrainRequest, from_bytes
+from fedllm.messages import (
+    MAGIC,
+    Declined,
+    LedgerHead,
+    Message,
+    Prepare,
+    Ready,
+    RoundBegun,
+    TrainReply,
+    TrainRequest,
+    from_bytes,
+)
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import DataSet, LedgerFile, Period, PrivacyLedger
@@ -38,6 +49,7 @@ from fedllm.training.workspace import Workspace, open_workspace
 SECRET = "Hong-Gildong-8210-4242"  # stands for everything that must not leave a site
 NAME = "대구 지점"
 IDENTITY = Identity.generate()
+BEGUN = RoundBegun(roster="a" * 64, number=1, digest="b" * 64)
 DATA = DataSet("what the records hold")
 
 
@@ -95,6 +107,7 @@ class Office:
             "round": round_,
             "spec_digest": adapter.spec.digest,
             "head": None,
+            "begun": BEGUN,
             "payload": codec.encode(adapter.initial, "float32"),
         }
         return TrainRequest(**{**values, **changes}).to_bytes()
@@ -536,6 +549,7 @@ def test_what_a_reply_says_beside_the_update_does_not_depend_on_the_records(
     assert statement == Statement(
         NAME, office.plan.run, office.plan.digest, 1, cost.epsilon, cost.epsilon_rdp, 1e-3, reserved.number,
         reserved.digest, update_digest(from_bytes(reply, TrainReply, TrainReply).payload),
+        BEGUN.roster, BEGUN.number, BEGUN.digest,
     )  # fmt: skip
     assert {key: value for key, value in header(reply).items() if key != "statement"} == {
         "kind": "update",

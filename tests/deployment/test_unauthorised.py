@@ -28,7 +28,7 @@ from fedllm.crypto import Identity, PublicIdentity
 from fedllm.envelope import Binding
 from fedllm.errors import FederationError
 from fedllm.files import write_secret
-from fedllm.messages import Declined, Message, Prepare, Ready, TrainRequest, from_bytes
+from fedllm.messages import Declined, Message, Prepare, Ready, RoundBegun, TrainRequest, from_bytes
 from fedllm.reach import reach
 from server import federation as head_folder
 from server import superlink
@@ -194,7 +194,8 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_at_the_socket(federa
     plan = make_plan(config_of("at-the-socket", 1), 3)
     known = {"run": plan.run, "plan": plan.digest}
     genuine = _sealed(Prepare(plan=plan), site, me, **known)
-    train = TrainRequest(plan=plan, round=1, spec_digest="0" * 64, head=None, payload=b"")
+    begun = RoundBegun(roster="0" * 64, number=1, digest="0" * 64)
+    train = TrainRequest(plan=plan, round=1, spec_digest="0" * 64, head=None, begun=begun, payload=b"")
     altered = bytearray(_sealed(Prepare(plan=plan), site, me, **known))
     altered[-1] ^= 1
     others = {

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from fedllm import codec
 from fedllm.errors import MessageError
-from fedllm.messages import MAGIC, Declined, LedgerHead, Message, Prepare, Ready, TrainReply, TrainRequest, from_bytes
+from fedllm.messages import (
+    MAGIC,
+    Declined,
+    LedgerHead,
+    Message,
+    Prepare,
+    Ready,
+    RoundBegun,
+    TrainReply,
+    TrainRequest,
+    from_bytes,
+)
 from fedllm.plan import RunPlan
 
 Make = Callable[..., RunPlan]
@@ -28,7 +39,8 @@ def message_of(kind: type[Message], plan: RunPlan, payload: bytes = b"") -> Mess
         Prepare: Prepare(plan=plan, payload=payload),
         Ready: Ready(site=SITE, plan_digest=DIGEST, spec_digest=DIGEST, payload=payload),
         TrainRequest: TrainRequest(
-            plan=plan, round=3, spec_digest=DIGEST, head=LedgerHead(number=4, digest=DIGEST), payload=payload
+            plan=plan, round=3, spec_digest=DIGEST, head=LedgerHead(number=4, digest=DIGEST),
+            begun=RoundBegun(roster=DIGEST, number=5, digest=DIGEST), payload=payload,
         ),
         TrainReply: TrainReply(
             site=SITE, plan_digest=DIGEST, round=3, spec_digest=DIGEST, dtype="float16", epsilon=1.5, epsilon_rdp=None,

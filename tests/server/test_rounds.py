@@ -70,11 +70,12 @@ class FakeSite:
         self.base = 0  # entries of its ledger before this run
         self.says: dict[str, Any] = {}  # what its statement says instead of what is so
 
-    def sign(self, reply: TrainReply, plan: RunPlan) -> TrainReply:
+    def sign(self, reply: TrainReply, request: TrainRequest) -> TrainReply:
         entry = self.base + 2 * reply.round  # of a chain with two entries a round
+        plan, begun = request.plan, request.begun
         statement = Statement(
             reply.site, plan.run, reply.plan_digest, reply.round, reply.epsilon, reply.epsilon_rdp, reply.delta, entry,
-            f"digest {entry}", update_digest(reply.payload),
+            f"digest {entry}", update_digest(reply.payload), begun.roster, begun.number, begun.digest,
         )  # fmt: skip
         signed = sign_statement(replace(statement, **self.says), self.identity)
         return reply.model_copy(update={"statement": signed})
@@ -110,7 +111,7 @@ class FakeSite:
         )
         answer = reply.to_bytes() if self.spoil is None else self.spoil(reply)
         try:
-            return self.sign(from_bytes(answer, TrainReply, TrainReply), plan).to_bytes()
+            return self.sign(from_bytes(answer, TrainReply, TrainReply), message).to_bytes()
         except (MessageError, TypeError):  # spoilt so well that there is nothing to sign
             return answer
 
