@@ -13,7 +13,7 @@ import torch
 
 from client.office import Policy
 from fedllm.errors import PrivacyError
-from fedllm.messages import Declined, TrainRequest
+from fedllm.messages import Declined, RoundBegun, TrainRequest
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.engine import clip_and_sum
@@ -32,6 +32,8 @@ BEYOND: dict[str, tuple[str, Any, Any]] = {
     "privacy.sampling_rate": ("max_sampling_rate", 0.5, 0.51),
     "privacy.noise_multiplier": ("min_noise_multiplier", 0.3, 0.29),
 }
+
+BEGUN = RoundBegun(roster="a" * 64, number=1, digest="b" * 64)
 
 
 def asking(base: Path, changes: dict[str, Any]) -> RunPlan:
@@ -52,7 +54,7 @@ def test_a_plan_at_every_limit_is_admitted_and_beyond_any_of_them_declined(
     office = Office(tmp_path, asking(tiny_llama, {key: BEYOND[key][2]}))
     office.policy = DEFAULTS
     office.restart()
-    train = TrainRequest(plan=office.plan, round=1, spec_digest="0" * 64, head=None).to_bytes()
+    train = TrainRequest(plan=office.plan, round=1, spec_digest="0" * 64, head=None, begun=BEGUN).to_bytes()
     assert office.prepare() == read(office.site.handle(train)) == Declined(site=NAME, reason="policy")
     assert not office.ledger_path.exists()
     assert [key in message for message in caplog.messages] == [True, True], "the owner can read why"

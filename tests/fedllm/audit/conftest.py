@@ -1,7 +1,7 @@
 """A federation that ran twice on the same records, and its audit."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,8 @@ class Audited:
 def any_pdf() -> Iterator[None]:
     """Another file in the place of every PDF, whose making takes seconds: no test but one reads any."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedllm.audit.report.render_pdf", lambda html: b"%PDF-" + html.encode()[:500])
+        patch.setattr("fedllm.audit.bundle.renderer", nullcontext)
+        patch.setattr("fedllm.audit.bundle.rendered", lambda page: b"%PDF-" + page.read_bytes()[:500])
         yield
 
 
