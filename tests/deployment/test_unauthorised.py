@@ -83,14 +83,16 @@ def _refused(federation: Federation, intruders: Mapping[str, Intruder]) -> None:
     assert Control(federation.head.office).connected() == dict.fromkeys(federation.admitted, True)
 
 
-def test_a_node_with_a_key_that_is_not_registered_is_refused(federation: Federation, tmp_path: Path) -> None:
+def test_a_node_without_a_registered_key_is_refused(federation: Federation, tmp_path: Path) -> None:
     federation.ready()
     head = federation.head
-    _refused(federation, {"": Intruder(head, tmp_path / "1", head.office.ca_file, crypto.make_node_key().key)})
+    keys = {"a key that is not registered": crypto.make_node_key().key, "TLS, but no key": None}
+    ca = head.office.ca_file
+    _refused(federation, {who: Intruder(head, tmp_path / who, ca, key) for who, key in keys.items()})
 
 
 @pytest.mark.soak
-def test_a_node_without_a_key_with_another_authority_or_with_the_key_of_one_online_is_refused(
+def test_a_node_with_another_authority_or_with_the_key_of_one_online_is_refused(
     federation: Federation, tmp_path: Path
 ) -> None:
     head = federation.head
@@ -100,7 +102,6 @@ def test_a_node_without_a_key_with_another_authority_or_with_the_key_of_one_onli
     registered = federation.branches[ALONE].office.node_key_file.read_bytes()
     ca = head.office.ca_file
     intruders = {
-        "TLS, but no key": Intruder(head, tmp_path / "2", ca, None),
         "an office that believes another authority": Intruder(head, tmp_path / "3", other_ca, registered),
         "an office's key while it is online": Intruder(head, tmp_path / "4", ca, registered),
     }
