@@ -131,10 +131,9 @@ def _ledger(
     ledger = _Chain(signer)
     ledger.add("opened", {})
     ledger.add("budget", {"epsilon": 100.0, "delta": _DELTA})
-    ledger.add("data", {"dataset": site, "overlaps": []})
     event = plan.mechanism.event(1)
     for number in range(1, len(answers)):
-        where = {"dataset": site, "run": plan.run, "round": number}
+        where = {"account": "site", "run": plan.run, "round": number, "charge": 1}
         ledger.add("reserved", {
             **where, "request": "b" * 64, "sampling_rate": event.sampling_rate,
             "noise_multiplier": event.noise_multiplier, "steps": 1,
