@@ -111,19 +111,20 @@ def _authorities(ca: Path) -> list[Finding]:
 
 
 def _most_spent(office: Office) -> "PrivacySpent":
-    """Check the ledger's chain and return what the data set that has spent most has spent."""
+    """Check the ledger's chain and return what the account that has spent most has spent."""
     from fedllm.privacy.accounting import PrivacySpent, spent
     from fedllm.privacy.ledger import LedgerFile
 
-    ledger, delta = LedgerFile(office.ledger_file), office.policy.delta
+    ledger, delta = LedgerFile(office.ledger.file, office.ledger.anchor), office.policy.delta
     ledger.verify()
-    each = [spent(ledger.events(data_set), delta) for data_set in ledger.data_sets()]
+    each = [spent(ledger.events(account), delta) for account in ledger.accounts()]
     return max(each, key=lambda one: one.epsilon_rdp, default=PrivacySpent(0.0, 0.0, delta))
 
 
 def _ledger(office: Office) -> list[Finding]:
-    if not office.ledger_file.exists():
-        return [ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
+    found = [warning(f"ledger: {text}") for text in office.ledger.warnings()]
+    if office.ledger.is_new():
+        return [*found, ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
     own, spent = office.policy, _most_spent(office)
     text = (
         f"ledger: epsilon {spent.epsilon:.4g} of {own.epsilon:g} spent, at delta {own.delta:g} (by RDP, which decides "
@@ -131,10 +132,10 @@ def _ledger(office: Office) -> list[Finding]:
     )
     after = "More is for the owner of the records to decide: policy.epsilon in site.yaml"
     if spent.epsilon_rdp >= own.epsilon:
-        return [warning(f"{text}. Every new plan is declined. {after}")]
+        return [*found, warning(f"{text}. Every new plan is declined. {after}")]
     if spent.epsilon_rdp > _LITTLE * own.epsilon:
-        return [warning(f"{text}. Little is left. {after}")]
-    return [ok(text)]
+        return [*found, warning(f"{text}. Little is left. {after}")]
+    return [*found, ok(text)]
 
 
 def _data(office: Office) -> list[Finding]:
@@ -306,12 +307,14 @@ def _check_grant(office: Office) -> list[Finding]:
 
 
 def _check_ledger(office: Office) -> list[Finding]:
-    if not office.ledger_file.exists():
-        return [ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
-    check_private(office.ledger_file)
+    found = [warning(f"ledger: {text}") for text in office.ledger.warnings()]
+    if office.ledger.is_new():
+        return [*found, ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
+    if office.ledger_file.exists():
+        check_private(office.ledger_file)
     own, spent = office.policy, _most_spent(office)
     # whether another round fits is decided by RDP once a second plan was charged, so that is the figure to look at
-    return [ok(f"ledger: epsilon {spent.epsilon_rdp:.4g} of {own.epsilon:g} spent, at delta {own.delta:g}")]
+    return [*found, ok(f"ledger: epsilon {spent.epsilon_rdp:.4g} of {own.epsilon:g} spent, at delta {own.delta:g}")]
 
 
 def _check_socket(office: Office) -> list[Finding]:

@@ -5,6 +5,7 @@
     grant.json         head office's answer, as installed: its address and the keys that are believed
     keys/1/            `identity` and `node`; after a rotation keys/2/, and so on, until the old are retired
     keys/ca.pem        the certificate authorities that the SuperNode believes
+    keys/ledger.anchor which entry of the ledger is the newest
     data/ledger.db     the privacy that was spent
 
 The grant names the keys that it was made for: they are the ones in use. New keys wait beside them for a grant of their
@@ -27,10 +28,12 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from client.policy import SitePolicy
+from fedllm.canonical import canonical
 from fedllm.crypto import Identity, PublicIdentity, make_node_key, node_public_key
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FolderError, ModelError
 from fedllm.files import check_private, locked, new_folder, read, read_secret, write_secret
 from fedllm.plan import DataConfig, Frozen, ModelConfig
+from fedllm.privacy.ledger_place import SITE, LedgerPlace
 from fedllm.provision import (
     MAX_DOCUMENT,
     Grant,
@@ -55,6 +58,7 @@ class SiteData(Frozen):
 
     train: str = Field(min_length=1)  # .jsonl/.json/.csv/.parquet file, a folder of them, or pkg://
     train_split: str = "train"
+    name: str | None = None  # of the data set; its budget is the site's unless it was declared disjoint
     prompt: str | None = None
     text: str = Field(min_length=1)
     chat: bool = False
@@ -164,6 +168,7 @@ name: {name}            # as in the roster of head office; after admission it st
 
 data:
   train: records.jsonl   # .jsonl, .json, .csv or .parquet, or a folder of them; from this file's folder, or absolute
+  # name: branch-2026    # what the data set is called, once it was declared disjoint: fedllm ledger disjoint
   prompt: "{{question}}\\n" # the part that is given; {{column}} is a column of the records
   text: "{{answer}}"       # the part that is learned; for classification the text
   # chat: true           # put both into the model's chat template
@@ -330,6 +335,12 @@ class Office:
         return self.folder / "data" / "ledger.db"
 
     @property
+    def ledger(self) -> LedgerPlace:
+        """The privacy ledger, its anchor beside the keys, and which data set the records are."""
+        name = canonical(self.config.data.name or SITE)
+        return LedgerPlace(self.ledger_file, self.folder / "keys" / "ledger.anchor", name)
+
+    @property
     def socket(self) -> Path:
         """Where the site service listens; raises ConfigError where the path is too long for a socket."""
         path = self._place(self.config.socket) if self.config.socket is not None else self.folder / "run" / "site.sock"
@@ -353,7 +364,7 @@ class Office:
         train = own.train if own.train.startswith("pkg://") else str(self._place(own.train))
         if train is not own.train and not Path(train).exists():
             raise DataError(f"data.train={own.train}: no such file or folder ({train})")
-        return DataConfig(**{**own.model_dump(), "train": train})
+        return DataConfig(**{**own.model_dump(exclude={"name"}), "train": train})
 
     def model(self, planned: ModelConfig) -> ModelConfig:
         """Return where this office has the model of a plan; raises ModelError where the owner put none there."""
@@ -461,7 +472,7 @@ def _hand_over(office: Office, new: KeySet) -> None:
     if office.grant is not None and new.number != office.in_use.number and office.ledger_file.exists():
         from fedllm.privacy.ledger import LedgerFile
 
-        LedgerFile(office.ledger_file).hand_over(office.in_use.identity, new.identity)
+        LedgerFile(office.ledger.file, office.ledger.anchor).hand_over(office.in_use.identity, new.identity)
 
 
 def rotate(folder: Path) -> Office:

@@ -20,7 +20,7 @@ class TableRecords:
     @cached_property
     def data_set(self) -> DataSet:
         """The fingerprint of the rows and persons."""
-        return fingerprint(members(self.table, self.person))
+        return fingerprint(members(self.table, self.text, self.person))
 
     def units(self, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
         """Tokenise the rows; raises DataError where they cannot be used."""

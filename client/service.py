@@ -26,12 +26,14 @@ from fedllm.errors import Cancelled, ConfigError, CryptoError, FedllmError, Mess
 from fedllm.files import locked, write_secret
 from fedllm.messages import Prepare, Secure, TrainRequest, from_bytes
 from fedllm.plan import RunPlan
+from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.data import check_columns, naming, read_table
 from fedllm.training.workspace import Workspace, open_for_training, use_threads
 
 _log = logging.getLogger("fedllm.site")
 _RUNS_KEPT = 1000  # of which the last number is remembered one by one
 _DRAIN = 10.0  # seconds for the round that is being trained when the service is told to end
+_HOUR = 3600.0  # seconds
 _WAITING = 4  # requests that may wait for their turn; more are told to come back
 
 
@@ -123,7 +125,7 @@ def open_site(office: Office) -> Site:
         return open_for_training(plan, office.model(plan.model), resources.device, resources.checkpointing)
 
     return Site(
-        office.name, office.policy, office.ledger_file, lambda: office.identity, workspace,
+        office.name, office.policy, office.ledger, lambda: office.identity, workspace,
         lambda: read_records(office), resources.micro_batch, office.peers if office.config.policy.peers else None,
     )  # fmt: skip
 
@@ -135,12 +137,26 @@ def run(office: Office, stop: threading.Event) -> None:
     data = office.ledger_file.parent
     data.mkdir(mode=0o700, exist_ok=True)
     with locked(data):  # two services at once would answer from two memories
+        ledger = _open_ledger(office)
         endpoint = Endpoint(open_site(office), office.identities, office.coordinators, data / "requests.json")
         server = serve(endpoint, office.socket, office.config.socket_group, limit)
         _log.info("%s answers on %s", office.name, office.socket)
-        stop.wait()
+        while not stop.wait(_HOUR):
+            try:  # so that the evidence of how much time has passed is never old
+                ledger.look_at_clock()
+            except FedllmError as error:
+                _log.warning("%s", error)
         server.stop(_DRAIN).wait()
         office.socket.unlink(missing_ok=True)
+
+
+def _open_ledger(office: Office) -> LedgerFile:
+    """Return the ledger; raises LedgerError where it is lost, so that the owner sees it and not a plan's reply."""
+    for text in office.ledger.warnings():
+        _log.warning("%s", text)
+    ledger = LedgerFile(office.ledger.file, office.ledger.anchor, create=True)
+    ledger.look_at_clock()
+    return ledger
 
 
 def serve(endpoint: Endpoint, socket: Path, group: str | None, max_bytes: int) -> grpc.Server:

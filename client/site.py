@@ -6,7 +6,6 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from client.masks import Masks, Peers
 from client.policy import SitePolicy
 from fedllm import codec
+from fedllm.chain import Head
 from fedllm.crypto import Identity
 from fedllm.errors import (
     BudgetExceeded,
@@ -45,7 +45,8 @@ from fedllm.messages import (
     unpack,
 )
 from fedllm.plan import RunPlan
-from fedllm.privacy.ledger import DataSet, Head, PrivacyLedger
+from fedllm.privacy.ledger import DataSet, PrivacyLedger
+from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.statement import Statement, sign_statement, update_digest
 from fedllm.training.data import Unit
@@ -82,7 +83,7 @@ class Records(Protocol):
 
     @property
     def data_set(self) -> DataSet:
-        """Their fingerprint."""
+        """What they hold, to compare it with other data sets."""
         ...
 
     def units(self, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
@@ -107,14 +108,14 @@ class Site:
         self,
         name: str,
         policy: SitePolicy,
-        ledger: Path,
+        ledger: LedgerPlace,
         identity: Callable[[], Identity],
         workspace: Callable[[RunPlan], Workspace],
         records: Callable[[], Records],
         micro_batch: int,
         peers: Peers | None = None,
     ) -> None:
-        """`records` reads the records, once for every plan; `identity` signs the ledger, which lies at `ledger`.
+        """`records` reads the records, once for every plan; `identity` signs the ledger at `ledger`.
 
         `peers` says whom this site believes to be another site; without it, it takes no part in noise in shares.
         """
@@ -123,7 +124,7 @@ class Site:
                 f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}"
             )
         self.name = name
-        self._policy, self._ledger_path, self._micro_batch = policy, ledger, micro_batch
+        self._policy, self._ledger, self._micro_batch = policy, ledger, micro_batch
         self._identity, self._open_workspace, self._read_records = identity, workspace, records
         self._open: _Open | None = None
         self._masks = Masks(name, identity, peers) if peers is not None else None
@@ -202,9 +203,9 @@ class Site:
             raise LedgerError(
                 f"the ledger lacks entry {request.head.number}, which it had signed for head office. Was it restored "
                 "from an old backup? What was spent since is not in it, so no round is trained on these records. Put "
-                "back the newest ledger there is. If all of them lack the entry: lower policy.epsilon by what the runs "
-                "since then have spent, and head office runs `fedllm server new-ledger` (or, in a simulation, removes "
-                "heads.json)."
+                "back the newest ledger there is. If all of them lack the entry: state what the runs since then have "
+                "spent (`fedllm ledger restart --help`), and head office runs `fedllm server new-ledger` (or, in a "
+                "simulation, removes heads.json)."
             )
         self._self_check(plan, request.round)  # before the charge: an engine that fails it costs nothing
         if mask is not None and not ledger.answered(plan.run, request.round):
@@ -288,9 +289,13 @@ class Site:
         if self._open is None or self._open.plan_digest != plan.digest:
             records = self._read_records()
             policy = self._policy
-            ledger = PrivacyLedger(
-                self._ledger_path, records.data_set, policy.epsilon, policy.delta, self._identity(), policy.period
-            )
+            ledger = PrivacyLedger(self._ledger, policy.epsilon, policy.delta, self._identity(), policy.period)
+            shared = ledger.compare(records.data_set)
+            if shared:  # for the owner: no answer may depend on it
+                _log.warning(
+                    "%s: these records share some with what was charged to %s, although %s was declared disjoint",
+                    self.name, ", ".join(shared), ledger.account,
+                )  # fmt: skip
             self._open = _Open(plan.digest, records, ledger)
         return self._open
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from fedllm.canonical import canonical_json
 from fedllm.crypto import Identity, PublicIdentity, open_envelope, sign_envelope
 from fedllm.errors import CryptoError
 
@@ -51,8 +52,7 @@ def update_digest(payload: bytes) -> str:
 def sign_statement(statement: Statement, signer: Identity) -> str:
     """Return a statement as one line."""
     fields = {**asdict(statement), "signer": signer.public.to_text()}
-    payload = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return sign_envelope(payload.encode(), STATEMENT_TYPE, signer)
+    return sign_envelope(canonical_json(fields), STATEMENT_TYPE, signer)
 
 
 def open_statement(line: str) -> tuple[Statement, PublicIdentity]:
@@ -63,6 +63,7 @@ def open_statement(line: str) -> tuple[Statement, PublicIdentity]:
     payload, signer = open_envelope(line, STATEMENT_TYPE)
     try:
         fields = json.loads(payload)
+        canonical = canonical_json(fields) == payload
         named = fields.pop("signer")
         statement = Statement(**fields)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -72,7 +73,8 @@ def open_statement(line: str) -> tuple[Statement, PublicIdentity]:
              statement.roster, statement.record_digest)  # fmt: skip
     counts = (statement.round, statement.ledger_number, statement.record_number)
     if (
-        named != signer.to_text()
+        not canonical
+        or named != signer.to_text()
         or not all(n is None or (type(n) in (int, float) and 0 <= n <= sys.float_info.max) for n in numbers)
         or statement.delta is None
         or not all(isinstance(text, str) for text in texts)

@@ -13,6 +13,7 @@ from client.site import Site
 from fedllm.audit.evidence import file_name
 from fedllm.crypto import Identity, PublicIdentity
 from fedllm.plan import DataConfig, PartitionConfig, SimulationConfig
+from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.training.data import Table, check_columns, naming, person, read_table
 from fedllm.training.workspace import open_for_training, use_threads
 from server.checkpoint import writing
@@ -116,7 +117,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
     return Site(
         name=name,
         policy=policy,
-        ledger=place / "ledger.db",
+        ledger=LedgerPlace(place / "ledger.db", place / "ledger.anchor"),
         identity=partial(Identity.kept, place / "identity"),
         workspace=lambda plan: open_for_training(plan, plan.model, site.device, site.checkpointing),
         records=partial(data.records, name),

@@ -168,10 +168,11 @@ class _MarkBody(_Body):  # resumed, end
     stopped: str = ""
 
 
-class _Reserved(_Body):
-    dataset: _Name
+class _Reserved(_Body):  # or lost, with an earlier ledger
+    account: _Name
     run: _Name
     round: _Round
+    charge: _Round  # 1, 2 ...: a round may be charged again
     sampling_rate: float
     noise_multiplier: float
     steps: int
@@ -182,19 +183,14 @@ class _Reserved(_Body):
 
 
 class _Settled(_Body):  # released, aborted
-    dataset: _Name
     run: _Name
     round: _Round
+    charge: _Round
 
 
 class _Budget(_Body):
     epsilon: float | None
     delta: float = Field(gt=0, lt=1)
-
-
-class _DataSet(_Body):
-    dataset: _Name
-    overlaps: list[_Name]
 
 
 class _Metrics(_Body):
@@ -291,16 +287,15 @@ class _Ledger:
     name: str
     entries: list[Entry]
     charges: list[_Charge] = field(default_factory=list)
-    overlaps: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    restarts: list[int] = field(default_factory=list)  # entries: what was before is lost
     budget: _Budget | None = None
 
     def of(self, run: str) -> list[_Charge]:
         return [charge for charge in self.charges if charge.body.run == run]
 
     def together(self, run: str) -> set[str]:
-        """Return the data sets that share the spending of those that a run used."""
-        used = {charge.body.dataset for charge in self.of(run)}
-        return used.union(*(self.overlaps[each] for each in used))
+        """Return the accounts that a run was charged to."""
+        return {charge.body.account for charge in self.of(run)}
 
 
 def _lines(path: Path) -> list[str]:
@@ -391,7 +386,7 @@ def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> 
         ledger = _Ledger(name, read_chain(_lines(path), file, signers))
         if not ledger.entries:
             raise ChainError(f"{file}: empty")
-        open_: dict[tuple[str, str, int], _Charge] = {}
+        open_: dict[tuple[str, int, int], _Charge] = {}
         for entry in ledger.entries:
             _apply(ledger, open_, entry, f"{file}, entry {entry.number}")
         kinds = {(charge.body.sampling_rate, charge.body.noise_multiplier) for charge in ledger.charges}
@@ -404,22 +399,22 @@ def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> 
     return ledger
 
 
-def _apply(ledger: _Ledger, charges: dict[tuple[str, str, int], _Charge], entry: Entry, where: str) -> None:
+def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry: Entry, where: str) -> None:
     """Add an entry to what the ledger holds; raises ChainError where it contradicts an earlier one."""
-    if entry.kind == "reserved":
+    if entry.kind in ("reserved", "lost"):
         body = _as(_Reserved, entry.body, where)
         try:
             body.event.check()
         except PrivacyError as error:
             raise ChainError(f"{where}: {error}") from None
-        key = (body.dataset, body.run, body.round)
+        key = (body.run, body.round, body.charge)
         if key in charges:
             raise ChainError(f"{where}: round {body.round} of run {body.run} is charged twice")
-        charges[key] = _Charge(entry.number, entry.at, body)
+        charges[key] = _Charge(entry.number, float(entry.at), body)
         ledger.charges.append(charges[key])
     elif entry.kind in ("released", "aborted"):
         settled = _as(_Settled, entry.body, where)
-        charge = charges.get((settled.dataset, settled.run, settled.round))
+        charge = charges.get((settled.run, settled.round, settled.charge))
         if charge is None or charge.released or charge.aborted is not None:
             raise ChainError(f"{where}: {entry.kind}, but round {settled.round} of run {settled.run} is not reserved")
         if entry.kind == "released":
@@ -428,12 +423,9 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, str, int], _Charge], entry:
             charge.aborted = entry.number
     elif entry.kind == "budget":
         ledger.budget = _as(_Budget, entry.body, where)
-    elif entry.kind == "data":
-        data = _as(_DataSet, entry.body, where)
-        for other in data.overlaps:
-            ledger.overlaps[data.dataset].add(other)
-            ledger.overlaps[other].add(data.dataset)
-    elif entry.kind not in ("opened", "key"):
+    elif entry.kind == "restarted":
+        ledger.restarts.append(entry.number)
+    elif entry.kind not in ("opened", "key", "disjoint", "clock"):
         raise ChainError(f"{where}: {entry.kind}?")
 
 
@@ -679,6 +671,8 @@ def _check_site(ledger: _Ledger, papers: _Papers, statements: _Signed, checks: _
     plan = papers.plan
     event = plan.mechanism.event(plan.training.local_steps)
     signers = {entry.signer for entry in ledger.entries}
+    for number in ledger.restarts:  # what was lost is its owner's word
+        checks.note("ledger_complete", "unverified", f"{ledger.name}, #{number}: restarted")
     charges = {charge.body.round: charge for charge in ledger.of(plan.run)}
     for statement, signer in statements:
         where = f"{ledger.name}, {statement.round}"
@@ -707,12 +701,12 @@ def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks:
     Raises PrivacyError where the charges are such that nobody can compute with them.
     """
     together = ledger.together(plan.run)
-    changes = [(c.number, c.body.event, 1) for c in ledger.charges if c.body.dataset in together]
-    changes += [(c.aborted, c.body.event, -1) for c in ledger.charges if c.body.dataset in together and c.aborted]
+    changes = [(c.number, c.body.event, 1) for c in ledger.charges if c.body.account in together]
+    changes += [(c.aborted, c.body.event, -1) for c in ledger.charges if c.body.account in together and c.aborted]
     changes.sort(key=lambda change: change[0])
     steps: Counter[tuple[float, float]] = Counter()
     began = time.process_time()
-    spent([c.body.event for c in ledger.charges if c.body.dataset in together], plan.privacy.delta)
+    spent([c.body.event for c in ledger.charges if c.body.account in together], plan.privacy.delta)
     if time.process_time() - began > _MOST_SECONDS / 10:  # much of what follows costs as much
         raise PrivacyError(f"its charges take more than {_MOST_SECONDS / 10:g} seconds of CPU to compose once")
     position = 0
@@ -817,7 +811,7 @@ def _site(
     budget = ledger.budget if ledger else None
     if ledger is not None:
         together = ledger.together(plan.run)
-        live = [c for c in ledger.charges if c.aborted is None and c.body.dataset in together]
+        live = [c for c in ledger.charges if c.aborted is None and c.body.account in together]
         total = compose([c.body.event for c in live], delta)
         released = compose([c.body.event for c in live if c.released], delta).epsilon
         run = compose([c.body.event for c in live if c.body.run == plan.run], delta).epsilon
@@ -885,7 +879,7 @@ def _accountants(
         together = ledger.together(plan.run)
         merged: Counter[tuple[float, float]] = Counter()
         for charge in ledger.charges:
-            if charge.aborted is None and charge.body.dataset in together:
+            if charge.aborted is None and charge.body.account in together:
                 merged[charge.body.sampling_rate, charge.body.noise_multiplier] += charge.body.steps
         events = [AccountingEvent(q, s, n) for (q, s), n in sorted(merged.items())]
     else:
@@ -956,7 +950,7 @@ def _left(events: Sequence[AccountingEvent], variance: float) -> list[Accounting
 def _points(ledger: _Ledger, plan: RunPlan, compose: _Compose) -> list[Point]:
     """Return a site's spending over its charges, at no more than a few of them."""
     together = ledger.together(plan.run)
-    charges = [c for c in ledger.charges if c.aborted is None and c.body.dataset in together]
+    charges = [c for c in ledger.charges if c.aborted is None and c.body.account in together]
     last = len(charges) - 1
     chosen = sorted({round(last * i / (_POINTS - 1)) for i in range(_POINTS)}) if charges else []
     return [

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import string
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pyarrow import parquet
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fedllm.canonical import canonical, canonical_json
 from fedllm.errors import ConfigError, DataError, first_line
 from fedllm.plan import ModelConfig, TextConfig
 from fedllm.training.sources import resolve
@@ -319,25 +319,36 @@ def build_units(table: Table, tokeniser: Tokeniser, unit: str | None, cap: int) 
 
 
 def is_missing(value: object) -> bool:
-    """Whether a cell is empty: null, not a number, or text of nothing but spaces. Somebody may be called None."""
-    return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+    """Whether a cell is empty: null, not a number, or text of nothing that shows. Somebody may be called None."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or not canonical(value)
 
 
-def members(table: Table, unit: str | None) -> Iterator[bytes]:
-    """Yield what the table holds, as bytes that tell one record or person from another, for a fingerprint of it.
+def members(table: Table, data: TextConfig, unit: str | None) -> Iterator[bytes]:
+    """Yield what the table holds, as bytes that tell one record or person from another, to compare it with others.
 
-    Every record by its whole content and, where `unit` names their column, every person: two tables that share
-    either overlap, whatever their privacy unit.
+    Every record twice, by its whole content and by the text that is learned alone, which stays the same where a column
+    is added, and every person where `unit` names their column. Cells are in their one spelling (`canonical`).
     """
+    columns = [*_fields(data.prompt or ""), *_fields(data.text)]
     for row in table:
-        yield b"record\0" + json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode()
+        yield b"record\0" + canonical_json(_spelt(row))
+        yield b"text\0" + canonical_json([_spelt(row[column]) for column in columns])
         if unit is not None:
             yield b"person\0" + person(row[unit]).encode()
 
 
+def _spelt(value: object) -> object:
+    """Return a cell, or all cells of a row, list or object, in their one spelling; empty ones of a row are left out."""
+    if isinstance(value, dict):
+        return {canonical(key): _spelt(cell) for key, cell in value.items() if not is_missing(cell)}
+    if isinstance(value, list):
+        return [_spelt(cell) for cell in value]
+    return "" if is_missing(value) else canonical(value)
+
+
 def person(value: object) -> str:
     """Return the key of a person, or of a site: one spelling for one name, also where Hangul came decomposed."""
-    return unicodedata.normalize("NFC", str(value).strip())
+    return canonical(value)
 
 
 def batches(

@@ -96,7 +96,7 @@ def _make(run: Path, head_office: Identity, sites: int, rounds: int) -> dict[str
     ]
     signers = {f"site-{number:03d}": Identity.generate() for number in range(sites)}
     (run / LEDGERS).mkdir()
-    ledgers = {site: _ledger(site, signer) for site, signer in signers.items()}
+    ledgers = {site: _ledger(signer) for site, signer in signers.items()}
     record = _Chain(head_office)
     record.add("plan", {
         "plan": plan.model_dump(mode="json"), "plan_digest": plan.digest, "spec_digest": "a" * 64,
@@ -128,12 +128,11 @@ def _make(run: Path, head_office: Identity, sites: int, rounds: int) -> dict[str
     return {name: signer.public.fingerprint for name, signer in {HEAD_OFFICE: head_office, **signers}.items()}
 
 
-def _ledger(site: str, signer: Identity) -> _Chain:
+def _ledger(signer: Identity) -> _Chain:
     """Return a site's ledger before the run."""
     ledger = _Chain(signer)
     ledger.add("opened", {})
     ledger.add("budget", {"epsilon": 100.0, "delta": _DELTA})
-    ledger.add("data", {"dataset": site, "overlaps": []})
     return ledger
 
 
@@ -142,7 +141,7 @@ def _answer(
 ) -> str:
     """Charge a round and return the site's statement on it."""
     event = plan.mechanism.event(1)
-    where = {"dataset": site, "run": plan.run, "round": number}
+    where = {"account": "site", "run": plan.run, "round": number, "charge": 1}
     ledger.add("reserved", {
         **where, "request": "b" * 64, "sampling_rate": event.sampling_rate,
         "noise_multiplier": event.noise_multiplier, "steps": 1,

@@ -6,6 +6,7 @@ invariants.py, which cost more than a start of training can afford.
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ import server.checkpoint
 from fedllm.privacy import shared as shared_noise
 from fedllm.privacy.accounting import AccountingEvent, calibrate
 from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
+from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.privacy.shared import SharedMechanism
@@ -409,7 +411,7 @@ def charged_only_after_training(patch: Patch) -> None:
 
     def later(self: PrivacyLedger, run: str, round: int, *rest: Any) -> Reservation:
         wanted[run, round] = rest
-        return Reservation(run, round, None)
+        return Reservation(run, round, None, os.urandom(32))
 
     def now(self: PrivacyLedger, reservation: Reservation, reply: bytes) -> None:
         key = (reservation.run, reservation.round)
@@ -422,9 +424,9 @@ def charged_only_after_training(patch: Patch) -> None:
 def killed_rounds_given_back(patch: Patch) -> None:
     create = PrivacyLedger.__init__
 
-    def faulty(self: PrivacyLedger, path: Any, *arguments: Any) -> None:
-        create(self, path, *arguments)
-        for charge in LedgerFile(path).charges():
+    def faulty(self: PrivacyLedger, place: LedgerPlace, *arguments: Any) -> None:
+        create(self, place, *arguments)
+        for charge in LedgerFile(place.file).charges():
             if charge.state == "RESERVED":
                 self.abort(charge.run, charge.round)
 
@@ -440,9 +442,9 @@ def every_second_release_free(patch: Patch) -> None:
     honest = PrivacyLedger.charge
     count = itertools.count()
 
-    def faulty(self: PrivacyLedger, db: Any, run: str, round: int, request: str, event: AccountingEvent) -> None:
+    def faulty(self: PrivacyLedger, db: Any, run: str, round: int, request: str, event: AccountingEvent) -> bytes:
         paid = event if next(count) % 2 == 0 else replace(event, steps=0)
-        honest(self, db, run, round, request, paid)
+        return honest(self, db, run, round, request, paid)
 
     patch.setattr(PrivacyLedger, "charge", faulty)
 

@@ -27,7 +27,7 @@ from fedllm.chain import open_entry
 from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError
 from fedllm.plan import ModelConfig
-from fedllm.privacy.ledger import DataSet, Period, PrivacyLedger
+from fedllm.privacy.ledger import Period, PrivacyLedger
 from fedllm.provision import Grant
 from server import federation
 
@@ -501,7 +501,7 @@ def test_a_dry_run_counts_persons_and_labels(ready: Path, tiny_llama: Path) -> N
 
 def test_a_dry_run_sees_records_and_ledger_that_others_can_read(ready: Path) -> None:
     site = Office.open(ready)
-    PrivacyLedger(site.ledger_file, DataSet("x"), 8.0, 1e-5, site.identity)
+    PrivacyLedger(site.ledger, 8.0, 1e-5, site.identity)
     assert wrong(ready) == []
     site.ledger_file.chmod(0o644)
     assert "chmod 600" in wrong(ready)[0]
@@ -640,7 +640,7 @@ print("loaded:", *sorted({{name.partition('.')[0] for name in sys.modules}}))
 
 def test_new_keys_take_the_ledger_over_when_their_grant_is_installed(head: Path, member: Path) -> None:
     old = Office.open(member)
-    ledger = PrivacyLedger(old.ledger_file, DataSet("x"), 8.0, 1e-5, old.identity)
+    ledger = PrivacyLedger(old.ledger, 8.0, 1e-5, old.identity)
     rotate(member)
     assert all(open_entry(line).kind != "key" for line in ledger.file.lines())
     new = install(member, admit(head, member))

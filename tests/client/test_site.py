@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import signal
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +38,8 @@ from fedllm.messages import (
 )
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent, spent
-from fedllm.privacy.ledger import DataSet, LedgerFile, Period, PrivacyLedger
+from fedllm.privacy.ledger import LedgerFile, Period, PrivacyLedger, fingerprint
+from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.statement import Statement, open_statement, update_digest
 from fedllm.training import self_check
@@ -50,7 +50,7 @@ SECRET = "Hong-Gildong-8210-4242"  # stands for everything that must not leave a
 NAME = "대구 지점"
 IDENTITY = Identity.generate()
 BEGUN = RoundBegun(roster="a" * 64, number=1, digest="b" * 64)
-DATA = DataSet("what the records hold")
+DATA = fingerprint([b"what the records hold"])
 
 
 class Killed(BaseException):
@@ -85,6 +85,7 @@ class Office:
         self.plan = plan
         self.loader: Loader = changes.pop("loader", None) or Loader(changes.pop("units", 24))
         self.ledger_path = folder / "ledger.db"
+        self.ledger = LedgerPlace(self.ledger_path, folder / "keys" / "ledger.anchor")
         limits = {"epsilon": 8.0, "delta": 1e-3, "min_units": 1.0, **changes}
         self.policy = SitePolicy(**limits)
         self.site = self.restart()
@@ -95,7 +96,7 @@ class Office:
         return self.site
 
     def make(self, workspace: Callable[[RunPlan], Workspace]) -> Site:
-        return Site(NAME, self.policy, self.ledger_path, lambda: IDENTITY, workspace, lambda: self.loader, 8)
+        return Site(NAME, self.policy, self.ledger, lambda: IDENTITY, workspace, lambda: self.loader, 8)
 
     def workspace(self) -> Workspace:
         return open_workspace(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
@@ -250,7 +251,7 @@ def test_a_round_gives_an_update_of_the_planned_form(office: Office) -> None:
 @pytest.mark.parametrize("name", ["", "x" * 201, "\ud800"], ids=["empty", "too long", "lone surrogate"])
 def test_a_name_that_no_message_can_carry_is_refused_when_the_site_is_made(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="name"):
-        Site(name, SitePolicy(1.0, 1e-5, 1), tmp_path / "ledger.db", lambda: IDENTITY, None, Loader, 8)  # type: ignore[arg-type]
+        Site(name, SitePolicy(1.0, 1e-5, 1), None, lambda: IDENTITY, None, Loader, 8)  # type: ignore[arg-type]
 
 
 # ---- what the site permits ------------------------------------------------------------------------------------------
@@ -306,12 +307,15 @@ def test_a_period_has_a_budget_of_its_own_by_rdp(
     assert reason(office.train(3)) == "budget"
     office.plan = make_plan(run="another")
     assert reason(office.prepare()) == "budget", "another run buys no other period"
-    office.plan, real = plan, time.time()
-    monkeypatch.setattr(time, "time", lambda: real + 29 * 86_400)
+    office.plan, real, counted = plan, time.time(), time.clock_gettime
+    days = 29.0
+    monkeypatch.setattr(time, "time", lambda: real + days * 86_400)
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: counted(clock) + days * 86_400)
     assert reason(office.train(3)) == "budget"
     monkeypatch.setattr(time, "time", lambda: real - 29 * 86_400)
     assert reason(office.train(3)) == "budget", "a clock that goes backwards frees nothing"
-    monkeypatch.setattr(time, "time", lambda: real + 31 * 86_400)
+    days = 31.0
+    monkeypatch.setattr(time, "time", lambda: real + days * 86_400)
     assert isinstance(office.train(3), TrainReply)
 
 
@@ -341,7 +345,7 @@ def test_an_exhausted_budget_is_declined_before_any_record_is_tokenised(
     event = plan.mechanism.event(plan.training.local_steps)
     budget = spent([event], 1e-3).epsilon * 1.01  # one round, and no other
     office = Office(tmp_path, plan, epsilon=budget)
-    PrivacyLedger(office.ledger_path, DATA, budget, 1e-3, IDENTITY).reserve("first", 1, "of another run", event)
+    PrivacyLedger(office.ledger, budget, 1e-3, IDENTITY).reserve("first", 1, "of another run", event)
 
     def train_round(*_: object) -> None:
         raise AssertionError("trained without budget")
@@ -839,9 +843,6 @@ def test_the_ledger_that_a_site_signed_for_is_still_there_in_the_next_round(offi
 @pytest.mark.parametrize("case", ["removed", "older", "never was", "gone on another way"])
 def test_a_ledger_without_the_entry_that_was_signed_for_is_refused(office: Office, case: str) -> None:
     office.train(1)
-    with sqlite3.connect(office.ledger_path) as db:
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    db.close()
     backup = office.ledger_path.read_bytes()
     head = signed_head(office.train(2))
     if case == "removed":

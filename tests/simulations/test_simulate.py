@@ -828,11 +828,15 @@ def test_a_ledger_put_back_from_an_old_backup_is_refused_by_the_next_run(
     tmp_path: Path, lasting: Callable[..., Run]
 ) -> None:
     ledger = tmp_path / "offices" / "jeju" / "ledger.db"
+    anchor = ledger.with_name("ledger.anchor")
     lasting("seoul", "first", 1)
-    backup = ledger.read_bytes()
+    backup, before = ledger.read_bytes(), anchor.read_bytes()
     lasting("seoul", "second", 1)
     ledger.write_bytes(backup)
     third = lasting("seoul", "third", 1)
+    assert "older than its anchor" in (third.folder / "sites" / "sites.log").read_text("utf-8")
+    anchor.write_bytes(before)  # a snapshot of the whole machine holds an old anchor, too
+    third = lasting("seoul", "third again", 1)
     assert third.metrics()[1]["declined"] == {"jeju": "ledger"}
     assert len(third.metrics()[1]["answered"]) == 3
     assert len(charged(ledger)) == 1, "nothing is charged to a ledger that is not the newest"

@@ -10,7 +10,8 @@ from fedllm.audit.evidence import HEAD_OFFICE, Trust, file_name
 from fedllm.chain import START, Entry, make_entry, open_entry
 from fedllm.crypto import Identity
 from fedllm.plan import RunPlan
-from fedllm.privacy.ledger import DataSet, PrivacyLedger
+from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.statement import Statement, roster_digest, sign_statement, update_digest
 
 SITES = ("seoul-gangnam", "부산-해운대", "incheon")
@@ -70,8 +71,9 @@ class Federation:
         return path
 
     def ledger(self, site: str) -> PrivacyLedger:
-        path = self.folder / "offices" / file_name(site) / "ledger.db"
-        return PrivacyLedger(path, DataSet(site), self.budget, DELTA, self.identities[site])
+        folder = self.folder / "offices" / file_name(site)
+        place = LedgerPlace(folder / "ledger.db", folder / "ledger.anchor")
+        return PrivacyLedger(place, self.budget, DELTA, self.identities[site])
 
     def run(self, name: str, plan: RunPlan, declines: Sequence[str] = (), ended: bool = True) -> Path:
         """Carry out a run on paper and return its folder."""
