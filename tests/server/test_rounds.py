@@ -27,10 +27,21 @@ from fedllm.chain import Entry, read_chain
 from fedllm.crypto import Identity
 from fedllm.delta import AdapterSpec, TensorSpec
 from fedllm.errors import CheckpointError, FederationError, MessageError, ModelError, QuorumLost
-from fedllm.messages import KEY, RECORD, Declined, LedgerHead, Prepare, Ready, TrainReply, TrainRequest, from_bytes
+from fedllm.messages import (
+    KEY,
+    RECORD,
+    Declined,
+    LedgerHead,
+    Prepare,
+    Ready,
+    RoundBegun,
+    TrainReply,
+    TrainRequest,
+    from_bytes,
+)
 from fedllm.plan import FederationConfig, RunPlan, parse
 from fedllm.privacy.accounting import spent
-from fedllm.statement import Statement, open_statement, sign_statement, update_digest
+from fedllm.statement import Statement, open_statement, roster_digest, sign_statement, update_digest
 from fedllm.training.server_optimizer import ServerOptimizer
 from server.checkpoint import load_checkpoint
 from server.heads import HEADS, Heads
@@ -69,10 +80,13 @@ class FakeSite:
         self.heads: list[LedgerHead | None] = []  # that head office sent
         self.base = 0  # entries of its ledger before this run
         self.says: dict[str, Any] = {}  # what its statement says instead of what is so
+        self.begun: dict[tuple[str, int], RoundBegun] = {}
 
     def sign(self, reply: TrainReply, request: TrainRequest) -> TrainReply:
         entry = self.base + 2 * reply.round  # of a chain with two entries a round
-        plan, begun = request.plan, request.begun
+        plan = request.plan
+        # a round is answered again as it was before
+        begun = self.begun.setdefault((plan.digest, request.round), request.begun)
         statement = Statement(
             reply.site, plan.run, reply.plan_digest, reply.round, reply.epsilon, reply.epsilon_rdp, reply.delta, entry,
             f"digest {entry}", update_digest(reply.payload), begun.roster, begun.number, begun.digest,
@@ -248,6 +262,11 @@ def expected_adapters(federation: Federation, absent: Mapping[int, set[str]] | N
 
 def untimed(records: Iterable[RoundRecord]) -> list[dict[str, Any]]:
     return [{k: v for k, v in vars(record).items() if k != "seconds"} for record in records]
+
+
+def unweighed(records: Iterable[RoundRecord]) -> list[dict[str, Any]]:
+    """Leave out sizes as well: after a resume the record's entries have longer numbers."""
+    return [{k: v for k, v in each.items() if not k.startswith("bytes_")} for each in untimed(records)]
 
 
 @pytest.fixture
@@ -715,7 +734,7 @@ def test_a_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path: Path, opti
             federation.coordinator(observe).run(federation.grid)
         resumed = federation.resume()
         assert resumed.adapter.tobytes() == uninterrupted.adapter.tobytes(), f"killed at event {killed_at}"
-        assert untimed(resumed.records) == untimed(uninterrupted.records)
+        assert unweighed(resumed.records) == unweighed(uninterrupted.records)
         assert resumed.sites == uninterrupted.sites
         assert [line["round"] for line in federation.metrics()] == [0, 1, 2, 3, 4]
 
@@ -744,7 +763,7 @@ def test_a_run_killed_before_any_write_resumes_to_the_same_bits(
                 federation.run()
         resumed = federation.resume()
         assert resumed.adapter.tobytes() == uninterrupted.adapter.tobytes(), f"killed before write {killed_at}"
-        assert untimed(resumed.records) == untimed(uninterrupted.records)
+        assert unweighed(resumed.records) == unweighed(uninterrupted.records)
         assert resumed.sites == uninterrupted.sites
 
 
@@ -756,7 +775,7 @@ def test_a_damaged_checkpoint_costs_one_round_and_no_bits(tmp_path: Path) -> Non
     (federation.folder / CHECKPOINT).write_bytes(b"\0" * 100)
     resumed = federation.resume()
     assert resumed.adapter.tobytes() == uninterrupted.adapter.tobytes()
-    assert untimed(resumed.records) == untimed(uninterrupted.records)
+    assert unweighed(resumed.records) == unweighed(uninterrupted.records)
 
 
 def test_resuming_a_finished_run_asks_nobody(federation: Federation) -> None:
@@ -796,7 +815,7 @@ def test_a_torn_line_after_the_last_round_is_left_out(federation: Federation) ->
     torn = whole.splitlines(keepends=True)[-1].replace(b'"round": 4', b'"round": 5')
     for length in _cuts(torn):
         metrics.write_bytes(whole + torn[:length])
-        assert untimed(federation.resume().records) == untimed(finished.records), f"cut after {length} bytes"
+        assert unweighed(federation.resume().records) == unweighed(finished.records), f"cut after {length} bytes"
         assert [line["round"] for line in federation.metrics()] == [0, 1, 2, 3, 4]
 
 
@@ -825,7 +844,7 @@ def test_metrics_that_end_within_the_line_of_the_checkpoint_go_back_a_round_or_s
             assert "estore" in result or "new run" in result, "the message says what to do"
         else:
             assert result.adapter.tobytes() == finished.adapter.tobytes()
-            assert untimed(result.records) == untimed(finished.records)
+            assert unweighed(result.records) == unweighed(finished.records)
 
 
 def test_a_damaged_line_in_the_middle_of_the_metrics_is_not_dropped_in_silence(federation: Federation) -> None:
@@ -878,6 +897,9 @@ LIES: dict[str, dict[str, Any]] = {
     "another update": {"update": update_digest(b"")},
     "a head that went back": {"ledger_number": 1},
     "the same head, another digest": {"ledger_number": 2},
+    "another roster": {"roster": roster_digest(NAMES[:2])},
+    "another entry of the record": {"record_number": 1},
+    "a record of another digest": {"record_digest": "0" * 64},
 }
 
 
@@ -1056,25 +1078,28 @@ def test_the_record_tells_the_whole_run_in_signed_entries(federation: Federation
     federation.sites["jeju"].spoil = lambda reply: refusal if reply.round == 2 else reply.to_bytes()
     coordinator = federation.run()
     entries = record_of(federation)
-    assert [entry.kind for entry in entries] == ["plan", "round", "round", "round", "round", "end"]
+    assert [entry.kind for entry in entries] == ["plan", *["begun", "round"] * 4, "end"]
     plan = entries[0].body
     assert parse(RunPlan, plan["plan"]).digest == plan["plan_digest"] == federation.plan.digest
     assert plan["spec_digest"] == SPEC.digest
     assert plan["sites"] == {"jeju": "its identity"}
     assert {"python", "fedllm", "flwr"} <= set(plan["versions"])
     adapters = [adapter_digest(START)]
-    for number, (entry, record) in enumerate(zip(entries[1:5], coordinator.records[1:], strict=True), start=1):
-        body = entry.body
+    for number, record in enumerate(coordinator.records[1:], start=1):
+        begun, body = entries[2 * number - 1], entries[2 * number].body
+        assert begun.body == {"round": number, "sites": sorted(NAMES)}
         assert (body["round"], body["counts"]) == (number, True)
         assert sorted(body["answered"]) == record.answered
         for name, line in body["answered"].items():
             statement, signer = open_statement(line)
             assert (statement.site, statement.round, signer) == (name, number, identity_of(name).public)
+            assert (statement.record_number, statement.record_digest) == (begun.number, begun.digest)
+            assert statement.roster == roster_digest(NAMES)
         assert (body["declined"], body["failed"]) == (record.declined, record.failed)
         assert (body["bytes_up"], body["bytes_down"]) == (record.bytes_up, record.bytes_down)
         assert body["adapter_before"] == adapters[-1]
         adapters.append(body["adapter_after"])
-    assert entries[5].body == {"round": 4, "stopped": "", "adapter": adapter_digest(coordinator.adapter)}
+    assert entries[9].body == {"round": 4, "stopped": "", "adapter": adapter_digest(coordinator.adapter)}
     assert adapters[-1] == adapter_digest(coordinator.adapter)
 
 
@@ -1088,7 +1113,9 @@ def test_a_round_that_lost_its_quorum_is_on_record_with_what_was_signed(federati
     federation.resume()
     entries = record_of(federation)
     kinds = ["plan", "round", "round", "round", "end", "resumed", "round", "round", "end"]
-    assert [entry.kind for entry in entries] == kinds
+    assert [entry.kind for entry in entries if entry.kind != "begun"] == kinds
+    assert [entry.body["round"] for entry in entries if entry.kind == "begun"] == [1, 2, 3, 3, 4]
+    entries = [entry for entry in entries if entry.kind != "begun"]
     lost = entries[3].body
     assert (lost["round"], lost["counts"], list(lost["answered"])) == (3, False, ["서울-강남"])
     assert lost["adapter_before"] == lost["adapter_after"] == entries[5].body["adapter"]
@@ -1116,7 +1143,7 @@ def test_a_record_ahead_of_the_checkpoint_keeps_what_was_signed(
     with (federation.folder / RECORD_FILE).open("ab") as file:
         file.write(b'{"payload":"half an en')  # and dies while it writes the next one
     federation.resume()
-    entries = record_of(federation)
+    entries = [entry for entry in record_of(federation) if entry.kind != "begun"]
     rounds = [(entry.kind, entry.body.get("round")) for entry in entries[1:]]
     assert rounds[:4] == [("round", 1), ("round", 2), ("resumed", 1), ("round", 2)]
     assert entries[2].body["answered"] == entries[4].body["answered"]
@@ -1173,5 +1200,5 @@ def test_a_record_on_a_full_disk_stops_the_run_and_stays_whole(
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(CheckpointError, match="Free some space"):
             federation.run()
-    assert [entry.kind for entry in record_of(federation)] == ["plan", "round"]
+    assert [entry.kind for entry in record_of(federation)] == ["plan", "begun", "round", "begun"]
     assert federation.resume().round == 4
