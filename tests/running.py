@@ -61,6 +61,7 @@ class _Before:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", system)  # pytest keeps its own folders, to be looked at
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{system}/torchinductor_{getpass.getuser()}")
         self.scratch = Path(tempfile.mkdtemp(prefix="ft-", dir=system))  # short: the path of a socket
+        self.scratch.chmod(0o711)  # some tests are other users, too
         os.environ["TMPDIR"], tempfile.tempdir = str(self.scratch), None
         self._files = _files()
 

@@ -410,7 +410,7 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry:
         key = (body.run, body.round, body.charge)
         if key in charges:
             raise ChainError(f"{where}: round {body.round} of run {body.run} is charged twice")
-        charges[key] = _Charge(entry.number, float(entry.at), body)
+        charges[key] = _Charge(entry.number, entry.at, body)
         ledger.charges.append(charges[key])
     elif entry.kind in ("released", "aborted"):
         settled = _as(_Settled, entry.body, where)

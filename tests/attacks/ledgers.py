@@ -10,13 +10,14 @@ from client.office import Office, init_office
 from client.service import read_records
 from fedllm.cli import app
 from fedllm.plan import RunPlan, parse
-from fedllm.privacy.accounting import AccountingEvent, spent
+from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.ledger import Period, PrivacyLedger
+from tests.fedllm.privacy.budgets import for_several_plans
 
 DELTA = 1e-5
 EVENT = AccountingEvent(0.5, 1.5, 2)  # of PLAN
 ROUNDS = 3
-BUDGET = spent([EVENT] * ROUNDS, DELTA).epsilon_rdp  # for ROUNDS of EVENT, and not one more
+BUDGET = for_several_plans([EVENT] * ROUNDS, DELTA)  # for ROUNDS of EVENT, and not one more
 PLAN = parse(
     RunPlan,
     {

@@ -20,15 +20,15 @@ from tests.fedllm.audit.evidence import Federation
 
 BAD, GOOD = "branch-1", "branch-2"
 HUGE = 10**4000
-CHARGE = {"dataset": "d", "run": "another", "round": 1, "request": "r", "sampling_rate": 0.1, "noise_multiplier": 2.0,
-          "steps": 1}  # fmt: skip
+CHARGE = {"account": "d", "run": "another", "round": 1, "charge": 1, "request": "r", "sampling_rate": 0.1,
+          "noise_multiplier": 2.0, "steps": 1}  # fmt: skip
 IMPOSSIBLE: dict[str, Any] = {
     "steps": [-1, 10**30, HUGE, MAX_STEPS + 1, 1.5, True, None, "1", math.nan],
     "sampling_rate": [2, -0.1, math.nan, math.inf, HUGE, 5e-324, "0.1", None, 1 + 1e-9],
     "noise_multiplier": [-1, math.nan, math.inf, -math.inf, HUGE, 1e300, "2", None],
     "round": [-1, 2**63, HUGE, 1.5, None],
     "run": ["x" * 1_000_000, 1, None],
-    "dataset": ["x" * 1_000_000, [], None],
+    "account": ["x" * 1_000_000, [], None],
 }
 CASES = [(key, value) for key, values in IMPOSSIBLE.items() for value in values]
 
@@ -82,7 +82,6 @@ def test_a_charge_that_cannot_be_is_a_finding_about_its_site(
         ("budget", {"epsilon": -1.0, "delta": 1e-5}),
         ("x" * 1_000_000, {}),
         ("released", {**CHARGE, "round": 7}),
-        ("data", {"dataset": "d", "overlaps": 7}),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -118,13 +117,8 @@ def test_many_kinds_of_charges_are_not_composed_for_ever(two: tuple[Federation, 
 def test_a_charge_whose_distribution_would_fill_the_memory_is_bounded_by_rdp(two: tuple[Federation, Path]) -> None:
     federation, run = two
     before = assess(run)
-    dataset = next(
-        entry.body["dataset"]
-        for entry in map(open_entry, (run / "ledgers" / f"{BAD}.jsonl").read_text("utf-8").splitlines())
-        if entry.kind == "reserved"
-    )
     for number, (rate, noise) in enumerate([(1e-9, 0.54), (1e-6, 0.5), (1.0, 400.0), (1e-9, 0.08)]):
-        charge = {**CHARGE, "dataset": dataset, "round": number, "sampling_rate": rate, "noise_multiplier": noise}
+        charge = {**CHARGE, "account": "site", "round": number, "sampling_rate": rate, "noise_multiplier": noise}
         append(run, BAD, federation.identities[BAD], "reserved", {**charge, "steps": MAX_STEPS})
     after = assess(run)
     assert after.sites[1] == before.sites[1]

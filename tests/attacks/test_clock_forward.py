@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from client.doctor import check
 from fedllm.errors import BudgetExceeded, LedgerError
 from fedllm.privacy import elapsed
-from fedllm.privacy.accounting import spent
 from fedllm.privacy.elapsed import Moment, unexplained
 from fedllm.privacy.ledger import Period
 from tests.attacks.ledgers import DELTA, EVENT, Branch
+from tests.fedllm.privacy.budgets import for_several_plans
 
 DAY = 86_400.0
-PERIOD = Period(30, spent([EVENT], DELTA).epsilon_rdp)  # one round in 30 days
+PERIOD = Period(30, for_several_plans([EVENT], DELTA))  # one round in 30 days
 ID = "0f0e"
 
 
