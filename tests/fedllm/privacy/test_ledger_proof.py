@@ -93,7 +93,7 @@ def test_a_later_charge_to_a_data_set_counts_for_those_it_overlaps(path: Path) -
 
 def test_overlapping_data_sets_cannot_overdraw_the_budget_together(path: Path) -> None:
     sets = [records(0, 100), records(99, 200)]
-    barrier = threading.Barrier(8)
+    barrier = threading.Barrier(8, timeout=60)  # lest one that fails leaves the others waiting
 
     def spend(number: int) -> bool:
         ledger = open_ledger(path, sets[number % 2])
