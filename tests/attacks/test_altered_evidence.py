@@ -83,7 +83,8 @@ def test_a_round_charged_twice_or_released_twice_is_found(three: tuple[Federatio
     plan = make_plan(rounds=2)
     event = plan.mechanism.event(2)
     charge = {"account": "d", "run": plan.run, "round": 1, "charge": 1, "request": "r",
-              "sampling_rate": event.sampling_rate, "noise_multiplier": event.noise_multiplier, "steps": event.steps}  # fmt: skip
+              "sampling_rate": event.sampling_rate, "noise_multiplier": event.noise_multiplier,
+              "steps": event.steps}  # fmt: skip
     for _ in range(2):
         append(run, "jeju", federation.identities["jeju"], "reserved", charge)
     finding = assess(run).finding("ledger_chain")
