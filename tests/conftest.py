@@ -30,7 +30,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny models, and several test processes on few cores: threads cost more than they bring, also in processes of tests.
 for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(pool, "1")
-os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # some tests fork: no threads of libraries
 torch.set_num_threads(1)
 

@@ -1,5 +1,6 @@
 """A small federation to simulate: four branches of Korean and English records, and a command line to run it with."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,14 +8,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import BertConfig, BertModel
 
+import fedllm.cli
 from fedllm.plan import SimulationConfig, parse
 from tests.conftest import byte_tokenizer
 
@@ -115,7 +119,7 @@ def configure(settings: dict[str, Any]) -> Configure:
     return make
 
 
-# ---- the command line in processes of its own ------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -130,6 +134,27 @@ class Result:
     def text(self) -> str:
         """Everything that the user saw, on one line, so that wrapped words can be found."""
         return " ".join((self.output + " " + self.error).split())
+
+
+class CommandsHere:
+    """`fedllm` in this process: one of its own costs more than most mistakes take to be told."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, *arguments: str, cwd: Path | None = None) -> Result:
+        output, error, code = io.StringIO(), io.StringIO(), 0
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(error):
+            patch.chdir(cwd or self._folder)
+            patch.setenv("COLUMNS", "2000")  # wide: lines as they are written
+            patch.setattr(fedllm.cli, "_console", Console())
+            patch.setattr(fedllm.cli, "_errors", Console(stderr=True))
+            patch.setattr(sys, "argv", ["fedllm", *arguments])
+            try:
+                fedllm.cli.main()
+            except SystemExit as leaving:
+                code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        return Result(code, output.getvalue(), error.getvalue())
 
 
 class Command:
@@ -204,8 +229,8 @@ class CommandLine:
         self._process.stdout.close()
 
 
-@pytest.fixture(scope="session")
-def fedllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+@pytest.fixture(scope="session", name="fedllm")
+def command_line(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     """The command line: `fedllm("simulate", "privacy=off")`."""
     server = CommandLine(tmp_path_factory.mktemp("command-line"))
     yield server

@@ -1,6 +1,7 @@
 """The command line as its user meets it: every mistake is one clear error that says what to do."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -15,8 +16,15 @@ import yaml
 from fedllm.cli import _SIMULATE_HELP
 from fedllm.cli_settings import compose, validate
 from fedllm.plan import SimulationConfig
+from tests.simulations.conftest import CommandsHere
 
 Overrides = Callable[..., list[str]]
+
+
+@pytest.fixture
+def fedllm(tmp_path: Path) -> CommandsHere:
+    """The command line: `fedllm("simulate", "privacy=off")`."""
+    return CommandsHere(tmp_path)
 
 
 @pytest.fixture
@@ -218,14 +226,19 @@ def test_a_folder_of_own_groups_is_used(fedllm: Any, tmp_path: Path) -> None:
     assert composed(fedllm, "privacy=mine", f"--config-dir={folder}")["privacy"]["epsilon"] == 2.5
 
 
-def test_a_run_ends_with_exit_code_0_and_says_where_its_outputs_are(federate: Any, tmp_path: Path) -> None:
-    result = federate()
-    assert result.code == 0
-    assert str(tmp_path / "runs" / "run") in result.text
-    assert "강남" in result.text
-    assert "epsilon" in result.text
-    assert "NOT PRIVATE" not in result.text
-    assert result.error == "", "nothing on the error stream: no warnings, no progress bars of libraries"
+def test_a_run_ends_with_exit_code_0_and_says_where_its_outputs_are(overrides: Overrides, tmp_path: Path) -> None:
+    """In a process of its own, as a user starts it."""
+    arguments = overrides(tmp_path / "runs", training={"rounds": 1, "local_steps": 1})
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TQDM")}
+    done = subprocess.run(
+        [sys.executable, "-m", "fedllm.cli", "simulate", *arguments],
+        capture_output=True, text=True, check=False, env={**environment, "COLUMNS": "2000"},
+    )  # fmt: skip
+    assert done.returncode == 0
+    for words in (str(tmp_path / "runs" / "run"), "강남", "epsilon"):
+        assert words in done.stdout
+    assert "NOT PRIVATE" not in done.stdout
+    assert done.stderr == "", "nothing on the error stream: no warnings, no progress bars of libraries"
 
 
 def test_a_run_without_privacy_says_so_on_the_screen(federate: Any) -> None:
