@@ -216,12 +216,12 @@ _Past = Callable[[float], "list[AccountingEvent]"]  # what was charged since a t
 
 def _past_of(office: "Office") -> _Past:
     """Return what an office's records have been charged with."""
-    from client.service import read_records
+    from client.service import read_data_set
     from fedllm.privacy.ledger import LedgerFile
 
     if not office.ledger_file.exists():
         return lambda since: []
-    ledger, data = LedgerFile(office.ledger_file), read_records(office).data_set
+    ledger, data = LedgerFile(office.ledger_file), read_data_set(office)
     return lambda since: ledger.events_of(data, since)
 
 

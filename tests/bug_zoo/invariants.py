@@ -126,11 +126,17 @@ def a_person_is_one_unit(folder: Path, base: Path) -> str:
     name = "김하나"
     people = [name, f" {name} ", unicodedata.normalize("NFD", name), name, "이둘"]
 
-    def tokenise(row: Any, number: int) -> Record:
-        return Record(np.asarray([number]), np.asarray([number]))
+    class Numbers(Tokeniser):
+        def __init__(self) -> None:
+            pass
 
-    tokeniser: Tokeniser = tokenise  # type: ignore[assignment]
-    table = Dataset.from_dict({"person": people})
+        def read(self, rows: Any, first: int = 0) -> Any:
+            return (data.Tokens(np.asarray([number]), np.asarray([number])) for number, _ in enumerate(rows))
+
+        def cut(self, tokens: data.Tokens) -> Record:
+            return Record(tokens.given, tokens.learned)
+
+    tokeniser, table = Numbers(), Dataset.from_dict({"person": people})
     sizes = sorted(len(unit) for unit in data.build_units(table, tokeniser, "person", 3))
     return "" if sizes == [1, 3] else f"units of {sizes} records, expected [1, 3]"
 

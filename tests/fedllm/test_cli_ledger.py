@@ -49,10 +49,10 @@ def home(tmp_path: Path) -> Path:
 
 
 def open_ledger(home: Path, period: Period | None = None) -> PrivacyLedger:
-    from client.service import read_records
+    from client.service import read_data_set
 
     office = Office.open(home)
-    return PrivacyLedger(office.ledger_file, read_records(office).data_set, 8.0, 1e-5, office.identity, period)
+    return PrivacyLedger(office.ledger_file, read_data_set(office), 8.0, 1e-5, office.identity, period)
 
 
 @pytest.fixture
