@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset
 
 import client.site
+from client.unfinished import Unfinished
 from fedllm.messages import TrainReply
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import spent
@@ -92,6 +93,7 @@ def killed_round_stays_charged(folder: Path, base: Path) -> str:
         patch.setattr(client.site, "train_round", kill)
         with pytest.raises(Killed):
             office.train(1)
+    Unfinished(office.ledger_path).end()
     office.restart()
     reply = office.train(2)
     if not isinstance(reply, TrainReply):
