@@ -5,6 +5,7 @@ import grp
 import json
 import os
 import pwd
+import re
 import stat
 from collections import Counter
 from collections.abc import Sequence
@@ -56,7 +57,8 @@ _LITTLE = 0.9  # of the budget
 def examine(folder: Path) -> list[Finding]:
     """Look at a site's folder, its processes and the way to head office; changes and spends nothing."""
     secret = [
-        folder / name for name in ("site.yaml", "grant.json", "data", "data/ledger.db", "courier", "courier/node")
+        folder / name
+        for name in ("site.yaml", "grant.json", "declaration.json", "data", "data/ledger.db", "courier", "courier/node")
     ]
     keys = folder / "keys"
     secret += [keys, *sorted(keys.rglob("*"))]
@@ -374,8 +376,7 @@ def _check_records(office: Office) -> list[Finding]:
         label = data.label
         labels = Counter(cell(row[label]) for row in usable if not is_missing(row.get(label)))
         if len(own.labels) < 2:
-            declared = json.dumps(sorted(labels), ensure_ascii=False)
-            text = f"data.labels: declare every label that a record may have. The records have {declared}"
+            text = f"data.labels: declare every label that a record may have. The records have {len(labels)}"
             return [*found, wrong(text)]
         text = f"records: {len(own.labels)} labels are declared, and a plan must name every one of them"
         found.append(ok(f"{text}; {len(set(own.labels) & set(labels))} of them occur"))
@@ -416,7 +417,10 @@ def _faults(what: str, of: int, faults: Sequence[DataError]) -> list[Finding]:
     """Say which records cannot be used; that takes nothing from the others."""
     if not faults:
         return []
-    text = f"{what}: {len(faults)} of {of} cannot be used, and contribute nothing. {'; '.join(map(str, faults[:3]))}"
+    # what an error quotes of a record, after these words, is for nobody who reads over a shoulder
+    first = [re.sub(": label .*", ": its label is not among data.labels", str(fault)) for fault in faults[:3]]
+    said = "; ".join(text.partition(", found")[0] for text in first)
+    text = f"{what}: {len(faults)} of {of} cannot be used, and contribute nothing. {said}"
     return [(wrong if len(faults) == of else warning)(text)]
 
 

@@ -530,6 +530,8 @@ def rotate(folder: Path) -> Office:
 def retire(folder: Path) -> Office:
     """Forget keys that are older than those in use: messages sealed to them cannot be opened any more."""
     with _changing(folder) as office:
+        with contextlib.suppress(ConfigError):  # a declaration that does not hold is for `site check`
+            office.declare(office.declaration.tokenizers)  # by the keys that stay
         for keys in office.keys:
             if keys.number < office.in_use.number:
                 place = keys.node_key_file.parent
