@@ -486,7 +486,8 @@ def test_a_dry_run_of_a_site_in_order_finds_nothing_wrong_and_spends_nothing(rea
      ({"models": {"x": "data"}}, "cannot be loaded"), ({"policy.min_units": 121}, "at least 121"),
      ({"policy.unit": "person", "data.unit": "who"}, "there are 30 persons"), ({"data.size": None}, "size: 100"),
      ({"data.size": 61}, "at least 100"), ({"data.size": 300}, "there are 120 records"),
-     ({"data.label": "who", "data.prompt": None, "policy.min_units": 1}, 'data.labels: declare every label'), ({"data.chat": True}, "chat template"),
+     ({"data.label": "who", "data.prompt": None, "policy.min_units": 1}, "data.labels: declare every"),
+     ({"data.chat": True}, "chat template"),
      ({"data.label": "who", "data.prompt": None, "data.unit": "whom"}, "missing column whom"),
      ({"socket_group": "no-such-group"}, "groupadd")],
 )  # fmt: skip

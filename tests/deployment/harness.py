@@ -245,7 +245,9 @@ class Branch:
                 "train": str(records), "prompt": "Q: {question}\nA:", "text": " {answer}", "unit": "customer_id",
                 "size": 60,
             },
-            "policy": {"epsilon": 20.0, "delta": DELTA, "unit": "person", "min_units": 20, "reply_quantum": 0.0, **policy},
+            "policy": {
+                "epsilon": 20.0, "delta": DELTA, "unit": "person", "min_units": 20, "reply_quantum": 0.0, **policy
+            },
             "models": {base: base} if model is None else {str(model): str(model)},
             "resources": {"threads": 1},
         }  # fmt: skip
