@@ -114,6 +114,16 @@ def clip_and_sum(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanis
     return total
 
 
+def _finite(gradients: Tensor, private: bool) -> Tensor:
+    """Return float32[units, d] with zeros for a unit that is not finite; where nothing is protected, raise Diverged."""
+    finite = gradients.norm(dim=1).isfinite()
+    if not bool(finite.all()):
+        if not private:
+            raise Diverged("the gradient of a record is NaN or infinite. Lower training.learning_rate.")
+        gradients[~finite] = 0.0
+    return gradients
+
+
 def _repeated(batch: Batch, times: int) -> Batch:
     """Return a batch with its units again and again."""
     ids, mask, labels = (torch.cat([x] * times) for x in (batch.input_ids, batch.attention_mask, batch.labels))
@@ -295,7 +305,9 @@ class Engine:
         for some, width in passes(units, micro_batch, self._longest):
             try:
                 part = self._clipped(some, width, mechanism, micro_batch, shared)
-            except Exception as error:  # of torch, of a compiler, of the machine: whatever it is, it is about data
+            except ModelError:  # it is the model, and would be so for any record
+                raise
+            except Exception as error:  # of torch or of the machine
                 if not mechanism.private:
                     raise
                 part, why = None, first_line(error)
@@ -316,11 +328,11 @@ class Engine:
         for piece in pieces:
             batch = collate(piece, pad, device, width)
             # a unit's loss is the mean over its records
-            own = self.unit_gradients(batch, mechanism.private)
+            own = self._raw_gradients(batch)
             own = own if len(batch.unit_of_row) == whole else own * (len(batch.unit_of_row) / whole)
             gradients = own if gradients is None else gradients + own
             self.tokens += int(batch.attention_mask.sum())
-        return clip_and_sum(cast(Tensor, gradients), mechanism, shared)
+        return clip_and_sum(_finite(cast(Tensor, gradients), mechanism.private), mechanism, shared)
 
     def _one_by_one(
         self, units: Sequence[Unit], width: int, mechanism: Mechanism, micro_batch: int,
@@ -352,6 +364,11 @@ class Engine:
 
         A unit whose gradient is not finite contributes zero: a NaN would pass any clip. That there was one is private
         and is not reported, unless nothing is protected: then it raises Diverged.
+        """
+        return _finite(self._raw_gradients(batch), private)
+
+    def _raw_gradients(self, batch: Batch) -> Tensor:
+        """Return the gradient of each unit's own loss, finite or not.
 
         Few units are computed with repetitions, lest their last bits depend on company: compiled code is for two and
         more, and layers behind the pooling of a classifier see one row a record, for fewer than four of which
@@ -368,13 +385,7 @@ class Engine:
             _log.warning("model.compile: it failed (%s); training goes on without", first_line(error))
             self._blocks.give_up()
             gradients = self._gradients(batch)
-        gradients = gradients[:units]
-        finite = gradients.norm(dim=1).isfinite()
-        if not bool(finite.all()):
-            if not private:
-                raise Diverged("the gradient of a record is NaN or infinite. Lower training.learning_rate.")
-            gradients[~finite] = 0.0
-        return gradients
+        return gradients[:units]
 
     def _gradients(self, batch: Batch) -> Tensor:
         with self._per_unit(batch) as leaves:
