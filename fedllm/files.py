@@ -64,8 +64,9 @@ def write_secret(path: Path, data: bytes) -> None:
 def remove(path: Path) -> None:
     """Remove a file, for good, where it is there; raises FolderError."""
     try:
-        path.unlink(missing_ok=True)
-        _sync(path.parent)
+        if path.exists():
+            path.unlink()
+            _sync(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
