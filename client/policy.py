@@ -17,7 +17,7 @@ class SitePolicy:
 
     epsilon: float  # total budget for the site's records, over all rounds and runs; math.inf without a limit
     delta: float  # the largest that a plan may promise: the owner knows the true number of units, and head office not
-    min_units: float  # fewer units than this: the site takes no part
+    min_units: float  # fewer declared units than this: the site takes no part
     unit: Literal["record", "person"] = "record"  # what this office protects, and every plan must
     allow_unprotected: bool = False  # plans without noise, or with noise that a seed predicts
     run_epsilon: float = math.inf  # the most that one run may cost, at `delta`, all its rounds together
@@ -33,6 +33,7 @@ class SitePolicy:
     modes: tuple[str, ...] = ("local", "distributed", "off")  # of privacy
     colluding_sites: int = 1  # mode distributed: a plan that counts with fewer is declined
     min_sites: int = 1  # a plan whose rounds count with fewer sites is declined
+    reply_quantum: float = 0.0  # seconds; what used records leaves at a multiple of it, 0: when it is ready
     self_check: bool = True  # check the engine before any record is used, also where the plan does not ask for it
 
     def admit(self, plan: RunPlan) -> None:
@@ -88,6 +89,6 @@ class SitePolicy:
                 raise PrivacyError(f"the run would cost epsilon {whole:.4g}, above run_epsilon={self.run_epsilon:g}")
 
     def check_units(self, units: int) -> None:
-        """Raise DataError where the site has too few units to take part."""
+        """Raise DataError where the site has declared too few units to take part; never asked of its records."""
         if units < max(1.0, self.min_units):
             raise DataError(f"{units} privacy units, at least {max(1.0, self.min_units):g} needed to take part")

@@ -158,6 +158,7 @@ def site_start(home: OfficeOption = OFFICE) -> None:
 
     folder = private(home)
     office = _open_office(folder)
+    _ = office.declaration  # raises where the service could not start
     courier = folder / "courier"
 
     hand_out(office, courier)
@@ -180,7 +181,7 @@ def site_start(home: OfficeOption = OFFICE) -> None:
 
 def _stamp(folder: Path) -> tuple[int, ...]:
     """Return what changes with an office's settings, grant or keys: all of them are replaced as whole files."""
-    watched = (folder / "site.yaml", folder / "grant.json", folder / "keys")
+    watched = (folder / "site.yaml", folder / "declaration.json", folder / "grant.json", folder / "keys")
     return tuple(place.stat().st_mtime_ns if place.exists() else 0 for place in watched)
 
 

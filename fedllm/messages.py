@@ -21,17 +21,18 @@ _MAX_HEADER = 1 << 20
 _NOTHING, _LITTLE = 0, 1 << 20  # bytes of a payload: none; secrets of secure aggregation, and requests for them
 _VECTOR = 1 << 36  # bytes: as much as a site may permit (resources.max_message_mb); its length is checked by its reader
 
-# Why a site takes no part. The code is all that head office learns; the particulars stay in the site's own log.
+# Why a site takes no part. The code is all that head office learns; the particulars stay in the site's own log. None of
+# them is a function of a record; behind each stands what it is a function of.
 Reason = Literal[
-    "budget",  # the privacy budget does not admit the round
-    "policy",  # the plan asks for something that the site does not permit
-    "data",  # the records cannot be used
-    "model",  # the base model or adapter cannot be loaded
-    "training",  # training gave no finite update
-    "ledger",  # the ledger cannot be used, or the round was charged for another request
-    "message",  # the request was not understood
-    "masks",  # its secrets of the round are lost or do not fit: it joins anew
-    "internal",  # a fault in the site's software
+    "budget",  # the privacy budget does not admit the round: plan, policy, ledger
+    "policy",  # the plan asks for something that the site does not permit: plan, policy; or the self-check failed
+    "data",  # the plan does not fit what the owner has declared of the records: plan, declaration
+    "model",  # the base model or adapter cannot be loaded, or needs more memory than there is: plan, model, machine
+    "training",  # training gave no finite update: the noised update, which is paid for
+    "ledger",  # the ledger cannot be used, or the round was charged for another request: ledger, request, disk
+    "message",  # the request was not understood: request
+    "masks",  # its secrets of the round are lost or do not fit, it joins anew: request, what it was sent before
+    "internal",  # a fault in the site's software, before any record was used: request, disk
 ]
 
 
@@ -68,7 +69,7 @@ class Prepare(Message):
 
 
 class Ready(Message):
-    """The site admits the plan, and has loaded model and records; the payload is its Join, where there is a session."""
+    """The site admits the plan, and has loaded the model; the payload is its Join, where there is a session."""
 
     KIND: ClassVar[str] = "ready"
     LONGEST = _LITTLE

@@ -12,6 +12,7 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 
 from client.app import courier
+from client.site import check_name
 from fedllm.audit.bundle import FOLDER as AUDIT
 from fedllm.audit.bundle import write_audit
 from fedllm.audit.evidence import HEAD_OFFICE, LEDGERS, file_name
@@ -29,7 +30,15 @@ from server.record import RECORD_FILE, RunRecord, key_in
 from server.rounds import PLAN, Coordinator, Event, Phase
 from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
 from simulations.grid import InProcessGrid, run_ray
-from simulations.sites import SITE_LOG, SimulatedData, folder_of, log_to, make_site, roster_of, simulated_data
+from simulations.sites import (
+    SITE_LOG,
+    SimulatedData,
+    folder_of,
+    log_to,
+    resume_sites,
+    roster_of,
+    simulated_data,
+)
 from simulations.workers import Workers, connect
 
 KEYS = "trusted-keys.txt"  # for `fedllm audit verify RUN/audit --trust RUN/trusted-keys.txt`
@@ -63,7 +72,9 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
     observe(Phase("reading the records"))
     data = simulated_data(config)
     config = _with_place(_with_nominal_size(config, data.unit_counts()))
-    _check_federation(config, data, folder)
+    _check_federation(config, data)
+    for name in data.names:  # whoever simulates owns all records, and learns which of them cannot be used
+        data.records(name, config.model)
     observe(Phase("planning: noise for the budget"))
     plan = make_plan(config, len(data.names))
     observe(Phase("loading model and held-out set"))
@@ -76,6 +87,7 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
         record = RunRecord(folder / RECORD_FILE, [key_in(folder)])
         roster = roster_of(config, data.names, folder) if plan.shared is not None else None
         coordinator = run.begin(plan, folder, observe, len(data.names), record, _heads(config), roster)
+        resume_sites(config, data.names, folder)
         with _site_log(folder):
             with _workers(config, folder, len(data.names)) as workers:
                 announce(plan, data.names, workers.trained if workers is not None else trained)
@@ -141,10 +153,10 @@ def _as_before(plan: RunPlan, config: SimulationConfig, folder: Path) -> RunPlan
     return plan
 
 
-def _check_federation(config: SimulationConfig, data: SimulatedData, folder: Path) -> None:
+def _check_federation(config: SimulationConfig, data: SimulatedData) -> None:
     names = data.names
     for name in names:
-        make_site(config, data, name, folder)  # refuses a name that no site can have; opens nothing
+        check_name(name)
     for key, named in (("federation.weights", config.federation.weights), ("site.budgets", config.site.budgets)):
         unknown = sorted(set(named) - set(names))
         if unknown:
@@ -172,7 +184,7 @@ def _workers(config: SimulationConfig, folder: Path, sites: int) -> Iterator[Wor
     if processes == 1:
         yield None
         return
-    workers = Workers(processes, config.model_dump_json(), str(folder.resolve()))
+    workers = Workers(processes, sites, config.model_dump_json(), str(folder.resolve()))
     try:
         yield workers
     finally:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _IMPORTS = ["simulations.sites", "transformers.models.auto.modeling_auto", "dp_accounting.pld", "dp_accounting.rdp"]
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _MB = 1024  # of ru_maxrss
-_making_sites = threading.Lock()
 _site_log = logging.getLogger("fedllm.site")
 
 
@@ -50,14 +49,16 @@ def warm_up() -> None:
 class Workers:
     """`processes` that share the sites of a run among them; each takes one request after the other."""
 
-    def __init__(self, processes: int, config_json: str, folder: str) -> None:
+    def __init__(self, processes: int, sites: int, config_json: str, folder: str) -> None:
         context = get_context("forkserver")
         self._workers: list[tuple[Connection, threading.Lock, Any]] = []
         self._used = [(0, 0.0)] * processes  # tokens and seconds of training
         self.memory = 0.0
-        for _ in range(processes):
+        for number in range(processes):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, config_json, folder), daemon=True)
+            process = context.Process(
+                target=_serve, args=(there, config_json, folder, range(number, sites, processes)), daemon=True
+            )
             process.start()
             there.close()
             self._workers.append((here, threading.Lock(), process))
@@ -100,23 +101,24 @@ class Workers:
             process.join()
 
 
-def _serve(pipe: Connection, config_json: str, folder: str) -> None:
+def _serve(pipe: Connection, config_json: str, folder: str, mine: range) -> None:
     """Answer requests until there are no more, or the process that makes them has ended, however it did."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that the user sees
     from fedllm.training.workspace import trained
-    from simulations.sites import ELSEWHERE, sites_in
+    from simulations.sites import ELSEWHERE, site_in
 
     notes = SimpleQueue[logging.LogRecord]()  # for the screen, which is another process's
     _site_log.addHandler(QueueHandler(notes))
     requests: SimpleQueue[tuple[int, bytes] | None] = SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, requests), daemon=True).start()
     with contextlib.suppress(FedllmError):  # the first request will say it
-        sites_in(config_json, folder)
+        for site in mine:
+            site_in(config_json, folder, site)
     while (asked := requests.get()) is not None:
         site, request = asked
         answer: bytes | FedllmError
         try:
-            answer = sites_in(config_json, folder)[site].handle(request)
+            answer = site_in(config_json, folder, site).handle(request)
         except FedllmError as error:
             answer = error
         said = [notes.get() for _ in range(notes.qsize())]
@@ -146,8 +148,7 @@ def connect(config_json: str, folder: str, workers: Workers | None, context: "Co
     # The round's own deadline is all that a simulation needs.
     if workers is not None:
         return lambda request, timeout: workers.handle(number, request)
-    from simulations.sites import sites_in
+    from simulations.sites import site_in
 
-    with _making_sites:
-        site = sites_in(config_json, folder)[number]
+    site = site_in(config_json, folder, number)
     return lambda request, timeout: site.handle(request)

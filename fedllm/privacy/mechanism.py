@@ -87,6 +87,10 @@ class Mechanism:
         return math.ldexp(1.0, exponent - 1 - _GRID_BITS)
 
     def release(self, clipped_sum: NDArray[np.floating], source: Randomness) -> NDArray[np.float64]:
+        """Return float64[d]: the sum of clipped vectors with fresh noise, as `noised`."""
+        return self.noised(clipped_sum, self.noise(clipped_sum.size, source))
+
+    def noised(self, clipped_sum: NDArray[np.floating], noise: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return float64[d]: the sum of clipped vectors, plus noise, rounded to the public grid.
 
         Sum and noise are floats, and which floats their sum can be depends on the sum: its last bits give it away
@@ -94,11 +98,11 @@ class Mechanism:
         To round is post-processing, so it costs no privacy; it adds less than 10^-7 to the variance, and up to 8192
         `noise_std` a float32 holds the result exactly. docs/privacy.md says what remains.
         """
-        noised = np.asarray(clipped_sum, dtype=np.float64) + self.noise(clipped_sum.size, source)
-        return np.rint(noised / self.grid) * self.grid if self.private else noised
+        total = np.asarray(clipped_sum, dtype=np.float64) + noise
+        return np.rint(total / self.grid) * self.grid if self.private else total
 
     def noise(self, dimension: int, source: Randomness) -> NDArray[np.float64]:
-        """Return float64[dimension] of noise for one clipped sum."""
+        """Return float64[dimension] of noise for one clipped sum; it is drawn before any record is looked at."""
         if not self.private:
             return np.zeros(dimension)
         return float_safe_normals(source, dimension) * self.noise_std

@@ -92,8 +92,12 @@ class _Listener:
         self.given = (mechanism, shared.expected_units if shared is not None else math.nan)
         raise Cancelled("all that matters of a step was heard")
 
-    def optimizer(self, _: object, mechanism: Mechanism, expected_units: float, __: object) -> None:
+    def optimizer(self, _: object, mechanism: Mechanism, expected_units: float, __: object) -> "_Listener":
         self.given = (mechanism, expected_units)
+        return self
+
+    def draw_noise(self) -> None:
+        pass
 
     def step(self, _: object, units: Sequence[int], __: int) -> None:
         self.batches.append(list(units))
@@ -497,10 +501,11 @@ def upload_is_a_sum_with_its_share(s: Subject) -> str:
         source = _Recorded(s.randomness())
         uploads.append(trainer.shared_step(s.adapter, s.engine, s.units, s.plan, s.start, source, s.micro_batch))
         source.replay = True
+        share = shared.share(s.adapter.spec.dimension, source)
         drawn = [s.units[i] for i in shared.mechanism.sample(len(s.units), source)]
         s.adapter.load(s.start)
         total = s.engine.clipped_sum(drawn, s.mechanism, s.micro_batch, shared).cpu().numpy()
-        expected, seeds = shared.upload(total, source)
+        expected, seeds = shared.noised(total, share), share.seeds
         if not np.array_equal(uploads[-1][0], expected) or uploads[-1][1] != seeds:
             return "what a step uploads is not the sum over the units it drew, with its share of the noise"
     if s.plan.privacy.protects and np.array_equal(uploads[0][0], uploads[1][0]):
@@ -582,10 +587,11 @@ def _replayed(s: Subject, plan: RunPlan, source: Randomness) -> NDArray[np.float
     right = nn.Parameter(torch.from_numpy(s.start.copy()).to(s.adapter.device))
     optimizer, mechanism = _plain_optimizer(plan, right), s.mechanism
     for _ in range(plan.training.local_steps):
+        noise = mechanism.noise(s.adapter.spec.dimension, source)
         drawn = [s.units[i] for i in mechanism.sample(len(s.units), source)]
         s.adapter.load(right.detach().cpu().numpy())
         clipped = s.engine.clipped_sum(drawn, mechanism, s.micro_batch)
-        released = mechanism.release(clipped.cpu().numpy(), source)
+        released = mechanism.noised(clipped.cpu().numpy(), noise)
         right.grad = torch.from_numpy(released).to(right) / plan.expected_units
         optimizer.step()
     return right.detach().cpu().double().numpy()

@@ -234,10 +234,10 @@ def empty_batches_skipped(patch: Patch) -> None:
 
 
 def low_bits_unrounded(patch: Patch) -> None:
-    def faulty(self: Mechanism, clipped_sum: Any, source: Randomness) -> Any:
-        return np.asarray(clipped_sum, dtype=np.float64) + self.noise(clipped_sum.size, source)
+    def faulty(self: Mechanism, clipped_sum: Any, noise: Any) -> Any:
+        return np.asarray(clipped_sum, dtype=np.float64) + noise
 
-    patch.setattr(Mechanism, "release", faulty)
+    patch.setattr(Mechanism, "noised", faulty)
 
 
 # ---- sampling and the divisor ----------------------------------------------------------------------------------------
@@ -521,9 +521,10 @@ def _shared_step(draw: Callable[[int, float, Randomness], Any], with_share: bool
         shared = plan.shared
         with adapter.lock:
             adapter.load(start)
+            share = shared.share(len(start), source)
             drawn = [units[i] for i in draw(len(units), plan.privacy.sampling_rate, source)]
             total = engine.clipped_sum(drawn, shared.mechanism, size, shared).numpy()
-        return shared.upload(total, source) if with_share else (total % 2**32).astype(np.uint32)
+        return shared.noised(total, share if with_share else replace(share, noise=0 * share.noise)), share.seeds
 
     return step
 

@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset
 
 import client.site
+from client.unfinished import Unfinished
 from fedllm.messages import TrainReply
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import spent
@@ -97,6 +98,7 @@ def killed_round_stays_charged(folder: Path, base: Path) -> str:
         patch.setattr(client.site, "train_round", kill)
         with pytest.raises(Killed):
             office.train(1)
+    Unfinished(office.ledger_path).end()
     office.restart()
     reply = office.train(2)
     if not isinstance(reply, TrainReply):
@@ -143,11 +145,17 @@ def a_person_is_one_unit(folder: Path, base: Path) -> str:
     name = "김하나"
     people = [name, f" {name} ", unicodedata.normalize("NFD", name), name, "이둘"]
 
-    def tokenise(row: Any, number: int) -> Record:
-        return Record(np.asarray([number]), np.asarray([number]))
+    class Numbers(Tokeniser):
+        def __init__(self) -> None:
+            pass
 
-    tokeniser: Tokeniser = tokenise  # type: ignore[assignment]
-    table = Dataset.from_dict({"person": people})
+        def read(self, rows: Any, first: int = 0) -> Any:
+            return (data.Tokens(np.asarray([number]), np.asarray([number])) for number, _ in enumerate(rows))
+
+        def cut(self, tokens: data.Tokens) -> Record:
+            return Record(tokens.given, tokens.learned)
+
+    tokeniser, table = Numbers(), Dataset.from_dict({"person": people})
     sizes = sorted(len(unit) for unit in data.build_units(table, tokeniser, "person", 3))
     return "" if sizes == [1, 3] else f"units of {sizes} records, expected [1, 3]"
 

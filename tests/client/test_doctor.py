@@ -111,13 +111,14 @@ def folder(head: HeadOffice) -> Iterator[Path]:
     write_secret(made / "records.jsonl", b'{"question": "q", "answer": "SECRET"}\n')
     (made / "model").mkdir(mode=0o700)
     edit(made, models={"m": "model"})
+    Office.open(made).declare({"m": "of its tokenizer"})
     yield made
     shutil.rmtree(place)
 
 
 def edit(folder: Path, **changes: Any) -> None:
     values = {
-        "name": "a", "data": {"train": "records.jsonl", "prompt": "{question}", "text": "{answer}"},
+        "name": "a", "data": {"train": "records.jsonl", "prompt": "{question}", "text": "{answer}", "size": 1},
         "policy": {"epsilon": 8.0}, "models": {"m": "model"}, **changes,
     }  # fmt: skip
     write_secret(folder / "site.yaml", json.dumps(values).encode())

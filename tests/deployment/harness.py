@@ -19,9 +19,10 @@ import psutil
 from client import office as site_folder
 from fedllm.cli_settings import compose, validate
 from fedllm.files import in_use
-from fedllm.plan import DeploymentConfig, RunPlan
+from fedllm.plan import DeploymentConfig, ModelConfig, RunPlan
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import LedgerFile
+from fedllm.training.model import load_reader
 from server import deployment, federation
 from server.checkpoint import CONFIG, SiteState, load_checkpoint, read_as
 from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord
@@ -242,10 +243,13 @@ class Branch:
         settings = {
             "name": name,
             "data": {
-                "train": str(records), "prompt": "Q: {question}\nA:", "text": " {answer}", "unit": "customer_id"
+                "train": str(records), "prompt": "Q: {question}\nA:", "text": " {answer}", "unit": "customer_id",
+                "size": 60,
             },
-            "policy": {"epsilon": 20.0, "delta": DELTA, "unit": "person", "min_units": 20,
-                       "max_sampling_rate": 1.0, **policy},
+            "policy": {
+                "epsilon": 20.0, "delta": DELTA, "unit": "person", "min_units": 20, "reply_quantum": 0.0,
+                "max_sampling_rate": 1.0, **policy
+            },
             "models": {base: base} if model is None else {str(model): str(model)},
             "resources": {"threads": 1},
         }  # fmt: skip
@@ -255,6 +259,10 @@ class Branch:
     def write_settings(self) -> None:
         (self.home / "site.yaml").write_text(json.dumps(self.settings, ensure_ascii=False), "utf-8")
         (self.home / "site.yaml").chmod(0o600)
+        office = site_folder.Office.open(self.home)  # as `fedllm site check` does
+        office.declare(
+            {name: load_reader(office.model(ModelConfig(source=name))).digest for name in self.settings["models"]}
+        )
 
     def join(self, head: HeadOffice) -> None:
         """Be admitted and install the grant."""

@@ -19,6 +19,9 @@ def in_round(branch: Branch, run: str, number: int, kill: str) -> None:
     with branch.program.held(SERVICE):
         assert branch.ledger(run)[number] == "RESERVED", "the round was over too soon to be interrupted"
         branch.program.kill(kill)
+    if kill == SERVICE:  # it was killed while it used records: it answers again when its owner says so
+        done = fedllm("site", "resume", "--home", str(branch.home))
+        assert f"round {number} of run {run}" in done.stdout, done.stdout + done.stderr
 
 
 def begun(head: HeadOffice, name: str, number: int) -> None:

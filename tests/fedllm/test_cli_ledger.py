@@ -51,11 +51,11 @@ def home(tmp_path: Path) -> Path:
 
 
 def open_ledger(home: Path, period: Period | None = None) -> PrivacyLedger:
-    from client.service import read_records
+    from client.service import read_data_set
 
     office = Office.open(home)
     ledger = PrivacyLedger(office.ledger, 8.0, 1e-5, office.identity, period)
-    ledger.compare(read_records(office).data_set)
+    ledger.compare(read_data_set(office))
     return ledger
 
 

@@ -30,7 +30,7 @@ def run(config: SimulationConfig) -> RunSummary:
 
 @pytest.fixture
 def workers(configure: Configure, tmp_path: Path) -> Iterator[Workers]:
-    made = Workers(1, configure(tmp_path).model_dump_json(), str(tmp_path))
+    made = Workers(1, 4, configure(tmp_path).model_dump_json(), str(tmp_path))
     yield made
     made.close()
 

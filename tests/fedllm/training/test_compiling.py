@@ -277,10 +277,6 @@ def test_compiled_code_that_fails_later_is_given_up(
     assert engine.compiled
     works = False
     batch = some_batches(make_units, "llama", (1, 1, 1))[0]
-    if wish == "on":
-        with pytest.raises(ModelError, match=r"model\.compile=off"):
-            engine.unit_gradients(batch)
-        return
     with caplog.at_level(logging.WARNING, "fedllm.site"):
         assert torch.equal(engine.unit_gradients(batch), plain.unit_gradients(batch))
         engine.unit_gradients(batch)
