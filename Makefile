@@ -1,7 +1,11 @@
 # Thin targets over pip and a virtual environment. Nothing else needs to be installed: no compiler, no GPU.
 #
-#   make demo     run the embedded federation             make test    the whole test suite
-#   make lint     ruff and mypy                           make clean   remove the environment
+#   make demo     run the embedded federation             make test     lint, and all tests
+#   make check    lint, and the tests of what has         make soak     the long tests, for hours
+#                 changed, in less than a minute          make lint     ruff and mypy
+#   make clean    remove the environment
+#
+# PYTEST chooses among the tests: make test PYTEST="tests/fedllm -k ledger"
 #
 # TORCH_INDEX chooses where PyTorch comes from. Empty: the configured package index, unless that would bring CUDA
 # builds to a machine without an NVIDIA GPU; then PyTorch's own CPU index. On a GPU machine the configured index
@@ -13,17 +17,23 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test lint clean install
+.PHONY: demo test check soak lint clean install
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/fedllm simulate $(OVERRIDES)
 
-# The tests with real processes wait more than they compute, so they run beside the others.
+# A file of tests runs in one process, for the sake of its fixtures; tests/conftest.py pins the processes' threads.
+PARALLEL := -m pytest -n logical --dist loadfile
+
 test: $(VENV)/dev.stamp lint
-	@$(VENV)/bin/python -m pytest -m deployment >$(VENV)/deployment.log 2>&1 & deployment=$$!; \
-	$(VENV)/bin/python -m pytest -m 'not deployment' $(PYTEST); others=$$?; \
-	wait $$deployment; deployed=$$?; echo '-- tests of the deployment --'; cat $(VENV)/deployment.log; \
-	exit $$((others || deployed))
+	$(VENV)/bin/python $(PARALLEL) $(PYTEST)
+
+check: $(VENV)/dev.stamp lint
+	$(VENV)/bin/python -m tests.quick
+
+# Pytest's last line says how long it took.
+soak: $(VENV)/dev.stamp
+	FEDLLM_SOAK=1 $(VENV)/bin/python $(PARALLEL) -m soak --timeout 7200 --durations 20 $(PYTEST)
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .

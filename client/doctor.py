@@ -5,8 +5,10 @@ import grp
 import json
 import os
 import pwd
+import re
 import stat
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +19,7 @@ import psutil
 from client.office import Office
 from client.supernode import CA, KEY, SETTINGS, Courier, connected, read_courier
 from fedllm.crypto import node_public_key, read_certificates
-from fedllm.errors import FedllmError
+from fedllm.errors import DataError, FedllmError
 from fedllm.files import check_private, read, read_secret
 from fedllm.findings import (
     Finding,
@@ -42,6 +44,7 @@ from fedllm.reach import reach, remedy
 
 if TYPE_CHECKING:
     from fedllm.privacy.accounting import PrivacySpent
+    from fedllm.training.data import Row
 
 _PATIENCE = 3.0  # seconds for the site service to answer
 _YOUNG = timedelta(seconds=30)  # a SuperNode may need that to connect
@@ -54,7 +57,8 @@ _LITTLE = 0.9  # of the budget
 def examine(folder: Path) -> list[Finding]:
     """Look at a site's folder, its processes and the way to head office; changes and spends nothing."""
     secret = [
-        folder / name for name in ("site.yaml", "grant.json", "data", "data/ledger.db", "courier", "courier/node")
+        folder / name
+        for name in ("site.yaml", "grant.json", "declaration.json", "data", "data/ledger.db", "courier", "courier/node")
     ]
     keys = folder / "keys"
     secret += [keys, *sorted(keys.rglob("*"))]
@@ -71,6 +75,7 @@ def examine(folder: Path) -> list[Finding]:
             lambda: _grant(known),
             lambda: _ledger(known),
             lambda: _data(known),
+            lambda: _declared(known),
             lambda: _service(known),
             lambda: _supernode(_courier_of(known), known.socket, "fedllm site start"),
             lambda: _way(_courier_of(known), known.ca_file),
@@ -111,19 +116,20 @@ def _authorities(ca: Path) -> list[Finding]:
 
 
 def _most_spent(office: Office) -> "PrivacySpent":
-    """Check the ledger's chain and return what the data set that has spent most has spent."""
+    """Check the ledger's chain and return what the account that has spent most has spent."""
     from fedllm.privacy.accounting import PrivacySpent, spent
     from fedllm.privacy.ledger import LedgerFile
 
-    ledger, delta = LedgerFile(office.ledger_file), office.policy.delta
+    ledger, delta = LedgerFile(office.ledger.file, office.ledger.anchor), office.policy.delta
     ledger.verify()
-    each = [spent(ledger.events(data_set), delta) for data_set in ledger.data_sets()]
+    each = [spent(ledger.events(account), delta) for account in ledger.accounts()]
     return max(each, key=lambda one: one.epsilon_rdp, default=PrivacySpent(0.0, 0.0, delta))
 
 
 def _ledger(office: Office) -> list[Finding]:
-    if not office.ledger_file.exists():
-        return [ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
+    found = [warning(f"ledger: {text}") for text in office.ledger.warnings()]
+    if office.ledger.is_new():
+        return [*found, ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
     own, spent = office.policy, _most_spent(office)
     text = (
         f"ledger: epsilon {spent.epsilon:.4g} of {own.epsilon:g} spent, at delta {own.delta:g} (by RDP, which decides "
@@ -131,10 +137,10 @@ def _ledger(office: Office) -> list[Finding]:
     )
     after = "More is for the owner of the records to decide: policy.epsilon in site.yaml"
     if spent.epsilon_rdp >= own.epsilon:
-        return [warning(f"{text}. Every new plan is declined. {after}")]
+        return [*found, warning(f"{text}. Every new plan is declined. {after}")]
     if spent.epsilon_rdp > _LITTLE * own.epsilon:
-        return [warning(f"{text}. Little is left. {after}")]
-    return [ok(text)]
+        return [*found, warning(f"{text}. Little is left. {after}")]
+    return [*found, ok(text)]
 
 
 def _data(office: Office) -> list[Finding]:
@@ -152,6 +158,17 @@ def _data(office: Office) -> list[Finding]:
         if all(finding.right for finding in found)
         else found
     )
+
+
+def _declared(office: Office) -> list[Finding]:
+    from client.unfinished import Unfinished
+
+    made = office.declaration
+    found = [ok(f"declaration: of {made.made_at:%Y-%m-%d}, about {made.data.size} units, as site.yaml says")]
+    stopped = Unfinished(office.ledger_file).read()
+    if stopped is not None:
+        found.append(wrong(f"{stopped}, and the site answers nothing since. See to it, then: fedllm site resume"))
+    return found
 
 
 def _service(office: Office) -> list[Finding]:
@@ -272,7 +289,10 @@ def _way(courier: Courier, ca: Path) -> list[Finding]:
 
 
 def check(folder: Path) -> list[Finding]:
-    """Try all that a run will need, without a network: settings, keys, records, models, ledger, permissions."""
+    """Try all that a run will need, without a network: settings, keys, records, models, ledger, permissions.
+
+    Where nothing is wrong, the office signs what site.yaml declares of the records.
+    """
     findings: list[Finding] = []
     try:
         office = Office.open(folder)
@@ -284,7 +304,20 @@ def check(folder: Path) -> list[Finding]:
             findings += look(office)
         except FedllmError as error:
             findings.append(wrong(str(error)))
+    if all(finding.right for finding in findings):
+        findings.append(_declare(office))
     return findings
+
+
+def _declare(office: Office) -> Finding:
+    """Sign what site.yaml says of the records, now that it was found to hold."""
+    from fedllm.training.model import load_reader
+
+    tokenizers = {
+        name: load_reader(office.model(ModelConfig(source=name, max_length=8))).digest for name in office.config.models
+    }
+    office.declare(tokenizers)
+    return ok(f"declaration: signed by {office.identity.public.fingerprint}; the site starts with it")
 
 
 def _check_grant(office: Office) -> list[Finding]:
@@ -306,12 +339,14 @@ def _check_grant(office: Office) -> list[Finding]:
 
 
 def _check_ledger(office: Office) -> list[Finding]:
-    if not office.ledger_file.exists():
-        return [ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
-    check_private(office.ledger_file)
+    found = [warning(f"ledger: {text}") for text in office.ledger.warnings()]
+    if office.ledger.is_new():
+        return [*found, ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
+    if office.ledger_file.exists():
+        check_private(office.ledger_file)
     own, spent = office.policy, _most_spent(office)
     # whether another round fits is decided by RDP once a second plan was charged, so that is the figure to look at
-    return [ok(f"ledger: epsilon {spent.epsilon_rdp:.4g} of {own.epsilon:g} spent, at delta {own.delta:g}")]
+    return [*found, ok(f"ledger: epsilon {spent.epsilon_rdp:.4g} of {own.epsilon:g} spent, at delta {own.delta:g}")]
 
 
 def _check_socket(office: Office) -> list[Finding]:
@@ -325,52 +360,86 @@ def _check_socket(office: Office) -> list[Finding]:
 
 
 def _check_records(office: Office) -> list[Finding]:
-    data = office.data
+    """Compare the records with what site.yaml declares of them: a running site never does."""
+    data, own = office.data, office.config.data
     found = [_check_mode(Path(data.train))] if not data.train.startswith("pkg://") else []
     os.environ.update(office.environment)
-    from fedllm.training.data import check_columns, read_table
+    from fedllm.training.data import cell, is_missing, person, read_rows, template_columns
 
-    table = read_table(data.train, data.train_split)
-    check_columns(table, data, [data.unit])
-    found.append(ok(f"records: {len(table)} in {data.train}, with every column that is needed"))
-    labels: tuple[str, ...] = ()
+    rows = list(read_rows(data.train, data.train_split))
+    usable = [row for row in rows if not isinstance(row, DataError)]
+    columns = list(dict.fromkeys(column for row in usable for column in row))
+    named = [*template_columns(data), *(column for column in (data.label, data.unit) if column)]
+    missing = sorted(set(named) - set(columns))
+    if missing:
+        raise DataError(f"{data.train}: missing column {', '.join(missing)}; the records have {', '.join(columns)}")
+    found.append(ok(f"records: {len(usable)} in {data.train}, with every column that is needed"))
+    found += _faults("records", len(rows), [row for row in rows if isinstance(row, DataError)])
     if data.label is not None:
-        count = Counter(None if label is None else str(label) for label in table[data.label])
-        labels = tuple(sorted(label for label in count if label is not None))
-        empty = count[None]
-        if empty:
-            found.append(wrong(f"records: {data.label} is empty in {empty}. Fill it in or leave them out."))
-            return found
-        if len(labels) < 2:
-            found.append(wrong(f"records: {data.label} holds fewer than two labels; check data.label"))
-            return found
-        found.append(ok(f"records: {len(labels)} labels; a plan must declare every one of them"))
+        label = data.label
+        labels = Counter(cell(row[label]) for row in usable if not is_missing(row.get(label)))
+        if len(own.labels) < 2:
+            text = f"data.labels: declare every label that a record may have. The records have {len(labels)}"
+            return [*found, wrong(text)]
+        text = f"records: {len(own.labels)} labels are declared, and a plan must name every one of them"
+        found.append(ok(f"{text}; {len(set(own.labels) & set(labels))} of them occur"))
+    by_person = office.config.policy.unit == "person" and data.unit is not None
+    units = len({person(row.get(data.unit or "")) for row in usable} if by_person else usable)
+    found += _size(office, units, "persons" if by_person else "records")
     if not office.config.models:
         found.append(wrong("models: none permitted, so every plan is refused. Name them in site.yaml."))
     for name in office.config.models:
         try:
-            found.append(_check_model(office, name, labels))
+            found += _check_model(office, name, rows)
         except FedllmError as error:
             found.append(wrong(str(error)))
     return found
 
 
-def _check_model(office: Office, name: str, labels: tuple[str, ...]) -> Finding:
-    """Load a permitted model, turn every record into tokens, and count privacy units."""
-    from fedllm.training.data import Tokeniser, build_units, read_table
-    from fedllm.training.model import load_base, pick_device
+def _size(office: Office, units: int, what: str) -> list[Finding]:
+    """Compare the number of privacy units with the one that is declared, and delta with both."""
+    size, delta = office.config.data.size, office.policy.delta
+    about = int(float(f"{max(1, units):.1g}"))
+    if size is None:
+        text = f"data.size: declare about how many {what} there are, rounded. There are {units}: size: {about}"
+        return [wrong(text)]
+    try:
+        office.policy.check_units(size)
+    except DataError as error:
+        return [wrong(f"data.size={size}: {error} (policy.min_units)")]
+    if not units / 2 <= size <= 2 * units:
+        return [wrong(f"data.size={size}, and there are {units} {what}: declare about as many, such as {about}")]
+    found = [ok(f"records: {units} {what} to protect, declared as about {size}; at least {office.policy.min_units:g}")]
+    if delta * units > 0.1:
+        text = f"policy.delta={delta:g} is weak protection for {units} {what}: {0.1 / units:.1g} or less is usual"
+        found.append(warning(text))
+    return found
 
-    data, own = office.data, office.policy
-    task: Literal["classification", "causal-lm"] = "classification" if labels else "causal-lm"
-    planned = ModelConfig(source=name, task=task, labels=labels, max_length=64)  # a plan chooses its own length
-    model = office.model(planned)
-    tokenizer = load_base(model, pick_device(office.config.resources.device)).tokenizer
-    table = read_table(data.train, data.train_split)
-    cap = len(table)  # a plan chooses how many records of one person count
-    units = build_units(table, Tokeniser(tokenizer, model, data), data.unit if own.unit == "person" else None, cap)
-    own.check_units(len(units))
-    what = "persons" if own.unit == "person" else "records"
-    return ok(f"model {name}: loaded; {len(units)} {what} to protect, at least {own.min_units:g} needed")
+
+def _faults(what: str, of: int, faults: Sequence[DataError]) -> list[Finding]:
+    """Say which records cannot be used; that takes nothing from the others."""
+    if not faults:
+        return []
+    # what an error quotes of a record, after these words, is for nobody who reads over a shoulder
+    first = [re.sub(": label .*", ": its label is not among data.labels", str(fault)) for fault in faults[:3]]
+    said = "; ".join(text.partition(", found")[0] for text in first)
+    text = f"{what}: {len(faults)} of {of} cannot be used, and contribute nothing. {said}"
+    return [(wrong if len(faults) == of else warning)(text)]
+
+
+def _check_model(office: Office, name: str, rows: "Sequence[Row | DataError]") -> list[Finding]:
+    """Load a permitted model, and turn every record into tokens."""
+    from client.records import Declared, load_records
+    from fedllm.training.model import load_base, load_reader, pick_device
+
+    data, own = office.data, office.config.data
+    task: Literal["classification", "causal-lm"] = "classification" if own.labels else "causal-lm"
+    model = office.model(ModelConfig(source=name, task=task, labels=own.labels, max_length=8))
+    reader = load_reader(model)
+    load_base(model, pick_device(office.config.resources.device))
+    declared = Declared(own.size or 0, office.config.policy.unit, own.labels)
+    faults = load_records(rows, data, data.unit, declared, {name: reader}).wrong[name]
+    return [ok(f"model {name}: loaded, reads the records"), *_faults(f"model {name}", len(rows), faults)]
 
 
 def _check_mode(path: Path) -> Finding:

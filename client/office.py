@@ -5,7 +5,10 @@
     grant.json         head office's answer, as installed: its address and the keys that are believed
     keys/1/            `identity` and `node`; after a rotation keys/2/, and so on, until the old are retired
     keys/ca.pem        the certificate authorities that the SuperNode believes
+    keys/ledger.anchor which entry of the ledger is the newest
+    declaration.json   what the owner has declared of the records, signed when `fedllm site check` found it to hold
     data/ledger.db     the privacy that was spent
+    data/unfinished.json  records are being used; left behind by a failure, it stops the site
 
 The grant names the keys that it was made for: they are the ones in use. New keys wait beside them for a grant of their
 own, and old ones go on opening messages until they are retired. So each step is one write that counts.
@@ -22,15 +25,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from client.policy import SitePolicy
-from fedllm.crypto import Identity, PublicIdentity, make_node_key, node_public_key
+from fedllm.canonical import canonical
+from fedllm.crypto import Identity, PublicIdentity, make_node_key, node_public_key, open_document, sign_document
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FolderError, ModelError
 from fedllm.files import check_private, locked, new_folder, read, read_secret, write_secret
-from fedllm.plan import DataConfig, Frozen, ModelConfig
+from fedllm.plan import DataConfig, Frozen, ModelConfig, parse
+from fedllm.privacy.ledger_place import SITE, LedgerPlace
 from fedllm.provision import (
     MAX_DOCUMENT,
     Grant,
@@ -43,6 +48,10 @@ from fedllm.provision import (
     same_fingerprint,
 )
 
+if TYPE_CHECKING:
+    from client.records import Declared
+
+CHECK = "Run: fedllm site check"
 _MAX_SOCKET = 107  # bytes of a unix socket's path (unix(7): sun_path)
 _HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 
@@ -55,11 +64,14 @@ class SiteData(Frozen):
 
     train: str = Field(min_length=1)  # .jsonl/.json/.csv/.parquet file, a folder of them, or pkg://
     train_split: str = "train"
+    name: str | None = None  # of the data set; its budget is the site's unless it was declared disjoint
     prompt: str | None = None
     text: str = Field(min_length=1)
     chat: bool = False
     label: str | None = None
+    labels: tuple[str, ...] = ()  # classification: every label that a record may have
     unit: str | None = None
+    size: int | None = Field(None, ge=1, le=1_000_000_000)  # about how many records (or persons) there are
 
     @model_validator(mode="after")
     def _validate(self) -> "SiteData":
@@ -67,6 +79,10 @@ class SiteData(Frozen):
             raise ValueError("chat: true needs a prompt, the user's turn")
         if self.label is not None and (self.prompt or self.chat):
             raise ValueError("label is for classification; prompt and chat are for generating text")
+        if self.labels and self.label is None:
+            raise ValueError("labels are those of a column: name it as label")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("labels holds a label twice")
         return self
 
 
@@ -87,11 +103,17 @@ class Policy(Frozen):
     allow_unprotected: bool = False
     run_epsilon: float | None = Field(None, gt=0)
     period: PeriodLimit | None = None
-    max_rank: int | None = Field(None, ge=1)
+    max_rank: int = Field(64, ge=1)
+    max_length: int = Field(1024, ge=8)
+    max_records_per_person: int = Field(64, ge=1)  # as many as resources.micro_batch: one pass
+    max_local_steps: int = Field(100, ge=1)
+    max_sampling_rate: float = Field(0.5, gt=0, le=1)  # above it, sampling hides hardly anybody
+    min_noise_multiplier: float = Field(0.3, ge=0)  # less costs epsilon 10 and more in a single step
     train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
     modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
     min_sites: int = Field(1, ge=1)
     colluding_sites: int = Field(1, ge=0)
+    reply_quantum: float = Field(5.0, ge=0, le=3600)  # seconds; updates leave at multiples of it
     peers: dict[str, str] = Field(default_factory=dict)  # other offices and the fingerprints of their keys
 
     @field_validator("peers")
@@ -114,7 +136,9 @@ class Policy(Frozen):
             self.epsilon, self.delta, self.min_units, self.unit, self.allow_unprotected,
             math.inf if self.run_epsilon is None else self.run_epsilon,
             None if self.period is None else Period(self.period.days, self.period.epsilon),
-            self.max_rank, self.train, self.modes, colluding_sites=self.colluding_sites, min_sites=self.min_sites,
+            self.max_rank, self.max_length, self.max_records_per_person, self.max_local_steps, self.max_sampling_rate,
+            self.min_noise_multiplier, self.train, self.modes,
+            colluding_sites=self.colluding_sites, min_sites=self.min_sites, reply_quantum=self.reply_quantum,
         )  # fmt: skip
 
 
@@ -151,27 +175,37 @@ class SiteFile(Frozen):
 
 _TEMPLATE = """\
 # The settings of this office. Head office never sees this file and cannot change it.
-# After a change: fedllm site check
+# After a change: fedllm site check, which signs what it says of the records, and start the site anew.
 
 name: {name}            # as in the roster of head office; after admission it stays
 
 data:
   train: records.jsonl   # .jsonl, .json, .csv or .parquet, or a folder of them; from this file's folder, or absolute
+  # name: branch-2026    # what the data set is called, once it was declared disjoint: fedllm ledger disjoint
   prompt: "{{question}}\\n" # the part that is given; {{column}} is a column of the records
   text: "{{answer}}"       # the part that is learned; for classification the text
   # chat: true           # put both into the model's chat template
   # label: category      # classification: the column of the label, and no prompt
+  # labels: [card, loan] #   and every label there may be: a record with another is left out
   # unit: customer       # the column that names the person a record belongs to
+  # size: 1000           # about how many records (or persons) there are: plans are compared with it, never the records
 
 policy:
   epsilon: 8.0           # the most privacy that these records may ever cost, over all runs
-  delta: 1e-5
-  unit: record           # what is protected: record, or person (needs data.unit)
-  min_units: 100         # with fewer records (or persons) than this, the office takes no part
+  delta: 1e-5            # the largest that a plan may promise: a tenth of 1 / the number of records, or less
+  unit: record           # what is protected, and plans must: record, or person (needs data.unit)
+  min_units: 100         # with a data.size below this, the office takes no part
   allow_unprotected: false  # true: also plans that are NOT PRIVATE
   # run_epsilon: 4.0      # the most that one run may cost
+  # reply_quantum: 5     # seconds; updates leave at multiples of it, lest they tell how long training took
   # period: {{days: 90, epsilon: 4.0}}  # the most that all runs of any 90 days may cost
-  # max_rank: 16          # of an adapter
+  # The most that a plan may ask for, and the least noise in a step. These are the defaults:
+  # max_rank: 64          # of an adapter
+  # max_length: 1024      # tokens of a record; what is longer is cut
+  # max_records_per_person: 64
+  # max_local_steps: 100  # in a round
+  # max_sampling_rate: 0.5  # share of the records that one step may use
+  # min_noise_multiplier: 0.3
   # train: [B]            # parts of an adapter that a plan may train
   # modes: [local]        # of privacy
   # min_sites: 3         # decline plans whose rounds count with fewer offices than this
@@ -195,6 +229,25 @@ resources:
 # socket: /run/fedllm/site.sock
 # socket_group: fedllm   # a group that both are in
 """
+
+
+class Declaration(Frozen):
+    """What the owner has declared of the records, as `fedllm site check` found it to hold: the site starts with it."""
+
+    kind: Literal["fedllm declaration v1"] = "fedllm declaration v1"
+    site: SiteName
+    data: SiteData
+    unit: Literal["record", "person"]
+    models: dict[str, str]  # as in site.yaml
+    tokenizers: dict[str, str]  # digest of every model's tokenizer, special tokens and chat template
+    made_at: AwareDatetime
+
+    @property
+    def declared(self) -> "Declared":
+        """What plans are compared with."""
+        from client.records import Declared
+
+        return Declared(self.data.size or 0, self.unit, self.data.labels)
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
@@ -312,9 +365,39 @@ class Office:
         return self.folder / f"{self.name}.join"
 
     @property
+    def declaration(self) -> Declaration:
+        """What the owner has declared; raises ConfigError where that is not what site.yaml says."""
+        path = self.folder / "declaration.json"
+        if not path.exists():
+            raise ConfigError(f"site.yaml was not checked yet. {CHECK}")
+        content, signers = open_document(read_secret(path))
+        found = parse(Declaration, content)
+        if not set(signers) & {keys.identity.public for keys in self.keys}:
+            raise ConfigError(f"{path} is not signed by this office. {CHECK}")
+        own = self.config
+        if (found.site, found.data, found.unit, found.models) != (own.name, own.data, own.policy.unit, own.models):
+            raise ConfigError(f"site.yaml says something else of records or models than when it was checked. {CHECK}")
+        return found
+
+    def declare(self, tokenizers: dict[str, str]) -> Declaration:
+        """Sign what site.yaml says of the records, and by which tokenizers they are read."""
+        own = self.config
+        made = Declaration(
+            site=own.name, data=own.data, unit=own.policy.unit, models=own.models, tokenizers=tokenizers, made_at=now()
+        )
+        write_secret(self.folder / "declaration.json", sign_document(made.model_dump(mode="json"), self.identity))
+        return made
+
+    @property
     def ledger_file(self) -> Path:
         """The privacy ledger."""
         return self.folder / "data" / "ledger.db"
+
+    @property
+    def ledger(self) -> LedgerPlace:
+        """The privacy ledger, its anchor beside the keys, and which data set the records are."""
+        name = canonical(self.config.data.name or SITE)
+        return LedgerPlace(self.ledger_file, self.folder / "keys" / "ledger.anchor", name)
 
     @property
     def socket(self) -> Path:
@@ -340,7 +423,7 @@ class Office:
         train = own.train if own.train.startswith("pkg://") else str(self._place(own.train))
         if train is not own.train and not Path(train).exists():
             raise DataError(f"data.train={own.train}: no such file or folder ({train})")
-        return DataConfig(**{**own.model_dump(), "train": train})
+        return DataConfig(**{**own.model_dump(exclude={"name", "labels", "size"}), "train": train})
 
     def model(self, planned: ModelConfig) -> ModelConfig:
         """Return where this office has the model of a plan; raises ModelError where the owner put none there."""
@@ -448,7 +531,7 @@ def _hand_over(office: Office, new: KeySet) -> None:
     if office.grant is not None and new.number != office.in_use.number and office.ledger_file.exists():
         from fedllm.privacy.ledger import LedgerFile
 
-        LedgerFile(office.ledger_file).hand_over(office.in_use.identity, new.identity)
+        LedgerFile(office.ledger.file, office.ledger.anchor).hand_over(office.in_use.identity, new.identity)
 
 
 def rotate(folder: Path) -> Office:
@@ -470,6 +553,8 @@ def rotate(folder: Path) -> Office:
 def retire(folder: Path) -> Office:
     """Forget keys that are older than those in use: messages sealed to them cannot be opened any more."""
     with _changing(folder) as office:
+        with contextlib.suppress(ConfigError):  # a declaration that does not hold is for `site check`
+            office.declare(office.declaration.tokenizers)  # by the keys that stay
         for keys in office.keys:
             if keys.number < office.in_use.number:
                 place = keys.node_key_file.parent

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import grpc
 
-from client.office import Office
-from client.records import TableRecords
+from client.office import CHECK, Office
+from client.records import Declared, SiteRecords, load_records
 from client.site import Site
 from client.wire import METHOD, SERVICE, chunks, join
 from fedllm import envelope
@@ -25,13 +25,16 @@ from fedllm.envelope import Binding
 from fedllm.errors import Cancelled, ConfigError, CryptoError, FedllmError, MessageError
 from fedllm.files import locked, write_secret
 from fedllm.messages import Prepare, Secure, TrainRequest, from_bytes
-from fedllm.plan import RunPlan
-from fedllm.training.data import check_columns, naming, read_table
+from fedllm.plan import ModelConfig, RunPlan
+from fedllm.privacy.ledger import DataSet, LedgerFile
+from fedllm.training.data import read_rows
+from fedllm.training.model import load_reader
 from fedllm.training.workspace import Workspace, open_for_training, use_threads
 
 _log = logging.getLogger("fedllm.site")
 _RUNS_KEPT = 1000  # of which the last number is remembered one by one
 _DRAIN = 10.0  # seconds for the round that is being trained when the service is told to end
+_HOUR = 3600.0  # seconds
 _WAITING = 4  # requests that may wait for their turn; more are told to come back
 
 
@@ -106,25 +109,39 @@ class Endpoint:
         return envelope.open_sealed(sealed, self._identities[0], self._head_office)
 
 
-def read_records(office: Office) -> TableRecords:
-    """Return an office's records as they are now; raises DataError where they cannot be used."""
+def read_data_set(office: Office) -> DataSet:
+    """Return the fingerprint of an office's records as they are now; raises DataError where there are none."""
     data = office.data
-    table = read_table(data.train, data.train_split)
-    with naming(data.train):
-        check_columns(table, data, [data.unit])
-    return TableRecords(table, data, data.unit)
+    return load_records(read_rows(data.train, data.train_split), data, data.unit, Declared(1, "record"), {}).data_set
+
+
+def read_records(office: Office) -> SiteRecords:
+    """Read and tokenise an office's records as they are now, for every model that plans may name.
+
+    Raises ConfigError where their owner has not declared what they are, or something else was declared than is found.
+    """
+    data, declaration = office.data, office.declaration
+    readers = {name: load_reader(office.model(ModelConfig(source=name))) for name in office.config.models}
+    for name, reader in readers.items():
+        if declaration.tokenizers[name] != reader.digest:
+            raise ConfigError(f"models: {name} reads text in another way than when it was checked. {CHECK}")
+    found = load_records(read_rows(data.train, data.train_split), data, data.unit, declaration.declared, readers)
+    for name, wrong in found.wrong.items():
+        if wrong:
+            _log.warning("%s: %d records cannot be used, and contribute nothing. %s", name, len(wrong), CHECK)
+    return found
 
 
 def open_site(office: Office) -> Site:
-    """Return the site of an office's folder; records and models are loaded when a plan asks for them."""
+    """Return the site of an office's folder: its records are read and tokenised now, and not again."""
     resources = office.config.resources
 
     def workspace(plan: RunPlan) -> Workspace:
         return open_for_training(plan, office.model(plan.model), resources.device, resources.checkpointing)
 
     return Site(
-        office.name, office.policy, office.ledger_file, lambda: office.identity, workspace,
-        lambda: read_records(office), resources.micro_batch, office.peers if office.config.policy.peers else None,
+        office.name, office.policy, office.ledger, lambda: office.identity, workspace, read_records(office),
+        resources.micro_batch, office.peers if office.config.policy.peers else None,
     )  # fmt: skip
 
 
@@ -135,12 +152,28 @@ def run(office: Office, stop: threading.Event) -> None:
     data = office.ledger_file.parent
     data.mkdir(mode=0o700, exist_ok=True)
     with locked(data):  # two services at once would answer from two memories
-        endpoint = Endpoint(open_site(office), office.identities, office.coordinators, data / "requests.json")
+        ledger = _open_ledger(office)
+        site = open_site(office)
+        site.open_ledger()
+        endpoint = Endpoint(site, office.identities, office.coordinators, data / "requests.json")
         server = serve(endpoint, office.socket, office.config.socket_group, limit)
         _log.info("%s answers on %s", office.name, office.socket)
-        stop.wait()
+        while not stop.wait(_HOUR):
+            try:  # so that the evidence of how much time has passed is never old
+                ledger.look_at_clock()
+            except FedllmError as error:
+                _log.warning("%s", error)
         server.stop(_DRAIN).wait()
         office.socket.unlink(missing_ok=True)
+
+
+def _open_ledger(office: Office) -> LedgerFile:
+    """Return the ledger; raises LedgerError where it is lost, so that the owner sees it and not a plan's reply."""
+    for text in office.ledger.warnings():
+        _log.warning("%s", text)
+    ledger = LedgerFile(office.ledger.file, office.ledger.anchor, create=True)
+    ledger.look_at_clock()
+    return ledger
 
 
 def serve(endpoint: Endpoint, socket: Path, group: str | None, max_bytes: int) -> grpc.Server:

@@ -1,12 +1,24 @@
-"""A site: the only place where records, budget and adapter meet. Bytes in, bytes out."""
+"""A site: the only place where records, budget and adapter meet. Bytes in, bytes out.
+
+**What a site answers depends on its records only through a noised, charged release.** This file is where that is kept:
+
+- Records are read and tokenised before anybody asks (client.records). No request reads, compares or counts them.
+- Everything that may be refused is refused in `_prepare`, and in `_train` above the charge, by what is public there:
+  plan, policy, declaration, ledger, model.
+- Records are used in `_used` and nowhere else, on the coins that the reservation fixed. What it needs of ledger and
+  state is taken before, so nothing is left to fail there but arithmetic: a unit that fails counts zero (the engine),
+  and a result that is not finite is a property of the noised vector. If something fails all the same, or the process
+  is killed, the site answers nothing at all until its owner acts: one bit, once (`Unfinished`).
+- Whatever used records leaves at a multiple of the policy's `reply_quantum` after it was asked for, and until then
+  nothing else is answered.
+"""
 
 import hashlib
 import logging
 import math
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,14 +26,19 @@ from numpy.typing import NDArray
 
 from client.masks import Masks, Peers
 from client.policy import SitePolicy
+from client.records import Declared
+from client.unfinished import Unfinished
 from fedllm import codec
+from fedllm.chain import Head
 from fedllm.crypto import Identity
 from fedllm.errors import (
     BudgetExceeded,
     Cancelled,
     ConfigError,
     DataError,
+    Diverged,
     FedllmError,
+    Halted,
     LedgerError,
     MasksError,
     MessageError,
@@ -45,8 +62,10 @@ from fedllm.messages import (
     unpack,
 )
 from fedllm.plan import RunPlan
-from fedllm.privacy.ledger import DataSet, Head, PrivacyLedger
-from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
+from fedllm.privacy.accounting import PrivacySpent
+from fedllm.privacy.ledger import DataSet, PrivacyLedger
+from fedllm.privacy.ledger_place import LedgerPlace
+from fedllm.privacy.randomness import KeyedRandomness, OsRandomness, Randomness, SeededRandomness
 from fedllm.statement import Statement, sign_statement, update_digest
 from fedllm.training.data import Unit
 from fedllm.training.self_check import Subject, self_check_once
@@ -55,7 +74,8 @@ from fedllm.training.workspace import Workspace
 
 _log = logging.getLogger("fedllm.site")
 
-# Head office learns the code on the right and nothing else; the text of the error stays in the site's log.
+# Head office learns the code on the right and nothing else; the text of the error stays in the site's log. None of
+# them depends on a record: see fedllm.messages.Reason for what each is a function of.
 _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
     (BudgetExceeded, "budget"),
     (MasksError, "masks"),
@@ -72,32 +92,38 @@ _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
 _LOOK = 0.2  # seconds between looks whether anybody still waits
 
 
+def check_name(name: str) -> None:
+    """Raise ConfigError where no message can carry the name of a site."""
+    if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+        raise ConfigError(f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}")
+
+
+def _until_departure(elapsed: float, quantum: float) -> float:
+    """Return the seconds until a whole number of quanta, at least one, has passed."""
+    return quantum * max(1, math.ceil(elapsed / quantum)) - elapsed if quantum > 0 else 0.0
+
+
 def _check(stop: threading.Event | None) -> None:
     if stop is not None and stop.is_set():
         raise Cancelled("nobody waits for the answer any more")
 
 
 class Records(Protocol):
-    """A site's records as they were when they were read."""
+    """A site's records as they were when it was started."""
+
+    @property
+    def declared(self) -> Declared:
+        """What their owner says of them."""
+        ...
 
     @property
     def data_set(self) -> DataSet:
-        """Their fingerprint."""
+        """What they hold, to compare it with other data sets."""
         ...
 
-    def units(self, plan: RunPlan, workspace: Workspace) -> tuple[Unit, ...]:
-        """Return them tokenised for a plan, grouped by privacy unit."""
+    def units(self, plan: RunPlan) -> Sequence[Unit]:
+        """Return them by privacy unit, as a plan cuts them; a unit that cannot be used is empty."""
         ...
-
-
-@dataclass
-class _Open:
-    """What a site has open for one plan."""
-
-    plan_digest: str
-    records: Records
-    ledger: PrivacyLedger
-    units: tuple[Unit, ...] | None = None
 
 
 class Site:
@@ -107,68 +133,92 @@ class Site:
         self,
         name: str,
         policy: SitePolicy,
-        ledger: Path,
+        ledger: LedgerPlace,
         identity: Callable[[], Identity],
         workspace: Callable[[RunPlan], Workspace],
-        records: Callable[[], Records],
+        records: Records,
         micro_batch: int,
         peers: Peers | None = None,
     ) -> None:
-        """`records` reads the records, once for every plan; `identity` signs the ledger, which lies at `ledger`.
+        """`identity` signs the ledger at `ledger`; `records` are read already.
 
         `peers` says whom this site believes to be another site; without it, it takes no part in noise in shares.
         """
-        if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
-            raise ConfigError(
-                f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}"
-            )
+        check_name(name)
         self.name = name
-        self._policy, self._ledger_path, self._micro_batch = policy, ledger, micro_batch
-        self._identity, self._open_workspace, self._read_records = identity, workspace, records
-        self._open: _Open | None = None
+        self._policy, self._ledger, self._micro_batch = policy, ledger, micro_batch
+        self._identity, self._open_workspace, self._records = identity, workspace, records
+        self._opened: PrivacyLedger | None = None
+        self._unfinished = Unfinished(ledger.file)
         self._masks = Masks(name, identity, peers) if peers is not None else None
         self._lock = threading.Lock()
+        self._used_records = False  # by the present request
 
     def handle(self, request: bytes, stop: threading.Event | None = None) -> bytes:
         """Answer one message from head office; whatever goes wrong becomes a Declined reply.
 
-        Raises only Cancelled, where `stop` was set before there was an answer: the round stays charged, nothing has
-        been released, and the same request may be made again.
+        Raises Cancelled, where `stop` was set before there was an answer: the round stays charged, nothing has been
+        released, and the same request may be made again; and Halted, where the site failed while it used records.
         """
         while not self._lock.acquire(timeout=_LOOK):
             _check(stop)
+        began, self._used_records = time.monotonic(), False
         try:
             _check(stop)
+            self._unfinished.check()
             message = from_bytes(request, Prepare, TrainRequest, Secure)
             if isinstance(message, Prepare):
                 return self._prepare(message).to_bytes()
             if isinstance(message, Secure):
-                self._policy.admit(message.plan)
+                self._admit(message.plan)
                 return self._shared(message.plan).answer(message)
             return self._train(message, stop)
-        except Cancelled:
+        except (Cancelled, Halted):
             raise
         except Exception as error:
             return self._decline(error)
         finally:
+            if self._used_records:  # with the lock held: when it is free, too, says how long it took
+                time.sleep(_until_departure(time.monotonic() - began, self._policy.reply_quantum))
             self._lock.release()
 
+    def open_ledger(self) -> PrivacyLedger:
+        """Open the ledger, unless it is; a site service does so before it answers anybody."""
+        if self._opened is None:
+            policy = self._policy
+            ledger = PrivacyLedger(self._ledger, policy.epsilon, policy.delta, self._identity(), policy.period)
+            shared = ledger.compare(self._records.data_set)
+            if shared:  # for the owner: no answer may depend on it
+                _log.warning(
+                    "%s: these records share some with what was charged to %s, although %s was declared disjoint",
+                    self.name, ", ".join(shared), ledger.account,
+                )  # fmt: skip
+            self._opened = ledger
+        return self._opened
+
     def _decline(self, error: Exception) -> bytes:
+        return self._declined(error).to_bytes()
+
+    def _declined(self, error: Exception) -> Declined:
         """Log what happened, with all particulars, and return the reply that tells only a code."""
         reason: Reason = next((code for kind, code in _REASONS if isinstance(error, kind)), "internal")
         if isinstance(error, FedllmError):
             _log.warning("%s declines (%s): %s", self.name, reason, error)
         else:  # a traceback may quote records: it stays here
             _log.error("%s declines: a fault in the site's software", self.name, exc_info=error)
-        return Declined(site=self.name, reason=reason).to_bytes()
+        return Declined(site=self.name, reason=reason)
+
+    def _admit(self, plan: RunPlan) -> None:
+        """Raise PrivacyError or DataError where a plan does not fit policy and declaration; looks at no record."""
+        self._policy.admit(plan)
+        self._records.declared.admit(plan)
+        self._policy.check_units(self._records.declared.size)
 
     def _prepare(self, request: Prepare) -> Message:
         plan = request.plan
-        self._policy.admit(plan)
-        # before a record is read for anything but to know which data set it is
-        self._opened(plan).ledger.check(plan.run, plan.mechanism.event(plan.training.local_steps))
+        self._admit(plan)
+        self.open_ledger().check(plan.run, plan.mechanism.event(plan.training.local_steps))
         self._self_check(plan, 1)
-        self._policy.check_units(len(self._units(plan)))
         spec = self._workspace(plan).adapter.spec
         join = b""
         if plan.shared is not None:
@@ -178,7 +228,7 @@ class Site:
 
     def _train(self, request: TrainRequest, stop: threading.Event | None) -> bytes:
         plan = request.plan
-        self._policy.admit(plan)
+        self._admit(plan)
         if request.round > plan.training.rounds:
             raise MessageError(f"round={request.round} of a plan of {plan.training.rounds} rounds")
         workspace = self._workspace(plan)
@@ -197,14 +247,14 @@ class Site:
         # The charge is on disk before a record enters anything whose result leaves the site. A round that was released
         # before is answered as before.
         event = plan.mechanism.event(plan.training.local_steps)
-        ledger = self._opened(plan).ledger
+        ledger = self.open_ledger()
         if request.head is not None and not ledger.file.knows(Head(request.head.number, request.head.digest)):
             raise LedgerError(
                 f"the ledger lacks entry {request.head.number}, which it had signed for head office. Was it restored "
                 "from an old backup? What was spent since is not in it, so no round is trained on these records. Put "
-                "back the newest ledger there is. If all of them lack the entry: lower policy.epsilon by what the runs "
-                "since then have spent, and head office runs `fedllm server new-ledger` (or, in a simulation, removes "
-                "heads.json)."
+                "back the newest ledger there is. If all of them lack the entry: state what the runs since then have "
+                "spent (`fedllm ledger restart --help`), and head office runs `fedllm server new-ledger` (or, in a "
+                "simulation, removes heads.json)."
             )
         self._self_check(plan, request.round)  # before the charge: an engine that fails it costs nothing
         if mask is not None and not ledger.answered(plan.run, request.round):
@@ -212,40 +262,57 @@ class Site:
         reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
         if reservation.reply is not None:
             return reservation.reply
-        try:
-            reply = self._update(request, workspace, start, mask, stop)
-        except Cancelled:
-            raise  # given up for a reason that no record had a part in
-        except Exception as error:
-            # A refusal here may depend on the noisy result, so it is the round's release: no second try is free.
-            reply = self._decline(error)
-        ledger.release(reservation, reply)
-        return reply
+        spent, head = ledger.spent(plan.privacy.delta), ledger.file.head()
 
-    def _update(
+        self._used_records = True
+        self._unfinished.begin(plan.run, request.round)
+        try:
+            used = self._used(request, workspace, start, mask, reservation.coins, stop)
+            reply = used if isinstance(used, Declined) else self._reply(request, mask, used, spent, head)
+        except Cancelled:
+            self._unfinished.end()
+            raise  # given up for a reason that no record had a part in
+        except Exception as error:  # its text may quote records: it stays here
+            _log.error("%s stops: a fault while records were used", self.name, exc_info=error)
+            raise Halted("a fault while records were used. The log says which; then: fedllm site resume") from error
+        self._unfinished.end()
+        ledger.release(reservation, reply.to_bytes())
+        return reply.to_bytes()
+
+    def _used(
         self,
         request: TrainRequest,
         workspace: Workspace,
         start: NDArray[np.float32],
         mask: MaskRequest | None,
+        coins: bytes,
         stop: threading.Event | None,
-    ) -> bytes:
-        """Train a round that is paid for and return the reply."""
+    ) -> bytes | Declined:
+        """Use the records: return the noised payload of a round that is paid for, or why there can be none.
+
+        That the payload is not finite, or too large to be sent, is a property of the noised vector, and no second try
+        is free. The noise is drawn before a record is looked at.
+        """
         plan = request.plan
-        units = self._units(plan)
-        self._policy.check_units(len(units))
         source = self._randomness(plan, request.round)
+        own_coins = KeyedRandomness(coins, b"fedllm poisson sample v1") if source.private else source
+        units = self._records.units(plan)
         parts = (workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch)
-        if mask is not None:
-            payload = pack(*self._shared(plan).mask(plan, mask, *shared_step(*parts)))
-        else:
-            delta = train_round(*parts, stop)
+        try:
+            if mask is not None:
+                return pack(*self._shared(plan).mask(plan, mask, *shared_step(*parts, own_coins)))
+            delta = train_round(*parts, stop, own_coins)
             try:
-                payload = codec.encode(delta.astype(np.float32), plan.training.wire)
+                return codec.encode(delta.astype(np.float32), plan.training.wire)
             except MessageError as error:
-                raise ModelError(f"the update cannot be sent: {error}") from None
-        ledger = self._opened(plan).ledger
-        spent, head = ledger.spent(plan.privacy.delta), ledger.file.head()
+                raise Diverged(f"the update cannot be sent: {error}") from None
+        except (Diverged, MasksError) as error:
+            return self._declined(error)
+
+    def _reply(
+        self, request: TrainRequest, mask: MaskRequest | None, payload: bytes, spent: PrivacySpent, head: Head
+    ) -> TrainReply:
+        plan = request.plan
         statement = Statement(
             site=self.name,
             run=plan.run,
@@ -258,6 +325,9 @@ class Site:
             ledger_digest=head.digest,
             update=update_digest(payload),
             grid=spent.grid,
+            roster=request.begun.roster,
+            record_number=request.begun.number,
+            record_digest=request.begun.digest,
         )
         return TrainReply(
             site=self.name,
@@ -270,7 +340,7 @@ class Site:
             delta=spent.delta,
             statement=sign_statement(statement, self._identity()),
             payload=payload,
-        ).to_bytes()
+        )
 
     def _shared(self, plan: RunPlan) -> Masks:
         if self._masks is None or plan.shared is None:
@@ -280,17 +350,6 @@ class Site:
             )
         return self._masks
 
-    def _opened(self, plan: RunPlan) -> _Open:
-        """Return records and ledger of a plan, reading the records again for another plan: they may have changed."""
-        if self._open is None or self._open.plan_digest != plan.digest:
-            records = self._read_records()
-            policy = self._policy
-            ledger = PrivacyLedger(
-                self._ledger_path, records.data_set, policy.epsilon, policy.delta, self._identity(), policy.period
-            )
-            self._open = _Open(plan.digest, records, ledger)
-        return self._open
-
     def _workspace(self, plan: RunPlan) -> Workspace:
         try:
             return self._open_workspace(plan)
@@ -298,7 +357,7 @@ class Site:
             raise SpecMismatch(str(error)) from error
 
     def _self_check(self, plan: RunPlan, round_: int) -> None:
-        """Raise PrivacyError where the engine breaks an invariant on made-up text.
+        """Raise PrivacyError where the engine breaks an invariant on made-up text, SpecMismatch where it lacks memory.
 
         Head office may ask for it; it cannot spare an office what the office's own policy asks for.
         """
@@ -309,12 +368,10 @@ class Site:
                     workspace.adapter, workspace.engine, plan, lambda: self._randomness(plan, round_), self._micro_batch
                 )
             )
-
-    def _units(self, plan: RunPlan) -> tuple[Unit, ...]:
-        opened = self._opened(plan)
-        if opened.units is None:
-            opened.units = opened.records.units(plan, self._workspace(plan))
-        return opened.units
+            try:
+                workspace.engine.rehearse(self._micro_batch, plan.model.max_length)
+            except ModelError as error:
+                raise SpecMismatch(str(error)) from error
 
     def _randomness(self, plan: RunPlan, round_: int) -> Randomness:
         if plan.privacy.protects:

@@ -12,11 +12,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fedllm.canonical import canonical_json
 from fedllm.crypto import Identity, PublicIdentity, open_envelope, sign_envelope
 from fedllm.errors import ChainError, CryptoError
 
 ENTRY_TYPE = "application/vnd.fedllm.entry+json"
 START = "0" * 64  # what the first entry names as the one before it
+
+
+@dataclass(frozen=True)
+class Head:
+    """The newest entry of a chain; -1 and START before the first."""
+
+    number: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -38,20 +47,23 @@ def make_entry(number: int, previous: str, kind: str, at: float, body: dict[str,
         "number": number, "previous": previous, "kind": kind, "at": at, "body": body,
         "signer": signer.public.to_text(),
     }  # fmt: skip
-    payload = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return sign_envelope(payload.encode(), ENTRY_TYPE, signer)
+    return sign_envelope(canonical_json(fields), ENTRY_TYPE, signer)
 
 
 def open_entry(line: str) -> Entry:
-    """Read one entry; raises CryptoError where its signature does not fit, or it is none."""
+    """Read one entry; raises CryptoError where its signature does not fit, or it is none.
+
+    A payload that is not canonical may read otherwise elsewhere, with a key given twice for instance: it is refused.
+    """
     payload, signer = open_envelope(line, ENTRY_TYPE)
     try:
         fields = json.loads(payload)
+        right = canonical_json(fields) == payload
         named = fields.pop("signer")
         entry = Entry(**fields, signer=signer, digest=hashlib.sha256(payload).hexdigest())
         right = (
-            named == signer.to_text() and type(entry.number) is int and isinstance(entry.previous, str)
-            and isinstance(entry.kind, str) and isinstance(entry.at, int | float) and isinstance(entry.body, dict)
+            right and named == signer.to_text() and type(entry.number) is int and isinstance(entry.previous, str)
+            and isinstance(entry.kind, str) and type(entry.at) in (int, float) and isinstance(entry.body, dict)
         )  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         right = False

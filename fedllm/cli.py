@@ -1,7 +1,9 @@
 """The command line. An entry point: it may import anything, and imports late so that --help is quick."""
 
+import gc
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -70,17 +72,25 @@ def simulate(
         return
     config = validate(SimulationConfig, composed)  # before torch is imported: a mistake is told at once
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own progress bars would tear ours
-    from fedllm.training.workspace import trained
+    from simulations.workers import warm_up
+
+    if config.federation.backend == "in-process" and config.federation.processes != 1:
+        warm_up()  # beside the imports below
     from simulations.screen import Screen
-    from simulations.simulate import simulate as run
 
     try:
-        with Screen(_console, trained) as screen:
+        with Screen(_console) as screen:
+            screen.say("loading PyTorch and Transformers")
+            gc.disable()  # imports make millions of objects that stay: to look for garbage among them takes seconds
+            from simulations.simulate import simulate as run
+
+            gc.freeze()
+            gc.enable()
             summary = run(config, screen.announce, screen.observe)
     except KeyboardInterrupt:
         _errors.print(f"stopped. What was done is kept; continue with name={config.name} resume=true.", markup=False)
         raise typer.Exit(130) from None
-    screen.summarise(summary)
+    screen.summarise(summary, time.monotonic() - fedllm.BEGAN)
     if summary.stopped:
         _fail(summary.stopped)
 
@@ -122,6 +132,8 @@ def main() -> None:
         )
         _errors.print(text, markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+    finally:
+        gc.freeze()  # the search for garbage at the end of the process takes seconds, and nobody needs it
 
 
 if __name__ == "__main__":

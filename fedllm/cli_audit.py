@@ -74,19 +74,34 @@ def verify(
             show_default=False,
         ),
     ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write pages of your own to, from what was verified.")
+    ] = None,
+    absent: Annotated[
+        list[str] | None,
+        typer.Option(help="A site of your file of keys that took no part in this run. May be repeated."),
+    ] = None,
+    allow_uncompared: Annotated[
+        bool, typer.Option("--allow-uncompared", help="Pages that could not be compared are no error.")
+    ] = False,
 ) -> None:
     """Check an audit offline, without believing who made it; ends with 1 at the first contradiction.
 
     Schema, chains, signatures and co-signatures are checked, every epsilon is computed again from the ledgers' events,
-    and pages are rendered again and compared. An audit that is sound, but whose verdict is not "within budget", ends
-    with 1 as well.
+    and pages are rendered again and compared. Also ends with 1 where a site of the file of keys has signed nothing,
+    where pages could not be compared (PDFs never are), and where the audit is sound, but its verdict is not "within
+    budget".
     """
     from fedllm.audit.bundle import verify as check
+    from fedllm.audit.bundle import write_pages
     from fedllm.audit.evidence import Trust
 
-    audit, left = check(folder, Trust.read(trust))
+    audit, left = check(folder, Trust.read(trust), absent or [])
+    if out is not None:
+        write_pages(audit, out)
+        typer.echo(f"pages of your own: {out}")
     for line in left:
-        typer.echo(f"note: {line}")
+        typer.echo(f"not compared: {line}")
     if audit.verdict != "within":
         found = [f for f in audit.findings if f.status == "fails"] or [
             f for f in audit.findings if f.status == "unverified"
@@ -94,6 +109,12 @@ def verify(
         raise ChainError(
             f"the audit is sound, and its verdict is: {_VERDICTS[audit.verdict]} "
             f"({found[0].code}: {found[0].evidence[0]})"
+        )
+    if left and not allow_uncompared:
+        raise ChainError(
+            f"the evidence is sound, but nobody has compared it with {', '.join(left)}: whoever signed may have "
+            "written anything there. Read pages of your own (--out FOLDER), or those that were compared; "
+            "--allow-uncompared ends without this error"
         )
     spent = audit.accountants
     typer.echo(

@@ -225,10 +225,22 @@ def site_retire(home: OfficeOption = OFFICE) -> None:
 
 @site_app.command("check")
 def site_check(home: OfficeOption = OFFICE) -> None:
-    """Try all that a run will need, without a network and without spending anything."""
+    """Try all that a run will need, and sign what site.yaml declares of the records; no network, nothing is spent."""
     from client.doctor import check
 
     report(check(private(home)))
+
+
+@site_app.command("resume")
+def site_resume(home: OfficeOption = OFFICE) -> None:
+    """Let a site answer again that failed, or was killed, while it used records, once you have seen to it."""
+    from client.office import Office
+    from client.unfinished import Unfinished
+
+    left = Unfinished(Office.open(private(home)).ledger_file)
+    said = left.read()
+    left.end()
+    typer.echo("nothing to resume" if said is None else f"{said}; the site answers head office again")
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------

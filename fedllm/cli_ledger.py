@@ -17,8 +17,9 @@ from fedllm.errors import ConfigError, LedgerError
 if TYPE_CHECKING:
     from client.office import Office
     from client.policy import SitePolicy
+    from fedllm.plan import RunPlan
     from fedllm.privacy.accounting import AccountingEvent
-    from fedllm.privacy.ledger import LedgerFile
+    from fedllm.privacy.ledger import LedgerFile, Loss
 
 ledger_app = typer.Typer(help="A site's account of the privacy that was spent.", no_args_is_help=True)
 _FileOption = Annotated[
@@ -33,20 +34,34 @@ def register(app: typer.Typer) -> None:
     app.add_typer(ledger_app, name="ledger")
 
 
-def _open(home: Path, file: Path | None) -> "tuple[LedgerFile, Office | None]":
+def _office(home: Path) -> "Office":
     from client.office import Office
+
+    return Office.open(private(home))
+
+
+def _of(office: "Office") -> "LedgerFile":
     from fedllm.privacy.ledger import LedgerFile
 
-    office = None if file is not None else Office.open(private(home))
-    path = file if office is None else office.ledger_file
-    if path is None or not path.exists():
-        raise LedgerError(f"{path}: there is no ledger yet; nothing was spent")
-    return LedgerFile(path), office
+    return LedgerFile(office.ledger.file, office.ledger.anchor)
+
+
+def _open(home: Path, file: Path | None) -> "tuple[LedgerFile, Office | None]":
+    from fedllm.privacy.ledger import LedgerFile
+
+    if file is None:
+        office = _office(home)
+        return _of(office), office
+    if not file.exists():
+        raise LedgerError(f"--file={file}: there is no such file")
+    return LedgerFile(file), None
 
 
 @ledger_app.command("show")
 def show(home: OfficeOption = OFFICE, file: _FileOption = None) -> None:
-    """Show what every data set has spent, at the site's delta, and what is left of its budget.
+    """Show what every account has spent, at the site's delta, and what is left of its budget.
+
+    All data sets of a site share one account, but for those that were declared disjoint.
 
     With `--file` budget and delta are those that the ledger states.
     """
@@ -57,21 +72,22 @@ def show(home: OfficeOption = OFFICE, file: _FileOption = None) -> None:
     charges = ledger.charges()
     limit = "" if budget == math.inf else f", of a budget of {budget:g}"
     table = Table(title=f"epsilon at delta {delta:g}{limit}")
-    for name in ("data set", "spent", "reserved", "by RDP", "left", "runs", "rounds"):
-        table.add_column(name, justify="left" if name in ("data set", "rounds") else "right")
-    for name in ledger.data_sets():
-        own = [charge for charge in charges if charge.dataset == name]
-        total = spent(ledger.events(name), delta)  # with what it shares with others
+    for name in ("account", "spent", "reserved", "by RDP", "left", "runs", "rounds"):
+        table.add_column(name, justify="left" if name in ("account", "rounds") else "right")
+    for name in ledger.accounts():
+        own = [charge for charge in charges if charge.account == name]
+        total = spent(ledger.events(name), delta)
         reserved = [charge.event for charge in own if charge.state == "RESERVED"]
         states = Counter(charge.state.lower() for charge in own)
         # RDP decides once a second plan was charged, so it says how much is sure to be left
         left = "" if budget == math.inf else f"{max(0.0, budget - total.epsilon_rdp):.4g}"
         table.add_row(
-            name[:12], f"{total.epsilon:.4g}", f"{spent(reserved, delta).epsilon:.4g}", f"{total.epsilon_rdp:.4g}",
+            name, f"{total.epsilon:.4g}", f"{spent(reserved, delta).epsilon:.4g}", f"{total.epsilon_rdp:.4g}",
             left, str(len({charge.run for charge in own})), ", ".join(f"{n} {s}" for s, n in sorted(states.items())),
         )  # fmt: skip
     _console.print(table)
-    for run, round_ in [(charge.run, charge.round) for charge in charges if charge.state == "RESERVED"]:
+    newest = {(charge.run, charge.round): charge.state for charge in charges}
+    for run, round_ in [key for key, state in newest.items() if state == "RESERVED"]:
         typer.echo(f"open: round {round_} of run {run}; it counts as spent until it is released or aborted")
 
 
@@ -135,10 +151,115 @@ def abort(
     home: OfficeOption = OFFICE,
 ) -> None:
     """Give a reserved round back to the budget. Nothing of it was released, and nothing of it ever will be."""
-    ledger, office = _open(home, None)
-    if office is not None:
-        ledger.abort(run, round_, office.identity)
+    office = _office(home)
+    _of(office).abort(run, round_, office.identity)
     typer.echo(f"aborted: round {round_} of run {run}")
+
+
+@ledger_app.command("disjoint")
+def disjoint(
+    name: Annotated[
+        str, typer.Argument(help="What the data set is called: data.name in site.yaml.", show_default=False)
+    ],
+    home: OfficeOption = OFFICE,
+) -> None:
+    """Declare that nobody in a data set is in any other of this site: it gets a budget of its own.
+
+    The declaration is signed, and stays. It is the owner's word: what the records share with others is only told.
+    """
+    from client.service import read_records
+    from fedllm.canonical import canonical
+    from fedllm.privacy.ledger import LedgerFile
+
+    office, name = _office(home), canonical(name)
+    if office.ledger.data_set != name:
+        raise ConfigError(
+            f"data.name={office.ledger.data_set}: expected {name}. Let site.yaml name this data set and its records "
+            "first, so that they can be compared with what was charged before."
+        )
+    ledger = LedgerFile(office.ledger.file, office.ledger.anchor, create=True)
+    data = read_records(office).data_set
+    for account, count in ledger.overlaps(name, data).items():
+        typer.echo(f"WARNING: {count} records, texts or persons of {name} are in what was charged to {account}, too.")
+    typer.echo(
+        f"Nobody in {name}, and no record of it, is in any other data set that this site was or will be trained on."
+    )
+    typer.confirm("Do you declare this?", abort=True)
+    ledger.declare_disjoint(name, data, office.identity)
+    typer.echo(f"declared: {name} has an account of its own from the next plan on")
+
+
+@ledger_app.command("clock")
+def clock(home: OfficeOption = OFFICE) -> None:
+    """Confirm that the clock is right, where the ledger found that it has gone ahead.
+
+    What policy.period frees depends on it.
+    """
+    office = _office(home)
+    ledger = _of(office)
+    ahead = ledger.look_at_clock()
+    ledger.confirm_clock(office.identity)
+    typer.echo(
+        f"confirmed: it is {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC, {ahead / 86_400:.3g} days ahead"
+    )
+
+
+@ledger_app.command("restart")
+def restart(
+    lost: Annotated[
+        list[str],
+        typer.Option("--lost", help="PLAN=ROUNDS for each run that it lacks, or nothing, or everything.",
+                     show_default=False),
+    ],
+    home: OfficeOption = OFFICE,
+) -> None:  # fmt: skip
+    """Go on with an older ledger, or with none: its owner states what is lost, and that counts as spent.
+
+    PLAN is the plan of a run, plan.json in its folder at head office, and ROUNDS how many rounds of it are missing.
+    `nothing` says that this ledger is the newest, `everything` that nobody knows what is lost: nothing more is trained
+    on the records of this account. End the site first.
+    """
+    from fedllm.files import locked
+    from fedllm.privacy.accounting import spent
+    from fedllm.privacy.ledger import restart
+
+    office = _office(home)
+    losses = _losses(lost)
+    office.ledger_file.parent.mkdir(mode=0o700, exist_ok=True)
+    with locked(office.ledger_file.parent):
+        head = restart(office.ledger, office.identity, losses)
+    cost = spent([loss.event for loss in losses], office.policy.delta).epsilon
+    typer.echo(f"restarted at entry {head.number}: epsilon {cost:.4g} at delta {office.policy.delta:g} counts as lost")
+    typer.echo(f"Head office takes it from now on: fedllm server new-ledger {office.name}")
+
+
+def _losses(stated: list[str]) -> "list[Loss]":
+    """Read what the owner states; raises ConfigError."""
+    from fedllm.privacy.accounting import AccountingEvent
+    from fedllm.privacy.ledger import EVERYTHING, Loss
+
+    if stated in (["nothing"], ["everything"]):
+        return [EVERYTHING] if stated == ["everything"] else []
+    found = []
+    for each in stated:
+        path, _, rounds = each.rpartition("=")
+        if not path or not rounds.isascii() or not rounds.isdigit() or not 0 < int(rounds[:9]) == int(rounds):
+            raise ConfigError(
+                f"--lost={each}: expected PLAN=ROUNDS, such as plan.json=30, or nothing, or everything alone"
+            )
+        plan = _read_plan(Path(path))
+        event = plan.mechanism.event(plan.training.local_steps)
+        found.append(
+            Loss(plan.run, AccountingEvent(event.sampling_rate, event.noise_multiplier, event.steps * int(rounds)))
+        )
+    return found
+
+
+def _read_plan(path: Path) -> "RunPlan":
+    from fedllm.files import read_settings
+    from fedllm.plan import RunPlan, parse
+
+    return parse(RunPlan, {"run": "forecast", **read_settings(path)})
 
 
 @ledger_app.command("forecast")
@@ -153,16 +274,16 @@ def forecast(
 ) -> None:
     """Say what a planned run would spend on this site's records, whether policy admits it, and how many rounds fit.
 
-    With `--file` no site's folder is needed: the costliest data set in the ledger is the one that is planned for, and
+    With `--file` no site's folder is needed: the costliest account in the ledger is the one that is planned for, and
     the limits are those that the ledger states, or `--policy`.
     """
     from client.office import Office, Policy
     from fedllm.errors import PrivacyError
     from fedllm.files import read_settings
-    from fedllm.plan import RunPlan, parse
+    from fedllm.plan import parse
     from fedllm.privacy.accounting import spent
 
-    planned = parse(RunPlan, {"run": "forecast", **read_settings(plan)})
+    planned = _read_plan(plan)
     office = None if file is not None else Office.open(private(home))
     policy = parse(Policy, read_settings(policy_file)).limits if policy_file is not None else None
     if office is not None:
@@ -170,7 +291,7 @@ def forecast(
         past = _past_of(office)
     else:
         ledger, _ = _open(home, file)
-        policy, past = policy or _stated(ledger), _past_in(ledger)
+        policy, past = policy or _stated(ledger, planned), _past_in(ledger)
     event = planned.mechanism.event(planned.training.local_steps)
     before = past(-math.inf)
     alone = spent([event] * planned.training.rounds, policy.delta)
@@ -216,29 +337,27 @@ _Past = Callable[[float], "list[AccountingEvent]"]  # what was charged since a t
 
 def _past_of(office: "Office") -> _Past:
     """Return what an office's records have been charged with."""
-    from client.service import read_records
-    from fedllm.privacy.ledger import LedgerFile
-
-    if not office.ledger_file.exists():
+    if office.ledger.is_new():
         return lambda since: []
-    ledger, data = LedgerFile(office.ledger_file), read_records(office).data_set
-    return lambda since: ledger.events_of(data, since)
+    ledger = _of(office)
+    account = ledger.account_of(office.ledger.data_set)
+    return lambda since: ledger.events(account, since)
 
 
 def _past_in(ledger: "LedgerFile") -> _Past:
-    """Return what the costliest data set of a ledger has been charged with."""
+    """Return what the costliest account of a ledger has been charged with."""
     from fedllm.privacy.accounting import spent
 
-    known = ledger.data_sets()
+    known = ledger.accounts()
     if not known:
         return lambda since: []
     worst = max(known, key=lambda name: spent(ledger.events(name), _DELTA).epsilon_rdp)
     return lambda since: ledger.events(worst, since)
 
 
-def _stated(ledger: "LedgerFile") -> "SitePolicy":
+def _stated(ledger: "LedgerFile", plan: "RunPlan") -> "SitePolicy":
     """Return the limits that a ledger states; its site may have others, which only the site knows."""
     from client.policy import SitePolicy
 
     epsilon, delta = ledger.budget() or (math.inf, _DELTA)
-    return SitePolicy(epsilon, delta, min_units=1, allow_unprotected=True)
+    return SitePolicy(epsilon, delta, min_units=1, unit=plan.privacy.unit, allow_unprotected=True)

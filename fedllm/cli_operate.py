@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.table import Table
 
 from fedllm.cli_deploy import (
@@ -159,6 +158,7 @@ def site_start(home: OfficeOption = OFFICE) -> None:
 
     folder = private(home)
     office = _open_office(folder)
+    _ = office.declaration  # raises where the service could not start
     courier = folder / "courier"
 
     hand_out(office, courier)
@@ -181,7 +181,7 @@ def site_start(home: OfficeOption = OFFICE) -> None:
 
 def _stamp(folder: Path) -> tuple[int, ...]:
     """Return what changes with an office's settings, grant or keys: all of them are replaced as whole files."""
-    watched = (folder / "site.yaml", folder / "grant.json", folder / "keys")
+    watched = (folder / "site.yaml", folder / "declaration.json", folder / "grant.json", folder / "keys")
     return tuple(place.stat().st_mtime_ns if place.exists() else 0 for place in watched)
 
 
@@ -251,6 +251,8 @@ def submit(
 
 
 def _follow(home: Path, name: str) -> None:
+    from rich.markdown import Markdown
+
     from fedllm.plan import RunPlan
     from server import deployment
     from server.checkpoint import read_as

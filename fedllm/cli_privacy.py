@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedllm.errors import ConfigError, PrivacyError
-from fedllm.privacy.accounting import AccountingEvent, PrivacySpent
 
 if TYPE_CHECKING:
     from fedllm.audit.prv import Prv
+    from fedllm.privacy.accounting import AccountingEvent, PrivacySpent
 
 privacy_app = typer.Typer(
     help="What a training costs in privacy, the noise that meets a target, and what an attack has proved.",
@@ -114,8 +114,8 @@ def calibrate(
     as_json: _JsonOption = False,
 ) -> None:
     """Print the noise multiplier whose epsilon (PLD) is at the target, or at most 0.5 % below it."""
+    from fedllm.privacy.accounting import AccountingEvent, spent
     from fedllm.privacy.accounting import calibrate as least_noise
-    from fedllm.privacy.accounting import spent
 
     _check_delta(delta)
     if not 0 < target <= _MOST_EPSILON:
@@ -170,7 +170,7 @@ def audit_bound(
     typer.echo("A bound above the claimed epsilon contradicts the claim. A low one is no pass: the attack may be weak.")
 
 
-def parse_event(text: str) -> AccountingEvent:
+def parse_event(text: str) -> "AccountingEvent":
     """Return the event that `--event` names. Raises ConfigError where it is none."""
     try:
         rate, noise, steps = text.split(",")
@@ -182,8 +182,10 @@ def parse_event(text: str) -> AccountingEvent:
     return checked_event(*values)
 
 
-def checked_event(sampling_rate: float, noise_multiplier: float, steps: int) -> AccountingEvent:
+def checked_event(sampling_rate: float, noise_multiplier: float, steps: int) -> "AccountingEvent":
     """Return an event that can be accounted for. Raises ConfigError where there is none."""
+    from fedllm.privacy.accounting import AccountingEvent
+
     if not 0 <= sampling_rate <= 1:
         raise ConfigError(f"sampling rate {sampling_rate:g}: expected a probability, from 0 to 1.")
     if noise_multiplier != 0 and not _LEAST_NOISE <= noise_multiplier <= _MOST_NOISE:
@@ -195,7 +197,7 @@ def checked_event(sampling_rate: float, noise_multiplier: float, steps: int) -> 
     return AccountingEvent(sampling_rate, noise_multiplier, steps)
 
 
-def _cross_check(events: Sequence[AccountingEvent], cost: PrivacySpent, delta: float) -> "Prv":
+def _cross_check(events: "Sequence[AccountingEvent]", cost: "PrivacySpent", delta: float) -> "Prv":
     """Return what Opacus says, where it can be asked. Raises PrivacyError where it contradicts the PLD."""
     from fedllm.audit.prv import Prv, prv
 

@@ -4,6 +4,7 @@
     ├── ConfigError        the configuration asks for something unknown, ill-typed or impossible
     ├── DataError          records that cannot be read or used as configured
     ├── ModelError         a base model or adapter that cannot be loaded, adapted or trained
+    │   └── Diverged       the noised result of training is not finite
     ├── PrivacyError       a step that would weaken the stated guarantee
     │   ├── BudgetExceeded the site's privacy budget does not admit the request
     │   └── MasksError     a step of secure aggregation that does not fit what this site did before
@@ -16,7 +17,8 @@
     ├── CheckpointError    a checkpoint that cannot be written, read or continued
     ├── FederationError    the federation cannot go on
     │   └── QuorumLost     fewer sites answered than the quorum
-    └── Cancelled          whoever asked waits no more; nothing was released
+    ├── Cancelled          whoever asked waits no more; nothing was released
+    └── Halted             a site failed while it used records, and answers nothing until its owner acts
 
 Each text says what was found (name=value), what was expected, and what to do.
 """
@@ -41,6 +43,10 @@ class DataError(FedllmError):
 
 class ModelError(FedllmError):
     """A base model or adapter cannot be loaded, adapted or trained."""
+
+
+class Diverged(ModelError):
+    """The result of training, noise included, is not finite."""
 
 
 class PrivacyError(FedllmError):
@@ -93,3 +99,7 @@ class QuorumLost(FederationError):
 
 class Cancelled(FedllmError):
     """Whoever asked waits no more, so the work was given up before anything was released."""
+
+
+class Halted(FedllmError):
+    """A site failed, or was killed, while it used records; it answers nothing until its owner acts."""

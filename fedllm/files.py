@@ -61,6 +61,16 @@ def write_secret(path: Path, data: bytes) -> None:
         raise _cannot_write(path, error) from error
 
 
+def remove(path: Path) -> None:
+    """Remove a file, for good, where it is there; raises FolderError."""
+    try:
+        if path.exists():
+            path.unlink()
+            _sync(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Give a folder to fill, mode 0700, that takes its place at `folder` when the block ends without an error.

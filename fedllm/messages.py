@@ -11,32 +11,44 @@ from pydantic import Field, ValidationError
 
 from fedllm.codec import WireDtype
 from fedllm.errors import MessageError
-from fedllm.plan import MAX_HOLDERS, Frozen, RunPlan
+from fedllm.plan import MAX_HOLDERS, MAX_ROUNDS, MAX_SITES, Frozen, RunPlan
 
 MAGIC = b"FLM1"
 RECORD, KEY = "fedllm", "message"  # where the transport's envelope holds a message: record and key
 MAX_NAME = 200  # characters of a site's name
 MAX_STATEMENT = 16_384  # characters
 _MAX_HEADER = 1 << 20
+_NOTHING, _LITTLE = 0, 1 << 20  # bytes of a payload: none; secrets of secure aggregation, and requests for them
+_VECTOR = 1 << 36  # bytes: as much as a site may permit (resources.max_message_mb); its length is checked by its reader
 
-# Why a site takes no part. The code is all that head office learns; the particulars stay in the site's own log.
+# Why a site takes no part. The code is all that head office learns; the particulars stay in the site's own log. None of
+# them is a function of a record; behind each stands what it is a function of.
 Reason = Literal[
-    "budget",  # the privacy budget does not admit the round
-    "policy",  # the plan asks for something that the site does not permit
-    "data",  # the records cannot be used
-    "model",  # the base model or adapter cannot be loaded
-    "training",  # training gave no finite update
-    "ledger",  # the ledger cannot be used, or the round was charged for another request
-    "message",  # the request was not understood
-    "masks",  # its secrets of the round are lost or do not fit: it joins anew
-    "internal",  # a fault in the site's software
+    "budget",  # the privacy budget does not admit the round: plan, policy, ledger
+    "policy",  # the plan asks for something that the site does not permit: plan, policy; or the self-check failed
+    "data",  # the plan does not fit what the owner has declared of the records: plan, declaration
+    "model",  # the base model or adapter cannot be loaded, or needs more memory than there is: plan, model, machine
+    "training",  # training gave no finite update: the noised update, which is paid for
+    "ledger",  # the ledger cannot be used, or the round was charged for another request: ledger, request, disk
+    "message",  # the request was not understood: request
+    "masks",  # its secrets of the round are lost or do not fit, it joins anew: request, what it was sent before
+    "internal",  # a fault in the site's software, before any record was used: request, disk
 ]
+
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Names = Annotated[tuple[Name, ...], Field(max_length=MAX_HOLDERS)]
+Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(max_length=64)]  # to compare with
+Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{128}$")]
+Round = Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
 
 
 class Message(Frozen):
     """Base of all messages; `payload` travels behind the JSON header."""
 
     KIND: ClassVar[str] = ""
+    LONGEST: ClassVar[int] = _NOTHING  # payload, bytes
     payload: bytes = b""
 
     def to_bytes(self) -> bytes:
@@ -51,24 +63,34 @@ class Prepare(Message):
 
     KIND: ClassVar[str] = "prepare"
     plan: RunPlan
-    session: str | None = Field(None, pattern="^[0-9a-f]{64}$")  # of secure aggregation, where the plan asks for it
-    roster: dict[str, str] = Field({})  # of all sites, name to identity; what a site makes of it is its own affair
+    session: Hex32 | None = None  # of secure aggregation, where the plan asks for it
+    # of all sites, name to identity; what a site makes of it is its own affair
+    roster: dict[Name, Annotated[str, Field(max_length=200)]] = Field({}, max_length=MAX_SITES)
 
 
 class Ready(Message):
-    """The site admits the plan, and has loaded model and records; the payload is its Join, where there is a session."""
+    """The site admits the plan, and has loaded the model; the payload is its Join, where there is a session."""
 
     KIND: ClassVar[str] = "ready"
-    site: str = Field(min_length=1, max_length=MAX_NAME)
-    plan_digest: str
-    spec_digest: str
+    LONGEST = _LITTLE
+    site: Name
+    plan_digest: Digest
+    spec_digest: Digest
 
 
 class LedgerHead(Frozen):
     """The entry of the site's ledger that head office saw last: a ledger without it was cut or put back."""
 
-    number: int = Field(ge=0)
-    digest: str = Field(max_length=64)
+    number: int = Field(ge=0, lt=2**63)
+    digest: Digest
+
+
+class RoundBegun(Frozen):
+    """Whom head office asks in a round, and the entry of its run record that says so; every site signs for both."""
+
+    roster: str = Field(pattern="^[0-9a-f]{64}$")  # fedllm.statement.roster_digest
+    number: int = Field(ge=0, lt=2**63)  # of the entry
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class TrainRequest(Message):
@@ -78,10 +100,12 @@ class TrainRequest(Message):
     """
 
     KIND: ClassVar[str] = "train"
+    LONGEST = _VECTOR
     plan: RunPlan
-    round: int = Field(ge=1)
-    spec_digest: str
+    round: Round
+    spec_digest: Digest
     head: LedgerHead | None  # None: nothing was seen yet
+    begun: RoundBegun
 
 
 class TrainReply(Message):
@@ -91,14 +115,15 @@ class TrainReply(Message):
     """
 
     KIND: ClassVar[str] = "update"
-    site: str = Field(min_length=1, max_length=MAX_NAME)
-    plan_digest: str
-    round: int = Field(ge=1)
-    spec_digest: str
+    LONGEST = _VECTOR
+    site: Name
+    plan_digest: Digest
+    round: Round
+    spec_digest: Digest
     dtype: WireDtype | Literal["uint32"]
     epsilon: float | None = Field(ge=0)  # PLD; None where no noise was added
     epsilon_rdp: float | None = Field(ge=0)
-    delta: float
+    delta: float = Field(gt=0, lt=1)
     statement: str = Field(max_length=MAX_STATEMENT)  # fedllm.statement
 
 
@@ -106,25 +131,20 @@ class Secure(Message):
     """A request of secure aggregation, in the payload, in the run of a plan: the answer is a message of its own."""
 
     KIND: ClassVar[str] = "secure"
+    LONGEST = 2 * _LITTLE
     plan: RunPlan
-    round: int = Field(ge=1)
+    round: Round
 
 
 class Declined(Message):
     """The site takes no part in the round, or in the run: an ordinary reply, not an error."""
 
     KIND: ClassVar[str] = "declined"
-    site: str = Field(min_length=1, max_length=MAX_NAME)
+    site: Name
     reason: Reason
 
 
 # ---- secure aggregation (fedllm.secagg): keys, digests and signatures in hexadecimal, bulk in the payload ------------
-
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
-Names = Annotated[tuple[Name, ...], Field(max_length=MAX_HOLDERS)]
-Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{128}$")]
-Round = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class SignedKey(Frozen):
@@ -183,6 +203,7 @@ class Shares(_OfRound):
     """Site: the public part of its secrets; the payload seals a pair of shares to every other site, by their order."""
 
     KIND: ClassVar[str] = "secagg-shares"
+    LONGEST = _LITTLE
     dealing: Dealing
 
 
@@ -190,6 +211,7 @@ class MaskRequest(_OfRound):
     """Head office: these sites dealt; the payload is what they sealed to the receiver, by their order."""
 
     KIND: ClassVar[str] = "secagg-mask"
+    LONGEST = _LITTLE
     dealings: Annotated[tuple[Dealing, ...], Field(max_length=MAX_HOLDERS)]
 
 
@@ -197,6 +219,7 @@ class Masked(_OfRound):
     """Site: its masked vector, uint32[d], little-endian."""
 
     KIND: ClassVar[str] = "secagg-masked"
+    LONGEST = _VECTOR
     site: Name
 
 
@@ -226,6 +249,7 @@ class Reveal(_OfRound):
     """Site: one share of 32 bytes for every participant, by their order."""
 
     KIND: ClassVar[str] = "secagg-revealed"
+    LONGEST = _LITTLE
     site: Name
     claim: Hex32  # digest of the list of survivors that this answers
     surplus: Annotated[tuple[Hex32, ...], Field(max_length=8)]  # seeds of noise that the sum does not need
@@ -287,6 +311,10 @@ def from_bytes(data: bytes, *kinds: type[Message]) -> Message:
         raise MessageError(f"unexpected message kind={kind.KIND}, expected {' or '.join(k.KIND for k in kinds)}")
     if "payload" in header:
         raise MessageError("malformed message header (payload)")
+    if len(data) - 8 - length > kind.LONGEST:
+        raise MessageError(
+            f"{len(data) - 8 - length} bytes of payload in a {kind.KIND} message, expected {kind.LONGEST}"
+        )
     try:
         message = kind.model_validate_json(body)
     except (ValidationError, RecursionError) as error:

@@ -1,6 +1,12 @@
 """Frozen, validated values: what a user configures, and the plan that head office sends to every site.
 
 Everything here is public. A value that is unknown, ill-typed or impossible raises ConfigError before anything loads.
+
+**Every number of a plan has a bound on both sides, and every text and list a greatest length**: a plan comes from
+whoever runs head office, and a number at the edge of the floats would switch off what is computed with it. Within the
+bounds, no product or quotient of a plan's numbers that training takes leaves the normal float32 (1e-38 to 3e38): the
+noise of a step, learning_rate * clip_norm * noise_multiplier / (sampling_rate * units_per_site), lies between 1e-26 and
+1e24, and a million steps of it with momentum below 1e37. The texts of a plan fit the header of a message.
 """
 
 import difflib
@@ -19,6 +25,9 @@ from fedllm.privacy.mechanism import Clipping, Mechanism
 from fedllm.privacy.shared import SharedMechanism
 
 MAX_HOLDERS = 512  # sites of one secure aggregation
+MAX_SITES = 5_000  # of a federation: their roster fits the header of a message
+MAX_ROUNDS = 1_000_000
+MAX_STEPS = 1_000_000  # of a whole run: as far as the accountants were tried
 
 
 class Frozen(BaseModel):
@@ -36,16 +45,22 @@ def _spelled(values: dict[str, float]) -> dict[str, float]:
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Rate = Annotated[float, Field(ge=1e-9, le=1e6)]  # of learning
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Label = Annotated[str, Field(max_length=1000)]
+Layer = Annotated[str, Field(max_length=200)]  # the name of one
 BySite = Annotated[dict[str, float], AfterValidator(_spelled)]
 
 
 class ModelConfig(Frozen):
     """The public base model."""
 
-    source: str = Field(min_length=1)  # hub name, local folder, or pkg://package/folder
-    revision: str | None = None  # hub revision; give a commit for runs that must repeat
+    source: str = Field(min_length=1, max_length=4096)  # hub name, local folder, or pkg://package/folder
+    revision: str | None = Field(None, max_length=200)  # hub revision; give a commit for runs that must repeat
     task: Literal["causal-lm", "classification"] = "causal-lm"
-    labels: tuple[str, ...] = ()  # classification: every label, public, in the order of the classes
+    labels: tuple[Label, ...] = Field(
+        (), max_length=10_000
+    )  # classification: every label, public, in the order of the classes
     pooling: Literal["native", "mean"] = "native"  # classification: the model's own head, or mean-pooled tokens
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights; the adapter is always float32
     compile: Literal["auto", "on", "off"] = "auto"  # the blocks, for training; auto: where possible and worth its time
@@ -70,9 +85,11 @@ class AdapterConfig(Frozen):
     """The LoRA adapter (Hu et al. 2021)."""
 
     rank: int = Field(8, ge=1, le=4096)
-    alpha: float = Field(16.0, gt=0)
-    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"  # names of the linear layers that get an adapter
-    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # numbers of the transformer blocks; null: all
+    alpha: float = Field(16.0, ge=1e-4, le=1e5)  # the adapter's output is multiplied by alpha / rank
+    # names of the linear layers that get an adapter
+    targets: Annotated[tuple[Layer, ...], Field(max_length=1000)] | Literal["all-linear"] = "all-linear"
+    # numbers of the transformer blocks; null: all
+    layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=10_000)], ...], Field(max_length=10_000)] | None = None
     train: Literal["AB", "B"] = "B"  # B: A stays at its seeded, shared initial value (FFA-LoRA, Sun et al. 2024)
 
     @model_validator(mode="after")
@@ -88,14 +105,16 @@ class PrivacyConfig(Frozen):
     """What is protected, how well, and the mechanism that does it."""
 
     mode: Literal["local", "distributed", "off"] = "local"
-    colluding_sites: int = Field(1, ge=0)  # distributed: so many may tell head office their noise; a quorum is meant
+    colluding_sites: int = Field(
+        1, ge=0, le=MAX_HOLDERS
+    )  # distributed: so many may tell head office their noise; a quorum is meant
     unit: Literal["record", "person"] = "record"  # what may be added or removed without anyone noticing
     records_per_person: int = Field(8, ge=1, le=1_000_000)  # contribution cap, enforced when records are loaded
-    epsilon: float = Field(8.0, gt=0)  # target for the whole run, of every site
-    delta: float = Field(1e-5, gt=0, lt=1)
+    epsilon: float = Field(8.0, ge=1e-6, le=1e9)  # target for the whole run, of every site; only compared with
+    delta: float = Field(1e-5, ge=1e-12, lt=1)  # the PLD is cut off at tails of 1e-15, which must not count
     clipping: Clipping = "flat"  # automatic: AUTO-S, every unit brought to almost clip_norm (arXiv 2206.07136)
-    clip_norm: float = Field(1.0, gt=0)  # L2, gradient units
-    sampling_rate: float = Field(0.05, gt=0, le=1)
+    clip_norm: float = Field(1.0, ge=1e-6, le=1e6)  # L2, gradient units
+    sampling_rate: float = Field(0.05, ge=1e-6, le=1)  # of coins with 53 bits: the true rate is within 1e-9 of it
     units_per_site: int | None = Field(
         None, ge=1, le=1_000_000_000
     )  # PUBLIC nominal size; q * this divides every noisy sum
@@ -124,17 +143,17 @@ class ServerOptimizerConfig(Frozen):
     """How head office applies the averaged delta; sgd with learning_rate=1 and no momentum is FedAvg."""
 
     name: Literal["sgd", "adam"] = "sgd"
-    learning_rate: float = Field(1.0, gt=0)
-    final_rate: float = Field(1.0, gt=0, le=1)  # where the cosine of the learning rate ends, as a share of it; 1: flat
+    learning_rate: Rate = 1.0
+    final_rate: float = Field(
+        1.0, ge=1e-6, le=1
+    )  # where the cosine of the learning rate ends, as a share of it; 1: flat
     momentum: float = Field(0.0, ge=0, lt=1)  # sgd
-    betas: tuple[float, float] = (0.9, 0.99)  # adam
-    eps: float = Field(1e-3, gt=0)  # adam: keeps coordinates without signal small (Reddi et al. 2021, tau)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)  # adam
+    eps: float = Field(1e-3, ge=1e-12, le=1e6)  # adam: keeps coordinates without signal small (Reddi et al. 2021, tau)
     noise_corrected: bool = False  # adam: take the known variance of the noise out of its mean of squares (DP-AdamBC)
 
     @model_validator(mode="after")
     def _validate(self) -> "ServerOptimizerConfig":
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
         if self.noise_corrected and self.name != "adam":
             raise ValueError(f"noise_corrected=true is a correction of adam, found name={self.name}")
         return self
@@ -143,16 +162,21 @@ class ServerOptimizerConfig(Frozen):
 class TrainingConfig(Frozen):
     """Rounds, local steps and optimisers."""
 
-    rounds: int = Field(10, ge=1, le=1_000_000)
-    local_steps: int = Field(1, ge=1, le=1_000_000)
+    rounds: int = Field(10, ge=1, le=MAX_ROUNDS)
+    local_steps: int = Field(1, ge=1, le=MAX_STEPS)
     optimizer: Literal["sgd", "adam"] = "sgd"  # at the site, fresh every round
-    learning_rate: float = Field(0.1, gt=0)
+    learning_rate: Rate = 0.1
     momentum: float = Field(0.0, ge=0, lt=1)  # at the site, sgd
     server: ServerOptimizerConfig = ServerOptimizerConfig()
     wire: WireDtype = "float16"  # of the deltas that sites send
 
     @model_validator(mode="after")
     def _validate(self) -> "TrainingConfig":
+        if self.rounds * self.local_steps > MAX_STEPS:
+            raise ValueError(
+                f"rounds={self.rounds} of local_steps={self.local_steps} are {self.rounds * self.local_steps} steps, "
+                f"and a run has {MAX_STEPS} at most"
+            )
         if self.server.noise_corrected and (self.optimizer != "sgd" or self.momentum):
             raise ValueError(
                 "server.noise_corrected=true needs optimizer=sgd and momentum=0 at the sites: else the variance of the "
@@ -164,10 +188,12 @@ class TrainingConfig(Frozen):
 class RunPlan(Frozen):
     """Everything that head office asks of a site, for a whole run; frozen, hashed, public."""
 
-    run: str = Field(min_length=1)  # unique
+    run: str = Field(min_length=1, max_length=500)  # unique
     seed: Seed  # public: initial adapter values
-    sites: int = Field(1, ge=1)  # that may take part
-    quorum: int = Field(1, ge=1)  # promised to the sites: a round with answers of fewer sites does not count
+    sites: int = Field(1, ge=1, le=MAX_SITES)  # that may take part
+    quorum: int = Field(
+        1, ge=1, le=MAX_SITES
+    )  # promised to the sites: a round with answers of fewer sites does not count
     model: ModelConfig
     adapter: AdapterConfig
     privacy: PrivacyConfig
@@ -334,6 +360,7 @@ class FederationConfig(QuorumConfig):
 
     backend: Literal["in-process", "ray"] = "in-process"
     partition: PartitionConfig
+    processes: int | None = Field(None, ge=1, le=1024)  # in-process: that sites train in; null: one for each core
     cpus_per_site: float = Field(1.0, gt=0)  # ray
     gpus_per_site: float = Field(0.0, ge=0)  # ray
 

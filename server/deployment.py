@@ -26,11 +26,11 @@ from server.checkpoint import CONFIG, has_checkpoint, read_as, writing
 from server.federation import HeadOffice, Member, Roster
 from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord
-from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord, RoundStarted, SiteAnswered
+from server.rounds import CHECKPOINT, PLAN, Event, Phase, RoundRecord, RoundStarted, SiteAnswered
 from server.superlink import RUNS, Control
 
 STATUS, PROGRESS, ERROR = "status.json", "progress.jsonl", "error.txt"
-_KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (RoundStarted, SiteAnswered, RoundRecord)}
+_KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Phase, RoundStarted, SiteAnswered, RoundRecord)}
 
 
 class Status(Frozen):

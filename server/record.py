@@ -18,7 +18,8 @@ Bodies, by the entry's kind:
              trimmed        noise in shares: sites whose surplus noise was taken off, by head office's own count
              adapter_before, adapter_after   digests; equal where the round does not count
              bytes_up, bytes_down            of updates and of requests
-    begun    round, sites   noise in shares: the sites are asked now, and may pay; it is not asked for again
+    begun    round, sites   the sites are asked now, and may pay; each signs for this entry, as head office named it in
+                            its request. With noise in shares the round is not asked for again
     resumed  round          the last completed round, from which the run goes on; later `round` entries before this one
                             are superseded: those rounds are repeated, and have entries of their own further on
              adapter        digest of the adapter it goes on with
@@ -36,7 +37,7 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ from numpy.typing import NDArray
 from fedllm.chain import START, Entry, make_entry, open_entry, read_chain
 from fedllm.crypto import Identity
 from fedllm.errors import ChainError, CheckpointError
+from fedllm.messages import RoundBegun
 from fedllm.plan import RunPlan
+from fedllm.statement import roster_digest
 from server.checkpoint import cannot_write, write_atomically
 
 RECORD_FILE, RECORD_KEY = "record.jsonl", "record.key"
@@ -71,6 +74,7 @@ class RunRecord:
         """The first of `signers` signs; the others are its predecessors. `roster` holds the sites' identities."""
         self.path, self._signers, self._roster = path, tuple(signers), dict(roster or {})
         self._last: Entry | None = None
+        self._begun: dict[int, set[RoundBegun]] = {}  # by round, the latest and those before a resume
 
     def begin(self, plan: RunPlan, spec_digest: str, adapter: NDArray[np.float32]) -> None:
         """Start the record; one of an attempt that ended before any site was asked is replaced."""
@@ -85,7 +89,7 @@ class RunRecord:
     def resume(self, plan: RunPlan, round_: int, adapter: NDArray[np.float32]) -> dict[int, set[str]]:
         """Go on from the checkpoint of a round: later entries stand, and are superseded.
 
-        Returns the rounds that were begun with noise in shares, and the sites that were asked and may have paid.
+        Returns the rounds that were begun, and the sites that were asked and may have paid.
         """
         entries = self._read()
         if not entries or entries[0].kind != "plan" or entries[0].body.get("plan_digest") != plan.digest:
@@ -107,6 +111,7 @@ class RunRecord:
         begun: dict[int, set[str]] = {}
         for entry in entries:
             if entry.kind == "begun":
+                self._began(entry)
                 begun.setdefault(int(entry.body["round"]), set()).update(map(str, entry.body["sites"]))
             elif entry.kind == "round" and not (entry.body.get("counts") or entry.body.get("lost")):
                 begun.pop(int(entry.body["round"]), None)  # nobody had paid for it when it ended
@@ -116,7 +121,23 @@ class RunRecord:
         """Append an entry; on return it is on disk."""
         self._append(kind, body, self._signers[0])
 
-    def _append(self, kind: str, body: dict[str, Any], signer: Identity) -> None:
+    def begin_round(self, round_: int, sites: Iterable[str]) -> RoundBegun:
+        """Note whom a round asks; return what every one of them is to sign for."""
+        names = sorted(sites)
+        entry = self._append("begun", {"round": round_, "sites": names}, self._signers[0])
+        return self._began(entry)
+
+    def began(self, round_: int) -> frozenset[RoundBegun]:
+        """Return what sites may have signed for in a round: after a resume it answers as it did before."""
+        return frozenset(self._begun.get(round_, ()))
+
+    def _began(self, entry: Entry) -> RoundBegun:
+        names = [str(name) for name in entry.body["sites"]]
+        begun = RoundBegun(roster=roster_digest(names), number=entry.number, digest=entry.digest)
+        self._begun.setdefault(int(entry.body["round"]), set()).add(begun)
+        return begun
+
+    def _append(self, kind: str, body: dict[str, Any], signer: Identity) -> Entry:
         number, previous, at = 0, START, time.time()
         if self._last is not None:
             number, previous, at = self._last.number + 1, self._last.digest, max(at, self._last.at)
@@ -134,7 +155,8 @@ class RunRecord:
                 raise
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        self._last = open_entry(line)
+        self._last = entry = open_entry(line)
+        return entry
 
     def _read(self) -> list[Entry]:
         """Read and check the record, cutting off an entry that was being written when the process ended."""

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from fedllm import codec
 from fedllm.crypto import PublicIdentity
 from fedllm.delta import AdapterSpec
-from fedllm.errors import CheckpointError, CryptoError, FedllmError, MessageError, QuorumLost
+from fedllm.errors import CheckpointError, CryptoError, FedllmError, MessageError, ModelError, QuorumLost
 from fedllm.messages import (
     KEY,
     RECORD,
@@ -25,6 +26,7 @@ from fedllm.messages import (
     Prepare,
     Ready,
     Reason,
+    RoundBegun,
     TrainReply,
     TrainRequest,
     from_bytes,
@@ -99,6 +101,13 @@ class RoundStarted:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What is being done outside the rounds, in words for whoever watches."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class _Answer:
     """A site's update, its statement checked."""
 
@@ -109,7 +118,7 @@ class _Answer:
     head_digest: str
 
 
-Event = RoundStarted | SiteAnswered | RoundRecord
+Event = Phase | RoundStarted | SiteAnswered | RoundRecord
 Score = Callable[[NDArray[np.float32]], Mapping[str, float | None]]
 
 
@@ -150,6 +159,7 @@ class Coordinator:
         self._dropped: set[int] = set()
         self._forgetful: set[str] = set()  # sites that stated less than before in the present round
         self._forgotten: set[int] = set()  # nodes whose sites lost their secrets, and are to join anew
+        self._evaluating: tuple[int, Future[Mapping[str, float | None]]] | None = None  # of records[that]
         shared = plan.shared
         self._masks = Masks(plan, shared, spec.dimension, roster or {}) if shared is not None else None
 
@@ -184,19 +194,27 @@ class Coordinator:
                 "a backup, or start a new run."
             )
         _write_records(self._folder / METRICS, self.records)
-        self._begun = self._record.resume(self._plan, self.round, self.adapter)
+        begun = self._record.resume(self._plan, self.round, self.adapter)
+        self._begun = begun if self._masks is not None else {}
         self._repeated = self.round + 2  # the round that was under way, and one more after a damaged checkpoint
 
     def run(self, grid: Grid, channel: Channel | None = None) -> None:
         """Run all rounds that are left; without a `channel`, bytes travel as they are and every node is welcome.
 
-        Raises QuorumLost, after everything so far is on disk, where too few sites are left to go on.
+        A round's adapter is evaluated beside the next round. Raises QuorumLost, after everything so far is on disk,
+        where too few sites are left to go on.
         """
+        with ThreadPoolExecutor(1, "evaluation") as self._evaluation:
+            self._run(grid, channel or PlainChannel(grid))
+
+    def _run(self, grid: Grid, channel: Channel) -> None:
         if not self.records:
             epsilon = 0.0 if self._plan.mechanism.private else None
             self._record.begin(self._plan, self._spec.digest, self.adapter)
-            self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon, **self._scores()))
-        channel = channel or PlainChannel(grid)
+            self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon, None, None, None))
+        elif self.records[-1].loss is None:  # it ended before this was known
+            self._evaluate()
+        self._observe(Phase("waiting for the sites"))
         self._await_nodes(channel)
         try:
             for number in range(self.round + 1, max(self._begun, default=0) + 1):
@@ -209,9 +227,11 @@ class Coordinator:
             for number in range(self.round + 1, self._plan.training.rounds + 1):
                 self._round(grid, channel, number)
         except QuorumLost as error:
+            self._note_scores()
             self._note_end(str(error))
             self._save()  # what the sites spent in the unfinished round is part of the record
             raise
+        self._note_scores()
         self._note_end("")
 
     def _await_nodes(self, channel: Channel) -> None:
@@ -232,9 +252,7 @@ class Coordinator:
         self._check_quorum(number, len(nodes), declined, failed)
         asked = [self._site_of_node[n] for n in nodes]
         self._observe(RoundStarted(number, asked))
-        if self._masks is not None:
-            self._record.note("begun", {"round": number, "sites": sorted(asked)})
-        requests = self._requests(nodes, number, masking)
+        requests = self._requests(nodes, number, masking, self._record.begin_round(number, asked))
         updates, replies = self._collect(grid, channel, number, requests, declined, failed)
         delta, trimmed, lost = self._aggregate(grid, channel, number, updates)
         if all(declined.get(site) in _UNCHARGED for site in asked):
@@ -274,12 +292,16 @@ class Coordinator:
         self._lost_in_a_row = 0
         shares = public_shares(updates, self._federation.weights)
         deviation = self._plan.noise_std(shares.values(), trimmed)
-        self._optimizer.step(delta, (number - 1) / self._plan.training.rounds, deviation)
+        after = self._optimizer.step(delta, (number - 1) / self._plan.training.rounds, deviation)
+        if not np.isfinite(after).all():
+            raise ModelError(f"round {number}: the adapter is not finite: training diverged. Lower the learning rates.")
         self._finish(
             RoundRecord(
                 round=number,
                 private=self._plan.privacy.protects,
-                **self._scores(),
+                loss=None,
+                perplexity=None,
+                accuracy=None,
                 epsilon=self._epsilon(),
                 answered=sorted(updates),
                 declined=declined,
@@ -384,6 +406,7 @@ class Coordinator:
             "adapter_before": digest, "adapter_after": digest,
         }  # fmt: skip
         body = {**nothing, **entry, "counts": False, "lost": why}
+        self._note_scores()  # they are also this round's
         last = self.records[-1]
         record = replace(
             last, round=number, lost=why, answered=sorted(body["answered"]), declined=declined, failed=failed,
@@ -479,6 +502,7 @@ class Coordinator:
         deadline, pause = time.monotonic() + timeout, _POLL
         answered = set()
         while waiting and time.monotonic() < deadline:
+            self._note_scores(wait=False)
             replies = list(grid.pull_messages(list(waiting)))
             for reply in replies:
                 node = waiting.pop(reply.metadata.reply_to_message_id)
@@ -511,10 +535,12 @@ class Coordinator:
             return self._masks.read(site, number, *unpack(reply.payload, 2))
         return codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
 
-    def _requests(self, nodes: list[int], number: int, masking: Mapping[str, bytes]) -> dict[int, bytes]:
+    def _requests(
+        self, nodes: list[int], number: int, masking: Mapping[str, bytes], begun: RoundBegun
+    ) -> dict[int, bytes]:
         """Return the request of a round to each node, with the last that is known of its site's ledger, in any run.
 
-        `masking` is what secure aggregation asks of each site, empty where there is none.
+        `masking` is what secure aggregation asks of each site, empty where there is none; they sign for `begun`.
         """
         payload = codec.encode(self.adapter, "float32")
         self._known = self._heads.read() if self._heads is not None else {}
@@ -524,7 +550,7 @@ class Coordinator:
         return {
             node: TrainRequest(
                 plan=self._plan, round=number, spec_digest=self._spec.digest,
-                head=self._known.get(self._site_of_node[node]),
+                head=self._known.get(self._site_of_node[node]), begun=begun,
                 payload=pack(payload, masking[self._site_of_node[node]]) if masking else payload,
             ).to_bytes()
             for node in nodes
@@ -558,6 +584,11 @@ class Coordinator:
         for name, value in expected.items():
             if getattr(statement, name) != value:
                 raise MessageError(f"statement: {name}={getattr(statement, name)}, and the reply says {value}")
+        said = {(begun.roster, begun.number, begun.digest) for begun in self._record.began(reply.round)}
+        if (statement.roster, statement.record_number, statement.record_digest) not in said:
+            raise MessageError(
+                f"statement: entry {statement.record_number} of the run record, which begins no round {reply.round}"
+            )
         head = (statement.ledger_number, statement.ledger_digest)
         if head[0] <= before.head_number and head != (before.head_number, before.head_digest):
             raise MessageError(f"statement: {_went_back(head[0], before.head_number)}")
@@ -624,17 +655,31 @@ class Coordinator:
             f"{'; '.join(reasons) or 'no site answered'}. The adapter of round {self.round} is kept.{hint}"
         )
 
-    def _scores(self) -> dict[str, Any]:
-        return {"loss": None, "perplexity": None, "accuracy": None, **self._score(self.adapter)}
-
     def _finish(self, record: RoundRecord, entry: dict[str, Any] | None = None) -> None:
         """Make the round durable: metrics and run record first, so that a checkpoint never runs ahead of them."""
+        self._note_scores()
         self.records.append(record)
         _write_records(self._folder / METRICS, self.records)
         if entry is not None:
             self._record.note("round", entry)
         self._save()
-        self._observe(record)
+        if record.lost:
+            self._observe(record)
+        else:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        """Begin to evaluate the adapter of the last round."""
+        self._evaluating = (len(self.records) - 1, self._evaluation.submit(self._score, self.adapter))
+
+    def _note_scores(self, wait: bool = True) -> None:
+        """Add what the evaluation under way has found to its round, which is then over for those who observe it."""
+        if self._evaluating is None or not (wait or self._evaluating[1].done()):
+            return
+        (at, scores), self._evaluating = self._evaluating, None
+        self.records[at] = replace(self.records[at], **cast(dict[str, Any], scores.result()))
+        _write_records(self._folder / METRICS, self.records)
+        self._observe(self.records[at])
 
     def _note_end(self, stopped: str) -> None:
         body = {"round": self.round, "stopped": stopped, "adapter": adapter_digest(self.adapter)}

@@ -27,7 +27,7 @@ from fedllm.training.workspace import Workspace, open_workspace, use_threads
 from server.checkpoint import CONFIG, has_checkpoint, write_atomically, writing
 from server.heads import Heads
 from server.record import RunRecord
-from server.rounds import CHECKPOINT, PLAN, Coordinator, Event
+from server.rounds import CHECKPOINT, PLAN, Coordinator, Event, Phase
 
 _LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a moment
 
@@ -139,7 +139,7 @@ class HeadOfficeRun:
         adapter = self._workspace.adapter
         if plan.shared is not None:
             plan.shared.clip_before_rounding(adapter.spec.dimension)  # says here what every site would decline for
-        self._plan, self._folder = plan, folder
+        self._plan, self._folder, self._observe = plan, folder, observe
         self._coordinator = Coordinator(
             plan, self._config.federation, adapter.spec, adapter.initial, folder,
             partial(_score, self._evaluator, self._workspace.engine, plan.mechanism), observe, sites, record, heads,
@@ -149,9 +149,15 @@ class HeadOfficeRun:
             self._coordinator.resume()
         return self._coordinator
 
-    def finish(self, stopped: str, budgets: Mapping[str, float], seconds: float) -> RunSummary:
-        """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit where it is known."""
+    def finish(
+        self, stopped: str, budgets: Mapping[str, float], seconds: float, memory_elsewhere: float = 0.0
+    ) -> RunSummary:
+        """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit where it is known.
+
+        `memory_elsewhere` is what other processes of the run used at most, MB.
+        """
         adapter, coordinator = self._workspace.adapter, self._coordinator
+        self._observe(Phase("closing evaluation: answers before and after"))
         summary = RunSummary(
             name=self._config.name,
             folder=self._folder,
@@ -162,9 +168,10 @@ class HeadOfficeRun:
             budgets=dict(budgets),
             stopped=stopped,
             seconds=seconds,
-            peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 + memory_elsewhere,
             **_before_and_after(self._evaluator, adapter.initial, coordinator.adapter),
         )
+        self._observe(Phase("writing adapter, plots and summaries"))
         with writing(self._folder):
             write_outputs(summary, adapter, coordinator.adapter)
         return summary

@@ -3,18 +3,20 @@
 import logging
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from fedllm.audit.summary import RunSummary
-from fedllm.plan import RunPlan
-from server.rounds import Event, RoundRecord, RoundStarted, SiteAnswered
+if TYPE_CHECKING:
+    from fedllm.audit.summary import RunSummary
+    from fedllm.plan import RunPlan
+    from server.rounds import Event, RoundRecord
 
 _site_logger = logging.getLogger("fedllm.site")
 
@@ -34,9 +36,9 @@ class _ConsoleHandler(logging.Handler):
 class Screen:
     """A live view of the rounds; on a pipe or in a log, one line a round."""
 
-    def __init__(self, console: Console, trained: Callable[[], tuple[int, float]] | None = None) -> None:
-        """`trained` tells the tokens and seconds of the training done so far in this process."""
-        self._console, self._trained, self._before = console, trained, (0, 0.0)
+    def __init__(self, console: Console) -> None:
+        self._console, self._before = console, (0, 0.0)
+        self._trained: Callable[[], tuple[int, float]] | None = None
         count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
         left = (TextColumn("left"), TimeRemainingColumn())
         self._rounds = Progress(
@@ -44,10 +46,12 @@ class Screen:
         )
         last = TextColumn("{task.fields[last]}")
         self._sites = Progress(TextColumn("[bold]sites [/bold]"), BarColumn(36), count, last, console=console)
-        self._figures = Text("loading model and data ...")
-        self._live = Live(
-            Group(self._figures, self._rounds, self._sites), console=console, refresh_per_second=8, transient=True
-        )
+        doing = TextColumn("{task.description}", markup=False)
+        self._phase = Progress(SpinnerColumn(), doing, TimeElapsedColumn(), console=console)
+        self._phase_task = self._phase.add_task("", visible=False)
+        self._figures = Text()
+        shown = Group(self._figures, self._rounds, self._sites, self._phase)
+        self._live = Live(shown, console=console, refresh_per_second=8, transient=True)
         self._plan: RunPlan | None = None
         self._log = _ConsoleHandler(console)
 
@@ -63,9 +67,17 @@ class Screen:
         _site_logger.removeHandler(self._log)
         self._live.stop()
 
-    def announce(self, plan: RunPlan, sites: list[str]) -> None:
-        """Show what is about to run."""
-        self._plan = plan
+    def say(self, text: str) -> None:
+        """Show what is being done outside the rounds, and since when."""
+        self._phase.reset(self._phase_task, description=text, visible=True)
+        if not self._console.is_terminal:
+            self._console.print(f"{text} ...", markup=False, highlight=False, soft_wrap=True)
+
+    def announce(
+        self, plan: "RunPlan", sites: list[str], trained: Callable[[], tuple[int, float]] | None = None
+    ) -> None:
+        """Show what is about to run; `trained` tells the tokens and seconds of the training done so far."""
+        self._plan, self._trained = plan, trained
         privacy = plan.privacy
         lines = Table.grid(padding=(0, 2))
         lines.add_row("model", Text(plan.model.source))
@@ -94,8 +106,14 @@ class Screen:
         self._round_task = self._rounds.add_task("", total=plan.training.rounds)
         self._site_task = self._sites.add_task("", total=len(sites), last="")
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: "Event") -> None:
         """Follow the run."""
+        from server.rounds import Phase, RoundStarted, SiteAnswered  # late: Flower, for which nothing shall wait
+
+        if isinstance(event, Phase):
+            self.say(event.text)
+            return
+        self._phase.update(self._phase_task, visible=False)
         if isinstance(event, RoundStarted):
             self._sites.update(self._site_task, completed=0, total=len(event.sites), last="")
         elif isinstance(event, SiteAnswered):
@@ -110,7 +128,7 @@ class Screen:
             if not self._console.is_terminal:
                 self._console.print(line, highlight=False, soft_wrap=True)
 
-    def _line(self, record: RoundRecord) -> str:
+    def _line(self, record: "RoundRecord") -> str:
         total = self._plan.training.rounds if self._plan else 0
         parts = [f"round {record.round}/{total}"]
         if record.perplexity is not None:
@@ -136,8 +154,8 @@ class Screen:
         self._before = (tokens, seconds)
         return f" · {float(f'{new / took:.2g}'):,.0f} tokens/s" if new and took else ""
 
-    def summarise(self, summary: RunSummary) -> None:
-        """Print the closing tables."""
+    def summarise(self, summary: "RunSummary", seconds: float) -> None:
+        """Print the closing tables, and how long the whole command took."""
         before, after = summary.before, summary.after
         results = Table(title="Held-out set" if before["loss"] is not None else None, title_justify="left")
         results.add_column("")
@@ -167,14 +185,14 @@ class Screen:
         if not summary.private:
             self._console.print("[bold red]NOT PRIVATE[/bold red]: do not publish this adapter.")
         self._console.print(
-            f"{summary.seconds:.0f} s, {summary.peak_memory_mb:.0f} MB at most. Everything is in ",
+            f"{seconds:.0f} s, {summary.peak_memory_mb:.0f} MB at most. Everything is in ",
             end="",
             highlight=False,
         )
         self._console.print(f"{summary.folder}/", style="bold", highlight=False, soft_wrap=True)
 
 
-def _site_table(summary: RunSummary) -> Table:
+def _site_table(summary: "RunSummary") -> Table:
     table = Table(title="Sites", title_justify="left")
     table.add_column("site")
     for heading in ("rounds", "epsilon spent", "budget", "sent"):

@@ -5,12 +5,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
 
 from client.app import courier
+from client.site import check_name
 from fedllm.audit.bundle import FOLDER as AUDIT
 from fedllm.audit.bundle import write_audit
 from fedllm.audit.evidence import HEAD_OFFICE, LEDGERS, file_name
@@ -19,15 +21,25 @@ from fedllm.audit.summary import RunSummary
 from fedllm.errors import ConfigError, QuorumLost
 from fedllm.plan import RunPlan, SimulationConfig, parse
 from fedllm.privacy.ledger import LedgerFile
-from fedllm.training.workspace import use_threads
+from fedllm.training.model import pick_device
+from fedllm.training.workspace import trained, use_threads
 from server.app import server_app
 from server.checkpoint import CONFIG, read_as, write_atomically, writing
 from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord, key_in
-from server.rounds import PLAN, Coordinator, Event
+from server.rounds import PLAN, Coordinator, Event, Phase
 from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
 from simulations.grid import InProcessGrid, run_ray
-from simulations.sites import SITE_LOG, SimulatedData, connect, folder_of, log_to, make_site, roster_of, simulated_data
+from simulations.sites import (
+    SITE_LOG,
+    SimulatedData,
+    folder_of,
+    log_to,
+    resume_sites,
+    roster_of,
+    simulated_data,
+)
+from simulations.workers import Workers, connect
 
 KEYS = "trusted-keys.txt"  # for `fedllm audit verify RUN/audit --trust RUN/trusted-keys.txt`
 
@@ -40,12 +52,16 @@ _QUIET = {
 }
 
 
-def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], None],
+Trained = Callable[[], tuple[int, float]]
+
+
+def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], Trained], None],
              observe: Callable[[Event], None]) -> RunSummary:  # fmt: skip
     """Run the configured federation and write its outputs to `config.output/config.name`.
 
-    `announce` receives the plan and the sites' names before the first round, `observe` every event after. A run
-    whose quorum is lost ends with its outputs written and the reason in the summary; other errors are raised.
+    Before the first round, `announce` receives the plan, the sites' names, and what tells tokens and seconds of the
+    training done so far; `observe` receives every event. A run whose quorum is lost ends with its outputs written and
+    the reason in the summary; other errors are raised.
     """
     os.environ.update(_QUIET)
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -53,10 +69,15 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], 
     folder = Path(config.output) / config.name
     check_folder(config, folder)
     use_threads(config.site.threads)
+    observe(Phase("reading the records"))
     data = simulated_data(config)
     config = _with_place(_with_nominal_size(config, data.unit_counts()))
-    _check_federation(config, data, folder)
+    _check_federation(config, data)
+    for name in data.names:  # whoever simulates owns all records, and learns which of them cannot be used
+        data.records(name, config.model)
+    observe(Phase("planning: noise for the budget"))
     plan = make_plan(config, len(data.names))
+    observe(Phase("loading model and held-out set"))
     run = HeadOfficeRun(config)
     with alone_in(folder, config):
         if config.resume:
@@ -66,15 +87,20 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str]], 
         record = RunRecord(folder / RECORD_FILE, [key_in(folder)])
         roster = roster_of(config, data.names, folder) if plan.shared is not None else None
         coordinator = run.begin(plan, folder, observe, len(data.names), record, _heads(config), roster)
-        announce(plan, data.names)
+        resume_sites(config, data.names, folder)
         with _site_log(folder):
-            stopped = _run(config, folder, coordinator, len(data.names))
+            with _workers(config, folder, len(data.names)) as workers:
+                announce(plan, data.names, workers.trained if workers is not None else trained)
+                stopped = _run(config, folder, coordinator, len(data.names), workers)
             budgets = {name: config.budget(name) for name in data.names}
-            summary = run.finish(stopped, budgets, time.monotonic() - began)
+            elsewhere = workers.memory if workers is not None else 0.0
             if config.site.folder is not None:
                 _export_ledgers(config, data.names, folder)
-            if config.audit:
-                _audit(folder)
+            with ThreadPoolExecutor(1, "audit") as beside:  # the closing evaluation
+                audit = beside.submit(_audit, folder, observe) if config.audit else None
+                summary = run.finish(stopped, budgets, time.monotonic() - began, elsewhere)
+                if audit is not None:
+                    audit.result()
             return summary
 
 
@@ -127,10 +153,10 @@ def _as_before(plan: RunPlan, config: SimulationConfig, folder: Path) -> RunPlan
     return plan
 
 
-def _check_federation(config: SimulationConfig, data: SimulatedData, folder: Path) -> None:
+def _check_federation(config: SimulationConfig, data: SimulatedData) -> None:
     names = data.names
     for name in names:
-        make_site(config, data, name, folder)  # refuses a name that no site can have; opens nothing
+        check_name(name)
     for key, named in (("federation.weights", config.federation.weights), ("site.budgets", config.site.budgets)):
         unknown = sorted(set(named) - set(names))
         if unknown:
@@ -144,9 +170,30 @@ def _check_federation(config: SimulationConfig, data: SimulatedData, folder: Pat
         )
 
 
-def _run(config: SimulationConfig, folder: Path, coordinator: Coordinator, sites: int) -> str:
+def _processes(config: SimulationConfig, sites: int) -> int:
+    """Return how many processes train sites beside one another; 1 is this one."""
+    if config.federation.backend == "ray" or pick_device(config.site.device) != "cpu":
+        return 1  # Ray has its own; a GPU runs one model at a time
+    cores = len(os.sched_getaffinity(0)) // (config.site.threads or 1)
+    return min(config.federation.processes or max(1, cores), sites)
+
+
+@contextlib.contextmanager
+def _workers(config: SimulationConfig, folder: Path, sites: int) -> Iterator[Workers | None]:
+    processes = _processes(config, sites)
+    if processes == 1:
+        yield None
+        return
+    workers = Workers(processes, sites, config.model_dump_json(), str(folder.resolve()))
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+def _run(config: SimulationConfig, folder: Path, coordinator: Coordinator, sites: int, workers: Workers | None) -> str:
     """Run the rounds that are left; returns why they ended early, or nothing."""
-    client = courier(partial(connect, config.model_dump_json(), str(folder.resolve())))
+    client = courier(partial(connect, config.model_dump_json(), str(folder.resolve()), workers))
     errors: list[BaseException] = []
     server = server_app(coordinator, errors.append)
     federation = config.federation
@@ -162,11 +209,13 @@ def _run(config: SimulationConfig, folder: Path, coordinator: Coordinator, sites
     return ""
 
 
-def _audit(folder: Path) -> None:
+def _audit(folder: Path, observe: Callable[[Event], None]) -> None:
     """Write the audit report in both languages, and the keys to verify it with."""
     signer = key_in(folder)
     pages = [("audit", "en"), ("audit.ko", "ko")]
-    written = write_audit(folder, folder / AUDIT, pages, signer=signer, prv=epsilon_prv)
+    written = write_audit(
+        folder, folder / AUDIT, pages, signer=signer, prv=epsilon_prv, say=lambda text: observe(Phase(text))
+    )
     known = {HEAD_OFFICE: signer.public.fingerprint, **{s.name: s.fingerprint for s in written.audit.sites}}
     lines = [f"{name} {fingerprint}" for name, fingerprint in known.items() if fingerprint]
     heading = "# In a deployment every office tells its own fingerprint; here one process plays all of them."

@@ -4,24 +4,27 @@ import contextlib
 import logging
 import math
 import threading
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
+from multiprocessing import parent_process
 from pathlib import Path
 
-from flwr.app import Context
-
-from client.app import Handler
 from client.policy import SitePolicy
-from client.records import TableRecords
+from client.records import Declared, SiteRecords, load_records
 from client.site import Site
+from client.unfinished import Unfinished
 from fedllm.audit.evidence import file_name
 from fedllm.crypto import Identity, PublicIdentity
-from fedllm.plan import DataConfig, PartitionConfig, SimulationConfig
+from fedllm.errors import DataError
+from fedllm.plan import DataConfig, ModelConfig, PartitionConfig, SimulationConfig
+from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.training.data import Table, check_columns, naming, person, read_table
+from fedllm.training.model import Reader, load_reader
 from fedllm.training.workspace import open_for_training, use_threads
 from server.checkpoint import writing
 from simulations.partition import partition
 
 SITE_LOG = "sites/sites.log"
+ELSEWHERE = "written_elsewhere"  # mark of a log record that another process of the run has written to that file
 
 
 class SimulatedData:
@@ -36,6 +39,7 @@ class SimulatedData:
             check_columns(self._table, data, [data.unit, cut.column])
             self._rows = partition(self._table, cut, self._unit, seed)
         self.names = list(self._rows)
+        self._records: dict[tuple[str, ModelConfig], SiteRecords] = {}
 
     def unit_counts(self) -> dict[str, int]:
         """Return the number of privacy units of each site. For the simulator's eyes: no site tells its own."""
@@ -44,12 +48,27 @@ class SimulatedData:
         persons = list(self._table[self._unit])
         return {name: len({person(persons[row]) for row in rows}) for name, rows in self._rows.items()}
 
-    def records(self, name: str) -> TableRecords:
-        """Return the rows of one site."""
-        return TableRecords(self._table.select(self._rows[name]), self._data, self._data.unit)
+    def records(self, name: str, model: ModelConfig) -> SiteRecords:
+        """Return the records of one site, tokenised. The simulator is their owner, and declares what is true of them.
+
+        Raises DataError with the first record that cannot be used.
+        """
+        declared = Declared(self.unit_counts()[name], "record" if self._unit is None else "person", model.labels)
+        if (name, model) not in self._records:
+            rows = self._table.select(self._rows[name])
+            found = load_records(rows, self._data, self._data.unit, declared, {model.source: _reader(model)})
+            for error in found.wrong[model.source]:
+                raise DataError(f"{self._data.train}, site {name}: {error}")
+            self._records[name, model] = found
+        return self._records[name, model]
 
 
 _read = lru_cache(maxsize=1)(SimulatedData)
+
+
+@lru_cache(maxsize=1)
+def _reader(model: ModelConfig) -> Reader:
+    return load_reader(model)
 
 
 _making_sites = threading.Lock()
@@ -74,6 +93,7 @@ def log_to(folder: Path) -> logging.Handler:
     with writing(folder / SITE_LOG):
         (folder / SITE_LOG).parent.mkdir(exist_ok=True, mode=0o700)
         handler = _SiteLog(folder / SITE_LOG, encoding="utf-8")
+    handler.addFilter(lambda record: not hasattr(record, ELSEWHERE))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("fedllm.site")
     logger.propagate = False
@@ -86,14 +106,21 @@ def simulated_data(config: SimulationConfig) -> SimulatedData:
     return _read(config.data, config.federation.partition, config.privacy.unit == "person", config.seed)
 
 
-@lru_cache(maxsize=1)
-def _sites(config_json: str, folder: str) -> list[Site]:
+@cache
+def _site(config_json: str, folder: str, number: int) -> Site:
     config = SimulationConfig.model_validate_json(config_json)
-    if config.federation.backend == "ray":  # an actor's own process: its log would go to Ray's public folder
+    data = simulated_data(config)
+    return make_site(config, data, data.names[number], Path(folder))
+
+
+@lru_cache(maxsize=1)
+def _set_up(config_json: str, folder: str) -> None:
+    """Make this process ready for sites of a run, and forget those of another."""
+    _site.cache_clear()
+    config = SimulationConfig.model_validate_json(config_json)
+    if parent_process() is not None or config.federation.backend == "ray":  # Ray's own log would be public
         log_to(Path(folder))
         use_threads(config.site.threads)
-    data = simulated_data(config)
-    return [make_site(config, data, name, Path(folder)) for name in data.names]
 
 
 def folder_of(config: SimulationConfig, folder: Path) -> Path:
@@ -113,19 +140,26 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         min_units=site.min_units if site.min_units is not None else expected_batch,
         colluding_sites=0,
         allow_unprotected=True,  # in a simulation the sites are the researcher's own
+        reply_quantum=0.0,  # the simulator sees all of its sites' times anyway
         self_check=config.privacy.self_check,
     )
     place = folder_of(config, folder) / file_name(name)
     return Site(
         name=name,
         policy=policy,
-        ledger=place / "ledger.db",
+        ledger=LedgerPlace(place / "ledger.db", place / "ledger.anchor"),
         identity=partial(Identity.kept, place / "identity"),
         workspace=lambda plan: open_for_training(plan, plan.model, site.device, site.checkpointing),
-        records=partial(data.records, name),
+        records=data.records(name, config.model),
         micro_batch=site.micro_batch,
         peers=lambda _: roster_of(config, data.names, folder),
     )
+
+
+def resume_sites(config: SimulationConfig, names: list[str], folder: Path) -> None:
+    """Let sites go on whose process was killed: who simulates again is their owner, and has acted."""
+    for name in names:
+        Unfinished(folder_of(config, folder) / file_name(name) / "ledger.db").end()
 
 
 def roster_of(config: SimulationConfig, names: list[str], folder: Path) -> dict[str, PublicIdentity]:
@@ -134,12 +168,8 @@ def roster_of(config: SimulationConfig, names: list[str], folder: Path) -> dict[
     return {name: Identity.kept(place / file_name(name) / "identity").public for name in names}
 
 
-def connect(config_json: str, folder: str, context: Context) -> Handler:
-    """Find the site of a Flower node in this process, making all sites on the first call.
-
-    Lives in an importable module, so that a Ray actor keeps its sites between rounds.
-    """
+def site_in(config_json: str, folder: str, number: int) -> Site:
+    """Return the site with this number, made once in a process; its sites train in turns."""
     with _making_sites:
-        sites = _sites(config_json, folder)
-    site = sites[int(context.node_config["partition-id"])]
-    return lambda request, timeout: site.handle(request)  # the round's own deadline is all that a simulation needs
+        _set_up(config_json, folder)
+        return _site(config_json, folder, number)

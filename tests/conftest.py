@@ -12,6 +12,13 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.running import (  # noqa: F401  # hooks
+    pytest_collection_modifyitems,
+    pytest_sessionfinish,
+    pytest_sessionstart,
+    pytest_xdist_make_scheduler,
+)
+
 SOAK = os.environ.get("FEDLLM_SOAK") == "1"  # `make soak`: larger numbers, more examples
 settings.register_profile(
     "suite", derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow]

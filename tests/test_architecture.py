@@ -62,6 +62,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
 LAYERS: list[tuple[str, ...]] = [
     ("fedllm.errors",),
     (
+        "fedllm.canonical",
         "fedllm.codec",
         "fedllm.delta",
         "fedllm.crypto",

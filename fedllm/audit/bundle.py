@@ -4,23 +4,37 @@ record.jsonl, plan.json, metrics.jsonl, ledgers/SITE.jsonl    the evidence (fedl
 audit.json                                                    what was found; audit.schema.json describes it
 audit.html, audit.pdf (and audit.ko.html, audit.ko.pdf)       the same, for people
 audit.sig                                                     {file: SHA-256}, signed (DSSE)
+
+There is nothing else in it: a file that nobody compares with the evidence could say anything.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from fedllm.audit.evidence import LEDGERS, METRICS, PLAN, RECORD, Prv, Trust, assess, file_name, sites_of
+from fedllm.audit.evidence import (
+    HEAD_OFFICE,
+    LEDGERS,
+    METRICS,
+    PLAN,
+    RECORD,
+    Prv,
+    Trust,
+    assess,
+    file_name,
+    sites_of,
+)
 from fedllm.audit.model import INTEGRITY, Audit
+from fedllm.audit.pdf import rendered, renderer
 from fedllm.crypto import Identity, open_envelope, sign_envelope
 from fedllm.errors import ChainError, CryptoError, FolderError, first_line
 from fedllm.files import is_full
@@ -29,8 +43,11 @@ from fedllm.privacy.ledger import LedgerFile
 
 FOLDER, JSON, SIGNATURE = "audit", "audit.json", "audit.sig"
 SIGNATURE_TYPE = "application/vnd.fedllm.audit+json"
+_PAGES = ("audit.html", "audit.ko.html", "audit.pdf", "audit.ko.pdf")
 
 _NEAR = 1e-5  # relative, between figures of two machines
+_COMPUTED = (".sites", ".accountants", ".risk", ".timeline")  # where they are; all else is copied from the evidence,
+_COPIED = (".accountants.delta", ".accountants.events")  # and so are these
 
 
 @dataclass(frozen=True)
@@ -49,14 +66,15 @@ def write_audit(
     ledgers: Path | None = None,
     signer: Identity | None = None,
     prv: Prv | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Written:
     """Gather the evidence of a run, check it, and write the report to `folder`, which is replaced as a whole.
 
     `pages` are (stem, language) of the pages for people; `ledgers` is a folder of exported ledgers, without which the
-    run's folder is searched. Raises ChainError where there is no readable record, FolderError where nothing can be
-    written.
+    run's folder is searched; `say` receives what is being done, in words. Raises ChainError where there is no
+    readable record, FolderError where nothing can be written.
     """
-    from fedllm.audit.report import render_html, render_pdf, to_json
+    from fedllm.audit.report import render_html, to_json
 
     if folder.exists() and any(folder.iterdir()) and not (folder / JSON).exists():
         raise FolderError(f"{folder} exists and holds no audit. Nothing was overwritten; choose another folder.")
@@ -68,17 +86,23 @@ def write_audit(
     except OSError as error:
         raise _cannot_write(folder, error) from None
     try:
+        say("audit: checking the evidence")
         _gather(run, names, ledgers, new)
         made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
         audit = assess(new, None, made, signer.public.fingerprint if signer else "", prv)
         (new / JSON).write_bytes(to_json(audit))
-        for stem, language in pages:
-            html = render_html(audit, "ko" if language == "ko" else "en")
-            (new / f"{stem}.html").write_text(html, "utf-8")
-            try:
-                (new / f"{stem}.pdf").write_bytes(render_pdf(html))
-            except FolderError as error:
-                problems.append(str(error))
+        say("audit: report as HTML and PDF")
+        with contextlib.ExitStack() as stack:
+            renderers = {}
+            for stem, language in pages:
+                page = new / f"{stem}.html"
+                page.write_text(render_html(audit, "ko" if language == "ko" else "en"), "utf-8")
+                renderers[page.with_suffix(".pdf")] = stack.enter_context(renderer(page))
+            for pdf, process in renderers.items():
+                try:
+                    pdf.write_bytes(rendered(process))
+                except FolderError as error:
+                    problems.append(str(error))
         if signer is not None:
             payload = json.dumps({"files": _digests(new)}, sort_keys=True, ensure_ascii=False).encode()
             (new / SIGNATURE).write_text(sign_envelope(payload, SIGNATURE_TYPE, signer), "utf-8")
@@ -130,11 +154,14 @@ def _digests(folder: Path) -> dict[str, str]:
 # ---- verification ----------------------------------------------------------------------------------------------------
 
 
-def verify(folder: Path, trust: Trust) -> tuple[Audit, tuple[str, ...]]:
-    """Check an audit's folder without believing who made it; return the audit and what could not be compared.
+def verify(folder: Path, trust: Trust, absent: Collection[str] = ()) -> tuple[Audit, tuple[str, ...]]:
+    """Check an audit's folder without believing who made it; return the audit, and the pages that were not compared.
 
-    Raises ChainError that names the first contradiction.
+    Only the signature vouches for those: whoever signed may have written anything there.
+    `absent` names those of `trust` that took no part in the run; everybody else's signatures must be there. Raises
+    ChainError that names the first contradiction.
     """
+    _check_files(folder)
     try:
         stored = Audit.model_validate_json((folder / JSON).read_bytes())
     except OSError as error:
@@ -154,11 +181,54 @@ def verify(folder: Path, trust: Trust) -> tuple[Audit, tuple[str, ...]]:
         finding = audit.finding(code)
         if finding.status == "fails":
             raise ChainError(f"{code}: {finding.evidence[0]}")
+    _check_present(audit, trust, absent)
     difference = _difference(json.loads(stored.model_dump_json()), json.loads(_unaware(audit).model_dump_json()), "")
     if difference:
         raise ChainError(f"{JSON}: {difference}")
     _check_signature(folder, audit, trust)
     return audit, _check_pages(folder, stored)
+
+
+def write_pages(audit: Audit, folder: Path) -> None:
+    """Write the pages of an audit that was verified here, in both languages; `folder` is new, or empty."""
+    from fedllm.audit.report import render_html
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FolderError(f"{folder} exists. Nothing was overwritten; choose another folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "audit.html").write_text(render_html(audit, "en"), "utf-8")
+        (folder / "audit.ko.html").write_text(render_html(audit, "ko"), "utf-8")
+    except OSError as error:
+        raise FolderError(f"{folder} cannot be written: {error.strerror or first_line(error)}.") from None
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ChainError where something lies in the folder that is no part of an audit, and that nobody compares.
+
+    The ledgers are compared with the sites of the record.
+    """
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        link = path.is_symlink()
+        if not link and ((path.is_dir() and name == LEDGERS) or (path.is_file() and path.parent == folder / LEDGERS)):
+            continue
+        if link or not path.is_file() or name not in (RECORD, PLAN, METRICS, JSON, SIGNATURE, *_PAGES):
+            raise ChainError(f"{name}: no part of an audit. Whoever put it there may want it to be read as one")
+
+
+def _check_present(audit: Audit, trust: Trust, absent: Collection[str]) -> None:
+    """Raise ChainError unless everybody of `trust` has signed something here, or is named as absent."""
+    present = {HEAD_OFFICE, *(site.name for site in audit.sites if site.fingerprint)}
+    missing = sorted(trust.names - present - set(absent))
+    if missing:
+        raise ChainError(
+            f"keys: nothing here is signed by {', '.join(missing)}, whom the file of keys names. Were they left out? "
+            "Ask them; where they took no part in this run, say so (--absent NAME)"
+        )
+    wrong = sorted(set(absent) & present)
+    if wrong:
+        raise ChainError(f"keys: {', '.join(wrong)} took part in this run, and was named as absent")
 
 
 def _unaware(audit: Audit) -> Audit:
@@ -177,7 +247,8 @@ def _difference(stated: object, found: object, where: str) -> str | None:
     elif isinstance(stated, list) and isinstance(found, list) and len(stated) == len(found):
         pairs = [(a, b, f"{where}.{i}") for i, (a, b) in enumerate(zip(stated, found, strict=True))]
     elif isinstance(stated, float) and isinstance(found, float):
-        near = math.isclose(stated, found, rel_tol=_NEAR, abs_tol=_NEAR)
+        computed = where.startswith(_COMPUTED) and not where.startswith(_COPIED)
+        near = math.isclose(stated, found, rel_tol=_NEAR, abs_tol=_NEAR) if computed else stated == found
         return None if near else f"{where.lstrip('.')} states {stated!r}, computed {found!r}"
     else:
         same = stated == found and type(stated) is type(found)
@@ -204,16 +275,20 @@ def _check_signature(folder: Path, audit: Audit, trust: Trust) -> None:
 
 
 def _check_pages(folder: Path, audit: Audit) -> tuple[str, ...]:
-    """Render every page again and compare; return what could not be compared."""
-    from fedllm.audit.report import render_html, renderer
+    """Render every page again and compare; return what could not be compared.
 
-    left = [f"{path.name}: its words were not compared, only its signature" for path in sorted(folder.glob("*.pdf"))]
+    Raises ChainError where a page that this software would have made is another.
+    """
+    from fedllm.audit.report import LANGUAGES, render_html, renderer
+
+    left = [f"{path.name} (a PDF)" for path in sorted(folder.glob("*.pdf"))]
+    own: list[bytes] = []
     for path in sorted(folder.glob("*.html")):
-        page = path.read_text("utf-8")
-        if f'content="fedllm {renderer()}"' not in page:
-            left.append(f"{path.name}: made by other versions, so only its signature was checked")
+        page = path.read_bytes()
+        own = own or [render_html(audit, language).encode() for language in LANGUAGES]
+        if page in own:
             continue
-        language = "ko" if re.search(r'<html lang="ko">', page) else "en"
-        if render_html(audit, "ko" if language == "ko" else "en") != page:
+        if f'content="fedllm {renderer()}"'.encode() in page:
             raise ChainError(f"{path.name}: it does not say what {JSON} says")
+        left.append(f"{path.name} (made by other versions, or altered)")
     return tuple(left)

@@ -14,9 +14,11 @@ Code = Literal[
     "plan",  # the plan in the record, plan.json and every digest of it agree
     "rounds",  # rounds follow one another, and each starts from the adapter that the one before left
     "statements",  # every statement is signed by its site, and is about this run, plan and round
+    "countersigned",  # sites signed whom each round asked, and where the record stood: the record still says so
     "ledger_chain",  # every site's ledger is unbroken, and signed by that site
     "ledger_complete",  # the ledger holds every entry that the site has signed a statement on, and what follows it
     "charged_before_release",  # every answer was paid for, as planned, before it left
+    "answers_recorded",  # whatever a ledger says was released, the record has a statement on
     "epsilon",  # every stated epsilon is what the ledger's events cost
     "accountants",  # RDP is not below PLD; PRV is near it
     "protected",  # noise is added, and nobody can predict it
@@ -32,8 +34,8 @@ Code = Literal[
 ]
 # Where one of these fails, nothing else in the evidence can be relied on.
 INTEGRITY: frozenset[Code] = frozenset(
-    {"record_chain", "plan", "rounds", "statements", "ledger_chain", "ledger_complete", "charged_before_release",
-     "epsilon", "accountants"}
+    {"record_chain", "plan", "rounds", "statements", "countersigned", "ledger_chain", "ledger_complete",
+     "charged_before_release", "answers_recorded", "epsilon", "accountants"}
 )  # fmt: skip
 
 

@@ -1,13 +1,19 @@
-"""Opacus' PRV accountant as a cross-check, by other people. It loads torch; nothing that is verified needs it."""
+"""Opacus' PRV accountant as a cross-check, by other people. Nothing that is verified needs it."""
 
+import importlib
+import importlib.util
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 from fedllm.privacy.accounting import AccountingEvent
 
 _ERROR = 0.01  # of epsilon, and a thousandth of delta: Opacus' own settings
 _MOST_POINTS = 2**23  # of its grid: half a gigabyte and some seconds
+_OWN = "_fedllm_opacus_accountants"
 
 
 @dataclass(frozen=True)
@@ -29,14 +35,12 @@ def prv(events: Sequence[AccountingEvent], delta: float) -> Prv:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from opacus.accountants import PRVAccountant
-            from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
-
-            accountant = PRVAccountant()
+            opacus = _opacus()
+            accountant = opacus.PRVAccountant()
             accountant.history = [(e.noise_multiplier, e.sampling_rate, e.steps) for e in events if e.steps]
             if not accountant.history:
                 return Prv(None, None, "there is nothing to account for")
-            steps = [PoissonSubsampledGaussianPRV(q, noise) for noise, q, _ in accountant.history]
+            steps = [opacus.PoissonSubsampledGaussianPRV(q, noise) for noise, q, _ in accountant.history]
             counts = [count for _, _, count in accountant.history]
             errors = {"eps_error": _ERROR, "delta_error": delta / 1000}
             if accountant._get_domain(steps, counts, **errors).size > _MOST_POINTS:
@@ -48,3 +52,27 @@ def prv(events: Sequence[AccountingEvent], delta: float) -> Prv:
     except (ValueError, RuntimeError, MemoryError):
         return Prv(None, None, "Opacus cannot tell within its numerical precision")
     return Prv(round(float(estimate), 9), round(float(upper), 9))
+
+
+class _History:
+    """What its accountants use of their base class, whose own module asks for torch to annotate a callback."""
+
+    def __init__(self) -> None:
+        self.history: list[tuple[float, float, int]] = []
+
+
+def _opacus() -> Any:
+    """Import Opacus' PRV accountant, which is NumPy and SciPy alone, without Opacus itself, which loads torch.
+
+    Its modules get a name of their own, so that a later `import opacus` is whole. Raises ImportError where it is not
+    installed.
+    """
+    opacus = importlib.util.find_spec("opacus")
+    if opacus is None or not opacus.submodule_search_locations:
+        raise ImportError("opacus")
+    if _OWN not in sys.modules:
+        package, base = ModuleType(_OWN), ModuleType(f"{_OWN}.accountant")
+        package.__path__ = [f"{place}/accountants" for place in opacus.submodule_search_locations]
+        base.IAccountant = _History  # type: ignore[attr-defined]
+        sys.modules |= {_OWN: package, base.__name__: base}
+    return importlib.import_module(f"{_OWN}.prv")

@@ -1,4 +1,4 @@
-"""The audit report that people read: audit.html, audit.json and audit.pdf, in English or Korean.
+"""The audit report that people read: audit.html and audit.json, in English or Korean.
 
 The page is self-contained: no script, no remote asset, plots inline, and the glyphs it needs embedded. The same audit
 gives the same page, byte for byte, wherever the same software renders it.
@@ -7,7 +7,6 @@ gives the same page, byte for byte, wherever the same software renders it.
 import base64
 import io
 import json
-import logging
 import math
 import re
 import warnings
@@ -29,16 +28,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import fedllm
 from fedllm.audit.model import Audit, Finding, Site
-from fedllm.errors import FolderError
 
 Language = Literal["en", "ko"]
 LANGUAGES: tuple[Language, ...] = ("en", "ko")
 
-PDF_NEEDS = (
-    "audit.pdf was not written: WeasyPrint or a library that it uses is missing. "
-    "On Debian: apt-get install libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0. Then make "
-    "the report again, or print audit.html from a browser."
-)
 _FONT = files("fedllm.audit") / "fonts" / "NotoSansKR.otf"
 _BLUE, _ORANGE, _GREY, _GREEN = "#1f5fa8", "#c2571a", "#767b84", "#2c7a4b"
 _BARS = 8  # on the first screen
@@ -88,20 +81,6 @@ def render_html(audit: Audit, language: Language) -> str:
         change=_change(audit),
     )  # fmt: skip
     return page.replace("/*FONT*/", _font_face(page))
-
-
-def render_pdf(html: str) -> bytes:
-    """Return the page as PDF; raises FolderError that says what to install where that is not possible here."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from weasyprint import HTML
-
-            logging.getLogger("weasyprint").setLevel(logging.ERROR)  # it warns of SVG's own properties
-            logging.getLogger("fontTools").setLevel(logging.ERROR)
-            return bytes(HTML(string=html).write_pdf())
-    except (ImportError, OSError):  # OSError: a shared library that is not there
-        raise FolderError(PDF_NEEDS) from None
 
 
 def to_json(audit: Audit) -> bytes:

@@ -28,6 +28,9 @@ _LEAST_NOISE = 0.1  # that calibration gives: in a full batch it meets an epsilo
 _MOST_NOISE = 10_000.0
 _NO_NOISE = 1e-6  # less cannot be computed with, and counts as none
 _HOPELESS = 100.0  # above this epsilon the RDP bound stands alone: the PLD says no more, and needs memory without end
+_MOST_POINTS = 2**23  # of a PLD, for the same reason: a rare and huge loss on a fine grid
+MAX_STEPS = 10_000_000  # of one event
+_LEAST_RATE, _MOST_NOISE_MULTIPLIER = 1e-9, 1e9  # 0 is an event as well: nobody is drawn, nothing is added
 _one_at_a_time = threading.Lock()  # all sites of a process ask for the same cost at once: one computes, the others wait
 
 
@@ -40,18 +43,25 @@ class AccountingEvent:
     steps: int
 
     def check(self) -> None:
-        """Raise PrivacyError where there can be no such event."""
-        numbers = isinstance(self.sampling_rate, int | float) and isinstance(self.noise_multiplier, int | float)
+        """Raise PrivacyError where there can be no such event, or none whose cost can be computed.
+
+        The bounds hold for whoever accounts: a site before it charges, and who reads what a site has signed.
+        """
+        numbers = all(
+            isinstance(value, int | float) and not isinstance(value, bool)
+            for value in (self.sampling_rate, self.noise_multiplier, self.steps)
+        )
         if (
             not numbers
             or not isinstance(self.steps, int)
-            or not 0 <= self.sampling_rate <= 1
-            or not 0 <= self.noise_multiplier < math.inf
-            or self.steps < 0
+            or not (self.sampling_rate == 0 or _LEAST_RATE <= self.sampling_rate <= 1)
+            or not 0 <= self.noise_multiplier <= _MOST_NOISE_MULTIPLIER
+            or not 0 <= self.steps <= MAX_STEPS
         ):
             raise PrivacyError(
-                f"impossible accounting event: sampling_rate={self.sampling_rate!r} must be in [0, 1], "
-                f"noise_multiplier={self.noise_multiplier!r} at least 0, steps={self.steps!r} a count"
+                f"impossible accounting event: sampling_rate={self.sampling_rate!r:.40} must be 0 or in "
+                f"[{_LEAST_RATE:g}, 1], noise_multiplier={self.noise_multiplier!r:.40} in "
+                f"[0, {_MOST_NOISE_MULTIPLIER:g}], steps={self.steps!r:.40} a count up to {MAX_STEPS}"
             )
 
 
@@ -140,6 +150,8 @@ def _deltas(events: tuple[AccountingEvent, ...], epsilons: tuple[float, ...], gr
         return (0.0,) * len(epsilons)
     if grid is None or any(event.noise_multiplier <= 0 for event in events):
         return (1.0,) * len(epsilons)
+    if _too_large(events, grid):
+        return (1.0,) * len(epsilons)
     return tuple(float(delta) for delta in _composed(events, grid).get_delta_for_epsilon(list(epsilons)))
 
 
@@ -163,6 +175,8 @@ def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float | None
     if not rdp <= _HOPELESS:
         return PrivacySpent(rdp, rdp, delta)
     grid = grid or grid_of(events, delta)
+    if _too_large(events, grid):
+        return PrivacySpent(rdp, rdp, delta)
     pld = float(_composed(events, grid).get_epsilon_for_delta(delta))
     # Rounding up costs at most half a percent; on the old grid, more where a step loses less than a cell.
     if rdp < 0.99 * pld - 0.01 and grid != OLD_GRID:
@@ -189,6 +203,26 @@ def grid_of(events: Sequence[AccountingEvent], delta: float) -> float:
         )
     fine = max(0.02 * math.sqrt(variance / steps), 0.005 * _epsilon_rdp(events, delta) / math.sqrt(steps))
     return 2.0 ** math.floor(math.log2(min(max(fine, _FINEST), _COARSEST)))
+
+
+def _too_large(events: Sequence[AccountingEvent], grid: float) -> bool:
+    """Whether the PLD of some of `events` needs memory without end: a rare, huge loss on a fine grid, very often."""
+    from dp_accounting.pld.common import compute_self_convolve_bounds
+
+    for event in events:
+        q, x = event.sampling_rate, 10 / event.noise_multiplier + 0.5 / event.noise_multiplier**2  # tails of e^-50
+        rest = math.log1p(-q) if q < 1 else -math.inf
+        span = float(np.logaddexp(rest, math.log(q) + x) - np.logaddexp(rest, math.log(q) - x))
+        if span / grid > _MOST_POINTS / 8:
+            return True
+        if span / grid * event.steps <= _MOST_POINTS:
+            continue
+        pld = _step_pld(q, event.noise_multiplier, grid)
+        for step in (pld._pmf_remove, pld._pmf_add):  # it offers no other way to ask before it allocates
+            low, high = compute_self_convolve_bounds(step.to_dense_pmf()._probs, event.steps, 1e-15)
+            if high - low > _MOST_POINTS:
+                return True
+    return False
 
 
 def _composed(events: tuple[AccountingEvent, ...], grid: float) -> Any:

@@ -2,88 +2,112 @@
 
 One SQLite file a site. An entry is RESERVED when the site commits to a round, and RELEASED together with the reply
 that left the site. A crash in between leaves RESERVED, which counts as spent. Because the reply is stored in the
-same transaction that marks it released, RESERVED also proves that nothing has left the site: the round may be run
-again on the same reservation, its owner may abort it, and a round that was released is answered with the very bytes of
-the first time.
+same transaction that marks it released, RESERVED also proves that nothing has left the site but the time it took: its
+owner may abort it, and a round that was released is answered with the very bytes of the first time.
 
-Budget belongs to the data. A data set is known by a fingerprint of its content, and one that shares a privacy unit or a
-record with another shares its spending: what a unit of this data set has lost is at most what all data sets that
-overlap it have cost.
+A reservation fixes which records its round samples: 32 bytes of coins, sealed to the site's own keys until the reply
+is stored, and overwritten then. A round that was reserved and did not end may be run once more, with the same coins,
+so that it times the same sample again; after that it is charged anew, for new coins.
+
+Budget belongs to the site. All its data sets share one account, unless its owner has declared one of them disjoint
+from all others, by name, in a signed entry: by parallel composition it then has a budget of its own. What the data
+sets hold is compared all the same, and a contradiction is told to the owner; it never changes an answer.
 
 Every change is also an entry of a hash chain, signed by the site (fedllm.chain), in the same transaction. The tables
-are what the site works with; the chain is what it can show.
+are what the site works with; the chain is what it can show. How many entries a round makes does not depend on records.
+An anchor in another place names the newest entry (fedllm.privacy.ledger_place).
+
+The journal is a rollback journal, not a write-ahead log: after every commit all that was charged is in the one file.
 """
 
 import contextlib
 import hashlib
-import hmac
 import math
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from fedllm.chain import START, make_entry, open_entry, read_chain
-from fedllm.crypto import Identity, PublicIdentity
-from fedllm.errors import BudgetExceeded, ChainError, LedgerError, PrivacyError
+from fedllm.canonical import canonical
+from fedllm.chain import Head, make_entry, open_entry, read_chain
+from fedllm.crypto import Identity, PublicIdentity, random_bytes
+from fedllm.errors import BudgetExceeded, ChainError, CryptoError, LedgerError, PrivacyError
+from fedllm.privacy import elapsed
 from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, fits, spent
+from fedllm.privacy.ledger_place import (
+    BEFORE,
+    SITE,
+    LedgerPlace,
+    advance_anchor,
+    check_path,
+    one_at_a_time,
+    read_anchor,
+    write_anchor,
+)
 
 _APPLICATION = 0x464C4D31  # "FLM1", in the file's header
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _NO_BACKUP = (
-    "If it is damaged, a backup may lack the latest charges: do not train on these records again before every later "
-    "round has been entered."
+    "If it is damaged, a backup may lack the latest charges. Look for the newest copy there is; docs/deployment.md, "
+    "Backup, says what to do with it, or without one: fedllm ledger restart"
+)
+_WAY_OUT = (
+    "Was a backup put back, or a mount forgotten? Put the newest ledger there is in its place. If that is lost, its "
+    "owner states what the lost entries cost: fedllm ledger restart --help (in a simulation: remove the site's folder)."
 )
 _SCHEMA = """
 CREATE TABLE entry (
     id INTEGER PRIMARY KEY,
-    dataset TEXT NOT NULL,
+    account TEXT NOT NULL,
     run TEXT NOT NULL,
     round INTEGER NOT NULL,
+    charge INTEGER NOT NULL,            -- 1, 2 ...: a round may be charged again
     request TEXT NOT NULL,              -- SHA-256 of the request: plan, round and adapter state
     sampling_rate REAL NOT NULL,
     noise_multiplier REAL NOT NULL,
     steps INTEGER NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('RESERVED', 'RELEASED', 'ABORTED')),
+    state TEXT NOT NULL CHECK (state IN ('RESERVED', 'RELEASED', 'ABORTED', 'LOST')),
     reserved_at REAL NOT NULL,          -- seconds since the epoch, UTC
+    tries INTEGER NOT NULL DEFAULT 0,   -- how often its coins were given out
+    coins BLOB,                         -- sealed; until the round is released, aborted or charged anew
     reply BLOB,                         -- what was released; kept for two rounds of the run
-    UNIQUE (dataset, run, round)
+    UNIQUE (run, round, charge)
 );
-CREATE TABLE member (                   -- what a data set holds, as hashes, to find data sets that overlap
-    dataset TEXT NOT NULL,
+CREATE INDEX entry_account ON entry (account);
+CREATE TABLE member (                   -- what an account's data sets hold, as hashes, to find contradictions
+    account TEXT NOT NULL,
     hash BLOB NOT NULL,
-    PRIMARY KEY (dataset, hash)
+    PRIMARY KEY (account, hash)
 ) WITHOUT ROWID;
 CREATE INDEX member_hash ON member (hash);
-CREATE TABLE overlap (                  -- data sets that share a member, both ways, and each with itself
-    dataset TEXT NOT NULL,
-    other TEXT NOT NULL,
-    PRIMARY KEY (dataset, other)
-) WITHOUT ROWID;
 CREATE TABLE chain (                    -- fedllm.chain: every change of `entry`, signed
     number INTEGER PRIMARY KEY,
     kind TEXT NOT NULL,
     digest TEXT NOT NULL,
     line TEXT NOT NULL
 );
-CREATE TABLE secret (key BLOB NOT NULL); -- makes the names of data sets, which leave the site, tell nothing of them
+CREATE TABLE clock (                    -- fedllm.privacy.elapsed: of this start of the machine, one row
+    clock REAL NOT NULL,
+    boot TEXT NOT NULL,
+    count REAL NOT NULL,
+    seen REAL NOT NULL                  -- when the clock was last looked at
+);
 """
 _HASH = 16  # bytes of a member's hash
-_MOUNTS = Path("/proc/self/mounts")
+_COINS = 32  # bytes
+_TRIES = 2  # that one charge pays for
 _PATIENCE = 30.0  # seconds to wait for another process
+_DAY = 86_400.0
+_MAX_NAME = 64
+_EVENT = ("request", "sampling_rate", "noise_multiplier", "steps")
 
-
-@dataclass(frozen=True)
-class DataSet:
-    """What a site protects, by content and not by name."""
-
-    fingerprint: str
-    members: frozenset[bytes] = frozenset()  # hashes of its records and persons; empty: overlaps nothing but itself
+DataSet: TypeAlias = frozenset[bytes]  # hashes of what a data set holds, to compare it with others
 
 
 def fingerprint(members: Iterable[bytes]) -> DataSet:
@@ -91,8 +115,7 @@ def fingerprint(members: Iterable[bytes]) -> DataSet:
 
     The order does not matter. Hashes stay in the site's ledger, which protects them as it protects the records.
     """
-    hashes = frozenset(hashlib.sha256(member).digest()[:_HASH] for member in members)
-    return DataSet(hashlib.sha256(b"".join(sorted(hashes))).hexdigest(), hashes)
+    return frozenset(hashlib.sha256(member).digest()[:_HASH] for member in members)
 
 
 @dataclass(frozen=True)
@@ -104,105 +127,178 @@ class Period:
 
 
 @dataclass(frozen=True)
-class Head:
-    """The newest entry of a ledger's chain."""
-
-    number: int
-    digest: str
-
-
-@dataclass(frozen=True)
 class Reservation:
     """A round that is paid for."""
 
     run: str
     round: int
     reply: bytes | None  # the released reply, where this round was answered before
+    coins: bytes = field(default=b"", repr=False)  # 32 bytes that fix its sample; b"" where there is a reply
 
 
 @dataclass(frozen=True)
 class Charge:
-    """One round that a data set paid for, or would have."""
+    """One round that an account paid for, or would have."""
 
-    dataset: str
+    account: str
     run: str
     round: int
     event: AccountingEvent
-    state: str  # RESERVED, RELEASED or ABORTED
+    state: str  # RESERVED, RELEASED, ABORTED or LOST: charged in a ledger that is lost
     reserved_at: float  # seconds since the epoch, UTC
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What a lost ledger, or the lost end of one, had charged: as its owner states it."""
+
+    run: str
+    event: AccountingEvent
+
+
+EVERYTHING = Loss("unknown", AccountingEvent(1.0, 0.0, 1))  # nobody knows: no budget is large enough
+
+
 class LedgerFile:
-    """A ledger's file, whatever data sets are in it.
+    """A ledger's file, whatever accounts are in it.
 
     Raises LedgerError wherever the file cannot be read, written or trusted.
     """
 
-    def __init__(self, path: Path, create: bool = False) -> None:
-        """Open the ledger at `path`; where it is missing and `create` is set, make it (mode 0600)."""
-        self.path = path
-        _refuse_network(path)
+    def __init__(self, path: Path, anchor: Path | None = None, create: bool = False) -> None:
+        """Open the ledger at `path`; where there was never one and `create` is set, make it (mode 0600).
+
+        With `anchor` it has to contain what that names, now and in every transaction. A copy has none.
+        """
+        self.path, self._anchor = path, anchor
+        check_path(path)
+        if anchor is not None:
+            with one_at_a_time(anchor):
+                self._begin(anchor, create)
         try:
-            if create and not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                _create(path)
             damaged = path.stat().st_size < 512  # SQLite would take a file cut to nothing for a new, empty one
             owner = path.stat().st_uid
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
             raise LedgerError(f"cannot open the privacy ledger {path}: {error}. Check its permissions.") from error
         if owner != os.geteuid():  # what is written beside the file would shut its owner out
             raise LedgerError(f"the privacy ledger {path} belongs to user {owner}: run this as its owner.")
         if damaged:
             raise LedgerError(f"the privacy ledger {path} is cut short. {_NO_BACKUP}")
-        with self.transaction() as db:
+        with self._connected() as db:
             program = db.execute("PRAGMA application_id").fetchone()[0]
             version = db.execute("PRAGMA user_version").fetchone()[0]
         if program != _APPLICATION:
             raise LedgerError(f"{path} is no privacy ledger. {_NO_BACKUP}")
         if version != _SCHEMA_VERSION:
             raise LedgerError(
-                f"{path} has ledger schema {version}, expected {_SCHEMA_VERSION}. Use the fedllm that wrote it."
+                f"{path} has ledger schema {version}, expected {_SCHEMA_VERSION}: another fedllm wrote it. Move it "
+                "away and keep it; then state what it has charged: fedllm ledger restart --help"
             )
+        with self.transaction() as db:
+            charges, entries, newest = db.execute(
+                "SELECT (SELECT count(*) FROM entry), count(*), max(number) + 1 FROM chain"
+            ).fetchone()
+            kinds = dict(db.execute("SELECT kind, count(*) FROM chain GROUP BY kind"))
+        if charges != kinds.get("reserved", 0) + kinds.get("lost", 0) or entries != (newest or 0):
+            raise LedgerError(f"the privacy ledger {path} holds {charges} charges, and its chain others. {_NO_BACKUP}")
+
+    def _begin(self, anchor: Path, create: bool) -> None:
+        """Compare what is there with what the anchor says was there, and make a ledger where there was never one."""
+        known = read_anchor(anchor)
+        try:
+            there = self.path.exists()
+        except OSError as error:
+            raise LedgerError(f"cannot open the privacy ledger {self.path}: {error}. Check its permissions.") from error
+        if there and known is None:
+            raise LedgerError(
+                f"the privacy ledger {self.path} has lost its anchor {anchor}, so that nobody can tell whether it is "
+                f"the newest. {_WAY_OUT}"
+            )
+        if there:
+            return
+        if known is not None and known.number >= 0:
+            raise LedgerError(
+                f"the privacy ledger {self.path} is missing: it had at least {known.number + 1} entries. {_WAY_OUT}"
+            )
+        if not create:
+            raise LedgerError(f"{self.path}: there is no ledger yet; nothing was spent")
+        if known is None:  # first: a ledger without an anchor is refused
+            write_anchor(anchor, BEFORE)
+        _create(self.path)
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """One immediate transaction, committed to disk at the end and rolled back on any error."""
+    def _connected(self) -> Iterator[sqlite3.Connection]:
         try:
-            with closing(sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)) as db:
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = FULL")
-                db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield db
-                except BaseException:
-                    db.execute("ROLLBACK")
-                    raise
-                db.execute("COMMIT")
+            where = f"{self.path.absolute().as_uri()}?mode=rw"  # a file that is gone is not made anew
+            with closing(sqlite3.connect(where, timeout=_PATIENCE, isolation_level=None, uri=True)) as db:
+                yield db
         except sqlite3.Error as error:
             raise LedgerError(
                 f"the privacy ledger {self.path} cannot be used ({error}); nothing was released. "
                 f"Check disk and permissions. {_NO_BACKUP}"
             ) from error
 
-    def data_sets(self) -> list[str]:
-        """Return the fingerprints of all data sets that were ever opened, in the order of their first charge."""
-        with self.transaction() as db:
-            rows = db.execute(
-                "SELECT o.dataset FROM overlap o LEFT JOIN entry e ON e.dataset = o.dataset WHERE o.dataset = o.other "
-                "GROUP BY o.dataset ORDER BY min(e.id) IS NULL, min(e.id)"
-            )
-            return [str(row[0]) for row in rows]
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One immediate transaction, committed to disk at the end and rolled back on any error.
 
-    def events(self, dataset: str, since: float = -math.inf) -> list[AccountingEvent]:
-        """Return every event charged to a data set or one that overlaps it, in order, released or not.
+        When it ends, the anchor names the newest entry.
+        """
+        known: Head | None = None
+        with self._connected() as db:
+            db.execute("PRAGMA journal_mode = DELETE")
+            db.execute("PRAGMA synchronous = EXTRA")  # the journal's end is on disk, too
+            db.execute("PRAGMA secure_delete = ON")
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                if self._anchor is not None:
+                    known = self._anchored(db, self._anchor)
+                yield db
+                newest = _head(db)
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+        if self._anchor is not None and known is not None and known.number < newest.number:
+            advance_anchor(self._anchor, newest)
+
+    def _anchored(self, db: sqlite3.Connection, anchor: Path) -> Head:
+        known = read_anchor(anchor)
+        if known is None:
+            raise LedgerError(f"the privacy ledger {self.path} has lost its anchor {anchor}. {_WAY_OUT}")
+        if known != BEFORE and not _knows(db, known):
+            raise LedgerError(
+                f"the privacy ledger {self.path} lacks entry {known.number}, which it had before: it is older than its "
+                f"anchor, or another one. {_WAY_OUT}"
+            )
+        return known
+
+    def accounts(self) -> list[str]:
+        """Return the names of all accounts that were charged or declared, in the order of their first charge."""
+        with self.transaction() as db:
+            charged = [str(row[0]) for row in db.execute("SELECT account FROM entry GROUP BY account ORDER BY min(id)")]
+            return list(dict.fromkeys([*charged, *_declared(db)]))
+
+    def account_of(self, data_set: str) -> str:
+        """Return the account that pays for a data set: its own where it was declared disjoint, or else the site's."""
+        with self.transaction() as db:
+            return _account(db, data_set)
+
+    def events(self, account: str, since: float = -math.inf) -> list[AccountingEvent]:
+        """Return every event charged to an account, in order, released or not.
 
         `since`, seconds since the epoch, leaves out what was charged before.
         """
         with self.transaction() as db:
-            return _events(db, dataset, since)
+            rows = db.execute(
+                "SELECT sampling_rate, noise_multiplier, steps FROM entry WHERE account = ? AND state != 'ABORTED' "
+                "AND reserved_at >= ? ORDER BY id",
+                (account, since),
+            )
+            return [AccountingEvent(*row) for row in rows]
 
     def budget(self) -> tuple[float, float] | None:
-        """Return the epsilon and delta that the chain stated last; None before any data set was opened."""
+        """Return the epsilon and delta that the chain stated last; None before any was stated."""
         with self.transaction() as db:
             row = db.execute("SELECT line FROM chain WHERE kind = 'budget' ORDER BY number DESC LIMIT 1").fetchone()
         if row is None:
@@ -214,48 +310,22 @@ class LedgerFile:
         """Return every charge there ever was, in order."""
         with self.transaction() as db:
             rows = db.execute(
-                "SELECT dataset, run, round, sampling_rate, noise_multiplier, steps, state, reserved_at "
+                "SELECT account, run, round, sampling_rate, noise_multiplier, steps, state, reserved_at "
                 "FROM entry ORDER BY id"
             )
             return [Charge(row[0], row[1], row[2], AccountingEvent(*row[3:6]), row[6], row[7]) for row in rows]
 
-    def name_of(self, db: sqlite3.Connection, dataset: DataSet) -> str:
-        """Return what this ledger calls a data set.
-
-        Its fingerprint would tell whoever knows all records but one, and guesses that, whether the guess is right.
-        """
-        key = db.execute("SELECT key FROM secret").fetchone()[0]
-        return hmac.new(key, dataset.fingerprint.encode(), "sha256").hexdigest()
-
     def head(self) -> Head:
         """Return the newest entry of the chain."""
         with self.transaction() as db:
-            number, digest = db.execute("SELECT number, digest FROM chain ORDER BY number DESC LIMIT 1").fetchone()
-        return Head(int(number), str(digest))
+            return _head(db)
 
     def knows(self, head: Head) -> bool:
         """Whether the chain holds an entry that somebody has seen before: a restored backup lacks the latest."""
         with self.transaction() as db:
-            row = db.execute("SELECT digest FROM chain WHERE number = ?", (head.number,)).fetchone()
-        return row is not None and row[0] == head.digest
+            return _knows(db, head)
 
-    def events_of(self, data: DataSet, since: float = -math.inf) -> list[AccountingEvent]:
-        """Return every event charged to what overlaps `data`, whether or not that was ever opened; writes nothing.
-
-        `since`, seconds since the epoch, leaves out what was charged before.
-        """
-        with self.transaction() as db:
-            found = {self.name_of(db, data)}
-            for each in data.members:
-                found |= {str(row[0]) for row in db.execute("SELECT dataset FROM member WHERE hash = ?", (each,))}
-            rows = db.execute(
-                "SELECT dataset, sampling_rate, noise_multiplier, steps FROM entry "
-                "WHERE state != 'ABORTED' AND reserved_at >= ? ORDER BY id",
-                (since,),
-            )
-            return [AccountingEvent(*row[1:]) for row in rows if row[0] in found]
-
-    def abort(self, run: str, round: int, signer: Identity, dataset: str | None = None) -> None:
+    def abort(self, run: str, round: int, signer: Identity) -> None:
         """Give a reserved round back to the budget: the owner's decision, for a round that will not be repeated.
 
         RESERVED proves that nothing was released (see above), and from here on nothing can be: the round is refused.
@@ -263,19 +333,50 @@ class LedgerFile:
         """
         with self.transaction() as db:
             rows = db.execute(
-                "SELECT dataset FROM entry WHERE run = ? AND round = ? AND state = 'RESERVED' "
-                "AND dataset = coalesce(?, dataset)",
-                (run, round, dataset),
+                "SELECT id, account, charge, state FROM entry WHERE run = ? AND round = ? AND state != 'LOST' "
+                "ORDER BY charge DESC",
+                (run, round),
             ).fetchall()
-            if not rows:
+            if not rows or rows[0][3] != "RESERVED":
                 raise LedgerError(
                     f"round={round} of run={run} is not reserved; only what was not released can be given back"
                 )
-            for (name,) in rows:
-                db.execute(
-                    "UPDATE entry SET state = 'ABORTED' WHERE dataset = ? AND run = ? AND round = ?", (name, run, round)
-                )
-                _note(db, "aborted", {"dataset": name, "run": run, "round": round}, signer)
+            for number, account, charge, _ in reversed(rows):
+                db.execute("UPDATE entry SET state = 'ABORTED', coins = NULL WHERE id = ?", (number,))
+                _note(db, "aborted", {"account": account, "run": run, "round": round, "charge": charge}, signer)
+
+    def declare_disjoint(self, name: str, data: DataSet, signer: Identity) -> None:
+        """Give the data set `name` a budget of its own: its owner declares that nobody in it is in any other.
+
+        Raises LedgerError where the name cannot be, or was declared before.
+        """
+        if name in ("", SITE) or name != canonical(name) or len(name) > _MAX_NAME:
+            raise LedgerError(
+                f"data set {name[:_MAX_NAME]!r}: expected a name of 1 to {_MAX_NAME} characters, other than {SITE!r}, "
+                "without spaces at its ends or characters that do not show"
+            )
+        with self.transaction() as db:
+            if name in _declared(db):
+                raise LedgerError(f"data set {name!r} was declared disjoint before: it has its own account already")
+            _compare(db, name, data)
+            _note(db, "disjoint", {"account": name}, signer)
+
+    def overlaps(self, name: str, data: DataSet) -> dict[str, int]:
+        """Return with which other accounts' data sets `data` shares records or persons, and how many hashes of them."""
+        with self.transaction() as db:
+            rows = db.execute("SELECT account, hash FROM member WHERE account != ?", (name,))
+            return dict(Counter(str(account) for account, each in rows if each in data))
+
+    def look_at_clock(self) -> float:
+        """Note what the clock says, as evidence for later; return the seconds by which it is ahead of evidence."""
+        with self.transaction() as db:
+            return _look_at_clock(db)
+
+    def confirm_clock(self, signer: Identity) -> None:
+        """Believe the clock as it is now: its owner says that it is right."""
+        with self.transaction() as db:
+            _look_at_clock(db, believe=True)
+            _note(db, "clock", {}, signer)
 
     def hand_over(self, old: Identity, new: Identity) -> None:
         """Let `new` sign from here on: `old` says so, and `new` vouches for what it takes over."""
@@ -296,171 +397,186 @@ class LedgerFile:
         Raises ChainError that names the first entry that was altered, removed, exchanged, or never signed.
         """
         entries = read_chain(self.lines(), str(self.path), signers)
-        said: dict[tuple[str, str, int], tuple[Any, ...]] = {}
+        said: dict[tuple[str, int, int], tuple[Any, ...]] = {}
         for entry in entries:
-            key = (str(entry.body.get("dataset")), str(entry.body.get("run")), int(entry.body.get("round", 0)))
-            if entry.kind == "reserved":
-                said[key] = (*(entry.body[name] for name in _EVENT), "RESERVED", entry.number)
+            body = entry.body
+            key = (str(body.get("run")), int(body.get("round", 0)), int(body.get("charge", 0)))
+            if entry.kind in ("reserved", "lost"):
+                state = "RESERVED" if entry.kind == "reserved" else "LOST"
+                said[key] = (body["account"], *(body[name] for name in _EVENT), state, entry.number)
             elif entry.kind in ("released", "aborted") and key in said:
-                said[key] = (*said[key][: len(_EVENT)], entry.kind.upper(), entry.number)
+                said[key] = (*said[key][:-2], entry.kind.upper(), entry.number)
         with self.transaction() as db:
             rows = db.execute(
-                "SELECT dataset, run, round, request, sampling_rate, noise_multiplier, steps, state FROM entry"
+                "SELECT run, round, charge, account, request, sampling_rate, noise_multiplier, steps, state FROM entry"
             ).fetchall()
+            damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise ChainError(f"{self.path}: the file is damaged ({damage}). {_NO_BACKUP}")
         found = {tuple(row[:3]): tuple(row[3:]) for row in rows}
         for key, (*values, number) in said.items():
             if found.get(key) != tuple(values):
                 raise ChainError(
-                    f"{self.path}, entry {number}: round {key[2]} of run {key[1]} was signed as "
+                    f"{self.path}, entry {number}: round {key[1]} of run {key[0]} was signed as "
                     f"{values[-1]} and is not what the table holds. The file was altered."
                 )
         extra = sorted(set(found) - set(said))
         if extra:
             raise ChainError(
-                f"{self.path}: round {extra[0][2]} of run {extra[0][1]} is in the table and was never signed"
+                f"{self.path}: round {extra[0][1]} of run {extra[0][0]} is in the table and was never signed"
             )
         if not entries:  # killed between file and first entry: there is nothing yet to vouch for
-            return Head(-1, START)
+            return BEFORE
         return Head(entries[-1].number, entries[-1].digest)
 
 
+def restart(place: LedgerPlace, signer: Identity, lost: Sequence[Loss]) -> Head:
+    """Take what there is at `place`, or a new ledger, from now on: its owner states what is `lost` to it.
+
+    An older ledger that is still there goes on, so that what it holds is not stated twice. Returns the newest entry.
+    Raises LedgerError where the ledger is whole, or what is there is none.
+    """
+    try:
+        LedgerFile(place.file, place.anchor)
+    except LedgerError:
+        pass  # whatever it is that remains wrong is said below
+    else:
+        raise LedgerError(f"the privacy ledger {place.file} is whole; there is nothing to restart")
+    with one_at_a_time(place.anchor):
+        known = read_anchor(place.anchor)
+        if not place.file.exists():
+            _create(place.file)
+        file = LedgerFile(place.file)
+        with file.transaction() as db:
+            _take_over(db, signer)
+            anchor = None if known is None else {"number": known.number, "digest": known.digest}
+            _note(db, "restarted", {"anchor": anchor}, signer)
+            account = _account(db, place.data_set)
+            for loss in lost:
+                _enter(db, account, loss.run, 0, "lost", loss.event, signer)
+            newest = _head(db)
+        write_anchor(place.anchor, newest)
+    return newest
+
+
 class PrivacyLedger:
-    """The budget of one data set at one site.
+    """The budget of one account at one site.
 
     Raises LedgerError wherever the file cannot be read, written or trusted; nothing is trained then.
     """
 
     def __init__(
-        self, path: Path, dataset: DataSet, epsilon: float, delta: float, signer: Identity,
-        period: Period | None = None,
-    ) -> None:  # fmt: skip
-        """Open or create the ledger at `path` (mode 0600) with a budget of `epsilon` at `delta` for `dataset`."""
+        self, place: LedgerPlace, epsilon: float, delta: float, signer: Identity, period: Period | None = None
+    ) -> None:
+        """Open or create the ledger at `place` with a budget of `epsilon` at `delta` for each account."""
         if not (epsilon >= 0 and 0 < delta < 1):  # refuses NaN too
             raise LedgerError(f"budget epsilon={epsilon!r} at delta={delta!r}: expected epsilon >= 0 and 0 < delta < 1")
-        self.file = LedgerFile(path, create=True)
+        self.file = LedgerFile(place.file, place.anchor, create=True)
         self._signer, self._period = signer, period
         self.epsilon, self.delta = epsilon, delta
         with self.file.transaction() as db:
-            self._dataset = self.file.name_of(db, dataset)
-            self._take_over(db)
+            _take_over(db, signer)
             self._state_budget(db)
-            if db.execute("SELECT 1 FROM overlap WHERE dataset = ?", (self._dataset,)).fetchone() is None:
-                self._register(db, dataset.members)
-
-    def _take_over(self, db: sqlite3.Connection) -> None:
-        """Begin the chain, or go on with it."""
-        line = _last_line(db)
-        if line is None:
-            self._note(db, "opened", {})
-        elif open_entry(line).signer != self._signer.public and not self._may_sign(db):
-            # the keys of before are lost; who trusts the new ones trusts that this is the ledger they were found with
-            self._note(db, "key", {"identity": self._signer.public.to_text()})
-
-    def _may_sign(self, db: sqlite3.Connection) -> bool:
-        lines = db.execute("SELECT line FROM chain WHERE kind IN ('opened', 'key')").fetchall()
-        entries = [open_entry(line) for (line,) in lines]
-        own = self._signer.public
-        return any(own.to_text() == entry.body.get("identity") or own == entry.signer for entry in entries)
+            self.account = _account(db, place.data_set)
 
     def _state_budget(self, db: sqlite3.Connection) -> None:
         """Put the budget into the chain where it is new: who reads the chain sees what was permitted, and when."""
         budget = {"epsilon": self.epsilon if math.isfinite(self.epsilon) else None, "delta": self.delta}
         row = db.execute("SELECT line FROM chain WHERE kind = 'budget' ORDER BY number DESC LIMIT 1").fetchone()
         if row is None or open_entry(row[0]).body != budget:
-            self._note(db, "budget", budget)
+            _note(db, "budget", budget, self._signer)
 
-    def _register(self, db: sqlite3.Connection, hashes: Iterable[bytes]) -> None:
-        """Note what the data set holds and which others it overlaps: from now on they share their spending."""
-        db.executemany("INSERT INTO member (dataset, hash) VALUES (?, ?)", [(self._dataset, each) for each in hashes])
-        others = db.execute(
-            "SELECT DISTINCT b.dataset FROM member a JOIN member b ON a.hash = b.hash WHERE a.dataset = ?",
-            (self._dataset,),
-        ).fetchall()
-        shared = sorted({str(other) for (other,) in others} - {self._dataset})
-        pairs = {(self._dataset, self._dataset)}
-        for other in shared:
-            pairs |= {(self._dataset, other), (other, self._dataset)}
-        db.executemany("INSERT INTO overlap (dataset, other) VALUES (?, ?)", sorted(pairs))
-        self._note(db, "data", {"dataset": self._dataset, "overlaps": shared})
+    def compare(self, data: DataSet) -> list[str]:
+        """Note what this account's data set holds; return the other accounts whose data sets share some of it.
+
+        For the owner's eyes: the account stays the one that was declared, so that no answer depends on it.
+        """
+        with self.file.transaction() as db:
+            return _compare(db, self.account, data)
 
     def reserve(self, run: str, round: int, request: str, event: AccountingEvent) -> Reservation:
         """Charge `event` for a round, or find that it is already charged. On return the charge is on disk.
 
-        Raises BudgetExceeded, charging nothing, where the budget does not admit the event, and LedgerError where the
-        round was charged for another request.
+        The same request again, while nothing has left the site, has the same coins once more; after that it is charged
+        anew. Raises BudgetExceeded, charging nothing, where the budget does not admit the event, and LedgerError where
+        the round was charged for another request.
         """
         with self.file.transaction() as db:
             row = db.execute(
-                "SELECT request, state, reply FROM entry WHERE dataset = ? AND run = ? AND round = ?",
-                (self._dataset, run, round),
+                "SELECT id, request, state, reply, tries, coins FROM entry WHERE run = ? AND round = ? "
+                "AND state != 'LOST' ORDER BY charge DESC LIMIT 1",
+                (run, round),
             ).fetchone()
             if row is not None:
-                if row[0] != request:
+                number, charged_for, state, reply, tries, sealed = row
+                if charged_for != request:
                     raise LedgerError(
                         f"round={round} of run={run} was charged for another request. A round is trained once; "
                         "resume from the coordinator's last checkpoint or start a new run."
                     )
-                if row[1] == "ABORTED":
+                if state == "ABORTED":
                     raise LedgerError(f"round={round} of run={run} was aborted by its owner. Start a new run.")
-                if row[1] == "RELEASED" and row[2] is None:
+                if state == "RELEASED" and reply is None:
                     raise LedgerError(
                         f"round={round} of run={run} was answered, and later rounds too, so its reply is no longer "
                         "kept. Head office must resume from a later checkpoint, or start a new run."
                     )
-                return Reservation(run, round, row[2])
+                if state == "RELEASED":
+                    return Reservation(run, round, reply)
+                coins = self._unsealed(sealed) if tries < _TRIES else None
+                if coins is not None:
+                    db.execute("UPDATE entry SET tries = tries + 1 WHERE id = ?", (number,))
+                    return Reservation(run, round, None, coins)
+                db.execute("UPDATE entry SET coins = NULL WHERE id = ?", (number,))
             self._check(db, run, event)
             # head office may go back one round, to the checkpoint before a damaged one: two replies are kept
-            db.execute(
-                "UPDATE entry SET reply = NULL WHERE dataset = ? AND run = ? AND round < ?",
-                (self._dataset, run, round - 1),
-            )
-            self.charge(db, run, round, request, event)
-        return Reservation(run, round, None)
+            db.execute("UPDATE entry SET reply = NULL WHERE run = ? AND round < ?", (run, round - 1))
+            return Reservation(run, round, None, self.charge(db, run, round, request, event))
+
+    def _unsealed(self, sealed: bytes | None) -> bytes | None:
+        """Return the coins of a reservation; None where they cannot be read any more, with new keys for instance."""
+        try:
+            return None if sealed is None else self._signer.open(sealed, [self._signer.public])[0]
+        except CryptoError:
+            return None
 
     def answered(self, run: str, round: int) -> bool:
-        """Whether a round was charged before, so that it is answered as it was, or not at all."""
+        """Whether a round was answered or aborted before, so that it is answered as it was, or not at all."""
         with self.file.transaction() as db:
             row = db.execute(
-                "SELECT 1 FROM entry WHERE dataset = ? AND run = ? AND round = ?", (self._dataset, run, round)
+                "SELECT 1 FROM entry WHERE run = ? AND round = ? AND state IN ('RELEASED', 'ABORTED')", (run, round)
             ).fetchone()
         return row is not None
 
-    def charge(self, db: sqlite3.Connection, run: str, round: int, request: str, event: AccountingEvent) -> None:
-        """Enter a charge, whatever the budget: `reserve` asks first."""
-        db.execute(
-            "INSERT INTO entry (dataset, run, round, request, sampling_rate, noise_multiplier, steps, state, "
-            "reserved_at) VALUES (?, ?, ?, ?, ?, ?, ?, 'RESERVED', ?)",
-            (
-                self._dataset, run, round, request,
-                event.sampling_rate, event.noise_multiplier, event.steps, _now(db),
-            ),
-        )  # fmt: skip
-        self._note(
-            db, "reserved",
-            {
-                "dataset": self._dataset, "run": run, "round": round, "request": request,
-                "sampling_rate": event.sampling_rate, "noise_multiplier": event.noise_multiplier,
-                "steps": event.steps,
-            },
-        )  # fmt: skip
-
-    def _note(self, db: sqlite3.Connection, kind: str, body: dict[str, Any]) -> None:
-        _note(db, kind, body, self._signer)
+    def charge(self, db: sqlite3.Connection, run: str, round: int, request: str, event: AccountingEvent) -> bytes:
+        """Enter a charge, whatever the budget (`reserve` asks first), and return its coins."""
+        number = _enter(db, self.account, run, round, request, event, self._signer)
+        coins = random_bytes(_COINS)
+        sealed = self._signer.seal(coins, self._signer.public)
+        db.execute("UPDATE entry SET tries = 1, coins = ? WHERE id = ?", (sealed, number))
+        return coins
 
     def _check(self, db: sqlite3.Connection, run: str, event: AccountingEvent) -> None:
         plans = set(
             db.execute(
                 "SELECT DISTINCT run, sampling_rate, noise_multiplier FROM entry "
-                "WHERE dataset IN (SELECT other FROM overlap WHERE dataset = ?) AND state != 'ABORTED'",
-                (self._dataset,),
+                "WHERE account = ? AND state != 'ABORTED'",
+                (self.account,),
             )
         ) | {(run, event.sampling_rate, event.noise_multiplier)}
+        ahead = _look_at_clock(db, believe=self._period is None)
+        if ahead:  # a later time would free what this period has spent
+            raise LedgerError(
+                f"the clock has gone ahead by {ahead / _DAY:.3g} days more than this machine can have been running or "
+                "off. Set it right (timedatectl). If it is right, the machine was off for long, or the clock was wrong "
+                "before: fedllm ledger clock"
+            )
         try:
-            over = fits([*_summed(db, self._dataset), event], self.delta, self.epsilon, len(plans) == 1)
+            over = fits([*_summed(db, self.account), event], self.delta, self.epsilon, len(plans) == 1)
             recent = None
             if self._period is not None:  # several plans may lie in it, so RDP decides
-                since = _now(db) - self._period.days * 86_400
-                events = [*_summed(db, self._dataset, since), event]
+                since = _now(db) - self._period.days * _DAY
+                events = [*_summed(db, self.account, since), event]
                 recent = fits(events, self.delta, self._period.epsilon, one_plan=False)
         except PrivacyError as error:
             raise LedgerError(f"the privacy ledger {self.file.path} cannot be added up: {error}") from None
@@ -478,56 +594,97 @@ class PrivacyLedger:
     def check(self, run: str, event: AccountingEvent) -> None:
         """Raise BudgetExceeded where the budget admits no such event and `run` has nothing to repeat either."""
         with self.file.transaction() as db:
-            known = db.execute("SELECT 1 FROM entry WHERE dataset = ? AND run = ?", (self._dataset, run)).fetchone()
+            known = db.execute("SELECT 1 FROM entry WHERE run = ? AND state != 'LOST'", (run,)).fetchone()
             if known is None:
                 self._check(db, run, event)
 
     def release(self, reservation: Reservation, reply: bytes) -> None:
-        """Mark a reserved round as released and keep its reply. Only then may `reply` leave the site."""
+        """Mark a reserved round as released, keep its reply and forget its coins. Only then may `reply` leave."""
         with self.file.transaction() as db:
-            changed = db.execute(
-                "UPDATE entry SET state = 'RELEASED', reply = ? "
-                "WHERE dataset = ? AND run = ? AND round = ? AND state = 'RESERVED'",
-                (reply, self._dataset, reservation.run, reservation.round),
-            ).rowcount
-            if changed != 1:
+            row = db.execute(
+                "SELECT id, account, charge, state FROM entry WHERE run = ? AND round = ? AND state != 'LOST' "
+                "ORDER BY charge DESC LIMIT 1",
+                (reservation.run, reservation.round),
+            ).fetchone()
+            if row is None or row[3] != "RESERVED":
                 raise LedgerError(f"round={reservation.round} of run={reservation.run} has no open reservation.")
+            db.execute("UPDATE entry SET state = 'RELEASED', coins = NULL, reply = ? WHERE id = ?", (reply, row[0]))
             answer = hashlib.sha256(reply).hexdigest()
-            body = {"dataset": self._dataset, "run": reservation.run, "round": reservation.round, "reply": answer}
-            self._note(db, "released", body)
+            which = {"account": row[1], "run": reservation.run, "round": reservation.round, "charge": row[2]}
+            _note(db, "released", {**which, "reply": answer}, self._signer)
 
     def abort(self, run: str, round: int) -> None:
-        """Give a reserved round of this data set back to the budget, as LedgerFile.abort."""
-        self.file.abort(run, round, self._signer, self._dataset)
+        """Give a reserved round back to the budget, as LedgerFile.abort."""
+        self.file.abort(run, round, self._signer)
 
     def events(self) -> list[AccountingEvent]:
-        """Return every event charged to this data set or one that overlaps it, in order, released or not."""
-        return self.file.events(self._dataset)
+        """Return every event charged to this account, in order, released or not."""
+        return self.file.events(self.account)
 
     def spent(self, delta: float | None = None) -> PrivacySpent:
-        """Return the privacy loss of everything charged to this data set, at `delta` or else the budget's."""
+        """Return the privacy loss of everything charged to this account, at `delta` or else the budget's."""
         return spent(self.events(), self.delta if delta is None else delta)
 
 
-def _summed(db: sqlite3.Connection, dataset: str, since: float = -math.inf) -> list[AccountingEvent]:
-    """Return what `_events` does, equal events as one: a round's check must not grow with the ledger's age."""
+def _summed(db: sqlite3.Connection, account: str, since: float = -math.inf) -> list[AccountingEvent]:
+    """Return an account's events, equal ones as one: a round's check must not grow with the ledger's age."""
     rows = db.execute(
         "SELECT sampling_rate, noise_multiplier, sum(steps), min(steps) < 0 OR sum(typeof(steps) != 'integer') "
-        "FROM entry WHERE dataset IN (SELECT other FROM overlap WHERE dataset = ?) AND state != 'ABORTED' "
-        "AND reserved_at >= ? GROUP BY sampling_rate, noise_multiplier",
-        (dataset, since),
+        "FROM entry WHERE account = ? AND state != 'ABORTED' AND reserved_at >= ? "
+        "GROUP BY sampling_rate, noise_multiplier",
+        (account, since),
     )
     # a row that cannot be must not vanish in a sum: it becomes an event that is refused
     return [AccountingEvent(rate, noise, -1 if damaged else steps) for rate, noise, steps, damaged in rows]
 
 
-def _events(db: sqlite3.Connection, dataset: str, since: float = -math.inf) -> list[AccountingEvent]:
-    rows = db.execute(
-        "SELECT sampling_rate, noise_multiplier, steps FROM entry WHERE dataset IN "
-        "(SELECT other FROM overlap WHERE dataset = ?) AND state != 'ABORTED' AND reserved_at >= ? ORDER BY id",
-        (dataset, since),
+def _enter(
+    db: sqlite3.Connection, account: str, run: str, round: int, request: str, event: AccountingEvent, signer: Identity
+) -> int:
+    """Enter a charge, RESERVED or, for the `request` "lost", LOST; return its row."""
+    last = db.execute("SELECT max(charge) FROM entry WHERE run = ? AND round = ?", (run, round)).fetchone()[0]
+    which = {"account": account, "run": run, "round": round, "charge": (last or 0) + 1}
+    values = {
+        "request": request, "sampling_rate": event.sampling_rate, "noise_multiplier": event.noise_multiplier,
+        "steps": event.steps,
+    }  # fmt: skip
+    kind = "lost" if request == "lost" else "reserved"
+    added = db.execute(
+        "INSERT INTO entry (account, run, round, charge, request, sampling_rate, noise_multiplier, steps, state, "
+        "reserved_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*which.values(), *values.values(), kind.upper(), _now(db)),
     )
-    return [AccountingEvent(*row) for row in rows]
+    _note(db, kind, {**which, **values}, signer)
+    return int(added.lastrowid or 0)
+
+
+def _declared(db: sqlite3.Connection) -> list[str]:
+    rows = db.execute("SELECT line FROM chain WHERE kind = 'disjoint' ORDER BY number")
+    return [str(open_entry(line).body["account"]) for (line,) in rows]
+
+
+def _account(db: sqlite3.Connection, data_set: str) -> str:
+    return data_set if data_set in _declared(db) else SITE
+
+
+def _compare(db: sqlite3.Connection, account: str, data: DataSet) -> list[str]:
+    db.executemany("INSERT OR IGNORE INTO member (account, hash) VALUES (?, ?)", [(account, each) for each in data])
+    rows = db.execute(
+        "SELECT DISTINCT b.account FROM member a JOIN member b ON a.hash = b.hash "
+        "WHERE a.account = ? AND b.account != a.account ORDER BY b.account",
+        (account,),
+    )
+    return [str(row[0]) for row in rows]
+
+
+def _head(db: sqlite3.Connection) -> Head:
+    row = db.execute("SELECT number, digest FROM chain ORDER BY number DESC LIMIT 1").fetchone()
+    return BEFORE if row is None else Head(int(row[0]), str(row[1]))
+
+
+def _knows(db: sqlite3.Connection, head: Head) -> bool:
+    row = db.execute("SELECT digest FROM chain WHERE number = ?", (head.number,)).fetchone()
+    return row is not None and row[0] == head.digest
 
 
 def _last_line(db: sqlite3.Connection) -> str | None:
@@ -535,12 +692,28 @@ def _last_line(db: sqlite3.Connection) -> str | None:
     return None if row is None else str(row[0])
 
 
+def _take_over(db: sqlite3.Connection, signer: Identity) -> None:
+    """Begin the chain, or go on with it."""
+    line = _last_line(db)
+    if line is None:
+        _note(db, "opened", {}, signer)
+    elif open_entry(line).signer != signer.public and not _may_sign(db, signer.public):
+        # the keys of before are lost; who trusts the new ones trusts that this is the ledger they were found with
+        _note(db, "key", {"identity": signer.public.to_text()}, signer)
+
+
+def _may_sign(db: sqlite3.Connection, identity: PublicIdentity) -> bool:
+    lines = db.execute("SELECT line FROM chain WHERE kind IN ('opened', 'key')").fetchall()
+    entries = [open_entry(line) for (line,) in lines]
+    return any(identity.to_text() == entry.body.get("identity") or identity == entry.signer for entry in entries)
+
+
 def _note(db: sqlite3.Connection, kind: str, body: dict[str, Any], signer: Identity) -> None:
     """Append an entry to the chain."""
-    row = db.execute("SELECT number, digest FROM chain ORDER BY number DESC LIMIT 1").fetchone()
-    number, previous = (0, START) if row is None else (int(row[0]) + 1, str(row[1]))
+    before = _head(db)
+    number = before.number + 1
     # to the minute: what lies between reservation and release would tell how long it took to train
-    line = make_entry(number, previous, kind, _now(db) // 60 * 60, body, signer)
+    line = make_entry(number, before.digest, kind, _now(db) // 60 * 60, body, signer)
     db.execute(
         "INSERT INTO chain (number, kind, digest, line) VALUES (?, ?, ?, ?)",
         (number, kind, open_entry(line).digest, line),
@@ -553,49 +726,38 @@ def _now(db: sqlite3.Connection) -> float:
     return max(time.time(), last or 0.0)
 
 
-_EVENT = ("request", "sampling_rate", "noise_multiplier", "steps")
+def _look_at_clock(db: sqlite3.Connection, believe: bool = False) -> float:
+    """Note what the clock says; return the seconds by which it has gone ahead of the evidence, which then stays.
 
-
-def _refuse_network(path: Path) -> None:
-    """Raise LedgerError where the ledger would lie on a network file system, whose locks cannot be relied on."""
-    place = path.parent
-    while not place.exists():
-        place = place.parent
-    kind = _file_system(place)
-    if kind is not None:
-        raise LedgerError(
-            f"the privacy ledger {path} would lie on a network file system ({kind}), whose locks are not reliable. "
-            "Put it on a local disk."
-        )
-
-
-def _file_system(place: Path) -> str | None:
-    """Return the network file system that `place` lies on, None where it is a local one (Linux: /proc/mounts)."""
-    try:
-        mounts = [line.split()[1:3] for line in _MOUNTS.read_text("utf-8").splitlines()]
-    except OSError:
-        return None
-    here = os.path.realpath(place)
-    best = max(
-        ((point, kind) for point, kind in mounts if here == point or here.startswith(point.rstrip("/") + "/")),
-        key=lambda mount: len(mount[0]), default=("", ""),
-    )  # fmt: skip
-    network = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "ceph", "lustre", "afs", "glusterfs", "ncpfs")
-    return best[1] if best[1].startswith(network) else None
+    `believe` takes the clock as it is.
+    """
+    now = elapsed.this_moment()
+    row = db.execute("SELECT clock, boot, count, seen FROM clock").fetchone()
+    first = None if row is None else elapsed.Moment(*row[:3])
+    ahead = 0.0 if first is None or believe else elapsed.unexplained(first, row[3], now)
+    if not ahead:
+        anew = believe or first is None or first.boot != now.boot or now.count < first.count
+        start = now if anew or first is None else first
+        db.execute("DELETE FROM clock")
+        db.execute("INSERT INTO clock VALUES (?, ?, ?, ?)", (start.clock, start.boot, start.count, now.clock))
+    return ahead
 
 
 def _create(path: Path) -> None:
-    """Make an empty ledger and put it in place as a whole, unless another process was faster."""
+    """Make an empty ledger and put it in place as a whole, unless another process was faster; raises LedgerError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.new")
-    os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
     try:
-        with closing(sqlite3.connect(temporary, isolation_level=None)) as db:
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute(f"PRAGMA application_id = {_APPLICATION}")
-            db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            db.executescript(_SCHEMA)
-            db.execute("INSERT INTO secret (key) VALUES (?)", (os.urandom(32),))
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-    finally:
-        temporary.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
+        try:
+            with closing(sqlite3.connect(temporary, isolation_level=None)) as db:
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute(f"PRAGMA application_id = {_APPLICATION}")
+                db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+                db.executescript(_SCHEMA)
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+        finally:
+            temporary.unlink()
+    except (OSError, sqlite3.Error) as error:
+        raise LedgerError(f"cannot make the privacy ledger {path}: {error}. Check its permissions.") from error

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedllm.errors import PrivacyError
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.randomness import Randomness, float_safe_normals, uniforms
 
@@ -14,6 +15,8 @@ Clipping = Literal["flat", "automatic"]
 
 _GAMMA = 0.01  # gradient units; stability constant of automatic clipping, as its authors chose it
 _GRID_BITS = 10  # few, so that a cell of the grid holds very many values of the noise
+_SHORTER = 1 - 1e-9  # than the clip: norm and factor are computed in floats, and the result must not exceed it by a bit
+_EXTREME = 1e100  # between its inverse and it, no product or quotient of two numbers and no square leaves float64
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class Mechanism:
     noise_multiplier: float  # noise standard deviation / clip_norm
     sampling_rate: float  # probability of each unit, independently, in each step
     clipping: Clipping = "flat"
+
+    def __post_init__(self) -> None:
+        """Raise PrivacyError where clip or noise are numbers that floats cannot compute with: neither would hold."""
+        for name, value in (("clip_norm", self.clip_norm), ("noise_multiplier", self.noise_multiplier or 1.0)):
+            if not 1 / _EXTREME <= value <= _EXTREME:  # nor is NaN
+                raise PrivacyError(f"{name}={value:g}: expected a number between {1 / _EXTREME:g} and {_EXTREME:g}")
 
     @property
     def private(self) -> bool:
@@ -50,9 +59,10 @@ class Mechanism:
         """
         if not self.private:
             return norms * 0.0 + 1.0
+        clip = self.clip_norm * _SHORTER
         if self.clipping == "automatic":
-            return self.clip_norm / (norms + _GAMMA)
-        return self.clip_norm / norms.clip(min=self.clip_norm)
+            return clip / (norms + _GAMMA)
+        return clip / norms.clip(min=clip)
 
     def event(self, steps: int) -> AccountingEvent:
         """Return what `steps` releases cost."""
@@ -77,6 +87,10 @@ class Mechanism:
         return math.ldexp(1.0, exponent - 1 - _GRID_BITS)
 
     def release(self, clipped_sum: NDArray[np.floating], source: Randomness) -> NDArray[np.float64]:
+        """Return float64[d]: the sum of clipped vectors with fresh noise, as `noised`."""
+        return self.noised(clipped_sum, self.noise(clipped_sum.size, source))
+
+    def noised(self, clipped_sum: NDArray[np.floating], noise: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return float64[d]: the sum of clipped vectors, plus noise, rounded to the public grid.
 
         Sum and noise are floats, and which floats their sum can be depends on the sum: its last bits give it away
@@ -84,11 +98,11 @@ class Mechanism:
         To round is post-processing, so it costs no privacy; it adds less than 10^-7 to the variance, and up to 8192
         `noise_std` a float32 holds the result exactly. docs/privacy.md says what remains.
         """
-        noised = np.asarray(clipped_sum, dtype=np.float64) + self.noise(clipped_sum.size, source)
-        return np.rint(noised / self.grid) * self.grid if self.private else noised
+        total = np.asarray(clipped_sum, dtype=np.float64) + noise
+        return np.rint(total / self.grid) * self.grid if self.private else total
 
     def noise(self, dimension: int, source: Randomness) -> NDArray[np.float64]:
-        """Return float64[dimension] of noise for one clipped sum."""
+        """Return float64[dimension] of noise for one clipped sum; it is drawn before any record is looked at."""
         if not self.private:
             return np.zeros(dimension)
         return float_safe_normals(source, dimension) * self.noise_std

@@ -7,6 +7,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedllm import crypto
+
 
 class Randomness(Protocol):
     """A source of uniform 64-bit words."""
@@ -28,6 +30,23 @@ class OsRandomness:
 
     def words(self, n: int) -> NDArray[np.uint64]:
         return np.frombuffer(os.urandom(8 * n), dtype=np.uint64)
+
+
+class KeyedRandomness:
+    """The words that 32 secret bytes stand for: AES-256-CTR, under a key of its own for every call.
+
+    For what must come out the same once more and may not be guessed: the secret comes from the operating system.
+    """
+
+    private = True
+
+    def __init__(self, secret: bytes, purpose: bytes) -> None:
+        self._secret, self._purpose, self._calls = secret, purpose, 0
+
+    def words(self, n: int) -> NDArray[np.uint64]:
+        key = crypto.derive(self._secret, b"%s %d" % (self._purpose, self._calls))
+        self._calls += 1
+        return np.frombuffer(b"".join(bytes(block) for block in crypto.keystream(key, 8 * n)), "<u8")
 
 
 class SeededRandomness:

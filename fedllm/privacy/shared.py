@@ -49,10 +49,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm import crypto
 from fedllm.errors import ConfigError, PrivacyError
 from fedllm.privacy.mechanism import Mechanism
-from fedllm.privacy.randomness import Randomness
+from fedllm.privacy.randomness import KeyedRandomness, Randomness
 
 _LEAST_STD = 16.0  # quanta; see above
 _REACH = 19.0  # no draw is further out, in standard deviations: sqrt(2 * 256 * ln 2) = 18.84
@@ -108,18 +107,17 @@ def _exactly(radius_word: int, angle_word: int, source: Randomness, std: float) 
         return int(mpmath.nint(radius * mpmath.cos(angle))), int(mpmath.nint(radius * mpmath.sin(angle)))
 
 
-class _Keyed:
-    """The words that a seed of 256 bits stands for: AES-256-CTR, a key of its own for every call."""
+def _keyed(seed: str) -> KeyedRandomness:
+    """Return the words that a seed of 256 bits stands for."""
+    return KeyedRandomness(bytes.fromhex(seed), b"fedllm surplus noise v1")
 
-    private = True
 
-    def __init__(self, seed: str) -> None:
-        self._seed, self._calls = bytes.fromhex(seed), 0
+@dataclass(frozen=True)
+class Share:
+    """A site's share of the noise."""
 
-    def words(self, n: int) -> NDArray[np.uint64]:
-        key = crypto.derive(self._seed, b"fedllm surplus noise v1 %d" % self._calls)
-        self._calls += 1
-        return np.frombuffer(b"".join(bytes(block) for block in crypto.keystream(key, 8 * n)), "<u8")
+    noise: NDArray[np.int64]  # [d], quanta
+    seeds: tuple[str, ...]  # secret, 64 hexadecimal digits each: of the parts that may turn out as surplus
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,8 @@ class SharedMechanism:
                 f"noise in shares: expected 0 <= colluding < quorum <= sites, found colluding={self.colluding}, "
                 f"quorum={self.quorum}, sites={self.sites}"
             )
+        if not (math.isfinite(self.expected_units) and self.expected_units > 0):
+            raise PrivacyError(f"noise in shares: {self.expected_units:g} expected units, expected a positive number")
         least = self._std(min(self._parts))
         if least < _LEAST_STD or self._room < self.scale:
             raise ConfigError(
@@ -203,22 +203,32 @@ class SharedMechanism:
             )
         return self.mechanism.clip_norm * (1 - lost) * (1 - 1e-9)  # the norm itself was computed in floats
 
+    def share(self, dimension: int, source: Randomness) -> Share:
+        """Draw a site's share of the noise, which is done before any record is looked at."""
+        noise = rounded_normals(source, dimension, self._std(self._parts[0]))
+        seeds = tuple(source.words(4).tobytes().hex() for _ in self._parts[1:])
+        for seed, units in zip(seeds, self._parts[1:], strict=True):
+            noise += rounded_normals(_keyed(seed), dimension, self._std(units))
+        return Share(noise, seeds)
+
+    def noised(self, clipped_sum: NDArray[np.float64], share: Share) -> NDArray[np.uint32]:
+        """Return uint32[d], a site's sum of clipped, rounded vectors with its share of the noise, modulo 2^32.
+
+        `clipped_sum` is float64[d] of whole quanta. It is cut to its room first, coordinate by coordinate, which moves
+        two sums no further apart.
+        """
+        if not np.isfinite(clipped_sum).all() or not np.array_equal(clipped_sum, np.rint(clipped_sum)):
+            raise PrivacyError("the clipped sum is not in whole quanta, so its sensitivity is not known")
+        return ((np.clip(clipped_sum, -self._room, self._room).astype(np.int64) + share.noise) % 2**32).astype(
+            np.uint32
+        )
+
     def upload(
         self, clipped_sum: NDArray[np.float64], source: Randomness
     ) -> tuple[NDArray[np.uint32], tuple[str, ...]]:
-        """Return uint32[d], a site's sum of clipped, rounded vectors with its share of the noise, and secret seeds.
-
-        `clipped_sum` is float64[d] of whole quanta. It is cut to its room first, coordinate by coordinate, which moves
-        two sums no further apart. The seeds, 64 hexadecimal digits each, are those of the share's surplus parts.
-        """
-        if not np.array_equal(clipped_sum, np.rint(clipped_sum)):
-            raise PrivacyError("the clipped sum is not in whole quanta, so its sensitivity is not known")
-        noised = np.clip(clipped_sum, -self._room, self._room).astype(np.int64)
-        noised += rounded_normals(source, clipped_sum.size, self._std(self._parts[0]))
-        seeds = tuple(source.words(4).tobytes().hex() for _ in self._parts[1:])
-        for seed, units in zip(seeds, self._parts[1:], strict=True):
-            noised += rounded_normals(_Keyed(seed), clipped_sum.size, self._std(units))
-        return (noised % 2**32).astype(np.uint32), seeds
+        """Return what `noised` does with a fresh share, and the share's secret seeds."""
+        share = self.share(clipped_sum.size, source)
+        return self.noised(clipped_sum, share), share.seeds
 
     def given_away(self, survivors: int) -> tuple[int, ...]:
         """Return which of a share's seeds are not needed where so many sites are in a sum; raises PrivacyError."""
@@ -236,7 +246,7 @@ class SharedMechanism:
         """Return uint32[d], modulo 2^32: what the parts that a site has given away amount to."""
         total = np.zeros(dimension, np.int64)
         for seed, index in zip(seeds, self.given_away(survivors), strict=True):
-            total += rounded_normals(_Keyed(seed), dimension, self._std(self._parts[1 + index]))
+            total += rounded_normals(_keyed(seed), dimension, self._std(self._parts[1 + index]))
         return (total % 2**32).astype(np.uint32)
 
     def decode(self, total: NDArray[np.uint32]) -> NDArray[np.float64]:

@@ -1,4 +1,9 @@
-"""Records to tokens: files or hub data sets, templates, privacy units, batches."""
+"""Records to tokens: files or hub data sets, templates, privacy units, batches.
+
+What a site protects is read record by record (`read_rows`, `Tokeniser.read`): nothing about one record changes how
+another is read, and one that cannot be used is an error in its own place. Public sets, and a researcher's own, are
+tables (`read_table`), which are refused as a whole.
+"""
 
 import bisect
 import contextlib
@@ -6,11 +11,12 @@ import csv
 import json
 import math
 import string
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import datasets
 import numpy as np
@@ -20,6 +26,7 @@ from pyarrow import parquet
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fedllm.canonical import canonical, canonical_json
 from fedllm.errors import ConfigError, DataError, first_line
 from fedllm.plan import ModelConfig, TextConfig
 from fedllm.training.sources import resolve
@@ -30,6 +37,10 @@ IGNORE = -100  # label of a position that carries no loss (the convention of tor
 _FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
 Table: TypeAlias = datasets.Dataset
+Row: TypeAlias = Mapping[str, Any]
+_T = TypeVar("_T")
+
+_AT_ONCE = 1024  # records that are tokenised together
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,32 @@ class Record:
     labels: NDArray[np.int64]  # [T], IGNORE where no loss falls; [] holds the class for classification
 
 
-Unit = tuple[Record, ...]  # all records of one privacy unit, at least one
+Unit = tuple[Record, ...]  # the records of one privacy unit; none where none of them can be used
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised record before a plan cuts it."""
+
+    given: NDArray[np.int32]  # the prompt, or the whole text to classify
+    learned: NDArray[np.int32]  # the answer with its end; nothing for classification
+    label: str | None = None  # of classification
+    ends: tuple[int, int] = (0, 0)  # classification: special tokens before and after the text, which no cut takes
+
+    def record(self, limit: int, labels: Sequence[str]) -> Record:
+        """Return the record of at most `limit` tokens: the answer is kept before the prompt, its beginning first.
+
+        `labels` hold `label`; its place among them is the class.
+        """
+        if self.label is not None:
+            first, last = self.ends
+            text, end = self.given[: len(self.given) - last], self.given[len(self.given) - last :]
+            ids = np.concatenate([text[: max(first, limit - last)], end])
+            return Record(ids.astype(np.int64), np.asarray(labels.index(self.label)))
+        learned = self.learned[: limit - 1]
+        given = self.given[max(0, len(self.given) - (limit - len(learned))) :]
+        ids = np.concatenate([given, learned]).astype(np.int64)
+        return Record(ids, np.where(np.arange(len(ids)) < len(given), IGNORE, ids))
 
 
 @dataclass(frozen=True)
@@ -65,7 +101,7 @@ def read_table(source: str, split: str) -> Table:
         raise DataError(str(error)) from None
     try:
         if not isinstance(place, Path):
-            table = datasets.load_dataset(place, split=split)
+            table = datasets.load_dataset(place, split=split, trust_remote_code=False)
         else:
             files = _files(place, split)
             table = datasets.concatenate_datasets([_read_file(file) for file in files])
@@ -77,6 +113,82 @@ def read_table(source: str, split: str) -> Table:
     if len(table) == 0:
         raise DataError(f"{source} holds no records")
     return table
+
+
+def read_rows(source: str, split: str) -> Iterator[Row | DataError]:
+    """Yield the records of a site's files, each as a row or as what is wrong with it; one says nothing of another.
+
+    A record is a line of .jsonl or .csv, or a row of .parquet. Raises DataError where the files themselves cannot be
+    used: there is none, a kind that cannot be read record by record, no header, no Parquet.
+    """
+    try:
+        place = resolve(source)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    if not isinstance(place, Path):
+        raise DataError(f"{source}: no such file or folder")
+    for file in _files(place, split):
+        if file.suffix == ".parquet":
+            yield from _parquet_rows(file)
+        elif file.suffix == ".json":
+            raise DataError(f"{file}: one damaged record would spoil the others. Write .jsonl, a record a line.")
+        else:
+            yield from _line_rows(file)
+
+
+def _line_rows(file: Path) -> Iterator[Row | DataError]:
+    try:
+        lines = [(number, line) for number, line in enumerate(file.read_bytes().split(b"\n"), start=1) if line.strip()]
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    columns = None
+    if file.suffix == ".csv" and lines:
+        columns = _csv_line(lines.pop(0)[1].removeprefix(b"\xef\xbb\xbf"), f"{file}, line 1")
+        _check_header(file, columns)
+    for number, line in lines:
+        where = f"{file}, line {number}"
+        try:
+            if columns is None:
+                value = _json_value(line, where)
+                if not isinstance(value, dict):
+                    raise DataError(f"{where}: expected an object such as {{...}}, found {line[:20]!r}")
+                yield value
+            else:
+                fields = _csv_line(line, where)
+                if len(fields) != len(columns):
+                    raise DataError(
+                        f"{where}: expected {len(columns)} fields, as in the first line, found {len(fields)}"
+                    )
+                yield dict(zip(columns, fields, strict=True))
+        except DataError as error:
+            yield error
+
+
+def _parquet_rows(file: Path) -> Iterator[Row | DataError]:
+    try:
+        with parquet.ParquetFile(file) as whole:
+            for batch in whole.iter_batches():
+                yield from batch.to_pylist()
+    except Exception as error:  # pyarrow raises many types
+        raise DataError(f"{file} cannot be read: {first_line(error)}") from error
+
+
+def _csv_line(line: bytes, where: str) -> list[str]:
+    """Return the fields of one line: a field that goes on in the next would make two records of one depend on both."""
+    try:
+        return next(csv.reader([line.decode().rstrip("\r")], strict=True))
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: not UTF-8. Convert the file to UTF-8.") from None
+    except csv.Error as error:
+        raise DataError(
+            f"{where}: not CSV in one line ({error}). Correct or remove it; for text of several lines write .jsonl."
+        ) from None
+
+
+def _check_header(file: Path, columns: Sequence[str]) -> None:
+    twice = sorted({column for column in columns if column and columns.count(column) > 1})
+    if twice:
+        raise DataError(f"{file}, line 1: two columns are called {', '.join(twice)}. Rename or remove one.")
 
 
 def _files(place: Path, split: str) -> list[Path]:
@@ -156,9 +268,7 @@ def _csv_rows(file: Path) -> list[dict[str, Any]]:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, strict=True)
             columns = next(reader, [])
-            twice = sorted({column for column in columns if column and columns.count(column) > 1})
-            if twice:
-                raise DataError(f"{file}, line 1: two columns are called {', '.join(twice)}. Rename or remove one.")
+            _check_header(file, columns)
             start = reader.line_num + 1
             for fields in reader:
                 if fields and len(fields) != len(columns):
@@ -189,17 +299,21 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
         where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
         if not line.strip():
             continue
-        try:
-            value = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise DataError(f"{where}: not UTF-8. Convert the file to UTF-8.") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error}). Correct or remove it.") from None
+        value = _json_value(line, where)
         found = value if isinstance(value, list) and file.suffix == ".json" else [value]
         if not all(isinstance(row, dict) for row in found):
             raise DataError(f"{where}: expected an object such as {{...}}, found {line[:20]!r}")
         rows += found
     return rows
+
+
+def _json_value(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: not UTF-8. Convert the file to UTF-8.") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}). Correct or remove it.") from None
 
 
 @contextlib.contextmanager
@@ -217,13 +331,18 @@ def check_columns(table: Table, data: TextConfig, extra: Sequence[str | None] = 
     Of label, person and site (the last two in `extra`, None where there is none), a cell must hold one value.
     """
     single = [column for column in (data.label, *extra) if column]
-    named = [*_fields(data.prompt or ""), *_fields(data.text), *single]
+    named = [*template_columns(data), *single]
     missing = sorted(set(named) - set(table.column_names))
     if missing:
         raise DataError(f"missing column {', '.join(missing)}; the records have {', '.join(table.column_names)}")
     for column in single:
         if not isinstance(table.features[column], datasets.Value | datasets.ClassLabel):
             raise DataError(f"column {column} holds lists or objects; expected text or numbers")
+
+
+def template_columns(data: TextConfig) -> list[str]:
+    """Return the columns that the templates name; raises ConfigError where one is more than plain {column} fields."""
+    return [*_fields(data.prompt or ""), *_fields(data.text)]
 
 
 def _fields(template: str) -> list[str]:
@@ -240,113 +359,263 @@ def _fields(template: str) -> list[str]:
     return fields
 
 
-def render(template: str, row: Mapping[str, Any], number: int) -> str:
+def render(template: str, row: Row, number: int) -> str:
     """Fill a template from one row; raises DataError where a value is missing."""
-    values = {name: row[name] for name in _fields(template)}
+    values = {name: row.get(name) for name in _fields(template)}
     empty = [name for name, value in values.items() if value is None]
     if empty:
         raise DataError(f"record {number + 1}: {', '.join(empty)} is empty. Fill it in or leave the record out.")
-    return template.format(**values)
+    return template.format(**{name: cell(value) for name, value in values.items()})
+
+
+def cell(value: object) -> str:
+    """Return a cell's text. Whole numbers are written as such, whatever type the other cells of a column ask for."""
+    if isinstance(value, Decimal) and value.is_finite():
+        return f"{value.normalize():f}"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return str(value)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A record as text."""
+
+    given: str
+    learned: str = ""
+    closed: bool = True  # the chat template has closed the answer
+    label: str | None = None
 
 
 class Tokeniser:
-    """Turns rows into records with the base model's own tokenizer, which is never fitted on private text."""
+    """Turns rows into tokens with the base model's own tokenizer, which is never fitted on private text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, data: TextConfig) -> None:
-        self._tokenizer, self._model, self._data = tokenizer, model, data
-        self._classes = {label: index for index, label in enumerate(model.labels)}
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, data: TextConfig, vocabulary: int = 2**31
+    ) -> None:
+        """`model` says the longest record and the labels; `vocabulary`, how many tokens the model knows."""
+        self._tokenizer, self._model, self._data, self._vocabulary = tokenizer, model, data, vocabulary
+        self._classifies, self._labels = model.task == "classification", frozenset(model.labels)
+        self._ends = (0, 0)
+        if self._classifies:
+            special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+            self._ends = special.index(0), special[::-1].index(0)
         if data.chat and not tokenizer.chat_template:
             raise ConfigError(f"data.chat=true, but the tokenizer of {model.source} has no chat template")
 
-    def prompt_ids(self, row: Mapping[str, Any], number: int = 0) -> list[int]:
+    def prompt_ids(self, row: Row, number: int = 0) -> list[int]:
         """Return the tokens that are given: the prompt, with the sequence's first token where the model has one."""
-        prompt = render(self._data.prompt or "", row, number)
-        if self._data.chat:
-            text = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        bos = self._tokenizer.bos_token_id
-        return ([] if bos is None else [bos]) + self._plain(prompt)
+        return self._opened(self._code(self._prompt(row, number)))
 
-    def answer_ids(self, row: Mapping[str, Any], number: int = 0) -> list[int]:
+    def answer_ids(self, row: Row, number: int = 0) -> list[int]:
         """Return the tokens that are learned, closed as the template closes a turn, or by the end-of-sequence token."""
+        answer, closed = self._answer(row, number)
+        return self._closed(self._code(answer), closed)
+
+    def __call__(self, row: Row, number: int) -> Record:
+        """Tokenise one row, at most max_length tokens; raises DataError where it cannot be used."""
+        (found,) = self.read([row], number)
+        if isinstance(found, DataError):
+            raise found
+        return self.cut(found)
+
+    def cut(self, tokens: Tokens) -> Record:
+        """Return a record of at most max_length tokens."""
+        return tokens.record(self._model.max_length, self._model.labels)
+
+    def read(self, rows: Iterable[Row | DataError], first: int = 0) -> Iterator[Tokens | DataError]:
+        """Tokenise rows, numbered from `first`, many at a time, and each as if it were the only one.
+
+        Where a row cannot be used, or none was read, a DataError stands in its place. No more is kept of a record than
+        one of max_length tokens can hold.
+        """
+        source = iter(rows)
+        while some := list(islice(source, _AT_ONCE)):
+            yield from self._read(some, first)
+            first += len(some)
+
+    def _read(self, rows: Sequence[Row | DataError], first: int) -> Iterator[Tokens | DataError]:
+        written = [
+            row if isinstance(row, DataError) else _tried(number, self._write, row, number)
+            for number, row in enumerate(rows, start=first)
+        ]
+        texts = [one for one in written if isinstance(one, _Written)]
+        given = iter(self._encode([one.given for one in texts]))
+        learned = iter(self._encode([one.learned for one in texts]))
+        for number, one in enumerate(written, start=first):
+            if isinstance(one, DataError):
+                yield one
+            else:
+                yield _tried(number, self._tokens, one, next(given), next(learned), number)
+
+    def _write(self, row: Row, number: int) -> _Written:
+        if not self._classifies:
+            return _Written(self._prompt(row, number), *self._answer(row, number))
+        value = row.get(self._data.label or "")
+        label = cell(value)
+        if label not in self._labels or is_missing(value):
+            raise DataError(
+                f"record {number + 1}: label {value!r} is not among model.labels. Declare it or drop the record."
+            )
+        return _Written(render(self._data.text, row, number), label=label)
+
+    def _tokens(
+        self, text: _Written, prompt: list[int] | DataError, answer: list[int] | DataError, number: int
+    ) -> Tokens:
+        if isinstance(prompt, DataError) or isinstance(answer, DataError):
+            raise DataError(f"record {number + 1}: the tokenizer fails on it. Leave it out.")
+        most = max(prompt + answer, default=0)
+        if most >= self._vocabulary:
+            raise DataError(f"record {number + 1}: token {most}, and the model knows {self._vocabulary}. Leave it out.")
+        limit = self._model.max_length
+        if text.label is None:
+            learned = self._closed(answer, text.closed)
+            found = Tokens(_ids(self._opened(prompt)[-limit:]), _ids(learned[:limit]))
+        else:
+            last = len(prompt) - self._ends[1]
+            found = Tokens(_ids(prompt[: min(last, limit)] + prompt[last:]), _ids([]), text.label, self._ends)
+        if not len(found.given) + len(found.learned):
+            raise DataError(f"record {number + 1}: its text is empty. Fill it in or leave the record out.")
+        return found
+
+    def _prompt(self, row: Row, number: int) -> str:
+        prompt = render(self._data.prompt or "", row, number)
+        return self._chat([{"role": "user", "content": prompt}], opens=True) if self._data.chat else prompt
+
+    def _answer(self, row: Row, number: int) -> tuple[str, bool]:
+        """Return the text that is learned, and whether the chat template closes it."""
+        answer = render(self._data.text, row, number)
         if self._data.chat:
             user = {"role": "user", "content": render(self._data.prompt or "", row, number)}
-            answer = {"role": "assistant", "content": render(self._data.text, row, number)}
-            opening = self._tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-            whole = self._tokenizer.apply_chat_template([user, answer], tokenize=False)
+            opening = self._chat([user], opens=True)
+            whole = self._chat([user, {"role": "assistant", "content": answer}], opens=False)
             if whole.startswith(opening):
-                return self._plain(whole[len(opening) :])
+                return whole[len(opening) :], True
+        return answer, False
+
+    def _chat(self, turns: list[dict[str, str]], opens: bool) -> str:
+        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens))
+
+    def _opened(self, prompt: list[int]) -> list[int]:
+        bos = self._tokenizer.bos_token_id
+        return prompt if bos is None or self._data.chat else [bos, *prompt]
+
+    def _closed(self, answer: list[int], closed: bool) -> list[int]:
         eos = self._tokenizer.eos_token_id
-        return self._plain(render(self._data.text, row, number)) + ([] if eos is None else [eos])
+        return answer if eos is None or closed else [*answer, eos]
 
-    def __call__(self, row: Mapping[str, Any], number: int) -> Record:
-        """Tokenise one row, at most max_length tokens: the answer is kept before the prompt, its beginning first."""
-        limit = self._model.max_length
-        if self._model.task == "classification":
-            text = render(self._data.text, row, number)
-            ids = self._tokenizer(text, truncation=True, max_length=limit)["input_ids"]
-            if not ids:
-                raise DataError(f"record {number + 1}: its text is empty. Fill it in or leave the record out.")
-            label = row[self._data.label or ""]
-            if str(label) not in self._classes:
-                raise DataError(
-                    f"record {number + 1}: label {label!r} is not among model.labels. Declare it or drop the record."
-                )
-            return Record(np.asarray(ids), np.asarray(self._classes[str(label)]))
-        answer = self.answer_ids(row, number)[: limit - 1]
-        prompt = self.prompt_ids(row, number)[-(limit - len(answer)) :]
-        return Record(np.asarray(prompt + answer), np.asarray([IGNORE] * len(prompt) + answer))
+    def _encode(self, texts: Sequence[str]) -> list[list[int] | DataError]:
+        """Tokenise texts at once; where that fails one by one, so that only those fail that would fail alone."""
+        together = _tried(0, self._code, list(texts)) if texts else []
+        if not isinstance(together, DataError):
+            return list(together)
+        return [_tried(0, self._code, text) for text in texts]
 
-    def _plain(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _code(self, text: str | list[str]) -> Any:
+        return self._tokenizer(text, add_special_tokens=self._classifies, verbose=False)["input_ids"]
+
+
+def _ids(ids: list[int]) -> NDArray[np.int32]:
+    return np.asarray(ids, dtype=np.int32)
+
+
+def _tried(number: int, read: Callable[..., _T], *arguments: Any) -> _T | DataError:
+    """Return what was read, or a DataError whatever a tokenizer or template has raised; a panic is no Exception."""
+    try:
+        return read(*arguments)
+    except DataError as error:
+        return error
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # its text may quote the record
+        return DataError(f"record {number + 1}: the tokenizer or its template fails on it ({type(error).__name__})")
+
+
+def group(
+    rows: Iterable[Row | DataError], tokens: Iterable[Tokens | DataError], unit: str | None
+) -> tuple[list[list[Tokens]], list[DataError]]:
+    """Return the usable records of every privacy unit, and what is wrong with the others.
+
+    A unit is a person, whom the column `unit` names, or without it a record. A record of nobody is a unit of its own
+    without anything in it, so that no other record's place depends on whether it can be used.
+    """
+    groups: dict[object, list[Tokens]] = {}
+    wrong: list[DataError] = []
+    for number, (row, found) in enumerate(zip(rows, tokens, strict=True)):
+        key: object = number
+        one = found
+        if unit is not None and not isinstance(row, DataError):
+            who = row.get(unit)
+            if is_missing(who) or isinstance(who, list | dict):
+                one = DataError(f"record {number + 1}: {unit} is empty, so its privacy unit is unknown. Fill it in.")
+            else:
+                key = person(who)
+        own = groups.setdefault(key, [])
+        if isinstance(one, DataError):
+            wrong.append(one)
+        else:
+            own.append(one)
+    return list(groups.values()), wrong
 
 
 def build_units(table: Table, tokeniser: Tokeniser, unit: str | None, cap: int) -> tuple[Unit, ...]:
     """Tokenise a table and group its records by privacy unit, at most the first `cap` records a unit.
 
-    `unit=None` makes every record a unit of its own.
+    `unit=None` makes every record a unit of its own. Raises DataError with the first record that cannot be used.
     """
-    groups: dict[str, list[Record]] = {}
-    for number, row in enumerate(table):
-        if unit is not None and is_missing(row[unit]):
-            raise DataError(f"record {number + 1}: {unit} is empty, so its privacy unit is unknown. Fill it in.")
-        group = groups.setdefault(person(row[unit]) if unit is not None else str(number), [])
-        if len(group) < cap:
-            group.append(tokeniser(row, number))
-    return tuple(tuple(records) for records in groups.values())
+    groups, wrong = group(table, tokeniser.read(table), unit)
+    if wrong:
+        raise wrong[0]
+    return tuple(tuple(map(tokeniser.cut, tokens[:cap])) for tokens in groups)
 
 
 def is_missing(value: object) -> bool:
-    """Whether a cell is empty: null, not a number, or text of nothing but spaces. Somebody may be called None."""
-    return value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
+    """Whether a cell is empty: null, not a number, or text of nothing that shows. Somebody may be called None."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or not canonical(value)
 
 
-def members(table: Table, unit: str | None) -> Iterator[bytes]:
-    """Yield what the table holds, as bytes that tell one record or person from another, for a fingerprint of it.
+def members(rows: Iterable[Row], data: TextConfig, unit: str | None) -> Iterator[bytes]:
+    """Yield what records hold, as bytes that tell one record or person from another, to compare it with others.
 
-    Every record by its whole content and, where `unit` names their column, every person: two tables that share
-    either overlap, whatever their privacy unit.
+    Every record twice, by its whole content and by the text that is learned alone, which stays the same where a column
+    is added, and every person where `unit` names their column. Cells are in their one spelling (`canonical`).
     """
-    for row in table:
-        yield b"record\0" + json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode()
+    columns = [*_fields(data.prompt or ""), *_fields(data.text)]
+    for row in rows:
+        yield b"record\0" + canonical_json(_spelt(row))
+        yield b"text\0" + canonical_json([_spelt(row.get(column)) for column in columns])
         if unit is not None:
-            yield b"person\0" + person(row[unit]).encode()
+            yield b"person\0" + person(row.get(unit)).encode()
+
+
+def _spelt(value: object) -> object:
+    """Return a cell, or all cells of a row, list or object, in their one spelling; empty ones of a row are left out."""
+    if isinstance(value, dict):
+        return {canonical(key): _spelt(cell) for key, cell in value.items() if not is_missing(cell)}
+    if isinstance(value, list):
+        return [_spelt(cell) for cell in value]
+    return "" if is_missing(value) else canonical(value)
 
 
 def person(value: object) -> str:
     """Return the key of a person, or of a site: one spelling for one name, also where Hangul came decomposed."""
-    return unicodedata.normalize("NFC", str(value).strip())
+    return canonical(value)
 
 
 def batches(
     units: Sequence[Unit], micro_batch: int, pad_id: int, device: torch.device, longest: int | None = None
 ) -> Iterator[Batch]:
-    """Cut units, none of them in two, into batches of about `micro_batch` records of similar length.
+    """Cut units as `passes` does, and pad them."""
+    for some, width in passes(units, micro_batch, longest):
+        yield collate(some, pad_id, device, width)
+
+
+def passes(units: Sequence[Unit], micro_batch: int, longest: int | None = None) -> Iterator[tuple[list[Unit], int]]:
+    """Cut units, none of them in two, into passes of about `micro_batch` records of similar length, and their width.
 
     With `longest`, the most tokens that the model takes, the shape of a unit's records depends on the unit alone: how
     many tokens they are padded to, and whether any of them is padded at all, which models have code of its own for.
+    A unit without records is in none.
     """
 
     def shape(unit: Unit) -> tuple[int, bool]:
@@ -358,15 +627,15 @@ def batches(
 
     pending: list[Unit] = []
     width, full = 0, False
-    for unit in sorted(units, key=shape):
+    for unit in sorted(filter(None, units), key=shape):
         other = longest is not None and shape(unit) != (width, full)
         if pending and (other or sum(map(len, pending)) + len(unit) > micro_batch):
-            yield _collate(pending, pad_id, device, width)
+            yield pending, width
             pending = []
         pending.append(unit)
         width, full = shape(unit)
     if pending:
-        yield _collate(pending, pad_id, device, width)
+        yield pending, width
 
 
 def _padded(length: int, longest: int) -> int:
@@ -375,7 +644,8 @@ def _padded(length: int, longest: int) -> int:
     return max(length, min(-(-length // step) * step, longest))
 
 
-def _collate(units: Sequence[Unit], pad_id: int, device: torch.device, width: int) -> Batch:
+def collate(units: Sequence[Unit], pad_id: int, device: torch.device, width: int) -> Batch:
+    """Return the records of units in one tensor, padded on the right to `width` tokens."""
     records = [record for unit in units for record in unit]
     ids = np.full((len(records), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)

@@ -7,25 +7,27 @@ Noise and optimiser come after, and not necessarily here.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedllm.errors import ModelError, first_line
+from fedllm.errors import Diverged, ModelError, first_line
 from fedllm.plan import RunPlan
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness, SeededRandomness, normals
 from fedllm.privacy.shared import SharedMechanism
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.compiling import Blocks, pays
-from fedllm.training.data import Batch, Unit, batches
+from fedllm.training.data import Batch, Record, Unit, batches, collate, passes
 from fedllm.training.losses import unit_losses
 
 _log = logging.getLogger("fedllm.site")
@@ -103,14 +105,38 @@ def clip_and_sum(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanis
 
     With `shared`, every row is rounded to its quanta, so shortened that it is within the clip afterwards, and the sum
     is one of whole numbers, which has no rounding error.
+
+    **This is where the sensitivity is made, so here it is measured**: a row that is not within the clip as it enters
+    the sum, whatever went wrong (a factor that is not finite, too), enters as zeros. Other rows are what they were.
     """
-    factors: Tensor = mechanism.factors(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64))
-    total = torch.zeros(gradients.shape[1], dtype=torch.float64, device=gradients.device)
+    norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
+    factors: Tensor = mechanism.factors(norms)
+    limit = mechanism.clip_norm if mechanism.private else math.inf
     if shared is not None:
         factors = factors * (shared.clip_before_rounding(gradients.shape[1]) / mechanism.clip_norm / shared.quantum)
-    for some, own in zip(gradients.split(_ROWS), factors.split(_ROWS), strict=True):  # type: ignore[no-untyped-call]
-        total += own @ some.double() if shared is None else (own[:, None] * some.double()).round_().sum(0)
+        limit = float(shared.scale)  # quanta
+    total = torch.zeros(gradients.shape[1], dtype=torch.float64, device=gradients.device)
+    parts = (x.split(_ROWS) for x in (gradients, factors, norms))
+    for some, factor, norm in zip(*parts, strict=True):
+        rows, times, length = some.double(), factor, factor.abs() * norm
+        if shared is not None:
+            rows = rows.mul_(factor[:, None]).round_()
+            times, length = torch.ones_like(factor), torch.linalg.vector_norm(rows, dim=1)
+        beyond = ~(length <= limit)  # as NaN is
+        if bool(beyond.any()):
+            rows[beyond], times = 0.0, times.masked_fill(beyond, 0.0)
+        total += times @ rows
     return total
+
+
+def _finite(gradients: Tensor, private: bool) -> Tensor:
+    """Return float32[units, d] with zeros for a unit that is not finite; where nothing is protected, raise Diverged."""
+    finite = gradients.norm(dim=1).isfinite()
+    if not bool(finite.all()):
+        if not private:
+            raise Diverged("the gradient of a record is NaN or infinite. Lower training.learning_rate.")
+        gradients[~finite] = 0.0
+    return gradients
 
 
 def _repeated(batch: Batch, times: int) -> Batch:
@@ -136,12 +162,23 @@ class _Optimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
             expected_batch_size=expected_units,  # public: never the number of units really drawn
         )
         self.mechanism, self._source = mechanism, source
+        self._drawn: list[NDArray[np.float64]] = []
+
+    def draw_noise(self) -> None:
+        """Draw the noise of the next step, before any record is looked at."""
+        self._drawn = [self.mechanism.noise(p.numel(), self._source) for p in self.params]
 
     def add_noise(self) -> None:
-        """Set p.grad to the clipped sum plus noise, float32[d], by the mechanism's float-safe release."""
-        for p in self.params:
-            released = self.mechanism.release(p.summed_grad.cpu().numpy(), self._source)
+        """Set p.grad to the clipped sum plus noise, float32[d], by the mechanism's float-safe release.
+
+        The noise is what `draw_noise` drew for this step, and otherwise fresh; it serves once.
+        """
+        if not self._drawn:
+            self.draw_noise()
+        for p, noise in zip(self.params, self._drawn, strict=True):
+            released = self.mechanism.noised(p.summed_grad.cpu().numpy(), noise)
             p.grad = torch.from_numpy(released).to(p.device, p.dtype)
+        self._drawn = []
 
 
 class Engine:
@@ -171,6 +208,7 @@ class Engine:
         self._persons = False  # units may have several records
         config: Any = adapter.model.config
         self._longest: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31  # tokens
+        self._rehearsed: set[tuple[int, int]] = set()
         self._compile = "off"  # or auto, which goes on without where it fails, or on
         # For a simulation's screen alone. Both are private: how many tokens were sampled tells of the records.
         self.tokens, self.seconds = 0, 0.0
@@ -223,6 +261,27 @@ class Engine:
             adapter.load(values)
         self._compile = wish
 
+    def rehearse(self, micro_batch: int, longest: int) -> None:
+        """Compute the largest pass that a plan can ask for, once, on made-up tokens.
+
+        Raises ModelError where that fails: so it does before a charge, and whatever the records are.
+        """
+        if (micro_batch, longest) in self._rehearsed:
+            return
+        adapter = self._adapter
+        ids = 3 + np.arange(longest) % 16
+        record = Record(ids, np.asarray(0) if adapter.classifies else ids)
+        with adapter.lock:
+            batch = collate([(record,)] * micro_batch, adapter.tokenizer.pad_token_id, adapter.device, longest)
+            try:
+                self.unit_gradients(batch)
+            except Exception as error:  # MemoryError, and what torch raises in its place
+                raise ModelError(
+                    f"{micro_batch} records of {longest} tokens are too many for one pass ({first_line(error)}). Lower "
+                    "micro_batch"
+                ) from error
+        self._rehearsed.add((micro_batch, longest))
+
     @property
     def compiled(self) -> bool:
         """Whether the model runs compiled while it is trained."""
@@ -251,17 +310,57 @@ class Engine:
 
         With `shared`, it is in whole quanta.
 
-        `micro_batch` bounds the records of one forward pass and does not change the result: whole units are clipped
-        and added pass by pass, in constant memory. On a CPU a unit's part does not depend on the others to the last
-        bit, since the shape of its tensors does not; but for the number of rows, which no CPU kernel was found to mind.
+        `micro_batch` bounds the records of one forward pass and does not change the result: units are clipped and added
+        pass by pass, a large one computed in several, in constant memory. On a CPU a unit's part does not depend on the
+        others to the last bit, since the shape of its tensors does not; but for the number of rows, which no CPU kernel
+        was found to mind. A unit that fails contributes nothing, and nobody else's part changes.
         """
         began = time.perf_counter()
         total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
-        pad, device = self._adapter.tokenizer.pad_token_id, self._adapter.device
-        for batch in batches(units, micro_batch, pad, device, self._longest):
-            total += clip_and_sum(self.unit_gradients(batch, mechanism.private), mechanism, shared)
-            self.tokens += int(batch.attention_mask.sum())
+        for some, width in passes(units, micro_batch, self._longest):
+            try:
+                part = self._clipped(some, width, mechanism, micro_batch, shared)
+            except ModelError:  # it is the model, and would be so for any record
+                raise
+            except Exception as error:  # of torch or of the machine
+                if not mechanism.private:
+                    raise
+                part, why = None, first_line(error)
+            if part is None:
+                part = self._one_by_one(some, width, mechanism, micro_batch, shared, why)
+            total += part
         self.seconds += time.perf_counter() - began
+        return total
+
+    def _clipped(
+        self, units: Sequence[Unit], width: int, mechanism: Mechanism, micro_batch: int, shared: SharedMechanism | None
+    ) -> Tensor:
+        """Return the clipped sum of the units of one pass, or of one unit that takes several."""
+        pad, device = self._adapter.tokenizer.pad_token_id, self._adapter.device
+        gradients: Tensor | None = None
+        whole = sum(map(len, units))
+        pieces = [units] if len(units) > 1 else [[units[0][i : i + micro_batch]] for i in range(0, whole, micro_batch)]
+        for piece in pieces:
+            batch = collate(piece, pad, device, width)
+            # a unit's loss is the mean over its records
+            own = self._raw_gradients(batch)
+            own = own if len(batch.unit_of_row) == whole else own * (len(batch.unit_of_row) / whole)
+            gradients = own if gradients is None else gradients + own
+            self.tokens += int(batch.attention_mask.sum())
+        return clip_and_sum(_finite(cast(Tensor, gradients), mechanism.private), mechanism, shared)
+
+    def _one_by_one(
+        self, units: Sequence[Unit], width: int, mechanism: Mechanism, micro_batch: int,
+        shared: SharedMechanism | None, why: str,
+    ) -> Tensor:  # fmt: skip
+        """Return the clipped sum of those units that do not fail by themselves."""
+        _log.warning("a pass of %d units failed (%s); they are computed one by one", len(units), why)
+        total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
+        for unit in units:
+            try:
+                total += self._clipped([unit], width, mechanism, micro_batch, shared)
+            except Exception as error:
+                _log.warning("a unit contributes nothing: %s", first_line(error))
         return total
 
     def clipped_share(self, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int) -> float | None:
@@ -279,7 +378,12 @@ class Engine:
         """Return the gradient of each unit's own loss, float32[units, d], in the order of the flat vector.
 
         A unit whose gradient is not finite contributes zero: a NaN would pass any clip. That there was one is private
-        and is not reported, unless nothing is protected: then it raises ModelError.
+        and is not reported, unless nothing is protected: then it raises Diverged.
+        """
+        return _finite(self._raw_gradients(batch), private)
+
+    def _raw_gradients(self, batch: Batch) -> Tensor:
+        """Return the gradient of each unit's own loss, finite or not.
 
         Few units are computed with repetitions, lest their last bits depend on company: compiled code is for two and
         more, and layers behind the pooling of a classifier see one row a record, for fewer than four of which
@@ -293,18 +397,10 @@ class Engine:
         except Exception as error:  # a compiler raises anything
             if isinstance(error, ModelError) or not self._blocks.compiled:
                 raise
-            if self._compile == "on":
-                raise ModelError(f"model.compile: it failed ({first_line(error)}). Set model.compile=off.") from error
             _log.warning("model.compile: it failed (%s); training goes on without", first_line(error))
             self._blocks.give_up()
             gradients = self._gradients(batch)
-        gradients = gradients[:units]
-        finite = gradients.norm(dim=1).isfinite()
-        if not bool(finite.all()):
-            if not private:
-                raise ModelError("the gradient of a record is NaN or infinite. Lower training.learning_rate.")
-            gradients[~finite] = 0.0
-        return gradients
+        return gradients[:units]
 
     def _gradients(self, batch: Batch) -> Tensor:
         with self._per_unit(batch) as leaves:

@@ -1,6 +1,9 @@
 """Base models: loaded from Hugging Face's format, never altered, identified by the hash of their weights."""
 
+import contextlib
 import hashlib
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from fedllm.training.sources import resolve
 
 transformers_logging.disable_progress_bar()
 
+_UNLIMITED = 1 << 31
 _PAYS_IN_BFLOAT16 = 20_000_000  # parameters; an estimate
 
 
@@ -35,6 +39,16 @@ class BaseModel:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     digest: str  # SHA-256 over names, dtypes, shapes and bytes of all weights
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a base model reads text; loaded without its weights."""
+
+    tokenizer: PreTrainedTokenizerBase
+    positions: int  # the most tokens that the model takes
+    vocabulary: int  # tokens that it knows
+    digest: str  # SHA-256 over the tokenizer, its special tokens and its chat template
 
 
 class MeanPooledClassifier(nn.Module):
@@ -62,33 +76,36 @@ class MeanPooledClassifier(nn.Module):
         return SequenceClassifierOutput(logits=self.classifier(F.normalize(mean_ND, dim=-1)))
 
 
+def load_reader(config: ModelConfig) -> Reader:
+    """Load a model's tokenizer; raises ModelError with the remedy where that fails."""
+    source, where = _located(config)
+    with _explained(config, source):
+        shape: Any = AutoConfig.from_pretrained(source, trust_remote_code=False, **where).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        type(tokenizer).__name__ if backend is None else backend.to_str(), sorted(tokenizer.get_vocab().items()),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()}, tokenizer.chat_template,
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    positions, vocabulary = (getattr(shape, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    return Reader(tokenizer, positions or _UNLIMITED, vocabulary or _UNLIMITED, digest)
+
+
 def load_base(config: ModelConfig, device: str) -> BaseModel:
     """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy where that fails."""
-    try:
-        source = resolve(config.source)
-    except ConfigError as error:  # begins with the source
-        raise ConfigError(f"model.source={error}") from None
-    where: dict[str, Any] = {"revision": config.revision} if isinstance(source, str) and config.revision else {}
-    try:
-        if getattr(AutoConfig.from_pretrained(source, **where), "quantization_config", None) is not None:
+    source, where = _located(config)
+    with _explained(config, source):
+        shape = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+        if getattr(shape, "quantization_config", None) is not None:
             raise ModelError(
                 f"model.source={config.source} holds quantised weights (4-bit and the like), which are not supported: "
                 "gradients of single units through them were never tested. Give the model as it was before, with "
                 "model.dtype=bfloat16 to save memory."
             )
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
         # dropout off: it is no defence, and it would make a unit's gradient depend on a coin
         model = _from_pretrained(config, source, where).to(torch.device(device)).eval()
-    except ModelError:
-        raise
-    except Exception as error:  # transformers raises many types; each becomes one clear error
-        hint = (
-            "the folder needs config.json, weights and tokenizer files"
-            if isinstance(source, Path)
-            else ("without network, give a local folder as model.source")
-        )
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"model.source={config.source} cannot be loaded: {first_line} ({hint})") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"model.source={config.source}: its tokenizer has neither a pad nor an eos token")
@@ -99,6 +116,32 @@ def load_base(config: ModelConfig, device: str) -> BaseModel:
     if limit is not None and config.max_length > limit:
         raise ModelError(f"model.max_length={config.max_length}, but {config.source} has {limit} positions. Lower it.")
     return BaseModel(model, tokenizer, weights_digest(model))
+
+
+def _located(config: ModelConfig) -> tuple[str | Path, dict[str, Any]]:
+    """Return where a model is, and which revision of it."""
+    try:
+        source = resolve(config.source)
+    except ConfigError as error:  # begins with the source
+        raise ConfigError(f"model.source={error}") from None
+    return source, {"revision": config.revision} if isinstance(source, str) and config.revision else {}
+
+
+@contextlib.contextmanager
+def _explained(config: ModelConfig, source: str | Path) -> Iterator[None]:
+    """Turn what transformers raises, which is of many types, into one clear error."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        hint = (
+            "the folder needs config.json, weights and tokenizer files"
+            if isinstance(source, Path)
+            else ("without network, give a local folder as model.source")
+        )
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"model.source={config.source} cannot be loaded: {reason} ({hint})") from error
 
 
 def _from_pretrained(config: ModelConfig, source: str | Path, where: dict[str, Any]) -> Any:
@@ -119,7 +162,9 @@ def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> Any:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model, found = kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+        model, found = kind.from_pretrained(
+            source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, **options
+        )
     finally:
         transformers_logging.set_verbosity(verbosity)
     lacking = sorted(found["missing_keys"])

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedllm.delta import digest_of
 from fedllm.errors import Cancelled, PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, fits
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness, SeededRandomness, normals, uniforms
 from fedllm.privacy.shared import SharedMechanism
-from fedllm.training import trainer
+from fedllm.training import engine, trainer
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import IGNORE, Record, Unit
 from fedllm.training.engine import Engine
@@ -91,8 +92,12 @@ class _Listener:
         self.given = (mechanism, shared.expected_units if shared is not None else math.nan)
         raise Cancelled("all that matters of a step was heard")
 
-    def optimizer(self, _: object, mechanism: Mechanism, expected_units: float, __: object) -> None:
+    def optimizer(self, _: object, mechanism: Mechanism, expected_units: float, __: object) -> "_Listener":
         self.given = (mechanism, expected_units)
+        return self
+
+    def draw_noise(self) -> None:
+        pass
 
     def step(self, _: object, units: Sequence[int], __: int) -> None:
         self.batches.append(list(units))
@@ -208,12 +213,28 @@ class Subject:
 
 def clip_bounds_every_unit(s: Subject) -> str:
     """One unit more or less moves the sum by at most the clip norm, over all trainable tensors together."""
-    mechanism, rounding = s.tight, 1 + len(s.units) * s.bound
-    for absent in range(len(s.units)):
-        others = s.units[:absent] + s.units[absent + 1 :]
-        moved = float((s.whole - s.sum(others, mechanism)).norm())
-        if not moved <= mechanism.clip_norm * rounding:
-            return f"one unit moves the sum by {moved / mechanism.clip_norm:.6g} clip norms, expected at most 1"
+    rounding = 1 + len(s.units) * s.bound
+    for mechanism, whole in ((s.tight, s.whole), (s.mechanism, s.sum(s.units, s.mechanism))):
+        for absent in range(len(s.units)):
+            others = s.units[:absent] + s.units[absent + 1 :]
+            moved = float((whole - s.sum(others, mechanism)).norm())
+            if not moved <= mechanism.clip_norm * rounding:
+                return f"one unit moves the sum by {moved / mechanism.clip_norm:.6g} clip norms, expected at most 1"
+    return ""
+
+
+def clip_holds_at_every_length(s: Subject) -> str:
+    """Rows of no length to the longest, and such as are not finite: none enters a sum longer than the plan's clip."""
+    clip, shared = s.plan.privacy.clip_norm, s.plan.shared  # by the plan, not by the mechanism
+    direction = normals(SeededRandomness(3, "public"), s.adapter.spec.dimension)
+    direction /= np.linalg.norm(direction)
+    for length in (0.0, 1e-30, clip / 2, clip, 2 * clip, 1e30, math.inf, math.nan):
+        row = torch.from_numpy((direction * length).astype(np.float32)).to(s.adapter.device)[None]
+        for kind in (None,) if shared is None else (None, shared):
+            entered = engine.clip_and_sum(row, s.mechanism, kind)
+            found = float(entered.norm()) / (clip if kind is None else kind.scale)
+            if not found <= 1:
+                return f"a row of length {length:.3g} enters the sum with a length of {found:.17g} clip norms"
     return ""
 
 
@@ -419,22 +440,24 @@ def sum_in_quanta_is_within_the_clip(s: Subject) -> str:
     """With noise in shares: whole numbers, near the plain sum, and moved by one unit no further than the clip norm."""
     if s.plan.shared is None:
         return ""
-    shared = replace(s.plan.shared, mechanism=s.tight)
 
-    def in_quanta(units: Sequence[Unit]) -> Tensor:
+    def in_quanta(units: Sequence[Unit], shared: SharedMechanism) -> Tensor:
         s.adapter.load(s.start)
-        return s.engine.clipped_sum(units, s.tight, s.micro_batch, shared)
+        return s.engine.clipped_sum(units, shared.mechanism, s.micro_batch, shared)
 
-    whole = in_quanta(s.units)
-    if not torch.equal(whole, whole.round()):
-        return "the sum is not one of whole quanta"
-    apart = s.differ(whole * shared.quantum, s.whole)
-    if not apart <= s.bound + _ROUNDED:
-        return f"in quanta the sum differs by {apart:.3g} of it, expected at most {s.bound + _ROUNDED:g}"
-    for absent in range(len(s.units)):
-        moved = float((whole - in_quanta(s.units[:absent] + s.units[absent + 1 :])).norm())
-        if not moved <= shared.scale * (1 + len(s.units) * s.bound):
-            return f"one unit moves the sum in quanta by {moved / shared.scale:.6g} clip norms, expected at most 1"
+    for plain, mechanism in ((s.whole, s.tight), (s.sum(s.units, s.mechanism), s.mechanism)):
+        shared = replace(s.plan.shared, mechanism=mechanism)
+        whole = in_quanta(s.units, shared)
+        if not torch.equal(whole, whole.round()):
+            return "the sum is not one of whole quanta"
+        apart = float((whole * shared.quantum - plain).norm())
+        most = s.bound * float(plain.norm()) + _ROUNDED * len(s.units) * mechanism.clip_norm
+        if not apart <= most:
+            return f"in quanta the sum differs by {apart:.3g}, expected at most {most:.3g}"
+        for absent in range(len(s.units)):
+            moved = float((whole - in_quanta(s.units[:absent] + s.units[absent + 1 :], shared)).norm())
+            if not moved <= shared.scale * (1 + len(s.units) * s.bound):
+                return f"one unit moves the sum in quanta by {moved / shared.scale:.6g} clip norms, expected at most 1"
     return ""
 
 
@@ -478,10 +501,11 @@ def upload_is_a_sum_with_its_share(s: Subject) -> str:
         source = _Recorded(s.randomness())
         uploads.append(trainer.shared_step(s.adapter, s.engine, s.units, s.plan, s.start, source, s.micro_batch))
         source.replay = True
+        share = shared.share(s.adapter.spec.dimension, source)
         drawn = [s.units[i] for i in shared.mechanism.sample(len(s.units), source)]
         s.adapter.load(s.start)
         total = s.engine.clipped_sum(drawn, s.mechanism, s.micro_batch, shared).cpu().numpy()
-        expected, seeds = shared.upload(total, source)
+        expected, seeds = shared.noised(total, share), share.seeds
         if not np.array_equal(uploads[-1][0], expected) or uploads[-1][1] != seeds:
             return "what a step uploads is not the sum over the units it drew, with its share of the noise"
     if s.plan.privacy.protects and np.array_equal(uploads[0][0], uploads[1][0]):
@@ -492,17 +516,19 @@ def upload_is_a_sum_with_its_share(s: Subject) -> str:
 CHECKS: dict[str, Check] = {
     check.__name__.replace("_", "-"): check
     for check in (
-        clip_bounds_every_unit, sum_equals_the_slow_loop, micro_batch_changes_nothing, order_changes_nothing,
-        unit_that_is_not_finite_counts_zero, empty_batch_is_a_noisy_step, noise_has_the_charged_deviation,
-        noise_is_fresh, release_lies_on_the_grid, divisor_is_public, coins_are_poisson, charge_is_the_mechanism,
+        clip_bounds_every_unit, clip_holds_at_every_length, sum_equals_the_slow_loop, micro_batch_changes_nothing,
+        order_changes_nothing, unit_that_is_not_finite_counts_zero, empty_batch_is_a_noisy_step,
+        noise_has_the_charged_deviation, noise_is_fresh, release_lies_on_the_grid, divisor_is_public,
+        coins_are_poisson, charge_is_the_mechanism,
         weights_change_as_the_optimiser_says, sum_in_quanta_is_within_the_clip, share_has_its_deviation,
         upload_is_a_sum_with_its_share,
     )
 }  # fmt: skip
 # These say something only where noise is added.
 _OF_NOISE = {
-    "clip-bounds-every-unit", "unit-that-is-not-finite-counts-zero", "empty-batch-is-a-noisy-step",
-    "noise-has-the-charged-deviation", "noise-is-fresh", "release-lies-on-the-grid", "charge-is-the-mechanism",
+    "clip-bounds-every-unit", "clip-holds-at-every-length", "unit-that-is-not-finite-counts-zero",
+    "empty-batch-is-a-noisy-step", "noise-has-the-charged-deviation", "noise-is-fresh", "release-lies-on-the-grid",
+    "charge-is-the-mechanism",
 }  # fmt: skip
 
 
@@ -533,20 +559,23 @@ def check(name: str, subject: Subject) -> None:
         )
 
 
-_passed: "weakref.WeakKeyDictionary[Engine, set[int]]" = weakref.WeakKeyDictionary()
+_passed: "weakref.WeakKeyDictionary[Engine, set[str]]" = weakref.WeakKeyDictionary()
 _checking = threading.Lock()
 
 
 def self_check_once(subject: Subject) -> None:
     """Run `self_check` unless this engine has passed it for this plan: sites of one process share their engine."""
-    plan = subject.plan
-    parts = (plan.model, plan.adapter, plan.privacy, plan.training, plan.sites, plan.quorum, subject.micro_batch)
-    key = hash(parts)
+    key = _remembered_by(subject)
     with _checking:
         if key in _passed.get(subject.engine, set()):
             return
         self_check(subject)
         _passed.setdefault(subject.engine, set()).add(key)
+
+
+def _remembered_by(subject: Subject) -> str:
+    """Return a digest of every value that was checked. Python's hash() is none: 513.0 and 1 + 2^-52 have the same."""
+    return digest_of([subject.plan.digest, subject.micro_batch, subject.engine.compiled])
 
 
 def _with(plan: RunPlan, **training: Any) -> RunPlan:
@@ -558,10 +587,11 @@ def _replayed(s: Subject, plan: RunPlan, source: Randomness) -> NDArray[np.float
     right = nn.Parameter(torch.from_numpy(s.start.copy()).to(s.adapter.device))
     optimizer, mechanism = _plain_optimizer(plan, right), s.mechanism
     for _ in range(plan.training.local_steps):
+        noise = mechanism.noise(s.adapter.spec.dimension, source)
         drawn = [s.units[i] for i in mechanism.sample(len(s.units), source)]
         s.adapter.load(right.detach().cpu().numpy())
         clipped = s.engine.clipped_sum(drawn, mechanism, s.micro_batch)
-        released = mechanism.release(clipped.cpu().numpy(), source)
+        released = mechanism.noised(clipped.cpu().numpy(), noise)
         right.grad = torch.from_numpy(released).to(right) / plan.expected_units
         optimizer.step()
     return right.detach().cpu().double().numpy()

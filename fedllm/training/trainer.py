@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedllm.errors import Cancelled, ConfigError, ModelError
+from fedllm.errors import Cancelled, ConfigError, Diverged
 from fedllm.plan import RunPlan
 from fedllm.privacy.randomness import Randomness
 from fedllm.training.adapter import AdapterModel
@@ -24,12 +24,13 @@ def train_round(
     source: Randomness,
     micro_batch: int,
     stop: threading.Event | None = None,
+    coins: Randomness | None = None,
 ) -> NDArray[np.float32]:
     """Return the update float32[d] of `plan.training.local_steps` steps from `start` on `units`.
 
-    Every step draws its own Poisson batch and its own noise from `source`; the optimiser begins afresh, so that
-    nothing but the ledger outlives the round. Raises ModelError where the result is not finite, and Cancelled, before
-    the next step, where `stop` is set.
+    Every step draws its own noise from `source`, then its own Poisson batch from `coins` (without them, from `source`);
+    the optimiser begins afresh, so that nothing but the ledger outlives the round. Raises Diverged where the result is
+    not finite, and Cancelled, before the next step, where `stop` is set.
     """
     mechanism = plan.mechanism
     with adapter.lock:
@@ -38,11 +39,12 @@ def train_round(
         for _ in range(plan.training.local_steps):
             if stop is not None and stop.is_set():
                 raise Cancelled("nobody waits for the answer any more")
-            drawn = mechanism.sample(len(units), source)
+            optimizer.draw_noise()
+            drawn = mechanism.sample(len(units), source if coins is None else coins)
             engine.step(optimizer, [units[i] for i in drawn], micro_batch)
         end = adapter.vector()
     if not np.isfinite(end).all():
-        raise ModelError("training diverged: the adapter is not finite. Lower training.learning_rate.")
+        raise Diverged("training diverged: the adapter is not finite. Lower training.learning_rate.")
     return end - start
 
 
@@ -54,6 +56,7 @@ def shared_step(
     start: NDArray[np.float32],
     source: Randomness,
     micro_batch: int,
+    coins: Randomness | None = None,
 ) -> tuple[NDArray[np.uint32], tuple[str, ...]]:
     """Return the site's part of one step of the whole federation, from `start` on a Poisson sample of `units`.
 
@@ -66,9 +69,10 @@ def shared_step(
         raise ConfigError(f"privacy.mode={plan.privacy.mode} has no noise in shares")
     with adapter.lock:
         adapter.load(start)
-        drawn = shared.mechanism.sample(len(units), source)
+        share = shared.share(len(start), source)
+        drawn = shared.mechanism.sample(len(units), source if coins is None else coins)
         total = engine.clipped_sum([units[i] for i in drawn], shared.mechanism, micro_batch, shared)
-    return shared.upload(total.cpu().numpy(), source)
+    return shared.noised(total.cpu().numpy(), share), share.seeds
 
 
 def _optimizer(adapter: AdapterModel, plan: RunPlan) -> torch.optim.Optimizer:

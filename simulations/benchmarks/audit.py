@@ -24,7 +24,7 @@ from fedllm.crypto import Identity
 from fedllm.files import write_secret
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, spent
-from fedllm.statement import Statement, sign_statement
+from fedllm.statement import Statement, roster_digest, sign_statement
 
 _BEGAN = 1_790_000_000.0  # seconds since the epoch
 _DELTA = 1e-5
@@ -36,11 +36,11 @@ class _Chain:
     def __init__(self, signer: Identity) -> None:
         self.lines: list[str] = []
         self.head = START
-        self._signer = signer
+        self.signer = signer
 
     def add(self, kind: str, body: dict[str, Any]) -> None:
         number = len(self.lines)
-        self.lines.append(make_entry(number, self.head, kind, _BEGAN + 60 * (number // 2), body, self._signer))
+        self.lines.append(make_entry(number, self.head, kind, _BEGAN + 60 * (number // 2), body, self.signer))
         payload = base64.b64decode(json.loads(self.lines[-1])["payload"])
         self.head = hashlib.sha256(payload).hexdigest()
 
@@ -96,10 +96,7 @@ def _make(run: Path, head_office: Identity, sites: int, rounds: int) -> dict[str
     ]
     signers = {f"site-{number:03d}": Identity.generate() for number in range(sites)}
     (run / LEDGERS).mkdir()
-    answers: list[dict[str, str]] = [{} for _ in range(rounds + 1)]
-    for site, signer in signers.items():
-        ledger = _ledger(site, signer, plan, costs, answers)
-        ledger.write(run / LEDGERS / f"{site}.jsonl")
+    ledgers = {site: _ledger(signer) for site, signer in signers.items()}
     record = _Chain(head_office)
     record.add("plan", {
         "plan": plan.model_dump(mode="json"), "plan_digest": plan.digest, "spec_digest": "a" * 64,
@@ -108,42 +105,51 @@ def _make(run: Path, head_office: Identity, sites: int, rounds: int) -> dict[str
     })  # fmt: skip
     metrics: list[dict[str, Any]] = []
     for number in range(rounds + 1):
+        answered: dict[str, str] = {}
+        if number:
+            record.add("begun", {"round": number, "sites": sorted(signers)})
+            begun = (roster_digest(signers), len(record.lines) - 1, record.head)
+            for site, ledger in ledgers.items():
+                answered[site] = _answer(site, ledger, plan, number, costs[number], begun)
         metrics.append({"round": number, "loss": 2.5 / (1 + number), "perplexity": 5.0, "accuracy": None,
-                        "answered": sorted(answers[number]), "declined": {}})  # fmt: skip
+                        "answered": sorted(answered), "declined": {}})  # fmt: skip
         if number:
             record.add("round", {
-                "round": number, "counts": True, "answered": answers[number], "declined": {}, "failed": {},
+                "round": number, "counts": True, "answered": answered, "declined": {}, "failed": {},
                 "adapter_before": f"{number - 1:064x}", "adapter_after": f"{number:064x}",
                 "bytes_up": 10, "bytes_down": 10,
             })  # fmt: skip
     record.add("end", {"round": rounds, "stopped": "", "adapter": f"{rounds:064x}"})
     record.write(run / RECORD)
+    for site, ledger in ledgers.items():
+        ledger.write(run / LEDGERS / f"{site}.jsonl")
     (run / PLAN).write_text(plan.model_dump_json(indent=2), "utf-8")
     (run / METRICS).write_text("".join(json.dumps(each) + "\n" for each in metrics), "utf-8")
     return {name: signer.public.fingerprint for name, signer in {HEAD_OFFICE: head_office, **signers}.items()}
 
 
-def _ledger(
-    site: str, signer: Identity, plan: RunPlan, costs: list[PrivacySpent], answers: list[dict[str, str]]
-) -> _Chain:
-    """Return a site's ledger and put what it states into `answers`."""
+def _ledger(signer: Identity) -> _Chain:
+    """Return a site's ledger before the run."""
     ledger = _Chain(signer)
     ledger.add("opened", {})
     ledger.add("budget", {"epsilon": 100.0, "delta": _DELTA})
-    ledger.add("data", {"dataset": site, "overlaps": []})
-    event = plan.mechanism.event(1)
-    for number in range(1, len(answers)):
-        where = {"dataset": site, "run": plan.run, "round": number}
-        ledger.add("reserved", {
-            **where, "request": "b" * 64, "sampling_rate": event.sampling_rate,
-            "noise_multiplier": event.noise_multiplier, "steps": 1,
-        })  # fmt: skip
-        cost = costs[number]
-        statement = Statement(site, plan.run, plan.digest, number, cost.epsilon, cost.epsilon_rdp, _DELTA,
-                              len(ledger.lines) - 1, ledger.head, "c" * 64)  # fmt: skip
-        answers[number][site] = sign_statement(statement, signer)
-        ledger.add("released", {**where, "reply": "d" * 64})
     return ledger
+
+
+def _answer(
+    site: str, ledger: _Chain, plan: RunPlan, number: int, cost: PrivacySpent, begun: tuple[str, int, str]
+) -> str:
+    """Charge a round and return the site's statement on it."""
+    event = plan.mechanism.event(1)
+    where = {"account": "site", "run": plan.run, "round": number, "charge": 1}
+    ledger.add("reserved", {
+        **where, "request": "b" * 64, "sampling_rate": event.sampling_rate,
+        "noise_multiplier": event.noise_multiplier, "steps": 1,
+    })  # fmt: skip
+    statement = Statement(site, plan.run, plan.digest, number, cost.epsilon, cost.epsilon_rdp, _DELTA,
+                          len(ledger.lines) - 1, ledger.head, "c" * 64, *begun)  # fmt: skip
+    ledger.add("released", {**where, "reply": "d" * 64})
+    return sign_statement(statement, ledger.signer)
 
 
 if __name__ == "__main__":

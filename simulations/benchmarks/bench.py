@@ -108,7 +108,8 @@ class Text:
         """Count what the run in `folder` read."""
         config = parse(SimulationConfig, json.loads((folder / CONFIG).read_text("utf-8")))
         data = config.data
-        tokenise = Tokeniser(AutoTokenizer.from_pretrained(config.model.source), config.model, data)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.source, trust_remote_code=False)
+        tokenise = Tokeniser(tokenizer, config.model, data)
         unit = data.unit if config.privacy.unit == "person" else None
         units = build_units(read_table(data.train, data.train_split), tokenise, unit, config.privacy.records_per_person)
         tokens = size = 0

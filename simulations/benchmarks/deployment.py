@@ -28,6 +28,8 @@ from rich.table import Table
 
 from client import office as site_folder
 from fedllm.errors import FederationError
+from fedllm.plan import ModelConfig
+from fedllm.training.model import load_reader
 from server import federation
 from server.superlink import Control
 from simulations.benchmarks.stock import RESULT, ROUNDS, SETTINGS
@@ -147,14 +149,17 @@ def _provision(folder: Path, model: Path) -> tuple[federation.HeadOffice, list[P
         (home / "records.jsonl").write_text("\n".join(lines), "utf-8")
         settings = {
             "name": name,
-            "data": {"train": "records.jsonl", "text": "{text}"},
-            "policy": {"epsilon": 1000.0, "delta": 1e-5, "min_units": 1},
+            "data": {"train": "records.jsonl", "text": "{text}", "size": RECORDS},
+            # rounds are timed: updates leave when they are ready, and not at the 5 s of a real office
+            "policy": {"epsilon": 1000.0, "delta": 1e-5, "min_units": 1, "reply_quantum": 0.0},
             "models": {str(model): str(model)},
             "resources": {"threads": 1},
         }
         (home / "site.yaml").write_text(json.dumps(settings), "utf-8")
         grant = federation.admit(head.folder, made.join_file.read_bytes(), made.identity.public.fingerprint)
         site_folder.install(home, grant.read_bytes(), head.identity.public.fingerprint)
+        office = site_folder.Office.open(home)
+        office.declare({str(model): load_reader(ModelConfig(source=str(model))).digest})
         homes.append(home)
     return federation.HeadOffice.open(head.folder), homes
 

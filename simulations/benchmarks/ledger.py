@@ -18,6 +18,7 @@ from fedllm.crypto import Identity
 from fedllm.errors import BudgetExceeded
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.ledger import PrivacyLedger, fingerprint
+from fedllm.privacy.ledger_place import LedgerPlace
 
 _EVENT = AccountingEvent(0.01, 4.0, 1)
 _RUNS = 20  # that the events come from: RDP decides
@@ -34,10 +35,11 @@ def measure(
     """Fill a ledger with charges, then time checks, refusals, reservations and releases."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         data = fingerprint(b"record %d" % number for number in range(records))
-        path, signer = Path(place) / "ledger.db", Identity.generate()
-        ledger = PrivacyLedger(path, data, 1e6, 1e-5, signer)
+        where, signer = LedgerPlace(Path(place) / "ledger.db", Path(place) / "keys" / "anchor"), Identity.generate()
+        ledger = PrivacyLedger(where, 1e6, 1e-5, signer)
+        ledger.compare(data)
         _fill(ledger, events)
-        small = PrivacyLedger(path, data, 0.5, 1e-5, signer)
+        small = PrivacyLedger(where, 0.5, 1e-5, signer)
 
         def refuse(number: int) -> None:
             try:

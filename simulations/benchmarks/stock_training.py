@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 def make_model(folder: Path, hidden: int, layers: int, mlp: int) -> None:
     """Write a Llama of random weights with the demo's tokenizer: for timing, it knows nothing."""
-    tokenizer = AutoTokenizer.from_pretrained(str(resources.files("simulations.demo") / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(resources.files("simulations.demo") / "base"), trust_remote_code=False
+    )
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, max_position_embeddings=256, tie_word_embeddings=True,
@@ -47,4 +49,5 @@ def train_once(
 
 def _load(model: str) -> Any:
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
+    base = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, dtype=torch.float32)
+    return get_peft_model(base, config)

@@ -6,6 +6,7 @@ invariants.py, which cost more than a start of training can afford.
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +22,11 @@ import server.checkpoint
 from fedllm.privacy import shared as shared_noise
 from fedllm.privacy.accounting import AccountingEvent, calibrate
 from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
+from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.privacy.shared import SharedMechanism
-from fedllm.training import engine, losses, trainer
+from fedllm.training import engine, losses, self_check, trainer
 from fedllm.training.data import Batch, Unit
 from fedllm.training.engine import Engine
 from fedllm.training.self_check import Subject
@@ -101,8 +103,28 @@ def clip_per_record(patch: Patch) -> None:
     patch.setattr(Engine, "clipped_sum", faulty)
 
 
+def _clip_unmeasured(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None, factor: float) -> Tensor:
+    """The clipped sum whose rows nobody measures as they enter it."""
+    own = mechanism.factors(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)) * factor
+    rows = own[:, None] * gradients.double()
+    return rows.sum(0) if shared is None else (rows / shared.quantum).round().sum(0)
+
+
 def nan_through_the_clip(patch: Patch) -> None:
     patch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones_like(self, dtype=torch.bool))
+    patch.setattr(engine, "clip_and_sum", lambda gradients, mechanism, shared=None: _clip_unmeasured(
+        gradients, mechanism, shared, 1.0))  # fmt: skip
+
+
+def factor_that_overflows(patch: Patch) -> None:
+    """At the plan's own clip norm, in quanta; every other mechanism that a check may try is clipped as it should be."""
+
+    def faulty(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None = None) -> Tensor:
+        over = shared is not None and mechanism.clip_norm == 0.4
+        # room for rounding is left as it should be
+        return _clip_unmeasured(gradients, mechanism, shared, math.inf if over else 0.98)
+
+    patch.setattr(engine, "clip_and_sum", faulty)
 
 
 def last_micro_batch_twice(patch: Patch) -> None:
@@ -212,10 +234,10 @@ def empty_batches_skipped(patch: Patch) -> None:
 
 
 def low_bits_unrounded(patch: Patch) -> None:
-    def faulty(self: Mechanism, clipped_sum: Any, source: Randomness) -> Any:
-        return np.asarray(clipped_sum, dtype=np.float64) + self.noise(clipped_sum.size, source)
+    def faulty(self: Mechanism, clipped_sum: Any, noise: Any) -> Any:
+        return np.asarray(clipped_sum, dtype=np.float64) + noise
 
-    patch.setattr(Mechanism, "release", faulty)
+    patch.setattr(Mechanism, "noised", faulty)
 
 
 # ---- sampling and the divisor ----------------------------------------------------------------------------------------
@@ -389,7 +411,7 @@ def charged_only_after_training(patch: Patch) -> None:
 
     def later(self: PrivacyLedger, run: str, round: int, *rest: Any) -> Reservation:
         wanted[run, round] = rest
-        return Reservation(run, round, None)
+        return Reservation(run, round, None, os.urandom(32))
 
     def now(self: PrivacyLedger, reservation: Reservation, reply: bytes) -> None:
         key = (reservation.run, reservation.round)
@@ -402,9 +424,9 @@ def charged_only_after_training(patch: Patch) -> None:
 def killed_rounds_given_back(patch: Patch) -> None:
     create = PrivacyLedger.__init__
 
-    def faulty(self: PrivacyLedger, path: Any, *arguments: Any) -> None:
-        create(self, path, *arguments)
-        for charge in LedgerFile(path).charges():
+    def faulty(self: PrivacyLedger, place: LedgerPlace, *arguments: Any) -> None:
+        create(self, place, *arguments)
+        for charge in LedgerFile(place.file).charges():
             if charge.state == "RESERVED":
                 self.abort(charge.run, charge.round)
 
@@ -420,9 +442,9 @@ def every_second_release_free(patch: Patch) -> None:
     honest = PrivacyLedger.charge
     count = itertools.count()
 
-    def faulty(self: PrivacyLedger, db: Any, run: str, round: int, request: str, event: AccountingEvent) -> None:
+    def faulty(self: PrivacyLedger, db: Any, run: str, round: int, request: str, event: AccountingEvent) -> bytes:
         paid = event if next(count) % 2 == 0 else replace(event, steps=0)
-        honest(self, db, run, round, request, paid)
+        return honest(self, db, run, round, request, paid)
 
     patch.setattr(PrivacyLedger, "charge", faulty)
 
@@ -499,9 +521,10 @@ def _shared_step(draw: Callable[[int, float, Randomness], Any], with_share: bool
         shared = plan.shared
         with adapter.lock:
             adapter.load(start)
+            share = shared.share(len(start), source)
             drawn = [units[i] for i in draw(len(units), plan.privacy.sampling_rate, source)]
             total = engine.clipped_sum(drawn, shared.mechanism, size, shared).numpy()
-        return shared.upload(total, source) if with_share else (total % 2**32).astype(np.uint32)
+        return shared.noised(total, share if with_share else replace(share, noise=0 * share.noise)), share.seeds
 
     return step
 
@@ -522,12 +545,23 @@ def shared_step_without_its_share(patch: Patch) -> None:
     patch.setattr(trainer, "shared_step", _shared_step(draw, with_share=False))
 
 
+# ---- the self-check --------------------------------------------------------------------------------------------------
+
+
+def checks_remembered_by_hash(patch: Patch) -> None:
+    def faulty(subject: Subject) -> str:
+        return str(hash((subject.plan, subject.micro_batch)))
+
+    patch.setattr(self_check, "_remembered_by", faulty)
+
+
 SELF_CHECK = [
     Fault("the mean of a batch is clipped", "sum-equals-the-slow-loop", clip_of_the_mean),
     Fault("every tensor is clipped by itself", "clip-bounds-every-unit", clip_per_tensor),
     Fault("adapter and head are clipped apart", "clip-bounds-every-unit", head_clipped_apart, classifies=True),
     Fault("a person's records are clipped one by one", "clip-bounds-every-unit", clip_per_record),
     Fault("automatic clipping forgets the clip norm", "sum-equals-the-slow-loop", automatic_clip_without_its_bound),
+    Fault("a factor of the clip overflows", "clip-holds-at-every-length", factor_that_overflows, shared=True),
     Fault("NaN goes through the clip", "unit-that-is-not-finite-counts-zero", nan_through_the_clip),
     Fault("the last micro-batch counts twice", "micro-batch-changes-nothing", last_micro_batch_twice),
     Fault("the loss is averaged over the batch", "micro-batch-changes-nothing", loss_averaged_over_the_batch),
@@ -578,6 +612,7 @@ TESTS_ONLY = [
     Fault("killed rounds are given back", "killed-round-stays-charged", killed_rounds_given_back),
     Fault("a released reply is not kept", "one-charge-buys-one-release", released_reply_not_kept),
     Fault("a checkpoint lacks the accountant", "checkpoint-keeps-what-was-charged", checkpoint_without_the_accountant),
+    Fault("checks are remembered by hash", "every-plan-is-checked-itself", checks_remembered_by_hash),
     Fault("one person is two units", "a-person-is-one-unit", one_person_under_two_spellings),
     Fault("the cap on records is ignored", "a-person-is-one-unit", cap_on_records_ignored),
 ]  # fmt: skip

@@ -13,11 +13,17 @@ import pytest
 from datasets import Dataset
 
 import client.site
+from client.unfinished import Unfinished
 from fedllm.messages import TrainReply
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import spent
-from fedllm.training import data
+from fedllm.privacy.randomness import OsRandomness
+from fedllm.training import data, self_check
+from fedllm.training.adapter import attach
 from fedllm.training.data import Record, Tokeniser
+from fedllm.training.engine import Engine
+from fedllm.training.model import load_base
+from fedllm.training.self_check import Subject
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint
 from tests.client.test_site import Killed, Office, read
 
@@ -92,6 +98,7 @@ def killed_round_stays_charged(folder: Path, base: Path) -> str:
         patch.setattr(client.site, "train_round", kill)
         with pytest.raises(Killed):
             office.train(1)
+    Unfinished(office.ledger_path).end()
     office.restart()
     reply = office.train(2)
     if not isinstance(reply, TrainReply):
@@ -121,16 +128,34 @@ def checkpoint_keeps_what_was_charged(folder: Path, base: Path) -> str:
     return "" if found == state else f"the checkpoint holds {found}"
 
 
+def every_plan_is_checked_itself(folder: Path, base: Path) -> str:
+    """No plan rests on what another one passed, however near: 513.0 and 1 + 2^-52 have the same hash()."""
+    plans, checked = [plan_of(base, clip_norm=clip) for clip in (513.0, 1 + 2.0**-52)], list[float]()
+    adapter = attach(load_base(plans[0].model, "cpu"), plans[0].model, plans[0].adapter, plans[0].seed)
+    engine = Engine(adapter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_check, "self_check", lambda subject: checked.append(subject.plan.privacy.clip_norm))
+        for plan in plans * 2:
+            self_check.self_check_once(Subject(adapter, engine, plan, OsRandomness, 8))
+    return "" if checked == [513.0, 1 + 2.0**-52] else f"of two plans, asked for twice, these were checked: {checked}"
+
+
 def a_person_is_one_unit(folder: Path, base: Path) -> str:
     """All records of a person form one unit, however the name is spelt, and no more than the cap are used."""
     name = "김하나"
     people = [name, f" {name} ", unicodedata.normalize("NFD", name), name, "이둘"]
 
-    def tokenise(row: Any, number: int) -> Record:
-        return Record(np.asarray([number]), np.asarray([number]))
+    class Numbers(Tokeniser):
+        def __init__(self) -> None:
+            pass
 
-    tokeniser: Tokeniser = tokenise  # type: ignore[assignment]
-    table = Dataset.from_dict({"person": people})
+        def read(self, rows: Any, first: int = 0) -> Any:
+            return (data.Tokens(np.asarray([number]), np.asarray([number])) for number, _ in enumerate(rows))
+
+        def cut(self, tokens: data.Tokens) -> Record:
+            return Record(tokens.given, tokens.learned)
+
+    tokeniser, table = Numbers(), Dataset.from_dict({"person": people})
     sizes = sorted(len(unit) for unit in data.build_units(table, tokeniser, "person", 3))
     return "" if sizes == [1, 3] else f"units of {sizes} records, expected [1, 3]"
 
@@ -139,6 +164,7 @@ INVARIANTS: dict[str, Callable[[Path, Path], str]] = {
     invariant.__name__.replace("_", "-"): invariant
     for invariant in (
         budget_composes_over_rounds, charge_is_on_disk_before_records_are_used, killed_round_stays_charged,
-        one_charge_buys_one_release, checkpoint_keeps_what_was_charged, a_person_is_one_unit,
+        one_charge_buys_one_release, checkpoint_keeps_what_was_charged, every_plan_is_checked_itself,
+        a_person_is_one_unit,
     )
 }  # fmt: skip

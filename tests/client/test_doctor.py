@@ -27,7 +27,7 @@ from fedllm.cli import app
 from fedllm.crypto import Certificate
 from fedllm.files import locked, write_secret
 from fedllm.privacy.accounting import AccountingEvent
-from fedllm.privacy.ledger import DataSet, PrivacyLedger
+from fedllm.privacy.ledger import PrivacyLedger
 from fedllm.provision import now
 from server import federation
 
@@ -111,13 +111,14 @@ def folder(head: HeadOffice) -> Iterator[Path]:
     write_secret(made / "records.jsonl", b'{"question": "q", "answer": "SECRET"}\n')
     (made / "model").mkdir(mode=0o700)
     edit(made, models={"m": "model"})
+    Office.open(made).declare({"m": "of its tokenizer"})
     yield made
     shutil.rmtree(place)
 
 
 def edit(folder: Path, **changes: Any) -> None:
     values = {
-        "name": "a", "data": {"train": "records.jsonl", "prompt": "{question}", "text": "{answer}"},
+        "name": "a", "data": {"train": "records.jsonl", "prompt": "{question}", "text": "{answer}", "size": 1},
         "policy": {"epsilon": 8.0}, "models": {"m": "model"}, **changes,
     }  # fmt: skip
     write_secret(folder / "site.yaml", json.dumps(values).encode())
@@ -294,15 +295,17 @@ def test_a_clock_behind_the_grant_is_wrong(folder: Path, monkeypatch: pytest.Mon
     [(1, "ok", "of 8 spent"), (9, "warning", "Little is left"), (12, "warning", "declined")],
 )
 def test_what_was_spent_is_told(folder: Path, rounds: int, level: str, said_: str) -> None:
-    path, signer = folder / "data" / "ledger.db", Office.open(folder).identity
-    ledger = PrivacyLedger(path, DataSet("a"), 1e9, 1e-5, signer)
+    office = Office.open(folder)
+    ledger = PrivacyLedger(office.ledger, 1e9, 1e-5, office.identity)
     for round_ in range(rounds):
         ledger.release(ledger.reserve("run", round_, "r", AccountingEvent(1.0, 2.0, 1)), b"")
     assert any(text.startswith("ledger") and said_ in text for text in said(folder, level))
 
 
 def test_a_damaged_ledger_is_wrong_and_a_backup_is_warned_of(folder: Path) -> None:
-    write_secret(folder / "data" / "ledger.db", b"x" * 4096)
+    office = Office.open(folder)
+    PrivacyLedger(office.ledger, 8.0, 1e-5, office.identity)
+    write_secret(office.ledger.file, b"x" * 4096)
     assert any("a backup may lack the latest charges" in text for text in said(folder, "WRONG"))
 
 

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +23,14 @@ from typer.testing import CliRunner, Result
 from client import office
 from client.doctor import check
 from client.office import Office, init_office, install, needs_fingerprint, retire, rotate
+from client.records import Declared
+from client.service import open_site
 from fedllm import cli_deploy, crypto, files
 from fedllm.chain import open_entry
-from fedllm.crypto import Identity
+from fedllm.crypto import Identity, sign_document
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError
-from fedllm.plan import ModelConfig
-from fedllm.privacy.ledger import DataSet, Period, PrivacyLedger
+from fedllm.plan import ModelConfig, PrivacyConfig
+from fedllm.privacy.ledger import Period, PrivacyLedger
 from fedllm.provision import Grant
 from server import federation
 
@@ -458,7 +461,8 @@ def ready(member: Path, tiny_llama: Path) -> Path:
     """A site that wants nothing."""
     rows = [{"question": f"q{i}", "answer": f"SECRET{i}", "who": f"person{i % 30}"} for i in range(120)]
     files.write_secret(member / "records.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    edit(member, {"models": {"tiny": str(tiny_llama)}, "resources.device": "cpu", "socket": "/tmp/fedllm-test.sock"})
+    edit(member, {"models": {"tiny": str(tiny_llama)}, "resources.device": "cpu", "socket": "/tmp/fedllm-test.sock",
+                  "data.size": 100})  # fmt: skip
     return member
 
 
@@ -480,7 +484,10 @@ def test_a_dry_run_of_a_site_in_order_finds_nothing_wrong_and_spends_nothing(rea
      ({"data.text": "{answer!r}"}, "plain name"), ({"models": {}}, "none permitted"),
      ({"models": {"x": "/gone"}}, "gone"),
      ({"models": {"x": "data"}}, "cannot be loaded"), ({"policy.min_units": 121}, "at least 121"),
-     ({"policy.unit": "person", "data.unit": "who"}, "30 privacy units"), ({"data.chat": True}, "chat template"),
+     ({"policy.unit": "person", "data.unit": "who"}, "there are 30 persons"), ({"data.size": None}, "size: 100"),
+     ({"data.size": 61}, "at least 100"), ({"data.size": 300}, "there are 120 records"),
+     ({"data.label": "who", "data.prompt": None, "policy.min_units": 1}, "data.labels: declare every"),
+     ({"data.chat": True}, "chat template"),
      ({"data.label": "who", "data.prompt": None, "data.unit": "whom"}, "missing column whom"),
      ({"socket_group": "no-such-group"}, "groupadd")],
 )  # fmt: skip
@@ -492,16 +499,63 @@ def test_a_dry_run_finds_what_is_wrong(ready: Path, changes: dict[str, Any], sai
 
 
 def test_a_dry_run_counts_persons_and_labels(ready: Path, tiny_llama: Path) -> None:
-    edit(ready, {"policy.unit": "person", "data.unit": "who", "policy.min_units": 30})
+    edit(ready, {"policy.unit": "person", "data.unit": "who", "policy.min_units": 30, "data.size": 30})
     assert wrong(ready) == []
-    edit(ready, {"data.label": "who", "data.prompt": None})
+    labels = [f"person{i}" for i in range(2, 30)]
+    edit(ready, {"data.label": "who", "data.labels": [*labels, "nobody"], "data.prompt": None})
     assert wrong(ready) == []
-    assert any("30 labels" in finding.text for finding in check(ready))
+    found = [finding.text for finding in check(ready) if "label" in finding.text]
+    assert "29 labels are declared" in found[0]
+    assert "28 of them occur" in found[0]
+    assert "8 of 120 cannot be used" in found[1]
+    assert "record 1: its label is not among data.labels" in found[1]
+
+
+def test_a_dry_run_signs_what_it_found_to_hold_and_a_site_starts_with_nothing_else(ready: Path) -> None:
+    with pytest.raises(ConfigError, match="not checked yet"):
+        open_site(Office.open(ready))
+    edit(ready, {"data.size": 500})
+    check(ready)
+    assert not (ready / "declaration.json").exists(), "it did not hold"
+    edit(ready, {"data.size": 100})
+    assert wrong(ready) == []
+    plan: Any = SimpleNamespace(model=ModelConfig(source="tiny"), privacy=PrivacyConfig())
+    site = open_site(Office.open(ready))
+    assert site._records.declared == Declared(100, "record")
+    files.write_secret(ready / "records.jsonl", b"")
+    with pytest.raises(DataError, match="empty"):
+        open_site(Office.open(ready))
+    files.write_secret(ready / "records.jsonl", b'{"question": 1, "answer": 2}\n{\n' * 9)
+    assert len(open_site(Office.open(ready))._records.units(plan)) == 18, "the site looks at no number"
+    for changes in (
+        {"data.size": 101},
+        {"data.text": "x"},
+        {"models": {}},
+        {"policy.unit": "person", "data.unit": "who"},
+    ):
+        edit(ready, changes)
+        with pytest.raises(ConfigError, match="fedllm site check"):
+            open_site(Office.open(ready))
+
+
+def test_a_declaration_is_the_offices_own(ready: Path) -> None:
+    assert wrong(ready) == []
+    written = json.loads((ready / "declaration.json").read_text("utf-8"))
+    stranger = {key: value for key, value in written.items() if key != "signatures"}
+    files.write_secret(ready / "declaration.json", sign_document(stranger, Identity.generate()))
+    with pytest.raises(ConfigError, match="not signed by this office"):
+        Office.open(ready).declaration  # noqa: B018
+    files.write_secret(ready / "declaration.json", json.dumps({**written, "unit": "person"}).encode())
+    with pytest.raises(CryptoError, match="altered"):
+        Office.open(ready).declaration  # noqa: B018
+    Office.open(ready).declare({"tiny": "0" * 64})
+    with pytest.raises(ConfigError, match="another way"):
+        open_site(Office.open(ready))
 
 
 def test_a_dry_run_sees_records_and_ledger_that_others_can_read(ready: Path) -> None:
     site = Office.open(ready)
-    PrivacyLedger(site.ledger_file, DataSet("x"), 8.0, 1e-5, site.identity)
+    PrivacyLedger(site.ledger, 8.0, 1e-5, site.identity)
     assert wrong(ready) == []
     site.ledger_file.chmod(0o644)
     assert "chmod 600" in wrong(ready)[0]
@@ -640,7 +694,7 @@ print("loaded:", *sorted({{name.partition('.')[0] for name in sys.modules}}))
 
 def test_new_keys_take_the_ledger_over_when_their_grant_is_installed(head: Path, member: Path) -> None:
     old = Office.open(member)
-    ledger = PrivacyLedger(old.ledger_file, DataSet("x"), 8.0, 1e-5, old.identity)
+    ledger = PrivacyLedger(old.ledger, 8.0, 1e-5, old.identity)
     rotate(member)
     assert all(open_entry(line).kind != "key" for line in ledger.file.lines())
     new = install(member, admit(head, member))

@@ -16,10 +16,11 @@ from fedllm import envelope
 from fedllm.crypto import Identity
 from fedllm.envelope import Binding
 from fedllm.errors import Cancelled, ConfigError, CryptoError, MessageError
-from fedllm.messages import Declined, Prepare, TrainRequest, from_bytes
+from fedllm.messages import Declined, Prepare, RoundBegun, TrainRequest, from_bytes
 from fedllm.plan import RunPlan, parse
 
 HEAD, SITE, STRANGER = Identity.generate(), Identity.generate(), Identity.generate()
+BEGUN = RoundBegun(roster="a" * 64, number=1, digest="b" * 64)
 
 
 def plan(run: str = "run-1") -> RunPlan:
@@ -64,7 +65,7 @@ def request(
     payload: bytes | None = None, **binding: object,
 ) -> bytes:  # fmt: skip
     asked = plan(run)
-    message = TrainRequest(plan=asked, round=2, spec_digest="s", head=None, payload=b"adapter").to_bytes()
+    message = TrainRequest(plan=asked, round=2, spec_digest="s", head=None, begun=BEGUN, payload=b"adapter").to_bytes()
     values = {"direction": "to-site", "run": run, "plan": asked.digest, "round": round_, "number": number, **binding}
     return envelope.seal(message if payload is None else payload, Binding(**values), sender, receiver.public)
 
@@ -160,17 +161,17 @@ def socket(endpoint: Endpoint, tmp_path: Path) -> Iterator[Path]:
 
 def test_the_courier_gets_the_answer_over_the_socket(socket: Path, branch: Branch) -> None:
     sealed = request()
-    binding, answer, _ = envelope.open_sealed(ask(str(socket), sealed, 20), HEAD, [SITE.public])
+    binding, answer, _ = envelope.open_sealed(ask(str(socket), sealed, 60), HEAD, [SITE.public])
     assert answer == b"answer"
     assert binding.request == envelope.digest(sealed)
     assert from_bytes(branch.asked[0], TrainRequest, Prepare).payload == b"adapter"
 
 
-@pytest.mark.slow
-def test_200_megabytes_pass_both_ways(socket: Path, branch: Branch) -> None:
-    large = os.urandom(1 << 20) * 200
+@pytest.mark.parametrize("megabytes", [20, pytest.param(200, marks=pytest.mark.soak)])
+def test_large_updates_pass_both_ways(socket: Path, branch: Branch, megabytes: int) -> None:
+    large = os.urandom(1 << 20) * megabytes
     branch.answer = large[::-1]
-    message = TrainRequest(plan=plan(), round=2, spec_digest="s", head=None, payload=large).to_bytes()
+    message = TrainRequest(plan=plan(), round=2, spec_digest="s", head=None, begun=BEGUN, payload=large).to_bytes()
     sealed = ask(str(socket), request(payload=message), 200)
     assert envelope.open_sealed(sealed, HEAD, [SITE.public])[1] == large[::-1]
 
@@ -187,7 +188,7 @@ def code(error: pytest.ExceptionInfo[grpc.RpcError]) -> grpc.StatusCode:
 
 def test_a_refusal_tells_nothing_but_that(socket: Path, branch: Branch, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(grpc.RpcError) as error:
-        ask(str(socket), request(sender=STRANGER), 20)
+        ask(str(socket), request(sender=STRANGER), 60)
     assert code(error) == grpc.StatusCode.PERMISSION_DENIED
     assert error.value.details() == "refused; the site's log says why"
     assert "not signed by anyone who may send here" in caplog.text
@@ -202,7 +203,7 @@ def test_a_fault_in_the_site_tells_nothing_of_it(
 
     monkeypatch.setattr(branch, "handle", handle)
     with pytest.raises(grpc.RpcError) as error:
-        ask(str(socket), request(), 20)
+        ask(str(socket), request(), 60)
     assert code(error) == grpc.StatusCode.INTERNAL
     assert "Hong" not in str(error.value)
     assert "Hong" in caplog.text
@@ -211,7 +212,7 @@ def test_a_fault_in_the_site_tells_nothing_of_it(
 def test_a_request_that_is_too_large_is_cut_off(endpoint: Endpoint, branch: Branch, tmp_path: Path) -> None:
     server = serve(endpoint, tmp_path / "small.sock", None, 100_000)
     with pytest.raises(grpc.RpcError) as error:
-        ask(str(tmp_path / "small.sock"), bytes(100_001), 20)
+        ask(str(tmp_path / "small.sock"), bytes(100_001), 60)
     assert code(error) == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert branch.asked == []
     server.stop(None).wait()
@@ -219,10 +220,13 @@ def test_a_request_that_is_too_large_is_cut_off(endpoint: Endpoint, branch: Bran
 
 def test_when_the_time_is_up_the_site_gives_up(socket: Path, branch: Branch) -> None:
     branch.may_answer.clear()
-    with pytest.raises(grpc.RpcError) as error:
-        ask(str(socket), request(), 0.3)
-    assert code(error) == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert branch.given_up.wait(10)
+    for number, seconds in enumerate((0.3, 3, 30), start=1):  # a busy machine: the time was up on the way to the site
+        with pytest.raises(grpc.RpcError) as error:
+            ask(str(socket), request(number), seconds)
+        assert code(error) == grpc.StatusCode.DEADLINE_EXCEEDED
+        if branch.asked:
+            break
+    assert branch.given_up.wait(60)
 
 
 def test_when_the_courier_is_gone_the_site_gives_up(socket: Path, branch: Branch) -> None:
@@ -232,7 +236,7 @@ def test_when_the_courier_is_gone_the_site_gives_up(socket: Path, branch: Branch
     while not branch.asked:
         time.sleep(0.01)
     call.cancel()
-    assert branch.given_up.wait(10)
+    assert branch.given_up.wait(60)
     channel.close()
 
 
@@ -241,7 +245,7 @@ def test_nothing_else_is_served(socket: Path) -> None:
     with grpc.insecure_channel(f"unix:{socket}") as channel:
         for method in ("/fedllm.Site/Other", "/grpc.health.v1.Health/Check", "/grpc.reflection.v1.ServerReflection/x"):
             with pytest.raises(grpc.RpcError) as error:
-                channel.unary_unary(method)(b"", timeout=10)
+                channel.unary_unary(method)(b"", timeout=60)
             assert code(error) == grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -249,7 +253,7 @@ def test_the_socket_of_a_service_that_was_killed_is_replaced(endpoint: Endpoint,
     path = tmp_path / "run" / "site.sock"
     for number in (1, 2):
         server = serve(endpoint, path, None, 1 << 20)
-        ask(str(path), request(number), 20)
+        ask(str(path), request(number), 60)
         server.stop(None).wait()
         path.touch()
 

@@ -35,13 +35,19 @@ class SuperLink:
         self.port = int(self.socket.getsockname()[1])
         self.context: ssl.SSLContext | None = None
         self._kept: list[socket.socket] = []
+        self._greeting: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._answer)
         self._thread.start()
 
     def close(self) -> None:
         self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self.socket.close()
-        self._thread.join(30)
+        self._thread.join(240)
+        for each in self._kept:
+            with suppress(OSError):
+                socket.socket.shutdown(each, socket.SHUT_RDWR)  # of TCP, whatever TLS is at
+        for thread in self._greeting:
+            thread.join(240)
         for each in self._kept:
             each.close()
         self._kept.clear()
@@ -60,13 +66,17 @@ class SuperLink:
                 found, _ = self.socket.accept()
             except OSError:
                 return
-            found.settimeout(0.5)
             if self.context is not None:
                 found = self.context.wrap_socket(found, server_side=True, do_handshake_on_connect=False)
             self._kept.append(found)
             if isinstance(found, ssl.SSLSocket):
-                with suppress(OSError):  # those who only connect stay connected
-                    found.do_handshake()
+                self._greeting.append(threading.Thread(target=_greet, args=(found,)))
+                self._greeting[-1].start()
+
+
+def _greet(found: ssl.SSLSocket) -> None:
+    with suppress(OSError):  # those who only connect stay connected
+        found.do_handshake()
 
 
 @contextmanager
@@ -87,6 +97,11 @@ def superlink(tmp_path: Path) -> Iterator[SuperLink]:
     yield made
     if made.socket.fileno() >= 0:
         made.close()
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedllm.reach._PATIENCE", 240.0)  # seconds: the machine may be busy
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ import psutil
 from client import office as site_folder
 from fedllm.cli_settings import compose, validate
 from fedllm.files import in_use
-from fedllm.plan import DeploymentConfig, RunPlan
+from fedllm.plan import DeploymentConfig, ModelConfig, RunPlan
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import LedgerFile
+from fedllm.training.model import load_reader
 from server import deployment, federation
 from server.checkpoint import CONFIG, SiteState, load_checkpoint, read_as
 from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord
@@ -30,9 +31,10 @@ from server.superlink import Control
 FEDLLM = [sys.executable, "-m", "fedllm.cli"]
 DELTA = 1e-5
 # Flower's own programs look for a new task every second; more often, the tests wait less
-_QUICK = {"OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+_QUICK = {"OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
 _DEMO = Path(__file__).parents[2] / "simulations" / "demo" / "data" / "train.jsonl"
 BRANCHES = {"seoul-gangnam": "seoul-gangnam", "busan-haeundae": "busan-haeundae", "서울-마포": "seoul-mapo"}
+ALONE = "busan-haeundae"  # the one office that takes part in the suite
 
 
 def free_port() -> int:
@@ -41,7 +43,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def until(come_about: Callable[[], Any], seconds: float = 120.0, what: str = "it", pause: float = 0.1) -> Any:
+def until(come_about: Callable[[], Any], seconds: float = 600.0, what: str = "it", pause: float = 0.1) -> Any:
     """Wait until something is true and return it."""
     deadline = time.monotonic() + seconds
     while not (found := come_about()):
@@ -130,7 +132,7 @@ def stop_all(programs: Sequence[Program]) -> None:
         program.stop()
 
 
-def fedllm(*arguments: str, prefix: Sequence[str] = (), timeout: float = 280) -> subprocess.CompletedProcess[str]:
+def fedllm(*arguments: str, prefix: Sequence[str] = (), timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run a `fedllm` command to its end."""
     return subprocess.run(
         [*prefix, *FEDLLM, *arguments], capture_output=True, text=True, timeout=timeout, check=False,
@@ -187,14 +189,14 @@ class HeadOffice:
         """What `fedllm submit` shows of the part of the run that was handed over last."""
         return deployment.events(self.run(name) / deployment.PROGRESS, 0)[0]
 
-    def ended(self, name: str, seconds: float = 240) -> deployment.Status:
+    def ended(self, name: str, seconds: float = 900) -> deployment.Status:
         """Wait until a run is over and its process gone, and return what became of it."""
         control = Control(federation.HeadOffice.open(self.home))
 
         def over() -> bool:
             return not in_use(self.run(name)) and not deployment.settle(self.run(name), control).open
 
-        until(over, seconds, f"the end of {name}", pause=0.3)
+        until(over, seconds, f"the end of {name}", pause=1.0)
         return self.status(name)
 
     def plan(self, name: str) -> RunPlan:
@@ -241,9 +243,13 @@ class Branch:
         settings = {
             "name": name,
             "data": {
-                "train": str(records), "prompt": "Q: {question}\nA:", "text": " {answer}", "unit": "customer_id"
+                "train": str(records), "prompt": "Q: {question}\nA:", "text": " {answer}", "unit": "customer_id",
+                "size": 60,
             },
-            "policy": {"epsilon": 20.0, "delta": DELTA, "unit": "person", "min_units": 20, **policy},
+            "policy": {
+                "epsilon": 20.0, "delta": DELTA, "unit": "person", "min_units": 20, "reply_quantum": 0.0,
+                "max_sampling_rate": 1.0, **policy
+            },
             "models": {base: base} if model is None else {str(model): str(model)},
             "resources": {"threads": 1},
         }  # fmt: skip
@@ -253,6 +259,10 @@ class Branch:
     def write_settings(self) -> None:
         (self.home / "site.yaml").write_text(json.dumps(self.settings, ensure_ascii=False), "utf-8")
         (self.home / "site.yaml").chmod(0o600)
+        office = site_folder.Office.open(self.home)  # as `fedllm site check` does
+        office.declare(
+            {name: load_reader(office.model(ModelConfig(source=name))).digest for name in self.settings["models"]}
+        )
 
     def join(self, head: HeadOffice) -> None:
         """Be admitted and install the grant."""
@@ -287,7 +297,7 @@ class Branch:
             ).fetchall()
         return spent([AccountingEvent(*row) for row in rows], DELTA).epsilon
 
-    def caught(self, run: str, round_: int, seconds: float = 240) -> None:
+    def caught(self, run: str, round_: int, seconds: float = 600) -> None:
         """Wait until a round is paid for."""
         until(lambda: round_ in self.ledger(run), seconds, f"round {round_} at {self.name}", pause=0.02)
 

@@ -7,7 +7,7 @@ from server.heads import HEADS, Heads
 from tests.deployment.conftest import Federation
 from tests.deployment.harness import settings
 
-pytestmark = [pytest.mark.deployment, pytest.mark.slow]
+pytestmark = [pytest.mark.deployment, pytest.mark.soak]
 
 
 @pytest.mark.parametrize("mode", ["local", "distributed", "off"])

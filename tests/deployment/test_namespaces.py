@@ -34,7 +34,7 @@ from server.checkpoint import load_checkpoint
 from server.rounds import CHECKPOINT, PLAN, RoundRecord
 from tests.deployment.harness import Branch, HeadOffice, fedllm, records_of, settings, until
 
-pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.deployment, pytest.mark.soak, pytest.mark.timeout(600)]
 
 T = TypeVar("T")
 HEAD, PULLED, SILENT, SLOW = "head", "pulled", "silent", "slow"

@@ -13,7 +13,7 @@ from tests.deployment.conftest import Federation
 from tests.deployment.harness import Branch, HeadOffice, until
 from tests.deployment.test_survival import begun
 
-pytestmark = [pytest.mark.deployment, pytest.mark.slow]
+pytestmark = [pytest.mark.deployment, pytest.mark.soak]
 
 
 def install(head: HeadOffice, branch: Branch) -> None:
@@ -27,7 +27,7 @@ def certificate_of(head: HeadOffice, ca: Path) -> str:
     return crypto.read_certificates(reach("127.0.0.1", head.port, ca))[0].fingerprint
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_every_key_is_replaced_while_a_run_goes_on(federation: Federation) -> None:
     federation.ready()
     head, branches = federation.head, federation.branches

@@ -5,9 +5,9 @@ import pytest
 from client.office import Office
 from server.rounds import RoundStarted
 from tests.deployment.conftest import Federation
-from tests.deployment.harness import Branch, HeadOffice, fedllm, until
+from tests.deployment.harness import ALONE, Branch, HeadOffice, fedllm, until
 
-pytestmark = [pytest.mark.deployment, pytest.mark.slow]
+pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SERVICE, SUPERNODE, COURIER = "site serve", "bin/flower-supernode", "bin/flwr-clientapp"
 SERVERAPP, SUPERLINK = "bin/flwr-serverapp", "bin/flower-superlink"
@@ -19,17 +19,47 @@ def in_round(branch: Branch, run: str, number: int, kill: str) -> None:
     with branch.program.held(SERVICE):
         assert branch.ledger(run)[number] == "RESERVED", "the round was over too soon to be interrupted"
         branch.program.kill(kill)
+    if kill == SERVICE:  # it was killed while it used records: it answers again when its owner says so
+        done = fedllm("site", "resume", "--home", str(branch.home))
+        assert f"round {number} of run {run}" in done.stdout, done.stdout + done.stderr
 
 
 def begun(head: HeadOffice, name: str, number: int) -> None:
     """Wait until a round has begun."""
     until(
         lambda: any(isinstance(e, RoundStarted) and e.round == number for e in head.events(name)),
-        240, f"round {number} of {name}",
+        600, f"round {number} of {name}",
     )  # fmt: skip
 
 
-@pytest.mark.timeout(900)
+def test_a_run_survives_kill_9_at_both_ends_and_a_round_is_paid_for_once(federation: Federation) -> None:
+    federation.ready()
+    head, office = federation.head, federation.branches[ALONE]
+    head.begin("survival-short", 1, **{
+        "federation.quorum": 1, "federation.round_timeout": 600, "training.local_steps": 12,
+        "privacy.noise_multiplier": 4.0,
+    })  # fmt: skip
+    run = head.plan("survival-short").run
+    office.caught(run, 1)
+    starts = office.service_log.count("answers on")
+    with office.program.held(SERVICE):
+        head.program.kill(SERVERAPP)
+        office.program.kill(SERVICE)
+    ended = head.ended("survival-short")
+    assert (ended.state, "ended from outside" in ended.text) == ("stopped", True)
+    assert [record.round for record in head.rounds("survival-short")] == [0]
+    until(lambda: office.service_log.count("answers on") > starts, what="a new site service")
+
+    head.resume("survival-short")
+    assert head.ended("survival-short").state == "completed"
+    assert [record.answered for record in head.rounds("survival-short")] == [[], [ALONE]]
+    assert office.ledger(run) == {1: "RELEASED"}
+    known = head.sites("survival-short")[ALONE]
+    assert known.charged == 1
+    assert (known.epsilon or 0.0) >= office.spent(run) - 1e-9
+
+
+@pytest.mark.soak
 def test_a_run_survives_the_end_of_every_process(federation: Federation) -> None:
     federation.ready()
     head, branches = federation.head, federation.branches
@@ -102,7 +132,7 @@ def pin_present_keys(branches: dict[str, Branch]) -> None:
             until(lambda b=branch, n=starts: b.service_log.count("answers on") > n, 120, f"the service of {name}")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.soak
 def test_shared_noise_survives_the_end_of_an_office_and_of_head_office(federation: Federation) -> None:
     """A sum is opened without the office that died, which joins anew; a round cut short by head office is given up."""
     federation.ready()

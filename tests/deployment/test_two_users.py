@@ -22,7 +22,7 @@ import pytest
 
 from tests.deployment.harness import FEDLLM, Branch, HeadOffice, Program, records_of, settings, until
 
-pytestmark = [pytest.mark.deployment, pytest.mark.slow]
+pytestmark = [pytest.mark.deployment, pytest.mark.soak]
 
 REPOSITORY = Path(__file__).parents[2]
 SERVICE, COURIER, STRANGER, GROUP = "fedllm-site", "fedllm-courier", "fedllm-nobody", "fedllm-socket"

@@ -1,6 +1,7 @@
 """Who may not take part is refused by the running processes, and nothing is charged for it.
 
-The last test revokes an office of the session's federation and takes the others off the network, so it comes last.
+The last tests of the soak revoke an office of the session's federation and take the others off the network, so they
+come last.
 """
 
 import os
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,17 +28,17 @@ from fedllm.crypto import Identity, PublicIdentity
 from fedllm.envelope import Binding
 from fedllm.errors import FederationError
 from fedllm.files import write_secret
-from fedllm.messages import Declined, Message, Prepare, Ready, TrainRequest, from_bytes
+from fedllm.messages import Declined, Message, Prepare, Ready, RoundBegun, TrainRequest, from_bytes
 from fedllm.reach import reach
 from server import federation as head_folder
 from server import superlink
 from server.run import make_plan
 from server.superlink import Control
 from tests.deployment.conftest import Federation
-from tests.deployment.harness import HeadOffice, config_of, fedllm, free_port, stop_all, until
+from tests.deployment.harness import ALONE, HeadOffice, config_of, fedllm, free_port, stop_all, until
 from tests.deployment.test_survival import SERVICE, SUPERNODE, begun
 
-pytestmark = [pytest.mark.deployment, pytest.mark.slow]
+pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 BIN = Path(sys.executable).parent
 
@@ -63,40 +64,52 @@ class Intruder:
             )  # fmt: skip
 
     def ended(self) -> tuple[int, str]:
-        """Wait for its end, and return its exit code and what it said."""
+        """Wait until it has ended or was let in, and return its exit code, 0 if it runs, and what it said."""
         try:
-            code = self._process.wait(120)
+            until(lambda: self._process.poll() is not None or "SuperNode ID" in self._log.read_text("utf-8"), what="it")
+            code = self._process.poll() or 0
         finally:
             self._process.kill()
-            self._process.wait(30)
+            self._process.wait(120)
         return code, self._log.read_text("utf-8")
 
 
-def test_a_node_without_a_registered_key_or_with_another_authority_is_refused(
+def _refused(federation: Federation, intruders: Mapping[str, Intruder]) -> None:
+    for who, intruder in intruders.items():
+        code, said = intruder.ended()
+        assert code != 0, who
+        assert "Exit Code: 305" in said, who
+        assert "SuperNode ID" not in said, who
+    assert Control(federation.head.office).connected() == dict.fromkeys(federation.admitted, True)
+
+
+def test_a_node_without_a_registered_key_is_refused(federation: Federation, tmp_path: Path) -> None:
+    federation.ready()
+    head = federation.head
+    keys = {"a key that is not registered": crypto.make_node_key().key, "TLS, but no key": None}
+    ca = head.office.ca_file
+    _refused(federation, {who: Intruder(head, tmp_path / who, ca, key) for who, key in keys.items()})
+
+
+@pytest.mark.soak
+def test_a_node_with_another_authority_or_with_the_key_of_one_online_is_refused(
     federation: Federation, tmp_path: Path
 ) -> None:
     head = federation.head
     federation.ready()
     other_ca = tmp_path / "other-ca.pem"
     other_ca.write_bytes(crypto.make_ca("한빛은행", 10).certificate)
-    registered = federation.branches["busan-haeundae"].office.node_key_file.read_bytes()
+    registered = federation.branches[ALONE].office.node_key_file.read_bytes()
     ca = head.office.ca_file
     intruders = {
-        "a key that is not registered": Intruder(head, tmp_path / "1", ca, crypto.make_node_key().key),
-        "TLS, but no key": Intruder(head, tmp_path / "2", ca, None),
         "an office that believes another authority": Intruder(head, tmp_path / "3", other_ca, registered),
         "an office's key while it is online": Intruder(head, tmp_path / "4", ca, registered),
     }
-    for who, intruder in intruders.items():
-        code, said = intruder.ended()
-        assert code != 0, who
-        assert "Exit Code: 305" in said, who
-        assert "SuperNode ID" not in said, who
-    assert Control(head.office).connected() == dict.fromkeys(federation.branches, True)
+    _refused(federation, intruders)
 
 
 def test_the_door_speaks_tls_alone(federation: Federation) -> None:
-    with socket.create_connection(("127.0.0.1", federation.head.port), timeout=20) as plain:
+    with socket.create_connection(("127.0.0.1", federation.head.port), timeout=120) as plain:
         plain.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000"))
         answer = b""
         try:
@@ -114,7 +127,7 @@ def _handshake(port: int, ca: Path, least: ssl.TLSVersion, most: ssl.TLSVersion,
     context.minimum_version, context.maximum_version = least, most
     context.set_alpn_protocols(["h2"])
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=20) as plain,
+        socket.create_connection(("127.0.0.1", port), timeout=120) as plain,
         context.wrap_socket(plain, server_hostname="127.0.0.1") as secured,
     ):
         return secured.version() or "", (secured.cipher() or ("", "", 0))[0]
@@ -151,7 +164,7 @@ def test_the_control_api_listens_on_loopback_alone(federation: Federation) -> No
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 def test_another_system_user_cannot_open_the_socket_of_the_site_service(federation: Federation) -> None:
-    branch = federation.branches["busan-haeundae"]
+    branch = federation.branches[ALONE]
     until(branch.office.socket.exists, what="the site service")
     code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print('connected')"
     with tempfile.TemporaryDirectory(dir=branch.home.parents[3], prefix="public") as public:
@@ -175,14 +188,15 @@ def _sealed(
 
 
 def test_what_the_pinned_head_office_did_not_ask_is_refused_at_the_socket(federation: Federation) -> None:
-    branch, head = federation.branches["busan-haeundae"], federation.head
-    until(branch.office.socket.exists, what="the site service")
+    branch, head = federation.branches[ALONE], federation.head
+    until(lambda: "answers on" in branch.service_log, what="the site service")
     before = len(branch.charged())
     me, site = head.office.identity, branch.office.identity.public
     plan = make_plan(config_of("at-the-socket", 1), 3)
     known = {"run": plan.run, "plan": plan.digest}
     genuine = _sealed(Prepare(plan=plan), site, me, **known)
-    train = TrainRequest(plan=plan, round=1, spec_digest="0" * 64, head=None, payload=b"")
+    begun = RoundBegun(roster="0" * 64, number=1, digest="0" * 64)
+    train = TrainRequest(plan=plan, round=1, spec_digest="0" * 64, head=None, begun=begun, payload=b"")
     altered = bytearray(_sealed(Prepare(plan=plan), site, me, **known))
     altered[-1] ^= 1
     others = {
@@ -195,7 +209,7 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_at_the_socket(federa
         "bound to another plan": _sealed(train, site, me, run=plan.run, plan="0" * 64, round_=1),
         "bound to another round": _sealed(train, site, me, **known, round_=2),
     }  # fmt: skip
-    answer = ask(str(branch.office.socket), genuine, 120)
+    answer = ask(str(branch.office.socket), genuine, 600)
     binding, payload, _ = envelope.open_sealed(answer, me, [site])
     assert binding.request == envelope.digest(genuine)
     assert isinstance(from_bytes(payload, Ready, Declined), Ready)
@@ -203,7 +217,7 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_at_the_socket(federa
     others["older than the last"] = _sealed(train, site, me, **known, round_=1, number=1)
     for what, request in others.items():
         with pytest.raises(grpc.RpcError) as error:
-            ask(str(branch.office.socket), request, 120)
+            ask(str(branch.office.socket), request, 600)
         assert error.value.code() == grpc.StatusCode.PERMISSION_DENIED, what
     assert len(branch.charged()) == before
     refusals = [line for line in branch.service_log.splitlines() if "refused" in line]
@@ -225,7 +239,7 @@ def _identity(head: HeadOffice, identity: Identity) -> Iterator[None]:
         write_secret(file, before)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.soak
 def test_a_stranger_at_head_office_is_refused_and_so_is_a_revoked_office(federation: Federation) -> None:
     head, branches = federation.head, federation.branches
     mapo = branches["서울-마포"]
@@ -314,7 +328,7 @@ def test_a_file_in_the_bundles_folder_is_not_bundled(federation: Federation, tmp
     assert len(run_config.splitlines()) == 1
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.soak
 def test_with_too_few_offices_a_run_waits_and_then_stops_with_the_reason(federation: Federation) -> None:
     head = federation.head
     stop_all([branch.program for branch in federation.branches.values()])

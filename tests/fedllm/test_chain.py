@@ -151,7 +151,9 @@ def test_nobody_can_put_another_sealing_key_beside_the_signing_key() -> None:
         open_entry(CHAIN[0].replace(SIGNER.public.to_text(), mixed))
 
 
-STATEMENT = Statement("서울", "run", "p" * 64, 3, 1.5, 1.75, 1e-5, 12, "d" * 64, update_digest(b"update"))
+STATEMENT = Statement(
+    "서울", "run", "p" * 64, 3, 1.5, 1.75, 1e-5, 12, "d" * 64, update_digest(b"update"), "e" * 64, 7, "f" * 64
+)
 
 
 def test_a_statement_comes_back_as_it_was_signed() -> None:

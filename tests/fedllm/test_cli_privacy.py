@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fedllm.cli import app
 from fedllm.cli_privacy import checked_event, parse_event
 from fedllm.errors import ConfigError
+from fedllm.privacy import accounting
 from fedllm.privacy.accounting import AccountingEvent
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,8 @@ def event_options(q: float, noise: float, steps: int) -> list[str]:
 # ---- epsilon ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vector", VECTORS["single"], ids=lambda v: f"q={v['q']}-sigma={v['noise_multiplier']}")
+# The accountants themselves meet all vectors in tests/fedllm/privacy and tests/fedllm/audit.
+@pytest.mark.parametrize("vector", VECTORS["single"][::2], ids=lambda v: f"q={v['q']}-sigma={v['noise_multiplier']}")
 def test_epsilon_prints_what_the_vectors_say(vector: dict[str, Any]) -> None:
     options = event_options(vector["q"], vector["noise_multiplier"], vector["steps"])
     values = run_json("epsilon", *options, "--delta", vector["delta"])
@@ -115,7 +117,16 @@ def test_an_epsilon_beyond_all_use_is_a_bound_by_rdp(event: str) -> None:
     assert values["advantage"] == 1.0
 
 
-@pytest.mark.parametrize("event", ["1,10000,1", "1e-9,1,1000000", "0.001,10000,1000000", "1e-300,5,3", "0.5,0.4,1"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        "1,10000,1",
+        "1e-9,1,1000000",
+        "1e-300,5,3",
+        "0.5,0.4,1",
+        pytest.param("0.001,10000,1000000", marks=pytest.mark.soak),
+    ],
+)
 def test_the_ends_of_what_is_accepted_are_accounted_for(event: str) -> None:
     values = run_json("epsilon", "--event", event, "--delta", 1e-5)
     assert 0 <= values["pld"] <= values["rdp"] + 0.01
@@ -123,7 +134,7 @@ def test_the_ends_of_what_is_accepted_are_accounted_for(event: str) -> None:
 
 
 def test_without_opacus_there_is_no_prv_and_the_rest_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "opacus.accountants", None)
+    monkeypatch.setitem(sys.modules, "opacus", None)
     values = run_json("epsilon", *event_options(0.01, 1.0, 10), "--delta", 1e-5)
     assert values["prv"] is None
     assert values["reasons"] == {"prv": "Opacus is not installed"}
@@ -144,7 +155,8 @@ def test_accountants_that_contradict_each_other_are_not_printed(monkeypatch: pyt
 # ---- calibrate -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("target", "q", "steps"), [(3.0, 0.0152, 200), (8.0, 0.08, 60), (1.0, 1.0, 5)])
+# the demo's plan, and a full batch; more targets in tests/fedllm/privacy
+@pytest.mark.parametrize(("target", "q", "steps"), [(8.0, 0.08, 60), (1.0, 1.0, 5)])
 def test_calibrated_noise_is_at_the_target_or_half_a_percent_below(target: float, q: float, steps: int) -> None:
     options = ["--epsilon", target, "--delta", 1e-5, "--sampling-rate", q, "--steps", steps]
     values = run_json("calibrate", *options)
@@ -155,11 +167,13 @@ def test_calibrated_noise_is_at_the_target_or_half_a_percent_below(target: float
     assert f"noise multiplier {values['noise_multiplier']:g}" in run("calibrate", *options)
 
 
-def test_a_target_that_no_noise_can_miss_is_met_and_said_so() -> None:
+def test_a_target_that_no_noise_can_miss_is_met_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accounting.calibrate(5.0, 0.1, 0.001, 1) == 0.1
+    monkeypatch.setattr(accounting, "calibrate", lambda *_: 1.0)  # which is accounted for in less time
     options = ["--epsilon", 5, "--delta", 0.1, "--sampling-rate", 0.001, "--steps", 1]
     values = run_json("calibrate", *options)
     assert values["pld"] < 5
-    assert values["noise_multiplier"] > 0
+    assert values["noise_multiplier"] == 1.0
     assert "none lower" in values["reasons"]["noise_multiplier"]
     assert "note:" in run("calibrate", *options)
 
@@ -251,7 +265,6 @@ def test_an_event_is_read_as_it_was_written(q: float, noise: float, steps: int) 
     assert parse_event(f"{q!r},{noise!r},{steps}") == AccountingEvent(q, noise, steps)
 
 
-@settings(max_examples=500)
 @given(st.text() | st.text("0123456789.,-+einfa_ ", max_size=20))
 def test_any_text_is_an_event_or_a_config_error(text: str) -> None:
     try:
@@ -270,9 +283,10 @@ def test_any_text_is_an_event_or_a_config_error(text: str) -> None:
         "calibrate --epsilon 8 --delta 1e-5 --sampling-rate 1 --steps 1",
         "audit-bound --canaries 100 --guesses 50 --right 40 --delta 1e-5",
         "epsilon --event 0.1,0,3 --delta 1e-5",
+        "epsilon --event 0.01,1,10 --delta 1e-5",
     ],
 )
-def test_only_the_prv_accountant_loads_torch(command: str) -> None:
+def test_no_sum_loads_torch(command: str) -> None:
     code = f"""
 import sys
 sys.argv = ["fedllm", "privacy", *{command.split()!r}]

@@ -7,12 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm import codec
 from fedllm.errors import MessageError
-from fedllm.messages import MAGIC, Declined, LedgerHead, Message, Prepare, Ready, TrainReply, TrainRequest, from_bytes
+from fedllm.messages import (
+    MAGIC,
+    Declined,
+    LedgerHead,
+    Message,
+    Prepare,
+    Ready,
+    RoundBegun,
+    TrainReply,
+    TrainRequest,
+    from_bytes,
+)
 from fedllm.plan import RunPlan
 
 Make = Callable[..., RunPlan]
@@ -22,12 +33,14 @@ SITE = "서울-강남 지점 | 1호"
 
 
 def message_of(kind: type[Message], plan: RunPlan, payload: bytes = b"") -> Message:
-    """Return a valid message of a kind."""
+    """Return a valid message of a kind; some have no payload."""
+    payload = payload[: kind.LONGEST]
     messages: dict[type[Message], Message] = {
         Prepare: Prepare(plan=plan, payload=payload),
         Ready: Ready(site=SITE, plan_digest=DIGEST, spec_digest=DIGEST, payload=payload),
         TrainRequest: TrainRequest(
-            plan=plan, round=3, spec_digest=DIGEST, head=LedgerHead(number=4, digest=DIGEST), payload=payload
+            plan=plan, round=3, spec_digest=DIGEST, head=LedgerHead(number=4, digest=DIGEST),
+            begun=RoundBegun(roster=DIGEST, number=5, digest=DIGEST), payload=payload,
         ),
         TrainReply: TrainReply(
             site=SITE, plan_digest=DIGEST, round=3, spec_digest=DIGEST, dtype="float16", epsilon=1.5, epsilon_rdp=None,
@@ -94,7 +107,7 @@ def test_a_message_cut_anywhere_is_an_error_or_shows_in_its_payload(make_plan: M
     payload = codec.encode(np.ones(3, np.float32), "float32")
     message = message_of(kind, make_plan(), payload)
     whole = message.to_bytes()
-    begin_payload = len(whole) - len(payload)
+    begin_payload = len(whole) - len(message.payload)
     for length in range(begin_payload):
         with pytest.raises(MessageError):
             parse_any(whole[:length])
@@ -104,7 +117,6 @@ def test_a_message_cut_anywhere_is_an_error_or_shows_in_its_payload(make_plan: M
             codec.decode(cut.payload, "float32", 3)
 
 
-@settings(max_examples=200)
 @given(data=st.data())
 def test_flipped_bytes_give_a_message_or_a_message_error(make_plan: Make, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(KINDS))
@@ -245,6 +257,17 @@ def test_deep_nesting_is_a_message_error(opening: bytes) -> None:
     balanced = b'{"kind":"prepare","plan":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     with pytest.raises(MessageError):
         parse_any(frame(balanced))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.KIND)
+def test_a_payload_that_is_too_long_is_refused(
+    make_plan: Make, monkeypatch: pytest.MonkeyPatch, kind: type[Message]
+) -> None:
+    monkeypatch.setattr(kind, "LONGEST", min(kind.LONGEST, 40))
+    message = message_of(kind, make_plan(), b"x" * 40)
+    assert parse_any(message.to_bytes()) == message
+    with pytest.raises(MessageError, match="payload"):
+        parse_any(message.to_bytes() + b"x")
 
 
 def test_an_announced_length_allocates_nothing_and_is_refused() -> None:

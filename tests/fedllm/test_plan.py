@@ -321,7 +321,7 @@ def test_a_configuration_survives_being_written_and_read(simulation_values: Make
     assert parse(SimulationConfig, json.loads(config.model_dump_json(indent=2))) == config
 
 
-POSITIVE = st.floats(min_value=1e-12, max_value=1e12, exclude_min=True)
+POSITIVE = st.floats(min_value=1e-6, max_value=1e6)
 PLAN_CHANGES = st.fixed_dictionaries(
     {
         "run": st.text(min_size=1, max_size=20),
@@ -330,7 +330,7 @@ PLAN_CHANGES = st.fixed_dictionaries(
         "privacy.delta": st.floats(min_value=1e-12, max_value=1e-6),
         "privacy.clip_norm": POSITIVE,
         "privacy.clipping": st.sampled_from(["flat", "automatic"]),
-        "privacy.sampling_rate": st.floats(min_value=0, max_value=1, exclude_min=True),
+        "privacy.sampling_rate": st.floats(min_value=1e-6, max_value=1),
         "privacy.units_per_site": st.integers(1, 100_000),
         "privacy.noise_multiplier": st.floats(min_value=0.01, max_value=1e6),
         "training.rounds": st.integers(1, 10_000),

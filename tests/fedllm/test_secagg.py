@@ -3,14 +3,13 @@
 import os
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from functools import cache
 from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import chi2
@@ -35,7 +34,6 @@ def federations(draw: st.DrawFn) -> Federation:
 # ---- the sum ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=120)
 @given(federations(), st.data())
 def test_the_sum_is_exact_or_the_round_ends_cleanly(federation: Federation, data: st.DataObject) -> None:
     """Three rounds; in each, every site may drop out at every point and is back in the next."""
@@ -168,22 +166,17 @@ def test_the_same_request_gets_the_same_answer() -> None:
     assert once == federation.reveals(claim, list(uploads), list(uploads))
 
 
-def test_128_sites_work() -> None:
-    """128 sites check the same 128 signatures; here, in one process, each is checked once."""
-    with mock.patch.object(crypto.PublicIdentity, "verify", cache(crypto.PublicIdentity.verify)):
-        play_128_sites()
-
-
-def play_128_sites() -> None:
-    federation = Federation(128, 70)
+@pytest.mark.parametrize(("sites", "threshold"), [(24, 14), pytest.param(128, 70, marks=pytest.mark.soak)])
+def test_many_sites_work(sites: int, threshold: int) -> None:
+    """All sites check the same signatures; here, in one process, each is checked once."""
+    federation = Federation(sites, threshold)
     vectors = random_vectors(federation.members, 64)
-    began = time.process_time()
-    dealt = federation.share(1)
-    for gone in ("지점-001", "지점-064", "지점-128"):
-        del vectors[gone]
-    unmasked = federation.run(1, vectors, dealt)
+    with mock.patch.object(crypto.PublicIdentity, "verify", cache(crypto.PublicIdentity.verify)):
+        dealt = federation.share(1)
+        for gone in ("지점-001", f"지점-{sites // 2:03d}", f"지점-{sites:03d}"):
+            del vectors[gone]
+        unmasked = federation.run(1, vectors, dealt)
     assert np.array_equal(unmasked.total_d, total(vectors))
-    assert time.process_time() - began < 60  # all 128 sites and head office, one after the other
 
 
 # ---- wrong shares ----------------------------------------------------------------------------------------------------
@@ -196,7 +189,6 @@ def spoil(reveal: Reveal, index: int) -> Reveal:
     return reveal.model_copy(update={"payload": bytes(payload)})
 
 
-@settings(max_examples=30)
 @given(st.integers(0, 6), st.integers(0, 6), st.booleans())
 def test_one_wrong_share_is_found_and_the_sum_is_still_right(holder: int, dealer: int, dropout: bool) -> None:
     federation = Federation(7, 4)
@@ -309,7 +301,6 @@ def test_what_a_site_is_sent_grows_linearly() -> None:
 # ---- the one guarantee -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80)
 @given(st.data())
 def test_a_site_never_reveals_both_secrets_of_a_peer(data: st.DataObject) -> None:
     """Head office holds every other site's signing key, and asks whatever it likes in whatever order."""

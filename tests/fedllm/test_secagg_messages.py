@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.errors import FedllmError, MessageError
@@ -48,7 +48,6 @@ def test_a_malformed_message_is_refused(entry: dict[str, str]) -> None:
         parse(bytes.fromhex(entry["hex"]))
 
 
-@settings(max_examples=300)
 @given(st.sampled_from(KINDS), st.data())
 def test_damaged_bytes_are_a_message_or_a_message_error(kind: type[Message], data: st.DataObject) -> None:
     spoiled = bytearray(SAMPLES[kind])
@@ -74,7 +73,6 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300)
 @given(st.sampled_from(KINDS), json_values, st.data())
 def test_strange_fields_are_a_message_error(kind: type[Message], value: Any, data: st.DataObject) -> None:
     sample = SAMPLES[kind]
@@ -86,7 +84,6 @@ def test_strange_fields_are_a_message_error(kind: type[Message], value: Any, dat
         parse(sample[:4] + len(encoded).to_bytes(4, "big") + encoded + sample[8 + length :])
 
 
-@settings(max_examples=60)
 @given(st.data())
 def test_a_refused_request_changes_nothing(data: st.DataObject) -> None:
     federation, site = Federation(3), "지점-001"

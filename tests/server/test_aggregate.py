@@ -4,7 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ _UPDATES = st.dictionaries(st.text(min_size=1, max_size=6), _VECTORS, min_size=1
 
 
 @given(_UPDATES, st.lists(st.floats(0.01, 100.0), min_size=6, max_size=6))
-@settings(deadline=None)
 def test_the_mean_is_that_of_numpy(updates: Updates, weights: list[float]) -> None:
     public = dict(zip(sorted(updates)[::2], weights, strict=False))  # the others weigh 1
     every = [public.get(name, 1.0) for name in updates]
@@ -29,7 +28,6 @@ def test_the_mean_is_that_of_numpy(updates: Updates, weights: list[float]) -> No
 
 
 @given(_UPDATES, st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_the_order_of_arrival_does_not_change_a_bit(updates: Updates, random) -> None:  # type: ignore[no-untyped-def]
     names = list(updates)
     random.shuffle(names)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm import crypto, envelope
@@ -254,7 +254,6 @@ def test_while_a_site_rotates_its_keys_answers_of_both_are_used_and_requests_go_
     assert world.channel.open(1, world.seoul.answer(sealed)) == b"answer"
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_hostile_bytes_are_one_kind_of_error(data: bytes) -> None:
     world = _WORLD
@@ -266,7 +265,6 @@ def test_hostile_bytes_are_one_kind_of_error(data: bytes) -> None:
 _WORLD = World()
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_an_altered_answer_is_refused(data: st.DataObject) -> None:
     answer = bytearray(_WORLD.seoul.answer(_WORLD.channel.seal(1, 1, b"request")))
@@ -275,7 +273,6 @@ def test_an_altered_answer_is_refused(data: st.DataObject) -> None:
         _WORLD.channel.open(1, bytes(answer))
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_whatever_a_known_site_signs_is_its_answer_or_refused(plain: bytes) -> None:
     _WORLD.channel.seal(1, 1, b"request")

@@ -59,7 +59,7 @@ def path(tmp_path: Path) -> Path:
         max_size=4,
     ),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_a_checkpoint_comes_back_as_it_was(
     path: Path, round_: int, values: list[float], sites: dict[str, SiteState]
 ) -> None:

@@ -91,7 +91,8 @@ def settings(tiny_llama: Path, records: Records) -> dict[str, Any]:
             "noise_multiplier": 1.0,  # spares most tests the search for it; epsilon is then about 4.6
         },
         "training": {"rounds": 3, "local_steps": 2, "learning_rate": 0.5, "wire": "float32"},
-        "federation": {"partition": {"by": "natural", "column": "branch"}, "quorum": 2, "round_timeout": 60.0},
+        "federation": {"partition": {"by": "natural", "column": "branch"}, "quorum": 2,
+                       "round_timeout": 600.0, "processes": 1},
         "site": {},
     }  # fmt: skip
 

@@ -16,6 +16,7 @@ from simulations.grid import InProcessGrid
 from simulations.simulate import simulate
 
 CANARIES = ("canary-8241-customer", "canary-8241-question", "카나리아-8241-답변", "canary-8241-topic")
+LABELS = ["카드", "loan", "visa"]
 
 
 def _forms(canary: str) -> list[bytes]:
@@ -102,18 +103,20 @@ def test_nothing_of_a_record_lies_outside_the_sites_folders(
     """Not in outputs, nor in what libraries keep in home, caches and temporary folders; errors that quote included."""
     arguments = overrides(
         tmp_path,
-        model={"source": str(tiny_bert), "task": "classification", "labels": ["카드", "loan", "visa"]},
+        model={"source": str(tiny_bert), "task": "classification", "labels": LABELS},
         adapter={"targets": ["query"]},
         data={"train": str(marked), "prompt": None, "text": "{question}", "label": "topic"},
         privacy={"unit": "record"},
         training={"rounds": 1},
     )
-    result = fedllm("simulate", *arguments)
-    assert "declined (data)" in result.text, "the canary is no label that was declared: no site can use its records"
     folder = tmp_path / "run"
+    result = fedllm("simulate", *arguments)
+    assert found_in(result.error.encode()), "who simulates is told which label was not declared: the search can find"
+    assert leaks(f for f in tmp_path.rglob("*") if f != marked) == []
+    learned = overrides(tmp_path, data={"train": str(marked)}, training={"rounds": 1})
+    assert fedllm("simulate", *learned).code == 0
     assert (folder / "summary.md").exists()
     assert leaks(f for f in folder.rglob("*") if folder / "sites" not in f.parents) == []
-    assert leaks((folder / "sites").rglob("*")), "the site's own log says what it met: the search can find"
     assert leaks(fedllm.elsewhere.rglob("*")) == []
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from fedllm.plan import RunPlan, SimulationConfig
-from server.rounds import RoundRecord, RoundStarted, SiteAnswered
+from server.rounds import Phase, RoundRecord, RoundStarted, SiteAnswered
 from simulations.screen import Screen
 
 HOSTILE = ["[/]", "[/b]", "[bold]", "[red]x[/red]", "\\[", "[link=http://x]", "강남[/본점]", "a\nb", "[" * 50]
@@ -61,9 +61,40 @@ def test_the_speed_of_training_is_for_the_eyes_alone(
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=200, color_system=None)
     counts = iter([(0, 0.0), (123_456, 10.0)])
-    with Screen(console, lambda: next(counts)) as screen:
-        screen.announce(_plan(configure(tmp_path)), ["서울", "busan"])
+    with Screen(console) as screen:
+        screen.announce(_plan(configure(tmp_path)), ["서울", "busan"], lambda: next(counts))
         screen.observe(RoundRecord(0, True, 0.0, 0.9, 2.46, None))
         screen.observe(RoundRecord(1, True, 1.25, 0.9, 2.46, None, answered=["서울"], clipped=0.25))
     assert ("12,000 tokens/s" in output.getvalue()) == terminal
     assert "25% of held-out gradients clipped" in output.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "log file"])
+def test_what_is_done_outside_the_rounds_is_on_the_screen(
+    tmp_path: Path, configure: Callable[..., SimulationConfig], terminal: bool
+) -> None:
+    """From the first moment, before there is a plan, to the report."""
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=200, color_system=None)
+
+    def new() -> str:
+        """What a watcher has been shown since the last look."""
+        if terminal:
+            screen._live.refresh()
+        text = output.getvalue()
+        output.seek(0)
+        output.truncate()
+        return text
+
+    with Screen(console) as screen:
+        screen.say("loading [/libraries]")
+        assert "loading [/libraries]" in new()
+        screen.observe(Phase("reading"))
+        assert "reading" in new()
+        screen.announce(_plan(configure(tmp_path)), ["busan"])
+        screen.observe(RoundStarted(1, ["busan"]))
+        new()
+        assert "reading" not in new(), "it is over"
+        screen.observe(RoundRecord(1, True, 1.25, 0.9, 2.46, None, answered=["busan"], seconds=1.0))
+        screen.observe(Phase("closing"))
+        assert "closing" in new()

@@ -1,5 +1,7 @@
 """A federation that ran twice on the same records, and its audit."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,15 @@ class Audited:
     written: Written
 
 
+@contextmanager
+def any_pdf() -> Iterator[None]:
+    """Another file in the place of every PDF, whose making takes seconds: no test but one reads any."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedllm.audit.bundle.renderer", nullcontext)
+        patch.setattr("fedllm.audit.bundle.rendered", lambda page: b"%PDF-" + page.read_bytes()[:500])
+        yield
+
+
 @pytest.fixture(scope="session")
 def audited(tmp_path_factory: pytest.TempPathFactory) -> Audited:
     """The second of two runs, its report in both languages, signed by head office."""
@@ -25,4 +36,5 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Audited:
     federation.run("first", make_plan("e" * 32, rounds=2))
     run = federation.run("second", make_plan(rounds=3), declines=["incheon"])
     pages = [("audit", "en"), ("audit.ko", "ko")]
-    return Audited(federation, run, write_audit(run, run / "audit", pages, signer=federation.head_office))
+    with any_pdf():
+        return Audited(federation, run, write_audit(run, run / "audit", pages, signer=federation.head_office))

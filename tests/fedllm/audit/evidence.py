@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.audit.evidence import HEAD_OFFICE, Trust, file_name
-from fedllm.chain import START, make_entry, open_entry
+from fedllm.chain import START, Entry, make_entry, open_entry
 from fedllm.crypto import Identity
 from fedllm.plan import RunPlan
-from fedllm.privacy.ledger import DataSet, PrivacyLedger
-from fedllm.statement import Statement, sign_statement, update_digest
+from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.ledger_place import LedgerPlace
+from fedllm.statement import Statement, roster_digest, sign_statement, update_digest
 
 SITES = ("seoul-gangnam", "부산-해운대", "incheon")
 DELTA = 1e-5
@@ -70,8 +71,9 @@ class Federation:
         return path
 
     def ledger(self, site: str) -> PrivacyLedger:
-        path = self.folder / "offices" / file_name(site) / "ledger.db"
-        return PrivacyLedger(path, DataSet(site), self.budget, DELTA, self.identities[site])
+        folder = self.folder / "offices" / file_name(site)
+        place = LedgerPlace(folder / "ledger.db", folder / "ledger.anchor")
+        return PrivacyLedger(place, self.budget, DELTA, self.identities[site])
 
     def run(self, name: str, plan: RunPlan, declines: Sequence[str] = (), ended: bool = True) -> Path:
         """Carry out a run on paper and return its folder."""
@@ -88,10 +90,10 @@ class Federation:
         ledgers = {site: self.ledger(site) for site in self.sites}
         for number in range(1, plan.training.rounds + 1):
             answered: dict[str, str] = {}
-            for site in self.sites:
-                if site in declines and number % 2:
-                    continue
-                answered[site] = self.answer(ledgers[site], site, plan, number)
+            asked = sorted(site for site in self.sites if site not in declines or not number % 2)
+            record.add("begun", {"round": number, "sites": asked})
+            for site in asked:
+                answered[site] = self.answer(ledgers[site], site, plan, number, asked, open_entry(record.lines[-1]))
             declined = {site: "policy" for site in self.sites if site not in answered}
             record.add("round", {
                 "round": number, "counts": True, "answered": answered, "declined": declined, "failed": {},
@@ -113,7 +115,9 @@ class Federation:
             lines = self.ledger(site).file.lines()
             (run / "ledgers" / f"{file_name(site)}.jsonl").write_text("".join(f"{x}\n" for x in lines), "utf-8")
 
-    def answer(self, ledger: PrivacyLedger, site: str, plan: RunPlan, number: int) -> str:
+    def answer(
+        self, ledger: PrivacyLedger, site: str, plan: RunPlan, number: int, asked: Sequence[str], begun: Entry
+    ) -> str:
         event = plan.mechanism.event(plan.training.local_steps)
         reservation = ledger.reserve(plan.run, number, "request", event)
         cost, head = ledger.spent(), ledger.file.head()
@@ -122,6 +126,7 @@ class Federation:
             site=site, run=plan.run, plan=plan.digest, round=number,
             epsilon=cost.epsilon if finite else None, epsilon_rdp=cost.epsilon_rdp if finite else None,
             delta=cost.delta, ledger_number=head.number, ledger_digest=head.digest, update=update_digest(b"update"),
+            roster=roster_digest(asked), record_number=begun.number, record_digest=begun.digest,
         )  # fmt: skip
         ledger.release(reservation, b"reply")
         return sign_statement(statement, self.identities[site])

@@ -21,7 +21,7 @@ from fedllm.audit.risk import risk_of
 from fedllm.crypto import Identity
 from fedllm.errors import ChainError, ConfigError, FedllmError
 from fedllm.privacy.accounting import AccountingEvent, deltas, spent
-from tests.fedllm.audit.conftest import Audited
+from tests.fedllm.audit.conftest import Audited, any_pdf
 from tests.fedllm.audit.evidence import DELTA, SITES, Chain, Federation, make_plan, resign
 
 ROOT = Path(__file__).parents[3]
@@ -81,7 +81,7 @@ class Missing:
         if name.partition(".")[0] in ("torch", "flwr", "opacus", "transformers", "peft", "datasets"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Missing())
-sys.argv = ["fedllm", "audit", "verify", {str(audited.run / "audit")!r}, "--trust", {str(keys)!r}]
+sys.argv = ["fedllm", "audit", "verify", {str(audited.run / "audit")!r}, "--trust", {str(keys)!r}, "--allow-uncompared"]
 from fedllm.cli import main
 main()
 """
@@ -129,9 +129,25 @@ def changed(value: Any, path: tuple[Any, ...]) -> Any:
     return copy
 
 
-def pieces(file: Path) -> list[tuple[int, tuple[Any, ...]]]:
-    """Return (document, path) of every leaf in a file of JSON, or of lines of JSON."""
+Leaf = tuple[int, tuple[Any, ...]]  # number of the document, path in it
+Choice = Callable[[list[Leaf]], list[Leaf]]
+
+
+def pieces(file: Path) -> list[Leaf]:
+    """Return every leaf in a file of JSON, or of lines of JSON."""
     return [(number, path) for number, value in enumerate(documents(file)) for path in leaves(value)]
+
+
+def each_kind(found: list[Leaf]) -> list[Leaf]:
+    """Return of every kind of leaf the first, the second and the last. Every finding is a kind of its own."""
+    kinds: dict[tuple[Any, ...], list[Leaf]] = {}
+    for number, path in found:
+        kind = path if "findings" in path else tuple(key for key in path if isinstance(key, str))
+        kinds.setdefault(kind, []).append((number, path))
+    return [each for some in kinds.values() for each in dict.fromkeys([*some[:2], some[-1]])]
+
+
+of_leaves = pytest.mark.parametrize("of", [each_kind, pytest.param(list, marks=pytest.mark.soak)], ids=["kinds", "all"])
 
 
 def documents(file: Path) -> list[Any]:
@@ -157,23 +173,21 @@ def contradicts(folder: Path, trust: Trust) -> bool:
 FILES = ["audit.json", "audit.sig", "record.jsonl", "plan.json", "metrics.jsonl", "ledgers/부산-해운대.jsonl"]
 
 
-@pytest.mark.slow
+@of_leaves
 @pytest.mark.parametrize("name", FILES)
-def test_no_leaf_of_any_file_can_be_altered(audited: Audited, tmp_path: Path, name: str) -> None:
+def test_no_leaf_of_any_file_can_be_altered(audited: Audited, tmp_path: Path, name: str, of: Choice) -> None:
     copy = tmp_path / "audit"
     shutil.copytree(audited.run / "audit", copy)
     file = copy / name
     original, values = file.read_bytes(), documents(file)
-    for number, path in pieces(file):
+    for number, path in of(pieces(file)):
         write(file, [changed(v, path) if n == number else v for n, v in enumerate(values)])
         assert file.read_bytes() != original
         assert contradicts(copy, audited.federation.trust), f"{path} of document {number}"
-    file.write_bytes(original)
-    verify(copy, audited.federation.trust)
 
 
-@pytest.mark.slow
-def test_no_leaf_of_the_report_can_be_altered_by_its_own_signer(audited: Audited, tmp_path: Path) -> None:
+@of_leaves
+def test_no_leaf_of_the_report_can_be_altered_by_its_own_signer(audited: Audited, tmp_path: Path, of: Choice) -> None:
     """Head office signs what it likes; the evidence still says what it says. Only when it was made is its own word."""
     copy = tmp_path / "audit"
     shutil.copytree(audited.run / "audit", copy)
@@ -182,7 +196,7 @@ def test_no_leaf_of_the_report_can_be_altered_by_its_own_signer(audited: Audited
     file = copy / "audit.json"
     [value] = documents(file)
     unnoticed = []
-    for path in leaves(value):
+    for _, path in of(pieces(file)):
         write(file, [changed(value, path)])
         sign_again(copy, audited.federation.head_office)
         if not contradicts(copy, audited.federation.trust):
@@ -190,7 +204,6 @@ def test_no_leaf_of_the_report_can_be_altered_by_its_own_signer(audited: Audited
     assert unnoticed == [("made",)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".jsonl")])
 def test_no_line_of_evidence_can_be_left_out_doubled_or_exchanged(audited: Audited, tmp_path: Path, name: str) -> None:
     copy = tmp_path / "audit"
@@ -207,7 +220,7 @@ def test_no_line_of_evidence_can_be_left_out_doubled_or_exchanged(audited: Audit
             assert contradicts(copy, audited.federation.trust), f"line {number}: {len(wrong)} of {len(lines)} lines"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_evidence_contradicts_itself_wherever_it_was_altered_without_any_signature_on_the_report(
     audited: Audited, tmp_path: Path, data: st.DataObject
@@ -243,14 +256,15 @@ def test_a_file_that_is_altered_missing_or_new_is_found(audited: Audited, tmp_pa
             verify(copy, audited.federation.trust)
     file.write_bytes(content)
     (copy / "notes.txt").write_text("x")
-    with pytest.raises(ChainError, match=r"notes\.txt: not signed"):
+    with pytest.raises(ChainError, match=r"notes\.txt: no part of an audit"):
         verify(copy, audited.federation.trust)
 
 
 def test_a_page_that_says_something_else_is_found_even_where_head_office_signed_it(tmp_path: Path) -> None:
     federation = Federation(tmp_path, sites=SITES[:2])
     run = federation.run("run", make_plan(rounds=1))
-    folder = write_audit(run, run / "audit", [("audit", "en")], signer=federation.head_office).folder
+    with any_pdf():
+        folder = write_audit(run, run / "audit", [("audit", "en")], signer=federation.head_office).folder
     page = folder / "audit.html"
     page.write_text(page.read_text("utf-8").replace("unverified", "holds"), "utf-8")
     sign_again(folder, federation.head_office)
@@ -293,7 +307,7 @@ def test_a_site_that_states_too_little_is_found(small: tuple[Federation, Path]) 
     site = SITES[0]
 
     def change(bodies: list[dict[str, Any]]) -> None:
-        answered = bodies[2]["answered"]
+        answered = bodies[6]["answered"]  # the last round: nobody has signed for what comes after
         answered[site] = resign(answered[site], {"epsilon": 0.1}, federation.identities[site])
 
     lie(run, federation.head_office, change)
@@ -328,7 +342,7 @@ def test_a_statement_put_under_another_sites_name_or_round_is_found(small: tuple
     federation, run = small
 
     def swap(bodies: list[dict[str, Any]]) -> None:
-        bodies[1]["answered"][SITES[1]] = bodies[1]["answered"][SITES[0]]
+        bodies[2]["answered"][SITES[1]] = bodies[2]["answered"][SITES[0]]
 
     lie(run, federation.head_office, swap)
     assert "statements" in failing(run)
@@ -336,8 +350,8 @@ def test_a_statement_put_under_another_sites_name_or_round_is_found(small: tuple
 
 def test_a_round_left_out_by_head_office_is_found(small: tuple[Federation, Path]) -> None:
     federation, run = small
-    lie(run, federation.head_office, lambda bodies: bodies.pop(2) and None)
-    assert "rounds" in failing(run)
+    lie(run, federation.head_office, lambda bodies: bodies.pop(4) and None)
+    assert {"rounds", "countersigned"} <= failing(run)
 
 
 @pytest.mark.parametrize(("quorum", "found"), [(2, set()), (3, {"rounds"})])
@@ -402,7 +416,7 @@ def test_a_resumed_run_is_followed(small: tuple[Federation, Path]) -> None:
 
     def change(bodies: list[dict[str, Any]]) -> None:
         end = bodies.pop()
-        again = dict(bodies[3])
+        again = dict(bodies[6])
         bodies += [{"kind": "resumed", "round": 2, "adapter": f"{2:064x}"}, again, end]
 
     lie(run, federation.head_office, change)
@@ -439,9 +453,9 @@ def test_the_trade_off_of_a_full_batch_is_that_of_the_gaussian_mechanism() -> No
     assert risk.advantage == pytest.approx(2 * normal.cdf(1 / (2 * sigma)) - 1, abs=1e-3)
 
 
-@given(st.sampled_from([0.05, 0.2]), st.sampled_from([1.5, 3.0]), st.integers(1, 20))
-@settings(max_examples=6, deadline=None)
-def test_more_steps_never_help_the_defender(rate: float, noise: float, steps: int) -> None:
+def test_more_steps_never_help_the_defender() -> None:
+    rate, noise, steps = 0.2, 3.0, 4
+
     def at(count: int) -> tuple[float, float, list[float]]:
         events = [AccountingEvent(rate, noise, count)]
         cost = spent(events, DELTA)

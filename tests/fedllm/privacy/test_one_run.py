@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -36,13 +36,11 @@ def test_the_bound_is_what_the_vector_says(vector: dict[str, Any]) -> None:
     assert bound == pytest.approx(vector["eps_lower"], abs=VECTORS["tolerance"])
 
 
-@settings(max_examples=100)
 @given(audits, st.floats(0, 8), log_deltas)
 def test_the_p_value_is_that_of_the_theorem(audit: tuple[int, int, int], epsilon: float, delta: float) -> None:
     assert p_value(*audit, epsilon, delta) == pytest.approx(slow_p_value(*audit, epsilon, delta), rel=1e-9, abs=1e-12)
 
 
-@settings(max_examples=50)
 @given(audits, st.floats(0, 8), st.floats(0, 2), log_deltas)
 def test_what_is_refuted_stays_refuted_for_every_smaller_epsilon(
     audit: tuple[int, int, int], epsilon: float, less: float, delta: float
@@ -51,7 +49,6 @@ def test_what_is_refuted_stays_refuted_for_every_smaller_epsilon(
         assert p_value(*audit, max(0.0, epsilon - less), delta) < 1 - CONFIDENCE
 
 
-@settings(max_examples=50)
 @given(audits, log_deltas)
 def test_better_guesses_prove_more_and_a_larger_delta_less(audit: tuple[int, int, int], delta: float) -> None:
     m, r, v = audit

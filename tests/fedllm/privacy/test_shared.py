@@ -6,7 +6,7 @@ import math
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -118,7 +118,6 @@ def test_an_impossible_share_is_refused(std: float) -> None:
         rounded_normals(OsRandomness(), 3, std)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     sites=st.integers(1, 128), dropped=st.integers(0, 40), colluding=st.integers(0, 3),
     expected=st.floats(0.1, 1000), sigma=st.floats(0.3, 20),
@@ -172,7 +171,6 @@ def shared_of(sites: int, quorum: int, colluding: int) -> SharedMechanism:
     return SharedMechanism(MECHANISM, sites, quorum, colluding, 10.0)
 
 
-@settings(max_examples=300, deadline=None)
 @given(sites=st.integers(3, 128), data=st.data())
 def test_enough_noise_stays_in_the_worst_cases(sites: int, data: st.DataObject) -> None:
     """In units of a part, which are whole numbers: no rounding can hide a shortage."""
@@ -275,7 +273,6 @@ def test_what_a_site_gives_away_is_what_head_office_takes_off() -> None:
             shared.given_away(survivors)
 
 
-@settings(max_examples=100, deadline=None)
 @given(dimension=st.integers(1, 400), seed=st.integers(0, 2**32), lengths=st.floats(0.5, 100))
 def test_a_rounded_unit_never_passes_the_clip(dimension: int, seed: int, lengths: float) -> None:
     mechanism = SharedMechanism(MECHANISM, 8, 6, 1, 100.0)

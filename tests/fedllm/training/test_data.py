@@ -489,7 +489,7 @@ CLASSIFICATION: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("label", "index"), [("긍정", 0), ("부정", 1), ("3", 2), (3, 2)])
+@pytest.mark.parametrize(("label", "index"), [("긍정", 0), ("부정", 1), ("3", 2), (3, 2), (3.0, 2)])
 def test_a_label_becomes_its_place_in_the_declared_list(
     tokenizer: PreTrainedTokenizerFast, label: object, index: int
 ) -> None:
@@ -498,7 +498,7 @@ def test_a_label_becomes_its_place_in_the_declared_list(
     assert int(record.labels) == index
 
 
-@pytest.mark.parametrize("label", ["중립", "", None, "긍정 ", 0, 3.0, True])
+@pytest.mark.parametrize("label", ["중립", "", None, "긍정 ", 0, 3.5, True])
 def test_a_label_that_was_not_declared_is_a_data_error(tokenizer: PreTrainedTokenizerFast, label: object) -> None:
     with pytest.raises(DataError, match=r"record 5: label .* is not among model\.labels"):
         tokeniser(tokenizer, **CLASSIFICATION)({"text": "좋아요", "label": label}, 4)

@@ -1,0 +1,46 @@
+"""One form for what means the same: cells that identify somebody or something, and JSON that is signed."""
+
+import json
+import re
+import unicodedata
+from decimal import Decimal
+
+# Invisible without being control or format characters: joiners, fillers and selectors (Default_Ignorable_Code_Point of
+# Unicode's DerivedCoreProperties, as far as its categories do not say so already), and the empty Braille cell.
+_INVISIBLE = {
+    0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x2800, 0x3164, *range(0xFE00, 0xFE10), 0xFFA0,
+    *range(0xE0100, 0xE01F0),
+}  # fmt: skip
+# A number with a point or an exponent: what programs make of whole numbers in a column with a gap.
+_FLOAT = re.compile(r"[-+]?[0-9]{1,40}(\.[0-9]{0,40}([eE]\+?[0-9]{1,2})?|[eE]\+?[0-9]{1,2})")
+
+
+def canonical(value: object) -> str:
+    """Return the one spelling of a cell that identifies: a person, a site, a label, a column, a part of a record.
+
+    NFC; white space trimmed, and a single space within; no invisible characters; a float that is a whole number, also
+    one that is written out as text, as that number. Applied to its own result it changes nothing.
+    """
+    text = str(value)
+    if not text.isprintable() or not text.isascii():
+        text = text.translate({ord(sign): None for sign in set(text) if _is_invisible(sign)})
+        text = unicodedata.normalize("NFC", text)
+    text = " ".join(text.split())
+    if _FLOAT.fullmatch(text):
+        number = Decimal(text)
+        if number == number.to_integral_value():
+            return str(int(number))
+    return text
+
+
+def _is_invisible(sign: str) -> bool:
+    return ord(sign) in _INVISIBLE or (unicodedata.category(sign) in ("Cc", "Cf") and not sign.isspace())
+
+
+def canonical_json(content: object) -> bytes:
+    """Return the one form in which JSON is signed: keys sorted, no spaces, UTF-8.
+
+    Raises ValueError on what has none: a number that is not finite, or text that is not valid Unicode.
+    """
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()

@@ -1,0 +1,29 @@
+"""`make check` finds the tests of what has changed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import quick
+
+
+def test_a_changed_file_is_tested_by_its_mirror(tmp_path: Path) -> None:
+    tests = tmp_path / "tests" / "fedllm"
+    tests.mkdir(parents=True)
+    for name in ("test_chain.py", "test_chain_proof.py", "test_chained.py", "test_codec.py", "conftest.py"):
+        (tests / name).touch()
+
+    def found(*changed: str) -> list[str]:
+        return [path.name for path in quick.mirror(changed, tmp_path)]
+
+    assert found("fedllm/chain.py", "fedllm/no_tests.py", "docs/audit.md") == ["test_chain.py", "test_chain_proof.py"]
+    assert found("tests/fedllm/test_codec.py", "tests/fedllm/test_removed.py") == ["test_codec.py"]
+    assert len(found("tests/fedllm/conftest.py")) == 4
+    assert found("tests/conftest.py", "tests/deployment/test_docs.py") == []
+
+
+def test_what_would_start_a_process_is_skipped() -> None:
+    with pytest.raises(pytest.skip.Exception, match="starts a process"):
+        quick._no_process("subprocess.Popen", ([sys.executable],))
+    quick._no_process("open", ())
