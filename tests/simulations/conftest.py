@@ -82,7 +82,7 @@ def settings(tiny_llama: Path, records: Records) -> dict[str, Any]:
         "model": {"source": str(tiny_llama), "max_length": 32},
         "data": {
             "train": str(records.train), "heldout": str(records.heldout), "prompt": "{question}\n", "text": "{answer}",
-            "unit": "customer_id", "description": "generated", "samples": 2,
+            "unit": "customer_id", "description": "generated", "samples": 0,
         },
         "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
         "privacy": {

@@ -6,6 +6,7 @@ import fcntl
 import gc
 import json
 import math
+import pickle
 import shutil
 import struct
 import threading
@@ -46,6 +47,7 @@ from server.heads import HEADS, Heads
 from server.record import key_in
 from server.rounds import Event, Phase, RoundRecord
 from simulations.simulate import KEYS, simulate
+from tests.sharing import once
 
 Configure = Callable[..., SimulationConfig]
 
@@ -124,7 +126,7 @@ def _as_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
 def variants(
     tmp_path_factory: pytest.TempPathFactory, configure: Configure, rows: list[dict[str, Any]], tiny_bert: Path
 ) -> Callable[[str], Run]:
-    """Return a function that gives a finished run by the name of its variant, running it on first use."""
+    """Return a function that gives a finished run by the name of its variant, which runs once a test run."""
     folder = tmp_path_factory.mktemp("variants")
     tables = {"csv": _as_csv(folder / "train.csv", rows), "parquet": _as_parquet(folder / "train.parquet", rows)}
     by_topic = {"partition": {"by": "dirichlet", "column": "topic", "sites": 3, "alpha": 20.0}, "quorum": 1}
@@ -136,7 +138,7 @@ def variants(
         "federation": by_topic,
     }
     changes: dict[str, dict[str, Any]] = {
-        "person": {"privacy": {"noise_multiplier": None}},
+        "person": {"data": {"samples": 2}, "privacy": {"noise_multiplier": None}},
         "record": {
             "data": {"train": str(tables["csv"]), "prompt": None, "text": "{question} {answer}"},
             "adapter": {"train": "AB"},
@@ -154,15 +156,18 @@ def variants(
         "classes": {**classify, "data": {**classify["data"], "train": str(tables["csv"])}},
         "pooled": {**classify, "model": {**classify["model"], "pooling": "mean"}, **OFF},
     }
-    finished: dict[str, Run] = {}
 
     def get(name: str) -> Run:
-        if name not in finished:
+        def make(new: Path) -> None:
+            outputs = new.parent / "variants"  # beside it: a run knows where it lies, and cannot be moved
+            shutil.rmtree(outputs / name, ignore_errors=True)
             with warnings.catch_warnings():  # datasets 4 leaves a csv file open until it is collected
                 warnings.filterwarnings("ignore", "unclosed file .*csv", ResourceWarning)
-                finished[name] = run(configure(folder / "runs", name, **changes[name]))
+                (new / "run").write_bytes(pickle.dumps(run(configure(outputs, name, **changes[name]))))
                 gc.collect()
-        return finished[name]
+
+        finished: Run = pickle.loads((once(tmp_path_factory, f"variant-{name}", make) / "run").read_bytes())
+        return finished
 
     return get
 
@@ -497,14 +502,18 @@ def resumed(config: SimulationConfig, **changes: Any) -> SimulationConfig:
     return parse(SimulationConfig, {**json.loads(config.model_dump_json()), "resume": True, **changes})
 
 
-@pytest.mark.parametrize("privacy", ["off", "local"])
+@pytest.mark.parametrize(
+    ("privacy", "stops"),
+    [("off", (1, 4, 7, 13, 18)), ("local", (4, 18))],  # base, within round 1, after it, after 2, within 3
+)
 def test_a_resumed_run_of_real_sites_is_charged_and_ends_as_if_it_had_not_stopped(
-    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, privacy: str
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, privacy: str, stops: tuple[int, ...]
 ) -> None:
     without_plots(monkeypatch)
-    whole = run(configure(tmp_path, "whole", privacy={"mode": privacy}))
-    for number, events in enumerate((1, 4, 7, 13, 18)):  # base, within round 1, after it, after 2, within 3
-        config = configure(tmp_path, f"stopped-{number}", privacy={"mode": privacy})
+    changes: dict[str, Any] = {"privacy": {"mode": privacy}, "training": {"local_steps": 1}}
+    whole = run(configure(tmp_path, "whole", **changes))
+    for number, events in enumerate(stops):
+        config = configure(tmp_path, f"stopped-{number}", **changes)
         run_until(config, events)
         done = run(resumed(config))
         assert [line["round"] for line in done.metrics()] == [0, 1, 2, 3]
