@@ -317,7 +317,7 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "text for a weight": (["federation.weights={busan: heavy}"], ["federation.weights.busan='heavy'"]),
     "word for targets": (["adapter.targets=q_proj"], ["adapter.targets"]),
     # impossible values
-    "negative epsilon": (["privacy.epsilon=-1"], ["privacy.epsilon=-1", "greater than 0"]),
+    "negative epsilon": (["privacy.epsilon=-1"], ["privacy.epsilon=-1", "greater than or equal to"]),
     "infinite epsilon": (["privacy.epsilon=inf"], ["privacy.epsilon", "finite"]),
     "NaN epsilon": (["privacy.epsilon=nan"], ["privacy.epsilon", "finite"]),
     "huge epsilon": (["privacy.epsilon=1e400"], ["privacy.epsilon", "finite"]),
