@@ -44,7 +44,7 @@ from fedllm.messages import (
     pack,
     unpack,
 )
-from fedllm.plan import RunPlan
+from fedllm.plan import MAX_START, RunPlan
 from fedllm.privacy.ledger import DataSet, PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
@@ -192,7 +192,7 @@ class Site:
             mask = from_bytes(asked, MaskRequest, MaskRequest)
             if mask.round != request.round:
                 raise MessageError(f"masks of round={mask.round} in a request of round={request.round}")
-        start = codec.decode(payload, "float32", spec.dimension)
+        start = codec.decode(payload, "float32", spec.dimension, MAX_START)
         fingerprint = hashlib.sha256(plan.digest.encode() + request.round.to_bytes(8, "big") + request.payload)
 
         # The charge is on disk before a record enters anything whose result leaves the site. A round that was released
@@ -238,7 +238,8 @@ class Site:
         source = self._randomness(plan, request.round)
         parts = (workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch)
         if mask is not None:
-            payload = pack(*self._shared(plan).mask(plan, mask, *shared_step(*parts)))
+            task = request.task(codec.encode(start, "float32"))
+            payload = pack(*self._shared(plan).mask(plan, mask, task, *shared_step(*parts)))
         else:
             delta = train_round(*parts, stop)
             try:
