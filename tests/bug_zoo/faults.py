@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import client.records
 import client.site
 import fedllm.training.data
 import server.checkpoint
@@ -442,12 +443,13 @@ def one_person_under_two_spellings(patch: Patch) -> None:
 
 
 def cap_on_records_ignored(patch: Patch) -> None:
-    honest = fedllm.training.data.build_units
+    honest = client.records._Cut.__init__
 
-    def faulty(table: Any, tokeniser: Any, unit: str | None, cap: int) -> Any:
-        return honest(table, tokeniser, unit, 10**6)
+    def faulty(self: Any, groups: Any, plan: Any) -> None:
+        honest(self, groups, plan)
+        self._cap = 10**6
 
-    patch.setattr(fedllm.training.data, "build_units", faulty)
+    patch.setattr(client.records._Cut, "__init__", faulty)
 
 
 # ---- noise in shares -------------------------------------------------------------------------------------------------
@@ -472,8 +474,8 @@ def one_site_more_than_there_is(patch: Patch) -> None:
 
 
 def surplus_from_the_same_seeds(patch: Patch) -> None:
-    honest = shared_noise._Keyed.__init__
-    patch.setattr(shared_noise._Keyed, "__init__", lambda self, seed: honest(self, "5a" * 32))
+    honest = shared_noise._keyed
+    patch.setattr(shared_noise, "_keyed", lambda _: honest("5a" * 32))
 
 
 def shares_from_a_seed(patch: Patch) -> None:

@@ -521,7 +521,9 @@ def test_a_label_that_is_not_declared_is_refused(federate: Any, tiny_bert: Path)
     refused(result, "'visa'", "record 3", "model.labels", "train.jsonl")  # in a simulation the user may see why
 
 
-def test_records_without_a_person_are_named_before_the_first_round(federate: Any, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_records_without_a_person_are_named_before_the_first_round(
+    federate: Any, tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
     holes = [{**row, "customer_id": None if row["branch"] == "busan" else row["customer_id"]} for row in rows]
     result = federate(data={"train": str(jsonl(tmp_path / "x.jsonl", holes))})
     refused(result, "busan", "record", "customer_id")
