@@ -90,7 +90,8 @@ def run(config: SimulationConfig) -> Run:
     seen: dict[str, Any] = {}
     events: list[Event] = []
 
-    def announce(plan: RunPlan, names: list[str]) -> None:
+    def announce(plan: RunPlan, names: list[str], trained: object) -> None:
+        del trained
         seen.update(plan=plan, names=names)
 
     return Run(config, simulate(config, announce, events.append), events, **seen)
@@ -492,7 +493,7 @@ def run_until(config: SimulationConfig, events: int) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        simulate(config, lambda plan, names: None, observe)
+        simulate(config, lambda *_: None, observe)
     for thread in threading.enumerate():  # kill -9 leaves no site at work
         if thread.name.startswith("node-"):
             thread.join()
