@@ -270,7 +270,8 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float
     with np.errstate(all="ignore"):  # with little noise it is infinite, or not a number, at some orders
         accountant.compose(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)))
     step: NDArray[np.float64] = np.asarray(accountant._rdp)  # it offers no other way to what it computed
-    return np.where(np.isnan(step), np.inf, step)
+    # It grows with the order, so where it could not be computed, what it is at a higher order is an upper bound.
+    return np.minimum.accumulate(np.where(np.isnan(step), np.inf, step)[::-1])[::-1]
 
 
 @lru_cache(maxsize=256)

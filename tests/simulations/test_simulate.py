@@ -47,6 +47,7 @@ from server.heads import HEADS, Heads
 from server.record import key_in
 from server.rounds import Event, Phase, RoundRecord
 from simulations.simulate import KEYS, simulate
+from tests.fedllm.privacy.budgets import for_several_plans
 from tests.sharing import once
 
 Configure = Callable[..., SimulationConfig]
@@ -817,7 +818,7 @@ def test_budget_belongs_to_the_records_whichever_head_office_asks(
     privacy = configure(tmp_path).privacy
     assert privacy.noise_multiplier is not None
     event = AccountingEvent(privacy.sampling_rate, privacy.noise_multiplier, 1)
-    budget = spent([event] * 5, privacy.delta).epsilon_rdp
+    budget = for_several_plans([event] * 5, privacy.delta)
     assert not lasting("seoul", "first", 2, budget).summary.stopped
     assert not lasting("busan", "second", 2, budget).summary.stopped
     third = lasting("seoul", "third", 3, budget, audit=True)
@@ -829,7 +830,7 @@ def test_budget_belongs_to_the_records_whichever_head_office_asks(
     audit, _ = verify(third.folder / "audit", Trust.read(third.folder / KEYS))
     assert audit.verdict == "within"
     assert len({point.run for point in audit.timeline}) == 3, "what was spent for others is in the report"
-    assert all(site.left == pytest.approx(0, abs=budget / 5) for site in audit.sites)
+    assert all(0 <= (site.left or 0) < budget / 2 for site in audit.sites)  # by PLD; the gate counts more
     keys = {key_in(tmp_path / place).public for place in ("seoul/first", "busan/second")}
     assert len(keys) == 2
 
