@@ -306,7 +306,7 @@ def test_a_page_of_another_layout_is_held_against_its_signature_alone(
         write_audit(audited.run, tmp_path / "audit", [("audit", "en")], signer=signer)
     trust = Trust.read(audited.federation.write_trust(tmp_path / "keys.txt"))
     _, left = bundle.verify(tmp_path / "audit", trust)
-    assert "audit.html: made by other versions, so only its signature was checked" in left
+    assert any(line.startswith("audit.html") and "made by other versions" in line for line in left)
     assert re.fullmatch(r"\S+ [0-9a-f]{8} matplotlib \S+ jinja2 \S+ fonttools \S+", report.renderer())
 
 
