@@ -6,14 +6,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from fedllm.cli import _SIMULATE_HELP
+import fedllm
+from fedllm.cli import _SIMULATE_HELP, app
 from fedllm.cli_settings import compose, validate
 from fedllm.plan import SimulationConfig
 from tests.simulations.conftest import CommandsHere
@@ -133,6 +137,17 @@ main()
     first, then = done.stdout.splitlines()
     assert first == "loading PyTorch and Transformers ..."
     assert then.startswith("NOW")
+
+
+def test_the_last_line_counts_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imports and report included, not the rounds alone."""
+    told: list[float] = []
+    monkeypatch.setattr(fedllm, "BEGAN", time.monotonic() - 1_000_000)
+    monkeypatch.setattr("simulations.simulate.simulate", lambda *_: SimpleNamespace(stopped=""))
+    monkeypatch.setattr("simulations.screen.Screen.summarise", lambda self, summary, seconds: told.append(seconds))
+    done = CliRunner().invoke(app, ["simulate", "federation.backend=ray"])  # which starts no process before the run
+    assert done.exit_code == 0, done.output
+    assert told[0] >= 1_000_000
 
 
 def test_without_a_command_the_help_is_shown(fedllm: Any) -> None:
