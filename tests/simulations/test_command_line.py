@@ -16,7 +16,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import fedllm
+import fedllm as package
 from fedllm.cli import _SIMULATE_HELP, app
 from fedllm.cli_settings import compose, validate
 from fedllm.plan import SimulationConfig
@@ -142,7 +142,7 @@ main()
 def test_the_last_line_counts_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Imports and report included, not the rounds alone."""
     told: list[float] = []
-    monkeypatch.setattr(fedllm, "BEGAN", time.monotonic() - 1_000_000)
+    monkeypatch.setattr(package, "BEGAN", time.monotonic() - 1_000_000)
     monkeypatch.setattr("simulations.simulate.simulate", lambda *_: SimpleNamespace(stopped=""))
     monkeypatch.setattr("simulations.screen.Screen.summarise", lambda self, summary, seconds: told.append(seconds))
     done = CliRunner().invoke(app, ["simulate", "federation.backend=ray"])  # which starts no process before the run
