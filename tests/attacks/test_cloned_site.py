@@ -1,6 +1,6 @@
 """Attack: a running site is copied, and both copies mask a vector with the same secrets: the difference is not masked.
 
-Stopped, where the copy can tell: secrets are forgotten in another process, start of a machine or virtual machine.
+Stopped where the copy can tell: secrets are forgotten in another process, start of a machine or virtual machine.
 """
 
 import os

@@ -263,7 +263,7 @@ class Offices:
         policy = SitePolicy(epsilon=1e6, delta=1e-3, min_units=1.0, self_check=False)
         identity = self.identities[name]
         self.sites[name] = Site(
-            name, policy, self.ledgers[name], lambda: identity, lambda _: self.workspace, Loader, 8,
+            name, policy, self.ledgers[name], lambda: identity, lambda _: self.workspace, Loader(), 8,
             lambda _: self.roster,
         )  # fmt: skip
 

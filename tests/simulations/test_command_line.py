@@ -145,7 +145,7 @@ def test_the_last_line_counts_from_the_start_of_the_process(monkeypatch: pytest.
     monkeypatch.setattr(package, "BEGAN", time.monotonic() - 1_000_000)
     monkeypatch.setattr("simulations.simulate.simulate", lambda *_: SimpleNamespace(stopped=""))
     monkeypatch.setattr("simulations.screen.Screen.summarise", lambda self, summary, seconds: told.append(seconds))
-    done = CliRunner().invoke(app, ["simulate", "federation.backend=ray"])  # which starts no process before the run
+    done = CliRunner().invoke(app, ["simulate", "federation.processes=1"])  # which starts no process before the run
     assert done.exit_code == 0, done.output
     assert told[0] >= 1_000_000
 

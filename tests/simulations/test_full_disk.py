@@ -43,7 +43,8 @@ def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_once_there_is_room(
     assert result.code == 1
     for words in ("Traceback", "Logging error", "FEDLLM_TRACEBACK"):
         assert words not in result.text
-    assert "\nerror cannot write " in f"\n{result.error}"
+    assert f"\n{result.error}".count("\nerror ") == 1  # a site's last words may come between
+    assert "cannot write " in result.error
     assert "No space left on device" in result.error
     assert "Free some space, then continue with resume=true." in result.error
     small_disk(50_000)

@@ -57,9 +57,9 @@ def test_what_cannot_be_read_is_declined_in_a_process_of_its_own_too(workers: Wo
 
 
 def test_a_process_that_was_killed_is_an_error_that_says_what_to_do(workers: Workers) -> None:
-    (process,) = psutil.Process().children(recursive=True)[-1:]
+    ((_, _, process),) = workers._workers
     process.kill()
-    process.wait(60)
+    process.join()
     with pytest.raises(FederationError, match=r"Was it killed for memory\? Lower federation\.processes"):
         workers.handle(0, b"")
 
