@@ -203,8 +203,11 @@ class Coordinator:
         A round's adapter is evaluated beside the next round. Raises QuorumLost, after everything so far is on disk,
         where too few sites are left to go on.
         """
-        with ThreadPoolExecutor(1, "evaluation") as self._evaluation:
+        self._evaluation = ThreadPoolExecutor(1, "evaluation")
+        try:
             self._run(grid, channel or PlainChannel(grid))
+        finally:  # whoever tells a run to end does not wait for an evaluation
+            self._evaluation.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, grid: Grid, channel: Channel) -> None:
         if not self.records:
