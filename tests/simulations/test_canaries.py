@@ -90,7 +90,7 @@ def test_nothing_of_a_record_crosses_the_grid(
     monkeypatch.setattr(InProcessGrid, "pull_messages", pull)
     monkeypatch.setattr(Site, "handle", handle)
     config = configure(tmp_path, data={"train": str(marked)}, privacy={"mode": mode}, training={"rounds": 4})
-    summary = simulate(config, lambda plan, names: None, lambda event: None)
+    summary = simulate(config, lambda *_: None, lambda event: None)
     assert summary.records[-1]["failed"], "a site has met the error"
     assert len(crossed) > 80
     assert [form for data in crossed for form in found_in(data)] == []

@@ -1,6 +1,5 @@
 """Noise in shares: the federation trains as one pooled trainer would, and head office reads nothing but sums."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,8 +122,7 @@ def test_the_federation_trains_as_one_pooled_trainer_would(tmp_path: Path, confi
     assert bound < 1e-3 * np.abs(expected - start).max()
 
 
-def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "weasyprint", None)  # PDFs take longer than all else here
+def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, without_pdfs: None) -> None:
     done = run(configure(tmp_path, audit=True, **SHARED))
     assert done.plan.quorum == 3, "two thirds of four sites"
     audit, _ = verify(done.folder / "audit", Trust.read(done.folder / KEYS))

@@ -1,6 +1,5 @@
 """A whole federation on one machine: what it leaves behind, and what it promises about it."""
 
-import contextlib
 import csv
 import fcntl
 import gc
@@ -31,7 +30,6 @@ import fedllm.privacy.accounting
 import fedllm.training.workspace
 import server.run
 from client.site import Site
-from fedllm.audit import bundle
 from fedllm.audit.bundle import verify
 from fedllm.audit.evidence import Trust
 from fedllm.audit.summary import RunSummary
@@ -47,6 +45,7 @@ from server.heads import HEADS, Heads
 from server.record import key_in
 from server.rounds import Event, Phase, RoundRecord
 from simulations.simulate import KEYS, simulate
+from tests.fedllm.privacy.budgets import for_several_plans
 from tests.sharing import once
 
 Configure = Callable[..., SimulationConfig]
@@ -90,7 +89,7 @@ def run(config: SimulationConfig) -> Run:
     seen: dict[str, Any] = {}
     events: list[Event] = []
 
-    def announce(plan: RunPlan, names: list[str]) -> None:
+    def announce(plan: RunPlan, names: list[str], _: object) -> None:
         seen.update(plan=plan, names=names)
 
     return Run(config, simulate(config, announce, events.append), events, **seen)
@@ -492,7 +491,7 @@ def run_until(config: SimulationConfig, events: int) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        simulate(config, lambda plan, names: None, observe)
+        simulate(config, lambda *_: None, observe)
     for thread in threading.enumerate():  # kill -9 leaves no site at work
         if thread.name.startswith("node-"):
             thread.join()
@@ -794,29 +793,30 @@ def test_a_lost_ledger_ends_the_run(tmp_path: Path, configure: Configure, monkey
 # ---- sites that outlive a run ----------------------------------------------------------------------------------------
 
 
+NOISE = 2.0
+
+
 @pytest.fixture
 def lasting(tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """Return a function that runs so many rounds for a head office, at sites that keep their folders."""
     without_plots(monkeypatch)
 
-    def start(head_office: str, name: str, rounds: int, epsilon: float = 100.0, **more: Any) -> Run:
-        site = {"folder": str(tmp_path / "offices"), "epsilon": epsilon}
-        training = {"rounds": rounds, "local_steps": 1}
-        return run(configure(tmp_path / head_office, name, training=training, site=site, **more))
+    def start(head_office: str, name: str, rounds: int, epsilon: float = 8.0, **more: Any) -> Run:
+        changes = {
+            "privacy": {"noise_multiplier": NOISE}, "training": {"rounds": rounds, "local_steps": 1},
+            "site": {"folder": str(tmp_path / "offices"), "epsilon": epsilon},
+        }  # fmt: skip
+        return run(configure(tmp_path / head_office, name, **changes, **more))
 
     return start
 
 
 @pytest.mark.slow
 def test_budget_belongs_to_the_records_whichever_head_office_asks(
-    tmp_path: Path, configure: Configure, lasting: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, configure: Configure, lasting: Callable[..., Run], without_pdfs: None
 ) -> None:
-    monkeypatch.setattr(bundle, "renderer", contextlib.nullcontext)  # PDFs take longer than all else here
-    monkeypatch.setattr(bundle, "rendered", lambda page: b"%PDF-")
     privacy = configure(tmp_path).privacy
-    assert privacy.noise_multiplier is not None
-    event = AccountingEvent(privacy.sampling_rate, privacy.noise_multiplier, 1)
-    budget = spent([event] * 5, privacy.delta).epsilon_rdp
+    budget = for_several_plans([AccountingEvent(privacy.sampling_rate, NOISE, 1)] * 5, privacy.delta)
     assert not lasting("seoul", "first", 2, budget).summary.stopped
     assert not lasting("busan", "second", 2, budget).summary.stopped
     third = lasting("seoul", "third", 3, budget, audit=True)
