@@ -63,17 +63,18 @@ class Masks:
             self._of(plan).check(request)
 
     def mask(
-        self, plan: RunPlan, request: MaskRequest, vector: NDArray[np.uint32], seeds: Sequence[str]
+        self, plan: RunPlan, request: MaskRequest, task: str, vector: NDArray[np.uint32], seeds: Sequence[str]
     ) -> tuple[bytes, bytes]:
         """Return the masked vector uint32[d] as a message, and this site's secrets of the next round, dealt out.
 
-        `seeds` are those of the noise in it that may turn out as surplus.
+        `task` is the digest of what the vector was computed from; `seeds` are of the noise in it that may turn out
+        as surplus.
         """
         member, shared = self._of(plan), plan.shared
         if shared is None:
             raise MessageError(f"privacy.mode={plan.privacy.mode} has no noise in shares")
         with _judged():
-            masked = member.mask(request, vector, lambda u: tuple(seeds[k] for k in shared.given_away(u)))
+            masked = member.mask(request, task, vector, lambda u: tuple(seeds[k] for k in shared.given_away(u)))
             following: Shares | None = None
             if request.round < plan.training.rounds:
                 following = member.share(ShareRequest(context=request.context, round=request.round + 1, joins=()))

@@ -61,7 +61,7 @@ from fedllm.messages import (
     pack,
     unpack,
 )
-from fedllm.plan import RunPlan
+from fedllm.plan import MAX_START, RunPlan
 from fedllm.privacy.accounting import PrivacySpent
 from fedllm.privacy.ledger import DataSet, PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace
@@ -241,7 +241,7 @@ class Site:
             mask = from_bytes(asked, MaskRequest, MaskRequest)
             if mask.round != request.round:
                 raise MessageError(f"masks of round={mask.round} in a request of round={request.round}")
-        start = codec.decode(payload, "float32", spec.dimension)
+        start = codec.decode(payload, "float32", spec.dimension, MAX_START)
         fingerprint = hashlib.sha256(plan.digest.encode() + request.round.to_bytes(8, "big") + request.payload)
 
         # The charge is on disk before a record enters anything whose result leaves the site. A round that was released
@@ -300,7 +300,8 @@ class Site:
         parts = (workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch)
         try:
             if mask is not None:
-                return pack(*self._shared(plan).mask(plan, mask, *shared_step(*parts, own_coins)))
+                task = request.task(codec.encode(start, "float32"))
+                return pack(*self._shared(plan).mask(plan, mask, task, *shared_step(*parts, own_coins)))
             delta = train_round(*parts, stop, own_coins)
             try:
                 return codec.encode(delta.astype(np.float32), plan.training.wire)

@@ -1,5 +1,6 @@
 """Flat float vectors to bytes and back: little-endian float32 or float16, nothing else on the wire."""
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -29,12 +30,14 @@ def encode(vector: NDArray[np.float32], dtype: WireDtype) -> bytes:
     return bytes(encoded.tobytes())
 
 
-def decode(data: bytes, dtype: WireDtype, dimension: int) -> NDArray[np.float32]:
-    """Decode float32[dimension]; raises MessageError on a wrong length or a value that is not finite."""
+def decode(data: bytes, dtype: WireDtype, dimension: int, largest: float = math.inf) -> NDArray[np.float32]:
+    """Decode float32[dimension]; raises MessageError on a wrong length, or a value not finite or beyond +-`largest`."""
     expected = dimension * _NUMPY[dtype].itemsize
     if len(data) != expected:
         raise MessageError(f"expected {expected} bytes for {dimension} values of {dtype}, found {len(data)}")
     vector = np.frombuffer(data, dtype=_NUMPY[dtype]).astype(np.float32)
     if not np.isfinite(vector).all():
         raise MessageError("the vector holds NaN or infinite values")
+    if (found := float(np.max(np.abs(vector), initial=0))) > largest:
+        raise MessageError(f"the vector holds a value of magnitude {found:.3g}, expected {largest:g} at most")
     return vector

@@ -4,12 +4,14 @@ A frame is MAGIC, the length of the header (uint32, big endian), the header (UTF
 rest. Hostile or damaged bytes raise MessageError and nothing else.
 """
 
+import hashlib
 import json
 from typing import Annotated, ClassVar, Literal, TypeVar, overload
 
 from pydantic import Field, ValidationError
 
 from fedllm.codec import WireDtype
+from fedllm.delta import digest_of
 from fedllm.errors import MessageError
 from fedllm.plan import MAX_HOLDERS, MAX_ROUNDS, MAX_SITES, Frozen, RunPlan
 
@@ -106,6 +108,11 @@ class TrainRequest(Message):
     spec_digest: Digest
     head: LedgerHead | None  # None: nothing was seen yet
     begun: RoundBegun
+
+    def task(self, adapter: bytes) -> str:
+        """Return the digest, 64 hex, of what is the same for all sites of a round; `adapter` is of the payload."""
+        begun, start = self.begun.model_dump(), hashlib.sha256(adapter).hexdigest()
+        return digest_of([self.plan.digest, self.round, self.spec_digest, begun, start])
 
 
 class TrainReply(Message):
@@ -227,6 +234,7 @@ class UnmaskRequest(_OfRound):
     """Head office: these sites uploaded, and those that dealt but did not upload dropped out."""
 
     KIND: ClassVar[str] = "secagg-unmask"
+    common: Hex32  # digest of what all of them were asked for
     survivors: Names
     dropped: Names
 

@@ -28,6 +28,9 @@ MAX_HOLDERS = 512  # sites of one secure aggregation
 MAX_SITES = 5_000  # of a federation: their roster fits the header of a message
 MAX_ROUNDS = 1_000_000
 MAX_STEPS = 1_000_000  # of a whole run: as far as the accountants were tried
+# magnitude of a value that a round starts from: far beyond what training finds in an adapter, and products of three
+# layers of them still have squares in float32
+MAX_START = 1e4
 
 
 class Frozen(BaseModel):

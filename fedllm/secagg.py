@@ -33,6 +33,14 @@ then do not cancel, or only within one group of at least t - c honest sites), an
 one opens anything of the other: the digest is part of every key and signature). The signatures on a list with dropouts
 are for the sites: t of them prove that no other list can have enough, before the first mask key is given away.
 
+**Why one request a round.** Head office chooses what every site computes from. If it sent one site the true adapter
+and the others one at which nothing is learned, the sum would be that site's vector alone (Pasquini et al., "Eluding
+Secure Aggregation in Federated Learning via Model Inconsistency", CCS 2022). So what is common to all sites of a round
+(`common_digest`: the task, with plan, start values and record, and what was dealt) is part of every mask's key, of the
+signatures on the list of survivors, and of what is revealed. Sites that were asked for different things are to each
+other like sites with different participants: only a group of at least t, with colluders, that was asked for one and the
+same can be opened, and it is summed by itself.
+
 **Why state in memory.** Whatever a site holds for a round dies with its process: a restart is a dropout. It cannot be
 made to answer twice, for nothing is left to answer with; its new share key is not in the old list of joins. From the
 next round on it takes part again with a new Join.
@@ -73,7 +81,7 @@ from fedllm.plan import MAX_HOLDERS, least_quorum
 
 SEALED = 2 * shamir.SHARE + 16  # bytes: a share of the seed, one of the mask key, and the tag
 _WORD = np.dtype("<u4")
-_DOMAIN = b"fedllm secure aggregation v1"
+_DOMAIN = b"fedllm secure aggregation v2"  # v1 had no `common_digest`
 
 Vector = NDArray[np.uint32]
 Surplus = Callable[[int], tuple[str, ...]]  # what a site reveals of its own beside shares, by the number of survivors
@@ -226,7 +234,7 @@ def _dealing_document(circle: Circle, number: int, site: str, key: bytes, commit
 
 def _claim_document(circle: Circle, request: UnmaskRequest) -> bytes:
     listed = request.survivors + request.dropped
-    return circle.document("survivors", request.round, len(request.survivors), *listed)
+    return circle.document("survivors", request.round, request.common, len(request.survivors), *listed)
 
 
 def _document(label: str, *parts: str | bytes | int) -> bytes:
@@ -254,14 +262,20 @@ def _commitment(circle: Circle, number: int, site: str, seed: int) -> bytes:
     return crypto.derive(seed.to_bytes(32, "big"), circle.document("commitment", number, site))
 
 
-def _self_mask_key(circle: Circle, number: int, site: str, seed: int) -> bytes:
-    return crypto.derive(seed.to_bytes(32, "big"), circle.document("self mask", number, site))
+def common_digest(circle: Circle, number: int, task: str, dealings: Iterable[Dealing]) -> str:
+    """Return the digest of what is the same for all sites of a round: `task` is that of what they compute, 64 hex."""
+    dealt = ((each.site, each.key, each.commitment, each.signature) for each in dealings)
+    return _digest(circle.document("common", number, task, *(part for row in dealt for part in row)))
 
 
-def _pair_mask_key(circle: Circle, number: int, own: str, key: AgreementKey, peer: Dealing) -> bytes:
+def _self_mask_key(circle: Circle, number: int, common: str, site: str, seed: int) -> bytes:
+    return crypto.derive(seed.to_bytes(32, "big"), circle.document("self mask", number, common, site))
+
+
+def _pair_mask_key(circle: Circle, number: int, common: str, own: str, key: AgreementKey, peer: Dealing) -> bytes:
     """Return the key of the mask between two sites; raises CryptoError on a peer's key of small order."""
     secret = key.agree(bytes.fromhex(peer.key))
-    return crypto.derive(secret, circle.document("pair mask", number, *sorted((own, peer.site))))
+    return crypto.derive(secret, circle.document("pair mask", number, common, *sorted((own, peer.site))))
 
 
 def _seal_key(circle: Circle, number: int, agreed: bytes, sender: str, receiver: str, dealing: bytes) -> bytes:
@@ -298,7 +312,8 @@ class _Round:
     key: AgreementKey
     shares: Shares  # as sent
     own: tuple[bytes, bytes]  # its own shares of seed and mask key
-    asked: str | None = None  # digest of the one vector and participants that were masked
+    asked: str | None = None  # digest of the one vector, task and participants that were masked
+    common: str = ""  # `common_digest` of that
     held: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # every participant's shares of seed and key
     pair_keys: dict[str, bytes] = field(default_factory=dict)  # of the masks shared with every other participant
     claim: UnmaskRequest | None = None  # the one list of survivors
@@ -347,9 +362,10 @@ class Member:
         self._rounds[number] = state
         return state.shares
 
-    def mask(self, request: MaskRequest, vector_d: Vector, surplus: Surplus = lambda _: ()) -> Masked:
+    def mask(self, request: MaskRequest, task: str, vector_d: Vector, surplus: Surplus = lambda _: ()) -> Masked:
         """Open the shares that are meant for this site, and mask uint32[d]. Raises MessageError and PrivacyError.
 
+        `task` is the digest of what the vector was computed from, 64 hex: masks cancel among sites with the same.
         `surplus` is revealed with the shares, for the round's one list.
 
         A share that does not open implicates its dealer or head office, which passed it on: take the dealer out of the
@@ -359,17 +375,18 @@ class Member:
         if vector_d.dtype != np.uint32 or vector_d.ndim != 1:
             raise ConfigError(f"expected a flat vector of uint32, found {vector_d.dtype} of shape={vector_d.shape}")
         total_d = np.array(vector_d, _WORD)
-        asked = _digest(request.to_bytes() + hashlib.sha256(total_d.data).digest())
+        common = common_digest(state.circle, state.number, task, request.dealings)
+        asked = _digest(common.encode() + request.to_bytes() + hashlib.sha256(total_d.data).digest())
         if state.asked is None:
-            state.held, state.pair_keys = self._open(state, request)
-            state.asked, state.surplus = asked, surplus
+            state.held, state.pair_keys = self._open(state, request, common)
+            state.asked, state.common, state.surplus = asked, common, surplus
         elif state.asked != asked:
             raise PrivacyError(
-                f"round {request.round}: site={self.site!r} has masked another vector, or for other sites. A round has "
-                "one upload: go on with the next round."
+                f"round {request.round}: site={self.site!r} has masked another vector, or for other sites or another "
+                "request. A round has one upload: go on with the next round."
             )
         circle, number = state.circle, state.number
-        _add_mask(total_d, _self_mask_key(circle, number, self.site, state.seed), 1)
+        _add_mask(total_d, _self_mask_key(circle, number, state.common, self.site, state.seed), 1)
         for peer, key in state.pair_keys.items():
             _add_mask(total_d, key, _sign(circle, self.site, peer))
         return Masked(
@@ -381,7 +398,7 @@ class Member:
         state = self._state(request)
         if state.asked is not None:
             raise PrivacyError(f"round {request.round}: site={self.site!r} has masked a vector already")
-        self._open(state, request)
+        self._open(state, request, "")
 
     def unmask(self, request: UnmaskRequest) -> Consent | Reveal:
         """Answer the round's list of survivors: with shares of seeds where nobody dropped out, or with a signature.
@@ -397,6 +414,11 @@ class Member:
                 "both together would open an update. This site answers the first one only."
             )
         check_claim(self.terms, request, state.held)
+        if request.common != state.common:
+            raise PrivacyError(
+                f"round {request.round}: the list of survivors is for another request than the one site={self.site!r} "
+                "answered. All sites of a round must be sent the same start values, plan and participants."
+            )
         if self.site not in request.survivors:
             raise PrivacyError(f"round {request.round}: site={self.site!r} is said to have dropped out, yet is asked")
         answer = None if request.dropped else _reveal(state, self.site, request)
@@ -501,7 +523,9 @@ class Member:
         seed_share, key_share = pairs[circle.place[self.site] - 1]
         return _Round(circle, agreed, number, seed, key, shares, (seed_share, key_share))
 
-    def _open(self, state: _Round, request: MaskRequest) -> tuple[dict[str, tuple[bytes, bytes]], dict[str, bytes]]:
+    def _open(
+        self, state: _Round, request: MaskRequest, common: str
+    ) -> tuple[dict[str, tuple[bytes, bytes]], dict[str, bytes]]:
         """Check what the participants dealt; return the shares for this site, and the keys of pairwise masks."""
         circle, number = state.circle, state.number
         dealings = {dealing.site: dealing for dealing in request.dealings}
@@ -526,7 +550,7 @@ class Member:
                 pair = crypto.open_once(
                     _seal_key(circle, number, state.agreed[name], name, self.site, signed), sealed, signed
                 )
-                pair_keys[name] = _pair_mask_key(circle, number, self.site, state.key, dealing)
+                pair_keys[name] = _pair_mask_key(circle, number, common, self.site, state.key, dealing)
             except CryptoError as error:
                 raise MessageError(
                     f"round {number}: what site={name!r} dealt to site={self.site!r} cannot be used ({error}): that "
@@ -605,12 +629,12 @@ def _sealed_to(circle: Circle, shares: Shares, site: str) -> bytes:
 
 
 def unmask_request(
-    circle: Circle, number: int, participants: Iterable[str], survivors: Collection[str]
+    circle: Circle, number: int, common: str, participants: Iterable[str], survivors: Collection[str]
 ) -> UnmaskRequest:
-    """Return the round's list; whether enough survived is for `check_claim` to say."""
+    """Return the round's list, for what was asked (`common_digest`); `check_claim` says whether enough survived."""
     names = sorted(participants)
     return UnmaskRequest(
-        context=circle.terms.context, round=number, joins=circle.digest,
+        context=circle.terms.context, round=number, joins=circle.digest, common=common,
         survivors=tuple(name for name in names if name in survivors),
         dropped=tuple(name for name in names if name not in survivors),
     )  # fmt: skip
@@ -671,7 +695,7 @@ def unmask(
     belong here (see the `check_` functions, which take answers one by one), QuorumLost on fewer than t reveals, and
     FederationError where a secret cannot be put together.
     """
-    threshold, number = circle.terms.threshold, claim.round
+    threshold, number, common = circle.terms.threshold, claim.round, claim.common
     check_claim(circle.terms, claim, dealt)
     if set(uploads) != set(claim.survivors):
         raise FederationError(f"round {number}: uploads and survivors differ. Only sites that uploaded can survive.")
@@ -696,12 +720,12 @@ def unmask(
         shares = [_share_at(answers[holder], index) for holder in holders]
         if dealer in survivors:
             seed, wrong = _recover(circle, holders, shares, dealer, _seed_check(circle, number, dealing))
-            _add_mask(total_d, _self_mask_key(circle, number, dealer, seed), -1)
+            _add_mask(total_d, _self_mask_key(circle, number, common, dealer, seed), -1)
         else:
             scalar, wrong = _recover(circle, holders, shares, dealer, _scalar_check(dealing))
             key = AgreementKey.from_scalar(scalar)
             for site in claim.survivors:
-                pair = _pair_mask_key(circle, number, dealer, key, dealt[site].dealing)
+                pair = _pair_mask_key(circle, number, common, dealer, key, dealt[site].dealing)
                 _add_mask(total_d, pair, -_sign(circle, site, dealer))
         doubtful += [(holder, dealer) for holder in wrong]
     return Unmasked(total_d, tuple(doubtful))

@@ -109,21 +109,25 @@ class Masks:
             self._dealt[site] = shares
         return upload
 
-    def step(self, number: int, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.float32], int]:
+    def step(self, number: int, task: str, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.float32], int]:
         """Return the step float32[d] that the sum of the uploads says, and from how many sites surplus noise is off.
 
-        The sum is the first thing that can be read; it is divided by public numbers: survivors, and the units that are
-        expected of each. Raises FedllmError where it stays closed.
+        `task` is the digest of what all were asked for. The sum is the first thing that can be read; it is divided by
+        public numbers: survivors, and the units that are expected of each. Raises FedllmError where it stays closed.
         """
-        total, trimmed = self._unmask(number, uploads, ask)
+        total, trimmed = self._unmask(number, task, uploads, ask)
         gradient = self._shared.decode(total) / (len(uploads) * self._plan.expected_units)
         step = -self._plan.training.learning_rate * gradient
         return step.astype(np.float32), trimmed
 
-    def _unmask(self, number: int, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.uint32], int]:
+    def _unmask(
+        self, number: int, task: str, uploads: Mapping[str, Masked], ask: Ask
+    ) -> tuple[NDArray[np.uint32], int]:
         """Return the sum of the uploads, uint32[d], and from how many of them surplus noise was taken off."""
         circle, threshold = self._at(number), self._plan.quorum
-        claim = secagg.unmask_request(circle, number, self._participants, uploads)
+        dealings = (self._participants[site].dealing for site in sorted(self._participants))
+        common = secagg.common_digest(circle, number, task, dealings)
+        claim = secagg.unmask_request(circle, number, common, self._participants, uploads)
         secagg.check_claim(self._terms, claim, self._participants)
         consents: list[Consent] = []
         reveals: list[Reveal] = []

@@ -26,14 +26,13 @@ from fedllm.messages import (
     Prepare,
     Ready,
     Reason,
-    RoundBegun,
     TrainReply,
     TrainRequest,
     from_bytes,
     pack,
     unpack,
 )
-from fedllm.plan import QuorumConfig, RunPlan
+from fedllm.plan import MAX_START, QuorumConfig, RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.statement import open_statement, update_digest
 from server.aggregate import public_shares, weighted_mean
@@ -252,9 +251,13 @@ class Coordinator:
         self._check_quorum(number, len(nodes), declined, failed)
         asked = [self._site_of_node[n] for n in nodes]
         self._observe(RoundStarted(number, asked))
-        requests = self._requests(nodes, number, masking, self._record.begin_round(number, asked))
+        common = TrainRequest(
+            plan=self._plan, round=number, spec_digest=self._spec.digest, head=None,
+            begun=self._record.begin_round(number, asked), payload=codec.encode(self.adapter, "float32"),
+        )  # fmt: skip
+        requests = self._requests(nodes, common, masking)
         updates, replies = self._collect(grid, channel, number, requests, declined, failed)
-        delta, trimmed, lost = self._aggregate(grid, channel, number, updates)
+        delta, trimmed, lost = self._aggregate(grid, channel, common, updates)
         if all(declined.get(site) in _UNCHARGED for site in asked):
             lost = ""  # nobody has paid for anything
         self._charge(replies, declined, failed, number, set(asked), delta is not None)
@@ -293,8 +296,11 @@ class Coordinator:
         shares = public_shares(updates, self._federation.weights)
         deviation = self._plan.noise_std(shares.values(), trimmed)
         after = self._optimizer.step(delta, (number - 1) / self._plan.training.rounds, deviation)
-        if not np.isfinite(after).all():
-            raise ModelError(f"round {number}: the adapter is not finite: training diverged. Lower the learning rates.")
+        if not (np.abs(after) <= MAX_START).all():  # nor is NaN
+            raise ModelError(
+                f"round {number}: the adapter is not finite, or a value is beyond {MAX_START:g}: training diverged. "
+                "Lower the learning rates."
+            )
         self._finish(
             RoundRecord(
                 round=number,
@@ -377,7 +383,7 @@ class Coordinator:
         return updates, replies
 
     def _aggregate(
-        self, grid: Grid, channel: Channel, number: int, updates: Mapping[str, NDArray[np.float32] | Masked]
+        self, grid: Grid, channel: Channel, common: TrainRequest, updates: Mapping[str, NDArray[np.float32] | Masked]
     ) -> tuple[NDArray[np.float32] | None, int, str]:
         """Return the step float32[d] that the updates say together, None where they are too few.
 
@@ -391,7 +397,8 @@ class Coordinator:
             return None, 0, f"{len(updates)} sites answered, federation.quorum={self._quorum}."
         try:
             uploads = cast(Mapping[str, Masked], updates)
-            return *self._masks.step(number, uploads, self._asker(grid, channel, number)), ""
+            number, task = common.round, common.task(common.payload)
+            return *self._masks.step(number, task, uploads, self._asker(grid, channel, number)), ""
         except FedllmError as error:
             return None, 0, str(error)
 
@@ -535,26 +542,25 @@ class Coordinator:
             return self._masks.read(site, number, *unpack(reply.payload, 2))
         return codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
 
-    def _requests(
-        self, nodes: list[int], number: int, masking: Mapping[str, bytes], begun: RoundBegun
-    ) -> dict[int, bytes]:
+    def _requests(self, nodes: list[int], common: TrainRequest, masking: Mapping[str, bytes]) -> dict[int, bytes]:
         """Return the request of a round to each node, with the last that is known of its site's ledger, in any run.
 
-        `masking` is what secure aggregation asks of each site, empty where there is none; they sign for `begun`.
+        `common` is what they all are asked for; `masking` what secure aggregation asks of each site, empty where there
+        is none.
         """
-        payload = codec.encode(self.adapter, "float32")
         self._known = self._heads.read() if self._heads is not None else {}
         for site, state in self.sites.items():
             if state.head_number > (self._known[site].number if site in self._known else -1):
                 self._known[site] = LedgerHead(number=state.head_number, digest=state.head_digest)
         return {
-            node: TrainRequest(
-                plan=self._plan, round=number, spec_digest=self._spec.digest,
-                head=self._known.get(self._site_of_node[node]), begun=begun,
-                payload=pack(payload, masking[self._site_of_node[node]]) if masking else payload,
+            node: common.model_copy(
+                update={
+                    "head": self._known.get(site := self._site_of_node[node]),
+                    "payload": pack(common.payload, masking[site]) if masking else common.payload,
+                }
             ).to_bytes()
             for node in nodes
-        }  # fmt: skip
+        }
 
     def _check_statement(
         self, reply: TrainReply, before: SiteState, signers: tuple[PublicIdentity, ...] | None, size: int

@@ -32,13 +32,30 @@ def this_moment() -> Moment:
     return Moment(time.time(), boot, time.clock_gettime(_COUNT))
 
 
-def unexplained(first: Moment, seen: float, now: Moment) -> float:
-    """Return the seconds by which the clock has gone ahead of the evidence; 0 where it has not.
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of the time: the first look in a start of the machine, and the latest time that was believed."""
 
-    `first` was taken in the start of the machine in which the clock was last looked at, `seen` is what it said then.
-    """
-    if now.boot == first.boot and now.count >= first.count:
-        ahead, permitted = (now.clock - first.clock) - (now.count - first.count), _CORRECTION
-    else:
-        ahead, permitted = now.clock - seen - now.count, _OFF
-    return ahead if ahead > permitted else 0.0
+    first: Moment
+    seen: float
+
+    def at_least(self, now: Moment) -> float:
+        """Return the time that it is at the least, whatever the clock says."""
+        return max(self.seen, self._counted(now))
+
+    def unexplained(self, now: Moment) -> float:
+        """Return the seconds by which the clock has gone ahead; 0 where it has not, or by no more than it may."""
+        ahead = now.clock - self._counted(now)  # from the first look: corrections do not add up
+        return ahead if ahead > (_CORRECTION if self._same_start(now) else _OFF) else 0.0
+
+    def after(self, now: Moment) -> "Evidence":
+        """Return what is known once the clock was believed `now`."""
+        return Evidence(self.first if self._same_start(now) else now, max(self.at_least(now), now.clock))
+
+    def _counted(self, now: Moment) -> float:
+        if self._same_start(now):
+            return self.first.clock + (now.count - self.first.count)
+        return self.seen + now.count
+
+    def _same_start(self, now: Moment) -> bool:
+        return now.boot == self.first.boot and now.count >= self.first.count

@@ -26,7 +26,6 @@ import math
 import os
 import sqlite3
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -38,8 +37,8 @@ from fedllm.canonical import canonical
 from fedllm.chain import Head, make_entry, open_entry, read_chain
 from fedllm.crypto import Identity, PublicIdentity, random_bytes
 from fedllm.errors import BudgetExceeded, ChainError, CryptoError, LedgerError, PrivacyError
-from fedllm.privacy import elapsed
 from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, fits, spent
+from fedllm.privacy.elapsed import Evidence, Moment, this_moment
 from fedllm.privacy.ledger_place import (
     BEFORE,
     SITE,
@@ -96,7 +95,7 @@ CREATE TABLE clock (                    -- fedllm.privacy.elapsed: of this start
     clock REAL NOT NULL,
     boot TEXT NOT NULL,
     count REAL NOT NULL,
-    seen REAL NOT NULL                  -- when the clock was last looked at
+    seen REAL NOT NULL                  -- the latest time that was believed
 );
 """
 _HASH = 16  # bytes of a member's hash
@@ -721,9 +720,14 @@ def _note(db: sqlite3.Connection, kind: str, body: dict[str, Any], signer: Ident
 
 
 def _now(db: sqlite3.Connection) -> float:
-    """Return the time, never before that of the last entry: a clock that goes backwards frees nothing."""
-    last = db.execute("SELECT max(reserved_at) FROM entry").fetchone()[0]
-    return max(time.time(), last or 0.0)
+    """Return the time, never before that of the last entry or of the evidence: a clock that goes back frees nothing."""
+    last, evidence, now = db.execute("SELECT max(reserved_at) FROM entry").fetchone()[0], _evidence(db), this_moment()
+    return max(now.clock, last or 0.0, evidence.at_least(now) if evidence is not None else 0.0)
+
+
+def _evidence(db: sqlite3.Connection) -> Evidence | None:
+    row = db.execute("SELECT clock, boot, count, seen FROM clock").fetchone()
+    return None if row is None else Evidence(Moment(*row[:3]), row[3])
 
 
 def _look_at_clock(db: sqlite3.Connection, believe: bool = False) -> float:
@@ -731,15 +735,17 @@ def _look_at_clock(db: sqlite3.Connection, believe: bool = False) -> float:
 
     `believe` takes the clock as it is.
     """
-    now = elapsed.this_moment()
-    row = db.execute("SELECT clock, boot, count, seen FROM clock").fetchone()
-    first = None if row is None else elapsed.Moment(*row[:3])
-    ahead = 0.0 if first is None or believe else elapsed.unexplained(first, row[3], now)
+    now, known = this_moment(), _evidence(db)
+    if known is None or believe:
+        known = Evidence(now, now.clock)
+    ahead = known.unexplained(now)
     if not ahead:
-        anew = believe or first is None or first.boot != now.boot or now.count < first.count
-        start = now if anew or first is None else first
+        after = known.after(now)
         db.execute("DELETE FROM clock")
-        db.execute("INSERT INTO clock VALUES (?, ?, ?, ?)", (start.clock, start.boot, start.count, now.clock))
+        db.execute(
+            "INSERT INTO clock VALUES (?, ?, ?, ?)",
+            (after.first.clock, after.first.boot, after.first.count, after.seen),
+        )
     return ahead
 
 

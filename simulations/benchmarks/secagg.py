@@ -127,8 +127,10 @@ class Federation:
         for name in stay:
             member = self.members[name]
             asked = server(partial(secagg.mask_request, self.circle, self.round, dealt, name))
-            uploads[name] = ask(member, asked, partial(member.mask, vector_d=inputs[name]))
-        claim = secagg.unmask_request(self.circle, self.round, dealt, uploads)
+            uploads[name] = ask(member, asked, partial(member.mask, task=self.terms.plan, vector_d=inputs[name]))
+        dealings = [dealt[name].dealing for name in sorted(dealt)]
+        common = server(partial(secagg.common_digest, self.circle, self.round, self.terms.plan, dealings))
+        claim = secagg.unmask_request(self.circle, self.round, common, dealt, uploads)
         answers: list[Any] = [ask(self.members[name], claim, self.members[name].unmask) for name in stay]
         if gone:
             consents = [answer for answer in answers if isinstance(answer, Consent)]

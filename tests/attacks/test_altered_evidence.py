@@ -1,4 +1,7 @@
-"""Head office alters evidence that is its own to write: plan, metrics, other sites' ledgers."""
+"""Attack: head office alters evidence that is its own to write: plan, metrics, other sites' ledgers.
+
+Stopped by `fedllm audit verify`: every file is compared with what the sites have signed.
+"""
 
 import json
 import shutil

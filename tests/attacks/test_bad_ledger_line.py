@@ -1,4 +1,7 @@
-"""One line of one site's ledger must neither stop everybody's report nor keep it waiting."""
+"""Attack: one line of one site's ledger stops everybody's report, or keeps it waiting for ever.
+
+Stopped by the plan's ranges, which hold in evidence too, and by bounded work: the line is a finding about its site.
+"""
 
 import base64
 import json

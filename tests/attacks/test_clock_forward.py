@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fedllm.privacy.ledger
 from client.doctor import check
 from fedllm.errors import BudgetExceeded, LedgerError
-from fedllm.privacy import elapsed
-from fedllm.privacy.elapsed import Moment, unexplained
+from fedllm.privacy.elapsed import Evidence, Moment, this_moment
 from fedllm.privacy.ledger import Period
 from tests.attacks.ledgers import DELTA, EVENT, Branch
 from tests.fedllm.privacy.budgets import for_several_plans
@@ -27,8 +27,7 @@ class Machine:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.clock, self.count, self.boot = time.time(), 1000.0, ID
-        patch.setattr(elapsed, "this_moment", lambda: Moment(self.clock, self.boot, self.count))
-        patch.setattr(time, "time", lambda: self.clock)
+        patch.setattr(fedllm.privacy.ledger, "this_moment", lambda: Moment(self.clock, self.boot, self.count))
 
     def runs(self, days: float) -> None:
         self.clock, self.count = self.clock + days * DAY, self.count + days * DAY
@@ -40,6 +39,20 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
+
+
+def test_a_clock_that_is_set_back_while_it_is_charged_frees_nothing_later(branch: Branch, machine: Machine) -> None:
+    """The charge would be of long ago, once the clock is right again."""
+    ledger = branch.open(PERIOD)
+    ledger.check("first", EVENT)
+    machine.runs(100)
+    ledger.file.look_at_clock()
+    machine.clock -= 40 * DAY
+    ledger.file.look_at_clock()
+    ledger.reserve("first", 1, "request", EVENT)
+    machine.clock += 40 * DAY
+    with pytest.raises(BudgetExceeded):
+        ledger.reserve("second", 1, "request", EVENT)
 
 
 @pytest.mark.parametrize("days", [0.1, 1, 31, 400])
@@ -124,7 +137,9 @@ def test_within_a_start_only_a_correction_of_an_hour_is_believed(
     clock: float, count: float, passed: float, jump: float
 ) -> None:
     now = Moment(clock + passed + jump, ID, count + passed)
-    found = unexplained(Moment(clock, ID, count), clock, now)
+    known = Evidence(Moment(clock, ID, count), clock)
+    found = known.unexplained(now)
+    assert known.at_least(now) == pytest.approx(clock + passed)
     assert (found > 0) == (jump > 3600) or abs(jump - 3600) < 1
     assert found == 0 or found == pytest.approx(jump, abs=1)
 
@@ -132,11 +147,12 @@ def test_within_a_start_only_a_correction_of_an_hour_is_believed(
 @given(TIMES, TIMES, TIMES)
 def test_over_a_restart_three_days_off_are_believed(seen: float, off: float, up: float) -> None:
     now = Moment(seen + off + up, "another", up)
-    found = unexplained(Moment(seen, ID, 5.0), seen, now)
+    known = Evidence(Moment(seen, ID, 1e9), seen)
+    found = known.unexplained(now)
+    assert seen <= known.at_least(now) <= max(now.clock, seen) + 1
     assert (found > 0) == (off > 3 * DAY) or abs(off - 3 * DAY) < 1
 
 
 def test_this_machine_counts() -> None:
-    first = elapsed.this_moment()
-    second = elapsed.this_moment()
+    first, second = this_moment(), this_moment()
     assert (first.boot, first.count <= second.count, first.count > 0) == (second.boot, True, True)

@@ -1,4 +1,7 @@
-"""Head office leaves a site out of record, metrics and ledgers, after the fact: the costliest, say."""
+"""Attack: head office leaves a site out of record, metrics and ledgers, after the fact: the costliest, say.
+
+Stopped by the countersignatures of all other sites, and by the reader's keys: each must be there, or named as absent.
+"""
 
 import json
 from collections.abc import Callable

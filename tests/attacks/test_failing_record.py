@@ -1,4 +1,8 @@
-"""Head office plants, or hopes for, a record on which the site fails, and watches what becomes of the round."""
+"""Attack: head office plants, or hopes for, a record on which the site fails, and watches what becomes of the round.
+
+Stopped by the engine: a unit that fails counts zero, and nobody else's part changes. After any other fault while
+records are used the site is silent until its owner acts.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

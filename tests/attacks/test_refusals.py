@@ -1,7 +1,8 @@
-"""Head office asks until it is refused, and learns from the refusal whether a record is there.
+"""Attack: head office asks until it is refused, and learns from the refusal whether a record is there.
 
-Two data sets that differ in one record, chosen to make trouble: every question must be answered by the same bytes,
-but for the noised payload that was paid for. The questions draw every code of a refusal that there is.
+Stopped by the declaration: no answer but a charged one looks at a record. Two data sets that differ in one record,
+chosen to make trouble: every question is answered by the same bytes, but for the noised payload that was paid for. The
+questions draw every code of a refusal that there is.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""Head office gives up on a round again and again, and times how long the site is busy with it."""
+"""Attack: head office gives up on a round again and again, and times how long the site is busy with it.
+
+Stopped by fixed coins, and by answers that leave at multiples of policy.reply_quantum.
+"""
 
 import threading
 from pathlib import Path

@@ -48,6 +48,7 @@ from fedllm.statement import Statement, open_statement, update_digest
 from fedllm.training import self_check
 from fedllm.training.data import Record, Unit
 from fedllm.training.workspace import Workspace, open_workspace
+from tests.fedllm.privacy.budgets import for_several_plans
 
 SECRET = "Hong-Gildong-8210-4242"  # stands for everything that must not leave a site
 NAME = "대구 지점"
@@ -254,8 +255,8 @@ def test_a_round_gives_an_update_of_the_planned_form(office: Office) -> None:
 
 @pytest.mark.parametrize("name", ["", "x" * 201, "\ud800"], ids=["empty", "too long", "lone surrogate"])
 def test_a_name_that_no_message_can_carry_is_refused_when_the_site_is_made(tmp_path: Path, name: str) -> None:
+    place = LedgerPlace(tmp_path / "ledger.db", tmp_path / "ledger.anchor")
     with pytest.raises(ConfigError, match="name"):
-        place = LedgerPlace(tmp_path / "ledger.db", tmp_path / "ledger.anchor")
         Site(name, SitePolicy(1.0, 1e-5, 1), place, lambda: IDENTITY, None, Loader(), 8)  # type: ignore[arg-type]
 
 
@@ -305,7 +306,7 @@ def test_a_period_has_a_budget_of_its_own_by_rdp(
 ) -> None:
     plan = make_plan()
     event = plan.mechanism.event(plan.training.local_steps)
-    period = Period(days=30, epsilon=spent([event] * 2, 1e-3).epsilon_rdp)
+    period = Period(days=30, epsilon=for_several_plans([event] * 2, 1e-3))
     office = Office(tmp_path, plan, epsilon=100.0, period=period)
     for round_ in (1, 2):
         assert isinstance(office.train(round_), TrainReply)

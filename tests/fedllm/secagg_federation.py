@@ -20,6 +20,7 @@ from fedllm import secagg
 from fedllm.crypto import Identity
 from fedllm.messages import (
     Consent,
+    Dealing,
     Join,
     Masked,
     MaskRequest,
@@ -32,7 +33,7 @@ from fedllm.messages import (
     from_bytes,
 )
 
-PLAN, SESSION = "a1" * 32, "b2" * 32
+PLAN, SESSION, TASK = "a1" * 32, "b2" * 32, "c3" * 32
 VECTORS = Path(__file__).parents[1] / "vectors" / "secagg.json"
 KINDS: tuple[type[Message], ...] = (
     Join, ShareRequest, Shares, MaskRequest, Masked, UnmaskRequest, Consent, RevealRequest, Reveal,
@@ -82,6 +83,8 @@ class Federation:
         )
         self.members = {name: secagg.Member(self.terms, name, self.identities[name]) for name in names(n)}
         self.circle = secagg.make_circle(self.terms, [wire(m.join).join for m in self.members.values()])
+        self.tasks = dict.fromkeys(self.members, TASK)  # what each site is asked to compute
+        self._dealt: dict[tuple[int, str], Dealing] = {}  # the newest, by round and site
 
     def share_request(self, number: int, *, repeat: bool = False) -> ShareRequest:
         joins = () if repeat else self.circle.joins
@@ -93,7 +96,13 @@ class Federation:
         for site in self.members if sites is None else sites:
             dealt[site] = wire(self.members[site].share(wire(self.share_request(number))))
             secagg.check_shares(self.circle, number, dealt[site])
+            self._dealt[number, site] = dealt[site].dealing
         return dealt
+
+    def common(self, number: int, participants: Collection[str], task: str = TASK) -> str:
+        """Return the digest of what is common to participants, those left out that never dealt."""
+        dealings = [self._dealt[number, site] for site in sorted(participants) if (number, site) in self._dealt]
+        return secagg.common_digest(self.circle, number, task, dealings)
 
     def mask_request(self, number: int, dealt: Mapping[str, Shares], site: str) -> MaskRequest:
         return wire(secagg.mask_request(self.circle, number, dealt, site))
@@ -101,12 +110,15 @@ class Federation:
     def mask(self, number: int, dealt: Mapping[str, Shares], vectors: Mapping[str, Vector]) -> dict[str, Masked]:
         """Return the uploads of the sites in `vectors`."""
         return {
-            site: wire(self.members[site].mask(self.mask_request(number, dealt, site), vector))
+            site: wire(self.members[site].mask(self.mask_request(number, dealt, site), self.tasks[site], vector))
             for site, vector in vectors.items()
         }
 
-    def claim(self, number: int, participants: Collection[str], survivors: Collection[str]) -> UnmaskRequest:
-        return wire(secagg.unmask_request(self.circle, number, participants, survivors))
+    def claim(
+        self, number: int, participants: Collection[str], survivors: Collection[str], task: str = TASK
+    ) -> UnmaskRequest:
+        common = self.common(number, participants, task)
+        return wire(secagg.unmask_request(self.circle, number, common, participants, survivors))
 
     def consents(self, claim: UnmaskRequest, sites: Collection[str]) -> list[Consent]:
         answers = [wire(self.members[site].unmask(claim)) for site in sites]

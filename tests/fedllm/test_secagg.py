@@ -17,7 +17,7 @@ from scipy.stats import chi2
 from fedllm import crypto, secagg
 from fedllm.errors import FederationError, FedllmError, MessageError, PrivacyError, QuorumLost
 from fedllm.messages import Masked, Reveal, Signed
-from tests.fedllm.secagg_federation import Federation, identity_of, random_vectors, total, wire
+from tests.fedllm.secagg_federation import TASK, Federation, identity_of, random_vectors, total, wire
 
 FALSE_ALARM = 1e-10  # of each statistical test, two-sided; all of them together stay below 1e-9
 NEVER, BEFORE_SHARE, BEFORE_MASK, BEFORE_UNMASK, BEFORE_REVEAL = range(5)
@@ -266,7 +266,7 @@ def test_an_upload_and_every_partial_sum_are_uniform() -> None:
     without_pairs, without_own = uploads[sites[0]].copy(), uploads[sites[0]].copy()
     for peer, key in state.pair_keys.items():
         secagg._add_mask(without_pairs, key, -1 if sites[0] < peer else 1)
-    own = secagg._self_mask_key(federation.circle, 1, sites[0], state.seed)
+    own = secagg._self_mask_key(federation.circle, 1, state.common, sites[0], state.seed)
     secagg._add_mask(without_own, own, -1)
     assert looks_uniform(without_pairs)
     assert looks_uniform(without_own)
@@ -311,7 +311,7 @@ def test_a_site_never_reveals_both_secrets_of_a_peer(data: st.DataObject) -> Non
     dealt = {number: federation.share(number, sites[1:]) for number in (1, 2)}
     if data.draw(st.booleans()):  # half of the searches start where there is something to reveal
         dealt[1][victim] = member.share(federation.share_request(1))
-        member.mask(federation.mask_request(1, dealt[1], victim), vectors[victim])
+        member.mask(federation.mask_request(1, dealt[1], victim), TASK, vectors[victim])
     revealed: dict[tuple[int, str], set[bytes]] = defaultdict(set)
     claims = []
     for _ in range(data.draw(st.integers(6, 25))):
@@ -327,7 +327,7 @@ def test_a_site_never_reveals_both_secrets_of_a_peer(data: st.DataObject) -> Non
                 if data.draw(st.booleans()):
                     members = {name: members[name] for name in members if name in present}
                 member.mask(
-                    federation.mask_request(number, members, victim), vectors[data.draw(st.sampled_from(sites))]
+                    federation.mask_request(number, members, victim), TASK, vectors[data.draw(st.sampled_from(sites))]
                 )
             elif step == "unmask":
                 everybody = data.draw(st.sampled_from([sites, present]))

@@ -16,6 +16,7 @@ from fedllm.privacy.shared import SharedMechanism
 from tests.fedllm.secagg_federation import (
     PLAN,
     SESSION,
+    TASK,
     Federation,
     Vector,
     identity_of,
@@ -83,7 +84,7 @@ def test_forged_mask_key_without_a_signature(five: Federation) -> None:
     old = five.share(1)[B].dealing
     for forged in (old.model_copy(update={"key": "ab" * 32}), old.model_copy(update={"commitment": "ab" * 32})):
         with pytest.raises(MessageError, match=f"{B}.*not its own"):
-            five.members[A].mask(dealing_request(five, forged), np.zeros(4, np.uint32))
+            five.members[A].mask(dealing_request(five, forged), TASK, np.zeros(4, np.uint32))
 
 
 @pytest.mark.parametrize("signer", ["outsider", C])
@@ -94,7 +95,7 @@ def test_forged_mask_key_signed_by_somebody_else(five: Federation, signer: str) 
         site=B, key=key.hex(), commitment=commitment.hex(), signature=identity_of(signer).sign(document).hex()
     )
     with pytest.raises(MessageError, match=f"{B}.*not its own"):
-        five.members[A].mask(dealing_request(five, forged), np.zeros(4, np.uint32))
+        five.members[A].mask(dealing_request(five, forged), TASK, np.zeros(4, np.uint32))
 
 
 def test_own_mask_key_substituted(five: Federation) -> None:
@@ -103,7 +104,7 @@ def test_own_mask_key_substituted(five: Federation) -> None:
         site=A, key="ab" * 32, commitment="cd" * 32, signature=five.identities[A].sign(document).hex()
     )  # as if the site's signing key had leaked
     with pytest.raises(MessageError, match=f"{A}.*missing, or was altered"):
-        five.members[A].mask(dealing_request(five, forged), np.zeros(4, np.uint32))
+        five.members[A].mask(dealing_request(five, forged), TASK, np.zeros(4, np.uint32))
 
 
 def test_one_key_for_two_sites(five: Federation) -> None:
@@ -122,7 +123,7 @@ def test_one_mask_key_for_two_sites(five: Federation) -> None:
         site=C, key=key.hex(), commitment=commitment.hex(), signature=five.identities[C].sign(document).hex()
     )
     with pytest.raises(MessageError, match="or a site or key twice"):
-        five.members[A].mask(dealing_request(five, copied), np.zeros(4, np.uint32))
+        five.members[A].mask(dealing_request(five, copied), TASK, np.zeros(4, np.uint32))
 
 
 def test_sites_with_different_rosters_do_not_aggregate_together(five: Federation) -> None:
@@ -151,7 +152,7 @@ def test_a_mask_key_that_protects_nothing(five: Federation) -> None:
     document = secagg._dealing_document(five.circle, 1, B, bytes(32), b"\xcd" * 32)
     weak = Dealing(site=B, key="00" * 32, commitment="cd" * 32, signature=five.identities[B].sign(document).hex())
     with pytest.raises(MessageError, match=B):
-        five.members[A].mask(dealing_request(five, weak), np.zeros(4, np.uint32))
+        five.members[A].mask(dealing_request(five, weak), TASK, np.zeros(4, np.uint32))
     shares = five.share(1)[B].model_copy(update={"dealing": weak})
     with pytest.raises(MessageError, match=f"{B}.*small order"):
         secagg.check_shares(five.circle, 1, shares)
@@ -186,7 +187,7 @@ def test_a_participant_that_has_not_joined() -> None:
         update={"dealings": (*request.dealings, stranger), "payload": request.payload + bytes(secagg.SEALED)}
     )
     with pytest.raises(MessageError, match=f"{E}.*has not joined"):
-        federation.members[A].mask(request, np.zeros(4, np.uint32))
+        federation.members[A].mask(request, TASK, np.zeros(4, np.uint32))
 
 
 def test_the_same_site_twice(five: Federation) -> None:
@@ -218,7 +219,7 @@ def test_too_few_participants(five: Federation) -> None:
     dealt = five.share(1)
     request = five.mask_request(1, {name: dealt[name] for name in (A, B)}, A)
     with pytest.raises(PrivacyError, match="2 participants, expected at least the threshold of 3"):
-        five.members[A].mask(request, np.zeros(4, np.uint32))
+        five.members[A].mask(request, TASK, np.zeros(4, np.uint32))
 
 
 def test_a_site_whose_identity_is_not_the_one_on_its_roster(five: Federation) -> None:
@@ -234,7 +235,7 @@ def test_shares_of_an_earlier_round(five: Federation) -> None:
     new = five.share(2)
     mixed = five.mask_request(2, {**new, B: old[B]}, A)
     with pytest.raises(MessageError, match=f"{B}.*not for round 2"):
-        five.members[A].mask(mixed, np.zeros(4, np.uint32))
+        five.members[A].mask(mixed, TASK, np.zeros(4, np.uint32))
     with pytest.raises(MessageError, match="another session, round"):
         secagg.check_shares(five.circle, 2, old[B])
 
@@ -244,7 +245,7 @@ def test_sealed_shares_of_an_earlier_round(five: Federation) -> None:
     payload = five.mask_request(1, old, A).payload
     with pytest.raises(MessageError, match=f"{B}.*cannot be used"):
         five.members[A].mask(
-            five.mask_request(2, new, A).model_copy(update={"payload": payload}), np.zeros(4, np.uint32)
+            five.mask_request(2, new, A).model_copy(update={"payload": payload}), TASK, np.zeros(4, np.uint32)
         )
 
 
@@ -266,8 +267,8 @@ def test_a_round_cannot_be_dealt_again(five: Federation) -> None:
     assert again.dealing.key != dealt[A].dealing.key
     assert again.dealing.commitment != dealt[A].dealing.commitment
     with pytest.raises(MessageError, match="other joins"):
-        five.members[A].mask(five.mask_request(5, dealt, A), vectors[A])
-    five.members[B].mask(five.mask_request(5, dealt, B), vectors[B])
+        five.members[A].mask(five.mask_request(5, dealt, A), TASK, vectors[A])
+    five.members[B].mask(five.mask_request(5, dealt, B), TASK, vectors[B])
     with pytest.raises(PrivacyError, match="deals a round out once"):
         five.members[B].share(fewer)
 
@@ -313,10 +314,10 @@ def test_messages_of_another_session_plan_or_threshold(five: Federation, other: 
     dealt = five.share(1)
     foreign = elsewhere.share(1)
     with pytest.raises(MessageError, match="another plan"):
-        five.members[A].mask(elsewhere.mask_request(1, foreign, A), np.zeros(4, np.uint32))
+        five.members[A].mask(elsewhere.mask_request(1, foreign, A), TASK, np.zeros(4, np.uint32))
     dressed = five.mask_request(1, {**dealt, B: foreign[B]}, A)
     with pytest.raises(MessageError, match=f"{B}.*not its own"):
-        five.members[A].mask(dressed, np.zeros(4, np.uint32))
+        five.members[A].mask(dressed, TASK, np.zeros(4, np.uint32))
 
 
 def test_two_lists_of_joins(five: Federation) -> None:
@@ -330,9 +331,9 @@ def test_two_lists_of_joins(five: Federation) -> None:
         site: five.members[site].share(five.share_request(1).model_copy(update={"joins": fewer})) for site in (A, B)
     }
     with pytest.raises(MessageError, match="other joins"):
-        five.members[C].mask(secagg.mask_request(small, 1, {**theirs, C: dealt[C]}, C), np.zeros(4, np.uint32))
+        five.members[C].mask(secagg.mask_request(small, 1, {**theirs, C: dealt[C]}, C), TASK, np.zeros(4, np.uint32))
     with pytest.raises(MessageError, match=f"{A}.*not its own"):
-        five.members[C].mask(five.mask_request(1, {**dealt, A: theirs[A]}, C), np.zeros(4, np.uint32))
+        five.members[C].mask(five.mask_request(1, {**dealt, A: theirs[A]}, C), TASK, np.zeros(4, np.uint32))
 
 
 # ---- sealed shares and uploads ---------------------------------------------------------------------------------------
@@ -346,9 +347,9 @@ def test_a_tampered_sealed_share(five: Federation, byte: int) -> None:
     payload[secagg.SEALED + byte] ^= 1  # the second peer's
     vector = np.zeros(DIMENSION, np.uint32)
     with pytest.raises(MessageError, match=f"{C}.*Leave that site out"):
-        five.members[A].mask(request.model_copy(update={"payload": bytes(payload)}), vector)
+        five.members[A].mask(request.model_copy(update={"payload": bytes(payload)}), TASK, vector)
     del dealt[C]  # nothing was released: the round goes on without that site
-    assert five.members[A].mask(five.mask_request(1, dealt, A), vector)
+    assert five.members[A].mask(five.mask_request(1, dealt, A), TASK, vector)
 
 
 def test_sealed_shares_exchanged_between_sites(five: Federation) -> None:
@@ -356,12 +357,12 @@ def test_sealed_shares_exchanged_between_sites(five: Federation) -> None:
     payload = five.mask_request(1, dealt, B).payload  # sealed to B, given to A
     with pytest.raises(MessageError, match="cannot be used"):
         five.members[A].mask(
-            five.mask_request(1, dealt, A).model_copy(update={"payload": payload}), np.zeros(4, np.uint32)
+            five.mask_request(1, dealt, A).model_copy(update={"payload": payload}), TASK, np.zeros(4, np.uint32)
         )
     for wrong in (payload[:-1], payload + b"0", b""):
         with pytest.raises(MessageError, match="bytes of sealed shares"):
             five.members[A].mask(
-                five.mask_request(1, dealt, A).model_copy(update={"payload": wrong}), np.zeros(4, np.uint32)
+                five.mask_request(1, dealt, A).model_copy(update={"payload": wrong}), TASK, np.zeros(4, np.uint32)
             )
 
 
@@ -382,12 +383,12 @@ def test_a_masked_upload_of_another_length(five: Federation) -> None:
 def test_another_vector_or_other_participants_in_one_round(five: Federation) -> None:
     vectors, dealt = vectors_of(five), five.share(1)
     request = five.mask_request(1, dealt, A)
-    five.members[A].mask(request, vectors[A])
+    five.members[A].mask(request, TASK, vectors[A])
     with pytest.raises(PrivacyError, match="A round has one upload"):
-        five.members[A].mask(request, vectors[A] + np.uint32(1))
+        five.members[A].mask(request, TASK, vectors[A] + np.uint32(1))
     fewer = five.mask_request(1, {name: dealt[name] for name in (A, B, C)}, A)
     with pytest.raises(PrivacyError, match="A round has one upload"):
-        five.members[A].mask(fewer, vectors[A])
+        five.members[A].mask(fewer, TASK, vectors[A])
 
 
 # ---- lists of survivors ----------------------------------------------------------------------------------------------
@@ -544,7 +545,9 @@ def test_fast_path_while_somebody_dropped_out(five: Federation) -> None:
     seen = total({site: np.frombuffer(m.payload, "<u4") for site, m in uploads.items()})
     for site in uploads:  # all that it can take off
         seed = five.members[site]._rounds[1].seed
-        secagg._add_mask(seen, secagg._self_mask_key(five.circle, 1, site, seed), -1)
+        secagg._add_mask(
+            seen, secagg._self_mask_key(five.circle, 1, five.members[site]._rounds[1].common, site, seed), -1
+        )
     assert (seen != total(vectors)).all()  # E's pairwise masks are still there
 
 
@@ -565,7 +568,7 @@ def test_surplus_noise_fetched_with_one_list_and_the_sum_read_with_another() -> 
     uploads = {}
     for site in federation.members:
         request = federation.mask_request(1, dealt, site)
-        uploads[site] = federation.members[site].mask(request, vectors[site], partial(surplus, site))
+        uploads[site] = federation.members[site].mask(request, TASK, vectors[site], partial(surplus, site))
     everybody = federation.claim(1, dealt, dealt)
     without = federation.claim(1, dealt, [*honest, colluder])
     first = federation.members[honest[0]].unmask(everybody)
@@ -591,9 +594,11 @@ def test_different_participants_to_different_sites(five: Federation) -> None:
     opened = {}
     for site, view in views.items():
         request = five.mask_request(1, {name: dealt[name] for name in view}, site)
-        opened[site] = np.frombuffer(five.members[site].mask(request, vectors[site]).payload, "<u4").copy()
+        opened[site] = np.frombuffer(five.members[site].mask(request, TASK, vectors[site]).payload, "<u4").copy()
         seed = five.members[site]._rounds[1].seed
-        secagg._add_mask(opened[site], secagg._self_mask_key(five.circle, 1, site, seed), -1)
+        secagg._add_mask(
+            opened[site], secagg._self_mask_key(five.circle, 1, five.members[site]._rounds[1].common, site, seed), -1
+        )
     for size in range(1, 6):
         for chosen in itertools.combinations(views, size):
             seen = total({site: opened[site] for site in chosen})

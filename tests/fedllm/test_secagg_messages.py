@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedllm.errors import FedllmError, MessageError
 from fedllm.messages import MAX_HOLDERS, MaskRequest, Message, ShareRequest, UnmaskRequest, from_bytes
 from fedllm.secagg import unmask
-from tests.fedllm.secagg_federation import KINDS, VECTORS, Federation, make_vectors, random_vectors, total
+from tests.fedllm.secagg_federation import KINDS, TASK, VECTORS, Federation, make_vectors, random_vectors, total
 
 STORED: dict[str, Any] = json.loads(VECTORS.read_text("utf-8"))
 VALID = [bytes.fromhex(entry["hex"]) for entry in STORED["messages"]]
@@ -96,7 +96,7 @@ def test_a_refused_request_changes_nothing(data: st.DataObject) -> None:
     cut = {"payload": data.draw(st.binary(max_size=200)), "dealings": asked.dealings[: data.draw(st.integers(0, 2))]}
     claim = federation.claim(1, dealt, dealt)
     with pytest.raises(FedllmError):
-        member.mask(asked.model_copy(update={**changed, **cut}), vectors[site])
+        member.mask(asked.model_copy(update={**changed, **cut}), TASK, vectors[site])
     with pytest.raises(FedllmError):
         member.unmask(claim)
     uploads = federation.mask(1, dealt, vectors)
@@ -110,7 +110,7 @@ def test_a_refused_request_changes_nothing(data: st.DataObject) -> None:
 def test_lists_have_a_limit() -> None:
     names = tuple(f"{i}" for i in range(MAX_HOLDERS + 1))
     with pytest.raises(ValueError, match="at most"):
-        UnmaskRequest(context="a" * 64, round=1, joins="b" * 64, survivors=names, dropped=())
+        UnmaskRequest(context="a" * 64, round=1, joins="b" * 64, common="c" * 64, survivors=names, dropped=())
 
 
 def test_the_longest_lists_fit_the_header() -> None:

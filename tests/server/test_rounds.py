@@ -39,7 +39,7 @@ from fedllm.messages import (
     TrainRequest,
     from_bytes,
 )
-from fedllm.plan import FederationConfig, RunPlan, parse
+from fedllm.plan import MAX_START, FederationConfig, RunPlan, parse
 from fedllm.privacy.accounting import spent
 from fedllm.statement import Statement, open_statement, roster_digest, sign_statement, update_digest
 from fedllm.training.server_optimizer import ServerOptimizer
@@ -330,10 +330,11 @@ def test_a_run_that_ended_before_its_last_adapter_was_evaluated_evaluates_it_whe
     assert federation.metrics() == complete
 
 
-def test_an_adapter_that_is_not_finite_ends_the_run_before_anybody_pays_for_another_round(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("value", [np.nan, np.inf, -2 * MAX_START])
+def test_an_adapter_that_no_site_would_start_from_ends_the_run_before_anybody_pays_for_another_round(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    monkeypatch.setattr(ServerOptimizer, "step", lambda self, *_: np.full(DIMENSION, np.nan, np.float32))
+    monkeypatch.setattr(ServerOptimizer, "step", lambda self, *_: np.full(DIMENSION, value, np.float32))
     with pytest.raises(ModelError, match="round 1: the adapter is not finite"):
         federation.run()
     assert all(site.rounds == [1] for site in federation.sites.values())

@@ -47,6 +47,7 @@ def start(request: dict[str, Any]) -> int:
             os.dup2(file, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
         sys.argv = ["fedllm", *request["arguments"]]

@@ -317,7 +317,7 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "text for a weight": (["federation.weights={busan: heavy}"], ["federation.weights.busan='heavy'"]),
     "word for targets": (["adapter.targets=q_proj"], ["adapter.targets"]),
     # impossible values
-    "negative epsilon": (["privacy.epsilon=-1"], ["privacy.epsilon=-1", "greater than 0"]),
+    "negative epsilon": (["privacy.epsilon=-1"], ["privacy.epsilon=-1", "greater than or equal to"]),
     "infinite epsilon": (["privacy.epsilon=inf"], ["privacy.epsilon", "finite"]),
     "NaN epsilon": (["privacy.epsilon=nan"], ["privacy.epsilon", "finite"]),
     "huge epsilon": (["privacy.epsilon=1e400"], ["privacy.epsilon", "finite"]),
@@ -552,9 +552,7 @@ def test_a_label_that_is_not_declared_is_refused(federate: Any, tiny_bert: Path)
     data = {"prompt": None, "text": "{question}", "label": "topic"}
     changes = {"model": model, "adapter": {"targets": ["query"]}, "privacy": {"unit": "record"}}
     result = federate(data=data, **changes)
-    refused(result, "'visa'", "model.labels", "heldout.jsonl")
-    result = federate(data={**data, "heldout": None}, **changes)
-    refused(result, "'visa'", "record", "model.labels")  # in a simulation the user may see why
+    refused(result, "'visa'", "record 3", "model.labels", "train.jsonl")  # in a simulation the user may see why
 
 
 def test_records_without_a_person_are_named_before_the_first_round(

@@ -86,12 +86,14 @@ def pooled(config: SimulationConfig, plan: RunPlan) -> tuple[NDArray[np.float32]
         total = np.zeros(adapter.spec.dimension)
         drawn_units = 0
         for name in data.names:
-            units = data.records(name).units(plan, workspace)
+            units = data.records(name, plan.model).units(plan)
             source = SeededRandomness(plan.privacy.insecure_seed or 0, name, number)
+            noise = rounded_normals(source, total.size, shared._std(shared._parts[0]))
+            source.words(4 * len(shared._parts[1:]))  # the seeds of the others
             drawn = shared.mechanism.sample(len(units), source)
             adapter.load(optimizer.value)
             total += engine.clipped_sum([units[i] for i in drawn], shared.mechanism, 8).numpy()
-            total += rounded_normals(source, total.size, shared._std(shared._parts[0])) * shared.quantum
+            total += noise * shared.quantum
             drawn_units += len(drawn)
         lost = np.sqrt(total.size) / 2 / shared.scale * plan.privacy.clip_norm
         worst = max(worst, drawn_units * (shared.quantum / 2 + lost) / (len(data.names) * plan.expected_units))

@@ -70,10 +70,12 @@ class Federation:
         )
         return path
 
-    def ledger(self, site: str) -> PrivacyLedger:
+    def place(self, site: str) -> LedgerPlace:
         folder = self.folder / "offices" / file_name(site)
-        place = LedgerPlace(folder / "ledger.db", folder / "ledger.anchor")
-        return PrivacyLedger(place, self.budget, DELTA, self.identities[site])
+        return LedgerPlace(folder / "ledger.db", folder / "ledger.anchor")
+
+    def ledger(self, site: str) -> PrivacyLedger:
+        return PrivacyLedger(self.place(site), self.budget, DELTA, self.identities[site])
 
     def run(self, name: str, plan: RunPlan, declines: Sequence[str] = (), ended: bool = True) -> Path:
         """Carry out a run on paper and return its folder."""

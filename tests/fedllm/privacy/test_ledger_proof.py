@@ -318,7 +318,7 @@ def test_a_clock_that_goes_backwards_frees_nothing(path: Path, monkeypatch: pyte
     first = ledger.file.charges()[0].reserved_at
     monkeypatch.setattr(time, "time", lambda: first - 1e7)
     ledger.reserve("run", 2, "request", EVENT)
-    assert [charge.reserved_at for charge in ledger.file.charges()] == [first, first]
+    assert first <= ledger.file.charges()[1].reserved_at < first + 3600
     times = [open_entry(line).at for line in ledger.file.lines()]
     assert times == sorted(times)
 
