@@ -54,7 +54,7 @@ def test_sites_that_move_between_processes_give_the_adapter_that_sites_in_one_pr
     """As on Ray, but without it: a new process knows of a site what can be pickled, and what lies in its folder."""
     monkeypatch.setattr(simulations.sites, "log_to", lambda _: None)  # once a process, of which there is one here
     moves, alone = list[int](), threading.Lock()
-    real = simulations.sites.connect
+    real = simulations.simulate.connect
 
     def moved(*arguments: Any) -> Handler:
         *known, context = arguments
@@ -62,7 +62,7 @@ def test_sites_that_move_between_processes_give_the_adapter_that_sites_in_one_pr
 
         def handle(request: bytes, timeout: float) -> bytes:
             with alone:
-                simulations.sites._sites.cache_clear()
+                simulations.sites._site.cache_clear()
                 moves.append(context.node_id)
                 answer: bytes = connect(context)(request, timeout)
                 return answer
