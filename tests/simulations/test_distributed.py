@@ -103,7 +103,7 @@ def pooled(config: SimulationConfig, plan: RunPlan) -> tuple[NDArray[np.float32]
     return optimizer.value, worst
 
 
-@pytest.mark.parametrize("sites", [2, 8, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sites", [2, 8, pytest.param(32, marks=pytest.mark.soak)])
 def test_the_federation_trains_as_one_pooled_trainer_would(tmp_path: Path, configure: Configure, sites: int) -> None:
     """With the same coins and noise: the same adapter, up to the stated rounding of gradients to quanta."""
     config = configure(tmp_path, **changed(
