@@ -167,7 +167,7 @@ def disjoint(
 
     The declaration is signed, and stays. It is the owner's word: what the records share with others is only told.
     """
-    from client.service import read_records
+    from client.service import read_data_set
     from fedllm.canonical import canonical
     from fedllm.privacy.ledger import LedgerFile
 
@@ -178,7 +178,7 @@ def disjoint(
             "first, so that they can be compared with what was charged before."
         )
     ledger = LedgerFile(office.ledger.file, office.ledger.anchor, create=True)
-    data = read_records(office).data_set
+    data = read_data_set(office)
     for account, count in ledger.overlaps(name, data).items():
         typer.echo(f"WARNING: {count} records, texts or persons of {name} are in what was charged to {account}, too.")
     typer.echo(

@@ -26,7 +26,7 @@ class Moment:
 def this_moment() -> Moment:
     """Return what clock and count say now."""
     try:
-        boot = _BOOT.read_text("ascii").strip()
+        boot = _BOOT.read_text("utf-8").strip()
     except (OSError, ValueError):
         boot = ""  # another system: a count that went back tells starts apart
     return Moment(time.time(), boot, time.clock_gettime(_COUNT))

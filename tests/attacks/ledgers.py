@@ -7,7 +7,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from client.office import Office, init_office
-from client.service import read_records
+from client.service import read_data_set
 from fedllm.cli import app
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent
@@ -57,7 +57,7 @@ class Branch:
         """Open the ledger as the site does for a plan: its records are compared, too."""
         office = self.office
         ledger = PrivacyLedger(office.ledger, office.policy.epsilon, DELTA, office.identity, period)
-        ledger.compare(read_records(office).data_set)
+        ledger.compare(read_data_set(office))
         return ledger
 
     def spend(self, rounds: int = ROUNDS) -> None:

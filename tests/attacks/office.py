@@ -9,18 +9,22 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 import client.site
+import fedllm.privacy.ledger
 from client.policy import SitePolicy
 from client.records import Declared, SiteRecords, load_records
 from client.site import Site
 from fedllm import codec
 from fedllm.crypto import Identity, PublicIdentity
 from fedllm.errors import DataError
-from fedllm.messages import Message, Prepare, TrainRequest, from_bytes
+from fedllm.messages import Message, Prepare, RoundBegun, TrainRequest, from_bytes
 from fedllm.plan import ModelConfig, RunPlan, TextConfig, parse
+from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.randomness import SeededRandomness
 from fedllm.training.data import Row
 from fedllm.training.model import Reader, load_reader
 from fedllm.training.workspace import Workspace, open_workspace
+
+BEGUN = RoundBegun(roster="a" * 64, number=1, digest="b" * 64)
 
 IDENTITY = Identity.generate()
 LABELS = ("a", "b", "c")
@@ -68,8 +72,9 @@ class Victim:
             "epsilon": 8.0, "delta": 1e-3, "min_units": 1.0, "unit": self.declared.unit, "self_check": False,
             **self.policy,
         }  # fmt: skip
+        place = LedgerPlace(self.folder / "ledger.db", self.folder / "ledger.anchor")
         self.site = Site(
-            "victim", SitePolicy(**limits), self.folder / "ledger.db", lambda: IDENTITY,
+            "victim", SitePolicy(**limits), place, lambda: IDENTITY,
             self.open_workspace or workspace, self.records, 8, self._peers,
         )  # fmt: skip
 
@@ -92,7 +97,7 @@ def request(plan: RunPlan, round_: int = 1, **changes: Any) -> bytes:
     adapter = workspace(plan).adapter
     values = {
         "plan": plan, "round": round_, "spec_digest": adapter.spec.digest, "head": None,
-        "payload": codec.encode(adapter.initial, "float32"),
+        "payload": codec.encode(adapter.initial, "float32"), "begun": BEGUN,
     }  # fmt: skip
     return TrainRequest(**{**values, **changes}).to_bytes()
 
@@ -111,4 +116,4 @@ def fix_randomness(patch: pytest.MonkeyPatch) -> None:
             super().__init__(1)
 
     patch.setattr(client.site, "OsRandomness", Fixed)
-    patch.setattr(client.site, "random_bytes", bytes)
+    patch.setattr(fedllm.privacy.ledger, "random_bytes", bytes)

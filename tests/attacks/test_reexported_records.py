@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from client.service import read_records
+from client.service import read_data_set
 from fedllm.chain import open_entry
 from fedllm.errors import BudgetExceeded, ConfigError
 from tests.attacks.ledgers import EVENT, Branch
@@ -34,11 +34,11 @@ EXPORTS: dict[str, Callable[[Row], Row]] = {
 def test_records_that_are_exported_once_more_have_no_new_budget(branch: Branch, export: str) -> None:
     branch.write([{**row, "answer": f"é답 {row['answer']}", "question": f"a\nb{row['id']}"} for row in branch.rows()])
     branch.spend()
-    before = read_records(branch.office).data_set
+    before = read_data_set(branch.office)
     branch.write([EXPORTS[export](row) for row in branch.rows()])
     with pytest.raises(BudgetExceeded):
         branch.open().reserve("another", 1, "request", EVENT)
-    again = read_records(branch.office).data_set
+    again = read_data_set(branch.office)
     assert len(before & again) >= 9, "each of the nine records is known again"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import client.site
+import fedllm.privacy.ledger
 from client.records import Declared
 from fedllm.errors import Cancelled
 from fedllm.messages import TrainReply
@@ -80,7 +81,7 @@ def test_a_round_that_was_answered_is_never_computed_again(
 def test_the_coins_are_the_reservations_and_the_noise_is_not(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, samples: list[list[int]]
 ) -> None:
-    monkeypatch.setattr(client.site, "random_bytes", bytes)
+    monkeypatch.setattr(fedllm.privacy.ledger, "random_bytes", bytes)
     replies = [read(victim_in(tmp_path / name, tiny_llama).train(plan_of(tiny_llama))) for name in ("a", "b")]
     assert samples[0] == samples[1]
     assert replies[0].payload != replies[1].payload

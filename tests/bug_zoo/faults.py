@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import client.records
 import client.site
 import fedllm.training.data
 import server.checkpoint
@@ -466,12 +467,13 @@ def one_person_under_two_spellings(patch: Patch) -> None:
 
 
 def cap_on_records_ignored(patch: Patch) -> None:
-    honest = fedllm.training.data.build_units
+    honest = client.records._Cut.__init__
 
-    def faulty(table: Any, tokeniser: Any, unit: str | None, cap: int) -> Any:
-        return honest(table, tokeniser, unit, 10**6)
+    def faulty(self: Any, groups: Any, plan: Any) -> None:
+        honest(self, groups, plan)
+        self._cap = 10**6
 
-    patch.setattr(fedllm.training.data, "build_units", faulty)
+    patch.setattr(client.records._Cut, "__init__", faulty)
 
 
 # ---- noise in shares -------------------------------------------------------------------------------------------------

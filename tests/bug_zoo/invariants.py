@@ -10,19 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
 
 import client.site
+from client.records import Declared, load_records
 from client.unfinished import Unfinished
 from fedllm.messages import TrainReply
-from fedllm.plan import RunPlan, parse
+from fedllm.plan import RunPlan, TextConfig, parse
 from fedllm.privacy.accounting import spent
 from fedllm.privacy.randomness import OsRandomness
-from fedllm.training import data, self_check
+from fedllm.training import self_check
 from fedllm.training.adapter import attach
-from fedllm.training.data import Record, Tokeniser
 from fedllm.training.engine import Engine
-from fedllm.training.model import load_base
+from fedllm.training.model import load_base, load_reader
 from fedllm.training.self_check import Subject
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint
 from tests.client.test_site import Killed, Office, read
@@ -43,8 +42,9 @@ def plan_of(base: Path, **changes: Any) -> RunPlan:
         training |= {"local_steps": 1, "momentum": 0.0}
     if changes.pop("classifies", False):
         model |= {"task": "classification", "labels": ["a", "b", "c"]}
+    others = ("clipping", "insecure_seed", "records_per_person")
     for key, value in changes.items():
-        (privacy if key in privacy or key in ("clipping", "insecure_seed") else training)[key] = value
+        (privacy if key in privacy or key in others else training)[key] = value
     return parse(
         RunPlan,
         {
@@ -145,18 +145,12 @@ def a_person_is_one_unit(folder: Path, base: Path) -> str:
     name = "김하나"
     people = [name, f" {name} ", unicodedata.normalize("NFD", name), name, "이둘"]
 
-    class Numbers(Tokeniser):
-        def __init__(self) -> None:
-            pass
-
-        def read(self, rows: Any, first: int = 0) -> Any:
-            return (data.Tokens(np.asarray([number]), np.asarray([number])) for number, _ in enumerate(rows))
-
-        def cut(self, tokens: data.Tokens) -> Record:
-            return Record(tokens.given, tokens.learned)
-
-    tokeniser, table = Numbers(), Dataset.from_dict({"person": people})
-    sizes = sorted(len(unit) for unit in data.build_units(table, tokeniser, "person", 3))
+    plan = plan_of(base, unit="person", records_per_person=3)
+    rows = [{"person": person, "text": "x"} for person in people]
+    reader = load_reader(plan.model)
+    declared, text = Declared(2, "person"), TextConfig(text="{text}")
+    units = load_records(rows, text, "person", declared, {plan.model.source: reader}).units(plan)
+    sizes = sorted(map(len, units))
     return "" if sizes == [1, 3] else f"units of {sizes} records, expected [1, 3]"
 
 

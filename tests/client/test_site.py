@@ -623,7 +623,7 @@ def test_what_a_reply_says_beside_the_update_does_not_depend_on_the_records(
     assert statement == Statement(
         NAME, office.plan.run, office.plan.digest, 1, cost.epsilon, cost.epsilon_rdp, 1e-3, reserved.number,
         reserved.digest, update_digest(from_bytes(reply, TrainReply, TrainReply).payload),
-        BEGUN.roster, BEGUN.number, BEGUN.digest,
+        BEGUN.roster, BEGUN.number, BEGUN.digest, cost.grid,
     )  # fmt: skip
     assert {key: value for key, value in header(reply).items() if key != "statement"} == {
         "kind": "update",

@@ -13,8 +13,9 @@ from fedllm.chain import read_chain
 from fedllm.cli import app
 from fedllm.errors import ChainError, FedllmError
 from fedllm.plan import RunPlan, parse
-from fedllm.privacy.accounting import AccountingEvent, spent
+from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.ledger import Period, PrivacyLedger
+from tests.fedllm.privacy.budgets import for_several_plans
 
 EVENT = AccountingEvent(0.5, 1.5, 2)
 
@@ -160,7 +161,7 @@ def test_a_forecast_says_what_a_plan_would_spend_and_how_much_fits(home: Path, t
 def test_a_forecast_counts_what_the_period_admits(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     file.write_text(plan(rounds=9).model_dump_json(), "utf-8")
-    limit = spent([EVENT] * 3, 1e-5).epsilon_rdp
+    limit = for_several_plans([EVENT] * 3, 1e-5)
     settings = (home / "site.yaml").read_text("utf-8")
     written = settings.replace("  min_units: 100", f"  period: {{days: 30, epsilon: {limit!r}}}\n  min_units: 100")
     assert written != settings

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 import simulations.simulate
 import simulations.sites
+import simulations.workers
 from client.app import Handler
 from fedllm.plan import SimulationConfig
 from server.checkpoint import load_checkpoint
@@ -54,7 +55,7 @@ def test_sites_that_move_between_processes_give_the_adapter_that_sites_in_one_pr
     """As on Ray, but without it: a new process knows of a site what can be pickled, and what lies in its folder."""
     monkeypatch.setattr(simulations.sites, "log_to", lambda _: None)  # once a process, of which there is one here
     moves, alone = list[int](), threading.Lock()
-    real = simulations.simulate.connect
+    real = simulations.workers.connect
 
     def moved(*arguments: Any) -> Handler:
         *known, context = arguments
@@ -62,7 +63,7 @@ def test_sites_that_move_between_processes_give_the_adapter_that_sites_in_one_pr
 
         def handle(request: bytes, timeout: float) -> bytes:
             with alone:
-                simulations.sites._site.cache_clear()
+                simulations.sites._set_up.cache_clear()
                 moves.append(context.node_id)
                 answer: bytes = connect(context)(request, timeout)
                 return answer
