@@ -1,7 +1,9 @@
 """A site's part in secure aggregation over a run: joins, deals, masks and reveals through `fedllm.secagg`."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,22 +15,30 @@ from fedllm.plan import RunPlan
 from fedllm.secagg import Member, Terms
 
 _RUNS = 8  # at a time
+# ids of this start of the machine, and of the virtual machine where its host gives each copy another one (Xen)
+_IDS = (Path("/proc/sys/kernel/random/boot_id"), Path("/sys/hypervisor/uuid"))
 Peers = Callable[[Mapping[str, str]], Mapping[str, PublicIdentity]]
 
 
 class Masks:
-    """Lives in memory only: a site that was started again has dropped out, and joins anew."""
+    """Lives in memory only: a site that was started again has dropped out, and joins anew.
+
+    So has one that finds itself in another process or start of a machine than where its secrets were made: of a running
+    site that was copied, two would mask two vectors alike, whose difference is not masked.
+    """
 
     def __init__(self, site: str, identity: Callable[[], Identity], peers: Peers) -> None:
         """`peers` returns those of the sites that head office names whom this site believes to be who they are."""
         self._site, self._identity, self._peers = site, identity, peers
         self._members: dict[str, Member] = {}  # by the plan's digest, the least recent first: runs may overlap
+        self._made = incarnation()
 
     def join(self, request: Prepare) -> bytes:
         """Return this site's Join for a session of a plan; the same one while the session lasts."""
         plan = request.plan
         if request.session is None:
             raise MessageError("a plan with noise in shares comes with a session of secure aggregation")
+        self._forget_if_copied()
         with _judged():
             terms = Terms(
                 plan.digest,
@@ -80,11 +90,28 @@ class Masks:
                 following = member.share(ShareRequest(context=request.context, round=request.round + 1, joins=()))
         return masked.to_bytes(), following.to_bytes() if following is not None else b""
 
+    def _forget_if_copied(self) -> None:
+        if (now := incarnation()) != self._made:
+            self._members.clear()
+            self._made = now
+
     def _of(self, plan: RunPlan) -> Member:
+        self._forget_if_copied()
         member = self._members.get(plan.digest)
         if member is None:
-            raise MasksError("this site has not joined secure aggregation for this plan since it was started")
+            raise MasksError(
+                "this site has not joined secure aggregation for this plan since it was started, or copied"
+            )
         return member
+
+
+def incarnation() -> str:
+    """Return which process this is, in which start of which machine; two copies with one answer are not told apart."""
+    found = [str(os.getpid())]
+    for path in _IDS:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(path.read_text("ascii").strip())
+    return " ".join(found)
 
 
 @contextlib.contextmanager

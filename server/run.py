@@ -5,6 +5,7 @@ import resource
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedllm.audit.summary import RunSummary, write_outputs
 from fedllm.crypto import PublicIdentity
-from fedllm.errors import CheckpointError, ConfigError
+from fedllm.errors import CheckpointError, ConfigError, FedllmError
 from fedllm.files import LOCK, take
 from fedllm.plan import RunConfig, RunPlan, default_quorum, parse
 from fedllm.privacy.accounting import calibrate, fits
@@ -150,14 +151,24 @@ class HeadOfficeRun:
         return self._coordinator
 
     def finish(
-        self, stopped: str, budgets: Mapping[str, float], seconds: float, memory_elsewhere: float = 0.0
-    ) -> RunSummary:
+        self, stopped: str, budgets: Mapping[str, float], seconds: float, memory_elsewhere: float = 0.0,
+        audit: Callable[[], None] | None = None,
+    ) -> RunSummary:  # fmt: skip
         """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit where it is known.
 
-        `memory_elsewhere` is what other processes of the run used at most, MB.
+        `memory_elsewhere` is what other processes of the run used at most, MB. `audit` is called beside the closing
+        evaluation, and not beside the plots: matplotlib's settings are the process's.
         """
         adapter, coordinator = self._workspace.adapter, self._coordinator
         self._observe(Phase("closing evaluation: answers before and after"))
+        failed: BaseException | None = None
+        with ThreadPoolExecutor(1, "evaluation") as beside:
+            answers = beside.submit(_before_and_after, self._evaluator, adapter.initial, coordinator.adapter)
+            try:
+                if audit is not None:
+                    audit()
+            except FedllmError as error:  # the outputs come first
+                failed = error
         summary = RunSummary(
             name=self._config.name,
             folder=self._folder,
@@ -169,11 +180,13 @@ class HeadOfficeRun:
             stopped=stopped,
             seconds=seconds,
             peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 + memory_elsewhere,
-            **_before_and_after(self._evaluator, adapter.initial, coordinator.adapter),
+            **answers.result(),
         )
         self._observe(Phase("writing adapter, plots and summaries"))
         with writing(self._folder):
             write_outputs(summary, adapter, coordinator.adapter)
+        if failed is not None:
+            raise failed
         return summary
 
 

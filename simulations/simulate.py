@@ -5,7 +5,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -96,12 +95,8 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
             elsewhere = workers.memory if workers is not None else 0.0
             if config.site.folder is not None:
                 _export_ledgers(config, data.names, folder)
-            with ThreadPoolExecutor(1, "audit") as beside:  # the closing evaluation
-                audit = beside.submit(_audit, folder, observe) if config.audit else None
-                summary = run.finish(stopped, budgets, time.monotonic() - began, elsewhere)
-                if audit is not None:
-                    audit.result()
-            return summary
+            audit = partial(_audit, folder, observe) if config.audit else None
+            return run.finish(stopped, budgets, time.monotonic() - began, elsewhere, audit)
 
 
 def _with_nominal_size(config: SimulationConfig, counts: dict[str, int]) -> SimulationConfig:

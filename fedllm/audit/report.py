@@ -5,6 +5,7 @@ gives the same page, byte for byte, wherever the same software renders it.
 """
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -32,6 +33,7 @@ from fedllm.audit.model import Audit, Finding, Site
 Language = Literal["en", "ko"]
 LANGUAGES: tuple[Language, ...] = ("en", "ko")
 
+_PAGE, _WORDS = "audit.html.j2", "words.json"  # in templates/
 _FONT = files("fedllm.audit") / "fonts" / "NotoSansKR.otf"
 _BLUE, _ORANGE, _GREY, _GREEN = "#1f5fa8", "#c2571a", "#767b84", "#2c7a4b"
 _BARS = 8  # on the first screen
@@ -59,9 +61,12 @@ _CROSSWALK = (  # law, number, item, what the record shows
 _GLOSSARY = ("epsilon", "unit", "ledger", "pld", "poisson", "adapter", "advantage")
 
 
+@cache
 def renderer() -> str:
     """Return what decides the bytes of a page beside the audit itself."""
-    return " ".join((fedllm.__version__, *(f"{p} {version(p)}" for p in ("matplotlib", "jinja2", "fonttools"))))
+    texts = b"".join((files("fedllm.audit") / "templates" / name).read_bytes() for name in (_PAGE, _WORDS))
+    made_of = (f"{package} {version(package)}" for package in ("matplotlib", "jinja2", "fonttools"))
+    return " ".join((fedllm.__version__, hashlib.sha256(texts).hexdigest()[:8], *made_of))
 
 
 def render_html(audit: Audit, language: Language) -> str:
@@ -72,7 +77,7 @@ def render_html(audit: Audit, language: Language) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(number=number, digest=_digest)
-    page = environment.get_template("audit.html.j2").render(
+    page = environment.get_template(_PAGE).render(
         a=audit, t=say, words=_words(), language=language, renderer=renderer(), bars=_bars(audit), why=_why(audit, say),
         attention=_attention(audit), attention_limit=_ATTENTION, right=_cases(50 + 50 * audit.risk.advantage),
         tpr=_cases(100 * audit.risk.tpr_at_1_percent), unit=say(f"unit.{audit.claim.unit}"), protects=_protects(audit),
@@ -93,9 +98,7 @@ def to_json(audit: Audit) -> bytes:
 
 @cache
 def _words() -> dict[str, tuple[str, str]]:
-    words: dict[str, tuple[str, str]] = json.loads(
-        (files("fedllm.audit") / "templates" / "words.json").read_text("utf-8")
-    )
+    words: dict[str, tuple[str, str]] = json.loads((files("fedllm.audit") / "templates" / _WORDS).read_text("utf-8"))
     return words
 
 

@@ -26,6 +26,7 @@ _FINEST, _COARSEST = 2.0**-20, 2.0**-6  # grids of the privacy loss
 OLD_GRID = 1e-4  # of every figure that names no grid: of reports and statements of earlier versions
 _LEAST_NOISE = 0.1  # that calibration gives: in a full batch it meets an epsilon of 93
 _MOST_NOISE = 10_000.0
+_COARSER = 8  # grid, for a first look at a noise multiplier
 _NO_NOISE = 1e-6  # less cannot be computed with, and counts as none
 _HOPELESS = 100.0  # above this epsilon the RDP bound stands alone: the PLD says no more, and needs memory without end
 _MOST_POINTS = 2**23  # of a PLD, for the same reason: a rare and huge loss on a fine grid
@@ -270,7 +271,8 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float
     with np.errstate(all="ignore"):  # with little noise it is infinite, or not a number, at some orders
         accountant.compose(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)))
     step: NDArray[np.float64] = np.asarray(accountant._rdp)  # it offers no other way to what it computed
-    return np.where(np.isnan(step), np.inf, step)
+    # It grows with the order, so where it could not be computed, what it is at a higher order is an upper bound.
+    return np.minimum.accumulate(np.where(np.isnan(step), np.inf, step)[::-1])[::-1]
 
 
 @lru_cache(maxsize=256)
@@ -284,35 +286,38 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
     def by_rdp(noise: float) -> float:
         return _epsilon_rdp((AccountingEvent(sampling_rate, noise, steps),), delta)
 
-    def by_pld(noise: float) -> float:
+    def by_pld(noise: float, coarser: int) -> float:
+        events = (AccountingEvent(sampling_rate, noise, steps),)
         with _one_at_a_time:
-            return _spent((AccountingEvent(sampling_rate, noise, steps),), delta, None).epsilon
+            return _spent(events, delta, coarser * grid_of(events, delta)).epsilon
 
-    if by_pld(_LEAST_NOISE) <= epsilon:
+    if by_pld(_LEAST_NOISE, _COARSER) <= epsilon:
         return _LEAST_NOISE
     low, high = _LEAST_NOISE, _MOST_NOISE
     while high > 1.01 * low:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if by_rdp(middle) > epsilon else (low, middle)
-    reached = by_pld(high)
+    reached = by_pld(high, 1)
     if reached > epsilon:
         raise ConfigError(
             f"privacy.epsilon={epsilon:g} cannot be met in {steps} steps at sampling rate {sampling_rate:g} and "
             f"delta {delta:g}. Ask for fewer rounds, a lower sampling rate or a larger epsilon."
         )
-    low, above = _LEAST_NOISE, math.inf  # `high` meets the target with `reached`, `low` misses it with `above`
-    while reached < 0.998 * epsilon and high > (1 + 1e-5) * low:
-        # In logarithms epsilon is nearly linear in the noise; a step too far is one from the other side.
-        slope = 1.0 if above == math.inf else math.log(above / reached) / math.log(high / low)
-        guess = high * (reached / (0.999 * epsilon)) ** (1 / max(slope, 0.1))
-        if not low < guess < high:
-            guess = math.sqrt(low * high)
-        cost = by_pld(guess)
-        if cost > epsilon:
-            low, above = guess, cost
-        else:
-            high, reached = guess, cost
+    for coarser in (_COARSER, 1):  # an upper bound on any grid; the fine one shows what is left to spare
+        reached = by_pld(high, coarser)
+        low, above = _LEAST_NOISE, math.inf  # `high` meets the target with `reached`, `low` misses it with `above`
+        while reached < 0.998 * epsilon and high > (1 + 1e-5) * low:
+            # In logarithms epsilon is nearly linear in the noise; a step too far is one from the other side.
+            slope = 1.0 if above == math.inf else math.log(above / reached) / math.log(high / low)
+            guess = high * (reached / (0.999 * epsilon)) ** (1 / max(slope, 0.1))
+            if not low < guess < high:
+                guess = math.sqrt(low * high)
+            cost = by_pld(guess, coarser)
+            if cost > epsilon:
+                low, above = guess, cost
+            else:
+                high, reached = guess, cost
     noise = math.ceil(high * 1e4) / 1e4  # rounded up: never less noise
-    while by_pld(noise) > epsilon:  # on a grid of its own
+    while by_pld(noise, 1) > epsilon:  # on a grid of its own
         noise = round(noise + 1e-4, 4)
     return noise

@@ -15,7 +15,7 @@ from tests.client.test_site import Loader, Office
 
 
 class Changed(Loader):
-    """Other records: more of them, fewer, some of the same, or none that can be used."""
+    """Other records: more of them, fewer, or some of the same."""
 
     def __init__(self, units: int, members: list[bytes]) -> None:
         super().__init__(units)
@@ -27,7 +27,6 @@ CHANGES = {
     "one more": lambda: Changed(25, [b"a", b"b", b"c"]),
     "one of them": lambda: Changed(23, [b"a"]),
     "others": lambda: Changed(24, [b"x", b"y"]),
-    "none that can be used": lambda: Changed(0, []),
 }
 
 

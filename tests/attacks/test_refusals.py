@@ -118,8 +118,9 @@ QUESTIONS: dict[str, tuple[Ask, dict[str, Any], str]] = {
     ),
     "another unit": (lambda v, p: v.train(with_(p, privacy={"unit": OTHER[p.privacy.unit]})), {}, "policy or data"),
     "another adapter": (lambda v, p: v.train(p, spec_digest="0" * 64), {}, "model"),
-    "a rate at which all overflows": (changed(training={"learning_rate": 1e6}, privacy={"clip_norm": 1e6}), {},
-                                      "training"),
+    "a rate at which all overflows": (
+        changed(training={"learning_rate": 1e6, "wire": "float16"}, privacy={"clip_norm": 1e6}), {}, "training"
+    ),
     "another request for a round": (other_request, {}, "ledger"),
     "an entry that was never": (lambda v, p: v.train(p, head=LedgerHead(number=9, digest="0" * 64)), {}, "ledger"),
     "garbage": (lambda v, p: v.site.handle(b"garbage"), {}, "message"),

@@ -1,6 +1,7 @@
 """The report: readable in both languages, self-contained, without a record in it, and nothing in it is cut."""
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -16,8 +17,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedllm.audit import report
+from fedllm.audit import bundle, report
 from fedllm.audit.bundle import Written, write_audit
+from fedllm.audit.evidence import Trust
 from fedllm.audit.model import Audit, Point, Utility
 from fedllm.audit.pdf import render_pdf, rendered, renderer
 from fedllm.audit.report import LANGUAGES, Language, render_html
@@ -282,6 +284,23 @@ def test_no_renderer_outlives_what_asked_for_it(tmp_path: Path, stand_in: Callab
     with pytest.raises(KeyError), renderer(tmp_path / "page.html") as process:
         raise KeyError("another page")
     assert process.returncode is not None
+
+
+def test_a_page_of_another_layout_is_held_against_its_signature_alone(
+    audited: Audited, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An audit outlives the template that its page was made from."""
+    monkeypatch.setattr(bundle, "renderer", contextlib.nullcontext)
+    monkeypatch.setattr(bundle, "rendered", lambda page: b"%PDF-")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(report, "_words", lambda: {**WORDS, "title": ["Before", "예전"]})
+        earlier.setattr(report, "renderer", lambda: "0.1.0 0badcafe")
+        signer = audited.federation.head_office
+        write_audit(audited.run, tmp_path / "audit", [("audit", "en")], signer=signer)
+    trust = Trust.read(audited.federation.write_trust(tmp_path / "keys.txt"))
+    _, left = bundle.verify(tmp_path / "audit", trust)
+    assert any(line.startswith("audit.html") and "made by other versions" in line for line in left)
+    assert re.fullmatch(r"\S+ [0-9a-f]{8} matplotlib \S+ jinja2 \S+ fonttools \S+", report.renderer())
 
 
 def test_an_audit_is_verified_without_the_libraries_of_training(audited: Audited, tmp_path: Path) -> None:
