@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def some_of_the_demo(persons: int = 40) -> list[dict[str, Any]]:
         if len(kept[row["branch"]]) < persons:
             kept[row["branch"]].add(row["customer_id"])
     return [row for row in rows if row["customer_id"] in kept[row["branch"]]]
+
+
+@pytest.fixture
+def without_pdfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the PDFs of an audit: they take longer than all else of a small run."""
+    monkeypatch.setattr("fedllm.audit.bundle.renderer", nullcontext)
+    monkeypatch.setattr("fedllm.audit.bundle.rendered", lambda page: b"%PDF-")
 
 
 @pytest.fixture(scope="session")

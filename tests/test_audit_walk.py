@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "audit.md"
 # What makes a run quick. Two runs of two rounds fit the budget of the page, as two of six do, and one round of a third.
 QUICK = [
     "training.rounds=2", "privacy.sampling_rate=0.05", "privacy.self_check=false",
-    "data.train=some.jsonl", "data.heldout_limit=8", "data.samples=0", "model.compile=off",
+    "data.train=some.jsonl", "data.heldout_limit=8", "data.samples=0", "model.compile=off", "federation.processes=1",
 ]  # fmt: skip
 
 
@@ -56,9 +56,10 @@ def run(line: str) -> tuple[int, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # it makes three runs and several reports
 @pytest.mark.filterwarnings("default")  # third-party packages warn; tests of our own code make warnings errors
-def test_the_walk_through_goes_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_walk_through_goes_as_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_pdfs: None
+) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "weasyprint", None)  # PDFs take longer than all else here
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some_of_the_demo())
     Path("some.jsonl").write_text(rows, "utf-8")
     for commands, shown in steps():

@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,9 @@ README = Path(__file__).parents[1] / "README.md"
 # What makes a command quick; a command's own settings of the same keys are overridden.
 QUICK = [
     "training.rounds=1", "training.local_steps=1", "privacy.sampling_rate=0.05", "data.heldout_limit=8",
-    "data.samples=1", "model.compile=off",
+    "data.samples=1", "model.compile=off", "federation.processes=1",
 ]  # fmt: skip
+RAY = ("fedllm simulate experiment=parallel",)
 # What one command shows for all: the search for the noise, the check of the engine at every site, the report.
 ONCE = ["privacy.noise_multiplier=2", "privacy.self_check=false", "audit=false"]
 
@@ -34,6 +34,7 @@ def commands() -> list[str]:
 
 def test_the_readme_shows_commands() -> None:
     assert len(commands()) >= 8
+    assert set(RAY) < set(commands())
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def quick(command: str) -> list[str]:
     settings = [*QUICK, *([] if "data.train=" in command else ["data.train=demo.jsonl"])]
     if "name=first" not in command:
         settings += ONCE
-    if "experiment=parallel" in command and not SOAK:
+    if command in RAY and not SOAK:
         settings.append("federation.backend=in-process")  # Ray's processes import everything anew
     return settings
 
@@ -97,10 +98,11 @@ def quick(command: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # Ray takes its time on a busy machine
 @pytest.mark.filterwarnings("default")  # third-party packages warn; tests of our own code make warnings errors
-@pytest.mark.parametrize("story", stories(), ids=lambda story: story[0].removeprefix("fedllm "))
-def test_a_command_of_the_readme_works(story: list[str], office: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("story", [*stories(), pytest.param(RAY, marks=pytest.mark.soak)], ids=" | ".join)
+def test_a_command_of_the_readme_works(
+    story: list[str], office: Path, monkeypatch: pytest.MonkeyPatch, without_pdfs: None
+) -> None:
     monkeypatch.chdir(office)
-    monkeypatch.setitem(sys.modules, "weasyprint", None)  # PDFs take longer than all else here
     for command in story:
         settings = quick(command)
         result = CliRunner().invoke(app, [*shlex.split(command)[1:], *settings], catch_exceptions=False)

@@ -1,12 +1,15 @@
 """The in-process grid: Flower's messages without Flower's processes."""
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+import simulations.grid
 from client.app import Handler, courier
 from fedllm.messages import KEY, RECORD
 from simulations.grid import InProcessGrid
@@ -108,9 +111,9 @@ def test_a_node_whose_libraries_panic_answers_with_an_error(until: Callable[[Cal
         return handle
 
     grid = InProcessGrid(courier(connect), 1)
-    replies = list(grid.send_and_receive([message(1, b"panic")], timeout=2.0))
+    replies = list(grid.send_and_receive([message(1, b"panic")], timeout=600.0))
     assert [reply.has_error() for reply in replies] == [True]
-    assert [payload(reply) for reply in grid.send_and_receive([message(1, b"again")], timeout=20.0)] == [b"again"]
+    assert [payload(reply) for reply in grid.send_and_receive([message(1, b"again")], timeout=600.0)] == [b"again"]
 
 
 def test_a_node_that_hangs_counts_as_offline_while_the_others_are_served(
@@ -137,7 +140,7 @@ def test_a_node_that_hangs_counts_as_offline_while_the_others_are_served(
     assert payload(collect(grid, again, until)[again[0]]) == b"third"
 
 
-def test_replies_can_be_waited_for(until: Callable[[Callable[[], bool]], None], gate: threading.Event) -> None:
+def test_replies_can_be_waited_for(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> None:
     def connect(context: Context) -> Handler:
         def handle(request: bytes, timeout: float) -> bytes:
             if request == b"hang":
@@ -146,8 +149,18 @@ def test_replies_can_be_waited_for(until: Callable[[Callable[[], bool]], None], 
 
         return handle
 
-    grid = InProcessGrid(courier(connect), 2)
+    grid, came = InProcessGrid(courier(connect), 2), list[Message]()
     replies = list(grid.send_and_receive([message(1, b"one"), message(2, b"two")]))
     assert sorted(map(payload, replies)) == [b"one", b"two"]
+
+    def pull(ids: Iterable[str]) -> list[Message]:
+        came.extend(InProcessGrid.pull_messages(grid, ids))
+        return came
+
+    monkeypatch.setattr(grid, "pull_messages", pull)
+    clock = SimpleNamespace(
+        monotonic=lambda: 1e6 if came else 0.0, sleep=time.sleep
+    )  # time is up once one has answered
+    monkeypatch.setattr(simulations.grid, "time", clock)
     replies = list(grid.send_and_receive([message(1, b"hang"), message(2, b"two")], timeout=1.0))
     assert list(map(payload, replies)) == [b"two"]
