@@ -58,7 +58,7 @@ _TOLERANCE_PRV = 0.01  # between PLD and PRV, two numerical methods
 _SHOWN = 12  # pieces of evidence of one finding
 _LONGEST = 500  # characters of one: it may quote what somebody has signed
 # What one site has signed must not keep everybody's report waiting: more is no evidence.
-_MOST_BYTES = 1 << 28  # of a file
+_MOST_BYTES = 1 << 28  # of a ledger
 _MOST_KINDS = 256  # of mechanisms in a ledger, each a distribution to compose
 _MOST_SECONDS = 600.0  # of CPU, for the figures of one site
 _POINTS = 24  # of a site's timeline
@@ -300,8 +300,6 @@ class _Ledger:
 
 def _lines(path: Path) -> list[str]:
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ChainError(f"{path.name} has more than {_MOST_BYTES} bytes")
         return path.read_bytes().decode().splitlines()
     except (OSError, ValueError) as error:
         raise ChainError(f"{path.name} cannot be read ({error})") from None
@@ -383,6 +381,8 @@ def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> 
     file = f"{LEDGERS}/{path.name}"
     try:
         signers = None if listed is None else [PublicIdentity.from_text(listed)]
+        if path.stat().st_size > _MOST_BYTES:
+            raise ChainError(f"{file}: more than {_MOST_BYTES} bytes")
         ledger = _Ledger(name, read_chain(_lines(path), file, signers))
         if not ledger.entries:
             raise ChainError(f"{file}: empty")
@@ -767,10 +767,10 @@ def _check_keys(
             holders[name] = ledger.entries[-1].signer
         elif statements[name]:
             holders[name] = statements[name][-1][1]
+    first: dict[PublicIdentity, str] = {}
     for name, identity in holders.items():
-        other = next(n for n, each in holders.items() if each == identity)
-        if other != name:  # one party would count as two
-            checks.note("keys", False, f"{name} = {other}: {identity.fingerprint}")
+        if first.setdefault(identity, name) != name:  # one party would count as two
+            checks.note("keys", False, f"{name} = {first[identity]}: {identity.fingerprint}")
         elif trust is None:
             checks.note("keys", "unverified", f"{name}: {identity.fingerprint}")
         else:

@@ -3,6 +3,7 @@
 Stopped by `fedllm audit verify`: every file is compared with what the sites have signed.
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -18,9 +19,18 @@ from tests.fedllm.audit.evidence import Federation, make_plan
 SITES = ("seoul", "busan", "jeju")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Path]:
+    return federation_of(tmp_path_factory.mktemp("federation"), SITES)
+
+
 @pytest.fixture
-def three(tmp_path: Path) -> tuple[Federation, Path]:
-    return federation_of(tmp_path, SITES)
+def three(made: tuple[Federation, Path], tmp_path: Path) -> tuple[Federation, Path]:
+    """A federation of its own, with what was made once."""
+    federation = copy.copy(made[0])
+    federation.folder = tmp_path
+    shutil.copytree(made[0].folder, tmp_path, dirs_exist_ok=True)
+    return federation, tmp_path / "run"
 
 
 def failing(run: Path) -> set[str]:

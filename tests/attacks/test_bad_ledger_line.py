@@ -6,6 +6,7 @@ Stopped by the plan's ranges, which hold in evidence too, and by bounded work: t
 import base64
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,24 @@ IMPOSSIBLE: dict[str, Any] = {
 CASES = [(key, value) for key, values in IMPOSSIBLE.items() for value in values]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Path]:
+    return federation_of(tmp_path_factory.mktemp("federation"), (BAD, GOOD), rounds=1)
+
+
+@pytest.fixture(scope="module")
+def before(made: tuple[Federation, Path]) -> Audit:
+    """What an audit says before anybody adds a line."""
+    audit = assess(made[1])
+    assert audit.verdict == "within"
+    return audit
+
+
 @pytest.fixture
-def two(tmp_path: Path) -> tuple[Federation, Path]:
-    return federation_of(tmp_path, (BAD, GOOD), rounds=1)
+def two(made: tuple[Federation, Path], tmp_path: Path) -> tuple[Federation, Path]:
+    """The federation, and a copy of its run."""
+    shutil.copytree(made[1], tmp_path / "run")
+    return made[0], tmp_path / "run"
 
 
 def add_raw(run: Path, signer: Identity, kind: str, body: object, at: object = None) -> None:
@@ -67,10 +83,9 @@ def the_others_are_as_before(run: Path, before: Audit) -> Audit:
 
 @pytest.mark.parametrize(("key", "value"), CASES, ids=lambda value: repr(value)[:20])
 def test_a_charge_that_cannot_be_is_a_finding_about_its_site(
-    two: tuple[Federation, Path], key: str, value: object
+    two: tuple[Federation, Path], before: Audit, key: str, value: object
 ) -> None:
     federation, run = two
-    before = assess(run)
     add_raw(run, federation.identities[BAD], "reserved", {**CHARGE, key: value})
     after = the_others_are_as_before(run, before)
     assert after.sites[0].ledger == "broken"
@@ -89,10 +104,9 @@ def test_a_charge_that_cannot_be_is_a_finding_about_its_site(
     ids=lambda value: repr(value)[:40],
 )
 def test_any_other_bad_entry_is_a_finding_about_its_site(
-    two: tuple[Federation, Path], kind: str, body: dict[str, Any]
+    two: tuple[Federation, Path], before: Audit, kind: str, body: dict[str, Any]
 ) -> None:
     federation, run = two
-    before = assess(run)
     add_raw(run, federation.identities[BAD], kind, body)
     after = assess(run)
     assert after.sites[1] == before.sites[1]
@@ -101,25 +115,24 @@ def test_any_other_bad_entry_is_a_finding_about_its_site(
 
 
 @pytest.mark.parametrize("at", [HUGE, math.nan, math.inf, -1e300, 1e18])
-def test_a_time_that_cannot_be_stops_no_report(two: tuple[Federation, Path], at: object) -> None:
+def test_a_time_that_cannot_be_stops_no_report(two: tuple[Federation, Path], before: Audit, at: object) -> None:
     federation, run = two
-    before = assess(run)
     add_raw(run, federation.identities[BAD], "reserved", CHARGE, at)
     assert assess(run).sites[1] == before.sites[1]
 
 
-def test_many_kinds_of_charges_are_not_composed_for_ever(two: tuple[Federation, Path]) -> None:
+def test_many_kinds_of_charges_are_not_composed_for_ever(two: tuple[Federation, Path], before: Audit) -> None:
     federation, run = two
-    before = assess(run)
     for number in range(300):
         charge = {**CHARGE, "round": number, "noise_multiplier": 2 + number / 1000}
         append(run, BAD, federation.identities[BAD], "reserved", charge)
     the_others_are_as_before(run, before)
 
 
-def test_a_charge_whose_distribution_would_fill_the_memory_is_bounded_by_rdp(two: tuple[Federation, Path]) -> None:
+def test_a_charge_whose_distribution_would_fill_the_memory_is_bounded_by_rdp(
+    two: tuple[Federation, Path], before: Audit
+) -> None:
     federation, run = two
-    before = assess(run)
     for number, (rate, noise) in enumerate([(1e-9, 0.54), (1e-6, 0.5), (1.0, 400.0), (1e-9, 0.08)]):
         charge = {**CHARGE, "account": "site", "round": number, "sampling_rate": rate, "noise_multiplier": noise}
         append(run, BAD, federation.identities[BAD], "reserved", {**charge, "steps": MAX_STEPS})
@@ -159,9 +172,8 @@ def test_the_accountant_itself_refuses_what_cannot_be(key: str, value: Any) -> N
         AccountingEvent(**{"sampling_rate": 0.1, "noise_multiplier": 2.0, "steps": 1, key: value}).check()
 
 
-def test_lines_that_are_no_entries_are_a_finding(two: tuple[Federation, Path]) -> None:
+def test_lines_that_are_no_entries_are_a_finding(two: tuple[Federation, Path], before: Audit) -> None:
     _, run = two
-    before = assess(run)
     path = run / "ledgers" / f"{BAD}.jsonl"
     good = path.read_text("utf-8")
     deep = base64.b64encode(b"[" * 100_000).decode()

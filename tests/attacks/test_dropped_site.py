@@ -3,7 +3,9 @@
 Stopped by the countersignatures of all other sites, and by the reader's keys: each must be there, or named as absent.
 """
 
+import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,18 @@ GONE = EIGHT[3]
 Change = Callable[[list[dict[str, Any]]], None]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Path]:
+    return federation_of(tmp_path_factory.mktemp("federation"))
+
+
 @pytest.fixture
-def eight(tmp_path: Path) -> tuple[Federation, Path]:
-    return federation_of(tmp_path)
+def eight(made: tuple[Federation, Path], tmp_path: Path) -> tuple[Federation, Path]:
+    """A federation of its own, with what was made once."""
+    federation = copy.copy(made[0])
+    federation.folder = tmp_path
+    shutil.copytree(made[0].folder, tmp_path, dirs_exist_ok=True)
+    return federation, tmp_path / "run"
 
 
 def without(name: str, begun: bool = True) -> Change:
