@@ -39,11 +39,12 @@ def deployed(grid: Grid, context: Context) -> None:
     from server.superlink import HOME, TICKET
 
     home = deployment.home_of_this_process(HOME)
-    name = deployment.run_of(home, str(context.run_config[TICKET]))
+    ticket = str(context.run_config[TICKET])
+    name = deployment.run_of(home, ticket)
     try:
         deployment.run(grid, home, name)
     except BaseException as error:
-        deployment.fail(home, name, error)
+        deployment.fail(home, name, ticket, error)
         if not isinstance(error, Exception):  # told to end
             raise
         raise FederationError("the run has ended with an error: fedllm status") from None

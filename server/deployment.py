@@ -193,8 +193,11 @@ def run(grid: Grid, home: Path, name: str) -> None:
         )
 
 
-def fail(home: Path, name: str, error: BaseException) -> None:
-    """Note that a run ended with an error, unless it is known already why it ended."""
+def fail(home: Path, name: str, ticket: str, error: BaseException) -> None:
+    """Note that the run handed over with `ticket` ended with an error, unless it is known already why it ended.
+
+    It may have been ended, and be submitted again with another ticket, before its process gets here.
+    """
     folder = runs(home) / name
     status = read_status(folder)
     if isinstance(error, FedllmError):
@@ -204,7 +207,7 @@ def fail(home: Path, name: str, error: BaseException) -> None:
         write_secret(folder / ERROR, "".join(traceback.format_exception(error)).encode())
     else:
         text = "its process at head office was told to end: by `fedllm stop`, or because the SuperLink ended."
-    if status.open:
+    if status.open and status.ticket == ticket:
         write_status(folder, status.model_copy(update={"state": "stopped", "text": text[:10_000]}))
 
 
