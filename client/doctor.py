@@ -2,23 +2,22 @@
 
 import contextlib
 import grp
-import json
 import os
 import pwd
 import re
 import stat
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import grpc
-import psutil
 
+from client.link import read_state
 from client.office import Office
-from client.supernode import CA, KEY, SETTINGS, Courier, connected, read_courier
-from fedllm.crypto import node_public_key, read_certificates
+from client.relay import CA, CERTIFICATE, KEY, SETTINGS, read_relay
+from fedllm.crypto import certified_key, key_line, read_certificates
 from fedllm.errors import DataError, FedllmError
 from fedllm.files import check_private, read, read_secret
 from fedllm.findings import (
@@ -30,9 +29,7 @@ from fedllm.findings import (
     gather,
     held,
     ok,
-    processes,
     proxies,
-    quiet,
     size,
     versions,
     warning,
@@ -46,8 +43,9 @@ if TYPE_CHECKING:
     from fedllm.privacy.accounting import PrivacySpent
     from fedllm.training.data import Row
 
-_PATIENCE = 3.0  # seconds for the site service to answer
-_YOUNG = timedelta(seconds=30)  # a SuperNode may need that to connect
+_PATIENCE = 3.0  # seconds for the relay to answer
+_YOUNG = 20.0  # seconds that a connection may need
+_CLOCK = 30.0  # seconds by which clocks may differ
 _LITTLE = 0.9  # of the budget
 
 
@@ -58,7 +56,7 @@ def examine(folder: Path) -> list[Finding]:
     """Look at a site's folder, its processes and the way to head office; changes and spends nothing."""
     secret = [
         folder / name
-        for name in ("site.yaml", "grant.json", "declaration.json", "data", "data/ledger.db", "courier", "courier/node")
+        for name in ("site.yaml", "grant.json", "declaration.json", "data", "data/ledger.db", "run")
     ]
     keys = folder / "keys"
     secret += [keys, *sorted(keys.rglob("*"))]
@@ -76,9 +74,9 @@ def examine(folder: Path) -> list[Finding]:
             lambda: _ledger(known),
             lambda: _data(known),
             lambda: _declared(known),
-            lambda: _service(known),
-            lambda: _supernode(_courier_of(known), known.socket, "fedllm site start"),
-            lambda: _way(_courier_of(known), known.ca_file),
+            lambda: _socket(known),
+            lambda: _link(known),
+            lambda: _outside(known),
             lambda: clock(known.grant.made_at if known.grant else None, "the grant at head office"),
         )
     found += gather(
@@ -89,14 +87,10 @@ def examine(folder: Path) -> list[Finding]:
     return list(dict.fromkeys(found))
 
 
-def _courier_of(office: Office) -> Courier:
-    host, _, port = office.superlink.rpartition(":")
-    return Courier(host=host.strip("[]"), port=int(port), socket=str(office.socket))
-
-
 def _grant(office: Office) -> list[Finding]:
     known = ", ".join(identity.fingerprint for identity in office.coordinators)
-    found = [ok(f"head office at {office.superlink}, known by {known}"), *_authorities(office.ca_file)]
+    found = [ok(f"head office at {office.address}, known by {known}"), *_authorities(office.ca_file)]
+    found.append(_own_certificate(office.in_use.link_file))
     if office.grant is not None and office.grant.ca.encode() != read(office.ca_file):
         text = "keys/ca.pem is not what the grant says. Install the grant again: fedllm site install grant.json"
         found.append(wrong(text))
@@ -171,28 +165,52 @@ def _declared(office: Office) -> list[Finding]:
     return found
 
 
-def _service(office: Office) -> list[Finding]:
-    running = held(office.ledger_file.parent)
+def _socket(office: Office) -> list[Finding]:
+    """Look at the way to the relay, where there is one."""
+    if office.socket is None:
+        return []
     group = office.config.socket_group
     if group is not None:
         try:
             number = grp.getgrnam(group).gr_gid
         except KeyError:
             return [wrong(f"socket_group={group}: no such group. Make it: groupadd {group}")]
-    if not running:
-        start = "fedllm site start" if group is None else "fedllm site serve"
-        return [warning(f"site service: it does not run. Start it: {start}")]
     problem = _silent(office.socket)
     if problem:
-        return [
-            wrong(f"site service: it runs, but {problem}. See {office.folder / 'log' / 'service.log'}; start it anew.")
-        ]
+        return [wrong(f"relay: {problem}. Does it run (fedllm site relay), and is this user in its group?")]
     state = office.socket.stat()
     if group is not None and (state.st_gid != number or stat.S_IMODE(state.st_mode) != 0o660):
-        return [wrong(f"site service: {office.socket} is not open to the group {group} alone. Start the service anew.")]
-    if group is None and stat.S_IMODE(state.st_mode) & 0o077:
-        return [wrong(f"site service: others may use {office.socket}. Start the service anew.")]
-    return [ok(f"site service: answers on {office.socket}")]
+        return [wrong(f"relay: {office.socket} is not open to the group {group} alone. Start the relay anew.")]
+    return [ok(f"relay: listens on {office.socket}")]
+
+
+def _link(office: Office) -> list[Finding]:
+    """Look whether the site runs, and what its link says."""
+    if not held(office.ledger_file.parent):
+        return [warning("site: it does not run. Start it: fedllm site start")]
+    state, log = read_state(office.link_state_file), office.folder / "log" / "site.log"
+    if state is None:
+        return [warning(f"site: it is starting, reads its records, and connects then. Its log: {log}")]
+    if state.state == "connecting":
+        young = now().timestamp() - state.since / 1000 < _YOUNG
+        return [(warning if young else wrong)(f"site: it runs, but is not connected to head office: {state.text}")]
+    found = [ok("site: connected to head office")]
+    if abs(state.ahead) > 1000 * _CLOCK:
+        word = "ahead of" if state.ahead > 0 else "behind"
+        text = f"clock: it is {abs(state.ahead) / 1000:.0f} s {word} head office's. Set the one that is wrong:"
+        found.append(warning(f"{text} timedatectl set-ntp true"))
+    return found
+
+
+def _outside(office: Office) -> list[Finding]:
+    """Try the way to head office, unless a relay has it."""
+    return _way(office.address, office.ca_file, office.in_use.link_file) if office.socket is None else []
+
+
+def _own_certificate(key: Path) -> Finding:
+    facts = read_certificates(read(key.with_suffix(".pem")))[0]
+    after = "install a new grant (at head office: fedllm server grant SITE)"
+    return certificate("this office's certificate", facts, after)
 
 
 def _silent(socket: Path) -> str:
@@ -210,79 +228,49 @@ def _silent(socket: Path) -> str:
     return ""
 
 
-# ---- fedllm doctor, of a courier's folder ----------------------------------------------------------------------------
-
-
-def examine_courier(folder: Path) -> list[Finding]:
-    """Look at a courier's folder, in a set-up of two users, and at what its user can reach."""
-    found = gather(lambda: access(folder, [folder / name for name in (SETTINGS, KEY, CA)]))
+def _way(address: str, ca: Path, key: Path) -> list[Finding]:
+    host, _, number = address.rpartition(":")
+    name, port = host.strip("[]"), int(number)
+    found = proxies([name])
     try:
-        courier = read_courier(folder)
+        facts = read_certificates(reach(name, port, ca, own=(key.with_suffix(".pem"), key)))[0]
+    except OSError as error:
+        return [*found, wrong(f"way to head office: {remedy(name, port, error)}")]
+    text = f"way to head office: {address} speaks TLS 1.3 with the certificate expected, and takes this office's"
+    return [*found, ok(text), certificate("the server certificate", facts, "at head office: fedllm server rotate certificate")]
+
+
+# ---- fedllm doctor, of a relay's folder ------------------------------------------------------------------------------
+
+
+def examine_relay(folder: Path) -> list[Finding]:
+    """Look at a relay's folder, and at what its user can reach."""
+    found = gather(lambda: access(folder, [folder / name for name in (SETTINGS, KEY, CERTIFICATE, CA)]))
+    try:
+        relay = read_relay(folder)
     except FedllmError as error:
         return list(dict.fromkeys([*found, wrong(str(error))]))
 
-    def socket() -> list[Finding]:
-        problem = _silent(Path(courier.socket))
-        after = (
-            "Does the site service run (fedllm site serve), and is this user in the group socket_group of site.yaml?"
-        )
-        return [warning(f"site service: {problem}. {after}")] if problem else [ok(f"site service: {courier.socket}")]
+    def keys() -> list[Finding]:
+        if certified_key(read(folder / CERTIFICATE)) != key_line(read_secret(folder / KEY)):
+            return [wrong("the relay's folder: its certificate is for another key. Make the folder again.")]
+        return [ok("the relay's folder: settings, key and certificate"), _own_certificate(folder / KEY)]
 
-    def key() -> list[Finding]:
-        node_public_key(read_secret(folder / KEY))
-        return [ok("the courier's folder: settings and node key")]
+    def socket() -> list[Finding]:
+        problem = _silent(Path(relay.socket))
+        start = f"Start it: fedllm site relay {folder}"
+        return [warning(f"relay: {problem}. {start}")] if problem else [ok(f"relay: listens on {relay.socket}")]
 
     found += gather(
-        key,
+        keys,
         lambda: _authorities(folder / CA),
         socket,
-        lambda: _supernode(courier, Path(courier.socket), f"fedllm site carry {folder}"),
-        lambda: _way(courier, folder / CA),
+        lambda: _way(relay.address, folder / CA, folder / KEY),
         lambda: clock(None, ""),
         lambda: [disk("logs", folder, 0.1, 1)],
         versions,
     )
     return list(dict.fromkeys(found))
-
-
-# ---- what both see ---------------------------------------------------------------------------------------------------
-
-
-def _supernode(courier: Courier, socket: Path, start: str) -> list[Finding]:
-    running = processes("flower-supernode", json.dumps(str(socket), ensure_ascii=False))
-    if not running:
-        return [warning(f"SuperNode: it does not run. Start it: {start}")]
-    process, others = running[0], running[1:]
-    found: list[Finding] = []
-    if others:
-        found.append(wrong(f"SuperNode: {len(running)} run for one site. End all, and start one: {start}"))
-    try:
-        mine = os.geteuid() in (0, process.uids().effective)
-        young = datetime.now(UTC) - datetime.fromtimestamp(process.create_time(), UTC) < _YOUNG
-    except psutil.Error:
-        return [warning(f"SuperNode: it has just ended. It should come back by itself; else: {start}")]
-    if not mine:
-        text = f"SuperNode: process {process.pid}; its own user sees more: fedllm doctor --home COURIERS_FOLDER"
-        return [*found, ok(text)]
-    found += quiet("SuperNode", process)
-    if connected(process.pid, courier.port):
-        text = f"SuperNode: process {process.pid}, connected to head office"
-    else:
-        after = "Its log says why; is this office in head office's roster (there: fedllm doctor)?"
-        text = f"SuperNode: process {process.pid} is not connected to head office. {after}"
-        return [*found, warning(text) if young else wrong(text)]
-    return [*found, ok(text)]
-
-
-def _way(courier: Courier, ca: Path) -> list[Finding]:
-    found = proxies([courier.host])
-    try:
-        facts = read_certificates(reach(courier.host, courier.port, ca))[0]
-    except OSError as error:
-        return [*found, wrong(f"way to head office: {remedy(courier.host, courier.port, error)}")]
-    text = f"way to head office: {courier.host}:{courier.port} speaks TLS 1.3 and gRPC with the certificate expected"
-    after = "at head office: fedllm server rotate certificate"
-    return [*found, ok(text), certificate("the server certificate", facts, after)]
 
 
 # ---- a dry run -------------------------------------------------------------------------------------------------------
@@ -322,7 +310,7 @@ def _declare(office: Office) -> Finding:
 
 def _check_grant(office: Office) -> list[Finding]:
     known = ", ".join(identity.fingerprint for identity in office.coordinators)
-    found = [ok(f"head office at {office.superlink}, known by {known}")]
+    found = [ok(f"head office at {office.address}, known by {known}")]
     ends = max(facts.ends for facts in read_certificates(read(office.ca_file)))
     if ends <= now() + timedelta(days=14):
         text = f"head office's authority ends on {ends:%Y-%m-%d}: ask for a new grant (there: fedllm server rotate ca)"
@@ -356,7 +344,7 @@ def _check_socket(office: Office) -> list[Finding]:
             grp.getgrnam(group)
         except KeyError:
             return [wrong(f"socket_group={group}: no such group. Make it: groupadd {group}")]
-    return [ok(f"socket: {office.socket}")]
+    return [] if office.socket is None else [ok(f"relay: on {office.socket}")]
 
 
 def _check_records(office: Office) -> list[Finding]:

@@ -3,11 +3,13 @@
     site.yaml          records, policy, models, resources: yours to edit, and never changed by head office
     NAME.join          what head office is asked with; holds no secret
     grant.json         head office's answer, as installed: its address and the keys that are believed
-    keys/1/            `identity` and `node`; after a rotation keys/2/, and so on, until the old are retired
-    keys/ca.pem        the certificate authorities that the SuperNode believes
+    keys/1/            `identity`, `link` and `serving`, and the certificates of the last two, link.pem and serving.pem;
+                       after a rotation keys/2/, and so on, until the old are retired
+    keys/ca.pem        the certificate authorities that are believed
     keys/ledger.anchor which entry of the ledger is the newest
     declaration.json   what the owner has declared of the records, signed when `fedllm site check` found it to hold
     data/ledger.db     the privacy that was spent
+    run/link.json      whether the site is connected
     data/unfinished.json  records are being used; left behind by a failure, it stops the site
 
 The grant names the keys that it was made for: they are the ones in use. New keys wait beside them for a grant of their
@@ -17,9 +19,9 @@ own, and old ones go on opening messages until they are retired. So each step is
 import contextlib
 import json
 import math
-import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,9 +33,17 @@ from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from client.policy import SitePolicy
 from fedllm.canonical import canonical
-from fedllm.crypto import Identity, PublicIdentity, make_node_key, node_public_key, open_document, sign_document
+from fedllm.crypto import (
+    Identity,
+    PublicIdentity,
+    certified_key,
+    key_line,
+    make_key,
+    open_document,
+    sign_document,
+)
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FolderError, ModelError
-from fedllm.files import check_private, locked, new_folder, read, read_secret, write_secret
+from fedllm.files import check_private, check_socket, locked, new_folder, read, read_secret, write_secret
 from fedllm.plan import DataConfig, Frozen, ModelConfig, parse
 from fedllm.privacy.ledger_place import SITE, LedgerPlace
 from fedllm.provision import (
@@ -41,6 +51,7 @@ from fedllm.provision import (
     Grant,
     JoinRequest,
     SiteName,
+    check_host,
     check_site_name,
     fingerprint_digits,
     now,
@@ -52,7 +63,6 @@ if TYPE_CHECKING:
     from client.records import Declared
 
 CHECK = "Run: fedllm site check"
-_MAX_SOCKET = 107  # bytes of a unix socket's path (unix(7): sun_path)
 _HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
@@ -169,7 +179,7 @@ class SiteFile(Frozen):
         if self.policy.unit == "person" and self.data.unit is None:
             raise ValueError("data.unit: policy.unit=person needs the column that names the person")
         if self.socket_group is not None and self.socket is None:
-            raise ValueError("socket: with socket_group it lies outside the site's folder, as /run/fedllm/site.sock")
+            raise ValueError("socket: with socket_group it lies outside the site's folder, as /run/fedllm/link.sock")
         return self
 
 
@@ -225,8 +235,8 @@ resources:
   checkpointing: false   # true: recompute activations in the backward pass, which needs less memory and more time
   max_message_mb: 512
 
-# Where two system users share the work, the site's and the SuperNode's:
-# socket: /run/fedllm/site.sock
+# Where a relay of another system user makes the connection, and this process has no network:
+# socket: /run/fedllm/link.sock
 # socket_group: fedllm   # a group that both are in
 """
 
@@ -259,7 +269,17 @@ class KeySet:
 
     number: int
     identity: Identity
-    node_key_file: Path  # OpenSSH, private
+    folder: Path
+
+    @property
+    def link_file(self) -> Path:
+        """PEM, the private key with which the site connects; its certificate is beside it."""
+        return self.folder / "link"
+
+    @property
+    def serving_file(self) -> Path:
+        """PEM, the private key with which the site serves in its own house; its certificate is beside it."""
+        return self.folder / "serving"
 
 
 @dataclass(frozen=True)
@@ -286,7 +306,7 @@ class Office:
                 f"name={config.name}: head office admitted this office as {grant.site}. Restore the name."
             )
         office = cls(folder, config, _read_keys(folder / "keys"), grant)
-        check_private(office.in_use.node_key_file)
+        check_private(office.in_use.link_file)
         if grant is not None:
             check_private(office.ca_file)
         return office
@@ -335,10 +355,10 @@ class Office:
         return self._granted.identities
 
     @property
-    def superlink(self) -> str:
+    def address(self) -> str:
         """HOST:PORT of head office; raises FederationError before a grant is installed."""
         host = self._granted.host
-        return f"[{host}]:{self._granted.fleet_port}" if ":" in host else f"{host}:{self._granted.fleet_port}"
+        return f"[{host}]:{self._granted.port}" if ":" in host else f"{host}:{self._granted.port}"
 
     @property
     def _granted(self) -> Grant:
@@ -350,14 +370,14 @@ class Office:
         return self.grant
 
     @property
-    def node_key_file(self) -> Path:
-        """The SuperNode's private key."""
-        return self.in_use.node_key_file
+    def ca_file(self) -> Path:
+        """PEM, the authorities by which head office is believed."""
+        return self.folder / "keys" / "ca.pem"
 
     @property
-    def ca_file(self) -> Path:
-        """PEM, the authorities that the SuperNode believes."""
-        return self.folder / "keys" / "ca.pem"
+    def link_state_file(self) -> Path:
+        """What the link last knew."""
+        return self.folder / "run" / "link.json"
 
     @property
     def join_file(self) -> Path:
@@ -400,16 +420,9 @@ class Office:
         return LedgerPlace(self.ledger_file, self.folder / "keys" / "ledger.anchor", name)
 
     @property
-    def socket(self) -> Path:
-        """Where the site service listens; raises ConfigError where the path is too long for a socket."""
-        path = self._place(self.config.socket) if self.config.socket is not None else self.folder / "run" / "site.sock"
-        length = len(os.fsencode(path.absolute()))
-        if length > _MAX_SOCKET:
-            raise ConfigError(
-                f"socket={path}: {length} bytes, and the system takes at most {_MAX_SOCKET}. Give a shorter path as "
-                "socket in site.yaml, such as /run/fedllm/site.sock."
-            )
-        return path
+    def socket(self) -> Path | None:
+        """Where a relay listens, None where the site makes its own connection; raises ConfigError."""
+        return None if self.config.socket is None else check_socket(self._place(self.config.socket), "site.yaml")
 
     @property
     def policy(self) -> SitePolicy:
@@ -458,6 +471,11 @@ class Office:
         quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
         cache = self.config.model_cache
         return quiet if cache is None else {**quiet, "HF_HUB_CACHE": str(self._place(cache))}
+
+    def stamp(self) -> tuple[int, ...]:
+        """Return what changes with settings, declaration, grant or keys: all of them are replaced as whole files."""
+        watched = (self.folder / name for name in ("site.yaml", "declaration.json", "grant.json", "keys"))
+        return tuple(place.stat().st_mtime_ns if place.exists() else 0 for place in watched)
 
     def _place(self, path: str) -> Path:
         return self.folder.absolute() / Path(path).expanduser()
@@ -521,9 +539,21 @@ def install(folder: Path, data: bytes, heard: str | None = None) -> Office:
                 f"({office.grant.made_at:%Y-%m-%d %H:%M:%S}). Ask for a new one: fedllm server grant {office.name}"
             )
         _hand_over(office, next(k for k in office.keys if k.identity.public.fingerprint == grant.site_fingerprint))
-        write_secret(office.ca_file, grant.ca.encode())  # before the grant, which says that it is there
+        for file, certificate in ((office.ca_file, grant.ca), *_certificates(office, grant)):
+            write_secret(file, certificate.encode())  # before the grant, which says that it is there
         write_secret(folder / "grant.json", data)
     return Office.open(folder)
+
+
+def _certificates(office: Office, grant: Grant) -> list[tuple[Path, str]]:
+    """Return where the certificates in a grant belong; raises CryptoError where they are for other keys."""
+    keys = next(each for each in office.keys if each.identity.public.fingerprint == grant.site_fingerprint)
+    placed = []
+    for file, certificate in ((keys.link_file, grant.link), (keys.serving_file, grant.serving)):
+        if certified_key(certificate.encode()) != key_line(read_secret(file)):
+            raise CryptoError(f"this grant has a certificate for another key than {file}. Ask for a new grant.")
+        placed.append((file.with_suffix(".pem"), certificate))
+    return placed
 
 
 def _hand_over(office: Office, new: KeySet) -> None:
@@ -557,7 +587,7 @@ def retire(folder: Path) -> Office:
             office.declare(office.declaration.tokenizers)  # by the keys that stay
         for keys in office.keys:
             if keys.number < office.in_use.number:
-                place = keys.node_key_file.parent
+                place = keys.folder
                 leaving = place.with_name(f"{place.name}.leaving")
                 try:
                     place.rename(leaving)  # in one step; what is left after a crash goes with the next retirement
@@ -586,10 +616,11 @@ def _read_keys(folder: Path) -> tuple[KeySet, ...]:
         check_private(place)
         try:
             identity = Identity.from_bytes(read_secret(place / "identity"))
-            node_public_key(read_secret(place / "node"))
+            for name in ("link", "serving"):
+                key_line(read_secret(place / name))
         except CryptoError as error:
             raise CryptoError(f"{place}: {error}") from None
-        found.append(KeySet(number, identity, place / "node"))
+        found.append(KeySet(number, identity, place))
     return tuple(found)
 
 
@@ -597,11 +628,27 @@ def _write_keys(folder: Path) -> KeySet:
     identity = Identity.generate()
     with new_folder(folder) as place:
         write_secret(place / "identity", identity.to_bytes())
-        write_secret(place / "node", make_node_key().key)
-    return KeySet(int(folder.name), identity, folder / "node")
+        for name in ("link", "serving"):
+            write_secret(place / name, make_key())
+    return KeySet(int(folder.name), identity, folder)
+
+
+def _own_names() -> tuple[str, ...]:
+    """Return by which names others in the house know this machine, as far as it knows."""
+    found = []
+    for name in (socket.gethostname(), socket.getfqdn()):
+        with contextlib.suppress(ValueError):
+            found.append(check_host(name))
+    return tuple(dict.fromkeys(found))
 
 
 def _join_request(name: str, new: KeySet, present: KeySet) -> bytes:
-    line = node_public_key(read_secret(new.node_key_file)).decode()
-    request = JoinRequest(site=name, identity=new.identity.public.to_text(), node_key=line, made_at=now())
+    request = JoinRequest(
+        site=name,
+        identity=new.identity.public.to_text(),
+        link_key=key_line(read_secret(new.link_file)),
+        serving_key=key_line(read_secret(new.serving_file)),
+        hosts=_own_names(),
+        made_at=now(),
+    )
     return request.sign(*{keys.number: keys.identity for keys in (new, present)}.values())

@@ -1,41 +1,40 @@
-"""The site service: the only process that opens records, keys, ledger and model. Answers on a unix socket.
+"""A site's process: it alone opens records, keys, ledger and model, and answers what comes over its link.
 
 What it keeps count of stays in its log: it exports no metrics, no health and no reflection.
 """
 
-import grp
+import asyncio
 import json
 import logging
-import os
+import signal
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
 
+from client.link import SiteLink
 from client.office import CHECK, Office
 from client.records import Declared, SiteRecords, load_records
 from client.site import Site
-from client.wire import METHOD, SERVICE, chunks, join
 from fedllm import envelope
 from fedllm.crypto import Identity, PublicIdentity
 from fedllm.envelope import Binding
-from fedllm.errors import Cancelled, ConfigError, CryptoError, FedllmError, MessageError
-from fedllm.files import locked, write_secret
+from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError
+from fedllm.files import locked, read, read_secret, write_secret
 from fedllm.messages import Prepare, Secure, TrainRequest, from_bytes
 from fedllm.plan import ModelConfig, RunPlan
 from fedllm.privacy.ledger import DataSet, LedgerFile
+from fedllm.reach import reach, remedy
 from fedllm.training.data import read_rows
 from fedllm.training.model import load_reader
 from fedllm.training.workspace import Workspace, open_for_training, use_threads
 
 _log = logging.getLogger("fedllm.site")
 _RUNS_KEPT = 1000  # of which the last number is remembered one by one
-_DRAIN = 10.0  # seconds for the round that is being trained when the service is told to end
+_DRAIN = 10.0  # seconds for the round that is being trained when the process is told to end
 _HOUR = 3600.0  # seconds
-_WAITING = 4  # requests that may wait for their turn; more are told to come back
+_LOOK = 1.0  # seconds between looks whether the folder has changed
 
 
 class Replays:
@@ -145,26 +144,83 @@ def open_site(office: Office) -> Site:
     )  # fmt: skip
 
 
-def run(office: Office, stop: threading.Event) -> None:
-    """Answer head office until `stop`; raises FedllmError where the service cannot start."""
+def run(office: Office) -> bool:
+    """Answer head office until SIGTERM or SIGINT; True where the folder has changed, and it is to be opened anew.
+
+    Raises FedllmError where the site cannot start.
+    """
     use_threads(office.config.resources.threads)
-    limit = office.config.resources.max_message_mb << 20
     data = office.ledger_file.parent
     data.mkdir(mode=0o700, exist_ok=True)
-    with locked(data):  # two services at once would answer from two memories
+    office.link_state_file.parent.mkdir(mode=0o700, exist_ok=True)
+    with locked(data):  # two at once would answer from two memories
         ledger = _open_ledger(office)
         site = open_site(office)
         site.open_ledger()
         endpoint = Endpoint(site, office.identities, office.coordinators, data / "requests.json")
-        server = serve(endpoint, office.socket, office.config.socket_group, limit)
-        _log.info("%s answers on %s", office.name, office.socket)
-        while not stop.wait(_HOUR):
-            try:  # so that the evidence of how much time has passed is never old
-                ledger.look_at_clock()
-            except FedllmError as error:
-                _log.warning("%s", error)
-        server.stop(_DRAIN).wait()
-        office.socket.unlink(missing_ok=True)
+        return asyncio.run(_answer(office, endpoint, ledger))
+
+
+async def _answer(office: Office, endpoint: Endpoint, ledger: LedgerFile) -> bool:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    limit = office.config.resources.max_message_mb << 20
+    link = SiteLink(*way(office), endpoint.handle, limit, office.link_state_file)
+    keeping = asyncio.create_task(_keep_time(ledger))
+    running = asyncio.create_task(link.run(stop))
+    _log.info("%s is ready", office.name)
+    stamp, changed = office.stamp(), False
+    while not running.done():
+        await asyncio.wait((running,), timeout=_LOOK)
+        if office.stamp() != stamp and not link.busy:
+            _log.info("its keys or settings have changed: the site starts anew")
+            changed = True
+            stop.set()
+            await asyncio.wait((running,))
+    keeping.cancel()
+    await link.drained(_DRAIN)
+    running.result()
+    return changed
+
+
+async def _keep_time(ledger: LedgerFile) -> None:
+    """See to it that the evidence of how much time has passed is never old."""
+    while True:
+        await asyncio.sleep(_HOUR)
+        try:
+            await asyncio.to_thread(ledger.look_at_clock)
+        except FedllmError as error:
+            _log.warning("%s", error)
+
+
+def way(
+    office: Office,
+) -> tuple[str, Callable[[], grpc.ChannelCredentials | None], Callable[[], str]]:
+    """Return how an office connects: where to, with which credentials, and what explains that it does not."""
+    if office.socket is not None:
+        socket = office.socket
+        return f"unix:{socket}", lambda: None, lambda: "" if socket.exists() else f"no relay listens on {socket}"
+    link, ca = office.in_use.link_file, office.ca_file
+    return outside(office.address, ca, link)
+
+
+def outside(address: str, ca: Path, key: Path) -> tuple[str, Callable[[], grpc.ChannelCredentials], Callable[[], str]]:
+    """Return the same for head office's port, from the files of its authorities and of this site's key."""
+    certificate = key.with_suffix(".pem")
+    host, _, port = address.rpartition(":")
+
+    def credentials() -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(read(ca), read_secret(key), read(certificate))
+
+    def explain() -> str:
+        try:
+            reach(host.strip("[]"), int(port), ca, own=(certificate, key))
+        except OSError as error:
+            return remedy(host.strip("[]"), int(port), error)
+        return ""
+
+    return address, credentials, explain
 
 
 def _open_ledger(office: Office) -> LedgerFile:
@@ -174,65 +230,3 @@ def _open_ledger(office: Office) -> LedgerFile:
     ledger = LedgerFile(office.ledger.file, office.ledger.anchor, create=True)
     ledger.look_at_clock()
     return ledger
-
-
-def serve(endpoint: Endpoint, socket: Path, group: str | None, max_bytes: int) -> grpc.Server:
-    """Start to answer on a unix socket that this user, and `group` where one is named, may open; returns the server.
-
-    Raises ConfigError where the socket cannot be made.
-    """
-
-    def handle(request: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        stop, began = threading.Event(), time.monotonic()
-        context.add_callback(stop.set)  # the courier has gone, or its deadline has passed
-        try:
-            answer = endpoint.handle(join(request, max_bytes), stop)
-        except OverflowError as error:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the request has {error}")
-        except Cancelled as error:
-            _log.warning("given up: %s", error)
-            context.abort(grpc.StatusCode.CANCELLED, "given up")
-        except FedllmError as error:
-            _log.warning("refused: %s", error)
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, "refused; the site's log says why")
-        except Exception as error:  # its text may quote anything: it stays here
-            _log.error("a fault in the site's software", exc_info=error)
-            context.abort(grpc.StatusCode.INTERNAL, "a fault in the site's software; its log says more")
-        else:
-            _log.info("answered with %d bytes after %.2f s", len(answer), time.monotonic() - began)
-            yield from chunks(answer)
-
-    server = grpc.server(
-        ThreadPoolExecutor(_WAITING, thread_name_prefix="site"), maximum_concurrent_rpcs=_WAITING,
-        options=[("grpc.so_reuseport", 0)],
-    )  # fmt: skip
-    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {METHOD: grpc.stream_stream_rpc_method_handler(handle)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
-    _bind(server, socket, group)
-    server.start()
-    return server
-
-
-def _bind(server: grpc.Server, socket: Path, group: str | None) -> None:
-    """Make the socket without a moment in which others could open it."""
-    try:
-        number = grp.getgrnam(group).gr_gid if group else -1
-        socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        socket.unlink(missing_ok=True)  # of a service that was killed; two at once are kept out by the folder's lock
-        before = os.umask(0o177)
-        try:
-            server.add_insecure_port(f"unix:{socket}")
-        finally:
-            os.umask(before)
-        if group:
-            os.chown(socket.parent, -1, number)
-            socket.parent.chmod(0o710)
-            os.chown(socket, -1, number)
-            socket.chmod(0o660)
-    except KeyError:
-        raise ConfigError(f"socket_group={group}: there is no such group on this machine") from None
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"socket={socket}: cannot be made ({error}). Its path may have at most 100 bytes, and the folder must be "
-            "writable."
-        ) from None

@@ -60,7 +60,7 @@ def init_federation(
 
     office = make(file, private(home))
     facts = office.config
-    typer.echo(f"Head office of {facts.name}, at {facts.host}:{facts.fleet_port}: {office.folder}")
+    typer.echo(f"Head office of {facts.name}, at {facts.host}:{facts.port}: {office.folder}")
     typer.echo(f"Its fingerprint, to read to offices on the telephone:\n\n  {office.identity.public.fingerprint}\n")
     typer.echo("Next, at every office: fedllm site init --name NAME. Then here: fedllm admit NAME.join")
 
@@ -142,7 +142,7 @@ def server_rotate(
         if finish or retire:
             raise ConfigError("rotate certificate is one step; leave out --finish and --retire")
         federation.rotate_server_certificate(folder)
-        typer.echo("The server has a new certificate. It is used from the next start: fedllm server start")
+        typer.echo("The server has a new certificate; a daemon that runs takes it up by itself")
         return
     step: federation.Step = "finish" if finish else "retire" if retire else "start"
     rotate = federation.rotate_ca if what is Rotated.ca else federation.rotate_identity
@@ -150,7 +150,7 @@ def server_rotate(
     new = federation.HeadOffice.open(folder).identities[-1 if step == "start" else 0].public.fingerprint
     said = {
         "start": f"A new {what.value} stands beside the old one, and every grant names both.",
-        "finish": f"The new {what.value} is in use from the next start: fedllm server start",
+        "finish": f"The new {what.value} is in use.",
         "retire": f"The old {what.value} is forgotten.",
     }
     after = {
@@ -199,8 +199,8 @@ def site_install(
         fingerprint = _ask("Call head office on a number that you know. Its fingerprint, as heard")
     installed = office.install(folder, grant, fingerprint)
     known = " and ".join(identity.fingerprint for identity in installed.coordinators)
-    typer.echo(f"{installed.name} takes part at {installed.superlink}; head office is known by {known}")
-    typer.echo("Restart the site where it runs: fedllm site start")
+    typer.echo(f"{installed.name} takes part at {installed.address}; head office is known by {known}")
+    typer.echo("A site that runs takes it up by itself; else: fedllm site start")
 
 
 @site_app.command("rotate")

@@ -2,9 +2,10 @@
 
 import logging
 import os
+import signal
 import sys
-import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +23,8 @@ from fedllm.cli_deploy import (
     server_app,
     site_app,
 )
-from fedllm.errors import ConfigError, FederationError, FedllmError
+from fedllm.errors import ConfigError, FederationError
+from fedllm.reach import ONLY_TLS_1_3
 
 if TYPE_CHECKING:
     from client.office import Office
@@ -30,9 +32,7 @@ if TYPE_CHECKING:
     from fedllm.units import Unit
 
 _console = Console()
-_POLL, _ASK_FLOWER = 0.5, 15.0  # seconds between looks at a run's progress, and at what Flower says of it
-_ENDS = 60.0  # seconds in which a run's process ends
-_SYNC = 5.0  # seconds between looks at the roster
+_POLL = 0.5  # seconds between looks at a run's progress
 
 _SUBMIT_HELP = """Start a run of the admitted offices and follow it.
 
@@ -68,121 +68,88 @@ def _say(line: str) -> None:
 
 @server_app.command("start")
 def server_start(home: HeadOfficeOption = HEAD_OFFICE) -> None:
-    """Run head office's SuperLink, and let in the nodes of the roster, until stopped."""
+    """Run head office's daemon, to which offices connect and which starts runs, until stopped.
+
+    Runs that are under way go on without it, and find it again.
+    """
+    os.environ.update(ONLY_TLS_1_3)
+    import asyncio
+
     from fedllm.files import locked
-    from fedllm.supervisor import Supervisor, until_told
+    from server.daemon import serve
     from server.federation import HeadOffice
-    from server.superlink import superlink
 
     folder = private(home)
     office = HeadOffice.open(folder)
+    _log_to(folder / "log" / "server.log")
     for warning in office.warnings():
         _say(f"warning: {warning}")
-    (folder / "flower").mkdir(mode=0o700, exist_ok=True)
-    with locked(folder / "flower"):
-
-        def run(stop: threading.Event) -> None:
-            gate = threading.Thread(target=_keep_gate, args=(folder, stop), daemon=True)
-            gate.start()
-            Supervisor([superlink(office)], _say).run(stop)
-
-        until_told(run)
+    (folder / "run").mkdir(mode=0o700, exist_ok=True)
+    with locked(folder / "run"):
+        asyncio.run(serve(folder, _say))
 
 
-def _keep_gate(folder: Path, stop: threading.Event) -> None:
-    """Tell the SuperLink who may connect, now and whenever the roster changes."""
-    from server.federation import HeadOffice
-    from server.superlink import Control
-
-    told = None
-    while not stop.wait(1.0 if told is None else _SYNC):
-        try:
-            office = HeadOffice.open(folder)
-            if office.roster != told:
-                for line in Control(office).sync(office.roster):
-                    _say(line)
-                if told is None:
-                    _say(f"ready: offices connect to {office.config.host}:{office.config.fleet_port}")
-                told = office.roster
-        except FedllmError as error:
-            if told is not None:
-                _say(f"warning: {error}")
-            told = None
-
-
-@site_app.command("serve")
-def site_serve(home: OfficeOption = OFFICE) -> None:
-    """Run the site service alone: for a set-up of two users, where `fedllm site carry` runs as the other."""
-    folder = private(home)
-    office = _open_office(folder)
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("fedllm.site").setLevel(logging.INFO)
-    from client.service import run
-    from fedllm.supervisor import until_told
-
-    until_told(lambda stop: run(office, stop))
-
-
-@site_app.command("courier")
-def site_courier(
-    to: Annotated[Path, typer.Argument(help="The courier's folder, made where it is missing.", show_default=False)],
-    home: OfficeOption = OFFICE,
+@server_app.command("run", hidden=True)
+def server_run(
+    name: Annotated[str, typer.Argument(help="A prepared run.", show_default=False)],
+    home: HeadOfficeOption = HEAD_OFFICE,
 ) -> None:
-    """Write the courier's folder: what `fedllm site carry` needs, and no key that opens a message."""
-    from client.supernode import hand_out
+    """Run what `fedllm submit` prepared: the daemon's command."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from server import deployment
 
-    office = _open_office(private(home))
-    hand_out(office, to)
-    typer.echo(f"{to} is ready. Give it to the courier's user: chown -R USER '{to}'")
-
-
-@site_app.command("carry")
-def site_carry(
-    folder: Annotated[Path, typer.Argument(help="The courier's folder.", show_default=False)],
-) -> None:
-    """Run the SuperNode alone, from a courier's folder, until stopped."""
-    from client.supernode import read_courier, supernode
-    from fedllm.supervisor import Supervisor, until_told
-
-    folder = private(folder)
-    read_courier(folder)
-    until_told(Supervisor([supernode(folder, folder / "supernode.log")], _say).run)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    deployment.run(private(home), name)
 
 
 @site_app.command("start")
 def site_start(home: OfficeOption = OFFICE) -> None:
-    """Run the site service and the SuperNode, until stopped."""
-    from client.supernode import hand_out, supernode
-    from fedllm.files import locked
-    from fedllm.supervisor import Child, Supervisor, until_told
-
+    """Run the site until stopped: connect to head office and answer it, within what site.yaml permits."""
+    os.environ.update(ONLY_TLS_1_3)
     folder = private(home)
     office = _open_office(folder)
-    _ = office.declaration  # raises where the service could not start
-    courier = folder / "courier"
+    _ = office.declaration  # raises where the site could not start
+    _log_to(folder / "log" / "site.log")
+    from client.service import run
 
-    hand_out(office, courier)
-    given = _stamp(folder)
-
-    def hand_out_anew() -> None:
-        nonlocal given
-        if (now := _stamp(folder)) != given:
-            hand_out(_open_office(folder), courier)
-            given = now
-
-    service = [sys.executable, "-m", "fedllm.cli", "site", "serve", "--home", str(folder)]
-    with locked(courier):
-        children = [
-            Child("site service", lambda: service, folder / "log" / "service.log", made_of=lambda: _stamp(folder)),
-            supernode(courier, folder / "log" / "supernode.log", hand_out_anew),
-        ]
-        until_told(Supervisor(children, _say).run)
+    if run(office):
+        os.execv(sys.executable, [sys.executable, "-m", "fedllm.cli", "site", "start", "--home", str(folder)])  # noqa: S606
 
 
-def _stamp(folder: Path) -> tuple[int, ...]:
-    """Return what changes with an office's settings, grant or keys: all of them are replaced as whole files."""
-    watched = (folder / "site.yaml", folder / "declaration.json", folder / "grant.json", folder / "keys")
-    return tuple(place.stat().st_mtime_ns if place.exists() else 0 for place in watched)
+@site_app.command("export-relay")
+def site_export_relay(
+    to: Annotated[Path, typer.Argument(help="The relay's folder, made where it is missing.", show_default=False)],
+    home: OfficeOption = OFFICE,
+) -> None:
+    """Write the relay's folder: what `fedllm site relay` needs, and no key that opens a message."""
+    from client.relay import export_relay_folder
+
+    export_relay_folder(_open_office(private(home)), to)
+    typer.echo(f"{to} is ready. Give it to the relay's user: chown -R USER '{to}'")
+
+
+@site_app.command("relay")
+def site_relay(
+    folder: Annotated[Path, typer.Argument(help="The relay's folder.", show_default=False)],
+) -> None:
+    """Run the relay, through which a site process without network connects, until stopped."""
+    os.environ.update(ONLY_TLS_1_3)
+    import asyncio
+
+    from client.relay import read_relay, serve
+
+    folder = private(folder)
+    read_relay(folder)
+    _log_to(folder / "relay.log")
+    asyncio.run(serve(folder))
+
+
+def _log_to(file: Path) -> None:
+    """Write log lines to a file and to the screen."""
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    handlers: list[logging.Handler] = [logging.FileHandler(file, encoding="utf-8"), logging.StreamHandler()]
+    logging.basicConfig(handlers=handlers, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("fedllm").setLevel(logging.INFO)
 
 
 def _open_office(folder: Path) -> "Office":
@@ -191,7 +158,7 @@ def _open_office(folder: Path) -> "Office":
 
     office = Office.open(folder)
     os.environ.update(office.environment)
-    _ = office.superlink  # raises where there is no grant yet
+    _ = office.address  # raises where there is no grant yet
     return office
 
 
@@ -229,7 +196,7 @@ def submit(
     from server import deployment
     from server.checkpoint import CONFIG, read_as
     from server.federation import HeadOffice
-    from server.superlink import Control
+    from server.grpc_grid import look
 
     if resume is not None:
         folder = private(home)
@@ -237,14 +204,13 @@ def submit(
         if not earlier.exists():
             raise ConfigError(f"--resume {resume}: there is no such run in {deployment.runs(folder)}")
         config = read_as(earlier, DeploymentConfig).model_copy(update={"resume": True})
-    control = Control(HeadOffice.open(folder))
-    if not control.reachable():
-        raise FederationError("the SuperLink does not answer. Is it running? fedllm server start")
+    socket = HeadOffice.open(folder).socket
+    look(socket)  # raises where no daemon runs
     _console.print("checking model, held-out set and plan ...", highlight=False)
     deployment.prepare(folder, config)
     place = deployment.runs(folder) / config.name
-    deployment.hand_over(place, control)
-    _console.print(f"run {config.name} is handed to the SuperLink", highlight=False)
+    deployment.hand_over(place, socket)
+    _console.print(f"run {config.name} is started", highlight=False)
     if detach:
         return
     _follow(folder, config.name)
@@ -258,12 +224,11 @@ def _follow(home: Path, name: str) -> None:
     from server.checkpoint import read_as
     from server.federation import HeadOffice
     from server.rounds import PLAN
-    from server.superlink import Control
     from simulations.screen import Screen
 
     place = deployment.runs(home) / name
     office = HeadOffice.open(home)
-    control, position, asked = Control(office), 0, time.monotonic()
+    position = 0
     try:
         with Screen(_console) as screen:
             screen.announce(read_as(place / PLAN, RunPlan), [member.site for member in office.roster.active])
@@ -274,9 +239,7 @@ def _follow(home: Path, name: str) -> None:
                     screen.observe(event)
                 if not state.open:
                     break
-                if state.state == "running" or time.monotonic() - asked > _ASK_FLOWER:
-                    deployment.settle(place, control)
-                    asked = time.monotonic()
+                deployment.settle(place)
                 time.sleep(_POLL)
     except KeyboardInterrupt:
         _console.print(f"the run goes on. Follow it: fedllm status {name} --follow. End it: fedllm stop {name}")
@@ -296,10 +259,9 @@ def status(
     """Show what became of runs."""
     from server import deployment
     from server.federation import HeadOffice
-    from server.superlink import Control
 
     folder = private(home)
-    office = HeadOffice.open(folder)
+    HeadOffice.open(folder)
     if name is not None and follow:
         deployment.read_status(deployment.runs(folder) / name)
         _follow(folder, name)
@@ -309,7 +271,7 @@ def status(
         table.add_column(heading)
     places = deployment.known_runs(folder) if name is None else [deployment.runs(folder) / name]
     for place in places:
-        state = deployment.settle(place, Control(office))
+        state = deployment.settle(place)
         last = deployment.last_round(place)
         cells = ["", "", "", ""]
         if last is not None:
@@ -328,24 +290,9 @@ def stop(
     name: Annotated[str, typer.Argument(help="The run.", show_default=False)], home: HeadOfficeOption = HEAD_OFFICE
 ) -> None:
     """End a run where it is; `fedllm submit --resume` goes on from its last round."""
-    from fedllm.files import in_use
     from server import deployment
-    from server.federation import HeadOffice
-    from server.superlink import Control
 
-    folder = private(home)
-    place = deployment.runs(folder) / name
-    state = deployment.settle(place, control := Control(HeadOffice.open(folder)))
-    if not state.open:
-        raise ConfigError(f"run {name} has ended already ({state.state})")
-    control.stop(state.flower)
-    deadline = time.monotonic() + _ENDS
-    while in_use(place) and time.monotonic() < deadline:  # until then it cannot be resumed
-        time.sleep(_POLL)
-    state = deployment.read_status(place)
-    if state.state == "completed":
-        raise ConfigError(f"run {name} was completed before it could be ended")
-    deployment.write_status(place, state.model_copy(update={"state": "stopped", "text": "ended by the operator."}))
+    deployment.end(deployment.runs(private(home)) / name)
     _console.print(f"run {name} is ended. What was done is kept: fedllm submit --resume {name}", highlight=False)
 
 
@@ -367,25 +314,22 @@ def server_units(folder: _UnitsFolder = _UNITS, home: HeadOfficeOption = HEAD_OF
     server = units.Unit(
         "fedllm-server", f"Head office of {office.config.name}", ("server", "start", "--home", str(home)), user, (home,)
     )
-    _write_units(
-        folder, [server], [home / "log" / "*.log"], units.compose([server], {server.name: office.config.fleet_port})
-    )
+    _write_units(folder, [server], [home / "log" / "*.log"], units.compose([server], {server.name: office.config.port}))
 
 
 @site_app.command("units")
 def site_units(
     folder: _UnitsFolder = _UNITS,
-    two_users: Annotated[
-        bool, typer.Option("--two-users", help="The site service and the SuperNode under two users, without network "
-                           "for the first.")
+    one_user: Annotated[
+        bool, typer.Option("--one-user", help="No relay: the site's own process has the network.")
     ] = False,
-    courier_user: Annotated[str, typer.Option("--courier-user", help="The SuperNode's user.")] = "fedllm-courier",
-    courier: Annotated[
-        Path, typer.Option("--courier", help="The courier's folder, of fedllm site courier.")
-    ] = Path("/var/lib/fedllm-courier"),
+    relay_user: Annotated[str, typer.Option("--relay-user", help="The relay's user.")] = "fedllm-relay",
+    relay: Annotated[Path, typer.Option("--relay", help="The relay's folder, of fedllm site export-relay.")] = Path(
+        "/var/lib/fedllm-relay"
+    ),
     home: OfficeOption = OFFICE,
-) -> None:  # fmt: skip
-    """Write systemd units, a compose file and rotation of logs for an office."""
+) -> None:
+    """Write systemd units, a compose file and rotation of logs for an office: a site without network, and its relay."""
     from client.office import Office
     from fedllm import units
 
@@ -395,37 +339,31 @@ def site_units(
     device = office.config.resources.device
     gpu = device.startswith("cuda") or (device == "auto" and Path("/dev/nvidiactl").exists())
     reads = tuple(place for place in office.reads if not place.is_relative_to(home))
-    if not two_users:
-        site = units.Unit(
-            "fedllm-site", f"Site {office.name} of fedllm", ("site", "start", "--home", str(home)), user,
-            (home,) if office.socket.is_relative_to(home) else (home, office.socket.parent), reads, group=group,
-            devices=gpu,
-        )  # fmt: skip
+    site = units.Unit(
+        "fedllm-site", f"Site {office.name}: records, keys, ledger, model", ("site", "start", "--home", str(home)), user,
+        (home,), reads, group=group, network=one_user, devices=gpu,
+    )  # fmt: skip
+    if one_user:
         _write_units(folder, [site], [home / "log" / "*.log"], None)
         return
-    if group is None:
-        raise ConfigError("site.yaml: two users need socket, such as /run/fedllm/site.sock, and socket_group")
-    if user == courier_user:
-        raise ConfigError(f"--courier-user={courier_user}: it is the site's user, too; take another")
-    units.check_account(courier_user, group)
+    if group is None or office.socket is None:
+        raise ConfigError("site.yaml: a relay needs socket, such as /run/fedllm/link.sock, and socket_group")
+    if user == relay_user:
+        raise ConfigError(f"--relay-user={relay_user}: it is the site's user, too; take another")
+    units.check_account(relay_user, group)
     place = office.socket.parent
     runtime = str(place.relative_to("/run")) if place.parent == Path("/run") else None
-    service = units.Unit(
-        "fedllm-site", f"Site service of {office.name}: records, keys, ledger, model",
-        ("site", "serve", "--home", str(home)), user, (home,) if runtime else (home, place), reads, group=group,
-        runtime=runtime, network=False, devices=gpu,
-    )  # fmt: skip
     carrier = units.Unit(
-        "fedllm-courier", f"SuperNode of {office.name}: carries sealed bytes",
-        ("site", "carry", str(courier)), courier_user, (courier,), hidden=(home, *reads), group=group,
-        after=("fedllm-site",),
+        "fedllm-relay", f"Relay of {office.name}: carries sealed bytes", ("site", "relay", str(relay)), relay_user,
+        (relay,) if runtime else (relay, place), hidden=(home, *reads), group=group, runtime=runtime,
     )  # fmt: skip
-    composed = units.compose([service, carrier], {}, office.socket)
-    _write_units(folder, [service, carrier], [home / "log" / "*.log"], composed, courier)
+    site = replace(site, after=(carrier.name,))
+    composed = units.compose([site, carrier], {}, office.socket)
+    _write_units(folder, [site, carrier], [home / "log" / "*.log"], composed, relay)
 
 
 def _write_units(
-    folder: Path, all_units: "list[Unit]", logs: list[Path], composed: str | None, courier: Path | None = None
+    folder: Path, all_units: "list[Unit]", logs: list[Path], composed: str | None, relay: Path | None = None
 ) -> None:
     """Write the files and say what comes next."""
     from fedllm import units
@@ -433,8 +371,8 @@ def _write_units(
     folder = folder.expanduser().absolute()
     files = {f"{unit.name}.service": units.service(unit) for unit in all_units}
     rotations = [units.rotation(all_units[0].name, all_units[0].user, logs)]
-    if courier is not None:
-        rotations.append(units.rotation(all_units[1].name, all_units[1].user, [courier / "*.log"]))
+    if relay is not None:
+        rotations.append(units.rotation(all_units[1].name, all_units[1].user, [relay / "*.log"]))
     files[f"{all_units[0].name}.logrotate"] = "\n".join(rotations)
     if composed is not None:
         files |= {"compose.yaml": composed, "Dockerfile": units.dockerfile(folder, all_units)}
@@ -452,7 +390,7 @@ def doctor(
     home: Annotated[
         Path | None,
         typer.Option(
-            "--home", envvar="FEDLLM_HOME", help="Head office's, a site's or a courier's folder.",
+            "--home", envvar="FEDLLM_HOME", help="Head office's, a site's or a relay's folder.",
             show_default="both that ~/.fedllm may hold",
         ),
     ] = None,
@@ -475,14 +413,18 @@ def doctor(
 def _examine(folder: Path) -> "list[Finding]":
     """Find out what kind of folder it is, and look at it."""
     if (folder / "federation.yaml").exists() or (folder / "roster.json").exists():
-        from server.doctor import examine as look
-    elif (folder / "site.yaml").exists() or (folder / "grant.json").exists():
-        from client.doctor import examine as look
-    elif (folder / "courier.json").exists():
-        from client.doctor import examine_courier as look
-    else:
-        raise ConfigError(
-            f"{folder} is neither head office's folder (federation.yaml), nor a site's (site.yaml), nor a courier's "
-            "(courier.json), or it may not be read by this user"
-        )
-    return look(folder)
+        from server.doctor import examine
+
+        return examine(folder)
+    if (folder / "site.yaml").exists() or (folder / "grant.json").exists():
+        from client.doctor import examine
+
+        return examine(folder)
+    if (folder / "relay.json").exists():
+        from client.doctor import examine_relay
+
+        return examine_relay(folder)
+    raise ConfigError(
+        f"{folder} is neither head office's folder (federation.yaml), nor a site's (site.yaml), nor a relay's "
+        "(relay.json), or it may not be read by this user"
+    )

@@ -1,4 +1,4 @@
-"""Identities, key agreement, signed and sealed bytes, certificates and node keys: the only importer of `cryptography`.
+"""Identities, key agreement, signed and sealed bytes, certificates: the only importer of `cryptography`.
 
 A party (a site, or head office) has one `Identity`: an Ed25519 key that signs and an X25519 key that others seal to.
 Everything here raises CryptoError, and nothing else, on keys or bytes that are not what they should be.
@@ -370,7 +370,7 @@ def open_envelope(text: str, payload_type: str) -> tuple[bytes, PublicIdentity]:
     return envelope.payload, signer
 
 
-# ---- certificates and node keys --------------------------------------------------------------------------------------
+# ---- certificates ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -382,7 +382,7 @@ class Certificate:
 
 
 def make_ca(name: str, days: int) -> Certificate:
-    """Make a certificate authority: P-384, self-signed, may sign server certificates only."""
+    """Make a certificate authority: P-384, self-signed, with no authority below it."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
     builder = (
@@ -391,64 +391,80 @@ def make_ca(name: str, days: int) -> Certificate:
         .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
-    return _sign(builder, key, key)
+    certificate = builder.sign(key, hashes.SHA384())
+    return Certificate(certificate.public_bytes(serialization.Encoding.PEM), _pem(key))
 
 
 def make_server_certificate(ca: Certificate, hosts: Sequence[str], days: int) -> Certificate:
     """Make a TLS server certificate for `hosts`, names or addresses; it never outlives its authority."""
-    authority, authority_key = _load(ca.certificate), _load_key(ca.key)
     key = ec.generate_private_key(ec.SECP384R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
+    made = _issue(ca, hosts[0], key.public_key(), days, ExtendedKeyUsageOID.SERVER_AUTH, hosts)
+    return Certificate(made.public_bytes(serialization.Encoding.PEM), _pem(key))
+
+
+def _issue(
+    ca: Certificate, name: str, key: ec.EllipticCurvePublicKey, days: int, use: x509.ObjectIdentifier,
+    hosts: Sequence[str],
+) -> x509.Certificate:  # fmt: skip
+    authority, authority_key = _load(ca.certificate), _load_key(ca.key)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
     builder = (
-        _certificate(subject, authority.subject, key.public_key(), days, authority.not_valid_after_utc)
-        .add_extension(x509.SubjectAlternativeName([_general_name(host) for host in hosts]), critical=False)
+        _certificate(subject, authority.subject, key, days, authority.not_valid_after_utc)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(digital_signature=True), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         .add_extension(identifier, critical=False)
     )
-    return _sign(builder, key, authority_key)
+    if hosts:
+        names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+        builder = builder.add_extension(names, critical=False)
+    return builder.sign(authority_key, hashes.SHA384())
 
 
-def make_node_key() -> Certificate:
-    """Make the key by which Flower knows a node: P-384 in OpenSSH's formats (flwr 1.39 takes no other kind)."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    )
-    return Certificate(node_public_key(private), private)
+def make_key() -> bytes:
+    """Make a private key for TLS: P-384, PEM."""
+    return _pem(ec.generate_private_key(ec.SECP384R1()))
 
 
-def node_public_key(private: bytes) -> bytes:
-    """Return the public half of a node key, as one OpenSSH line."""
-    try:
-        key = serialization.load_ssh_private_key(private, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise CryptoError(f"not a node key ({error}). Restore it from a backup, or make new keys.") from None
-    return key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+def key_line(private: bytes) -> str:
+    """Return the public half of a private key for TLS, PEM, as one line; raises CryptoError."""
+    return _line(_load_key(private).public_key())
 
 
-def node_key_line(pem: bytes) -> str:
-    """Return a node's public key, PEM as Flower keeps it, as one OpenSSH line; raises CryptoError."""
-    try:
-        key = serialization.load_pem_public_key(pem)
-        line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise CryptoError(f"not a node key ({error})") from None
-    return line.decode()
+def certified_key(certificate: bytes) -> str:
+    """Return the key that a certificate is for, PEM, as one line; raises CryptoError."""
+    key = _load(certificate).public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise CryptoError("expected a certificate of an elliptic curve key")
+    return _line(key)
 
 
-def check_node_public_key(line: str) -> None:
-    """Raise CryptoError unless this is the public half of a P-384 node key."""
+def check_key_line(line: str) -> None:
+    """Raise CryptoError unless this is the one form of the public half of a P-384 key."""
+    _load_line(line)
+
+
+def certify(ca: Certificate, line: str, site: str, days: int, hosts: Sequence[str] = ()) -> bytes:
+    """Return a certificate, PEM, for a site's key: as a client or, where it has `hosts`, to serve at these."""
+    key = _load_line(line)
+    use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
+    return _issue(ca, site, key, days, use, hosts).public_bytes(serialization.Encoding.PEM)
+
+
+def _line(key: ec.EllipticCurvePublicKey) -> str:
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+
+
+def _load_line(line: str) -> ec.EllipticCurvePublicKey:
     try:
         key = serialization.load_ssh_public_key(line.encode())
-        fits = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1)
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        fits = False
-    if not fits:
-        raise CryptoError("the node key is not an ecdsa-sha2-nistp384 key in OpenSSH's format")
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1) or _line(key) != line:
+        raise CryptoError("a key for TLS is one line of two words: ecdsa-sha2-nistp384 and the key")
+    return key
 
 
 def read_pairs(certificates: bytes, keys: bytes) -> list[Certificate]:
@@ -570,14 +586,10 @@ def _general_name(host: str) -> x509.GeneralName:
         raise CryptoError(f"{host!r} is neither the name nor the address of a host") from None
 
 
-def _sign(
-    builder: x509.CertificateBuilder, key: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey
-) -> Certificate:
-    certificate = builder.sign(by, hashes.SHA384())
-    private = key.private_bytes(
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    return Certificate(certificate.public_bytes(serialization.Encoding.PEM), private)
 
 
 def _load(pem: bytes) -> x509.Certificate:

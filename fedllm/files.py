@@ -19,6 +19,7 @@ from fedllm.errors import ConfigError, FolderError
 
 LOCK = "lock"  # the file whose lock tells that a process is at work in a folder
 _MAX_SETTINGS = 1 << 20  # bytes
+_MAX_SOCKET = 107  # bytes of a unix socket's path (unix(7): sun_path)
 
 
 def replace_file(path: Path, data: bytes, mode: int | None = None) -> None:
@@ -156,6 +157,27 @@ def check_private(path: Path) -> None:
             f"{path} has mode {stat.S_IMODE(found.st_mode):03o}: others than its owner may use it. "
             f"Run: chmod {right} '{path}', and think of who may have read it."
         )
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    """Make files with this mask for a moment."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def check_socket(path: Path, settings: str) -> Path:
+    """Return the path of a unix socket; raises ConfigError where it is too long for one (unix(7): sun_path)."""
+    length = len(os.fsencode(path.absolute()))
+    if length > _MAX_SOCKET:
+        raise ConfigError(
+            f"socket={path}: {length} bytes, and the system takes at most {_MAX_SOCKET}. Give a shorter path as socket "
+            f"in {settings}, such as /run/fedllm/link.sock."
+        )
+    return path
 
 
 def read_secret(path: Path) -> bytes:

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, AwareDatetime, Field, ValidationError
 from fedllm.crypto import (
     Identity,
     PublicIdentity,
-    check_node_public_key,
+    check_key_line,
     open_document,
     read_certificates,
     sign_document,
@@ -92,21 +92,20 @@ def _identity(text: str) -> str:
     return text
 
 
-def _node_key(line: str) -> str:
-    check_node_public_key(line)
-    if line != " ".join(line.split()) or line.count(" ") != 1:
-        raise CryptoError("a node key is one line of two words: ecdsa-sha2-nistp384 and the key")
+def _key(line: str) -> str:
+    check_key_line(line)
     return line
 
 
-def _authorities(pem: str) -> str:
+def _certificates(pem: str) -> str:
     read_certificates(pem.encode())
     return pem
 
 
 SiteName = Annotated[str, AfterValidator(_site)]
 IdentityText = Annotated[str, AfterValidator(_identity)]
-NodeKeyLine = Annotated[str, AfterValidator(_node_key)]
+KeyLine = Annotated[str, AfterValidator(_key)]
+Certificates = Annotated[str, AfterValidator(_certificates)]
 Host = Annotated[str, AfterValidator(check_host)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -114,10 +113,12 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 class JoinRequest(Frozen):
     """What an office asks head office with: its name and its public keys."""
 
-    kind: Literal["fedllm join request v1"] = "fedllm join request v1"
+    kind: Literal["fedllm join request v2"] = "fedllm join request v2"
     site: SiteName
     identity: IdentityText
-    node_key: NodeKeyLine  # by which the SuperLink knows the SuperNode
+    link_key: KeyLine  # to be certified: the site's as a client of head office
+    serving_key: KeyLine  # to be certified: the site's as a server in its own house
+    hosts: tuple[Host, ...] = Field((), max_length=16)  # that it serves at
     made_at: AwareDatetime
 
     @property
@@ -141,13 +142,15 @@ class JoinRequest(Frozen):
 class Grant(Frozen):
     """Head office's answer: where it is to be found, and by which keys it is known."""
 
-    kind: Literal["fedllm grant v1"] = "fedllm grant v1"
+    kind: Literal["fedllm grant v2"] = "fedllm grant v2"
     federation: str = Field(min_length=1, max_length=64)
     site: SiteName
     site_fingerprint: str  # of the identity that the grant was made for
     host: Host
-    fleet_port: Port
-    ca: Annotated[str, AfterValidator(_authorities)]  # PEM; two authorities while one replaces the other
+    port: Port
+    ca: Certificates  # PEM; two authorities while one replaces the other
+    link: Certificates  # PEM: the site's certificate as a client of head office
+    serving: Certificates  # PEM: its certificate as a server
     coordinators: tuple[IdentityText, ...] = Field(min_length=1, max_length=8)  # the first one signs and seals now
     made_at: AwareDatetime
 

@@ -1,4 +1,4 @@
-"""A handshake with head office's SuperLink, as a SuperNode makes it, and what is wrong where it fails."""
+"""A handshake with head office, as a site makes it, and what is wrong where it fails."""
 
 import errno
 import socket
@@ -9,30 +9,47 @@ from pathlib import Path
 # RSA certificate, and as an authority of ours issues none, TLS 1.3 alone is left at both ends.
 ONLY_TLS_1_3 = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-RSA-AES256-GCM-SHA384"}
 _PATIENCE = 5.0  # seconds
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # RFC 9113, 3.4: no settings
+# How a server says, in a TLS alert (RFC 8446, 6.2), what is wrong with the certificate that it was shown.
+_SHOWN = {
+    "CERTIFICATE_EXPIRED": "this office's certificate has ended, or the clock there is ahead",
+    "UNKNOWN_CA": "this office's certificate is not of an authority that head office believes",
+    "CERTIFICATE_UNKNOWN": "this office's certificate is not of an authority that head office believes, or has ended",
+    "BAD_CERTIFICATE": "this office's certificate is not believed",
+}
 _AHEAD, _ENDED, _UNKNOWN, _OTHER_HOST = (9,), (10,), (2, 18, 19, 20, 21), (62, 64)  # OpenSSL: X509_V_ERR_*
 
 
-def reach(host: str, port: int, ca: Path, at: str | None = None) -> bytes:
+def reach(host: str, port: int, ca: Path, at: str | None = None, own: tuple[Path, Path] | None = None) -> bytes:
     """Shake hands, TLS 1.3 and gRPC's protocol, believing the authorities in `ca` alone.
 
-    `at` is another address at which `host` is to be found. Returns the other end's certificate, PEM; raises OSError,
-    which `remedy` explains.
+    `at` is another address at which `host` is to be found; `own` are the files of a certificate and its key, PEM, to
+    show, and whether they are believed. Returns the other end's certificate, PEM; raises OSError, which `remedy`
+    explains.
     """
     context = ssl.create_default_context(cafile=str(ca))
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
+    if own is not None:
+        context.load_cert_chain(*map(str, own))
     with (
         socket.create_connection((at or host, port), timeout=_PATIENCE) as plain,
         context.wrap_socket(plain, server_hostname=host) as secured,
     ):
         if secured.selected_alpn_protocol() != "h2":
             raise OSError("the other end speaks TLS, but not gRPC")
+        if own is not None:  # in TLS 1.3 the server judges a certificate when the client believes all is said
+            secured.sendall(_PREFACE)
+            secured.recv(1)
         return ssl.DER_cert_to_PEM_cert(secured.getpeercert(binary_form=True) or b"").encode()
 
 
 def remedy(host: str, port: int, error: OSError) -> str:
     """Return why `reach` failed, and what to do about it."""
-    there = f"{host}:{port}"
+    there, reason = f"{host}:{port}", str(getattr(error, "reason", ""))
+    for alert, text in _SHOWN.items():
+        if isinstance(error, ssl.SSLError) and reason.endswith(f"ALERT_{alert}"):
+            return f"{text}. Install a new grant; at head office: fedllm server grant SITE"
     if isinstance(error, ssl.SSLCertVerificationError):
         return _certificate(host, error)
     known: list[tuple[type[OSError], str]] = [

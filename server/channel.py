@@ -73,19 +73,26 @@ class SealedChannel:
     sites_may_come_back = True
 
     def __init__(
-        self, grid: Grid, identity: Identity, member_of: Callable[[bytes], Member | None], plan: RunPlan
+        self,
+        online: Callable[[], dict[int, str]],
+        identity: Identity,
+        member_of: Callable[[str], Member | None],
+        plan: RunPlan,
     ) -> None:
-        """`member_of` finds the site of a node's public key, None where the roster has no such site."""
-        self._grid, self._identity, self._member_of, self._plan = grid, identity, member_of, plan
+        """`online` returns the nodes that are there with the names of their sites.
+
+        `member_of` finds a site in the roster, None where it is not there.
+        """
+        self._online, self._identity, self._member_of, self._plan = online, identity, member_of, plan
         self._number = 0
-        self._keys: dict[int, bytes] = {}  # of the nodes
+        self._sites: dict[int, str] = {}  # of all nodes that were online
         self._sent: dict[int, Binding] = {}  # what an answer of each node must be bound to
 
     def nodes(self) -> dict[int, str | None]:
         """Return the online nodes of sites in the roster, with the sites' names."""
-        self._keys = {node.node_id: node.public_key for node in self._grid.get_nodes()}
-        members = {node: self._member_of(key) for node, key in self._keys.items()}
-        return {node: member.site for node, member in members.items() if member is not None}
+        online = self._online()
+        self._sites |= online
+        return {node: site for node, site in online.items() if self._member_of(site) is not None}
 
     def seal(self, node: int, round_: int, payload: bytes) -> bytes:
         """Seal `payload` to the site behind a node."""
@@ -113,7 +120,7 @@ class SealedChannel:
         return self._member(node).identities
 
     def _member(self, node: int) -> Member:
-        member = self._member_of(self._keys[node])
+        member = self._member_of(self._sites[node])
         if member is None:
             raise MessageError("the site was revoked")
         return member

@@ -1,4 +1,4 @@
-"""A run of a deployed federation: prepared by `fedllm submit`, run by the ServerApp in a process of its own.
+"""A run of a deployed federation: prepared by `fedllm submit`, run in a process of its own that the daemon starts.
 
 What needs a model is imported where it is used: to ask what became of a run takes none.
 """
@@ -6,39 +6,42 @@ What needs a model is imported where it is used: to ask what became of a run tak
 import contextlib
 import json
 import os
+import signal
 import time
 import traceback
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from flwr.serverapp import Grid
+from flwr.app import Context, RecordDict
 from pydantic import Field
 
-from fedllm.crypto import node_key_line
 from fedllm.errors import CheckpointError, ConfigError, FederationError, FedllmError, QuorumLost
 from fedllm.files import in_use, write_secret
 from fedllm.plan import DeploymentConfig, Frozen, RunPlan
 from server.channel import SealedChannel
 from server.checkpoint import CONFIG, has_checkpoint, read_as, writing
 from server.federation import HeadOffice, Member, Roster
+from server.grpc_grid import GrpcGrid, start
 from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord
 from server.rounds import CHECKPOINT, PLAN, Event, Phase, RoundRecord, RoundStarted, SiteAnswered
-from server.superlink import RUNS, Control
 
+RUNS = "runs"  # folder of the runs' folders
+_STARTS = 60.0  # seconds in which a run's process begins
+_ENDS, _POLL = 60.0, 0.2  # seconds in which it ends, and between looks at it
+_OVERHEAD = 64 << 20  # bytes of a site's answer beside its vector
 STATUS, PROGRESS, ERROR = "status.json", "progress.jsonl", "error.txt"
 _KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Phase, RoundStarted, SiteAnswered, RoundRecord)}
 
 
 class Status(Frozen):
-    """What became of a run, and Flower's number for it."""
+    """What became of a run, and which process it is."""
 
     state: Literal["submitted", "running", "completed", "stopped"]
-    flower: str = ""
-    ticket: str = ""  # by which the run's process finds the folder: the SuperLink and the nodes learn it, not the name
+    process: int = 0
+    at: int = 0  # seconds since 1970 UTC: when it was submitted
     text: str = Field("", max_length=10_000)  # why it ended early
 
     @property
@@ -74,27 +77,15 @@ def last_round(folder: Path) -> RoundRecord | None:
     return found[-1] if found else None
 
 
-def settle(folder: Path, control: Control) -> Status:
-    """Return what became of a run, after a look whether its process still lives.
-
-    Before there is a process Flower is asked; where it does not answer, what is known is returned.
-    """
+def settle(folder: Path) -> Status:
+    """Return what became of a run, after a look whether its process still lives."""
     status = read_status(folder)
-    if status.state == "running" and not in_use(folder):
-        why = "was ended from outside"
-    elif status.state == "submitted" and status.flower:
-        try:
-            flower = control.state(status.flower)
-        except FederationError:
-            return status
-        if flower in ("pending", "running") or in_use(folder):
-            return status
-        why = f"ended ({flower})"
-    else:
+    young = status.state == "submitted" and time.time() - status.at < _STARTS
+    if not status.open or young or in_use(folder):
         return status
     status = read_status(folder)  # it may have ended in good order meanwhile
     if status.open:
-        text = f"its process at head office {why}; see {folder.parents[1] / 'log' / 'superlink.log'}."
+        text = f"its process at head office was ended from outside; see {folder.parents[1] / 'log' / 'runs.log'}."
         status = status.model_copy(update={"state": "stopped", "text": text})
         write_status(folder, status)
     return status
@@ -133,87 +124,96 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
                 raise ConfigError(f"resume=true continues the same plan, but these differ: {', '.join(changed)}")
         HeadOfficeRun(config)  # here, where the operator sees what is wrong with model or held-out set
         write_plan(folder, plan, config)
-        write_status(folder, Status(state="submitted"))
+        write_status(folder, Status(state="submitted", at=int(time.time())))
         write_secret(folder / PROGRESS, b"")
     return plan
 
 
-def hand_over(folder: Path, control: Control) -> None:
-    """Give a prepared run to the SuperLink; raises FederationError, and notes it, where that does not take it."""
-    ticket = uuid.uuid4().hex
-    write_status(folder, read_status(folder).model_copy(update={"ticket": ticket}))
+def hand_over(folder: Path, socket: Path) -> None:
+    """Have the daemon start a prepared run; raises FederationError, and notes it, where it does not."""
     try:
-        number = control.start(ticket)
+        start(socket, folder.name)
     except FederationError as error:
         write_status(folder, Status(state="stopped", text=str(error)))
         raise
-    status = read_status(folder)  # its process may have begun already
-    write_status(folder, status.model_copy(update={"flower": number}))
 
 
-def run_of(home: Path, ticket: str) -> str:
-    """Return the name of the run that was handed over with this ticket; raises ConfigError where none was."""
-    for folder in known_runs(home):
-        with contextlib.suppress(CheckpointError):  # another run's folder may be damaged
-            if read_status(folder).ticket == ticket:
-                return folder.name
-    raise ConfigError("this process was started for a run that is not, or no longer, to be run")
+def end(folder: Path) -> Status:
+    """End a run's process where it is, and return what became of the run; raises ConfigError where it has ended."""
+    status = settle(folder)
+    if not status.open:
+        raise ConfigError(f"run {folder.name} has ended already ({status.state})")
+    deadline = time.monotonic() + _ENDS
+    told = False
+    while (in_use(folder) or not told) and time.monotonic() < deadline:  # until then it cannot be resumed
+        status = read_status(folder)
+        if status.process and not told:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(status.process, signal.SIGTERM)
+            told = True
+        time.sleep(_POLL)
+    status = read_status(folder)
+    if status.state == "completed":
+        raise ConfigError(f"run {folder.name} was completed before it could be ended")
+    status = status.model_copy(update={"state": "stopped", "text": "ended by the operator."})
+    write_status(folder, status)
+    return status
 
 
 def _list(names: list[str]) -> str:
     return ", ".join(names) or "no site"
 
 
-def run(grid: Grid, home: Path, name: str) -> None:
-    """Run what `prepare` prepared, over the sealed channel, and write its outputs."""
+def run(home: Path, name: str) -> None:
+    """Run what `prepare` prepared, in this process; whatever ends it is noted in the run's folder.
+
+    Raises FederationError where it has ended with an error.
+    """
+    from server.app import server_app
     from server.run import HeadOfficeRun, alone_in
 
     folder = runs(home) / name
     began = time.monotonic()
     config, plan = read_as(folder / CONFIG, DeploymentConfig), read_as(folder / PLAN, RunPlan)
     with alone_in(folder, config):
-        status = read_status(folder).model_copy(update={"state": "running"})
+        status = read_status(folder).model_copy(update={"state": "running", "process": os.getpid()})
         write_status(folder, status)
-        office = HeadOffice.open(home)
-        channel = SealedChannel(grid, office.identity, _member_of(office.roster_file), plan)
-        head_office = HeadOfficeRun(config)
-        members = office.roster.active
-        record = RunRecord(folder / RECORD_FILE, office.identities, {each.site: each.identity for each in members})
-        heads = Heads(home / HEADS)
-        roster = {each.site: each.public for each in members}
-        coordinator = head_office.begin(plan, folder, _note(folder / PROGRESS), len(members), record, heads, roster)
-        stopped = ""
         try:
-            coordinator.run(grid, channel)
-        except QuorumLost as error:
-            stopped = str(error)
-        head_office.finish(stopped, {}, time.monotonic() - began)
-        write_status(
-            folder, status.model_copy(update={"state": "stopped" if stopped else "completed", "text": stopped})
-        )
+            office = HeadOffice.open(home)
+            head_office = HeadOfficeRun(config)
+            members = office.roster.active
+            record = RunRecord(folder / RECORD_FILE, office.identities, {each.site: each.identity for each in members})
+            heads = Heads(home / HEADS)
+            roster = {each.site: each.public for each in members}
+            coordinator = head_office.begin(plan, folder, _note(folder / PROGRESS), len(members), record, heads, roster)
+            failed: list[BaseException] = []
+            with GrpcGrid(office.socket, _OVERHEAD + 8 * coordinator.adapter.size) as grid:
+                channel = SealedChannel(grid.sites, office.identity, _member(office.roster_file), plan)
+                server_app(coordinator, failed.append, channel)(grid, Context(1, 0, {}, RecordDict(), {}))
+            if failed and not isinstance(failed[0], QuorumLost):
+                raise failed[0]
+            stopped = str(failed[0]) if failed else ""
+            head_office.finish(stopped, {}, time.monotonic() - began)
+            state = "stopped" if stopped else "completed"
+            write_status(folder, status.model_copy(update={"state": state, "text": stopped}))
+        except BaseException as error:
+            write_status(folder, status.model_copy(update={"state": "stopped", "text": _why(folder, error)[:10_000]}))
+            raise
 
 
-def fail(home: Path, name: str, ticket: str, error: BaseException) -> None:
-    """Note that the run handed over with `ticket` ended with an error, unless it is known already why it ended.
-
-    It may have been ended, and be submitted again with another ticket, before its process gets here.
-    """
-    folder = runs(home) / name
-    status = read_status(folder)
+def _why(folder: Path, error: BaseException) -> str:
+    """Return why a run ended with an error, its particulars in a file of its own."""
     if isinstance(error, FedllmError):
-        text = str(error)
-    elif isinstance(error, Exception):
-        text = f"{type(error).__name__}: {error}"
-        write_secret(folder / ERROR, "".join(traceback.format_exception(error)).encode())
-    else:
-        text = "its process at head office was told to end: by `fedllm stop`, or because the SuperLink ended."
-    if status.open and status.ticket == ticket:
-        write_status(folder, status.model_copy(update={"state": "stopped", "text": text[:10_000]}))
+        return str(error)
+    if not isinstance(error, Exception):
+        return "its process at head office was told to end."
+    write_secret(folder / ERROR, "".join(traceback.format_exception(error)).encode())
+    return f"{type(error).__name__}: {error}"
 
 
-def _member_of(roster: Path) -> Callable[[bytes], Member | None]:
-    """Return a function that looks a node's key up in the roster as it is now."""
-    return lambda key: Roster.load(roster).site_of_node_key(node_key_line(key))
+def _member(roster: Path) -> Callable[[str], Member | None]:
+    """Return a function that looks a site up in the roster as it is now."""
+    return lambda site: Roster.load(roster).find(site)
 
 
 def _note(path: Path) -> Callable[[Event], None]:
@@ -241,11 +241,3 @@ def events(path: Path, start: int) -> tuple[list[Event], int]:
         values = json.loads(line)
         found.append(_KINDS[values.pop("event")](**values))
     return found, start + len(whole)
-
-
-def home_of_this_process(variable: str) -> Path:
-    """Return head office's folder as the SuperLink was told; raises ConfigError where it was not."""
-    home = os.environ.get(variable)
-    if not home:
-        raise ConfigError(f"{variable} is not set: this ServerApp runs under `fedllm server start` only")
-    return Path(home)

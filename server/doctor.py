@@ -2,8 +2,7 @@
 
 import ipaddress
 import socket
-import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -21,30 +20,28 @@ from fedllm.findings import (
     gather,
     held,
     ok,
-    processes,
     proxies,
-    quiet,
     size,
     versions,
     warning,
     wrong,
 )
-from fedllm.provision import now, read_config
+from fedllm.protocol.link_pb2 import Sites
+from fedllm.provision import Grant, now, read_config
 from fedllm.reach import reach, remedy
 from server.federation import FederationFile, HeadOffice, Roster
-from server.superlink import CONTROL_HOST, Control
+from server.grpc_grid import look
 
 _ROTATE = "fedllm server rotate certificate"
 _START = "fedllm server start"
-_SYNC = 8.0  # seconds after which `fedllm server start` has certainly seen a change of the roster
-_STARTS = 30.0  # seconds that a SuperLink may need
+_CLOCK = 30.0  # seconds by which clocks may differ
 _OVERLAP = timedelta(days=30)  # for offices to install what names the next authority
 
 
 def examine(folder: Path) -> list[Finding]:
-    """Look at head office's folder, its SuperLink and the offices."""
+    """Look at head office's folder, its daemon and the offices."""
     keys = folder / "keys"
-    secret = [folder / name for name in ("federation.yaml", "roster.json", "flower", "flower/state.db")]
+    secret = [folder / name for name in ("federation.yaml", "roster.json", "run")]
     secret += [keys, *sorted(keys.glob("*"))]
     found = gather(lambda: access(folder, secret), lambda: _certificates(folder))
     office: HeadOffice | None = None
@@ -57,22 +54,17 @@ def examine(folder: Path) -> list[Finding]:
         found += gather(
             lambda: _keys(known),
             lambda: _roster(known.roster),
-            lambda: _ports(known),
+            lambda: _offices_certificates(known),
+            lambda: _daemon(known),
             lambda: clock(max((m.admitted_at for m in known.roster.members), default=None), "the last admission"),
         )
     found += gather(
-        lambda: [disk("checkpoints and the SuperLink's database", folder)],
-        lambda: size("the SuperLink's database", folder / "flower" / "state.db", 5, _SHRINK.format(folder=folder)),
+        lambda: [disk("checkpoints", folder)],
         lambda: size("the log", folder / "log", 1, "see docs/deployment.md, logs"),
         lambda: size("all runs together", folder / "runs", 100, f"remove folders of old runs from {folder / 'runs'}"),
         versions,
     )
     return list(dict.fromkeys(found))
-
-
-_SHRINK = (
-    "while no run is open, end fedllm server start, remove {folder}/flower/state.db*, start it; offices are let in anew"
-)
 
 
 # ---- certificates ----------------------------------------------------------------------------------------------------
@@ -111,7 +103,7 @@ def _names(config: FederationFile, server: CertificateFacts) -> list[Finding]:
 
 
 def _elsewhere(config: FederationFile) -> bool:
-    """Whether the fleet port listens on loopback, and offices are told another place."""
+    """Whether the port listens on loopback, and offices are told another place."""
     return _is_loopback(config.listen) and not _is_loopback(config.host)
 
 
@@ -154,53 +146,36 @@ def _roster(roster: Roster) -> list[Finding]:
     return found
 
 
-# ---- the SuperLink ---------------------------------------------------------------------------------------------------
+def _offices_certificates(office: HeadOffice) -> list[Finding]:
+    """Look how long the certificates hold that the offices' newest grants have."""
+    found = []
+    for member in office.roster.active:
+        file = office.folder / "grants" / f"{member.site}.grant"
+        if file.exists():
+            facts = crypto.read_certificates(Grant.open(read(file))[0].link.encode())[0]
+            remedy_ = f"fedllm server grant {member.site}, and send it"
+            finding = certificate(f"the certificate of {member.site}", facts, remedy_)
+            found += [finding] if finding.level != "ok" else []
+    return found
 
 
-def _ports(office: HeadOffice) -> list[Finding]:
+# ---- the daemon ------------------------------------------------------------------------------------------------------
+
+
+def _daemon(office: HeadOffice) -> list[Finding]:
     config = office.config
-    running = processes("flower-superlink", str(office.folder / "flower" / "state.db"))
-    found = proxies([CONTROL_HOST])
-    for process in running:
-        found += quiet("SuperLink", process)
-    mine = {process.pid for process in running}
-    listeners = _listeners()
-    for name, port in (("fleet", config.fleet_port), ("control", config.control_port)):
-        strangers = [pid for _, pid in listeners.get(port, []) if pid is not None and pid not in mine]
+    if not held(office.folder / "run"):
+        strangers = [pid for _, pid in _listeners().get(config.port, []) if pid is not None]
         if strangers:
-            found.append(
-                wrong(f"ports: {_program(strangers[0])} listens on the {name} port {port}. End it, or choose another "
-                      f"{name}_port in federation.yaml.")
-            )  # fmt: skip
-    for port, places in listeners.items():
-        for address, pid in places:
-            if pid in mine and port != config.fleet_port and not _is_loopback(address):
-                found.append(
-                    wrong(f"ports: the SuperLink listens on {address}:{port}, open to others: whoever reaches its "
-                          f"control port runs code at every office. End it, and start it with {_START}")
-                )  # fmt: skip
-    if not running:
-        alive = held(office.folder / "flower")
-        if any(not finding.right for finding in found):
-            return found
-        if alive:
-            text = (
-                f"fedllm server start runs, but its SuperLink does not. See {office.folder / 'log' / 'superlink.log'}"
-            )
-            return [*found, wrong(f"SuperLink: {text}")]
-        return [*found, warning(f"SuperLink: it does not run. Start it: {_START}")]
-    if config.control_port in listeners:
-        found.append(ok(f"ports: control port {config.control_port} on loopback only"))
-    if config.fleet_port not in listeners and _young(running[0]):
-        return [*found, warning("SuperLink: it is just starting. Look again in half a minute")]
-    return [*found, *_way(office), *_offices(office)]
-
-
-def _young(process: psutil.Process) -> bool:
+            text = f"ports: {_program(strangers[0])} listens on port {config.port}. End it, or choose another port in"
+            return [wrong(f"{text} federation.yaml.")]
+        return [warning(f"daemon: it does not run. Start it: {_START}")]
     try:
-        return time.time() - process.create_time() < _STARTS
-    except psutil.Error:
-        return True
+        sites = look(office.socket)
+    except FederationError:
+        text = f"daemon: it runs, but does not answer on {office.socket}. See {office.folder / 'log' / 'server.log'}"
+        return [wrong(f"{text}; end it, and start it anew: {_START}")]
+    return [*_way(office), *_offices(office, sites)]
 
 
 def _listeners() -> dict[int, list[tuple[str, int | None]]]:
@@ -223,42 +198,46 @@ def _way(office: HeadOffice) -> list[Finding]:
     config = office.config
     near = "127.0.0.1" if config.listen in ("0.0.0.0", "::") else config.listen  # noqa: S104  # compares
     try:
-        shown = reach(config.host, config.fleet_port, office.ca_file, near)
+        shown = reach(config.host, config.port, office.ca_file, near)
     except OSError as error:
-        text = f"ports: the fleet port is not served: {remedy(near, config.fleet_port, error)}"
+        text = f"ports: the port is not served: {remedy(near, config.port, error)}"
         return [wrong(text)]
     found = []
     if crypto.read_certificates(shown)[0] != crypto.read_certificates(office.server.certificate)[0]:
-        text = "the SuperLink still shows its former certificate. It starts again by itself within seconds; else"
+        text = "the daemon still shows its former certificate. It takes the new one within seconds; else"
         found.append(warning(f"{text}: {_START}"))
     try:
-        reach(config.host, config.fleet_port, office.ca_file)
+        reach(config.host, config.port, office.ca_file)
     except socket.gaierror as error:
-        return [*found, wrong(f"ports: {remedy(config.host, config.fleet_port, error)}")]
+        return [*found, wrong(f"ports: {remedy(config.host, config.port, error)}")]
     except OSError as error:
-        text = f"ports: from this machine, {remedy(config.host, config.fleet_port, error)}"
+        text = f"ports: from this machine, {remedy(config.host, config.port, error)}"
         return [*found, warning(f"{text} Offices may come by another way: look at one with fedllm doctor.")]
-    return [*found, ok(f"ports: offices reach {config.host}:{config.fleet_port}, TLS 1.3 and gRPC, as seen from here")]
+    return [*found, ok(f"ports: offices reach {config.host}:{config.port}, TLS 1.3 and gRPC, as seen from here")]
 
 
-def _offices(office: HeadOffice) -> list[Finding]:
-    try:
-        online = Control(office).connected()
-        if None in online:  # the server looks at the roster every few seconds
-            time.sleep(_SYNC)
-            online = Control(office).connected()
-    except FederationError as error:
-        return [wrong(f"SuperLink: {error}")]
+def _offices(office: HeadOffice, sites: Sites) -> list[Finding]:
+    """Look who is connected, and who tried to."""
+    online = {each.site: each for each in sites.connected}
+    refused = {each.site: each for each in sites.refused}
     found = []
     for member in office.roster.active:
-        if member.site not in online:
-            text = f"{member.site} is in the roster, and the SuperLink does not know its key yet. It should in seconds;"
-            found.append(warning(f"{text} else see what fedllm server start says"))
-        elif not online[member.site]:
-            found.append(warning(f"{member.site} is not connected. There: fedllm doctor"))
+        site = member.site
+        if site in online:
+            found.append(ok(f"{site} is connected from {online[site].address}, fedllm {online[site].software}"))
+            if abs(online[site].ahead) > 1000 * _CLOCK:
+                word = "ahead of" if online[site].ahead > 0 else "behind"
+                text = f"clock: that of {site} is {abs(online[site].ahead) / 1000:.0f} s {word} this one."
+                found.append(warning(f"{text} Set the one that is wrong: timedatectl set-ntp true"))
+        elif site in refused:
+            found.append(wrong(f"{site} was refused at {_time(refused[site].at)}: {refused[site].text}"))
         else:
-            found.append(ok(f"{member.site} is connected"))
-    if None in online:
-        text = "the SuperLink lets a node in that is not in the roster. No message of fedllm goes to it;"
-        found.append(wrong(f"{text} fedllm server start should have removed it: see what it says"))
+            found.append(warning(f"{site} is not connected. There: fedllm doctor"))
+    for name in sorted(set(refused) - {member.site for member in office.roster.active}):
+        text = f"{name}, which is not in the roster, was refused at {_time(refused[name].at)}: {refused[name].text}"
+        found.append(warning(text))
     return found
+
+
+def _time(milliseconds: int) -> str:
+    return f"{datetime.fromtimestamp(milliseconds / 1000):%Y-%m-%d %H:%M:%S}"

@@ -5,7 +5,8 @@
     grants/SITE.grant          what each office installs; holds no secret
     keys/identity              the keys that sign and open messages; two sets while one replaces the other
     keys/ca.pem  keys/ca.key   the certificate authorities and their keys; two while one replaces the other
-    keys/server.pem            the SuperLink's certificate and its key, in one file so that they cannot disagree
+    keys/server.pem            the daemon's certificate and its key, in one file so that they cannot disagree
+    run/daemon.sock            where head office's own commands and runs reach the daemon
 
 Every step is one atomic write, or a few in an order in which the folder can be opened, and the step repeated, after a
 crash between any two. Functions take the folder and not an opened HeadOffice: they must see its present state.
@@ -24,7 +25,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 from fedllm import crypto
 from fedllm.crypto import Certificate, Identity, PublicIdentity
 from fedllm.errors import CryptoError, FederationError, FolderError
-from fedllm.files import check_private, locked, new_folder, read, read_secret, write_secret
+from fedllm.files import check_private, check_socket, locked, new_folder, read, read_secret, write_secret
 from fedllm.plan import Frozen
 from fedllm.provision import (
     MAX_DOCUMENT,
@@ -32,7 +33,7 @@ from fedllm.provision import (
     Host,
     IdentityText,
     JoinRequest,
-    NodeKeyLine,
+    KeyLine,
     Port,
     SiteName,
     check_site_name,
@@ -53,9 +54,10 @@ class FederationFile(Frozen):
     host: Host  # what offices connect to
     names: tuple[Host, ...] = ()  # further names and addresses that the server certificate is good for
     listen: str = "0.0.0.0"  # noqa: S104  # offices come from outside; what else listens, listens on 127.0.0.1
-    fleet_port: Port = 9092
-    control_port: Port = 9000  # always on 127.0.0.1: whoever reaches it runs code on every node
+    port: Port = 9092
+    socket: str | None = None  # where head office's own commands reach the daemon; run/daemon.sock in the folder
     server_days: int = Field(90, ge=1, le=825)
+    site_days: int = Field(365, ge=1, le=825)  # of an office's certificates
     ca_days: int = Field(3650, ge=1, le=10_000)
 
     @property
@@ -70,8 +72,10 @@ class Member(Frozen):
     site: SiteName
     identity: IdentityText
     previous_identities: tuple[IdentityText, ...] = ()  # still accepted, until they are retired
-    node_key: NodeKeyLine
-    previous_node_keys: tuple[NodeKeyLine, ...] = ()
+    link_key: KeyLine
+    previous_link_keys: tuple[KeyLine, ...] = ()
+    serving_key: KeyLine
+    hosts: tuple[Host, ...] = ()
     admitted_at: AwareDatetime
     revoked_at: AwareDatetime | None = None
 
@@ -86,9 +90,9 @@ class Member(Frozen):
         return tuple(map(PublicIdentity.from_text, (self.identity, *self.previous_identities)))
 
     @property
-    def node_keys(self) -> tuple[str, ...]:
-        """Every node key that may log in for the site, the present one first."""
-        return (self.node_key, *self.previous_node_keys)
+    def link_keys(self) -> tuple[str, ...]:
+        """Every key with which the site may connect, the present one first."""
+        return (self.link_key, *self.previous_link_keys)
 
 
 class Roster(Frozen):
@@ -113,10 +117,9 @@ class Roster(Frozen):
         """Return the admission of a site that is in force."""
         return next((member for member in self.active if member.site == site), None)
 
-    def site_of_node_key(self, line: str) -> Member | None:
-        """Return the member that a node key belongs to, unless it was revoked; a comment in the line is no matter."""
-        key = " ".join(line.split()[:2])
-        return next((member for member in self.active if key in member.node_keys), None)
+    def of_link_key(self, line: str) -> Member | None:
+        """Return the newest admission that a key belongs to, also one that was revoked."""
+        return next((member for member in reversed(self.members) if line in member.link_keys), None)
 
     def site_of_identity(self, identity: PublicIdentity) -> Member | None:
         """Return the member that an identity belongs to, unless it was revoked."""
@@ -179,6 +182,12 @@ class HeadOffice:
         return self.folder / "keys" / "server.pem"
 
     @property
+    def socket(self) -> Path:
+        """Where the daemon listens for head office's own; raises ConfigError where the path is too long."""
+        own = self.config.socket
+        return check_socket(Path(own) if own else self.folder / "run" / "daemon.sock", "federation.yaml")
+
+    @property
     def roster_file(self) -> Path:
         """Read it again to learn of admissions and revocations."""
         return self.folder / "roster.json"
@@ -201,14 +210,20 @@ class HeadOffice:
         return found
 
     def grant(self, member: Member) -> bytes:
-        """Return the document by which an office knows head office."""
+        """Return the document by which an office knows head office, and is known by it."""
+        newest, days, site = self.authorities[-1], self.config.site_days, member.site
+        # never head office's own names: with that certificate an office could pass for it
+        own = (host for host in member.hosts if host not in self.config.hosts)
+        serves = tuple(dict.fromkeys((*own, "localhost", "127.0.0.1")))
         return Grant(
             federation=self.config.name,
             site=member.site,
             site_fingerprint=member.public.fingerprint,
             host=self.config.host,
-            fleet_port=self.config.fleet_port,
+            port=self.config.port,
             ca=b"".join(pair.certificate for pair in self.authorities).decode(),
+            link=crypto.certify(newest, member.link_key, site, days).decode(),
+            serving=crypto.certify(newest, member.serving_key, site, days, serves).decode(),
             coordinators=tuple(identity.public.to_text() for identity in self.identities),
             made_at=now(),
         ).sign(self.identities)
@@ -251,20 +266,23 @@ def admit(folder: Path, join: bytes, heard: str) -> Path:
         )
     with _changing(folder) as office:
         member = office.roster.find(request.site)
-        if member is None or (member.identity, member.node_key) != (request.identity, request.node_key):
+        if member is None or (member.identity, member.link_key) != (request.identity, request.link_key):
             _write_roster(folder, _admitted(office.roster, member, request, signers))
         return _write_grant(folder, request.site)
 
 
 def _admitted(roster: Roster, member: Member | None, request: JoinRequest, signers: list[PublicIdentity]) -> Roster:
     for known in roster.members:
-        if request.public in known.identities or request.node_key in known.node_keys:
+        if request.public in known.identities or {request.link_key, request.serving_key} & {
+            *known.link_keys,
+            known.serving_key,
+        }:
             state = "were revoked" if known.revoked_at else "are in the roster"
             raise FederationError(
                 f"these keys {state}, as those of {known.site}. The office makes new ones: fedllm site rotate, or "
                 "fedllm site init in a new folder."
             )
-    fresh = Member(site=request.site, identity=request.identity, node_key=request.node_key, admitted_at=now())
+    fresh = Member(**request.model_dump(exclude={"kind", "made_at"}), admitted_at=now())
     if member is None:
         return Roster(members=(*roster.members, fresh))
     if member.public not in signers:
@@ -275,7 +293,7 @@ def _admitted(roster: Roster, member: Member | None, request: JoinRequest, signe
         )
     overlap = {
         "previous_identities": (member.identity, *member.previous_identities),
-        "previous_node_keys": (member.node_key, *member.previous_node_keys),
+        "previous_link_keys": (member.link_key, *member.previous_link_keys),
     }
     return _replaced(roster, member, fresh.model_copy(update=overlap))
 
@@ -290,7 +308,7 @@ def retire(folder: Path, site: str) -> Member:
     """Accept only the present keys of a site; raises FederationError where the site is not in the roster."""
     with _changing(folder) as office:
         member = _member(office, site)
-        only = member.model_copy(update={"previous_identities": (), "previous_node_keys": ()})
+        only = member.model_copy(update={"previous_identities": (), "previous_link_keys": ()})
         _write_roster(folder, _replaced(office.roster, member, only))
         return only
 

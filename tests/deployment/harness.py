@@ -26,7 +26,6 @@ from fedllm.training.model import load_reader
 from server import deployment, federation
 from server.checkpoint import CONFIG, SiteState, load_checkpoint, read_as
 from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord
-from server.superlink import Control
 
 FEDLLM = [sys.executable, "-m", "fedllm.cli"]
 DELTA = 1e-5

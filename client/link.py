@@ -1,0 +1,289 @@
+"""A site's stream to head office: it dials out, takes requests in, and sends answers back. Runs nothing it is sent.
+
+Every request has an id, the digest of its bytes. The same request, asked again after a connection was lost, gets the
+answer that is under way, or that was given; it is handed to the site once.
+"""
+
+import asyncio
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import grpc
+import grpc.aio
+from pydantic import ValidationError
+
+import fedllm
+from fedllm.errors import Cancelled, FedllmError, MessageError
+from fedllm.files import write_secret
+from fedllm.plan import Frozen
+from fedllm.protocol.link import AHEAD, CONNECT, HELLO, OPTIONS, VERSION, Payload, milliseconds, parts, read, request_id
+from fedllm.protocol.link_pb2 import FromSite, Hello, Part, Refusal, ToSite
+
+_log = logging.getLogger("fedllm.site")
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds until it connects again; doubled each time, then drawn below that
+_DISPLACED = 60.0  # seconds where another process has connected with this site's key
+_ALONE = 60.0  # seconds after which a request is given up whose asker has not come back
+_AT_ONCE = 4  # requests that are in hand; more are told to come again
+_KEPT = 4  # answers that were given last
+_CLOCK = 60_000  # milliseconds by which clocks may differ until it is said
+
+Handler = Callable[[bytes, threading.Event], bytes]  # a sealed request, and whether anybody still waits
+
+
+class LinkState(Frozen):
+    """What the link last knew, for `fedllm doctor`."""
+
+    state: Literal["connecting", "connected"]
+    since: int  # milliseconds since 1970 UTC
+    text: str = ""  # why it is not connected
+    ahead: int = 0  # by how many milliseconds this clock is ahead of head office's
+
+
+def read_state(path: Path) -> LinkState | None:
+    """Return what the link wrote last, None where there is nothing."""
+    try:
+        return LinkState.model_validate(json.loads(path.read_bytes()))
+    except (OSError, ValueError, ValidationError):
+        return None
+
+
+@dataclass
+class _InHand:
+    """A request that was taken."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    answer: bytes | str | None = None  # text says why there is none
+    alone_since: float | None = None  # nobody waits for it
+
+
+class SiteLink:
+    """Keeps one connection, and answers what comes in on it."""
+
+    def __init__(
+        self,
+        target: str,
+        credentials: Callable[[], grpc.ChannelCredentials | None],
+        explain: Callable[[], str],
+        handle: Handler,
+        limit: int,
+        state: Path,
+    ) -> None:
+        """`target` is HOST:PORT, or a relay's unix socket, which needs no `credentials`; `limit` is of a request, bytes.
+
+        `handle` is called from threads. `explain` says, in a thread, why there is no connection.
+        """
+        self._target, self._credentials, self._handle, self._limit = target, credentials, handle, limit
+        self._state, self._explain, self._said = state, explain, ""
+        self._in_hand: dict[bytes, _InHand] = {}
+        self._arriving: dict[bytes, Payload] = {}
+        self._outgoing: asyncio.Queue[FromSite] | None = None  # of the present connection
+        self._threads = ThreadPoolExecutor(_AT_ONCE, "site")
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is in hand."""
+        return any(each.answer is None for each in self._in_hand.values())
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Connect, and connect again, until `stop`."""
+        pause = _FIRST_PAUSE
+        watch = asyncio.create_task(self._give_up())
+        while not stop.is_set():
+            began, connection = time.monotonic(), asyncio.create_task(self._connection())
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait((connection, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():
+                connection.cancel()
+                await asyncio.gather(connection, return_exceptions=True)
+                break
+            longest = await self._why(connection)
+            pause = _FIRST_PAUSE if time.monotonic() - began > _LONGEST_PAUSE else min(2 * pause, longest)
+            await asyncio.wait((stopped,), timeout=random.uniform(pause / 2, pause))
+            stopped.cancel()
+        watch.cancel()
+        for each in self._in_hand.values():
+            each.stop.set()
+
+    async def drained(self, seconds: float) -> None:
+        """Wait for what is in hand, at most so long."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _why(self, connection: "asyncio.Task[None]") -> float:
+        """Note why a connection has ended; returns the longest pause until the next."""
+        error = connection.exception()
+        if error is None:
+            text, longest = "head office has ended the connection", _LONGEST_PAUSE
+        elif isinstance(error, grpc.aio.AioRpcError):
+            text, longest = error.details() or error.code().name, _LONGEST_PAUSE
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                text = await asyncio.to_thread(self._explain) or text
+            if error.code() is grpc.StatusCode.ABORTED:
+                longest = _DISPLACED
+        elif isinstance(error, FedllmError | TimeoutError):
+            text, longest = str(error) or f"head office says nothing for {HELLO:.0f} s", _LONGEST_PAUSE
+        else:
+            raise error
+        if text != self._said:
+            _log.warning("not connected: %s", text)
+        self._said = text
+        self._note(LinkState(state="connecting", since=milliseconds(), text=text[:1000]))
+        return longest
+
+    def _note(self, state: LinkState) -> None:
+        try:
+            write_secret(self._state, state.model_dump_json().encode())
+        except FedllmError as error:
+            _log.warning("%s", error)
+
+    async def _connection(self) -> None:
+        """Connect, and take requests until the connection is over."""
+        credentials = self._credentials()
+        channel = (
+            grpc.aio.insecure_channel(self._target, OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(self._target, credentials, OPTIONS)
+        )
+        async with channel:
+            stream = channel.stream_stream(CONNECT)()
+            hello = Hello(version=VERSION, software=fedllm.__version__, clock=milliseconds())
+            await stream.write(FromSite(hello=hello).SerializeToString())
+            first = await asyncio.wait_for(stream.read(), HELLO)
+            if not isinstance(first, bytes):
+                raise MessageError("head office has ended the connection")
+            welcome = read(ToSite, first)
+            if welcome.WhichOneof("frame") != "welcome":
+                raise MessageError("head office does not speak this version of the link")
+            ahead = milliseconds() - welcome.welcome.clock
+            if abs(ahead) > _CLOCK:
+                _log.warning(
+                    "this clock and head office's differ by %d s: timedatectl set-ntp true", abs(ahead) // 1000
+                )
+            self._said = ""
+            self._note(LinkState(state="connected", since=milliseconds(), ahead=ahead))
+            _log.info("connected to head office")
+            self._outgoing = outgoing = asyncio.Queue[FromSite](AHEAD)
+            writing = asyncio.create_task(_write(outgoing, stream))
+            try:
+                while isinstance(data := await stream.read(), bytes):
+                    await self._take(read(ToSite, data))
+            finally:
+                writing.cancel()
+                self._outgoing = None
+                self._arriving.clear()
+                now = time.monotonic()
+                for each in self._in_hand.values():
+                    each.alone_since = now
+                await asyncio.gather(writing, return_exceptions=True)
+                while not outgoing.empty():  # whoever waits to send wakes up
+                    outgoing.get_nowait()
+
+    async def _take(self, frame: ToSite) -> None:
+        kind = frame.WhichOneof("frame")
+        if kind == "cancel":
+            if (known := self._in_hand.get(frame.cancel.id)) is not None:
+                known.stop.set()
+            self._arriving.pop(frame.cancel.id, None)
+        elif kind == "request":
+            try:
+                self._arrive(frame.request)
+            except MessageError as error:
+                _log.warning("refused: %s", error)
+                self._arriving.pop(frame.request.id, None)
+                self._spawn(self._send(frame.request.id, str(error)))
+        else:
+            raise MessageError(f"a frame of kind {kind}, expected a request")
+
+    def _arrive(self, part: Part) -> None:
+        """Take a part of a request; raises MessageError where it cannot be taken."""
+        id_ = part.id
+        if id_ not in self._arriving:
+            if len(self._arriving) >= _AT_ONCE:
+                raise MessageError(f"{_AT_ONCE} requests are in hand here; ask again later")
+            self._arriving[id_] = Payload(part, self._limit)
+        request = self._arriving[id_].add(part)
+        if request is None:
+            return
+        del self._arriving[id_]
+        if request_id(request) != id_:
+            raise MessageError("a request that does not have the digest it came with")
+        known = self._in_hand.get(id_)
+        if known is None or known.stop.is_set():
+            if sum(each.answer is None for each in self._in_hand.values()) >= _AT_ONCE:
+                raise MessageError(f"{_AT_ONCE} requests are in hand here; ask again later")
+            known = self._in_hand[id_] = _InHand()
+            self._spawn(self._answer(id_, known, request))
+        elif known.answer is not None:
+            self._spawn(self._send(id_, known.answer))
+        known.alone_since = None
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, id_: bytes, known: _InHand, request: bytes) -> None:
+        began = time.monotonic()
+        answer = known.answer = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._safely, request, known.stop
+        )
+        if isinstance(answer, bytes):
+            _log.info("answered with %d bytes after %.2f s", len(answer), time.monotonic() - began)
+        given = [each for each, other in self._in_hand.items() if other.answer is not None and each != id_]
+        for old in given[: 1 - _KEPT]:
+            del self._in_hand[old]
+        if self._in_hand.get(id_) is known:
+            await self._send(id_, answer)
+
+    def _safely(self, request: bytes, stop: threading.Event) -> bytes | str:
+        """Return the site's answer, or why there is none, which says nothing of records."""
+        try:
+            return self._handle(request, stop)
+        except Cancelled as error:
+            _log.warning("given up: %s", error)
+            return "given up"
+        except FedllmError as error:
+            _log.warning("refused: %s", error)
+            return "refused; the site's log says why"
+        except Exception as error:  # its text may quote anything: it stays here
+            _log.error("a fault in the site's software", exc_info=error)
+            return "a fault in the site's software; its log says more"
+
+    async def _send(self, id_: bytes, answer: bytes | str) -> None:
+        """Send an answer on the present connection; where there is none, it is asked for again."""
+        outgoing = self._outgoing
+        for frame in _frames(id_, answer):
+            if outgoing is None or outgoing is not self._outgoing:
+                return
+            await outgoing.put(frame)
+
+    async def _give_up(self) -> None:
+        """Give requests up whose asker has not come back."""
+        while True:
+            await asyncio.sleep(1.0)
+            before = time.monotonic() - _ALONE
+            for each in self._in_hand.values():
+                if each.alone_since is not None and each.alone_since < before:
+                    each.stop.set()
+
+
+def _frames(id_: bytes, answer: bytes | str) -> Iterator[FromSite]:
+    if isinstance(answer, str):
+        yield FromSite(refusal=Refusal(id=id_, text=answer))
+    else:
+        yield from (FromSite(answer=part) for part in parts(id_, answer))
+
+
+async def _write(outgoing: "asyncio.Queue[FromSite]", stream: "grpc.aio.StreamStreamCall[bytes, bytes]") -> None:
+    while True:
+        await stream.write((await outgoing.get()).SerializeToString())

@@ -1,0 +1,143 @@
+"""A relay: a process of another user, which makes the connection for a site process that has no network.
+
+It reads no frame. Its folder holds what opens the connection, and nothing that opens a message or a record.
+"""
+
+import asyncio
+import contextlib
+import grp
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from pydantic import ValidationError
+
+from client.office import Office
+from client.service import outside
+from fedllm.errors import ConfigError, FolderError
+from fedllm.files import check_private, read, read_secret, umask, write_secret
+from fedllm.plan import Frozen
+from fedllm.protocol.link import CONNECT, OPTIONS
+
+_log = logging.getLogger("fedllm.site")
+SETTINGS, KEY, CERTIFICATE, CA = "relay.json", "link", "link.pem", "ca.pem"
+_DISPLACED = "the site has connected to the relay again: the newest connection counts"
+
+
+class RelaySettings(Frozen):
+    """What the relay's side of an office knows."""
+
+    address: str  # HOST:PORT of head office
+    socket: str  # where the site process comes in
+    group: str | None = None  # that may, beside the relay's user
+
+
+def export_relay_folder(office: Office, folder: Path) -> None:
+    """Write the relay's folder: all that it needs, and nothing that opens a message or a record."""
+    if office.socket is None:
+        raise ConfigError("site.yaml: a relay needs socket, such as /run/fedllm/link.sock, and socket_group")
+    own = RelaySettings(address=office.address, socket=str(office.socket), group=office.config.socket_group)
+    link = office.in_use.link_file
+    write_secret(folder / KEY, read_secret(link))
+    write_secret(folder / CERTIFICATE, read(link.with_suffix(".pem")))
+    write_secret(folder / CA, read(office.ca_file))
+    write_secret(folder / SETTINGS, own.model_dump_json(indent=2).encode() + b"\n")
+
+
+def read_relay(folder: Path) -> RelaySettings:
+    """Read a relay's folder; raises FolderError."""
+    check_private(folder)
+    try:
+        return RelaySettings.model_validate_json(read_secret(folder / SETTINGS))
+    except ValidationError:
+        raise FolderError(
+            f"{folder / SETTINGS} is damaged. Make it again, as the site's user: fedllm site export-relay {folder}"
+        ) from None
+
+
+class _Relay:
+    """One connection of the site process, and one to head office, at a time."""
+
+    def __init__(self, folder: Path, settings: RelaySettings) -> None:
+        self._address, self._credentials, self._explain = outside(settings.address, folder / CA, folder / KEY)
+        self._present: asyncio.Future[None] | None = None
+        self._said = ""
+
+    async def connect(self, _: object, context: "grpc.aio.ServicerContext[bytes, bytes]") -> None:
+        """Carry frames both ways until one end is over; the other is then told what the first one said."""
+        if self._present is not None and not self._present.done():
+            self._present.set_result(None)
+        displaced = self._present = asyncio.get_running_loop().create_future()
+        async with grpc.aio.secure_channel(self._address, self._credentials(), OPTIONS) as channel:
+            stream = channel.stream_stream(CONNECT)()
+            out = asyncio.create_task(_pump(context.read, stream.write))
+            back = asyncio.create_task(_pump(stream.read, context.write))
+            try:
+                await asyncio.wait((out, back, displaced), return_when=asyncio.FIRST_COMPLETED)
+                error = back.exception() if back.done() else None
+                error = error or (out.exception() if out.done() else None)
+            finally:
+                for task in (out, back):
+                    task.cancel()
+                await asyncio.gather(out, back, return_exceptions=True)
+        if displaced.done():
+            await context.abort(grpc.StatusCode.ABORTED, _DISPLACED)
+        if isinstance(error, grpc.aio.AioRpcError):
+            text = error.details() or error.code().name
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                text = await asyncio.to_thread(self._explain) or text
+            if text != self._said:
+                _log.warning("not connected: %s", text)
+            self._said = text
+            await context.abort(error.code(), text)
+        self._said = ""
+
+
+async def _pump(take: Callable[[], Awaitable[Any]], give: Callable[[bytes], Awaitable[Any]]) -> None:
+    """Carry frames one way, each when the one before it was taken."""
+    while isinstance(frame := await take(), bytes):
+        await give(frame)
+
+
+async def serve(folder: Path) -> None:
+    """Relay until SIGTERM or SIGINT; raises FedllmError where that cannot begin."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    settings = read_relay(folder)
+    relay, socket = _Relay(folder, settings), Path(settings.socket)
+    server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+    service, _, method = CONNECT[1:].partition("/")
+    handlers: Any = {method: grpc.stream_stream_rpc_method_handler(relay.connect)}  # type: ignore[arg-type]
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    _bind(server, socket, settings.group)
+    await server.start()
+    _log.info("the relay listens on %s", socket)
+    await stop.wait()
+    await server.stop(1.0)
+    with contextlib.suppress(OSError):
+        socket.unlink()
+
+
+def _bind(server: grpc.aio.Server, socket: Path, group: str | None) -> None:
+    """Make the socket without a moment in which others could open it; raises ConfigError where it cannot be made."""
+    try:
+        number = grp.getgrnam(group).gr_gid if group else -1
+        socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        socket.unlink(missing_ok=True)  # of a relay that was killed
+        with umask(0o177):
+            server.add_insecure_port(f"unix:{socket}")
+        if group:
+            os.chown(socket.parent, -1, number)
+            socket.parent.chmod(0o710)
+            os.chown(socket, -1, number)
+            socket.chmod(0o660)
+    except KeyError:
+        raise ConfigError(f"socket_group={group}: there is no such group on this machine") from None
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"socket={socket}: cannot be made ({error}). The folder must be writable.") from None

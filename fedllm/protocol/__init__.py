@@ -1,0 +1,1 @@
+"""What travels between head office and the sites."""

@@ -1,0 +1,76 @@
+"""The link's frames (link.proto, beside this file) as both ends use them: parts of payloads, and gRPC's settings."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from fedllm.errors import MessageError
+from fedllm.protocol.link_pb2 import Part
+
+VERSION = 1
+CONNECT = "/fedllm.link.Link/Connect"
+CONTROL = "fedllm.link.Control"
+PART = 1 << 20  # bytes of a payload in one frame
+_FRAME = PART + (1 << 16)  # bytes of a frame at most
+AHEAD = 4  # parts that may wait for a slow reader before gRPC's own flow control holds its writer back
+
+# A peer that is gone without a word is noticed in the sum of both, in seconds; also while nothing is sent.
+_PING, _PATIENCE = 10, 8
+# From which a request was read may be any office: HELLO is the time in which it must say so.
+HELLO = 20.0  # seconds
+
+OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", _FRAME),
+    ("grpc.max_send_message_length", _FRAME),
+    ("grpc.keepalive_time_ms", 1000 * _PING),
+    ("grpc.keepalive_timeout_ms", 1000 * _PATIENCE),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
+]
+
+_Frame = TypeVar("_Frame", bound=Message)
+
+
+def read(kind: type[_Frame], data: bytes) -> _Frame:
+    """Return a frame; raises MessageError where it is malformed."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise MessageError(f"{len(data)} bytes that are no frame of the link") from None
+
+
+def request_id(payload: bytes) -> bytes:
+    """Return the id of a request, 32 bytes: the same request, asked again, has the same."""
+    return hashlib.sha256(payload).digest()
+
+
+def parts(id_: bytes, payload: bytes) -> Iterator[Part]:
+    """Cut a payload into its parts, at least one."""
+    view = memoryview(payload)
+    for start in range(0, max(1, len(payload)), PART):
+        yield Part(id=id_, size=len(payload), data=bytes(view[start : start + PART]))
+
+
+class Payload:
+    """A payload of which parts arrive."""
+
+    def __init__(self, first: Part, limit: int) -> None:
+        """Raise MessageError where it is to be longer than `limit` bytes."""
+        if first.size > limit:
+            raise MessageError(f"a payload of {first.size} bytes, and at most {limit} are taken")
+        self._size, self._data = first.size, bytearray()
+
+    def add(self, part: Part) -> bytes | None:
+        """Take the next part; returns the payload when it is whole. Raises MessageError where they do not fit."""
+        self._data += part.data
+        if part.size != self._size or len(self._data) > self._size or not (part.data or self._size == 0):
+            raise MessageError("parts of a payload that do not fit together")
+        return bytes(self._data) if len(self._data) == self._size else None
+
+
+def milliseconds() -> int:
+    """Return this machine's clock, milliseconds since 1970 UTC."""
+    return time.time_ns() // 1_000_000

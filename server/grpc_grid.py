@@ -1,0 +1,181 @@
+"""A Flower Grid over the daemon's streams: messages to the sites that are connected, and their answers.
+
+A node's id is a number made of its site's name. A message is one request on the daemon's socket; where the daemon or
+the site's connection goes away meanwhile, the same request is made again until its time is up: the site answers it once.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import random
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedllm.errors import FederationError, MessageError
+from fedllm.messages import KEY, RECORD
+from fedllm.protocol.link import CONTROL, OPTIONS, Payload, parts, request_id
+from fedllm.protocol.link_pb2 import Nothing, Part, Request, Sites
+from fedllm.protocol.link_pb2 import Run as RunName
+
+_AGAIN = (0.1, 1.0)  # seconds until a request is made again: at random between these
+_TIMEOUT = 20.0  # seconds for the daemon to answer by itself
+_NO_DAEMON = "head office's daemon does not answer. Is it running? fedllm server start"
+
+
+def node_of(site: str) -> int:
+    """Return the number by which Flower knows a site."""
+    return int.from_bytes(hashlib.sha256(site.encode()).digest()[:8], "big") >> 1 or 1
+
+
+def look(socket: Path) -> Sites:
+    """Return who is connected to the daemon; raises FederationError where it does not run."""
+    return Sites.FromString(_control(socket, "Look", Nothing().SerializeToString()))
+
+
+def start(socket: Path, name: str) -> None:
+    """Have the daemon start the process of a run; raises FederationError where it cannot."""
+    _control(socket, "Start", RunName(name=name).SerializeToString())
+
+
+def _control(socket: Path, method: str, request: bytes) -> bytes:
+    with grpc.insecure_channel(f"unix:{socket}", OPTIONS) as channel:
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{CONTROL}/{method}")
+        try:
+            return call(request, timeout=_TIMEOUT)
+        except grpc.RpcError as error:
+            known = isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.INTERNAL
+            raise FederationError(str(error.details()) if known else _NO_DAEMON) from None  # type: ignore[attr-defined]
+
+
+class GrpcGrid(Grid):
+    """Carries messages by the daemon behind `socket`; use it as a context, whose end gives up what is under way."""
+
+    def __init__(self, socket: Path, limit: int) -> None:
+        """No answer may be longer than `limit` bytes."""
+        self._socket, self._limit = socket, limit
+        self._sites: dict[int, str] = {}
+        self._replies: dict[str, Message] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="link")
+        # Flower reads the identity of the running task when a Message is made
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._channel = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _open(self) -> grpc.aio.Channel:
+        backoff = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
+        return grpc.aio.insecure_channel(f"unix:{self._socket}", [*OPTIONS, *backoff])
+
+    async def _close(self) -> None:
+        mine = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in mine:
+            task.cancel()
+        await asyncio.gather(*mine, return_exceptions=True)
+        await self._channel.close()
+
+    def set_run(self, run: Run) -> None:
+        """Do nothing: a process has one run."""
+
+    @property
+    def run(self) -> Run:
+        """An empty description of the run."""
+        return Run.create_empty(1)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Make a message; kept for Flower's interface."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def sites(self) -> dict[int, str]:
+        """Return the sites that are connected now, none while the daemon is away: it may come back."""
+        with contextlib.suppress(FederationError):
+            online = [each.site for each in look(self._socket).connected]
+            self._sites |= {node_of(site): site for site in online}
+            return {node_of(site): site for site in online}
+        return {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes of the sites that are connected now."""
+        return list(self.sites())
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages on their way and return their ids."""
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = id_ = str(uuid.uuid4())
+            asyncio.run_coroutine_threadsafe(self._carry(message), self._loop)
+            ids.append(id_)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come in to these messages."""
+        return [self._replies.pop(id_) for id_ in message_ids if id_ in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Push messages and wait for their replies, at most `timeout` seconds."""
+        waiting = set(self.push_messages(messages))
+        deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        replies: list[Message] = []
+        while waiting and time.monotonic() < deadline:
+            replies += self.pull_messages(waiting)
+            waiting -= {reply.metadata.reply_to_message_id for reply in replies}
+            time.sleep(0.01 if waiting else 0)
+        return replies
+
+    async def _carry(self, message: Message) -> None:
+        """Make a request until there is an answer, or its time is up; then there is none."""
+        metadata = message.metadata
+        data: Any = message.content.config_records[RECORD][KEY]
+        site = self._sites[metadata.dst_node_id]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(metadata.ttl):
+                reply = await self._answer(site, data)
+                content = reply if isinstance(reply, Error) else RecordDict({RECORD: ConfigRecord({KEY: reply})})
+                self._replies[metadata.message_id] = Message(content, reply_to=message)
+
+    async def _answer(self, site: str, data: bytes) -> bytes | Error:
+        id_ = request_id(data)
+        while True:
+            try:
+                return await self._ask(site, id_, data)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    return Error(code=0, reason=error.details() or error.code().name)
+            except MessageError as error:
+                return Error(code=0, reason=str(error))
+            await asyncio.sleep(random.uniform(*_AGAIN))
+
+    async def _ask(self, site: str, id_: bytes, data: bytes) -> bytes:
+        async def frames() -> AsyncIterator[bytes]:
+            for number, part in enumerate(parts(id_, data)):
+                yield Request(site="" if number else site, part=part).SerializeToString()
+
+        call: Any = self._channel.stream_stream(f"/{CONTROL}/Ask")(frames())
+        payload: Payload | None = None
+        async for frame in call:
+            part = Part.FromString(frame)
+            payload = payload or Payload(part, self._limit)
+            if (whole := payload.add(part)) is not None:
+                return whole
+        raise MessageError("an answer that was cut short")
