@@ -472,10 +472,11 @@ class Office:
         cache = self.config.model_cache
         return quiet if cache is None else {**quiet, "HF_HUB_CACHE": str(self._place(cache))}
 
-    def stamp(self) -> tuple[int, ...]:
+    def stamp(self) -> tuple[object, ...]:
         """Return what changes with settings, declaration, grant or keys: all of them are replaced as whole files."""
-        watched = (self.folder / name for name in ("site.yaml", "declaration.json", "grant.json", "keys"))
-        return tuple(place.stat().st_mtime_ns if place.exists() else 0 for place in watched)
+        files = (self.folder / name for name in ("site.yaml", "declaration.json", "grant.json"))
+        keys = sorted(place.name for place in (self.folder / "keys").iterdir() if place.is_dir())
+        return (*(file.stat().st_mtime_ns if file.exists() else 0 for file in files), *keys)
 
     def _place(self, path: str) -> Path:
         return self.folder.absolute() / Path(path).expanduser()
