@@ -17,9 +17,8 @@ import grpc
 import grpc.aio
 from pydantic import ValidationError
 
-from client.link import Stream
+from client.link import Stream, outside
 from client.office import Office
-from client.service import outside
 from fedllm.errors import ConfigError, FolderError
 from fedllm.files import check_private, read, read_secret, umask, write_secret
 from fedllm.plan import Frozen

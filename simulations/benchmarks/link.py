@@ -23,10 +23,9 @@ import psutil
 import typer
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from client.link import SiteLink
-from client.service import outside
+from client.link import SiteLink, outside
 from fedllm import crypto
-from fedllm.crypto import Certificate, Identity
+from fedllm.crypto import Identity
 from fedllm.files import write_secret
 from fedllm.messages import KEY, RECORD
 from fedllm.provision import now
