@@ -76,7 +76,7 @@ class SiteLink:
         limit: int,
         state: Path,
     ) -> None:
-        """`target` is HOST:PORT, or a relay's unix socket, which needs no `credentials`; `limit` is of a request, bytes.
+        """`target` is HOST:PORT, or a relay's unix socket, which needs no `credentials`; `limit` is a request's, bytes.
 
         `handle` is called from threads. `explain` says, in a thread, why there is no connection.
         """
@@ -155,7 +155,8 @@ class SiteLink:
             else grpc.aio.secure_channel(self._target, credentials, OPTIONS)
         )
         async with channel:
-            stream = channel.stream_stream(CONNECT)()
+            call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(CONNECT)
+            stream = call()
             hello = Hello(version=VERSION, software=fedllm.__version__, clock=milliseconds())
             await stream.write(FromSite(hello=hello).SerializeToString())
             first = await asyncio.wait_for(stream.read(), HELLO)

@@ -539,16 +539,17 @@ def install(folder: Path, data: bytes, heard: str | None = None) -> Office:
                 f"this grant is of {grant.made_at:%Y-%m-%d %H:%M:%S}, older than the one installed "
                 f"({office.grant.made_at:%Y-%m-%d %H:%M:%S}). Ask for a new one: fedllm server grant {office.name}"
             )
-        _hand_over(office, next(k for k in office.keys if k.identity.public.fingerprint == grant.site_fingerprint))
-        for file, certificate in ((office.ca_file, grant.ca), *_certificates(office, grant)):
+        keys = next(each for each in office.keys if each.identity.public.fingerprint == grant.site_fingerprint)
+        certificates = ((office.ca_file, grant.ca), *_certificates(keys, grant))
+        _hand_over(office, keys)
+        for file, certificate in certificates:
             write_secret(file, certificate.encode())  # before the grant, which says that it is there
         write_secret(folder / "grant.json", data)
     return Office.open(folder)
 
 
-def _certificates(office: Office, grant: Grant) -> list[tuple[Path, str]]:
+def _certificates(keys: KeySet, grant: Grant) -> list[tuple[Path, str]]:
     """Return where the certificates in a grant belong; raises CryptoError where they are for other keys."""
-    keys = next(each for each in office.keys if each.identity.public.fingerprint == grant.site_fingerprint)
     placed = []
     for file, certificate in ((keys.link_file, grant.link), (keys.serving_file, grant.serving)):
         if certified_key(certificate.encode()) != key_line(read_secret(file)):

@@ -74,7 +74,8 @@ class _Relay:
             self._present.set_result(None)
         displaced = self._present = asyncio.get_running_loop().create_future()
         async with grpc.aio.secure_channel(self._address, self._credentials(), OPTIONS) as channel:
-            stream = channel.stream_stream(CONNECT)()
+            call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(CONNECT)
+            stream = call()
             out = asyncio.create_task(_pump(context.read, stream.write))
             back = asyncio.create_task(_pump(stream.read, context.write))
             try:
@@ -113,7 +114,7 @@ async def serve(folder: Path) -> None:
     relay, socket = _Relay(folder, settings), Path(settings.socket)
     server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
     service, _, method = CONNECT[1:].partition("/")
-    handlers: Any = {method: grpc.stream_stream_rpc_method_handler(relay.connect)}  # type: ignore[arg-type]
+    handlers: Any = {method: grpc.stream_stream_rpc_method_handler(relay.connect)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     _bind(server, socket, settings.group)
     await server.start()

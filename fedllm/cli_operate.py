@@ -340,8 +340,8 @@ def site_units(
     gpu = device.startswith("cuda") or (device == "auto" and Path("/dev/nvidiactl").exists())
     reads = tuple(place for place in office.reads if not place.is_relative_to(home))
     site = units.Unit(
-        "fedllm-site", f"Site {office.name}: records, keys, ledger, model", ("site", "start", "--home", str(home)), user,
-        (home,), reads, group=group, network=one_user, devices=gpu,
+        "fedllm-site", f"Site {office.name}: records, keys, ledger, model", ("site", "start", "--home", str(home)),
+        user, (home,), reads, group=group, network=one_user, devices=gpu,
     )  # fmt: skip
     if one_user:
         _write_units(folder, [site], [home / "log" / "*.log"], None)

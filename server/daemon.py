@@ -1,8 +1,8 @@
 """Head office's daemon: keeps the sites' streams, carries over them what runs ask, and starts the runs' processes.
 
 It opens no message and loads no model. Sites come in at one port, over mutual TLS 1.3; head office's own commands and
-runs by a unix socket that its user alone may open. What it holds in memory is bounded, whatever a peer does: a few parts
-of a megabyte for each connection.
+runs by a unix socket that its user alone may open. What it holds in memory is bounded, whatever a peer does: a few
+parts of a megabyte for each connection.
 """
 
 import asyncio
@@ -189,7 +189,7 @@ class Daemon:
     async def _admit(self, context: _Context) -> tuple[Member, str]:
         """Return the member of the roster that a connection's certificate is of, and its key; or end the connection."""
         shown = dict(context.auth_context())
-        names, certificates = shown.get("x509_common_name", ()), shown.get("x509_pem_cert", ())
+        names, certificates = tuple(shown.get("x509_common_name", ())), tuple(shown.get("x509_pem_cert", ()))
         name = names[0].decode("utf-8", "replace")[:64] if names else "?"
         try:
             key = crypto.certified_key(certificates[0]) if certificates else ""
@@ -227,7 +227,7 @@ class Daemon:
 
     async def ask(self, _: object, context: _Context) -> None:
         """Carry one request to a site, and its answer back."""
-        asked = Request.FromString(await context.read())  # type: ignore[arg-type]  # of this installation, as all here
+        asked = Request.FromString(await context.read())  # of this installation, as all here
         link, id_ = self._links.get(asked.site), asked.part.id
         if link is None:
             await context.abort(_Code.UNAVAILABLE, f"{asked.site} is not connected")
@@ -307,11 +307,11 @@ async def _send(link: _Link, first: Request, context: _Context) -> None:
 
 
 def _stream(handle: Callable[[Any, _Context], Awaitable[None]]) -> "grpc.RpcMethodHandler[bytes, bytes]":
-    return grpc.stream_stream_rpc_method_handler(handle)  # type: ignore[arg-type]
+    return grpc.stream_stream_rpc_method_handler(handle)
 
 
 def _unary(handle: Callable[[bytes, _Context], Awaitable[bytes]]) -> "grpc.RpcMethodHandler[bytes, bytes]":
-    return grpc.unary_unary_rpc_method_handler(handle)  # type: ignore[arg-type]
+    return grpc.unary_unary_rpc_method_handler(handle)
 
 
 async def _open_port(daemon: Daemon, office: HeadOffice) -> grpc.aio.Server:

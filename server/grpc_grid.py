@@ -1,7 +1,7 @@
 """A Flower Grid over the daemon's streams: messages to the sites that are connected, and their answers.
 
 A node's id is a number made of its site's name. A message is one request on the daemon's socket; where the daemon or
-the site's connection goes away meanwhile, the same request is made again until its time is up: the site answers it once.
+the site's connection goes away meanwhile, the same request is made again until its time is up: the site answers once.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ def _control(socket: Path, method: str, request: bytes) -> bytes:
             return call(request, timeout=_TIMEOUT)
         except grpc.RpcError as error:
             known = isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.INTERNAL
-            raise FederationError(str(error.details()) if known else _NO_DAEMON) from None  # type: ignore[attr-defined]
+            raise FederationError(str(error.details()) if known else _NO_DAEMON) from None
 
 
 class GrpcGrid(Grid):
@@ -171,7 +171,8 @@ class GrpcGrid(Grid):
             for number, part in enumerate(parts(id_, data)):
                 yield Request(site="" if number else site, part=part).SerializeToString()
 
-        call: Any = self._channel.stream_stream(f"/{CONTROL}/Ask")(frames())
+        ask: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{CONTROL}/Ask")
+        call: Any = ask(frames())
         payload: Payload | None = None
         async for frame in call:
             part = Part.FromString(frame)
