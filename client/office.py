@@ -299,13 +299,14 @@ class Office:
         for place in (folder, folder / "keys"):
             check_private(place)
         config = read_config(SiteFile, folder / "site.yaml")
+        keys = _read_keys(folder / "keys")  # before the grant: of a folder of before they say more
         grant_file = folder / "grant.json"
         grant = Grant.open(read_secret(grant_file))[0] if grant_file.exists() else None
         if grant is not None and grant.site != config.name:
             raise ConfigError(
                 f"name={config.name}: head office admitted this office as {grant.site}. Restore the name."
             )
-        office = cls(folder, config, _read_keys(folder / "keys"), grant)
+        office = cls(folder, config, keys, grant)
         check_private(office.in_use.link_file)
         if grant is not None:
             check_private(office.ca_file)
@@ -616,6 +617,11 @@ def _read_keys(folder: Path) -> tuple[KeySet, ...]:
     for number in numbers:
         place = folder / str(number)
         check_private(place)
+        if (place / "node").exists() and not (place / "link").exists():
+            raise FolderError(
+                f"{place} was made by an earlier version of fedllm, and holds no keys for the link of this one. Make a new "
+                "folder: fedllm site init. Copy site.yaml and data/ into it, and be admitted anew."
+            )
         try:
             identity = Identity.from_bytes(read_secret(place / "identity"))
             for name in ("link", "serving"):

@@ -172,6 +172,7 @@ class Grant(Frozen):
         return grant, signers
 
 
+_MADE_BY = {"join request": "fedllm site init, in a new folder", "grant": "fedllm admit NAME.join"}
 _Document = TypeVar("_Document", JoinRequest, Grant)
 _Settings = TypeVar("_Settings", bound=Frozen)
 
@@ -189,6 +190,12 @@ def _open(kind: type[_Document], data: bytes, name: str) -> tuple[_Document, lis
     if len(data) > MAX_DOCUMENT:
         raise CryptoError(f"{len(data)} bytes are too many for a {name}. Is it the right file?")
     content, signers = open_document(data)
+    found, expected = str(content.get("kind")), kind.model_fields["kind"].default
+    if found != expected and found.startswith(f"fedllm {name} v"):
+        raise CryptoError(
+            f"a {name} of another version of fedllm ({found[:40]}, expected {expected}). Install the same version at both "
+            f"ends, and have it made again: {_MADE_BY[name]}"
+        )
     try:
         return kind.model_validate_json(json.dumps(content)), signers
     except ValidationError as error:

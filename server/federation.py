@@ -106,6 +106,11 @@ class Roster(Frozen):
         try:
             return cls.model_validate_json(read_secret(path))
         except (ValidationError, CryptoError) as error:
+            if isinstance(error, ValidationError) and any("node_key" in each["loc"] for each in error.errors()):
+                raise FolderError(
+                    f"{path} is of an earlier version of fedllm. Make a new folder (fedllm init-federation), and have every "
+                    "office make one (fedllm site init) and be admitted anew."
+                ) from None
             raise FolderError(f"{path} is damaged ({error}). Restore it from a backup.") from None
 
     @property
@@ -150,6 +155,7 @@ class HeadOffice:
         server = _read_pairs(keys / "server.pem", keys / "server.pem")[0]
         authorities = _read_pairs(keys / "ca.pem", keys / "ca.key")
         identities, switched = _read_identities(keys / "identity")
+        roster = Roster.load(folder / "roster.json")  # before the settings: of a folder of before it says more
         return cls(
             folder=folder,
             config=read_config(FederationFile, folder / "federation.yaml"),
@@ -158,7 +164,7 @@ class HeadOffice:
             authorities=tuple(authorities),
             server=server,
             issuer=crypto.issued_by(server.certificate, [pair.certificate for pair in authorities]),
-            roster=Roster.load(folder / "roster.json"),
+            roster=roster,
         )
 
     @property
