@@ -347,7 +347,9 @@ def site_units(
         _write_units(folder, [site], [home / "log" / "*.log"], None)
         return
     if group is None or office.socket is None:
-        raise ConfigError("site.yaml: a relay needs socket, such as /run/fedllm/link.sock, and socket_group")
+        raise ConfigError(
+            "site.yaml: a relay needs socket, such as /run/fedllm/link.sock, and socket_group. Without one: --one-user"
+        )
     if user == relay_user:
         raise ConfigError(f"--relay-user={relay_user}: it is the site's user, too; take another")
     units.check_account(relay_user, group)

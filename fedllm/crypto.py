@@ -446,11 +446,11 @@ def check_key_line(line: str) -> None:
     _load_line(line)
 
 
-def certify(ca: Certificate, line: str, site: str, days: int, hosts: Sequence[str] = ()) -> bytes:
-    """Return a certificate, PEM, for a site's key: as a client or, where it has `hosts`, to serve at these."""
+def certify(ca: Certificate, line: str, site: str, days: int, hosts: Sequence[str] | None = None) -> bytes:
+    """Return a certificate, PEM, for a site's key: as a client or, where `hosts` are given, to serve at these."""
     key = _load_line(line)
-    use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
-    return _issue(ca, site, key, days, use, hosts).public_bytes(serialization.Encoding.PEM)
+    use = ExtendedKeyUsageOID.CLIENT_AUTH if hosts is None else ExtendedKeyUsageOID.SERVER_AUTH
+    return _issue(ca, site, key, days, use, hosts or ()).public_bytes(serialization.Encoding.PEM)
 
 
 def _line(key: ec.EllipticCurvePublicKey) -> str:

@@ -43,7 +43,7 @@ def check_site_name(name: str) -> str:
 
 
 def check_host(host: str) -> str:
-    """Return the name or address of a host as certificates and gRPC write it; raises ValueError where it is neither."""
+    """Return the name or address of a host in its one spelling, as certificates have it; raises ValueError if neither."""
     try:
         name = host.encode("idna").decode("ascii").lower() if not host.isascii() else host.lower()
     except UnicodeError:
@@ -51,7 +51,7 @@ def check_host(host: str) -> str:
     label = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
     if not (_is_address(name) or (len(name) <= 253 and re.fullmatch(rf"{label}(\.{label})*", name))):
         raise ValueError(f"{host[:80]!r} is not the name or address of a host. Write it without port and scheme.")
-    return name
+    return str(ipaddress.ip_address(name)) if _is_address(name) else name
 
 
 def _is_address(host: str) -> bool:

@@ -218,9 +218,9 @@ class HeadOffice:
     def grant(self, member: Member) -> bytes:
         """Return the document by which an office knows head office, and is known by it."""
         newest, days, site = self.authorities[-1], self.config.site_days, member.site
-        # never head office's own names: with that certificate an office could pass for it
-        own = (host for host in member.hosts if host not in self.config.hosts)
-        serves = tuple(dict.fromkeys((*own, "localhost", "127.0.0.1")))
+        # never a name by which offices find head office: with that certificate an office could pass for it
+        head = (self.config.host, *self.config.names)
+        serves = [host for host in dict.fromkeys((*member.hosts, "localhost", "127.0.0.1")) if host not in head]
         return Grant(
             federation=self.config.name,
             site=member.site,

@@ -145,7 +145,12 @@ def test_a_document_of_the_other_kind_is_refused() -> None:
 
 def test_a_document_of_the_version_before_says_how_it_is_made_again() -> None:
     """As they were before sites had keys for the link."""
-    request = {"kind": "fedllm join request v1", "site": "서울", "identity": SITE.public.to_text(), "node_key": LINK_KEY}
+    request = {
+        "kind": "fedllm join request v1",
+        "site": "서울",
+        "identity": SITE.public.to_text(),
+        "node_key": LINK_KEY,
+    }
     grant = {"kind": "fedllm grant v1", "site": "서울", "fleet_port": 9092}
     with pytest.raises(CryptoError, match=r"join request v1, expected .* v2.*fedllm site init"):
         JoinRequest.open(crypto.sign_document(request, SITE))
@@ -172,7 +177,8 @@ def test_a_name_that_is_no_name_of_a_file_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("host", "right"),
-    [("Head.Example.com", "head.example.com"), ("10.0.0.1", "10.0.0.1"), ("::1", "::1"), ("localhost", "localhost"),
+    [("Head.Example.com", "head.example.com"), ("10.0.0.1", "10.0.0.1"), ("::1", "::1"), ("2001:DB8:0::1", "2001:db8::1"),
+     ("localhost", "localhost"),
      ("서울.kr", "서울.kr".encode("idna").decode())],
 )  # fmt: skip
 def test_a_host_is_written_as_certificates_write_it(host: str, right: str) -> None:
