@@ -83,7 +83,7 @@ class SiteLink:
         limit: int,
         state: Path,
     ) -> None:
-        """`target` is HOST:PORT, or a relay's unix socket, which needs no `credentials`; `limit` is of a request, bytes.
+        """`target` is HOST:PORT, or a relay's unix socket, which needs no `credentials`; `limit` is a request's, bytes.
 
         `handle` is called from threads. `explain` says, in a thread, why there is no connection.
         """

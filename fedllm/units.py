@@ -187,7 +187,7 @@ $more    volumes: $volumes
 
 
 def compose(units: Sequence[Unit], ports: Mapping[str, int], socket: Path | None = None) -> str:
-    """Return a compose file; `ports` are published, `socket` lies in a volume that all containers share.
+    """Return a compose file; `ports` are published, `socket` lies in a volume that all share and the last one makes.
 
     Folders are mounted where they are on this machine, since settings name them by their paths.
     """
@@ -219,11 +219,11 @@ def compose(units: Sequence[Unit], ports: Mapping[str, int], socket: Path | None
             ).rstrip("\n")
         )
     if shared is not None:
-        owner = pwd.getpwnam(units[0].user)
-        group = grp.getgrnam(units[0].group or "").gr_gid
+        owner = pwd.getpwnam(units[-1].user)
+        group = grp.getgrnam(units[-1].group or "").gr_gid
         options = f"uid={owner.pw_uid},gid={group},mode=0710"
         parts += [
-            "volumes:", "  socket:  # in memory; the site service makes its socket there", "    driver: local",
+            "volumes:", "  socket:  # in memory; the relay makes its socket there", "    driver: local",
             f"    driver_opts: {_json({'type': 'tmpfs', 'device': 'tmpfs', 'o': options})}",
         ]  # fmt: skip
     return "\n".join(parts) + "\n"
