@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -269,7 +268,7 @@ class Branch:
         relayed: bool = False, **policy: Any,
     ) -> None:  # fmt: skip
         self.name, self.home = name, folder / f"site-{name}"
-        self.office = site_folder.init_office(self.home, name)
+        site_folder.init_office(self.home, name)
         self.program = Program(["site", "start", "--home", str(self.home)], folder / f"{name}.log", prefix)
         self.relay_home = folder / f"relay-{name}"
         relay = Program(["site", "relay", str(self.relay_home)], folder / f"relay-{name}.log", prefix)
@@ -312,6 +311,11 @@ class Branch:
         office = site_folder.install(self.home, grant, heard)
         if self.relay is not None:
             export_relay_folder(office, self.relay_home)
+
+    @property
+    def office(self) -> site_folder.Office:
+        """The folder as it is now."""
+        return site_folder.Office.open(self.home)
 
     @property
     def programs(self) -> list[Program]:

@@ -1,6 +1,5 @@
 """Processes are killed with kill -9, at both ends and mid-round: a run goes on or is resumed, and no spend is lost."""
 
-import psutil
 import pytest
 
 from server import federation as head_folder
