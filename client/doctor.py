@@ -55,8 +55,7 @@ _LITTLE = 0.9  # of the budget
 def examine(folder: Path) -> list[Finding]:
     """Look at a site's folder, its processes and the way to head office; changes and spends nothing."""
     secret = [
-        folder / name
-        for name in ("site.yaml", "grant.json", "declaration.json", "data", "data/ledger.db", "run")
+        folder / name for name in ("site.yaml", "grant.json", "declaration.json", "data", "data/ledger.db", "run")
     ]
     keys = folder / "keys"
     secret += [keys, *sorted(keys.rglob("*"))]
@@ -237,7 +236,11 @@ def _way(address: str, ca: Path, key: Path) -> list[Finding]:
     except OSError as error:
         return [*found, wrong(f"way to head office: {remedy(name, port, error)}")]
     text = f"way to head office: {address} speaks TLS 1.3 with the certificate expected, and takes this office's"
-    return [*found, ok(text), certificate("the server certificate", facts, "at head office: fedllm server rotate certificate")]
+    return [
+        *found,
+        ok(text),
+        certificate("the server certificate", facts, "at head office: fedllm server rotate certificate"),
+    ]
 
 
 # ---- fedllm doctor, of a relay's folder ------------------------------------------------------------------------------
