@@ -1,6 +1,6 @@
 """A relay: a process of another user, which makes the connection for a site process that has no network.
 
-It reads no frame that it carries. Its folder holds what opens the connection, and nothing that opens a message or a record.
+It reads no frame that it carries. Its folder holds what opens the connection, and nothing that opens a message.
 """
 
 import asyncio
