@@ -26,6 +26,7 @@ from fedllm.messages import (
 from fedllm.plan import RunPlan
 from fedllm.privacy.shared import SharedMechanism
 from fedllm.secagg import Circle, Terms
+from server.aggregate import bound_of_sum
 from server.channel import arrived
 
 # Sends each of these sites a request and returns what they answered: bytes, or text that says why there is nothing.
@@ -113,10 +114,13 @@ class Masks:
         """Return the step float32[d] that the sum of the uploads says, and from how many sites surplus noise is off.
 
         `task` is the digest of what all were asked for. The sum is the first thing that can be read; it is divided by
-        public numbers: survivors, and the units that are expected of each. Raises FedllmError where it stays closed.
+        public numbers: survivors, and the units that are expected of each. Raises FedllmError where it stays closed,
+        or is none that honest sites send.
         """
         total, trimmed = self._unmask(number, task, uploads, ask)
-        gradient = self._shared.decode(total) / (len(uploads) * self._plan.expected_units)
+        decoded = self._shared.decode(total)
+        bound_of_sum(self._shared, len(uploads), trimmed).check(decoded)
+        gradient = decoded / (len(uploads) * self._plan.expected_units)
         step = -self._plan.training.learning_rate * gradient
         return step.astype(np.float32), trimmed
 

@@ -35,7 +35,7 @@ from fedllm.messages import (
 from fedllm.plan import MAX_START, QuorumConfig, RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.statement import open_statement, update_digest
-from server.aggregate import public_shares, weighted_mean
+from server.aggregate import bound_of_update, public_shares, weighted_mean
 from server.channel import Channel, PlainChannel, arrived
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
 from server.heads import Heads
@@ -73,7 +73,7 @@ class RoundRecord:
     declined: dict[str, Reason] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # site or node -> what was wrong
     noise_multiplier: float | None = None  # noise in shares: of this round's sum, colluding sites left out
-    lost: str = ""  # noise in shares: why the sum stayed closed, though the sites have paid for the round
+    lost: str = ""  # why the round was not applied, though the sites have paid: the sum stayed closed, or was refused
     update_norm: float = 0.0  # L2 of the averaged delta
     bytes_up: int = 0
     bytes_down: int = 0
@@ -161,6 +161,7 @@ class Coordinator:
         self._evaluating: tuple[int, Future[Mapping[str, float | None]]] | None = None  # of records[that]
         shared = plan.shared
         self._masks = Masks(plan, shared, spec.dimension, roster or {}) if shared is not None else None
+        self._bound = bound_of_update(plan, spec.dimension)
 
     def _optimizer_from(self, value: NDArray[np.float32]) -> "ServerOptimizer":
         from fedllm.training.server_optimizer import ServerOptimizer  # torch: not for those who only read records
@@ -543,7 +544,10 @@ class Coordinator:
             raise MessageError("epsilon is missing, though the plan adds noise")
         if self._masks is not None:
             return self._masks.read(site, number, *unpack(reply.payload, 2))
-        return codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
+        update = codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
+        if self._bound is not None:
+            self._bound.check(update)
+        return update
 
     def _requests(self, nodes: list[int], common: TrainRequest, masking: Mapping[str, bytes]) -> dict[int, bytes]:
         """Return the request of a round to each node, with the last that is known of its site's ledger, in any run.
