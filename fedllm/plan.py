@@ -350,6 +350,8 @@ class QuorumConfig(Frozen):
     quorum: int | None = Field(None, ge=1)  # answers without which a round does not count; null: by mode and sites
     round_timeout: float = Field(600.0, gt=0)  # seconds
     weights: BySite = {}  # declared PUBLIC, by site; a site that is not named weighs 1
+    # a round is not applied that brings the held-out loss further than this share above the lowest so far; null: off
+    gate: float | None = Field(None, ge=0, le=100)
 
     @model_validator(mode="after")
     def _validate(self) -> "QuorumConfig":
@@ -420,6 +422,11 @@ class RunConfig(Frozen):
             raise ValueError("data.prompt and data.chat belong to task=causal-lm")
         if self.data.chat and not self.data.prompt:
             raise ValueError("data.chat=true needs data.prompt, the user's turn")
+        if self.federation.gate is not None and self.data.heldout is None:
+            raise ValueError(
+                f"federation.gate={self.federation.gate:g} compares losses on a held-out set, and there is none. "
+                "Name one (data.heldout), or set federation.gate=null"
+            )
         if len(self.name.encode()) > 255:
             raise ValueError("name is longer than the 255 bytes of a folder name")
         if self.privacy.mode == "distributed" and self.federation.weights:

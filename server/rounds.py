@@ -55,7 +55,7 @@ _LEDGER_HINT = "(ledger): cannot be used, or lacks entries that were seen before
 _POLL, _POLL_MAX = 0.01, 0.5  # seconds between looks at the transport's inbox
 _PATIENCE = 15.0  # seconds for latecomers at the start of a run, where the quorum is there
 _DEALS = 3  # attempts to have a round's secrets dealt
-_LOST_IN_A_ROW = 3  # rounds whose sum stayed closed, after which the run ends
+_LOST_IN_A_ROW = 3  # rounds that were paid for and not applied, after which the run ends
 _PAUSE_MAX = 5.0  # seconds between looks for sites that may come back
 
 
@@ -66,14 +66,14 @@ class RoundRecord:
     round: int
     private: bool  # False brands the run NOT PRIVATE: no noise, or noise that a seed predicts
     epsilon: float | None  # the largest any site has spent so far; None where no noise was added
-    loss: float | None  # held-out, nats; None without a held-out set
-    perplexity: float | None
-    accuracy: float | None
+    loss: float | None = None  # held-out, nats; None without a held-out set
+    perplexity: float | None = None
+    accuracy: float | None = None
     answered: list[str] = field(default_factory=list)
     declined: dict[str, Reason] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # site or node -> what was wrong
     noise_multiplier: float | None = None  # noise in shares: of this round's sum, colluding sites left out
-    lost: str = ""  # why the round was not applied, though the sites have paid: the sum stayed closed, or was refused
+    lost: str = ""  # why the round was not applied, though the sites have paid for it: closed sum, bound or gate
     update_norm: float = 0.0  # L2 of the averaged delta
     bytes_up: int = 0
     bytes_down: int = 0
@@ -201,8 +201,8 @@ class Coordinator:
     def run(self, grid: Grid, channel: Channel | None = None) -> None:
         """Run all rounds that are left; without a `channel`, bytes travel as they are and every node is welcome.
 
-        A round's adapter is evaluated beside the next round. Raises QuorumLost, after everything so far is on disk,
-        where too few sites are left to go on.
+        A round's adapter is evaluated beside the next round, or with a gate (`federation.gate`) before it counts.
+        Raises QuorumLost, after everything so far is on disk, where too few sites are left to go on.
         """
         self._evaluation = ThreadPoolExecutor(1, "evaluation")
         try:
@@ -214,7 +214,7 @@ class Coordinator:
         if not self.records:
             epsilon = 0.0 if self._plan.mechanism.private else None
             self._record.begin(self._plan, self._spec.digest, self.adapter)
-            self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon, None, None, None))
+            self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon))
         elif self.records[-1].loss is None:  # it ended before this was known
             self._evaluate()
         self._observe(Phase("waiting for the sites"))
@@ -264,14 +264,18 @@ class Coordinator:
         delta, trimmed, lost = self._aggregate(grid, channel, common, updates)
         if all(declined.get(site) in _UNCHARGED for site in asked):
             lost = ""  # nobody has paid for anything
-        self._charge(replies, declined, failed, number, set(asked), delta is not None)
+        before, after, scores = adapter_digest(self.adapter), self.adapter, dict[str, float | None]()
+        shares = public_shares(updates, self._federation.weights)
+        if delta is not None:
+            after, scores, lost = self._step(number, delta, self._plan.noise_std(shares.values(), trimmed))
+        counts = delta is not None and not lost
+        self._charge(replies, declined, failed, number, set(asked), counts)
         for site in self._forgetful:  # after a resume it is used again only if it can account for all it may have paid
             self.sites[site] = replace(self.sites[site], stated=self.sites[site].epsilon_rdp or 0.0)
         self._forgetful.clear()
-        before = adapter_digest(self.adapter)
         entry: dict[str, Any] = {
             "round": number,
-            "counts": delta is not None,
+            "counts": counts,
             "answered": {site: answer.reply.statement for site, answer in sorted(replies.items())},
             "declined": dict(declined),
             "failed": dict(failed),
@@ -281,7 +285,7 @@ class Coordinator:
             "bytes_down": sum(map(len, requests.values())),
         }
         noise = None
-        if self._plan.shared is not None and delta is not None:
+        if self._plan.shared is not None and counts:
             noise = self._plan.shared.noise_multiplier(len(updates), trimmed, self._plan.privacy.colluding_sites)
             entry |= {"noise_multiplier": noise, "trimmed": trimmed}
         if lost:
@@ -297,9 +301,6 @@ class Coordinator:
             self._check_quorum(number, len(updates), declined, failed)
             return
         self._lost_in_a_row = 0
-        shares = public_shares(updates, self._federation.weights)
-        deviation = self._plan.noise_std(shares.values(), trimmed)
-        after = self._optimizer.step(delta, (number - 1) / self._plan.training.rounds, deviation)
         if not (np.abs(after) <= MAX_START).all():  # nor is NaN
             raise ModelError(
                 f"round {number}: the adapter is not finite, or a value is beyond {MAX_START:g}: training diverged. "
@@ -309,10 +310,8 @@ class Coordinator:
             RoundRecord(
                 round=number,
                 private=self._plan.privacy.protects,
-                loss=None,
-                perplexity=None,
-                accuracy=None,
                 epsilon=self._epsilon(),
+                **cast(dict[str, Any], scores),
                 answered=sorted(updates),
                 declined=declined,
                 failed=failed,
@@ -324,6 +323,29 @@ class Coordinator:
             ),
             {**entry, "adapter_after": adapter_digest(self.adapter)},
         )
+
+    def _step(
+        self, number: int, delta: NDArray[np.float32], noise_std: float
+    ) -> tuple[NDArray[np.float32], dict[str, float | None], str]:
+        """Apply the averaged delta float32[d] and return the adapter float32[d].
+
+        With a gate, also its scores, and why the step was taken back where it was. The limit is a share above the
+        lowest loss so far, and not above the last: small steps cannot add up to more.
+        """
+        gate, before, state = self._federation.gate, self.adapter, self._optimizer.state()
+        after = self._optimizer.step(delta, (number - 1) / self._plan.training.rounds, noise_std)
+        if gate is None:
+            return after, {}, ""
+        self._note_scores()  # of the round before
+        lowest = min(record.loss for record in self.records if record.loss is not None)
+        scores = dict(self._evaluation.submit(self._score, after).result())
+        loss, limit = cast(float, scores["loss"]), (1 + gate) * lowest  # there is a held-out set: RunConfig
+        if (np.abs(after) <= MAX_START).all() and loss <= limit:
+            return after, scores, ""
+        self._optimizer = self._optimizer_from(before)
+        self._optimizer.restore(state)
+        above = f"federation.gate={gate:g} above the lowest so far, {lowest:.4g}"
+        return before, {}, f"held-out loss {loss:.4g}, expected {limit:.4g} at most: {above}."
 
     def _gather(
         self, grid: Grid, channel: Channel, number: int, declined: dict[str, Reason], failed: dict[str, str]
@@ -410,7 +432,7 @@ class Coordinator:
         self, number: int, why: str, entry: Mapping[str, Any], declined: dict[str, Reason], failed: dict[str, str],
         began: float,
     ) -> None:  # fmt: skip
-        """Note a round whose sum stays closed: what the sites paid for it stands, and the adapter stays as it is."""
+        """Note a round that is not applied: what the sites paid for it stands, and the adapter stays as it is."""
         digest = adapter_digest(self.adapter)
         nothing = {
             "round": number, "answered": {}, "declined": {}, "failed": {}, "bytes_up": 0, "bytes_down": 0,
@@ -676,7 +698,7 @@ class Coordinator:
         if entry is not None:
             self._record.note("round", entry)
         self._save()
-        if record.lost:
+        if record.lost or record.loss is not None:
             self._observe(record)
         else:
             self._evaluate()

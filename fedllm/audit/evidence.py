@@ -341,7 +341,7 @@ def _read_record(path: Path, checks: _Checks) -> _Record:
                 checks.note("rounds", False, f"{where}: {len(step.answered)} < {plan.quorum}")
             if step.counts and plan.shared is not None:
                 _check_noise(step, plan, plan.shared, where, checks)
-            if step.counts or (step.lost and plan.shared is not None):
+            if step.counts or step.lost:
                 record.rounds.append(step)
                 done = step.round
                 adapter[done] = step.adapter_after
