@@ -17,6 +17,10 @@ Bodies, by the entry's kind:
                             shares: the sum stayed closed, or was none that honest sites send; or federation.gate
              noise_multiplier                noise in shares: of the sum, without as many sites as may collude
              trimmed        noise in shares: sites whose surplus noise was taken off, by head office's own count
+             sums           with groups: {number of a group, from 1: that of it}, of each whose sum was used; the
+                            round's noise_multiplier is that of the sum with the least
+             refused, closed                 with groups: {number: why}, of each whose sum was none that honest sites
+                            send, or did not open
              adapter_before, adapter_after   digests; equal where the round does not count
              bytes_up, bytes_down            of updates and of requests
     begun    round, sites   the sites are asked now, and may pay; each signs for this entry, as head office named it in

@@ -192,7 +192,7 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_at_the_socket(federa
     until(lambda: "answers on" in branch.service_log, what="the site service")
     before = len(branch.charged())
     me, site = head.office.identity, branch.office.identity.public
-    plan = make_plan(config_of("at-the-socket", 1), 3)
+    plan = make_plan(config_of("at-the-socket", 1), ["a", "b", "c"])
     known = {"run": plan.run, "plan": plan.digest}
     genuine = _sealed(Prepare(plan=plan), site, me, **known)
     begun = RoundBegun(roster="0" * 64, number=1, digest="0" * 64)
