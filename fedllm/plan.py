@@ -319,7 +319,7 @@ def check_groups(groups: int, poisoned: int, privacy: PrivacyConfig, training: T
         )
     if poisoned < 1 or groups < 2 * poisoned + 1:
         raise ValueError(
-            f"federation.groups={groups}: where {poisoned} sites may be poisoned (federation.poisoned_sites), at least "
+            f"federation.groups={groups}: with federation.poisoned_sites={poisoned}, at least "
             f"{2 * max(1, poisoned) + 1} groups are needed, more than twice as many and three at least"
         )
     if training.server.noise_corrected:

@@ -382,7 +382,8 @@ def test_the_digest_sees_every_field(make_plan: Make) -> None:
         value: object = plan
         for part in path:
             value = getattr(value, part)
-        digest = replaced(plan, path, another(value)).digest
+        value = (("a", "b"),) if path == ("groups",) else another(value)  # of an empty list none knows what it holds
+        digest = replaced(plan, path, value).digest
         assert digest not in digests, f"{dotted(path)} does not change the digest as a field of its own"
         digests.add(digest)
     assert len(digests) == 1 + len(PLAN_FIELDS)

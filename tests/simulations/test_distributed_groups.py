@@ -131,6 +131,17 @@ def test_a_group_that_stays_closed_is_missed_where_enough_are_left(
     assert verdict(done.folder) == "within"
 
 
+def test_a_round_that_the_gate_refuses_is_within_an_audit(tmp_path: Path, configure: Configure) -> None:
+    """Four steps of noise alone: about half of them make the held-out loss worse."""
+    training = {"rounds": 4, "local_steps": 1, "wire": "float16", "learning_rate": 1.0}
+    done = run(grouped(configure, tmp_path, training=training, federation={"gate": 0.0}))
+    bodies = rounds_of(done.folder)
+    assert {body["counts"] for body in bodies} == {not body.get("lost") for body in bodies}
+    losses = [record["loss"] for record in done.records]
+    assert losses == sorted(losses, reverse=True), "no adapter was ever handed out that is worse than one before"
+    assert verdict(done.folder) == "within"
+
+
 def test_a_run_with_groups_is_resumed(tmp_path: Path, configure: Configure) -> None:
     training = {"rounds": 3, "local_steps": 1, "wire": "float16"}
     with pytest.raises(StopHereError):
