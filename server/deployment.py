@@ -111,7 +111,7 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
             f"federation.quorum={config.federation.quorum}, but the roster holds {len(names)} sites. Admit more, or "
             "lower the quorum."
         )
-    plan = make_plan(config, len(names))
+    plan = make_plan(config, names)
     with alone_in(folder, config):
         if config.resume:
             before = read_as(folder / PLAN, RunPlan)
