@@ -619,8 +619,8 @@ def _read_keys(folder: Path) -> tuple[KeySet, ...]:
         check_private(place)
         if (place / "node").exists() and not (place / "link").exists():
             raise FolderError(
-                f"{place} was made by an earlier version of fedllm, and holds no keys for the link of this one. Make a new "
-                "folder: fedllm site init. Copy site.yaml and data/ into it, and be admitted anew."
+                f"{place} was made by an earlier version of fedllm, and holds no keys for the link of this one. Make a "
+                "new folder: fedllm site init. Copy site.yaml and data/ into it, and be admitted anew."
             )
         try:
             identity = Identity.from_bytes(read_secret(place / "identity"))

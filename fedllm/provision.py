@@ -43,7 +43,7 @@ def check_site_name(name: str) -> str:
 
 
 def check_host(host: str) -> str:
-    """Return the name or address of a host in its one spelling, as certificates have it; raises ValueError if neither."""
+    """Return a host's name or address in its one spelling, as certificates have it; raises ValueError if neither."""
     try:
         name = host.encode("idna").decode("ascii").lower() if not host.isascii() else host.lower()
     except UnicodeError:
@@ -193,8 +193,8 @@ def _open(kind: type[_Document], data: bytes, name: str) -> tuple[_Document, lis
     found, expected = str(content.get("kind")), kind.model_fields["kind"].default
     if found != expected and found.startswith(f"fedllm {name} v"):
         raise CryptoError(
-            f"a {name} of another version of fedllm ({found[:40]}, expected {expected}). Install the same version at both "
-            f"ends, and have it made again: {_MADE_BY[name]}"
+            f"a {name} of another version of fedllm ({found[:40]}, expected {expected}). Install the same version at "
+            f"both ends, and have it made again: {_MADE_BY[name]}"
         )
     try:
         return kind.model_validate_json(json.dumps(content)), signers

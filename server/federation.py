@@ -108,8 +108,8 @@ class Roster(Frozen):
         except (ValidationError, CryptoError) as error:
             if isinstance(error, ValidationError) and any("node_key" in each["loc"] for each in error.errors()):
                 raise FolderError(
-                    f"{path} is of an earlier version of fedllm. Make a new folder (fedllm init-federation), and have every "
-                    "office make one (fedllm site init) and be admitted anew."
+                    f"{path} is of an earlier version of fedllm. Make a new folder (fedllm init-federation), and have "
+                    "every office make one (fedllm site init) and be admitted anew."
                 ) from None
             raise FolderError(f"{path} is damaged ({error}). Restore it from a backup.") from None
 
