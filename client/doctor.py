@@ -236,8 +236,11 @@ def _way(address: str, ca: Path, key: Path) -> list[Finding]:
     except OSError as error:
         return [*found, wrong(f"way to head office: {remedy(name, port, error)}")]
     text = f"way to head office: {address} speaks TLS 1.3 with the certificate expected, and takes this office's"
-    after = "at head office: fedllm server rotate certificate"
-    return [*found, ok(text), certificate("the server certificate", facts, after)]
+    return [
+        *found,
+        ok(text),
+        certificate("the server certificate", facts, "at head office: fedllm server rotate certificate"),
+    ]
 
 
 # ---- fedllm doctor, of a relay's folder ------------------------------------------------------------------------------

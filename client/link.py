@@ -22,10 +22,12 @@ from pydantic import ValidationError
 
 import fedllm
 from fedllm.errors import Cancelled, FedllmError, MessageError
-from fedllm.files import write_secret
+from fedllm.files import read as read_file
+from fedllm.files import read_secret, write_secret
 from fedllm.plan import Frozen
 from fedllm.protocol.link import AHEAD, CONNECT, HELLO, OPTIONS, VERSION, Payload, milliseconds, parts, read, request_id
 from fedllm.protocol.link_pb2 import FromSite, Hello, Part, Refusal, ToSite
+from fedllm.reach import reach, remedy
 
 _log = logging.getLogger("fedllm.site")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds until it connects again; doubled each time, then drawn below that
@@ -35,7 +37,12 @@ _AT_ONCE = 4  # requests that are in hand; more are told to come again
 _KEPT = 4  # answers that were given last
 _CLOCK = 60_000  # milliseconds by which clocks may differ until it is said
 
+Stream = grpc.aio.StreamStreamCall[bytes, bytes]
 Handler = Callable[[bytes, threading.Event], bytes]  # a sealed request, and whether anybody still waits
+
+
+class _Displaced(MessageError):
+    """Another process has connected with this site's key."""
 
 
 class LinkState(Frozen):
@@ -105,9 +112,9 @@ class SiteLink:
                 connection.cancel()
                 await asyncio.gather(connection, return_exceptions=True)
                 break
-            longest = await self._why(connection)
-            pause = _FIRST_PAUSE if time.monotonic() - began > _LONGEST_PAUSE else min(2 * pause, longest)
-            await asyncio.wait((stopped,), timeout=random.uniform(pause / 2, pause))
+            least = await self._why(connection)
+            pause = _FIRST_PAUSE if time.monotonic() - began > _LONGEST_PAUSE else min(2 * pause, _LONGEST_PAUSE)
+            await asyncio.wait((stopped,), timeout=max(least, random.uniform(pause / 2, pause)))
             stopped.cancel()
         watch.cancel()
         for each in self._in_hand.values():
@@ -120,25 +127,21 @@ class SiteLink:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _why(self, connection: "asyncio.Task[None]") -> float:
-        """Note why a connection has ended; returns the longest pause until the next."""
-        error = connection.exception()
-        if error is None:
-            text, longest = "head office has ended the connection", _LONGEST_PAUSE
-        elif isinstance(error, grpc.aio.AioRpcError):
-            text, longest = error.details() or error.code().name, _LONGEST_PAUSE
+        """Note why a connection has ended; returns the least pause until the next."""
+        error, text = connection.exception(), "head office has ended the connection"
+        if isinstance(error, grpc.aio.AioRpcError):
+            text = error.details() or error.code().name
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 text = await asyncio.to_thread(self._explain) or text
-            if error.code() is grpc.StatusCode.ABORTED:
-                longest = _DISPLACED
         elif isinstance(error, FedllmError | TimeoutError):
-            text, longest = str(error) or f"head office says nothing for {HELLO:.0f} s", _LONGEST_PAUSE
-        else:
+            text = str(error) or f"head office says nothing for {HELLO:.0f} s"
+        elif error is not None:
             raise error
         if text != self._said:
             _log.warning("not connected: %s", text)
         self._said = text
         self._note(LinkState(state="connecting", since=milliseconds(), text=text[:1000]))
-        return longest
+        return _DISPLACED if isinstance(error, _Displaced) else 0.0
 
     def _note(self, state: LinkState) -> None:
         try:
@@ -155,8 +158,7 @@ class SiteLink:
             else grpc.aio.secure_channel(self._target, credentials, OPTIONS)
         )
         async with channel:
-            call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(CONNECT)
-            stream = call()
+            stream: Stream = channel.stream_stream(CONNECT)()
             hello = Hello(version=VERSION, software=fedllm.__version__, clock=milliseconds())
             await stream.write(FromSite(hello=hello).SerializeToString())
             first = await asyncio.wait_for(stream.read(), HELLO)
@@ -195,6 +197,8 @@ class SiteLink:
             if (known := self._in_hand.get(frame.cancel.id)) is not None:
                 known.stop.set()
             self._arriving.pop(frame.cancel.id, None)
+        elif kind == "end":
+            raise (_Displaced if frame.end.displaced else MessageError)(frame.end.text[:1000])
         elif kind == "request":
             try:
                 self._arrive(frame.request)
@@ -278,6 +282,24 @@ class SiteLink:
                     each.stop.set()
 
 
+def outside(address: str, ca: Path, key: Path) -> tuple[str, Callable[[], grpc.ChannelCredentials], Callable[[], str]]:
+    """Return, for SiteLink, how to connect to head office's port: from the files of authorities and of the site's key."""
+    certificate = key.with_suffix(".pem")
+    host, _, port = address.rpartition(":")
+
+    def credentials() -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(read_file(ca), read_secret(key), read_file(certificate))
+
+    def explain() -> str:
+        try:
+            reach(host.strip("[]"), int(port), ca, own=(certificate, key))
+        except OSError as error:
+            return remedy(host.strip("[]"), int(port), error)
+        return ""
+
+    return address, credentials, explain
+
+
 def _frames(id_: bytes, answer: bytes | str) -> Iterator[FromSite]:
     if isinstance(answer, str):
         yield FromSite(refusal=Refusal(id=id_, text=answer))
@@ -285,6 +307,6 @@ def _frames(id_: bytes, answer: bytes | str) -> Iterator[FromSite]:
         yield from (FromSite(answer=part) for part in parts(id_, answer))
 
 
-async def _write(outgoing: "asyncio.Queue[FromSite]", stream: "grpc.aio.StreamStreamCall[bytes, bytes]") -> None:
+async def _write(outgoing: "asyncio.Queue[FromSite]", stream: Stream) -> None:
     while True:
         await stream.write((await outgoing.get()).SerializeToString())

@@ -1,6 +1,6 @@
 """A relay: a process of another user, which makes the connection for a site process that has no network.
 
-It reads no frame. Its folder holds what opens the connection, and nothing that opens a message or a record.
+It reads no frame that it carries. Its folder holds what opens the connection, and nothing that opens a message.
 """
 
 import asyncio
@@ -17,12 +17,13 @@ import grpc
 import grpc.aio
 from pydantic import ValidationError
 
+from client.link import Stream, outside
 from client.office import Office
-from client.service import outside
 from fedllm.errors import ConfigError, FolderError
 from fedllm.files import check_private, read, read_secret, umask, write_secret
 from fedllm.plan import Frozen
-from fedllm.protocol.link import CONNECT, OPTIONS
+from fedllm.protocol.link import CONNECT, OPTIONS, SERVER_OPTIONS
+from fedllm.protocol.link_pb2 import End, ToSite
 
 _log = logging.getLogger("fedllm.site")
 SETTINGS, KEY, CERTIFICATE, CA = "relay.json", "link", "link.pem", "ca.pem"
@@ -74,8 +75,7 @@ class _Relay:
             self._present.set_result(None)
         displaced = self._present = asyncio.get_running_loop().create_future()
         async with grpc.aio.secure_channel(self._address, self._credentials(), OPTIONS) as channel:
-            call: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(CONNECT)
-            stream = call()
+            stream: Stream = channel.stream_stream(CONNECT)()
             out = asyncio.create_task(_pump(context.read, stream.write))
             back = asyncio.create_task(_pump(stream.read, context.write))
             try:
@@ -87,6 +87,9 @@ class _Relay:
                     task.cancel()
                 await asyncio.gather(out, back, return_exceptions=True)
         if displaced.done():
+            end = ToSite(end=End(text=_DISPLACED, displaced=True))
+            with contextlib.suppress(grpc.aio.UsageError, grpc.aio.InternalError):
+                await context.write(end.SerializeToString())
             await context.abort(grpc.StatusCode.ABORTED, _DISPLACED)
         if isinstance(error, grpc.aio.AioRpcError):
             text = error.details() or error.code().name
@@ -112,7 +115,7 @@ async def serve(folder: Path) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     settings = read_relay(folder)
     relay, socket = _Relay(folder, settings), Path(settings.socket)
-    server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     service, _, method = CONNECT[1:].partition("/")
     handlers: Any = {method: grpc.stream_stream_rpc_method_handler(relay.connect)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))

@@ -1,23 +1,25 @@
 """A handshake with head office, as a site makes it, and what is wrong where it fails."""
 
+import contextlib
 import errno
 import socket
 import ssl
+from datetime import UTC, datetime
 from pathlib import Path
+
+from fedllm.crypto import CertificateFacts, read_certificates
+from fedllm.files import read
 
 # For gRPC's processes. It has no setting for the version, but one for the cipher suites of TLS 1.2: this one needs an
 # RSA certificate, and as an authority of ours issues none, TLS 1.3 alone is left at both ends.
 ONLY_TLS_1_3 = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-RSA-AES256-GCM-SHA384"}
 _PATIENCE = 5.0  # seconds
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # RFC 9113, 3.4: no settings
-# How a server says, in a TLS alert (RFC 8446, 6.2), what is wrong with the certificate that it was shown.
-_SHOWN = {
-    "CERTIFICATE_EXPIRED": "this office's certificate has ended, or the clock there is ahead",
-    "UNKNOWN_CA": "this office's certificate is not of an authority that head office believes",
-    "CERTIFICATE_UNKNOWN": "this office's certificate is not of an authority that head office believes, or has ended",
-    "BAD_CERTIFICATE": "this office's certificate is not believed",
-}
 _AHEAD, _ENDED, _UNKNOWN, _OTHER_HOST = (9,), (10,), (2, 18, 19, 20, 21), (62, 64)  # OpenSSL: X509_V_ERR_*
+
+
+class NotBelieved(OSError):
+    """The other end refused the certificate that it was shown."""
 
 
 def reach(host: str, port: int, ca: Path, at: str | None = None, own: tuple[Path, Path] | None = None) -> bytes:
@@ -38,18 +40,31 @@ def reach(host: str, port: int, ca: Path, at: str | None = None, own: tuple[Path
     ):
         if secured.selected_alpn_protocol() != "h2":
             raise OSError("the other end speaks TLS, but not gRPC")
+        shown = ssl.DER_cert_to_PEM_cert(secured.getpeercert(binary_form=True) or b"").encode()
         if own is not None:  # in TLS 1.3 the server judges a certificate when the client believes all is said
-            secured.sendall(_PREFACE)
-            secured.recv(1)
-        return ssl.DER_cert_to_PEM_cert(secured.getpeercert(binary_form=True) or b"").encode()
+            _be_believed(secured, read_certificates(read(own[0]))[0])
+        return shown
+
+
+def _be_believed(secured: ssl.SSLSocket, own: CertificateFacts) -> None:
+    """Raise NotBelieved where the server ends the connection instead of beginning; it says no reason."""
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        secured.sendall(_PREFACE)
+        if secured.recv(1):
+            return
+    if own.ends < datetime.now(UTC):
+        raise NotBelieved(f"this office's certificate has ended on {own.ends:%Y-%m-%d %H:%M} UTC")
+    raise NotBelieved(
+        f"head office does not believe this office's certificate, which ends on {own.ends:%Y-%m-%d}: it is of another "
+        "authority, or the clock there is wrong"
+    )
 
 
 def remedy(host: str, port: int, error: OSError) -> str:
     """Return why `reach` failed, and what to do about it."""
-    there, reason = f"{host}:{port}", str(getattr(error, "reason", ""))
-    for alert, text in _SHOWN.items():
-        if isinstance(error, ssl.SSLError) and reason.endswith(f"ALERT_{alert}"):
-            return f"{text}. Install a new grant; at head office: fedllm server grant SITE"
+    there = f"{host}:{port}"
+    if isinstance(error, NotBelieved):
+        return f"{error}. Install a new grant; at head office: fedllm server grant SITE"
     if isinstance(error, ssl.SSLCertVerificationError):
         return _certificate(host, error)
     known: list[tuple[type[OSError], str]] = [

@@ -23,10 +23,12 @@ import fedllm
 from fedllm import crypto
 from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError
 from fedllm.files import umask
-from fedllm.protocol.link import AHEAD, CONNECT, CONTROL, HELLO, OPTIONS, VERSION, milliseconds, read
+from fedllm.protocol.link import AHEAD, CONNECT, CONTROL, HELLO, SERVER_OPTIONS, VERSION, milliseconds, read
 from fedllm.protocol.link_pb2 import (
+    Answer,
     Cancel,
     Connected,
+    End,
     FromSite,
     Hello,
     Nothing,
@@ -47,12 +49,9 @@ _HANDSHAKE = 10_000  # milliseconds in which a connection must have shown its ce
 _REFUSALS_KEPT = 100
 _GRACE = 1.0  # seconds for streams when the port is closed
 _PORT = [
-    *OPTIONS,
-    ("grpc.so_reuseport", 0),
+    *SERVER_OPTIONS,
     ("grpc.server_handshake_timeout_ms", _HANDSHAKE),
     ("grpc.max_concurrent_streams", 2),  # of a connection: one is needed
-    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
-    ("grpc.http2.max_ping_strikes", 3),
     ("grpc.max_metadata_size", 8192),
 ]
 _Code = grpc.StatusCode
@@ -142,12 +141,13 @@ class Daemon:
 
     async def connect(self, _: object, context: _Context) -> None:
         """Keep a site's stream."""
+        try:  # first: a stream that is ended before the other end has said something tells it no reason
+            first: object = await asyncio.wait_for(context.read(), HELLO)
+        except TimeoutError:
+            await context.abort(_Code.DEADLINE_EXCEEDED, f"no hello within {HELLO:.0f} s")
         member, key = await self._admit(context)
         try:
-            first = await asyncio.wait_for(context.read(), HELLO)
             hello = read(FromSite, first).hello if isinstance(first, bytes) else Hello()
-        except TimeoutError:
-            await self._refuse(context, member.site, _Code.DEADLINE_EXCEEDED, f"no hello within {HELLO:.0f} s")
         except MessageError as error:
             await self._refuse(context, member.site, _Code.INVALID_ARGUMENT, str(error))
         if hello.version != VERSION:
@@ -184,15 +184,21 @@ class Daemon:
             for task in (reading, writing):
                 task.cancel()
             await asyncio.gather(reading, writing, return_exceptions=True)
-        await context.abort(*link.ended.result())
+        code, text = link.ended.result()
+        end = ToSite(end=End(text=text, displaced=code is _Code.ABORTED))
+        with contextlib.suppress(TimeoutError, grpc.aio.UsageError, grpc.aio.InternalError):
+            async with asyncio.timeout(_GRACE):  # whoever is writing hears nothing but frames
+                await context.write(end.SerializeToString())
+                while isinstance(await context.read(), bytes):
+                    pass
+        await context.abort(code, text)
 
     async def _admit(self, context: _Context) -> tuple[Member, str]:
         """Return the member of the roster that a connection's certificate is of, and its key; or end the connection."""
-        shown = dict(context.auth_context())
-        names, certificates = tuple(shown.get("x509_common_name", ())), tuple(shown.get("x509_pem_cert", ()))
-        name = names[0].decode("utf-8", "replace")[:64] if names else "?"
+        shown: dict[str, Any] = dict(context.auth_context())  # property -> values, bytes
+        name = shown.get("x509_common_name", (b"?",))[0].decode("utf-8", "replace")[:64]
         try:
-            key = crypto.certified_key(certificates[0]) if certificates else ""
+            key = crypto.certified_key(shown.get("x509_pem_cert", (b"",))[0])
         except CryptoError:
             key = ""
         member = self._roster.of_link_key(key)
@@ -227,10 +233,10 @@ class Daemon:
 
     async def ask(self, _: object, context: _Context) -> None:
         """Carry one request to a site, and its answer back."""
-        asked = Request.FromString(await context.read())  # of this installation, as all here
+        asked = Request.FromString(await context.read())
         link, id_ = self._links.get(asked.site), asked.part.id
         if link is None:
-            await context.abort(_Code.UNAVAILABLE, f"{asked.site} is not connected")
+            await _say_last(context, Answer(gone=f"{asked.site} is not connected"))
             return
         answer = link.expect(id_)
         sending = asyncio.create_task(_send(link, asked, context))
@@ -240,13 +246,13 @@ class Daemon:
                 match await answer.get():
                     case Part() as part:
                         left = (part.size if left < 0 else left) - len(part.data)
-                        await context.write(part.SerializeToString())
+                        await context.write(Answer(part=part).SerializeToString())
                     case Refusal() as refusal:
                         left = 0
-                        await context.abort(_Code.ABORTED, refusal.text[:1000])
+                        await _say_last(context, Answer(refused=refusal.text[:1000]))
                     case None:
                         left = 0
-                        await context.abort(_Code.UNAVAILABLE, f"the connection to {link.site} has ended")
+                        await _say_last(context, Answer(gone=f"the connection to {link.site} has ended"))
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
@@ -288,6 +294,13 @@ class Daemon:
 
 def _revoked(member: Member) -> str:
     return f"{member.site} was revoked on {member.revoked_at:%Y-%m-%d}; head office may admit it anew, with new keys"
+
+
+async def _say_last(context: _Context, frame: Answer) -> None:
+    """Say why there is no answer, and wait until it was heard."""
+    await context.write(frame.SerializeToString())
+    while isinstance(await context.read(), bytes):
+        pass
 
 
 async def _send(link: _Link, first: Request, context: _Context) -> None:
@@ -336,7 +349,7 @@ async def _open_port(daemon: Daemon, office: HeadOffice) -> grpc.aio.Server:
 
 
 async def _open_socket(daemon: Daemon, socket: Path) -> grpc.aio.Server:
-    server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     handlers = {"Ask": _stream(daemon.ask), "Look": _unary(daemon.look), "Start": _unary(daemon.start)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(CONTROL, handlers),))
     try:

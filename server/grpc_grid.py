@@ -25,12 +25,16 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedllm.errors import FederationError, MessageError
 from fedllm.messages import KEY, RECORD
 from fedllm.protocol.link import CONTROL, OPTIONS, Payload, parts, request_id
-from fedllm.protocol.link_pb2 import Nothing, Part, Request, Sites
+from fedllm.protocol.link_pb2 import Answer, Nothing, Request, Sites
 from fedllm.protocol.link_pb2 import Run as RunName
 
 _AGAIN = (0.1, 1.0)  # seconds until a request is made again: at random between these
 _TIMEOUT = 20.0  # seconds for the daemon to answer by itself
 _NO_DAEMON = "head office's daemon does not answer. Is it running? fedllm server start"
+
+
+class _Gone(Exception):
+    """The daemon or a site's connection is away."""
 
 
 def node_of(site: str) -> int:
@@ -159,24 +163,34 @@ class GrpcGrid(Grid):
         while True:
             try:
                 return await self._ask(site, id_, data)
-            except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                    return Error(code=0, reason=error.details() or error.code().name)
+            except _Gone:
+                await asyncio.sleep(random.uniform(*_AGAIN))
             except MessageError as error:
                 return Error(code=0, reason=str(error))
-            await asyncio.sleep(random.uniform(*_AGAIN))
 
     async def _ask(self, site: str, id_: bytes, data: bytes) -> bytes:
+        """Return a site's answer; raises _Gone where the daemon or the site's connection is away."""
+
         async def frames() -> AsyncIterator[bytes]:
             for number, part in enumerate(parts(id_, data)):
                 yield Request(site="" if number else site, part=part).SerializeToString()
 
-        ask: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{CONTROL}/Ask")
-        call: Any = ask(frames())
+        method: Any = self._channel.stream_stream(f"/{CONTROL}/Ask")
+        call = method(frames())
         payload: Payload | None = None
-        async for frame in call:
-            part = Part.FromString(frame)
-            payload = payload or Payload(part, self._limit)
-            if (whole := payload.add(part)) is not None:
-                return whole
-        raise MessageError("an answer that was cut short")
+        try:
+            async for frame in call:
+                answer = Answer.FromString(frame)
+                match answer.WhichOneof("frame"):
+                    case "refused":
+                        raise MessageError(answer.refused)
+                    case "gone":
+                        raise _Gone
+                payload = payload or Payload(answer.part, self._limit)
+                if (whole := payload.add(answer.part)) is not None:
+                    return whole
+        except grpc.aio.AioRpcError:
+            raise _Gone from None
+        finally:
+            call.cancel()  # where it is not over, the site is told that nobody waits
+        raise _Gone

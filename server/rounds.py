@@ -52,7 +52,8 @@ _FINAL: frozenset[Reason] = frozenset({"budget", "policy", "data", "model", "led
 # These come before the site charges itself.
 _UNCHARGED: frozenset[Reason] = frozenset({"budget", "policy", "model", "message", "ledger", "masks"})
 _LEDGER_HINT = "(ledger): cannot be used, or lacks entries that were seen before; the site's own log says what to do."
-_POLL, _POLL_MAX = 0.01, 0.5  # seconds between looks at the transport's inbox
+_POLL, _POLL_MAX = 0.005, 0.05  # seconds between looks at the transport's inbox
+_ARRIVAL = 0.5  # seconds between looks who has come
 _PATIENCE = 15.0  # seconds for latecomers at the start of a run, where the quorum is there
 _DEALS = 3  # attempts to have a round's secrets dealt
 _LOST_IN_A_ROW = 3  # rounds whose sum stayed closed, after which the run ends
@@ -244,7 +245,7 @@ class Coordinator:
             little = online >= self._quorum or channel.sites_may_come_back
             if waited > self._federation.round_timeout or (little and waited > _PATIENCE):
                 return
-            time.sleep(_POLL_MAX)
+            time.sleep(_ARRIVAL)
 
     def _round(self, grid: Grid, channel: Channel, number: int) -> None:
         began = time.monotonic()

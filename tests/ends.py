@@ -69,6 +69,7 @@ def _looping(work: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> Iter
         try:
             loop.run_until_complete(work(stop))
         except BaseException as error:
+            import traceback; traceback.print_exc()
             failed.append(error)
         finally:
             loop.close()

@@ -31,6 +31,12 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
 ]
 
+SERVER_OPTIONS: list[tuple[str, int]] = [
+    *OPTIONS,
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 500 * _PING),  # as often as the other end's pings may come
+]
+
 _Frame = TypeVar("_Frame", bound=Message)
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from server import federation
-from server.superlink import Control
 from tests.conftest import SOAK
 from tests.deployment.harness import ALONE, BRANCHES, Branch, HeadOffice, records_of, stop_all, until
 
@@ -21,12 +19,8 @@ class Federation:
     admitted: dict[str, Branch]
 
     def ready(self) -> None:
-        """Wait until every office is connected and its service answers."""
-        control = Control(federation.HeadOffice.open(self.head.home))
-        everyone = dict.fromkeys(self.admitted, True)
-        until(lambda: control.connected() == everyone, 600, "the connection of every office", pause=2.0)
-        for branch in self.admitted.values():
-            until(lambda branch=branch: "answers on" in branch.service_log, 600, f"the service of {branch.name}")
+        """Wait until every office is connected."""
+        until(lambda: self.head.connected() == set(self.admitted), 600, "the connection of every office")
 
 
 def found_federation(folder: Path, admitted: Sequence[str]) -> Federation:
@@ -34,7 +28,8 @@ def found_federation(folder: Path, admitted: Sequence[str]) -> Federation:
     head = HeadOffice(folder)
     branches = {}
     for name, branch in BRANCHES.items():
-        branches[name] = Branch(folder, name, records_of(branch, folder / f"{branch}.jsonl"))
+        # the one of the suite, and one of the soak's
+        branches[name] = Branch(folder, name, records_of(branch, folder / f"{branch}.jsonl"), relayed=name == ALONE)
         if name in admitted:
             branches[name].join(head)
     for branch in branches.values():  # as the offices told each other
@@ -48,11 +43,11 @@ def found_federation(folder: Path, admitted: Sequence[str]) -> Federation:
 @pytest.fixture(scope="session", name="federation")
 def _federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     made = found_federation(tmp_path_factory.mktemp("f"), list(BRANCHES) if SOAK else [ALONE])
-    programs = [*(branch.program for branch in made.admitted.values()), made.head.program]
     try:
         made.head.start()
         for branch in made.admitted.values():
             branch.start()
         yield made
     finally:
-        stop_all(programs)
+        stop_all([program for branch in made.admitted.values() for program in branch.programs])
+        made.head.stop()

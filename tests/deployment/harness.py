@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -17,7 +16,9 @@ from typing import Any
 import psutil
 
 from client import office as site_folder
+from client.relay import export_relay_folder
 from fedllm.cli_settings import compose, validate
+from fedllm.errors import FederationError
 from fedllm.files import in_use
 from fedllm.plan import DeploymentConfig, ModelConfig, RunPlan
 from fedllm.privacy.accounting import AccountingEvent, spent
@@ -25,20 +26,22 @@ from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.model import load_reader
 from server import deployment, federation
 from server.checkpoint import CONFIG, SiteState, load_checkpoint, read_as
+from server.grpc_grid import look
 from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord
 
 FEDLLM = [sys.executable, "-m", "fedllm.cli"]
 DELTA = 1e-5
-# Flower's own programs look for a new task every second; more often, the tests wait less
-_QUICK = {"OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
 _DEMO = Path(__file__).parents[2] / "simulations" / "demo" / "data" / "train.jsonl"
 BRANCHES = {"seoul-gangnam": "seoul-gangnam", "busan-haeundae": "busan-haeundae", "서울-마포": "seoul-mapo"}
 ALONE = "busan-haeundae"  # the one office that takes part in the suite
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
+        with contextlib.suppress(OSError):  # an address of another network namespace: any port is free there
+            found.bind((host, 0))
+            return int(found.getsockname()[1])
+        found.bind(("", 0))
         return int(found.getsockname()[1])
 
 
@@ -59,39 +62,58 @@ class Program:
     log: Path
     prefix: Sequence[str] = ()
     env: dict[str, str] = field(default_factory=dict)
+    command: Sequence[str] = tuple(FEDLLM)
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.prefix, *FEDLLM, *self.arguments], stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, env={**os.environ, **_QUICK, **self.env},
+                [*self.prefix, *self.command, *self.arguments], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", **self.env},
             )  # fmt: skip
 
-    def processes(self, word: str = "") -> list[psutil.Process]:
-        """All processes of this program, or those with `word` in their command line."""
-        if self.process is None or self.process.poll() is not None:
+    def started(self, ready: str) -> None:
+        """Start it, and wait until it says so."""
+        before = self.text().count(ready)
+        self.start()
+        self.says(ready, before)
+
+    def says(self, words: str, before: int = 0) -> None:
+        """Wait until it has said words more often than `before`."""
+        until(lambda: self.text().count(words) > before or self.ended, what=f"{words!r} in {self.log}")
+        assert self.text().count(words) > before, self.text()[-3000:]
+
+    @property
+    def ended(self) -> bool:
+        return self.process is None or self.process.poll() is not None
+
+    def processes(self) -> list[psutil.Process]:
+        """The process of this program and its children, but for what runs by itself: a daemon's runs."""
+        if self.process is None or self.ended:
             return []
-        mine = psutil.Process(self.process.pid)
         found = []
-        for each in [mine, *mine.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):
-                if word in " ".join(each.cmdline()):
-                    found.append(each)
+        with contextlib.suppress(psutil.Error):
+            mine = psutil.Process(self.process.pid)
+            for each in [mine, *mine.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    if os.getsid(each.pid) == os.getsid(self.process.pid):
+                        found.append(each)
         return found
 
-    def kill(self, word: str) -> None:
-        """kill -9 of the program's processes with `word` in their command line; there must be one."""
-        found = self.processes(word)
-        assert found, f"no process with {word!r}"
+    def kill(self) -> None:
+        """kill -9."""
+        found = self.processes()
+        assert found, f"{self.arguments} has ended already"
         for each in found:
             with contextlib.suppress(psutil.Error):
-                each.send_signal(signal.SIGKILL)
+                each.kill()
+        assert self.process is not None
+        self.process.wait(60)
 
     @contextlib.contextmanager
-    def held(self, word: str) -> Iterator[None]:
-        """Stop the clock of the processes with `word` in their command line."""
-        found = self.processes(word)
+    def held(self) -> Iterator[None]:
+        """Stop its clock."""
+        found = self.processes()
         for each in found:
             each.suspend()
         try:
@@ -144,14 +166,11 @@ class HeadOffice:
 
     def __init__(self, folder: Path, host: str = "127.0.0.1", prefix: Sequence[str] = (), **settings: Any) -> None:
         self.home, self.host, self._prefix = folder / "head-office", host, prefix
-        values = {
-            "name": "한빛은행", "host": host, "listen": host, "fleet_port": free_port(), "control_port": free_port(),
-            **settings,
-        }  # fmt: skip
+        values = {"name": "한빛은행", "host": host, "listen": host, "port": free_port(host), **settings}
         file = folder / "federation.yaml"
         file.write_text(json.dumps(values, ensure_ascii=False), "utf-8")  # JSON is YAML
         self.office = federation.init_federation(file, self.home)
-        self.port = int(values["fleet_port"])
+        self.port, self.socket = self.office.config.port, self.office.socket
         self.program = Program(["server", "start", "--home", str(self.home)], folder / "server.log", prefix)
 
     @property
@@ -159,16 +178,30 @@ class HeadOffice:
         return self.office.identity.public.fingerprint
 
     def start(self) -> None:
-        ready = self.program.text().count("ready: offices connect")
-        self.program.start()
-        until(lambda: self.program.text().count("ready: offices connect") > ready, what="the SuperLink")
+        self.program.started("ready: offices connect")
 
-    def restarted(self, doing: Callable[[], object]) -> None:
-        """Do something after which the SuperLink is started again, and wait until it answers."""
-        started = self.program.text().count("SuperLink started")
-        doing()
-        until(lambda: self.program.text().count("SuperLink started") > started, what="a new SuperLink")
-        until(Control(federation.HeadOffice.open(self.home)).reachable, what="the SuperLink's answer")
+    def connected(self) -> set[str]:
+        """The sites that are connected, as the daemon says."""
+        with contextlib.suppress(FederationError):
+            return {each.site for each in look(self.socket).connected}
+        return set()
+
+    def refused(self) -> dict[str, str]:
+        """The sites that were refused, and why, as the daemon says."""
+        return {each.site: each.text for each in look(self.socket).refused}
+
+    def stop(self) -> None:
+        """End the daemon and what runs are left."""
+        self.program.stop()
+        for folder in deployment.known_runs(self.home):
+            if in_use(folder) and (number := deployment.read_status(folder).process):
+                with contextlib.suppress(psutil.Error):
+                    psutil.Process(number).kill()
+
+    def run_process(self, name: str) -> psutil.Process:
+        """The process of a run that is under way."""
+        until(lambda: self.status(name).process, what=f"the process of {name}")
+        return psutil.Process(self.status(name).process)
 
     def begin(self, name: str, rounds: int, **more: Any) -> None:
         """What `fedllm submit --detach` does, sooner: the libraries are loaded here already."""
@@ -182,7 +215,7 @@ class HeadOffice:
 
     def _hand_over(self, config: DeploymentConfig) -> None:
         deployment.prepare(self.home, config)
-        deployment.hand_over(self.run(config.name), Control(federation.HeadOffice.open(self.home)))
+        deployment.hand_over(self.run(config.name), self.socket)
 
     def events(self, name: str) -> list[Event]:
         """What `fedllm submit` shows of the part of the run that was handed over last."""
@@ -190,12 +223,11 @@ class HeadOffice:
 
     def ended(self, name: str, seconds: float = 900) -> deployment.Status:
         """Wait until a run is over and its process gone, and return what became of it."""
-        control = Control(federation.HeadOffice.open(self.home))
 
         def over() -> bool:
-            return not in_use(self.run(name)) and not deployment.settle(self.run(name), control).open
+            return not in_use(self.run(name)) and not deployment.settle(self.run(name)).open
 
-        until(over, seconds, f"the end of {name}", pause=1.0)
+        until(over, seconds, f"the end of {name}", pause=0.3)
         return self.status(name)
 
     def plan(self, name: str) -> RunPlan:
@@ -229,15 +261,18 @@ class HeadOffice:
 
 
 class Branch:
-    """An office: its folder and its long-running program."""
+    """An office: its folder and its long-running program, or two where a relay makes the connection."""
 
     def __init__(
         self, folder: Path, name: str, records: Path, prefix: Sequence[str] = (), model: Path | None = None,
-        **policy: Any,
+        relayed: bool = False, **policy: Any,
     ) -> None:  # fmt: skip
         self.name, self.home = name, folder / f"site-{name}"
-        self.office = site_folder.init_office(self.home, name)
+        site_folder.init_office(self.home, name)
         self.program = Program(["site", "start", "--home", str(self.home)], folder / f"{name}.log", prefix)
+        self.relay_home = folder / f"relay-{name}"
+        relay = Program(["site", "relay", str(self.relay_home)], folder / f"relay-{name}.log", prefix)
+        self.relay = relay if relayed else None
         base = "pkg://simulations.demo/base"
         settings = {
             "name": name,
@@ -252,6 +287,8 @@ class Branch:
             "models": {base: base} if model is None else {str(model): str(model)},
             "resources": {"threads": 1},
         }  # fmt: skip
+        if relayed:
+            settings["socket"] = str(folder / f"run-{name}" / "link.sock")
         self.settings = settings
         self.write_settings()
 
@@ -267,14 +304,36 @@ class Branch:
         """Be admitted and install the grant."""
         office = site_folder.Office.open(self.home)
         grant = federation.admit(head.home, office.join_file.read_bytes(), office.identity.public.fingerprint)
-        site_folder.install(self.home, grant.read_bytes(), head.fingerprint)
+        self.install(grant.read_bytes(), head.fingerprint)
 
-    def start(self) -> None:
-        self.program.start()
+    def install(self, grant: bytes, heard: str | None = None) -> None:
+        """Install a grant, and hand the relay its folder."""
+        office = site_folder.install(self.home, grant, heard)
+        if self.relay is not None:
+            export_relay_folder(office, self.relay_home)
 
     @property
-    def service_log(self) -> str:
-        path = self.home / "log" / "service.log"
+    def office(self) -> site_folder.Office:
+        """The folder as it is now."""
+        return site_folder.Office.open(self.home)
+
+    @property
+    def programs(self) -> list[Program]:
+        return [each for each in (self.program, self.relay) if each is not None]
+
+    def start(self) -> None:
+        if self.relay is not None:
+            self.relay.started("the relay listens")
+        self.program.start()
+
+    def start_again(self) -> None:
+        """Start the site alone, and wait until it is ready."""
+        self.program.started("is ready")
+
+    @property
+    def log(self) -> str:
+        """What the site has said, through all starts."""
+        path = self.home / "log" / "site.log"
         return path.read_text("utf-8") if path.exists() else ""
 
     def ledger(self, run: str) -> dict[int, str]:
@@ -297,8 +356,13 @@ class Branch:
         return spent([AccountingEvent(*row) for row in rows], DELTA).epsilon
 
     def caught(self, run: str, round_: int, seconds: float = 600) -> None:
-        """Wait until a round is paid for."""
+        """Wait until a round is paid for, and records are being used for it."""
+        using = self.home / "data" / "unfinished.json"
         until(lambda: round_ in self.ledger(run), seconds, f"round {round_} at {self.name}", pause=0.02)
+        until(
+            lambda: using.exists() or self.ledger(run)[round_] == "RELEASED", 60, f"round {round_} at {self.name}",
+            pause=0.01,
+        )  # fmt: skip
 
     def charged(self) -> list[AccountingEvent]:
         """What the site's own ledger says was paid for."""

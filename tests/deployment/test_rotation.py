@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+from server.superlink import Control
 
 from client import office as site_folder
 from fedllm import crypto
 from fedllm.reach import reach
 from server import federation as head_folder
-from server.superlink import Control
 from tests.deployment.conftest import Federation
 from tests.deployment.harness import Branch, HeadOffice, until
 from tests.deployment.test_survival import begun

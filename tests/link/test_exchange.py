@@ -1,0 +1,214 @@
+"""Requests and answers over real sockets: whole, once, given up when nobody waits, and safely asked again."""
+
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from client.link import read_state
+from fedllm.messages import KEY, RECORD
+from server.grpc_grid import GrpcGrid, node_of
+from tests.link.conftest import House, Loop, Site, until
+
+LIMIT = 1 << 28
+
+
+@pytest.fixture
+def site(house: House, loop: Loop) -> Iterator[Callable[..., Site]]:
+    started: list[Site] = []
+
+    def make(name: str, limit: int = LIMIT) -> Site:
+        found = Site(house, house.admit(name), loop)
+        found.start(limit)
+        started.append(found)
+        return found
+
+    yield make
+    for each in started:
+        each.stop()
+
+
+@pytest.fixture
+def grid(house: House) -> Iterator[GrpcGrid]:
+    with GrpcGrid(house.office.socket, LIMIT) as found:
+        yield found
+
+
+def message(site: str, data: bytes, ttl: float = 60) -> Message:
+    return Message(RecordDict({RECORD: ConfigRecord({KEY: data})}), node_of(site), "query", ttl=ttl)
+
+
+def reply(grid: GrpcGrid, id_: str) -> bytes | str:
+    """Wait for an answer; text is the reason of an error."""
+    [found] = until(lambda: list(grid.pull_messages([id_])), "an answer")
+    if found.has_error():
+        return str(found.error.reason)
+    data = found.content.config_records[RECORD][KEY]
+    assert isinstance(data, bytes)
+    return data
+
+
+def ask(grid: GrpcGrid, house: House, site: str, data: bytes, ttl: float = 60) -> str:
+    until(lambda: node_of(site) in grid.get_node_ids(), f"{site}'s connection")
+    [id_] = grid.push_messages([message(site, data, ttl)])
+    return id_
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 7 << 20])
+def test_what_is_asked_arrives_whole_and_so_does_its_answer(house: House, grid: GrpcGrid, site, size: int) -> None:  # type: ignore[no-untyped-def]
+    busan, data = site("busan"), secrets.token_bytes(size)
+    busan.may_answer.set()
+    assert reply(grid, ask(grid, house, "busan", data)) == b"to " + data
+    assert busan.asked == [data]
+    assert read_state(busan.state).state == "connected"  # type: ignore[union-attr]
+
+
+def test_many_requests_to_many_sites_each_get_their_own_answer(house: House, grid: GrpcGrid, site) -> None:  # type: ignore[no-untyped-def]
+    sites = {name: site(name) for name in ("busan", "seoul", "제주")}
+    for each in sites.values():
+        each.may_answer.set()
+    asked = {ask(grid, house, name, f"{name} {n}".encode()): f"to {name} {n}" for name in sites for n in range(4)}
+    for id_, expected in asked.items():
+        assert reply(grid, id_) == expected.encode()
+
+
+def test_a_request_that_is_too_long_is_refused_by_the_site_before_it_is_read(
+    house: House, grid: GrpcGrid, site
+) -> None:  # type: ignore[no-untyped-def]
+    busan = site("busan", limit=1 << 20)
+    assert (
+        reply(grid, ask(grid, house, "busan", bytes(20 << 20)))
+        == "a payload of 20971520 bytes, and at most 1048576 are taken"
+    )
+    busan.may_answer.set()
+    assert reply(grid, ask(grid, house, "busan", b"short")) == b"to short"
+    assert busan.asked == [b"short"]
+
+
+def test_where_time_is_up_the_site_is_told_that_nobody_waits(house: House, grid: GrpcGrid, site) -> None:  # type: ignore[no-untyped-def]
+    busan = site("busan")
+    ask(grid, house, "busan", b"slow", ttl=1.0)
+    assert busan.given_up.wait(30)
+
+
+def test_where_the_run_ends_the_site_is_told_that_nobody_waits(house: House, site) -> None:  # type: ignore[no-untyped-def]
+    busan = site("busan")
+    with GrpcGrid(house.office.socket, LIMIT) as grid:
+        ask(grid, house, "busan", b"slow")
+        until(lambda: busan.asked, "the request")
+    assert busan.given_up.wait(30)
+
+
+def test_a_daemon_that_is_started_again_meanwhile_costs_nothing_and_the_site_is_asked_once(
+    house: House,
+    grid: GrpcGrid,
+    site,  # type: ignore[no-untyped-def]
+) -> None:
+    busan = site("busan")
+    id_ = ask(grid, house, "busan", b"slow")
+    until(lambda: busan.asked, "the request")
+    house.stop()
+    assert list(grid.get_node_ids()) == []
+    house.start()
+    until(lambda: house.connected() == ["busan"], "the connection")
+    busan.may_answer.set()
+    assert reply(grid, id_) == b"to slow"
+    assert busan.asked == [b"slow"]
+    assert not busan.given_up.is_set()
+
+
+def test_an_answer_that_was_ready_while_the_daemon_was_away_is_given_as_it_was(
+    house: House,
+    grid: GrpcGrid,
+    site,  # type: ignore[no-untyped-def]
+) -> None:
+    busan = site("busan")
+    id_ = ask(grid, house, "busan", b"slow")
+    until(lambda: busan.asked, "the request")
+    house.stop()
+    busan.may_answer.set()
+    until(lambda: not busan.link.busy, "the answer")
+    house.start()
+    assert reply(grid, id_) == b"to slow"
+    assert busan.asked == [b"slow"]
+
+
+def test_the_same_request_asked_again_is_answered_from_memory(house: House, site) -> None:  # type: ignore[no-untyped-def]
+    """As a run does that ended and goes on: what it asks again is byte for byte the same."""
+    busan = site("busan")
+    busan.may_answer.set()
+    for _ in range(3):
+        with GrpcGrid(house.office.socket, LIMIT) as grid:
+            assert reply(grid, ask(grid, house, "busan", b"once")) == b"to once"
+    assert busan.asked == [b"once"]
+
+
+def test_a_request_whose_asker_does_not_come_back_is_given_up(
+    house: House,
+    grid: GrpcGrid,
+    site,
+    monkeypatch: pytest.MonkeyPatch,  # type: ignore[no-untyped-def]
+) -> None:
+    monkeypatch.setattr("client.link._ALONE", 0.5)
+    busan = site("busan")
+    ask(grid, house, "busan", b"slow")
+    until(lambda: busan.asked, "the request")
+    house.stop()
+    assert busan.given_up.wait(30)
+
+
+def test_a_site_that_reads_nothing_holds_up_only_itself(house: House, grid: GrpcGrid, site) -> None:  # type: ignore[no-untyped-def]
+    from tests.link.conftest import Peer
+
+    deaf_loop = Loop()
+    try:
+        deaf = Peer(house, house.admit("deaf"), deaf_loop)
+        deaf.hello()  # and reads no more
+        seoul = site("seoul")
+        seoul.may_answer.set()
+        lost = ask(grid, house, "deaf", bytes(60 << 20))
+        for n in range(5):
+            assert reply(grid, ask(grid, house, "seoul", f"{n}".encode())) == f"to {n}".encode()
+        [link] = [each for each in house.daemon._links.values() if each.site == "deaf"]
+        assert link.outgoing.qsize() <= 4, "the rest waits where it comes from"
+        assert list(grid.pull_messages([lost])) == []
+        deaf.close()
+    finally:
+        deaf_loop.end()
+
+
+def test_five_requests_at_once_are_too_many_and_are_told_so(house: House, grid: GrpcGrid, site) -> None:  # type: ignore[no-untyped-def]
+    busan = site("busan")
+    ids = []
+    for n in range(4):
+        ids.append(ask(grid, house, "busan", f"{n}".encode()))
+        until(lambda n=n: len(busan.asked) == n + 1, "the request")
+    assert "requests are in hand here" in str(reply(grid, ask(grid, house, "busan", b"one more")))
+    busan.may_answer.set()
+    for n, id_ in enumerate(ids):
+        assert reply(grid, id_) == f"to {n}".encode()
+
+
+def test_a_fault_at_the_site_says_nothing_of_its_text(
+    house: House, grid: GrpcGrid, site, caplog: pytest.LogCaptureFixture
+) -> None:  # type: ignore[no-untyped-def]
+    busan = site("busan")
+
+    def fail(request: bytes, stop: threading.Event) -> bytes:
+        raise ValueError("a record: Kim")
+
+    busan.link._handle = fail
+    assert reply(grid, ask(grid, house, "busan", b"x")) == "a fault in the site's software; its log says more"
+    assert "a record: Kim" in caplog.text
+
+
+def test_a_site_that_cannot_connect_says_why_and_tries_on(house: House, loop: Loop, tmp_path: Path) -> None:
+    busan = Site(house, house.admit("busan", known=False), loop)
+    busan.start()
+    state = until(lambda: read_state(busan.state), "a state")
+    assert state.state == "connecting"
+    assert "no office of the roster has this certificate's key" in state.text
+    busan.stop()
