@@ -18,7 +18,7 @@ from fedllm.protocol.link_pb2 import Connected, Refused, Sites
 from fedllm.provision import Grant, now
 from server import doctor, federation, grpc_grid
 from server.doctor import examine
-from tests.ends import daemon_of, free_port
+from tests.link.ends import daemon_of, free_port
 from tests.server.test_federation import Site
 
 
