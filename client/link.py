@@ -285,7 +285,7 @@ class SiteLink:
 
 
 def outside(address: str, ca: Path, key: Path) -> tuple[str, Callable[[], grpc.ChannelCredentials], Callable[[], str]]:
-    """Return, for SiteLink, how to connect to head office's port: from the files of authorities and of the site's key."""
+    """Return, for SiteLink, how to connect to head office's port: from the files of authorities and a site's key."""
     certificate = key.with_suffix(".pem")
     host, _, port = address.rpartition(":")
 
