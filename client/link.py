@@ -22,10 +22,12 @@ from pydantic import ValidationError
 
 import fedllm
 from fedllm.errors import Cancelled, FedllmError, MessageError
-from fedllm.files import write_secret
+from fedllm.files import read as read_file
+from fedllm.files import read_secret, write_secret
 from fedllm.plan import Frozen
 from fedllm.protocol.link import AHEAD, CONNECT, HELLO, OPTIONS, VERSION, Payload, milliseconds, parts, read, request_id
 from fedllm.protocol.link_pb2 import FromSite, Hello, Part, Refusal, ToSite
+from fedllm.reach import reach, remedy
 
 _log = logging.getLogger("fedllm.site")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds until it connects again; doubled each time, then drawn below that
@@ -81,7 +83,7 @@ class SiteLink:
         limit: int,
         state: Path,
     ) -> None:
-        """`target` is HOST:PORT, or a relay's unix socket, which needs no `credentials`; `limit` is of a request, bytes.
+        """`target` is HOST:PORT, or a relay's unix socket, which needs no `credentials`; `limit` is a request's, bytes.
 
         `handle` is called from threads. `explain` says, in a thread, why there is no connection.
         """
@@ -278,6 +280,24 @@ class SiteLink:
             for each in self._in_hand.values():
                 if each.alone_since is not None and each.alone_since < before:
                     each.stop.set()
+
+
+def outside(address: str, ca: Path, key: Path) -> tuple[str, Callable[[], grpc.ChannelCredentials], Callable[[], str]]:
+    """Return, for SiteLink, how to connect to head office's port: from the files of authorities and of the site's key."""
+    certificate = key.with_suffix(".pem")
+    host, _, port = address.rpartition(":")
+
+    def credentials() -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(read_file(ca), read_secret(key), read_file(certificate))
+
+    def explain() -> str:
+        try:
+            reach(host.strip("[]"), int(port), ca, own=(certificate, key))
+        except OSError as error:
+            return remedy(host.strip("[]"), int(port), error)
+        return ""
+
+    return address, credentials, explain
 
 
 def _frames(id_: bytes, answer: bytes | str) -> Iterator[FromSite]:

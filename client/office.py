@@ -299,13 +299,14 @@ class Office:
         for place in (folder, folder / "keys"):
             check_private(place)
         config = read_config(SiteFile, folder / "site.yaml")
+        keys = _read_keys(folder / "keys")  # before the grant: of a folder of before they say more
         grant_file = folder / "grant.json"
         grant = Grant.open(read_secret(grant_file))[0] if grant_file.exists() else None
         if grant is not None and grant.site != config.name:
             raise ConfigError(
                 f"name={config.name}: head office admitted this office as {grant.site}. Restore the name."
             )
-        office = cls(folder, config, _read_keys(folder / "keys"), grant)
+        office = cls(folder, config, keys, grant)
         check_private(office.in_use.link_file)
         if grant is not None:
             check_private(office.ca_file)
@@ -539,16 +540,17 @@ def install(folder: Path, data: bytes, heard: str | None = None) -> Office:
                 f"this grant is of {grant.made_at:%Y-%m-%d %H:%M:%S}, older than the one installed "
                 f"({office.grant.made_at:%Y-%m-%d %H:%M:%S}). Ask for a new one: fedllm server grant {office.name}"
             )
-        _hand_over(office, next(k for k in office.keys if k.identity.public.fingerprint == grant.site_fingerprint))
-        for file, certificate in ((office.ca_file, grant.ca), *_certificates(office, grant)):
+        keys = next(each for each in office.keys if each.identity.public.fingerprint == grant.site_fingerprint)
+        certificates = ((office.ca_file, grant.ca), *_certificates(keys, grant))
+        _hand_over(office, keys)
+        for file, certificate in certificates:
             write_secret(file, certificate.encode())  # before the grant, which says that it is there
         write_secret(folder / "grant.json", data)
     return Office.open(folder)
 
 
-def _certificates(office: Office, grant: Grant) -> list[tuple[Path, str]]:
+def _certificates(keys: KeySet, grant: Grant) -> list[tuple[Path, str]]:
     """Return where the certificates in a grant belong; raises CryptoError where they are for other keys."""
-    keys = next(each for each in office.keys if each.identity.public.fingerprint == grant.site_fingerprint)
     placed = []
     for file, certificate in ((keys.link_file, grant.link), (keys.serving_file, grant.serving)):
         if certified_key(certificate.encode()) != key_line(read_secret(file)):
@@ -615,6 +617,11 @@ def _read_keys(folder: Path) -> tuple[KeySet, ...]:
     for number in numbers:
         place = folder / str(number)
         check_private(place)
+        if (place / "node").exists() and not (place / "link").exists():
+            raise FolderError(
+                f"{place} was made by an earlier version of fedllm, and holds no keys for the link of this one. Make a "
+                "new folder: fedllm site init. Copy site.yaml and data/ into it, and be admitted anew."
+            )
         try:
             identity = Identity.from_bytes(read_secret(place / "identity"))
             for name in ("link", "serving"):

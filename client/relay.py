@@ -1,6 +1,6 @@
 """A relay: a process of another user, which makes the connection for a site process that has no network.
 
-It reads no frame that it carries. Its folder holds what opens the connection, and nothing that opens a message or a record.
+It reads no frame that it carries. Its folder holds what opens the connection, and nothing that opens a message.
 """
 
 import asyncio
@@ -17,9 +17,8 @@ import grpc
 import grpc.aio
 from pydantic import ValidationError
 
-from client.link import Stream
+from client.link import Stream, outside
 from client.office import Office
-from client.service import outside
 from fedllm.errors import ConfigError, FolderError
 from fedllm.files import check_private, read, read_secret, umask, write_secret
 from fedllm.plan import Frozen

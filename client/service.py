@@ -13,7 +13,7 @@ from pathlib import Path
 
 import grpc
 
-from client.link import SiteLink
+from client.link import SiteLink, outside
 from client.office import CHECK, Office
 from client.records import Declared, SiteRecords, load_records
 from client.site import Site
@@ -21,11 +21,10 @@ from fedllm import envelope
 from fedllm.crypto import Identity, PublicIdentity
 from fedllm.envelope import Binding
 from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError
-from fedllm.files import locked, read, read_secret, write_secret
+from fedllm.files import locked, write_secret
 from fedllm.messages import Prepare, Secure, TrainRequest, from_bytes
 from fedllm.plan import ModelConfig, RunPlan
 from fedllm.privacy.ledger import DataSet, LedgerFile
-from fedllm.reach import reach, remedy
 from fedllm.training.data import read_rows
 from fedllm.training.model import load_reader
 from fedllm.training.workspace import Workspace, open_for_training, use_threads
@@ -203,24 +202,6 @@ def way(
         return f"unix:{socket}", lambda: None, lambda: "" if socket.exists() else f"no relay listens on {socket}"
     link, ca = office.in_use.link_file, office.ca_file
     return outside(office.address, ca, link)
-
-
-def outside(address: str, ca: Path, key: Path) -> tuple[str, Callable[[], grpc.ChannelCredentials], Callable[[], str]]:
-    """Return the same for head office's port, from the files of its authorities and of this site's key."""
-    certificate = key.with_suffix(".pem")
-    host, _, port = address.rpartition(":")
-
-    def credentials() -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(read(ca), read_secret(key), read(certificate))
-
-    def explain() -> str:
-        try:
-            reach(host.strip("[]"), int(port), ca, own=(certificate, key))
-        except OSError as error:
-            return remedy(host.strip("[]"), int(port), error)
-        return ""
-
-    return address, credentials, explain
 
 
 def _open_ledger(office: Office) -> LedgerFile:

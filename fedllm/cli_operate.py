@@ -341,14 +341,16 @@ def site_units(
     gpu = device.startswith("cuda") or (device == "auto" and Path("/dev/nvidiactl").exists())
     reads = tuple(place for place in office.reads if not place.is_relative_to(home))
     site = units.Unit(
-        "fedllm-site", f"Site {office.name}: records, keys, ledger, model", ("site", "start", "--home", str(home)), user,
-        (home,), reads, group=group, network=one_user, devices=gpu,
+        "fedllm-site", f"Site {office.name}: records, keys, ledger, model", ("site", "start", "--home", str(home)),
+        user, (home,), reads, group=group, network=one_user, devices=gpu,
     )  # fmt: skip
     if one_user:
         _write_units(folder, [site], [home / "log" / "*.log"], None)
         return
     if group is None or office.socket is None:
-        raise ConfigError("site.yaml: a relay needs socket, such as /run/fedllm/link.sock, and socket_group")
+        raise ConfigError(
+            "site.yaml: a relay needs socket, such as /run/fedllm/link.sock, and socket_group. Without one: --one-user"
+        )
     if user == relay_user:
         raise ConfigError(f"--relay-user={relay_user}: it is the site's user, too; take another")
     units.check_account(relay_user, group)

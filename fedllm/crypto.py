@@ -384,7 +384,7 @@ class Certificate:
 def make_ca(name: str, days: int) -> Certificate:
     """Make a certificate authority: P-384, self-signed, with no authority below it."""
     key = ec.generate_private_key(ec.SECP384R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
+    subject = _subject(name)
     builder = (
         _certificate(subject, subject, key.public_key(), days)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -407,7 +407,7 @@ def _issue(
     hosts: Sequence[str],
 ) -> x509.Certificate:  # fmt: skip
     authority, authority_key = _load(ca.certificate), _load_key(ca.key)
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
+    subject = _subject(name)
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
     builder = (
         _certificate(subject, authority.subject, key, days, authority.not_valid_after_utc)
@@ -446,11 +446,11 @@ def check_key_line(line: str) -> None:
     _load_line(line)
 
 
-def certify(ca: Certificate, line: str, site: str, days: int, hosts: Sequence[str] = ()) -> bytes:
-    """Return a certificate, PEM, for a site's key: as a client or, where it has `hosts`, to serve at these."""
+def certify(ca: Certificate, line: str, site: str, days: int, hosts: Sequence[str] | None = None) -> bytes:
+    """Return a certificate, PEM, for a site's key: as a client or, where `hosts` are given, to serve at these."""
     key = _load_line(line)
-    use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
-    return _issue(ca, site, key, days, use, hosts).public_bytes(serialization.Encoding.PEM)
+    use = ExtendedKeyUsageOID.CLIENT_AUTH if hosts is None else ExtendedKeyUsageOID.SERVER_AUTH
+    return _issue(ca, site, key, days, use, hosts or ()).public_bytes(serialization.Encoding.PEM)
 
 
 def _line(key: ec.EllipticCurvePublicKey) -> str:
@@ -562,6 +562,12 @@ def _certificate(
         .not_valid_before(now - _BACKDATE)
         .not_valid_after(min(ends, latest) if latest is not None else ends)
     )
+
+
+def _subject(name: str) -> x509.Name:
+    """Return a common name: at most 64 bytes (RFC 5280 counts signs, and those who read it count bytes)."""
+    short = name.encode()[:64].decode(errors="ignore")
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, short)])
 
 
 def _usage(**allowed: bool) -> x509.KeyUsage:

@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-
 from fedllm.crypto import CertificateFacts
 from fedllm.errors import FedllmError, FolderError
 from fedllm.files import check_private, locked

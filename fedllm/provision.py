@@ -43,7 +43,7 @@ def check_site_name(name: str) -> str:
 
 
 def check_host(host: str) -> str:
-    """Return the name or address of a host as certificates and gRPC write it; raises ValueError where it is neither."""
+    """Return the name or address of a host in its one spelling, as certificates have it; raises ValueError."""
     try:
         name = host.encode("idna").decode("ascii").lower() if not host.isascii() else host.lower()
     except UnicodeError:
@@ -51,7 +51,7 @@ def check_host(host: str) -> str:
     label = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
     if not (_is_address(name) or (len(name) <= 253 and re.fullmatch(rf"{label}(\.{label})*", name))):
         raise ValueError(f"{host[:80]!r} is not the name or address of a host. Write it without port and scheme.")
-    return name
+    return str(ipaddress.ip_address(name)) if _is_address(name) else name
 
 
 def _is_address(host: str) -> bool:
@@ -172,6 +172,7 @@ class Grant(Frozen):
         return grant, signers
 
 
+_MADE_BY = {"join request": "fedllm site init, in a new folder", "grant": "fedllm admit NAME.join"}
 _Document = TypeVar("_Document", JoinRequest, Grant)
 _Settings = TypeVar("_Settings", bound=Frozen)
 
@@ -189,6 +190,12 @@ def _open(kind: type[_Document], data: bytes, name: str) -> tuple[_Document, lis
     if len(data) > MAX_DOCUMENT:
         raise CryptoError(f"{len(data)} bytes are too many for a {name}. Is it the right file?")
     content, signers = open_document(data)
+    found, expected = str(content.get("kind")), kind.model_fields["kind"].default
+    if found != expected and found.startswith(f"fedllm {name} v"):
+        raise CryptoError(
+            f"a {name} of another version of fedllm ({found[:40]}, expected {expected}). Install the same version at "
+            f"both ends, and have it made again: {_MADE_BY[name]}"
+        )
     try:
         return kind.model_validate_json(json.dumps(content)), signers
     except ValidationError as error:

@@ -189,7 +189,7 @@ $more    volumes: $volumes
 
 
 def compose(units: Sequence[Unit], ports: Mapping[str, int], socket: Path | None = None) -> str:
-    """Return a compose file; `ports` are published, `socket` lies in a volume that all containers share.
+    """Return a compose file; `ports` are published, `socket` lies in a volume that all share and the last one makes.
 
     Folders are mounted where they are on this machine, since settings name them by their paths.
     """

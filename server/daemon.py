@@ -1,8 +1,8 @@
 """Head office's daemon: keeps the sites' streams, carries over them what runs ask, and starts the runs' processes.
 
 It opens no message and loads no model. Sites come in at one port, over mutual TLS 1.3; head office's own commands and
-runs by a unix socket that its user alone may open. What it holds in memory is bounded, whatever a peer does: a few parts
-of a megabyte for each connection.
+runs by a unix socket that its user alone may open. What it holds in memory is bounded, whatever a peer does: a few
+parts of a megabyte for each connection.
 """
 
 import asyncio

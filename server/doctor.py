@@ -20,7 +20,6 @@ from fedllm.findings import (
     gather,
     held,
     ok,
-    proxies,
     size,
     versions,
     warning,

@@ -106,6 +106,11 @@ class Roster(Frozen):
         try:
             return cls.model_validate_json(read_secret(path))
         except (ValidationError, CryptoError) as error:
+            if isinstance(error, ValidationError) and any("node_key" in each["loc"] for each in error.errors()):
+                raise FolderError(
+                    f"{path} is of an earlier version of fedllm. Make a new folder (fedllm init-federation), and have "
+                    "every office make one (fedllm site init) and be admitted anew."
+                ) from None
             raise FolderError(f"{path} is damaged ({error}). Restore it from a backup.") from None
 
     @property
@@ -150,6 +155,7 @@ class HeadOffice:
         server = _read_pairs(keys / "server.pem", keys / "server.pem")[0]
         authorities = _read_pairs(keys / "ca.pem", keys / "ca.key")
         identities, switched = _read_identities(keys / "identity")
+        roster = Roster.load(folder / "roster.json")  # before the settings: of a folder of before it says more
         return cls(
             folder=folder,
             config=read_config(FederationFile, folder / "federation.yaml"),
@@ -158,7 +164,7 @@ class HeadOffice:
             authorities=tuple(authorities),
             server=server,
             issuer=crypto.issued_by(server.certificate, [pair.certificate for pair in authorities]),
-            roster=Roster.load(folder / "roster.json"),
+            roster=roster,
         )
 
     @property
@@ -212,9 +218,9 @@ class HeadOffice:
     def grant(self, member: Member) -> bytes:
         """Return the document by which an office knows head office, and is known by it."""
         newest, days, site = self.authorities[-1], self.config.site_days, member.site
-        # never head office's own names: with that certificate an office could pass for it
-        own = (host for host in member.hosts if host not in self.config.hosts)
-        serves = tuple(dict.fromkeys((*own, "localhost", "127.0.0.1")))
+        # never a name by which offices find head office: with that certificate an office could pass for it
+        head = (self.config.host, *self.config.names)
+        serves = [host for host in dict.fromkeys((*member.hosts, "localhost", "127.0.0.1")) if host not in head]
         return Grant(
             federation=self.config.name,
             site=member.site,

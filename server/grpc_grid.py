@@ -1,7 +1,7 @@
 """A Flower Grid over the daemon's streams: messages to the sites that are connected, and their answers.
 
 A node's id is a number made of its site's name. A message is one request on the daemon's socket; where the daemon or
-the site's connection goes away meanwhile, the same request is made again until its time is up: the site answers it once.
+the site's connection goes away meanwhile, the same request is made again until its time is up: the site answers once.
 """
 
 import asyncio

@@ -23,10 +23,9 @@ import psutil
 import typer
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from client.link import SiteLink
-from client.service import outside
+from client.link import SiteLink, outside
 from fedllm import crypto
-from fedllm.crypto import Certificate, Identity
+from fedllm.crypto import Identity
 from fedllm.files import write_secret
 from fedllm.messages import KEY, RECORD
 from fedllm.provision import now
@@ -88,13 +87,12 @@ def measure(sites: int, size: int) -> dict[str, float]:
         home = make(folder, sites)
         office = federation.HeadOffice.open(home)
         address = f"127.0.0.1:{office.config.port}"
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         command = [sys.executable, "-m", "fedllm.cli", "server", "start", "--home", str(home)]
         own = [sys.executable, "-m", "simulations.benchmarks.link"]
-        started = [subprocess.Popen(command, **quiet)]
+        started = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
         for first in range(0, sites, _LINKS_A_PROCESS):
             words = ["links", str(folder), address, str(first), str(min(_LINKS_A_PROCESS, sites - first))]
-            started.append(subprocess.Popen([*own, *words], **quiet))
+            started.append(subprocess.Popen([*own, *words], stdout=subprocess.DEVNULL))
         daemon, me = psutil.Process(started[0].pid), psutil.Process()
         try:
             with GrpcGrid(office.socket, 1 << 30) as grid:
@@ -107,7 +105,9 @@ def measure(sites: int, size: int) -> dict[str, float]:
                     return {"daemon, share of a core": core, "daemon, MB": daemon.memory_info().rss / 1e6}
                 seconds, daemon_s, run_s = [], [], []
                 for _ in range(_EXCHANGES):
-                    content = [RecordDict({RECORD: ConfigRecord({KEY: secrets.token_bytes(size)})}) for _ in range(sites)]
+                    content = [
+                        RecordDict({RECORD: ConfigRecord({KEY: secrets.token_bytes(size)})}) for _ in range(sites)
+                    ]
                     messages = [Message(each, node_of(f"site-{n}"), "query", ttl=600) for n, each in enumerate(content)]
                     began, used, mine = time.monotonic(), _used(daemon), _used(me)
                     replies = list(grid.send_and_receive(messages))

@@ -128,6 +128,7 @@ def test_an_office_is_let_in_until_its_key_is_retired_or_it_is_revoked_which_end
         return Stream(head.port, head.office.ca_file.read_bytes(), *files)
 
     first = admitted(site_folder.Office.open(home)).in_use
+
     def let_in(keys: site_folder.KeySet) -> Stream:
         """The daemon looks at the roster every second."""
         opened: list[Stream] = []

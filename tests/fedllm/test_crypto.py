@@ -6,10 +6,13 @@ import ssl
 import threading
 from collections.abc import Callable
 from concurrent import futures
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -116,9 +119,10 @@ READERS: list[Callable[[bytes], object]] = [
     Identity.from_bytes,
     crypto.open_document,
     lambda data: PublicIdentity.from_text(data.decode("latin-1")),
-    lambda data: crypto.check_node_public_key(data.decode("latin-1")),
-    lambda data: crypto.check_node_public_key("ssh-" + data.decode("latin-1")),
-    crypto.node_public_key,
+    lambda data: crypto.check_key_line(data.decode("latin-1")),
+    lambda data: crypto.check_key_line("ssh-" + data.decode("latin-1")),
+    crypto.key_line,
+    crypto.certified_key,
     crypto.read_certificates,
     lambda data: crypto.read_pairs(data, data),
 ]
@@ -167,9 +171,11 @@ def test_a_public_identity_that_is_none_is_refused(text: str) -> None:
     "line", ["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIA==", "ssh-foo AAAA", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp384 x",
              "ecdsa-sha2-nistp256 AAAA", "sk-ssh-ed25519@openssh.com AAAA", "\ud800"]
 )  # fmt: skip
-def test_a_node_key_of_another_kind_is_refused(line: str) -> None:
+def test_a_key_for_tls_of_another_kind_is_refused(line: str) -> None:
     with pytest.raises(CryptoError, match="nistp384"):
-        crypto.check_node_public_key(line)
+        crypto.check_key_line(line)
+    with pytest.raises(CryptoError, match="nistp384"):
+        crypto.certify(OLD_CA, line, "a", 9)
 
 
 # ---- identities and documents ----------------------------------------------------------------------------------------
@@ -220,11 +226,12 @@ def test_a_signature_is_not_moved_to_another_document_or_name() -> None:
             crypto.open_document(json.dumps(value).encode())
 
 
-def test_a_node_key_goes_with_its_public_line() -> None:
-    key = crypto.make_node_key()
-    assert key.certificate == crypto.node_public_key(key.key)
-    assert key.certificate.startswith(b"ecdsa-sha2-nistp384 ")
-    crypto.check_node_public_key(key.certificate.decode())
+def test_a_key_for_tls_goes_with_its_public_line() -> None:
+    key = crypto.make_key()
+    line = crypto.key_line(key)
+    assert line.startswith("ecdsa-sha2-nistp384 ")
+    crypto.check_key_line(line)
+    assert line != crypto.key_line(crypto.make_key())
 
 
 # ---- certificates ----------------------------------------------------------------------------------------------------
@@ -269,6 +276,65 @@ def shake_hands(folder: Path, server: Certificate, trusted: bytes, host: str, ne
 
 
 TLS13 = ssl.TLSVersion.TLSv1_3
+SITE_KEY = crypto.make_key()
+AS_CLIENT = crypto.certify(OLD_CA, crypto.key_line(SITE_KEY), "서울-강남", 9)
+AS_SERVER = crypto.certify(OLD_CA, crypto.key_line(SITE_KEY), "서울-강남", 9, ("127.0.0.1", "llm.seoul.example.com"))
+
+
+@pytest.mark.parametrize(
+    ("certificate", "use", "hosts"),
+    [(AS_CLIENT, ExtendedKeyUsageOID.CLIENT_AUTH, ()),
+     (AS_SERVER, ExtendedKeyUsageOID.SERVER_AUTH, ("127.0.0.1", "llm.seoul.example.com"))],
+)  # fmt: skip
+def test_a_sites_certificate_is_for_its_key_its_name_and_one_use(
+    certificate: bytes, use: x509.ObjectIdentifier, hosts: tuple[str, ...]
+) -> None:
+    found = x509.load_pem_x509_certificate(certificate)
+    assert [each.value for each in found.subject] == ["서울-강남"]
+    assert list(found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [use]
+    assert not found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    facts = crypto.read_certificates(certificate)[0]
+    assert facts.hosts == hosts
+    assert timedelta(days=8) < facts.ends - datetime.now(UTC) <= timedelta(days=9)
+    assert crypto.certified_key(certificate) == crypto.key_line(SITE_KEY)
+    assert crypto.issued_by(certificate, [NEW_CA.certificate, OLD_CA.certificate]) == 1
+
+
+def test_a_name_longer_than_a_certificate_takes_is_cut_and_the_key_still_tells_the_site() -> None:
+    certificate = crypto.certify(OLD_CA, crypto.key_line(SITE_KEY), "가" * 66, 9)
+    assert [each.value for each in x509.load_pem_x509_certificate(certificate).subject] == ["가" * 21]
+    assert crypto.certified_key(certificate) == crypto.key_line(SITE_KEY)
+    assert crypto.read_certificates(crypto.make_ca("가" * 64, 9).certificate)[0].subject == "CN=" + "가" * 21
+
+
+def test_a_site_is_no_server_with_its_certificate_as_a_client(tmp_path: Path) -> None:
+    serving = Certificate(AS_SERVER, SITE_KEY)
+    assert shake_hands(tmp_path, serving, OLD_CA.certificate, "127.0.0.1", TLS13) == "TLSv1.3"
+    with pytest.raises(ssl.SSLCertVerificationError):  # purpose, and no name
+        shake_hands(tmp_path, Certificate(AS_CLIENT, SITE_KEY), OLD_CA.certificate, "127.0.0.1", TLS13)
+
+
+@pytest.mark.parametrize(
+    ("shown", "believed"), [(AS_CLIENT, True), (AS_SERVER, False), (OLD_SERVER, False), (NEW_SERVER, False)]
+)
+def test_a_server_takes_a_clients_certificate_for_that_use_and_of_its_authority_alone(
+    shown: bytes | Certificate, believed: bool
+) -> None:
+    pair = shown if isinstance(shown, Certificate) else Certificate(shown, SITE_KEY)
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    credentials = grpc.ssl_server_credentials(
+        [(OLD_SERVER.key, OLD_SERVER.certificate)], OLD_CA.certificate, require_client_auth=True
+    )
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    ours = grpc.ssl_channel_credentials(OLD_CA.certificate, pair.key, pair.certificate)
+    try:
+        with grpc.secure_channel(f"127.0.0.1:{port}", ours) as channel, pytest.raises(grpc.RpcError) as error:
+            channel.unary_unary("/x/y")(b"", timeout=20)
+        reached = grpc.StatusCode.UNIMPLEMENTED
+        assert (error.value.code() is reached) is believed  # type: ignore[attr-defined]
+    finally:
+        server.stop(None).wait()
 
 
 @pytest.mark.parametrize("host", HOSTS)

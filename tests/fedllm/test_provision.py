@@ -18,16 +18,21 @@ from fedllm.errors import ConfigError, CryptoError, FolderError
 from fedllm.provision import Grant, JoinRequest, check_host, check_site_name, now, same_fingerprint
 
 SITE, OLD_SITE, OFFICE, NEW_OFFICE = (Identity.generate() for _ in range(4))
-NODE_KEY = crypto.make_node_key().certificate.decode()
-CA = crypto.make_ca("한국", 30).certificate.decode()
-REQUEST = JoinRequest(site="서울-강남", identity=SITE.public.to_text(), node_key=NODE_KEY, made_at=now())
+LINK_KEY, SERVING_KEY = (crypto.key_line(crypto.make_key()) for _ in range(2))
+AUTHORITY = crypto.make_ca("한국", 30)
+REQUEST = JoinRequest(
+    site="서울-강남", identity=SITE.public.to_text(), link_key=LINK_KEY, serving_key=SERVING_KEY,
+    hosts=("llm.seoul.example.com",), made_at=now(),
+)  # fmt: skip
 GRANT = Grant(
     federation="한국",
     site="서울-강남",
     site_fingerprint=SITE.public.fingerprint,
     host="head.example.com",
-    fleet_port=9092,
-    ca=CA,
+    port=9092,
+    ca=AUTHORITY.certificate.decode(),
+    link=crypto.certify(AUTHORITY, LINK_KEY, "서울-강남", 9).decode(),
+    serving=crypto.certify(AUTHORITY, SERVING_KEY, "서울-강남", 9, ("llm.seoul.example.com",)).decode(),
     coordinators=(OFFICE.public.to_text(), NEW_OFFICE.public.to_text()),
     made_at=now(),
 )
@@ -73,9 +78,10 @@ def test_a_document_altered_at_any_byte_is_refused_or_says_the_same(kind: type[J
     ("key", "value"),
     [("site", "../x"), ("site", ""), ("site", "a/b"), ("site", "a\nb"), ("site", "a b"), ("site", '"'),
      ("site", "가" * 67),
-     ("site", unicodedata.normalize("NFD", "서울")), ("site", 3), ("identity", "00"), ("node_key", "ssh-rsa AAAA"),
-     ("node_key", NODE_KEY + " comment"), ("node_key", NODE_KEY + "\n" + NODE_KEY), ("made_at", "yesterday"),
-     ("made_at", "2026-01-01T00:00:00"), ("kind", "fedllm grant v1"), ("kind", "fedllm join request v9"), ("more", 1),
+     ("site", unicodedata.normalize("NFD", "서울")), ("site", 3), ("identity", "00"), ("link_key", "ssh-rsa AAAA"),
+     ("link_key", LINK_KEY + " comment"), ("serving_key", LINK_KEY + "\n" + LINK_KEY), ("serving_key", ""),
+     ("hosts", ["a b"]), ("hosts", ["http://a"]), ("hosts", ["a"] * 17), ("hosts", "a"), ("made_at", "yesterday"),
+     ("made_at", "2026-01-01T00:00:00"), ("kind", "fedllm grant v2"), ("kind", "fedllm join request v9"), ("more", 1),
      ("identity", SITE.public.to_text().upper())],
 )  # fmt: skip
 def test_a_join_request_with_a_value_that_it_cannot_have_is_refused(key: str, value: Any) -> None:
@@ -86,9 +92,10 @@ def test_a_join_request_with_a_value_that_it_cannot_have_is_refused(key: str, va
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("host", "head.example.com:9092"), ("host", "https://x"), ("host", ""), ("fleet_port", 0), ("fleet_port", "9092"),
-     ("fleet_port", 65536), ("ca", "nonsense"), ("ca", ""), ("coordinators", []), ("federation", ""),
-     ("coordinators", [OFFICE.public.to_text()] * 9), ("kind", "fedllm join request v1"), ("more", 1)],
+    [("host", "head.example.com:9092"), ("host", "https://x"), ("host", ""), ("port", 0), ("port", "9092"),
+     ("port", 65536), ("ca", "nonsense"), ("ca", ""), ("link", ""), ("link", LINK_KEY), ("serving", "nonsense"),
+     ("coordinators", []), ("federation", ""),
+     ("coordinators", [OFFICE.public.to_text()] * 9), ("kind", "fedllm join request v2"), ("more", 1)],
 )  # fmt: skip
 def test_a_grant_with_a_value_that_it_cannot_have_is_refused(key: str, value: Any) -> None:
     content = {**GRANT.model_dump(mode="json"), key: value}
@@ -136,6 +143,21 @@ def test_a_document_of_the_other_kind_is_refused() -> None:
         Grant.open(REQUEST.sign(SITE))
 
 
+def test_a_document_of_the_version_before_says_how_it_is_made_again() -> None:
+    """As they were before sites had keys for the link."""
+    request = {
+        "kind": "fedllm join request v1",
+        "site": "서울",
+        "identity": SITE.public.to_text(),
+        "node_key": LINK_KEY,
+    }
+    grant = {"kind": "fedllm grant v1", "site": "서울", "fleet_port": 9092}
+    with pytest.raises(CryptoError, match=r"join request v1, expected .* v2.*fedllm site init"):
+        JoinRequest.open(crypto.sign_document(request, SITE))
+    with pytest.raises(CryptoError, match=r"grant v1, expected .* v2.*fedllm admit"):
+        Grant.open(crypto.sign_document(grant, OFFICE))
+
+
 # ---- names, hosts, fingerprints --------------------------------------------------------------------------------------
 
 
@@ -155,7 +177,8 @@ def test_a_name_that_is_no_name_of_a_file_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("host", "right"),
-    [("Head.Example.com", "head.example.com"), ("10.0.0.1", "10.0.0.1"), ("::1", "::1"), ("localhost", "localhost"),
+    [("Head.Example.com", "head.example.com"), ("10.0.0.1", "10.0.0.1"), ("::1", "::1"), ("2001:DB8:0::1", "2001:db8::1"),
+     ("localhost", "localhost"),
      ("서울.kr", "서울.kr".encode("idna").decode())],
 )  # fmt: skip
 def test_a_host_is_written_as_certificates_write_it(host: str, right: str) -> None:

@@ -37,29 +37,28 @@ def settings(unit: Path) -> dict[str, list[str]]:
 
 @pytest.fixture
 def head(tmp_path: Path) -> Path:
-    (tmp_path / "federation.yaml").write_text('name: "x 100%\\nUser=root"\nhost: head.example.com\nfleet_port: 9192\n')
+    (tmp_path / "federation.yaml").write_text('name: "x 100%\\nUser=root"\nhost: head.example.com\nport: 9192\n')
     return init_federation(tmp_path / "federation.yaml", tmp_path / "head office").folder
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An office of two users; its courier's user is one that every machine has."""
+    """An office with a relay, whose user is one that every machine has."""
     folder = init_office(tmp_path / "site", "seoul-gangnam").folder
     group = units.grp.getgrgid(os.getegid()).gr_name
     values = {
         "name": "seoul-gangnam", "data": {"train": "/srv/records.jsonl", "text": "{x}"}, "policy": {"epsilon": 8.0},
-        "models": {"m": "/srv/models/m", "p": "pkg://simulations.demo/base"}, "socket": "/run/fedllm/site.sock",
+        "models": {"m": "/srv/models/m", "p": "pkg://simulations.demo/base"}, "socket": "/run/fedllm/link.sock",
         "socket_group": group, "resources": {"device": "cpu"},
     }  # fmt: skip
     write_secret(folder / "site.yaml", json.dumps(values).encode())
     return folder
 
 
-def two_users(site: Path, folder: Path, *more: str) -> Result:
+def with_relay(site: Path, folder: Path, *more: str) -> Result:
     return run(
-        "site", "units", str(folder), "--two-users", "--courier-user", "daemon", "--courier", "/var/lib/courier",
-        "--home", str(site), *more,
-    )  # fmt: skip
+        "site", "units", str(folder), "--relay-user", "daemon", "--relay", "/var/lib/relay", "--home", str(site), *more
+    )
 
 
 def test_head_offices_unit_writes_to_its_folder_alone(head: Path, tmp_path: Path) -> None:
@@ -78,7 +77,7 @@ def test_head_offices_unit_writes_to_its_folder_alone(head: Path, tmp_path: Path
 
 
 def test_the_process_that_opens_records_has_no_network_and_the_other_no_records(site: Path, tmp_path: Path) -> None:
-    done = two_users(site, tmp_path / "u")
+    done = with_relay(site, tmp_path / "u")
     assert done.exit_code == 0, done.output
     service = settings(tmp_path / "u" / "fedllm-site.service")
     assert service["PrivateNetwork"] == ["yes"]
@@ -86,27 +85,51 @@ def test_the_process_that_opens_records_has_no_network_and_the_other_no_records(
     assert service["RestrictAddressFamilies"] == ["AF_UNIX"]
     assert service["User"] == [ME]
     assert service["ReadWritePaths"] == [str(site)]
-    assert service["RuntimeDirectory"] == ["fedllm"]
-    courier = settings(tmp_path / "u" / "fedllm-courier.service")
-    assert courier["User"] == ["daemon"]
-    assert courier["ReadWritePaths"] == ["/var/lib/courier"]
-    assert courier["InaccessiblePaths"] == [f"-{site}", "-/srv/records.jsonl", "-/srv/models/m"]
-    assert courier["SupplementaryGroups"] == service["SupplementaryGroups"]
-    assert "PrivateNetwork" not in courier
+    assert service["After"] == ["network-online.target fedllm-relay.service"]
+    relay = settings(tmp_path / "u" / "fedllm-relay.service")
+    assert relay["User"] == ["daemon"]
+    assert relay["ExecStart"][0].endswith("fedllm site relay /var/lib/relay")
+    assert relay["ReadWritePaths"] == ["/var/lib/relay"]
+    assert relay["RuntimeDirectory"] == ["fedllm"]
+    assert relay["InaccessiblePaths"] == [f"-{site}", "-/srv/records.jsonl", "-/srv/models/m"]
+    assert relay["SupplementaryGroups"] == service["SupplementaryGroups"]
+    assert "PrivateNetwork" not in relay
+
+
+def test_a_site_without_a_relay_has_the_network_by_itself(site: Path, tmp_path: Path) -> None:
+    done = run("site", "units", str(tmp_path / "u"), "--one-user", "--home", str(site))
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in (tmp_path / "u").iterdir()) == ["fedllm-site.logrotate", "fedllm-site.service"]
+    service = settings(tmp_path / "u" / "fedllm-site.service")
+    assert "PrivateNetwork" not in service
+    assert service["RestrictAddressFamilies"] == ["AF_UNIX AF_INET AF_INET6"]
+    assert "InaccessiblePaths" not in service
+
+
+def test_the_logs_of_both_are_rotated(site: Path, tmp_path: Path) -> None:
+    assert with_relay(site, tmp_path / "u").exit_code == 0
+    text = (tmp_path / "u" / "fedllm-site.logrotate").read_text("utf-8")
+    assert f'"{site}/log/*.log"' in text
+    assert '"/var/lib/relay/*.log"' in text
+    assert "su daemon" in text
 
 
 def test_containers_of_two_users_share_the_socket_and_nothing_else(site: Path, tmp_path: Path) -> None:
-    assert two_users(site, tmp_path / "u").exit_code == 0
+    assert with_relay(site, tmp_path / "u").exit_code == 0
     file = yaml.safe_load((tmp_path / "u" / "compose.yaml").read_text("utf-8"))
-    service, courier = file["services"]["fedllm-site"], file["services"]["fedllm-courier"]
+    service, relay = file["services"]["fedllm-site"], file["services"]["fedllm-relay"]
+    daemon = pwd.getpwnam("daemon")
     assert service["network_mode"] == "none"
-    assert "network_mode" not in courier
-    assert "ports" not in courier
-    assert set(service["volumes"]) & set(courier["volumes"]) == {"socket:/run/fedllm"}
+    assert service["depends_on"] == ["fedllm-relay"]
+    assert "network_mode" not in relay
+    assert "ports" not in relay
+    assert set(service["volumes"]) & set(relay["volumes"]) == {"socket:/run/fedllm"}
+    options = file["volumes"]["socket"]["driver_opts"]["o"]
+    assert options == f"uid={daemon.pw_uid},gid={os.getegid()},mode=0710", "the relay makes the socket"
     assert f"{site}:{site}" in service["volumes"]
     assert "/srv/records.jsonl:/srv/records.jsonl:ro" in service["volumes"]
-    assert courier["user"] == f"{pwd.getpwnam('daemon').pw_uid}:{pwd.getpwnam('daemon').pw_gid}"
-    for each in (service, courier):
+    assert relay["user"] == f"{daemon.pw_uid}:{daemon.pw_gid}"
+    for each in (service, relay):
         assert each["read_only"] is True
         assert each["cap_drop"] == ["ALL"]
     text = (tmp_path / "u" / "Dockerfile").read_text("utf-8")
@@ -114,7 +137,7 @@ def test_containers_of_two_users_share_the_socket_and_nothing_else(site: Path, t
     assert "useradd" in text
 
 
-def test_head_offices_container_publishes_the_fleet_port_alone(head: Path, tmp_path: Path) -> None:
+def test_head_offices_container_publishes_its_port_alone(head: Path, tmp_path: Path) -> None:
     assert run("server", "units", str(tmp_path / "u"), "--home", str(head)).exit_code == 0
     file = yaml.safe_load((tmp_path / "u" / "compose.yaml").read_text("utf-8"))
     assert file["services"]["fedllm-server"]["ports"] == ["9192:9192"]
@@ -123,8 +146,8 @@ def test_head_offices_container_publishes_the_fleet_port_alone(head: Path, tmp_p
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_takes_the_units(head: Path, site: Path, tmp_path: Path) -> None:
     assert run("server", "units", str(tmp_path / "u"), "--home", str(head)).exit_code == 0
-    assert run("site", "units", str(tmp_path / "one"), "--home", str(site)).exit_code == 0
-    assert two_users(site, tmp_path / "two").exit_code == 0
+    assert run("site", "units", str(tmp_path / "one"), "--one-user", "--home", str(site)).exit_code == 0
+    assert with_relay(site, tmp_path / "two").exit_code == 0
     found = [str(path) for path in tmp_path.glob("*/*.service")]
     assert len(found) == 4
     for path in found:
@@ -137,7 +160,7 @@ def test_systemd_takes_the_units(head: Path, site: Path, tmp_path: Path) -> None
 def test_compose_takes_the_file(site: Path, tmp_path: Path) -> None:
     if subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode:
         pytest.skip("docker has no compose here")
-    assert two_users(site, tmp_path / "u").exit_code == 0
+    assert with_relay(site, tmp_path / "u").exit_code == 0
     done = subprocess.run(
         ["docker", "compose", "-f", str(tmp_path / "u" / "compose.yaml"), "config", "--quiet"],
         capture_output=True, text=True, check=False,
@@ -146,13 +169,13 @@ def test_compose_takes_the_file(site: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_overwritten_and_mistakes_are_named(site: Path, tmp_path: Path) -> None:
-    assert two_users(site, tmp_path / "u").exit_code == 0
-    assert "Nothing was overwritten" in str(two_users(site, tmp_path / "u").exception)
-    assert "useradd" in str(two_users(site, tmp_path / "v", "--courier-user", "no-such-user").exception)
-    assert "take another" in str(two_users(site, tmp_path / "v", "--courier-user", ME).exception)
+    assert with_relay(site, tmp_path / "u").exit_code == 0
+    assert "Nothing was overwritten" in str(with_relay(site, tmp_path / "u").exception)
+    assert "useradd" in str(with_relay(site, tmp_path / "v", "--relay-user", "no-such-user").exception)
+    assert "take another" in str(with_relay(site, tmp_path / "v", "--relay-user", ME).exception)
     values = json.loads((site / "site.yaml").read_text())
     write_secret(site / "site.yaml", json.dumps({**values, "socket_group": None}).encode())
-    assert "socket_group" in str(two_users(site, tmp_path / "v").exception)
+    assert "socket_group" in str(with_relay(site, tmp_path / "v").exception)
     assert not (tmp_path / "v").exists()
 
 

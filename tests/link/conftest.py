@@ -18,8 +18,7 @@ import pytest
 
 os.environ.update({"GRPC_SSL_CIPHER_SUITES": "ECDHE-RSA-AES256-GCM-SHA384"})  # TLS 1.3 alone, as `server start` sets it
 
-from client.link import SiteLink
-from client.service import outside
+from client.link import SiteLink, outside
 from fedllm import crypto
 from fedllm.crypto import Certificate, Identity
 from fedllm.files import write_secret

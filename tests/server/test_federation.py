@@ -1,14 +1,17 @@
 """Head office's folder: whom it admits, and that no step or crash leaves it shut, open to others, or contradictory."""
 
 import itertools
+import json
 import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from typer.testing import CliRunner
 
 from fedllm import crypto, files
@@ -27,12 +30,14 @@ class Site:
 
     def __init__(self, name: str = "서울-강남") -> None:
         self.name, self.identity = name, Identity.generate()
-        self.node_key = crypto.make_node_key().certificate.decode()
+        self.link_key, self.serving_key = (crypto.key_line(crypto.make_key()) for _ in range(2))
+        self.hosts = ("llm.seoul.example.com", "10.9.8.7")
 
     def join(self, *signers: Identity) -> bytes:
         request = JoinRequest(
-            site=self.name, identity=self.identity.public.to_text(), node_key=self.node_key, made_at=now()
-        )
+            site=self.name, identity=self.identity.public.to_text(), link_key=self.link_key,
+            serving_key=self.serving_key, hosts=self.hosts, made_at=now(),
+        )  # fmt: skip
         return request.sign(self.identity, *signers)
 
     @property
@@ -102,9 +107,10 @@ def test_nothing_is_ever_overwritten(folder: Path, settings: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [("name: x\nhst: y", "hst: unknown key; did you mean host"), ("name: x", "host"), ("host: x", "name"),
-     ("name: x\nhost: http://y", "host"), ("name: x\nhost: y\nfleet_port: 0", "fleet_port=0"), ("[]", "list"),
+     ("name: x\nhost: http://y", "host"), ("name: x\nhost: y\nport: 0", "port=0"), ("[]", "list"),
      ("name: x\nhost: y\nnames: [a b]", "names"), ("name: ''\nhost: y", "name"),
-     ("name: x\nhost: y\nserver_days: 0", "days")],
+     ("name: x\nhost: y\nserver_days: 0", "days"), ("name: x\nhost: y\nsite_days: 0", "site_days"),
+     ("name: x\nhost: y\nfleet_port: 9092", "fleet_port: unknown key; known keys: .*port")],
 )  # fmt: skip
 def test_a_mistake_in_federation_yaml_is_refused_and_nothing_is_made(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "f.yaml").write_text(text)
@@ -172,15 +178,79 @@ def test_an_office_is_admitted_by_the_fingerprint_heard_on_the_telephone(folder:
     grant, signers = Grant.open(path.read_bytes())
     assert grant.site == site.name
     assert grant.site_fingerprint == site.fingerprint
-    assert (grant.host, grant.fleet_port) == ("head.example.com", 9092)
+    assert (grant.host, grant.port) == ("head.example.com", 9092)
     assert grant.identities == (office.identity.public,) == tuple(signers)
     assert grant.ca.encode() == office.ca_file.read_bytes()
-    member = office.roster.site_of_node_key(site.node_key + " somebody@somewhere\n")
+    member = office.roster.of_link_key(site.link_key)
     assert member is not None
     assert member.site == site.name
     assert member.identities == (site.identity.public,)
     assert office.roster.site_of_identity(site.identity.public) == member
     assert Roster.load(office.roster_file) == office.roster
+
+
+def test_a_grant_certifies_the_sites_keys_each_for_its_use(folder: Path) -> None:
+    site = Site()
+    grant = Grant.open(admit(folder, site.join(), site.fingerprint).read_bytes())[0]
+    office = HeadOffice.open(folder)
+    for pem, key, hosts in (
+        (grant.link, site.link_key, ()), (grant.serving, site.serving_key, (*site.hosts, "localhost", "127.0.0.1")),
+    ):  # fmt: skip
+        facts = crypto.read_certificates(pem.encode())[0]
+        assert crypto.certified_key(pem.encode()) == key
+        assert crypto.issued_by(pem.encode(), [office.authorities[0].certificate]) == 0
+        assert facts.subject == f"CN={site.name}"
+        assert facts.hosts == hosts
+        assert timedelta(days=364) < facts.ends - now() <= timedelta(days=365)
+
+
+@pytest.mark.parametrize("names", ["[10.1.2.3]", "['2001:DB8::1', 10.1.2.3, localhost]"])
+def test_no_office_gets_a_certificate_for_a_name_of_head_office(tmp_path: Path, names: str) -> None:
+    settings = f"name: x\nhost: head.example.com\nnames: {names}\n"
+    (tmp_path / "f.yaml").write_text(settings)
+    folder, site = init_federation(tmp_path / "f.yaml", tmp_path / "h").folder, Site()
+    site.hosts = ("Head.example.COM", "10.1.2.3", "2001:db8:0:0::1", "localhost", "own.example.com")
+    grant = Grant.open(admit(folder, site.join(), site.fingerprint).read_bytes())[0]
+    hosts = crypto.read_certificates(grant.serving.encode())[0].hosts
+    assert set(hosts) & set(HeadOffice.open(folder).config.names) == set()
+    assert "head.example.com" not in hosts
+    assert {"own.example.com", "127.0.0.1"} <= set(hosts)
+    assert ("localhost" in hosts) == ("localhost" not in names)
+    assert crypto.read_certificates(grant.link.encode())[0].hosts == ()
+
+
+def test_a_serving_certificate_without_any_name_is_still_none_of_a_client(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text("name: x\nhost: 127.0.0.1\nnames: [localhost]\n")
+    folder, site = init_federation(tmp_path / "f.yaml", tmp_path / "h").folder, Site()
+    site.hosts = ()
+    grant = Grant.open(admit(folder, site.join(), site.fingerprint).read_bytes())[0]
+    found = x509.load_pem_x509_certificate(grant.serving.encode())
+    uses = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(uses) == [x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]
+    assert crypto.read_certificates(grant.serving.encode())[0].hosts == ()
+
+
+def test_what_offices_are_certified_for_lasts_as_long_as_the_settings_say(folder: Path) -> None:
+    site = Site()
+    with (folder / "federation.yaml").open("a") as file:
+        file.write("site_days: 3\n")
+    path = admit(folder, site.join(), site.fingerprint)
+    first = Grant.open(path.read_bytes())[0]
+    assert crypto.read_certificates(first.link.encode())[0].ends - now() <= timedelta(days=3)
+    again = Grant.open(federation.renew_grant(folder, site.name).read_bytes())[0]
+    assert again.link != first.link
+    assert crypto.certified_key(again.link.encode()) == site.link_key
+
+
+def test_a_folder_of_the_version_before_says_how_it_is_made_anew(folder: Path) -> None:
+    """Its roster has other keys, and its settings two ports."""
+    member = {"site": "a", "identity": Site().identity.public.to_text(), "node_key": Site().link_key,
+              "admitted_at": "2026-01-01T00:00:00Z"}  # fmt: skip
+    (folder / "roster.json").write_text(json.dumps({"members": [member]}))
+    with (folder / "federation.yaml").open("a") as file:
+        file.write("fleet_port: 9092\n")
+    with pytest.raises(FolderError, match=r"earlier version.*init-federation.*admitted anew"):
+        HeadOffice.open(folder)
 
 
 @pytest.mark.parametrize("heard", ["", "0" * 40, "서울", None])
@@ -208,14 +278,15 @@ def test_a_name_that_is_taken_is_refused_to_others(folder: Path) -> None:
     admit(folder, site.join(), site.fingerprint)
     with pytest.raises(FederationError, match="present keys did not sign"):
         admit(folder, other.join(Identity.generate()), other.fingerprint)
-    assert HeadOffice.open(folder).roster.site_of_node_key(other.node_key) is None
+    assert HeadOffice.open(folder).roster.of_link_key(other.link_key) is None
 
 
-@pytest.mark.parametrize("shared", ["identity", "node_key"])
-def test_keys_belong_to_one_site(folder: Path, shared: str) -> None:
+@pytest.mark.parametrize("shared", ["identity", "link_key", "serving_key"])
+@pytest.mark.parametrize("as_", ["link_key", "serving_key"])
+def test_keys_belong_to_one_site_and_one_use(folder: Path, shared: str, as_: str) -> None:
     site, other = Site(), Site("부산")
     admit(folder, site.join(), site.fingerprint)
-    setattr(other, shared, getattr(site, shared))
+    setattr(other, as_ if shared != "identity" else shared, getattr(site, shared))
     with pytest.raises(FederationError, match="in the roster, as those of 서울-강남"):
         admit(folder, other.join(), other.fingerprint)
 
@@ -237,11 +308,11 @@ def test_new_keys_signed_by_the_present_ones_are_admitted_and_both_accepted_unti
     assert member is not None
     assert member.public == new.identity.public
     assert member.identities == (new.identity.public, old.identity.public)
-    assert roster.site_of_node_key(old.node_key) == roster.site_of_node_key(new.node_key) == member
+    assert roster.of_link_key(old.link_key) == roster.of_link_key(new.link_key) == member
     retire(folder, old.name)
     roster = HeadOffice.open(folder).roster
-    assert roster.site_of_node_key(old.node_key) is None
-    assert roster.site_of_node_key(new.node_key) is not None
+    assert roster.of_link_key(old.link_key) is None
+    assert roster.of_link_key(new.link_key) is not None
     with pytest.raises(FederationError, match="present keys did not sign"):  # the old request, sent once more
         admit(folder, old.join(), old.fingerprint)
 
@@ -262,7 +333,9 @@ def test_a_revoked_site_is_nobody_and_its_keys_never_come_back(folder: Path) -> 
     admit(folder, other.join(), other.fingerprint)
     assert revoke(folder, site.name).revoked_at is not None
     roster = HeadOffice.open(folder).roster
-    assert roster.site_of_node_key(site.node_key) is None
+    revoked = roster.of_link_key(site.link_key)
+    assert revoked is not None
+    assert revoked.revoked_at is not None, "found, so that the port can say that it was"
     assert roster.site_of_identity(site.identity.public) is None
     assert roster.find(site.name) is None
     assert [member.site for member in roster.active] == ["부산"]
@@ -276,7 +349,9 @@ def test_a_revoked_site_is_nobody_and_its_keys_never_come_back(folder: Path) -> 
             step(folder, fresh.name)
     admit(folder, fresh.join(), fresh.fingerprint)  # the office itself comes back with new keys
     assert HeadOffice.open(folder).roster.find(fresh.name) is not None
-    assert HeadOffice.open(folder).roster.site_of_node_key(site.node_key) is None
+    again = HeadOffice.open(folder).roster.of_link_key(site.link_key)
+    assert again is not None
+    assert again.revoked_at is not None
 
 
 def test_a_name_is_found_in_either_spelling_of_hangul(folder: Path) -> None:
