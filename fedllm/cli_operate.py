@@ -312,8 +312,9 @@ def server_units(folder: _UnitsFolder = _UNITS, home: HeadOfficeOption = HEAD_OF
     office = HeadOffice.open(home)
     user = units.owner(home)
     server = units.Unit(
-        "fedllm-server", f"Head office of {office.config.name}", ("server", "start", "--home", str(home)), user, (home,)
-    )
+        "fedllm-server", f"Head office of {office.config.name}", ("server", "start", "--home", str(home)), user,
+        (home,), leaves=True,
+    )  # fmt: skip
     _write_units(folder, [server], [home / "log" / "*.log"], units.compose([server], {server.name: office.config.port}))
 
 
@@ -355,13 +356,13 @@ def site_units(
     units.check_account(relay_user, group)
     place = office.socket.parent
     runtime = str(place.relative_to("/run")) if place.parent == Path("/run") else None
-    carrier = units.Unit(
+    relay_unit = units.Unit(
         "fedllm-relay", f"Relay of {office.name}: carries sealed bytes", ("site", "relay", str(relay)), relay_user,
         (relay,) if runtime else (relay, place), hidden=(home, *reads), group=group, runtime=runtime,
     )  # fmt: skip
-    site = replace(site, after=(carrier.name,))
-    composed = units.compose([site, carrier], {}, office.socket)
-    _write_units(folder, [site, carrier], [home / "log" / "*.log"], composed, relay)
+    site = replace(site, after=(relay_unit.name,))
+    composed = units.compose([site, relay_unit], {}, office.socket)
+    _write_units(folder, [site, relay_unit], [home / "log" / "*.log"], composed, relay)
 
 
 def _write_units(

@@ -29,7 +29,7 @@ from server.record import RECORD_FILE, RunRecord
 from server.rounds import CHECKPOINT, PLAN, Event, Phase, RoundRecord, RoundStarted, SiteAnswered
 
 RUNS = "runs"  # folder of the runs' folders
-_STARTS = 60.0  # seconds in which a run's process begins
+_STARTS = 180.0  # seconds in which a run's process begins, on a machine that is busy
 _ENDS, _POLL = 60.0, 0.2  # seconds in which it ends, and between looks at it
 _OVERHEAD = 64 << 20  # bytes of a site's answer beside its vector
 STATUS, PROGRESS, ERROR = "status.json", "progress.jsonl", "error.txt"
