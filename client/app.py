@@ -11,6 +11,7 @@ from fedllm.messages import KEY, RECORD
 
 WHO = "site"  # key of the question which site a node is of, and of the node's configuration that answers it
 SOCKET = "socket"  # key of the node's configuration: where the site's process makes its connection to
+GROUP = "socket_group"  # the same: that may come in there, beside the node's user
 Handler = Callable[[bytes, float], bytes]  # request, seconds until nobody waits for the answer -> answer
 
 
@@ -34,7 +35,8 @@ def courier(connect: Callable[[Context], Handler]) -> ClientApp:
 def _site_process(context: Context) -> Handler:
     from client.relay import ask
 
-    return lambda request, seconds: ask(Path(str(context.node_config[SOCKET])), request, seconds)
+    socket, group = Path(str(context.node_config[SOCKET])), str(context.node_config.get(GROUP, "")) or None
+    return lambda request, seconds: ask(socket, group, request, seconds)
 
 
 app = courier(_site_process)  # of a fleet of SuperNodes: docs/flower.md

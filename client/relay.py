@@ -105,16 +105,16 @@ class _Relay:
         self._said = ""
 
 
-def ask(socket: Path, request: bytes, seconds: float) -> bytes:
+def ask(socket: Path, group: str | None, request: bytes, seconds: float) -> bytes:
     """Hand one request to the site's process, as head office's end of the link, and return the answer.
 
     For a Flower ClientApp, in whose place a relay would be. Raises MessageError where the site gives no answer, and
     TimeoutError where it does not connect or answer in time.
     """
-    return asyncio.run(asyncio.wait_for(_ask(socket, request), seconds))
+    return asyncio.run(asyncio.wait_for(_ask(socket, group, request), seconds))
 
 
-async def _ask(socket: Path, request: bytes) -> bytes:
+async def _ask(socket: Path, group: str | None, request: bytes) -> bytes:
     found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     async def connect(_: object, context: "grpc.aio.ServicerContext[bytes, bytes]") -> None:
@@ -128,7 +128,7 @@ async def _ask(socket: Path, request: bytes) -> bytes:
                 found.set_result(answer)
 
     server = _server(connect)
-    _bind(server, socket, None)
+    _bind(server, socket, group)
     await server.start()
     try:
         return await found
