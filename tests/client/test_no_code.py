@@ -71,7 +71,9 @@ def test_nothing_that_a_sites_process_loads_of_fedllm_runs_code_or_programs(load
 
 def test_a_sites_process_starts_itself_anew_with_its_own_arguments_alone() -> None:
     tree = ast.parse((ROOT / _COMMAND).read_text("utf-8"))
-    [call] = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "execv"]
+    [call] = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "execv"
+    ]
     names = {node.id for node in ast.walk(call) if isinstance(node, ast.Name)}
     assert names <= {"os", "sys", "str", "folder"}
 

@@ -81,7 +81,9 @@ class Person:
             text += f"listen: 127.0.0.1\nport: {self.port}\n"
         if place.endswith("site.yaml") and not SOAK:  # fewer records, and no seconds until an update leaves
             records = records_of("seoul-gangnam", self.home / "records.jsonl", 200)
-            text = text.replace("pkg://simulations.demo/data/train.jsonl", str(records)).replace("size: 9000", "size: 200")
+            text = text.replace("pkg://simulations.demo/data/train.jsonl", str(records)).replace(
+                "size: 9000", "size: 200"
+            )
             text = text.replace("policy:\n", "policy:\n  reply_quantum: 0.0\n")
         path = self.home / place.removeprefix("~/") if place.startswith("~/") else self.desk / place
         path.write_text(text, "utf-8")
