@@ -81,7 +81,7 @@ class Network:
         return True
 
     def make_poor(self, name: str, *how: str) -> str:
-        """Delay, lose and limit what passes a link, as tc-netem(8) says it, in both directions; returns why it cannot."""
+        """Delay, lose and limit what passes a link both ways, as tc-netem(8) says it; returns why it cannot."""
         try:
             do(*self.prefix(name), "tc", "qdisc", "add", "dev", "eth0", "root", "netem", *how)
             do(*self.prefix("wan"), "tc", "qdisc", "add", "dev", name, "root", "netem", *how)

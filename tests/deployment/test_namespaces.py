@@ -168,7 +168,6 @@ class Story:
     healed: int = 0  # the last round before they could come back
     adapters: list[NDArray[np.float32]] = field(default_factory=list)  # as head office had them during the run
     listening: dict[str, set[str]] = field(default_factory=dict)
-    seconds_until_back: float = 0.0
 
     def rounds(self) -> list[RoundRecord]:
         return self.head.rounds(RUN)
@@ -249,10 +248,8 @@ def _tell(story: Story) -> None:
     story.forgotten = story.network.forget(SILENT)
     story.network.plug(PULLED)
     story.network.heal(SILENT)
-    healed = time.monotonic()
     back = f"{PULLED} and {SILENT} again"
     story.wait(lambda: gone <= set(story.rounds()[-1].answered), back)
-    story.seconds_until_back = time.monotonic() - healed
     stopped = fedllm("stop", RUN, "--home", str(story.head.home), prefix=story.network.prefix(HEAD))
     assert stopped.returncode == 0, stopped.stderr
     story.capture.stop()
@@ -406,9 +403,6 @@ def test_a_round_takes_no_more_of_a_link_than_docs_firewall_says(story: Story) -
         if packet[12:14] == b"\x08\x00" and ADDRESS[SLOW] in (found := _ends(packet)):
             size["up" if found[0] == ADDRESS[SLOW] else "down"] += len(packet)
     rounds, dimension = len(story.rounds()) - 1, len(story.adapters[0])  # and perhaps one that was stopped
-    print(
-        f"{minutes:.1f} minutes, {rounds} rounds of {dimension} values: {size}; back after {story.seconds_until_back:.0f} s"
-    )
     assert 4 * dimension * rounds < size["down"] < (4 * dimension + 10_000) * (rounds + 1) + 3_000 * (minutes + 1)
     assert 2 * dimension * rounds < size["up"] < (2 * dimension + 10_000) * (rounds + 1) + 3_000 * (minutes + 1)
 

@@ -291,8 +291,8 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_by_the_office(federa
     assert isinstance(from_bytes(payload, Ready, Declined), Ready)
     others["a replay"] = genuine
     others["older than the last"] = _sealed(train, site, me, **known, round_=1, number=1)
-    for what, request in others.items():
-        with pytest.raises(MessageError, match="^refused; the site's log says why$"):
+    for request in others.values():
+        with pytest.raises(MessageError, match=r"^refused; the site's log says why$"):
             _ask(head, branch.name, request)
     assert len(branch.charged()) == before
     refusals = [line for line in branch.log.splitlines() if "refused" in line]

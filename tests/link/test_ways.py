@@ -1,5 +1,6 @@
 """Other ways than a plain line: IPv6, and an HTTP proxy that permits CONNECT."""
 
+import contextlib
 import socket
 import threading
 from collections.abc import Iterator
@@ -54,10 +55,8 @@ class Proxy:
         self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
         for each in self._open:
-            try:
+            with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
         for thread in self._threads:
             thread.join(30)
         for each in self._open:
