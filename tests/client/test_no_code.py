@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 # What runs text, bytes or a program: by itself, or as the last name of a call; and modules that do nothing else.
 _BUILTINS = {"eval", "exec", "compile", "__import__"}
 _CALLS = {
-    "import_module", "system", "popen", "Popen", "run_path", "run_module", "execv", "execve", "execvp", "spawnv", "fork",
-    "posix_spawn", "create_subprocess_exec", "create_subprocess_shell",
+    "import_module", "system", "popen", "Popen", "run_path", "run_module", "execv", "execve", "execvp", "spawnv",
+    "fork", "posix_spawn", "create_subprocess_exec", "create_subprocess_shell",
 }  # fmt: skip
 _MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "subprocess", "runpy", "code", "ctypes"}
 _COMMAND = "fedllm/cli_operate.py"  # `site start`: it executes itself anew, with its own arguments

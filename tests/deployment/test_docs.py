@@ -105,7 +105,7 @@ class Person:
             self.said = fingerprints[-1]
 
     def type(self, line: str, heard: str = "") -> int:
-        """Return the exit code of a command. In the soak it is a process the first time; else, it spares the imports."""
+        """Return the exit code of a command: in the soak a process the first time; else, it spares the imports."""
         words = shlex.split(line)
         name = " ".join(words[: 3 if words[1] in ("server", "site") else 2])
         if name in self.tried or not SOAK:
