@@ -168,8 +168,8 @@ def _list(names: list[str]) -> str:
 def run(home: Path, name: str, by: tuple[Grid, Callable[[], dict[int, str]]] | None = None) -> None:
     """Run what `prepare` prepared, in this process; whatever ends it is noted in the run's folder.
 
-    Goes by the daemon, or `by` another grid, with what tells the sites of its nodes. Raises FederationError where it has
-    ended with an error.
+    Goes by the daemon, or `by` another grid, with what tells the sites of its nodes. Raises FederationError where
+    it has ended with an error.
     """
     from server.app import server_app
     from server.run import HeadOfficeRun, alone_in

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.errors import FederationError
 from tests.deployment.harness import Branch, HeadOffice, Program, fedllm, free_port, records_of, settings, until
 
 pytestmark = [pytest.mark.deployment, pytest.mark.soak]
@@ -59,9 +58,6 @@ def test_a_prepared_run_completes_on_a_stock_superlink(tmp_path_factory: pytest.
         assert head.status("first").state == "completed", head.status("first").text
         assert [record.answered for record in head.rounds("first")][1:] == [["busan"], ["busan"]]
         assert len(branch.charged()) == 2
-    except (AssertionError, FederationError):
-        print("\n".join(program.text()[-3000:] for program in programs))
-        raise
     finally:
         for program in programs:
             program.stop()
