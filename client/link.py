@@ -31,6 +31,7 @@ from fedllm.reach import reach, remedy
 
 _log = logging.getLogger("fedllm.site")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds until it connects again; doubled each time, then drawn below that
+_LONGEST_NEAR = 1.0  # seconds, of a socket on the same machine
 _DISPLACED = 60.0  # seconds where another process has connected with this site's key
 _ALONE = 60.0  # seconds after which a request is given up whose asker has not come back
 _AT_ONCE = 4  # requests that are in hand; more are told to come again
@@ -91,6 +92,7 @@ class SiteLink:
         self._state, self._explain, self._said = state, explain, ""
         self._in_hand: dict[bytes, _InHand] = {}
         self._arriving: dict[bytes, Payload] = {}
+        self._longest = _LONGEST_NEAR if target.startswith("unix:") else _LONGEST_PAUSE
         self._outgoing: asyncio.Queue[FromSite] | None = None  # of the present connection
         self._threads = ThreadPoolExecutor(_AT_ONCE, "site")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,7 +115,7 @@ class SiteLink:
                 await asyncio.gather(connection, return_exceptions=True)
                 break
             least = await self._why(connection)
-            pause = _FIRST_PAUSE if time.monotonic() - began > _LONGEST_PAUSE else min(2 * pause, _LONGEST_PAUSE)
+            pause = _FIRST_PAUSE if time.monotonic() - began > _LONGEST_PAUSE else min(2 * pause, self._longest)
             await asyncio.wait((stopped,), timeout=max(least, random.uniform(pause / 2, pause)))
             stopped.cancel()
         watch.cancel()

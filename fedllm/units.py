@@ -38,6 +38,7 @@ class Unit:
     network: bool = True
     devices: bool = False  # a GPU
     after: tuple[str, ...] = ()
+    leaves: bool = False  # its children go on when it is ended or started anew
 
 
 _SERVICE = Template("""\
@@ -55,7 +56,7 @@ $group$runtime
 Restart=always
 RestartSec=5
 TimeoutStopSec=60
-KillMode=mixed
+KillMode=$kill
 UMask=0077
 
 # The whole system can be read but for $hidden, and only this can be written:
@@ -104,6 +105,7 @@ def service(unit: Unit) -> str:
         after="".join(f" {other}.service" for other in unit.after),
         command=" ".join(_word(part).replace("$", "$$") for part in (*start, *unit.arguments)),
         user=unit.user,
+        kill="process" if unit.leaves else "mixed",
         group=f"SupplementaryGroups={unit.group}\n" if unit.group else "",
         runtime=f"RuntimeDirectory={unit.runtime}\nRuntimeDirectoryMode=0710\n" if unit.runtime else "",
         writes=" ".join(_word(str(place)) for place in unit.writes),
@@ -219,7 +221,7 @@ def compose(units: Sequence[Unit], ports: Mapping[str, int], socket: Path | None
             ).rstrip("\n")
         )
     if shared is not None:
-        owner = pwd.getpwnam(units[-1].user)
+        owner = pwd.getpwnam(units[-1].user)  # of the relay
         group = grp.getgrnam(units[-1].group or "").gr_gid
         options = f"uid={owner.pw_uid},gid={group},mode=0710"
         parts += [

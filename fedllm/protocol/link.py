@@ -27,6 +27,7 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", _FRAME),
     ("grpc.keepalive_time_ms", 1000 * _PING),
     ("grpc.keepalive_timeout_ms", 1000 * _PATIENCE),
+    ("grpc.http2.ping_timeout_ms", 1000 * _PATIENCE),  # a minute by default, and the longer of the two counts
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
 ]

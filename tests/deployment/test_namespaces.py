@@ -6,21 +6,17 @@ firewall, and a third has a slow link. All that passes head office's link is cap
 """
 
 import base64
-import ctypes
 import json
-import os
-import shutil
 import socket
 import ssl
 import struct
-import subprocess
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,12 +28,12 @@ from fedllm.errors import CheckpointError
 from fedllm.reach import reach
 from server.checkpoint import load_checkpoint
 from server.rounds import CHECKPOINT, PLAN, RoundRecord
-from tests.deployment.harness import Branch, HeadOffice, fedllm, records_of, settings, until
+from tests.deployment.harness import Branch, HeadOffice, fedllm, records_of, settings, stop_all, until
+from tests.deployment.network import HEAD, Network, why_not
 
 pytestmark = [pytest.mark.deployment, pytest.mark.soak, pytest.mark.timeout(600)]
 
-T = TypeVar("T")
-HEAD, PULLED, SILENT, SLOW = "head", "pulled", "silent", "slow"
+PULLED, SILENT, SLOW = "pulled", "silent", "slow"
 OFFICES = {PULLED: "seoul-gangnam", SILENT: "busan-haeundae", SLOW: "seoul-mapo"}
 ADDRESS = {HEAD: "10.77.0.1", PULLED: "10.77.0.2", SILENT: "10.77.0.3", SLOW: "10.77.0.4"}
 ROUNDS = 40  # more than there is time for: it is stopped when all has been seen
@@ -47,152 +43,6 @@ CANARIES = {  # planted in every office's records
     "question": "CANARY-QUESTION-8f1e 카나리아 질문", "answer": "CANARY-ANSWER-52ac 카나리아 답",
     "customer_id": "CANARY-CUSTOMER-d077",
 }  # fmt: skip
-
-# Time namespaces leave the clock of the day alone, so the SuperNode's own Python is made to misread it
-_MISREAD = """
-import datetime, os, sys
-
-if any(each.endswith("flower-supernode") for each in sys.orig_argv):
-    class Misread(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return super().now(tz) + datetime.timedelta(seconds=float(os.environ["SECONDS_AHEAD"]))
-
-    datetime.datetime = Misread
-"""
-
-
-# ---- the network -----------------------------------------------------------------------------------------------------
-
-
-def _do(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-
-
-class Network:
-    """Namespaces joined by a bridge; everything is named after this process and removed at the end."""
-
-    def __init__(self) -> None:
-        self._tag = f"fl{os.getpid()}"
-        self._made: list[str] = []
-
-    def __enter__(self) -> Self:
-        try:
-            wan = self._namespace("wan")
-            _do("ip", "-n", wan, "link", "add", "name", "lan", "type", "bridge")
-            _do("ip", "-n", wan, "link", "set", "lan", "up")
-            for name, address in ADDRESS.items():
-                home = self._namespace(name)
-                _do("ip", "-n", wan, "link", "add", "name", name, "type", "veth", "peer", "name", "eth0", "netns", home)
-                _do("ip", "-n", home, "address", "add", f"{address}/24", "dev", "eth0")
-                for device in ("lo", "eth0"):
-                    _do("ip", "-n", home, "link", "set", device, "up")
-                self.heal(name)
-                self.plug(name)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in reversed(self._made):  # what is inside goes with it
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True, timeout=60)
-
-    def _namespace(self, name: str) -> str:
-        _do("ip", "netns", "add", f"{self._tag}-{name}")
-        self._made.append(f"{self._tag}-{name}")
-        return f"{self._tag}-{name}"
-
-    def prefix(self, name: str) -> list[str]:
-        """Put before a command, it runs in the namespace."""
-        return ["ip", "netns", "exec", f"{self._tag}-{name}"]
-
-    def unplug(self, name: str) -> None:
-        """Pull the cable: the other end notices."""
-        _do("ip", "-n", f"{self._tag}-wan", "link", "set", name, "down")
-
-    def plug(self, name: str) -> None:
-        _do("ip", "-n", f"{self._tag}-wan", "link", "set", name, "up")
-
-    def silence(self, name: str) -> None:
-        """Let all packets vanish; neither end is told."""
-        _do("ip", "-n", f"{self._tag}-wan", "link", "set", name, "nomaster")
-
-    def heal(self, name: str) -> None:
-        _do("ip", "-n", f"{self._tag}-wan", "link", "set", name, "master", "lan")
-
-    def slow_down(self, name: str, rate: str) -> bool:
-        """Limit a link in both directions; False where this kernel cannot."""
-        limit = ["root", "tbf", "rate", rate, "burst", "16kb", "latency", "500ms"]
-        try:
-            _do(*self.prefix(name), "tc", "qdisc", "add", "dev", "eth0", *limit)
-            _do(*self.prefix("wan"), "tc", "qdisc", "add", "dev", name, *limit)
-        except (OSError, subprocess.CalledProcessError):
-            return False
-        return True
-
-    def forget(self, name: str) -> bool:
-        """Drop at head office, for ever, what belongs to an office's present connections, as a firewall does that has
-        forgotten them; new ones pass. False where there is no nft."""
-        if shutil.which("nft") is None:
-            return False
-        head = self.prefix(HEAD)
-        ports = self.ports_to_head(name)
-        assert ports
-        _do(*head, "nft", "add table inet gone; add chain inet gone in { type filter hook input priority 0; }")
-        for port in ports:
-            _do(*head, "nft", f"add rule inet gone in ip saddr {ADDRESS[name]} tcp sport {port} drop")
-        return True
-
-    def sockets(self, name: str, *options: str) -> list[str]:
-        return _do(*self.prefix(name), "ss", *options).splitlines()
-
-    def ports_to_head(self, name: str) -> set[int]:
-        """The local ports of an office's connections to head office."""
-        lines = [line.split() for line in self.sockets(name, "-Htn")]
-        return {int(line[3].rpartition(":")[2]) for line in lines if ADDRESS[HEAD] in line[4]}  # it may be ::ffff:
-
-    def inside(self, name: str, call: Callable[[], T]) -> T:
-        """Call a function in a thread that lives in the namespace; its sockets stay there."""
-        found: list[T] = []
-        failed: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                with Path(f"/run/netns/{self._tag}-{name}").open("rb") as place:
-                    if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), 0) != 0:
-                        raise OSError(ctypes.get_errno(), "setns")
-                found.append(call())
-            except BaseException as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        if failed:
-            raise failed[0]
-        return found[0]
-
-
-def _why_not() -> str | None:
-    """Why there can be no network here, None where there can."""
-    if os.geteuid() != 0:
-        return "only root may make network namespaces"
-    missing = [tool for tool in ("ip", "ss") if shutil.which(tool) is None]
-    if missing:
-        return f"{missing[0]} is not installed (package iproute2)"
-    probe = f"fl{os.getpid()}-probe"
-    try:
-        _do("ip", "netns", "add", probe)
-        _do("ip", "-n", probe, "link", "add", "name", "one", "type", "veth", "peer", "name", "two")
-        _do("ip", "-n", probe, "link", "add", "name", "lan", "type", "bridge")
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip()
-        return f"this machine permits no network namespaces with bridges: {said}"
-    finally:
-        subprocess.run(["ip", "netns", "delete", probe], check=False, capture_output=True, timeout=60)
-    return None
-
 
 # ---- the wire --------------------------------------------------------------------------------------------------------
 
@@ -318,7 +168,6 @@ class Story:
     healed: int = 0  # the last round before they could come back
     adapters: list[NDArray[np.float32]] = field(default_factory=list)  # as head office had them during the run
     listening: dict[str, set[str]] = field(default_factory=dict)
-    seconds_until_back: float = 0.0
 
     def rounds(self) -> list[RoundRecord]:
         return self.head.rounds(RUN)
@@ -358,11 +207,11 @@ def _with_canaries(path: Path, like: str) -> Path:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    if reason := _why_not():
+    if reason := why_not():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("n")
-    with Network() as network:
-        head = HeadOffice(folder, ADDRESS[HEAD], network.prefix(HEAD), fleet_port=9092, control_port=9000)
+    with Network(ADDRESS) as network:
+        head = HeadOffice(folder, ADDRESS[HEAD], network.prefix(HEAD), port=9092)
         branches = {}
         for name, like in OFFICES.items():
             records = _with_canaries(folder / f"{name}.jsonl", like)
@@ -370,7 +219,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             branches[name].join(head)
         capture = network.inside(HEAD, lambda: Capture("eth0"))
         told = Story(network, head, branches, capture)
-        programs = [head.program, *(branch.program for branch in branches.values())]
         try:
             head.start()
             for branch in branches.values():
@@ -379,8 +227,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             _tell(told)
             yield told
         finally:
-            for program in programs:
-                program.stop()
+            stop_all([branch.program for branch in branches.values()])
+            head.stop()
             capture.stop()
 
 
@@ -400,10 +248,8 @@ def _tell(story: Story) -> None:
     story.forgotten = story.network.forget(SILENT)
     story.network.plug(PULLED)
     story.network.heal(SILENT)
-    healed = time.monotonic()
     back = f"{PULLED} and {SILENT} again"
     story.wait(lambda: gone <= set(story.rounds()[-1].answered), back)
-    story.seconds_until_back = time.monotonic() - healed
     stopped = fedllm("stop", RUN, "--home", str(story.head.home), prefix=story.network.prefix(HEAD))
     assert stopped.returncode == 0, stopped.stderr
     story.capture.stop()
@@ -429,9 +275,8 @@ def test_offices_that_were_cut_off_come_back_by_themselves_and_their_ledgers_are
 def test_a_connection_that_a_firewall_has_forgotten_is_given_up(story: Story) -> None:
     if not story.forgotten:
         pytest.skip("nft is not installed (package nftables)")
-    text = story.branches[SILENT].program.text()
-    assert "SuperNode is started again: head office can be reached, but its connection is dead" in text
-    assert "started again" not in story.branches[SLOW].program.text()
+    assert story.branches[SILENT].log.count("connected to head office") >= 2
+    assert story.branches[SLOW].log.count("connected to head office") == 1
 
 
 def test_an_office_with_a_slow_link_takes_part(story: Story) -> None:
@@ -440,13 +285,8 @@ def test_an_office_with_a_slow_link_takes_part(story: Story) -> None:
     assert sum(SLOW in record.answered for record in story.rounds()[1:]) >= 2
 
 
-def test_only_the_fleet_api_listens_on_an_address_that_others_can_reach(story: Story) -> None:
-    fleet = f"{ADDRESS[HEAD]}:9092"
-    assert fleet in story.listening[HEAD]
-    assert "127.0.0.1:9000" in story.listening[HEAD]
-    for name, addresses in story.listening.items():
-        outside = {address for address in addresses if not address.startswith(("127.0.0.1:", "[::1:"))}
-        assert outside == ({fleet} if name == HEAD else set()), name
+def test_one_port_listens_at_head_office_and_nothing_at_an_office(story: Story) -> None:
+    assert story.listening == {name: {f"{ADDRESS[HEAD]}:9092"} if name == HEAD else set() for name in ADDRESS}
 
 
 def test_every_connection_is_tls_1_3_with_alpn_h2_and_carries_nothing_else(story: Story) -> None:
@@ -551,14 +391,10 @@ def test_the_wire_holds_none_of_the_records_adapters_keys_or_plans(story: Story)
     _clear_of(markers, b"".join(packet for _, packet in story.capture.packets), "packets")
 
 
-def test_the_superlink_learns_nothing_but_sizes(story: Story) -> None:
-    markers = _markers(story) | {"name of the run": RUN.encode()}
-    markers |= {f"name of {name}": f'"{name}"'.encode() for name in OFFICES}
-    places = [*(story.head.home / "flower").glob("state.db*"), story.head.home / "log" / "superlink.log"]
-    found = {path.name: path.read_bytes() for path in places}
-    assert b"FLS1" in b"".join(found.values())  # the sealed messages are there: what is plain would be found
-    for name, data in found.items():
-        _clear_of(markers, data, name)
+def test_the_daemon_notes_nothing_but_who_came_and_went(story: Story) -> None:
+    data = (story.head.home / "log" / "server.log").read_bytes()
+    assert f"{SLOW} is connected".encode() in data
+    _clear_of(_markers(story), data, "server.log")
 
 
 def test_a_round_takes_no_more_of_a_link_than_docs_firewall_says(story: Story) -> None:
@@ -567,28 +403,9 @@ def test_a_round_takes_no_more_of_a_link_than_docs_firewall_says(story: Story) -
         if packet[12:14] == b"\x08\x00" and ADDRESS[SLOW] in (found := _ends(packet)):
             size["up" if found[0] == ADDRESS[SLOW] else "down"] += len(packet)
     rounds, dimension = len(story.rounds()) - 1, len(story.adapters[0])  # and perhaps one that was stopped
-    assert 4 * dimension * rounds < size["down"] < (4 * dimension + 10_000) * (rounds + 1) + 30_000 * (minutes + 1)
-    assert 2 * dimension * rounds < size["up"] < (2 * dimension + 10_000) * (rounds + 1) + 30_000 * (minutes + 1)
+    assert 4 * dimension * rounds < size["down"] < (4 * dimension + 10_000) * (rounds + 1) + 3_000 * (minutes + 1)
+    assert 2 * dimension * rounds < size["up"] < (2 * dimension + 10_000) * (rounds + 1) + 3_000 * (minutes + 1)
 
 
 def _ends(packet: bytes) -> tuple[str, str]:
     return socket.inet_ntoa(packet[26:30]), socket.inet_ntoa(packet[30:34])
-
-
-@pytest.mark.parametrize(("seconds_ahead", "welcome"), [(20, False), (-60, True)])
-def test_a_clock_that_is_ahead_keeps_an_office_out_and_one_a_little_behind_does_not(
-    story: Story, tmp_path: Path, seconds_ahead: int, welcome: bool
-) -> None:
-    branch = story.branches[PULLED]
-    program, log = branch.program, branch.home / "log" / "supernode.log"
-    program.stop()
-    said, logged = len(program.text()), len(log.read_text("utf-8"))
-    (tmp_path / "sitecustomize.py").write_text(_MISREAD, "utf-8")
-    program.env = {"PYTHONPATH": str(tmp_path), "SECONDS_AHEAD": str(seconds_ahead)}
-    program.start()
-    try:
-        until(lambda: "SuperNode ID" in log.read_text("utf-8")[logged:] or "SuperNode ended" in program.text()[said:])
-        assert ("SuperNode ID" in log.read_text("utf-8")[logged:]) is welcome
-    finally:
-        program.stop()
-        program.env = {}

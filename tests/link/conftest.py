@@ -74,13 +74,14 @@ class House:
     folder: Path
     loops: list[Loop] = field(default_factory=list)
     stops: list[asyncio.Event] = field(default_factory=list)
+    host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as free:
+            free.bind((self.host, 0))
             self.port = free.getsockname()[1]
         settings = self.folder / "federation.yaml"
-        values = {"name": "test", "host": "127.0.0.1", "listen": "127.0.0.1", "port": self.port}
+        values = {"name": "test", "host": self.host, "listen": self.host, "port": self.port}
         settings.write_text(json.dumps(values), "utf-8")
         self.home = federation.init_federation(settings, self.folder / "h").folder
 
@@ -90,7 +91,7 @@ class House:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def start(self) -> None:
         """Start the daemon; it stands in this process so that a test can look into it."""

@@ -96,7 +96,7 @@ def test_a_line_that_is_dead_without_a_word_is_noticed_at_both_ends_and_replaced
     """As after a sleep, or where a firewall has forgotten the connection; 10 s is the interval in the product."""
     if seconds < 10:
         quick = {"grpc.keepalive_time_ms": 1000 * seconds, "grpc.keepalive_timeout_ms": 1000,
-                 "grpc.http2.min_ping_interval_without_data_ms": 500}  # fmt: skip
+                 "grpc.http2.ping_timeout_ms": 1000, "grpc.http2.min_ping_interval_without_data_ms": 500}  # fmt: skip
         for module, name in ((client.link, "OPTIONS"), (server_daemon, "_PORT")):
             monkeypatch.setattr(module, name, list({**dict(getattr(module, name)), **quick}.items()))
         house.stop()

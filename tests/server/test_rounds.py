@@ -200,7 +200,7 @@ def make_plan(rounds: int = 4, server: dict[str, Any] | None = None, **privacy: 
         "model": {"source": "none"},
         "adapter": {},
         "privacy": {"mode": "off", "units_per_site": 10, "delta": 1e-3, **privacy},
-        "training": {"rounds": rounds, "wire": "float32", "server": server or {}},
+        "training": {"rounds": rounds, "learning_rate": 1.0, "wire": "float32", "server": server or {}},
     }
     return parse(RunPlan, values)
 
