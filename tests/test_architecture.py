@@ -324,7 +324,7 @@ def test_the_daemon_knows_no_flower_by_any_way() -> None:
                         if found in known]  # fmt: skip
     assert "server.federation" in seen
     expect_none([
-        (module, name) for module, name in arrows() if module in seen and within(name, ["flwr", "ray", *HEAVY])
+        (module, name) for module, name in arrows() if module in seen and within(name, ["flwr", "ray", "torch"])
     ])  # fmt: skip
 
 
