@@ -1,0 +1,823 @@
+"""Attack: head office alters every field of every message and plan, their bytes and their order, and looks for a
+difference between two offices that are one record apart.
+
+Stopped by the site as a whole: nothing but noised payloads differs, what used records is charged and released, and
+neither an exception nor a request without end comes of any bytes.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import resource
+import shutil
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import client.site
+import fedllm.crypto
+import fedllm.privacy.ledger
+from client.office import Policy
+from client.records import SiteRecords
+from client.site import Site
+from fedllm import secagg
+from fedllm.crypto import Identity, PublicIdentity
+from fedllm.errors import DataError, FedllmError, MessageError, ModelError
+from fedllm.messages import (
+    _KINDS,
+    MAGIC,
+    Consent,
+    Declined,
+    Join,
+    LedgerHead,
+    Masked,
+    Message,
+    Prepare,
+    Ready,
+    Secure,
+    ShareRequest,
+    Shares,
+    TrainReply,
+    TrainRequest,
+    from_bytes,
+    pack,
+    unpack,
+)
+from fedllm.plan import RunPlan
+from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
+from fedllm.statement import open_statement
+from fedllm.training.data import Unit
+from fedllm.training.workspace import Workspace, open_for_training
+from tests.attacks.office import BEGUN, IDENTITY, LABELS, Victim, plan_of, read
+from tests.attacks.test_clip_switched_off import EXTREMES
+from tests.attacks.test_refusals import KINDS, ROWS, TEMPLATE, TROUBLE
+
+SOAK = float(os.environ.get("FEDLLM_FUZZ_SECONDS", "3600"))  # of the long form
+MOST_CPU, MOST_MEMORY = 300.0, 1 << 30  # seconds and bytes that one request may take, generously
+PEERS = {name: Identity.generate() for name in ("peer 1", "peer 2", "peer 3")}
+HEAD = "5ca1ab1e" * 8  # stands for the digest of an office's own newest entry, which is a function of what it released
+WORLDS = (
+    ("labels", "a label that nobody declared"), ("text", "a long one"), ("persons", "nobody's"),
+    ("chat", "a phrase that the chat template raises on"), ("text", "a hole"), ("persons", "a plain record"),
+)  # fmt: skip
+Json = dict[str, Any]
+Where = tuple[str | int, ...]
+
+
+# ---- what is sent ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request as it should be; `inner` is the message of secure aggregation in it, and `wrap` puts one there."""
+
+    frame: bytes
+    inner: bytes = b""
+    wrap: Callable[[bytes], bytes] = bytes
+
+
+Talk = Generator[Ask, bytes, None]
+Change = Callable[[Ask], bytes]
+
+
+def split(frame: bytes) -> tuple[Json, bytes]:
+    end = 8 + int.from_bytes(frame[4:8], "big")
+    return json.loads(frame[8:end]), frame[end:]
+
+
+def frame_of(header: bytes, payload: bytes) -> bytes:
+    return MAGIC + len(header).to_bytes(4, "big") + header + payload
+
+
+def with_text(frame: bytes, path: Where, text: str | None) -> bytes:
+    """Return a frame in which a value is written as `text`, or is not there; the same where there is no such place."""
+    header, payload = split(frame)
+    place: Any = header
+    for part in path[:-1]:
+        place = place[part]
+        if place is None:  # the ledger's head, of offices that have begun anew
+            return frame
+    if text is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = "@here@"
+    written = json.dumps(header, ensure_ascii=False)
+    return frame_of(written.replace('"@here@"', text or "").encode(errors="surrogatepass"), payload)
+
+
+def options(schema: Json, defs: Json) -> Iterator[Json]:
+    """Yield the kinds of value that a schema allows."""
+    if "$ref" in schema:
+        schema = defs[schema["$ref"].rpartition("/")[2]]
+    for option in schema.get("anyOf", [schema]):
+        if "$ref" in option or "anyOf" in option:
+            yield from options(option, defs)
+        else:
+            yield option
+
+
+def parts(option: Json, value: Any) -> Iterator[tuple[str | int, str, Json]]:
+    """Yield what a value holds: where, how that is called, and its schema; without a value, one of each."""
+    for key, schema in option.get("properties", {}).items():
+        if value is None or (isinstance(value, dict) and key in value):
+            yield key, f".{key}", schema
+    inside = option.get("additionalProperties")
+    if isinstance(inside, dict):
+        for key in ["any"] if value is None else value if isinstance(value, dict) else []:
+            yield key, ".{}", inside
+    if option.get("type") == "array":
+        for index in range(1 if value is None else len(value) if isinstance(value, list) else 0):
+            yield index, "[]", option["items"] if "items" in option else option["prefixItems"][index]
+
+
+def nodes(schema: Json, defs: Json, value: Any, name: str, path: Where = ()) -> Iterator[tuple[Where, str, Json]]:
+    """Yield every place in a value, what it is called and its schema."""
+    if path:
+        yield path, name, schema
+    for option in options(schema, defs):
+        for key, called, inner in parts(option, value):
+            if (path, key) != ((), "payload"):  # which travels behind the header
+                yield from nodes(inner, defs, None if value is None else value[key], name + called, (*path, key))
+
+
+SCHEMAS = {kind: cls.model_json_schema() for kind, cls in _KINDS.items()}
+FIELDS = {
+    name for kind, schema in SCHEMAS.items() for _, name, _ in nodes(schema, schema.get("$defs", {}), None, kind)
+}  # fmt: skip
+
+
+def places(frame: bytes) -> list[tuple[Where, str, Json]]:
+    header, _ = split(frame)
+    kind = header.pop("kind")
+    return list(nodes(SCHEMAS[kind], SCHEMAS[kind].get("$defs", {}), header, kind))
+
+
+def bounds(schema: Json, defs: Json) -> Iterator[str]:
+    """Yield values at the bounds of a schema, and just beyond them, as JSON."""
+    for option in options(schema, defs):
+        yield from map(json.dumps, option.get("enum", [option["const"]] if "const" in option else []))
+        kind = option.get("type")
+        if kind == "boolean":
+            yield from ("true", "false")
+        elif kind == "null":
+            yield "null"
+        elif kind in ("integer", "number"):
+            for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+                if (edge := option.get(key)) is not None:
+                    steps = (edge - 1, edge + 1) if kind == "integer" else (
+                        math.nextafter(edge, -math.inf), math.nextafter(edge, math.inf))  # fmt: skip
+                    yield from map(repr, (edge, *steps))
+        elif kind == "string":
+            most = option.get("maxLength", 64)
+            yield from map(json.dumps, ("", "a", "0" * most, "가" * most, "0" * (most + 1), "A" * 64))
+        elif kind == "array":
+            yield from ("[]", json.dumps([1] * 3), json.dumps(["a"] * (option.get("maxItems", 2) + 1)))
+
+
+ANYTHING = [
+    *EXTREMES, '""', "null", "[]", "{}", "[[]]", '"NaN"', '"\\u0000"', '"\\ud800"', '"\ud800"', '"\\u1112\\u1161\\u11ab"',
+    json.dumps(" x\n"), json.dumps("../" * 50), json.dumps("x" * 100_000), json.dumps("x" * (1 << 21)), "[" * 100_000,
+    "9" * 5000, "1e5000", "-", "0x10", "01", json.dumps([0] * 20_000), '{"a": {"a": 1}}', "false", "1.0", "3",
+    '"$(id)"', json.dumps("'; DROP TABLE entry; --"), json.dumps("victim"), json.dumps("‮" * 5), "[1, 1]", '["a", "a"]',
+]  # fmt: skip
+STARTS = (math.nan, math.inf, -math.inf, -0.0, 1e-45, 1e-38, 1e4, -1e4, 10_000.001, 3e38, 1.0)
+
+
+def garbled(rng: random.Random, frame: bytes) -> bytes:
+    """Return a frame with some bytes flipped, cut, swapped, twice or of another start."""
+    data, payload = bytearray(frame), 8 + int.from_bytes(frame[4:8], "big")
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
+        if len(data) < 16:
+            break
+        low = payload if rng.random() < 0.4 and payload + 8 < len(data) else 0
+        a, b = sorted(rng.randrange(low, len(data)) for _ in range(2))
+        how = rng.randrange(7)
+        if how == 0:
+            data[a] ^= 1 << rng.randrange(8)
+        elif how == 1:
+            del data[a : min(b, a + rng.choice((1, 4, 64, len(data))))]
+        elif how == 2:
+            data[a:b] = data[a:b] * 2
+        elif how == 3:
+            middle = (a + b) // 2
+            data[a:b] = data[middle:b] + data[a:middle]
+        elif how == 4:
+            data[a:a] = rng.randbytes(rng.choice((1, 4, 1000)))
+        elif how == 5:
+            data[4:8] = rng.choice((b"\0\0\0\0", b"\xff" * 4, rng.randbytes(4), (len(data) - 8).to_bytes(4, "big")))
+        elif payload + 4 <= len(data):
+            at = rng.randrange(payload, len(data) - 3)
+            data[at : at + 4] = np.float32(rng.choice(STARTS)).tobytes()
+    return bytes(data)
+
+
+# ---- two offices -----------------------------------------------------------------------------------------------------
+
+
+class Draws:
+    """All that is random, and the same for both offices: what differs in their answers, records made."""
+
+    private = True
+
+    def __init__(self) -> None:
+        self._label, self._counts = "", Counter[str]()
+
+    def begin(self, label: str) -> None:
+        self._label, self._counts = label, Counter()
+
+    def _draw(self, what: str, n: int) -> bytes:
+        self._counts[what] += 1
+        return hashlib.shake_256(f"{self._label} {what} {self._counts[what]}".encode()).digest(n)
+
+    def secret(self, n: int) -> bytes:
+        """Draw for secure aggregation."""
+        return self._draw("secret", n)
+
+    def coins(self, n: int) -> bytes:
+        """Draw for the ledger; noise comes after, and the second office of a process needs no noise for a self-check."""
+        self._counts["noise"] = 0
+        return self._draw("coins", n)
+
+    def words(self, n: int) -> NDArray[np.uint64]:
+        return np.frombuffer(self._draw("noise", 8 * n), "<u8")
+
+
+class Watched:
+    """Records, and what the ledger said whenever they were used."""
+
+    def __init__(self, records: SiteRecords, ledger: Path) -> None:
+        self.declared, self.data_set = records.declared, records.data_set
+        self._records, self._ledger = records, ledger
+        self.used, self.unpaid = list[RunPlan](), list[RunPlan]()
+
+    def units(self, plan: RunPlan) -> Sequence[Unit]:
+        self.used.append(plan)
+        if not any(row[:1] + row[3:7] == (plan.run, *paid(plan), "RESERVED") for row in charges(self._ledger)):
+            self.unpaid.append(plan)
+        return self._records.units(plan)
+
+
+def paid(plan: RunPlan) -> tuple[object, ...]:
+    return plan.privacy.sampling_rate, plan.privacy.noise_multiplier, plan.training.local_steps
+
+
+def charges(ledger: Path) -> list[tuple[Any, ...]]:
+    """Return run, round, charge, event and state of every charge, what was asked and whether there is a reply."""
+    if not ledger.exists():
+        return []
+    with closing(sqlite3.connect(f"{ledger.as_uri()}?mode=ro", uri=True)) as db:
+        return db.execute(
+            "SELECT run, round, charge, sampling_rate, noise_multiplier, steps, state, request, tries, account, "
+            "reply IS NULL, coins IS NULL FROM entry ORDER BY id"
+        ).fetchall()
+
+
+def kinds(ledger: Path) -> list[str]:
+    if not ledger.exists():
+        return []
+    with closing(sqlite3.connect(f"{ledger.as_uri()}?mode=ro", uri=True)) as db:
+        return [row[0] for row in db.execute("SELECT kind FROM chain ORDER BY number")]
+
+
+def told(reply: bytes) -> tuple[object, ...]:
+    """All that a reply says, but for the noised payload and what is a function of it."""
+    message = read(reply)
+    if not isinstance(message, TrainReply):
+        return (reply,)
+    statement, signer = open_statement(message.statement)
+    rest: tuple[object, ...] = (len(message.payload),)
+    if message.dtype == "uint32":
+        masked, following = unpack(message.payload, 2)
+        upload = from_bytes(masked, Masked, Masked)
+        rest = (len(upload.payload), upload.model_copy(update={"payload": b""}).to_bytes(), following)
+    return (
+        message.model_copy(update={"payload": b"", "statement": ""}).to_bytes(), len(reply), *rest, signer,
+        replace(statement, update="", ledger_digest=""),
+    )  # fmt: skip
+
+
+class Errors(logging.Handler):
+    """The faults that a site wrote into its own log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(self.format(record))
+
+
+class Twins:
+    """Two offices, one record apart, that are asked the same."""
+
+    def __init__(self, folder: Path, base: Path, world: tuple[str, str], draws: Draws, epsilon: float) -> None:
+        self.world, self.draws, self.replies, self.number = world, draws, Counter[str](), 0
+        self._folder, self._base, self._epsilon, self._errors = folder, base, epsilon, Errors()
+        self.begin()
+
+    def begin(self) -> None:
+        """Start both anew, with nothing spent."""
+        kind, trouble = self.world
+        text, declared = KINDS[kind]
+        policy = Policy(
+            epsilon=self._epsilon, unit=declared.unit, reply_quantum=0.0,
+            peers={name: identity.public.fingerprint for name, identity in PEERS.items()},
+        )  # fmt: skip
+        self.number += 1
+        self.victims, self.watched = [], []
+        for name, rows in (("without", ROWS), ("with", [*ROWS[:5], TROUBLE[trouble], *ROWS[5:]])):
+            victim = Peer(
+                self._folder / f"{self.number} {name}", self._base, rows, text, replace(declared, size=100),
+                asdict(policy.limits), TEMPLATE if kind == "chat" else None, self.workspace,
+            )  # fmt: skip
+            watched = Watched(victim.records, victim.folder / "ledger.db")
+            victim.site._records = watched
+            self.victims.append(victim)
+            self.watched.append(watched)
+
+    def workspace(self, plan: RunPlan) -> Workspace:
+        """As an office opens it; compiling, which takes a minute and looks at no record, has tests of its own."""
+        if plan.model.source != str(self._base):
+            raise ModelError("site.yaml permits only one model")
+        model = plan.model.model_copy(update={"compile": "off"})
+        return open_for_training(plan.model_copy(update={"model": model}), model, "cpu", False)
+
+    def plan(self, run: str, mode: str = "local", **changes: Any) -> RunPlan:
+        """Return a plan that both take part in."""
+        model: Json = {"max_length": 24}
+        if self.world[0] == "labels":
+            model |= {"task": "classification", "labels": LABELS}
+        whole: Json = {"sites": 4, "quorum": 3} if mode == "distributed" else {"sites": 4}
+        values: Json = {
+            "model": model, "adapter": {"layers": [0, 1]},
+            "privacy": {
+                "mode": mode, "unit": KINDS[self.world[0]][1].unit, "epsilon": 1e9, "delta": 1e-5,
+                "noise_multiplier": 3.0, "self_check": True,
+            },
+            "training": {"rounds": 1000},
+        }  # fmt: skip
+        return plan_of(self._base, run, **whole, **{**values, **changes})
+
+    def head(self) -> LedgerHead | None:
+        """Return what both offices' newest entry is called, once there is one."""
+        ledger = self.victims[0].folder / "ledger.db"
+        return LedgerHead(number=len(kinds(ledger)) - 1, digest=HEAD) if kinds(ledger) else None
+
+    def ask(self, frame: bytes) -> bytes:
+        """Ask both; return the first one's answer. Fails where records made any difference, or a promise is broken."""
+        self.number += 1
+        logger = logging.getLogger("fedllm.site")
+        found = []
+        for victim, watched in zip(self.victims, self.watched, strict=True):
+            place = victim.folder / "ledger.db"
+            own, before, ledger = frame, charges(place), kinds(place)
+            if HEAD.encode() in frame:
+                own = frame.replace(HEAD.encode(), victim.site.open_ledger().file.head().digest.encode())
+            watched.used.clear()
+            self._errors.texts.clear()
+            self.draws.begin(str(self.number))
+            cpu, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            logger.addHandler(self._errors)
+            try:
+                reply = victim.site.handle(own)
+            except Exception as error:
+                raise self._fault(f"{error!r} came out of Site.handle: {self._errors.texts}", frame) from error
+            finally:
+                logger.removeHandler(self._errors)
+            cpu = time.process_time() - cpu
+            memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
+            if cpu > MOST_CPU or memory > MOST_MEMORY:
+                raise self._fault(f"a request took {cpu:.0f} s and {memory} bytes", frame)
+            message, after = read(reply), charges(place)
+            if isinstance(message, Declined) and message.reason == "internal":
+                raise self._fault(f"a fault in the software: {self._errors.texts}", frame)
+            if watched.unpaid:
+                raise self._fault(f"records were used, and that is not charged: {after[-3:]}", frame)
+            if watched.used or isinstance(message, TrainReply):
+                self._check_released(place, from_bytes(own, TrainRequest, TrainRequest), reply, frame)
+            if not watched.used and before != after:
+                raise self._fault("charged, and no record was used", frame)
+            found.append({
+                "reply": told(reply), "charges": after, "entries of the ledger": kinds(place)[len(ledger) :],
+                "used": len(watched.used),
+            })  # fmt: skip
+        for what in found[0]:
+            if found[0][what] != found[1][what]:
+                raise self._fault(f"one record more makes a difference, {what}: {[each[what] for each in found]}", frame)
+        first = read(reply)
+        self.replies[first.reason if isinstance(first, Declined) else first.KIND] += 1
+        return reply
+
+    def _check_released(self, place: Path, request: TrainRequest, reply: bytes, frame: bytes) -> None:
+        run, round_ = request.plan.run, request.round
+        with closing(sqlite3.connect(f"{place.as_uri()}?mode=ro", uri=True)) as db:
+            row = db.execute(
+                "SELECT sampling_rate, noise_multiplier, steps, state, reply FROM entry WHERE run = ? AND round = ? "
+                "ORDER BY charge DESC LIMIT 1",
+                (run, round_),
+            ).fetchone()
+        if row != (*paid(request.plan), "RELEASED", reply):
+            raise self._fault(f"an answer left that is not released: {row and row[:4]}", frame)
+
+    def _fault(self, what: str, frame: bytes) -> AssertionError:
+        return AssertionError(f"{what[:6000]}\nworld: {self.world}, request {self.number}: {frame[:3000]!r}")
+
+    def verify(self) -> None:
+        for victim in self.victims:
+            if (victim.folder / "ledger.db").exists():
+                LedgerFile(victim.folder / "ledger.db", victim.folder / "ledger.anchor").verify([IDENTITY.public])
+
+
+class Peer(Victim):
+    """An office that knows three others."""
+
+    @staticmethod
+    def _peers(named: Mapping[str, str]) -> dict[str, PublicIdentity]:
+        return {"victim": IDENTITY.public, **{name: identity.public for name, identity in PEERS.items()}}
+
+
+# ---- an honest head office -------------------------------------------------------------------------------------------
+
+
+def task_of(twins: Twins, plan: RunPlan, number: int) -> TrainRequest:
+    adapter = twins.workspace(plan).adapter
+    return TrainRequest(
+        plan=plan, round=number, spec_digest=adapter.spec.digest, head=twins.head() if number % 2 else None,
+        begun=BEGUN, payload=adapter.initial.astype("<f4").tobytes(),
+    )  # fmt: skip
+
+
+def local_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
+    if isinstance(read((yield Ask(Prepare(plan=plan).to_bytes()))), Ready):
+        for number in range(first, plan.training.rounds + 1):
+            yield Ask(task_of(twins, plan, number).to_bytes())
+
+
+def shared_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
+    """Rounds in which three others take part, whom head office plays; in every second one, the first too, one of them drops out."""
+
+    def secure(message: Message) -> Ask:
+        def wrap(inner: bytes) -> bytes:
+            return Secure(plan=plan, round=number, payload=inner).to_bytes()
+
+        return Ask(wrap(message.to_bytes()), message.to_bytes(), wrap)
+
+    roster = {"victim": IDENTITY.public, **{name: identity.public for name, identity in PEERS.items()}}
+    session, number = hashlib.sha256(f"{plan.digest} {first}".encode()).hexdigest(), first
+    called = {name: identity.to_text() for name, identity in roster.items()}
+    ready = read((yield Ask(Prepare(plan=plan, session=session, roster=called).to_bytes())))
+    if not isinstance(ready, Ready):
+        return
+    twins.draws.begin(f"peers {session}")
+    terms = secagg.Terms(plan.digest, session, plan.quorum, plan.privacy.colluding_sites, roster, plan.sites)
+    members = {name: secagg.Member(terms, name, identity) for name, identity in PEERS.items()}
+    joins = [from_bytes(ready.payload, Join, Join).join, *(member.join.join for member in members.values())]
+    circle = secagg.make_circle(terms, joins)
+    for number in range(first, plan.training.rounds + 1):
+        twins.draws.begin(f"peers {session} {number}")
+        asked = ShareRequest(context=terms.context, round=number, joins=circle.joins)
+        dealt = {name: member.share(asked) for name, member in members.items()}
+        answer = read((yield secure(asked)))
+        if not isinstance(answer, Shares):
+            return
+        dealt["victim"] = answer
+        task = task_of(twins, plan, number)
+        start, masking = task.payload, secagg.mask_request(circle, number, dealt, "victim").to_bytes()
+
+        def wrap(inner: bytes, task: TrainRequest = task, start: bytes = start) -> bytes:
+            return task.model_copy(update={"payload": pack(start, inner)}).to_bytes()
+
+        if not isinstance(read((yield Ask(wrap(masking), masking, wrap))), TrainReply):
+            return
+        nothing = np.zeros(len(start) // 4, np.uint32)
+        for name, member in members.items():
+            member.mask(secagg.mask_request(circle, number, dealt, name), task.task(start), nothing)
+        common = secagg.common_digest(circle, number, task.task(start), (dealt[name].dealing for name in sorted(dealt)))
+        survivors = sorted(set(dealt) - {"peer 3"} if number % 2 else dealt)
+        claim = secagg.unmask_request(circle, number, common, dealt, survivors)
+        consents = [members[name].unmask(claim) for name in survivors if name != "victim"]
+        answer = read((yield secure(claim)))
+        if isinstance(answer, Consent):
+            signed = [each for each in (answer, *consents) if isinstance(each, Consent)]
+            yield secure(secagg.reveal_request(claim, signed))
+
+
+def talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
+    return (shared_talk if plan.privacy.mode == "distributed" else local_talk)(twins, plan, first)
+
+
+def advance(conversation: Talk, reply: bytes | None) -> Ask | None:
+    """Return what an honest head office asks next; None where it is at an end, or its plan cannot be carried out."""
+    try:
+        return next(conversation) if reply is None else conversation.send(reply)
+    except (StopIteration, FedllmError):
+        return None
+
+
+# ---- a malicious one -------------------------------------------------------------------------------------------------
+
+
+class Fuzz:
+    """Asks two offices what no head office would, and counts which fields it altered."""
+
+    def __init__(self, twins: Twins, rng: random.Random, label: str) -> None:
+        self.twins, self.rng, self.hits, self._runs = twins, rng, Counter[str](), itertools.count(1)
+        self._label, self.trained = label, 0
+
+    def run(self) -> str:
+        return f"{self._label} {next(self._runs)}"
+
+    def plan(self, mode: str | None = None, **changes: Any) -> RunPlan:
+        return self.twins.plan(self.run(), mode or self.rng.choice(("local", "distributed")), **changes)
+
+    def text(self, name: str, path: Where, schema: Json, sensible: float) -> str | None:
+        """Return something to write in a place; with a chance of `sensible` at the bounds of what belongs there."""
+        self.hits[name] += 1
+        rng, defs = self.rng, SCHEMAS[name.partition(".")[0]].get("$defs", {})
+        edges = list(bounds(schema, defs))
+        if edges and rng.random() < sensible:
+            return rng.choice(edges)
+        how = rng.random()
+        if how < 0.05:
+            return None
+        text = rng.choice(ANYTHING) if how < 0.7 else repr(rng.choice((
+            rng.randrange(1, 200), rng.uniform(0, 1), math.ldexp(1.0, rng.randrange(-1074, 1023)), rng.lognormvariate(0, 3),
+            rng.getrandbits(64),
+        )))  # fmt: skip
+        if how > 0.95 and isinstance(path[-1], str):  # the same key twice
+            text += f", {json.dumps(path[-1])}: {rng.choice(edges or ANYTHING)}"
+        return text
+
+    def try_plan(self, plan: RunPlan, path: Where, text: str | None, steps: int) -> None:
+        """Alter a field of a plan; where it is one still, carry it out."""
+        ask = advance(talk(self.twins, plan), None)
+        assert ask is not None
+        frame = with_text(ask.frame, path, text)
+        try:
+            message = from_bytes(frame, Prepare, Prepare)
+        except MessageError:
+            self.twins.ask(frame)
+            return
+        self.carry_out(talk(self.twins, message.plan), steps)
+
+    def carry_out(self, conversation: Talk, steps: int) -> None:
+        reply = None
+        for _ in range(steps):
+            ask = advance(conversation, reply)
+            if ask is None:
+                return
+            reply = self.ask(ask.frame)
+
+    def ask(self, frame: bytes) -> bytes:
+        reply = self.twins.ask(frame)
+        message = read(reply)
+        self.trained += isinstance(message, TrainReply)
+        if isinstance(message, Declined) and message.reason == "budget":
+            self.twins.verify()
+            self.twins.begin()
+        return reply
+
+    def at_every_step(self, plan: RunPlan, steps: int, alter: Callable[[Ask], Iterator[Change]]) -> None:
+        """Go through an honest run, and send altered requests before each that is honest.
+
+        After one that was not refused, the run begins anew and comes here with another round: things may have changed.
+        """
+        conversation, first = talk(self.twins, plan), 1
+        ask = advance(conversation, None)
+        for at in range(steps):
+            for change in list(alter(ask)) if ask is not None else []:
+                if ask is None or isinstance(read(self.ask(change(ask))), Declined) or at == 0:
+                    continue
+                first += 2 + 2 * (at // 3)  # odd as before
+                conversation = talk(self.twins, plan, first)
+                ask = advance(conversation, None)
+                for _ in range(at):
+                    ask = None if ask is None else advance(conversation, self.ask(ask.frame))
+            ask = None if ask is None else advance(conversation, self.ask(ask.frame))
+
+    def altered(self, ask: Ask, wanted: Callable[[str], bool], sensible: float) -> Iterator[Change]:
+        """Yield what alters each wanted field, of a request or of the message of secure aggregation in it."""
+        for path, name, schema in places(ask.frame):
+            if wanted(name):
+                text = self.text(name, path, schema, sensible)
+                yield lambda ask, path=path, text=text: with_text(ask.frame, path, text)
+        for path, name, schema in places(ask.inner) if ask.inner else []:
+            if wanted(name):
+                text = self.text(name, path, schema, sensible)
+                yield lambda ask, path=path, text=text: ask.wrap(with_text(ask.inner, path, text))
+
+    def strangers(self, plan: RunPlan, steps: int, wanted: Callable[[str], bool]) -> None:
+        """Send an office what only offices send, altered, as it is and as a step of secure aggregation."""
+        answers = list[bytes]()
+        conversation = talk(self.twins, plan)
+        ask = advance(conversation, None)
+        while ask is not None and len(answers) < steps:
+            answers.append(self.ask(ask.frame))
+            ask = advance(conversation, answers[-1])
+        more = list[bytes]()
+        for answer in answers:
+            message = read(answer)
+            if isinstance(message, Ready):
+                more.append(message.payload)
+            if isinstance(message, TrainReply) and message.dtype == "uint32":
+                more += unpack(message.payload, 2)
+        declined = Declined(site="victim", reason="budget").to_bytes()
+        for frame in [each for each in (*answers, *more, declined) if each]:
+            for path, name, schema in places(frame):
+                if wanted(name):
+                    altered = with_text(frame, path, self.text(name, path, schema, 0.5))
+                    self.ask(altered)
+                    self.ask(Secure(plan=plan, round=1, payload=altered).to_bytes())
+
+    def out_of_order(self, steps: int) -> None:
+        """Mix two runs, or two plans of one run: early, late, twice, in another round, or with the other's plan."""
+        one = self.plan()
+        other = self.plan(privacy={**one.privacy.model_dump(), "noise_multiplier": 4.0}) if self.rng.random() < 0.5 else \
+            one.model_copy(update={"seed": 4} if self.rng.random() < 0.5 else {"quorum": 4})  # fmt: skip
+        talks = [talk(self.twins, one), talk(self.twins, other)]
+        coming: list[Ask | None] = [advance(each, None) for each in talks]
+        said = [ask for ask in coming if ask is not None]
+        said += [Ask(task_of(self.twins, plan, 1).to_bytes()) for plan in (one, other)]
+        for _ in range(steps):
+            which, ask = self.rng.randrange(2), self.rng.choice(said)
+            following = coming[which]
+            if following is not None and self.rng.random() < 0.6:
+                said.append(following)
+                coming[which] = advance(talks[which], self.ask(following.frame))
+                continue
+            frame, how = ask.frame, self.rng.random()
+            header, _ = split(frame)
+            if "round" in header and how < 0.3:
+                frame = with_text(frame, ("round",), str(self.rng.choice((1, 2, 3, header["round"] + 1, 1000, 1001))))
+            elif how < 0.5:
+                frame = with_text(frame, ("plan",), json.dumps(self.rng.choice((one, other)).model_dump(mode="json")))
+            self.ask(frame)
+
+
+Made = Callable[..., Fuzz]
+
+
+@pytest.fixture
+def fuzz(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    """Return a function that makes two offices and a head office to attack them."""
+    draws, count = Draws(), itertools.count()
+    monkeypatch.setattr(fedllm.crypto, "random_bytes", draws.secret)
+    monkeypatch.setattr(fedllm.privacy.ledger, "random_bytes", draws.coins)
+    monkeypatch.setattr(client.site, "OsRandomness", lambda: draws)
+    monkeypatch.setattr(logging.getLogger("fedllm.site"), "propagate", False)
+
+    def make(world: tuple[str, str], seed: int, epsilon: float = 1e6) -> Fuzz:
+        folder = tmp_path / str(next(count))
+        return Fuzz(Twins(folder, tiny_llama, world, draws, epsilon), random.Random(seed), f"run {seed}")
+
+    return make
+
+
+# ---- the tests -------------------------------------------------------------------------------------------------------
+
+
+def of_plan(name: str) -> bool:
+    return name.startswith("prepare.plan")
+
+
+@pytest.mark.slow
+def test_every_field_of_every_message_and_plan_altered(fuzz: Made) -> None:
+    """Each field at least once, in one of the worlds; those of a plan at all their bounds, and carried out."""
+    hits, trained, replies = Counter[str](), 0, Counter[str]()
+    for number, world in enumerate(WORLDS):
+        head = fuzz(world, number)
+        mine = {
+            name for name in FIELDS
+            if hashlib.sha256(name.encode()).digest()[0] % len(WORLDS) == number or (number == 0 and ".labels" in name)
+        }  # fmt: skip
+        (ask,) = itertools.islice(talk(head.twins, head.plan("local")), 1)
+        for path, name, schema in places(ask.frame):
+            if name in mine and of_plan(name):
+                texts = [*bounds(schema, SCHEMAS["prepare"]["$defs"]), head.text(name, path, schema, 0.0)]
+                for text in texts:
+                    head.try_plan(head.plan("local"), path, text, 2)
+                head.try_plan(head.plan("distributed"), path, head.text(name, path, schema, 1.0), 5)
+        head.at_every_step(
+            head.plan("distributed"), 8,
+            lambda ask, head=head, mine=mine: head.altered(ask, lambda name: name in mine and not of_plan(name), 0.3),
+        )  # fmt: skip
+        head.strangers(head.plan("distributed"), 8, mine.__contains__)
+        head.twins.verify()
+        hits, trained, replies = hits + head.hits, trained + head.trained, replies + head.twins.replies
+    assert FIELDS - set(hits) == set()
+    assert trained > 100, "altered plans that two offices carry out"
+    assert set(replies) > {"message", "policy", "data", "model", "masks", "ledger", "ready", "update"}, "else nothing was tried"
+    print(trained, replies)
+
+
+def episode(head: Fuzz, steps: int) -> None:
+    """Attack two offices in one of four ways, for about so many requests."""
+    rng, steps_of_a_run = head.rng, head.rng.choice((2, 4, 5, 8))
+    how = rng.randrange(4)
+    if how == 0:
+        for _ in range(steps // 4):
+            plan = head.plan()
+            (ask,) = itertools.islice(talk(head.twins, plan), 1)
+            path, name, schema = rng.choice([each for each in places(ask.frame) if of_plan(each[1])])
+            head.try_plan(plan, path, head.text(name, path, schema, 0.8), steps_of_a_run)
+    elif how == 1:
+        share = rng.uniform(0, 4 / steps)
+        head.at_every_step(
+            head.plan(), steps_of_a_run, lambda ask: head.altered(ask, lambda _: rng.random() < share, rng.random())
+        )
+        head.strangers(head.plan(), steps_of_a_run, lambda _: rng.random() < share)
+    elif how == 2:
+
+        def garble(ask: Ask) -> Iterator[Change]:
+            for _ in range(steps // steps_of_a_run):
+                seed, inside = rng.getrandbits(32), rng.random() < 0.5
+                yield lambda ask, seed=seed, inside=inside: (
+                    ask.wrap(garbled(random.Random(seed), ask.inner)) if inside and ask.inner
+                    else garbled(random.Random(seed), ask.frame)
+                )  # fmt: skip
+
+        head.at_every_step(head.plan(), steps_of_a_run, garble)
+    else:
+        head.out_of_order(steps)
+    head.twins.verify()
+
+
+@pytest.mark.slow
+def test_bytes_and_order_altered(fuzz: Made) -> None:
+    for seed in range(24):
+        episode(fuzz(WORLDS[seed % len(WORLDS)], seed, epsilon=(1e6, 30.0)[seed % 2]), 40)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_all_of_it_for_an_hour(fuzz: Made, tmp_path: Path) -> None:
+    """FEDLLM_FUZZ_SECONDS says how long. What fails names the seed of its episode, for the test above."""
+    first, end, tried, fields = int.from_bytes(os.urandom(4)), time.monotonic() + SOAK, Counter[str](), Counter[str]()
+    for seed in itertools.count(first):
+        if time.monotonic() > end:
+            break
+        rng = random.Random(seed)
+        head = fuzz(rng.choice(WORLDS), seed, epsilon=rng.choice((1e6, 30.0)))
+        try:
+            episode(head, 80)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        tried, fields = tried + head.twins.replies, fields + head.hits
+        for folder in tmp_path.iterdir():
+            shutil.rmtree(folder)
+    print(f"episodes: {seed - first}; answers: {dict(tried)}; fields altered: {len(FIELDS & set(fields))} of {len(FIELDS)}")
+
+
+# ---- that it can fail ------------------------------------------------------------------------------------------------
+
+
+def unusable_records_refuse(self: Site, plan: RunPlan) -> None:
+    ADMIT(self, plan)
+    if any(self._records._records.wrong.values()):
+        raise DataError("a record cannot be used")
+
+
+def free_rounds(self: PrivacyLedger, run: str, round: int, *_: object) -> Reservation:
+    return Reservation(run, round, None, bytes(32))
+
+
+def long_records_fail(self: Watched, plan: RunPlan) -> Sequence[Unit]:
+    found = UNITS(self, plan)
+    if any(len(record.input_ids) == plan.model.max_length for unit in found for record in unit):
+        raise MemoryError
+    return found
+
+
+ADMIT, UNITS = Site._admit, Watched.units
+FAULTS = {
+    "a refusal depends on records": (Site, "_admit", unusable_records_refuse, "makes a difference, reply"),
+    "a charge is missing": (PrivacyLedger, "reserve", free_rounds, "that is not charged"),
+    "an exception depends on records": (Watched, "units", long_records_fail, "came out of Site.handle"),
+    "an answer that is not kept": (PrivacyLedger, "release", lambda *_: None, "left that is not released"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fuzz: Made, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    where, name, wrong, said = FAULTS[fault]
+    world = ("text", "a long one") if "exception" in fault else WORLDS[0]
+    head = fuzz(world, 0)
+    head.carry_out(talk(head.twins, head.plan("local")), 2)
+    monkeypatch.setattr(where, name, wrong)
+    with pytest.raises(AssertionError, match=said):
+        head.carry_out(talk(head.twins, head.plan("local")), 2)
