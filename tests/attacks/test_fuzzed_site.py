@@ -51,6 +51,7 @@ from fedllm.messages import (
     Message,
     Prepare,
     Ready,
+    Reveal,
     Secure,
     ShareRequest,
     Shares,
@@ -110,14 +111,15 @@ def with_text(frame: bytes, path: Where, text: str | None) -> bytes:
     """Return a frame in which a value is written as `text`, or is not there; the same where there is no such place."""
     header, payload = split(frame)
     place: Any = header
-    for part in path[:-1]:
-        place = place[part]
-        if place is None:  # the ledger's head, of offices that have begun anew
-            return frame
-    if text is None:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = "@here@"
+    try:
+        for part in path[:-1]:
+            place = place[part]
+        if text is None:
+            del place[path[-1]]
+        else:
+            place[path[-1]] = "@here@"
+    except (KeyError, IndexError, TypeError):  # of offices that have begun anew, or altered before
+        return frame
     written = json.dumps(header, ensure_ascii=False)
     return frame_of(written.replace('"@here@"', text or "").encode(errors="surrogatepass"), payload)
 
@@ -160,13 +162,16 @@ def nodes(schema: Json, defs: Json, value: Any, name: str, path: Where = ()) -> 
 SCHEMAS = {kind: cls.model_json_schema() for kind, cls in _KINDS.items()}
 FIELDS = {
     name for kind, schema in SCHEMAS.items() for _, name, _ in nodes(schema, schema.get("$defs", {}), None, kind)
-}  # fmt: skip
+} | {f"{kind}.kind" for kind in _KINDS}  # fmt: skip
 
 
 def places(frame: bytes) -> list[tuple[Where, str, Json]]:
     header, _ = split(frame)
     kind = header.pop("kind")
-    return list(nodes(SCHEMAS[kind], SCHEMAS[kind].get("$defs", {}), header, kind))
+    return [
+        (("kind",), f"{kind}.kind", {"enum": list(_KINDS)}),
+        *nodes(SCHEMAS[kind], SCHEMAS[kind].get("$defs", {}), header, kind),
+    ]
 
 
 def bounds(schema: Json, defs: Json) -> Iterator[str]:
@@ -220,7 +225,7 @@ def garbled(rng: random.Random, frame: bytes) -> bytes:
             middle = (a + b) // 2
             data[a:b] = data[middle:b] + data[a:middle]
         elif how == 4:
-            data[a:a] = rng.randbytes(rng.choice((1, 4, 1000)))
+            data[a:a] = rng.randbytes(rng.choice((1, 4, 1000, 1 << 22)))
         elif how == 5:
             data[4:8] = rng.choice((b"\0\0\0\0", b"\xff" * 4, rng.randbytes(4), (len(data) - 8).to_bytes(4, "big")))
         elif payload + 4 <= len(data):
@@ -338,7 +343,7 @@ class Twins:
     ) -> None:
         """`self_check`: as by default; it costs more than all else, and uses no record."""
         self.world, self.draws, self.replies, self.number = world, draws, Counter[str](), 0
-        self._self_check, self.furthest = self_check, 0.0
+        self._self_check, self.furthest, self.slowest = self_check, 0.0, 0.0
         self._folder, self._base, self._epsilon, self._errors = folder, base, epsilon, Errors()
         self.begin()
 
@@ -403,7 +408,7 @@ class Twins:
         """
         self.number += 1
         logger = logging.getLogger("fedllm.site")
-        found, replies = [], []
+        found, replies, overflows = [], list[bytes](), 0
         for victim, watched in zip(self.victims, self.watched, strict=True):
             place = victim.folder / "ledger.db"
             own, before, ledger = frame, charges(place), kinds(place)
@@ -426,6 +431,7 @@ class Twins:
                 logger.removeHandler(self._errors)
             cpu = time.process_time() - cpu
             memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
+            self.slowest = max(self.slowest, cpu)
             if cpu > MOST_CPU or memory > MOST_MEMORY:
                 raise self._fault(f"a request took {cpu:.0f} s and {memory} bytes", frame)
             message, after = read(reply) if reply else None, charges(place)
@@ -435,22 +441,26 @@ class Twins:
                 raise self._fault(f"records were used, and that is not charged: {after[-3:]}", frame)
             if reply and (watched.used or isinstance(message, TrainReply)):
                 self._check_released(place, from_bytes(own, TrainRequest, TrainRequest), reply, frame)
+            if isinstance(message, Reveal) and not any(
+                row[1] == message.round and row[6] == "RELEASED" for row in after
+            ):
+                raise self._fault("shares of a round that is not charged", frame)
             if not watched.used and before != after:
                 raise self._fault("charged, and no record was used", frame)
             replies.append(reply)
+            overflows += bool(watched.used) and isinstance(message, Declined) and message.reason == "training"
             found.append({
                 "reply": told(reply) if reply else None, "charges": after,
                 "entries of the ledger": kinds(place)[len(ledger) :], "used": len(watched.used),
             })  # fmt: skip
         for what in found[0]:
-            if found[0][what] != found[1][what]:
-                raise self._fault(
-                    f"one record more makes a difference, {what}: {[each[what] for each in found]}", frame
-                )
-        if isinstance(message, TrainReply):
-            self._check_payloads(
-                from_bytes(own, TrainRequest, TrainRequest), [read(reply).payload for reply in replies]
-            )
+            said = [each[what] for each in found]
+            # that a noised vector is too large to be sent is a function of it
+            if said[0] != said[1] and not (what == "reply" and overflows and self.world[1] in USABLE):
+                raise self._fault(f"one record more makes a difference, {what}: {said}", frame)
+        if isinstance(message, TrainReply) and not overflows:
+            request = from_bytes(own, TrainRequest, TrainRequest)
+            self._check_payloads(request, [read(reply).payload for reply in replies])
         self.replies[message.reason if isinstance(message, Declined) else message.KIND if message else "given up"] += 1
         return replies[0]
 
@@ -632,17 +642,19 @@ class Fuzz:
             text += f", {json.dumps(path[-1])}: {rng.choice(edges or ANYTHING)}"
         return text
 
-    def try_plan(self, plan: RunPlan, path: Where, text: str | None, steps: int) -> None:
-        """Alter a field of a plan; where it is one still, carry it out."""
+    def try_plan(self, plan: RunPlan, steps: int, *changes: tuple[Where, str | None]) -> None:
+        """Alter fields of a plan one after the other, as long as it is one still; then carry it out."""
         ask = advance(talk(self.twins, plan), None)
         assert ask is not None
-        frame = with_text(ask.frame, path, text)
-        try:
-            message = from_bytes(frame, Prepare, Prepare)
-        except MessageError:
-            self.twins.ask(frame)
-            return
-        self.carry_out(talk(self.twins, message.plan), steps)
+        frame = ask.frame
+        for path, text in changes:
+            frame = with_text(frame, path, text)
+            try:
+                plan = from_bytes(frame, Prepare, Prepare).plan
+            except MessageError:
+                self.twins.ask(frame)
+                return
+        self.carry_out(talk(self.twins, plan), steps)
 
     def carry_out(self, conversation: Talk, steps: int) -> None:
         reply = None
@@ -777,7 +789,7 @@ def test_every_field_of_every_message_and_plan_altered(fuzz: Made) -> None:
     """Each field at least once, in one of the worlds; those of a plan at all their bounds, and carried out."""
     hits, trained, replies, furthest = Counter[str](), 0, Counter[str](), 0.0
     for number, world in enumerate(WORLDS):
-        head = fuzz(world, number, self_check=number == 0)
+        head = fuzz(world, number, self_check=number == 1)
         mine = {
             name for name in FIELDS
             if hashlib.sha256(name.encode()).digest()[0] % len(WORLDS) == number or (number == 0 and ".labels" in name)
@@ -787,8 +799,8 @@ def test_every_field_of_every_message_and_plan_altered(fuzz: Made) -> None:
             if name in mine and of_plan(name):
                 texts = [*bounds(schema, SCHEMAS["prepare"]["$defs"]), head.text(name, path, schema, 0.0)]
                 for text in texts:
-                    head.try_plan(head.plan("local"), path, text, 2)
-                head.try_plan(head.plan("distributed"), path, head.text(name, path, schema, 1.0), 5)
+                    head.try_plan(head.plan("local"), 2, (path, text))
+                head.try_plan(head.plan("distributed"), 5, (path, head.text(name, path, schema, 1.0)))
         rest = {name for name in mine if not of_plan(name)}
         head.at_every_step(
             head.plan("distributed"), 8,
@@ -814,10 +826,12 @@ def episode(head: Fuzz, steps: int) -> None:
         for _ in range(steps // 4):
             plan = head.plan()
             (ask,) = itertools.islice(talk(head.twins, plan), 1)
-            path, name, schema = rng.choice([each for each in places(ask.frame) if of_plan(each[1])])
-            head.try_plan(plan, path, head.text(name, path, schema, 0.8), steps_of_a_run)
+            fields = [each for each in places(ask.frame) if of_plan(each[1])]
+            some = rng.sample(fields, rng.choice((1, 2, 3, 5)))
+            changes = [(path, head.text(name, path, schema, 0.8)) for path, name, schema in some]
+            head.try_plan(plan, steps_of_a_run, *changes)
     elif how == 1:
-        share = rng.uniform(0, 4 / steps)
+        share = rng.uniform(0, 0.15)
         head.at_every_step(
             head.plan(), steps_of_a_run, lambda ask: head.altered(ask, lambda _: rng.random() < share, rng.random())
         )
@@ -840,7 +854,7 @@ def episode(head: Fuzz, steps: int) -> None:
 
 @pytest.mark.slow
 def test_bytes_and_order_altered(fuzz: Made) -> None:
-    for seed in range(12):
+    for seed in range(9):
         episode(fuzz(WORLDS[seed % len(WORLDS)], seed, (1e6, 30.0)[seed % 2], self_check=seed % 6 == 0), 40)
 
 
@@ -848,7 +862,7 @@ def test_bytes_and_order_altered(fuzz: Made) -> None:
 @pytest.mark.timeout(0)
 def test_all_of_it_for_an_hour(fuzz: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """FEDLLM_FUZZ_SECONDS says how long. What fails names the seed of its episode, for the test above."""
-    first, end, furthest = int.from_bytes(os.urandom(4)), time.monotonic() + SOAK, 0.0
+    first, end, furthest, slowest = int.from_bytes(os.urandom(4)), time.monotonic() + SOAK, 0.0, 0.0
     tried, fields = Counter[str](), Counter[str]()
     for seed in itertools.count(first):
         if time.monotonic() > end:
@@ -860,14 +874,15 @@ def test_all_of_it_for_an_hour(fuzz: Made, tmp_path: Path, capsys: pytest.Captur
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error}") from error
         tried, fields = tried + head.twins.replies, fields + head.hits
-        furthest = max(furthest, head.twins.furthest)
+        furthest, slowest = max(furthest, head.twins.furthest), max(slowest, head.twins.slowest)
         for folder in tmp_path.iterdir():
             shutil.rmtree(folder)
-    what = (
-        f"{seed - first} episodes, {len(FIELDS & set(fields))} of {len(FIELDS)} fields, one record moved a sum by up "
+    said = (
+        f"{seed - first} episodes, {len(FIELDS & set(fields))} of {len(FIELDS)} fields altered; one record moved a sum "
+        f"by up to {furthest:.3g} clip norms; the slowest request took {slowest:.3g} s; answers: {dict(tried)}"
     )
     with capsys.disabled():
-        sys.stdout.write(f"\n{what}to {furthest:.3g} clip norms; answers: {dict(tried)}\n")
+        sys.stdout.write(f"\n{said}\n")
 
 
 # ---- that it can fail ------------------------------------------------------------------------------------------------
