@@ -368,15 +368,23 @@ class _Watch:
 
     def __init__(self, *files: Path) -> None:
         self._files = files
-        self._seen = self._stamps()
+        self._seen = self._looked = self._stamps()
 
     def _stamps(self) -> list[tuple[int, int]]:
         return [(state.st_mtime_ns, state.st_ino) for state in (file.stat() for file in self._files)]
 
+    @property
     def changed(self) -> bool:
-        """Whether one has been since this was asked last."""
-        before, self._seen = self._seen, self._stamps()
-        return before != self._seen
+        """Whether one has been since `seen`."""
+        return self._seen != self._stamps()
+
+    def seen(self) -> None:
+        """Say that they are known as they were when this was made, or when `look` was called last."""
+        self._seen = self._looked
+
+    def look(self) -> None:
+        """Remember how they are now: they may change again while they are read."""
+        self._looked = self._stamps()
 
 
 async def serve(home: Path, say: Callable[[str], None]) -> None:
@@ -388,27 +396,32 @@ async def serve(home: Path, say: Callable[[str], None]) -> None:
     office = HeadOffice.open(home)
     roster, keys = _Watch(office.roster_file), _Watch(office.server_certificate_file, office.ca_file)
     daemon = Daemon(home)
-    control, port = await _open_socket(daemon, office.socket), await _open_port(daemon, office)
+    socket = office.socket
+    control, port = await _open_socket(daemon, socket), await _open_port(daemon, office)
     say(f"ready: offices connect to {office.config.host}:{office.config.port}")
     try:
         while not stop.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), _LOOK)
             daemon.look_at_runs()
-            try:
-                if roster.changed():
+            try:  # and if it fails, again
+                if roster.changed:
+                    roster.look()
                     daemon.look_at_roster()
-                if keys.changed():  # sites connect again at once, and what runs have asked is asked again
+                    roster.seen()
+                if keys.changed:  # sites connect again at once, and what runs have asked is asked again
+                    keys.look()
                     office = HeadOffice.open(home)
                     await port.stop(_GRACE)
                     port = await _open_port(daemon, office)
+                    keys.seen()
                     say("the port shows its new certificate")
             except (FedllmError, OSError) as error:
                 _log.warning("%s", error)
     finally:
         await port.stop(_GRACE)
         await control.stop(_GRACE)
-        office.socket.unlink(missing_ok=True)
+        socket.unlink(missing_ok=True)
 
 
 def _allow_many_connections() -> None:
