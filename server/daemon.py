@@ -398,6 +398,7 @@ async def serve(home: Path, say: Callable[[str], None]) -> None:
     daemon = Daemon(home)
     socket = office.socket
     control, port = await _open_socket(daemon, socket), await _open_port(daemon, office)
+    said = ""
     say(f"ready: offices connect to {office.config.host}:{office.config.port}")
     try:
         while not stop.is_set():
@@ -416,8 +417,11 @@ async def serve(home: Path, say: Callable[[str], None]) -> None:
                     port = await _open_port(daemon, office)
                     keys.seen()
                     say("the port shows its new certificate")
+                said = ""
             except (FedllmError, OSError) as error:
-                _log.warning("%s", error)
+                if str(error) != said:
+                    _log.warning("%s", error)
+                said = str(error)
     finally:
         await port.stop(_GRACE)
         await control.stop(_GRACE)
