@@ -25,7 +25,19 @@ from fedllm.errors import Cancelled, FedllmError, MessageError
 from fedllm.files import read as read_file
 from fedllm.files import read_secret, write_secret
 from fedllm.plan import Frozen
-from fedllm.protocol.link import AHEAD, CONNECT, HELLO, OPTIONS, VERSION, Payload, milliseconds, parts, read, request_id
+from fedllm.protocol.link import (
+    AHEAD,
+    CONNECT,
+    HELLO,
+    OPTIONS,
+    VERSION,
+    Payload,
+    milliseconds,
+    parts,
+    plain,
+    read,
+    request_id,
+)
 from fedllm.protocol.link_pb2 import FromSite, Hello, Part, Refusal, ToSite
 from fedllm.reach import reach, remedy
 
@@ -132,7 +144,7 @@ class SiteLink:
         """Note why a connection has ended; returns the least pause until the next."""
         error, text = connection.exception(), "head office has ended the connection"
         if isinstance(error, grpc.aio.AioRpcError):
-            text = error.details() or error.code().name
+            text = plain(error.details() or error.code().name)
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 text = await asyncio.to_thread(self._explain) or text
         elif isinstance(error, FedllmError | TimeoutError):
@@ -200,7 +212,7 @@ class SiteLink:
                 known.stop.set()
             self._arriving.pop(frame.cancel.id, None)
         elif kind == "end":
-            raise (_Displaced if frame.end.displaced else MessageError)(frame.end.text[:1000])
+            raise (_Displaced if frame.end.displaced else MessageError)(plain(frame.end.text))
         elif kind == "request":
             try:
                 self._arrive(frame.request)
@@ -215,7 +227,8 @@ class SiteLink:
         """Take a part of a request; raises MessageError where it cannot be taken."""
         id_ = part.id
         if id_ not in self._arriving:
-            if len(self._arriving) >= _AT_ONCE:
+            size = part.size + sum(each.size for each in self._arriving.values())
+            if len(self._arriving) >= _AT_ONCE or (self._arriving and size > self._limit):
                 raise MessageError(f"{_AT_ONCE} requests are in hand here; ask again later")
             self._arriving[id_] = Payload(part, self._limit)
         request = self._arriving[id_].add(part)

@@ -23,7 +23,7 @@ from client.office import Office
 from fedllm.errors import ConfigError, FolderError, MessageError
 from fedllm.files import check_private, read, read_secret, umask, write_secret
 from fedllm.plan import Frozen
-from fedllm.protocol.link import CONNECT, OPTIONS, SERVER_OPTIONS, Payload, milliseconds, parts, request_id
+from fedllm.protocol.link import CONNECT, OPTIONS, SERVER_OPTIONS, Payload, milliseconds, parts, plain, request_id
 from fedllm.protocol.link import read as parse
 from fedllm.protocol.link_pb2 import End, FromSite, ToSite, Welcome
 
@@ -95,7 +95,7 @@ class _Relay:
                 await context.write(end.SerializeToString())
             await context.abort(grpc.StatusCode.ABORTED, _DISPLACED)
         if isinstance(error, grpc.aio.AioRpcError):
-            text = error.details() or error.code().name
+            text = plain(error.details() or error.code().name)
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 text = await asyncio.to_thread(self._explain) or text
             if text != self._said:

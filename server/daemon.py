@@ -23,7 +23,7 @@ import fedllm
 from fedllm import crypto
 from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError
 from fedllm.files import umask
-from fedllm.protocol.link import AHEAD, CONNECT, CONTROL, HELLO, SERVER_OPTIONS, VERSION, milliseconds, read
+from fedllm.protocol.link import AHEAD, CONNECT, CONTROL, HELLO, SERVER_OPTIONS, VERSION, milliseconds, plain, read
 from fedllm.protocol.link_pb2 import (
     Answer,
     Cancel,
@@ -154,7 +154,7 @@ class Daemon:
             text = f"version {hello.version} of the link, and head office speaks {VERSION}. Install the same fedllm"
             await self._refuse(context, member.site, _Code.FAILED_PRECONDITION, text)
         link = _Link(member, key, context.peer())
-        link.software, link.ahead = hello.software[:40], hello.clock - link.since
+        link.software, link.ahead = plain(hello.software)[:40], hello.clock - link.since
         if (before := self._links.get(link.site)) is not None:
             text = f"{link.site} has connected again from {link.address}: the newest connection counts"
             _log.warning("%s", text)
@@ -196,7 +196,7 @@ class Daemon:
     async def _admit(self, context: _Context) -> tuple[Member, str]:
         """Return the member of the roster that a connection's certificate is of, and its key; or end the connection."""
         shown: dict[str, Any] = dict(context.auth_context())  # property -> values, bytes
-        name = shown.get("x509_common_name", (b"?",))[0].decode("utf-8", "replace")[:64]
+        name = plain(shown.get("x509_common_name", (b"?",))[0].decode("utf-8", "replace"))
         try:
             key = crypto.certified_key(shown.get("x509_pem_cert", (b"",))[0])
         except CryptoError:
@@ -249,7 +249,7 @@ class Daemon:
                         await context.write(Answer(part=part).SerializeToString())
                     case Refusal() as refusal:
                         left = 0
-                        await _say_last(context, Answer(refused=refusal.text[:1000]))
+                        await _say_last(context, Answer(refused=plain(refusal.text)))
                     case None:
                         left = 0
                         await _say_last(context, Answer(gone=f"the connection to {link.site} has ended"))

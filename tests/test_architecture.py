@@ -195,7 +195,8 @@ def test_no_two_modules_import_each_other() -> None:
 def entry_points() -> set[str]:
     """Return modules that a user starts: those in the project's scripts, and those that can be run."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    named = {target.partition(":")[0] for target in project["project"]["scripts"].values()}
+    started = {**project["project"]["scripts"], **project["tool"]["flwr"]["app"]["components"]}
+    named = {target.partition(":")[0] for target in started.values()}
     runnable = {
         module
         for module, tree in sources().items()

@@ -80,15 +80,6 @@ class Network:
             return False
         return True
 
-    def make_poor(self, name: str, *how: str) -> str:
-        """Delay, lose and limit what passes a link both ways, as tc-netem(8) says it; returns why it cannot."""
-        try:
-            do(*self.prefix(name), "tc", "qdisc", "add", "dev", "eth0", "root", "netem", *how)
-            do(*self.prefix("wan"), "tc", "qdisc", "add", "dev", name, "root", "netem", *how)
-        except (OSError, subprocess.CalledProcessError) as error:
-            return (getattr(error, "stderr", None) or str(error)).strip()
-        return ""
-
     def forget(self, name: str) -> bool:
         """Drop at head office, for ever, what belongs to an office's present connections, as a firewall does that has
         forgotten them; new ones pass. False where there is no nft."""

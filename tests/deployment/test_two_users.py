@@ -1,4 +1,4 @@
-"""An office of two system users: site service and SuperNode share a socket and nothing else.
+"""An office of two system users: site and relay share a socket and nothing else, and the site has no network.
 
 The users exist only for the processes of this test: each gets a mount namespace in which /etc/passwd and /etc/group
 name them, and in which interpreter and source can be read where root's own folders would hide them.
@@ -20,13 +20,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.deployment.harness import FEDLLM, Branch, HeadOffice, Program, records_of, settings, until
+from client.relay import export_relay_folder
+from tests.deployment.harness import Branch, HeadOffice, Program, records_of, settings, until
 
 pytestmark = [pytest.mark.deployment, pytest.mark.soak]
 
 REPOSITORY = Path(__file__).parents[2]
-SERVICE, COURIER, STRANGER, GROUP = "fedllm-site", "fedllm-courier", "fedllm-nobody", "fedllm-socket"
-IDS = {SERVICE: 64101, COURIER: 64102, STRANGER: 64103, GROUP: 64104}
+SITE, RELAY, STRANGER, GROUP = "fedllm-site", "fedllm-relay", "fedllm-nobody", "fedllm-link"
+IDS = {SITE: 64101, RELAY: 64102, STRANGER: 64103, GROUP: 64104}
 NAME = "seoul-gangnam"
 
 # Runs as one of the users: attempts everything and says what came of it
@@ -70,6 +71,7 @@ attempt("trace", trace)
 attempt("signal", lambda: os.kill(task["pid"], 0))
 attempt("replace the socket", lambda: os.rename(task["socket"], task["socket"] + ".old"))
 attempt("connect", connect)
+attempt("reach head office", lambda: socket.create_connection(("127.0.0.1", task["port"]), 10).close())
 json.dump(found, sys.stdout)
 """
 
@@ -100,7 +102,7 @@ def _users(folder: Path) -> None:
     """Write the lists of users and groups, as the namespaces shall see them."""
     ids = IDS.items()
     users = "".join(f"{n}:x:{i}:{i}::/nonexistent:/usr/sbin/nologin\n" for n, i in ids if n != GROUP)
-    groups = "".join(f"{n}:x:{i}:{f'{SERVICE},{COURIER}' if n == GROUP else ''}\n" for n, i in ids)
+    groups = "".join(f"{n}:x:{i}:{f'{SITE},{RELAY}' if n == GROUP else ''}\n" for n, i in ids)
     for name, more in (("passwd", users), ("group", groups)):
         (folder / name).write_text(Path("/etc", name).read_text("utf-8").rstrip("\n") + "\n" + more, "utf-8")
         (folder / name).chmod(0o644)
@@ -113,17 +115,14 @@ class Place:
     folder: Path
 
     def as_user(self, name: str) -> list[str]:
-        """Put before a command, it runs as this user."""
-        return ["unshare", "--mount", "--propagation", "private", "sh", "-ec", _script(self.folder), "sh", name]
+        """Put before a command, it runs as this user; the site's has no network, as under its systemd unit."""
+        apart = ["--net"] if name == SITE else []
+        return ["unshare", "--mount", *apart, "--propagation", "private", "sh", "-ec", _script(self.folder), "sh", name]
 
     def give(self, path: Path, name: str) -> None:
         """Give a file or a folder with all that is in it to a user."""
         for each in [path, *path.rglob("*")]:
             os.chown(each, IDS[name], IDS[name], follow_symlinks=False)
-
-    def fedllm(self, user: str, *arguments: str) -> str:
-        """Run a `fedllm` command as a user."""
-        return self._run([*self.as_user(user), *FEDLLM, *arguments])
 
     def attempt(self, user: str, task: dict[str, object]) -> dict[str, str]:
         """Return what came of everything that `_ATTEMPTS` tries."""
@@ -153,7 +152,7 @@ def place() -> Iterator[Place]:
         (folder / "stage").mkdir()
         _users(folder)
         made = Place(folder)
-        look = [*made.as_user(COURIER), sys.executable, "-c", "import fedllm.cli, client.app, torch"]
+        look = [*made.as_user(RELAY), sys.executable, "-c", "import fedllm.cli, client.relay, torch"]
         tried = subprocess.run(look, capture_output=True, text=True, check=False, timeout=120)
         if tried.returncode != 0:
             pytest.skip(f"other users cannot run this installation here: {tried.stderr.strip().splitlines()[-1:]}")
@@ -169,21 +168,22 @@ class TwoUsers:
     place: Place
     head: HeadOffice
     branch: Branch
-    service: Program
-    courier: Program
-    courier_folder: Path
+    relay: Program
     records: Path
     socket: Path
 
-    def task(self) -> dict[str, object]:
-        """What the attempts are to be made on."""
-        home = self.branch.home
+    def task(self, whose: str) -> dict[str, object]:
+        """What the attempts are to be made on: what is the site's, or the relay's."""
+        home, program, more = self.branch.home, self.branch.program, [self.records]
+        if whose == RELAY:
+            home, program, more = self.branch.relay_home, self.relay, []
         files = [path for path in home.rglob("*") if path.is_file()]
-        assert {"identity", "node", "ledger.db", "site.yaml", "grant.json"} <= {path.name for path in files}
+        expected = {"link", "link.pem"} | ({"identity", "ledger.db", "site.yaml"} if whose == SITE else {"relay.json"})
+        assert expected <= {path.name for path in files}
         return {
             "folders": [str(path) for path in (home, *home.rglob("*")) if path.is_dir()],
-            "files": [str(path) for path in (*files, self.records)],
-            "socket": str(self.socket), "pid": self.service.processes()[0].pid,
+            "files": [str(path) for path in (*files, *more)], "port": self.head.port,
+            "socket": str(self.socket), "pid": program.processes()[0].pid,
         }  # fmt: skip
 
 
@@ -192,41 +192,39 @@ def office(place: Place) -> Iterator[TwoUsers]:
     folder = place.folder
     head = HeadOffice(folder)
     records = records_of(NAME, folder / "records.jsonl")
-    branch = Branch(folder, NAME, records)
-    branch.join(head)
-    run, exchange = folder / "run", folder / "exchange"
-    for made in (run, exchange):  # as systemd makes a RuntimeDirectory
-        made.mkdir(mode=0o755)
-        place.give(made, SERVICE)
-    branch.settings |= {"socket": str(run / "site.sock"), "socket_group": GROUP}
+    branch = Branch(folder, NAME, records, place.as_user(SITE))
+    run = folder / "run"
+    run.mkdir(mode=0o755)  # as systemd makes a RuntimeDirectory
+    branch.settings |= {"socket": str(run / "link.sock"), "socket_group": GROUP}
     branch.write_settings()
-    place.give(branch.home, SERVICE)
-    place.give(records, SERVICE)
-    place.fedllm(SERVICE, "site", "courier", str(exchange / "courier"), "--home", str(branch.home))
-    place.give(exchange / "courier", COURIER)
-    serve, carry = ["site", "serve", "--home", str(branch.home)], ["site", "carry", str(exchange / "courier")]
-    service = Program(serve, folder / "service.log", place.as_user(SERVICE))
-    courier = Program(carry, folder / "courier.log", place.as_user(COURIER))
+    branch.join(head)
+    export_relay_folder(branch.office, branch.relay_home)
+    relay = Program(["site", "relay", str(branch.relay_home)], folder / "relay.log", place.as_user(RELAY))
+    for path, user in ((branch.home, SITE), (records, SITE), (run, RELAY), (branch.relay_home, RELAY)):
+        place.give(path, user)
     try:
         head.start()
-        service.start()
-        courier.start()
-        until((run / "site.sock").exists, what=f"the socket; {service.text()}")
-        yield TwoUsers(place, head, branch, service, courier, exchange / "courier", records, run / "site.sock")
+        relay.started("the relay listens")
+        branch.start()
+        until(lambda: head.connected() == {NAME} or branch.program.ended, what=f"the site; {branch.program.text()}")
+        yield TwoUsers(place, head, branch, relay, records, run / "link.sock")
     finally:
-        for program in (courier, service, head.program):
-            program.stop()
+        branch.program.stop()
+        relay.stop()
+        head.stop()
 
 
-def test_a_run_completes_with_service_and_supernode_under_two_users(office: TwoUsers) -> None:
+CLOSED = {errno.errorcode[number] for number in (errno.EACCES, errno.EPERM)}
+
+
+def test_a_run_completes_with_site_and_relay_under_two_users(office: TwoUsers) -> None:
     done = office.head.submit(*settings("two-users", 1, **{"federation.quorum": 1}))
-    assert done.returncode == 0, done.stdout + done.stderr + office.service.text() + office.courier.text()
+    assert done.returncode == 0, done.stdout + done.stderr + office.branch.program.text() + office.relay.text()
     assert office.head.rounds("two-users")[1].answered == [NAME]
-    for program, user in ((office.service, SERVICE), (office.courier, COURIER)):
+    for program, user in ((office.branch.program, SITE), (office.relay, RELAY)):
         found = program.processes()
         assert {each.uids().effective for each in found} == {IDS[user]}
         assert all(_capabilities(each) == 0 for each in found)
-    assert any("flower-supernode" in " ".join(each.cmdline()) for each in office.courier.processes())
 
 
 def _capabilities(process: psutil.Process) -> int:
@@ -234,34 +232,45 @@ def _capabilities(process: psutil.Process) -> int:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapPrm:")), 16)
 
 
-def test_the_couriers_user_can_open_nothing_of_the_sites_and_not_look_into_its_process(office: TwoUsers) -> None:
-    found = office.place.attempt(COURIER, office.task())
-    assert found.pop("connect") == "done"  # this is what it is for
-    assert set(found.values()) <= {errno.errorcode[errno.EACCES], errno.errorcode[errno.EPERM]}, found
+def test_the_relays_user_can_open_nothing_of_the_sites_and_not_look_into_its_process(office: TwoUsers) -> None:
+    found = office.place.attempt(RELAY, office.task(SITE) | {"socket": str(office.socket) + ".none"})
+    assert found.pop("reach head office") == "done"  # this is what it is for
+    assert found.pop("replace the socket") == found.pop("connect") == errno.errorcode[errno.ENOENT]  # it is its own
+    assert set(found.values()) <= CLOSED, found
     assert len(found) > 20
 
 
+def test_the_sites_user_has_no_network_and_nothing_of_the_relays_but_its_socket(office: TwoUsers) -> None:
+    found = office.place.attempt(SITE, office.task(RELAY))
+    assert found.pop("connect") == "done"
+    assert found.pop("reach head office") in ("ENETUNREACH", "ECONNREFUSED")  # not even loopback
+    assert set(found.values()) <= CLOSED, found
+
+
 def test_a_third_user_cannot_even_open_the_socket(office: TwoUsers) -> None:
-    found = office.place.attempt(STRANGER, office.task() | {"folders": [str(office.courier_folder)]})
-    assert set(found.values()) <= {errno.errorcode[errno.EACCES], errno.errorcode[errno.EPERM]}, found
+    for whose in (SITE, RELAY):
+        found = office.place.attempt(STRANGER, office.task(whose))
+        assert found.pop("reach head office") == "done"  # its port, where it has no certificate to show
+        assert set(found.values()) <= CLOSED, found
 
 
 def test_the_attempts_succeed_where_they_are_permitted(office: TwoUsers) -> None:
-    task = office.task() | {"folders": [], "files": [str(office.records), str(office.branch.home / "site.yaml")]}
+    site = office.branch.home / "site.yaml"
+    task = office.task(SITE) | {"folders": [], "files": [str(office.records), str(site)]}
     task["socket"] = str(office.socket) + ".none"  # it would replace it
-    found = office.place.attempt(SERVICE, task)
-    assert found.pop("replace the socket") == found.pop("connect") == errno.errorcode[errno.ENOENT]
+    found = office.place.attempt(SITE, task)
+    found.pop("reach head office")
+    assert found.pop("connect") == errno.errorcode[errno.ENOENT]
+    assert found.pop("replace the socket") in CLOSED | {errno.errorcode[errno.ENOENT]}
     assert found.pop("trace") in ("done", errno.errorcode[errno.EPERM])  # Yama's ptrace_scope may forbid it to all
     assert {what: came for what, came in found.items() if came != "done"} == {}
 
 
-def test_the_couriers_folder_holds_no_key_that_opens_a_message_and_the_site_cannot_be_read_from_it(
-    office: TwoUsers,
-) -> None:
+def test_the_relays_folder_holds_no_key_that_opens_a_message(office: TwoUsers) -> None:
     secrets = [path.read_bytes() for path in office.branch.home.glob("keys/*/identity")]
     assert secrets
-    held = [path for path in office.courier_folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    assert {"node", "ca.pem", "courier.json"} <= {path.name for path in held}
+    held = [path for path in office.branch.relay_home.rglob("*") if path.is_file()]
+    assert {path.name for path in held} == {"link", "link.pem", "ca.pem", "relay.json", "relay.log"}
     for path in held:
         data = path.read_bytes()
         assert not any(secret in data for secret in secrets)
