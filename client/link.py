@@ -102,6 +102,7 @@ class SiteLink:
         """
         self._target, self._credentials, self._handle, self._limit = target, credentials, handle, limit
         self._state, self._explain, self._said = state, explain, ""
+        self._away = 0  # milliseconds since 1970 UTC: since when it is not connected, 0 while it is
         self._in_hand: dict[bytes, _InHand] = {}
         self._arriving: dict[bytes, Payload] = {}
         self._longest = _LONGEST_NEAR if target.startswith("unix:") else _LONGEST_PAUSE
@@ -154,7 +155,8 @@ class SiteLink:
         if text != self._said:
             _log.warning("not connected: %s", text)
         self._said = text
-        self._note(LinkState(state="connecting", since=milliseconds(), text=text[:1000]))
+        self._away = self._away or milliseconds()
+        self._note(LinkState(state="connecting", since=self._away, text=text[:1000]))
         return _DISPLACED if isinstance(error, _Displaced) else 0.0
 
     def _note(self, state: LinkState) -> None:
@@ -186,7 +188,7 @@ class SiteLink:
                 _log.warning(
                     "this clock and head office's differ by %d s: timedatectl set-ntp true", abs(ahead) // 1000
                 )
-            self._said = ""
+            self._said, self._away = "", 0
             self._note(LinkState(state="connected", since=milliseconds(), ahead=ahead))
             _log.info("connected to head office")
             self._outgoing = outgoing = asyncio.Queue[FromSite](AHEAD)
