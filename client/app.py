@@ -1,13 +1,17 @@
-"""A Flower ClientApp that hands the bytes of a message to a site: for simulations."""
+"""A Flower ClientApp that hands the bytes of a message to a site: in simulations, and on a fleet of SuperNodes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedllm.messages import KEY, RECORD
 
+WHO = "site"  # key of the question which site a node is of, and of the node's configuration that answers it
+SOCKET = "socket"  # key of the node's configuration: where the site's process makes its connection to
+GROUP = "socket_group"  # the same: that may come in there, beside the node's user
 Handler = Callable[[bytes, float], bytes]  # request, seconds until nobody waits for the answer -> answer
 
 
@@ -17,9 +21,22 @@ def courier(connect: Callable[[Context], Handler]) -> ClientApp:
 
     def carry(message: Message, context: Context) -> Message:
         record = message.content.config_records[RECORD]
+        if WHO in record:
+            name = RecordDict({RECORD: ConfigRecord({WHO: str(context.node_config[WHO])})})
+            return Message(name, reply_to=message)
         record[KEY] = connect(context)(cast(bytes, record[KEY]), message.metadata.ttl)
         return Message(message.content, reply_to=message)
 
     app.query()(carry)
     app.train()(carry)
     return app
+
+
+def _site_process(context: Context) -> Handler:
+    from client.relay import ask
+
+    socket, group = Path(str(context.node_config[SOCKET])), str(context.node_config.get(GROUP, "")) or None
+    return lambda request, seconds: ask(socket, group, request, seconds)
+
+
+app = courier(_site_process)  # of a fleet of SuperNodes: docs/flower.md

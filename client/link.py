@@ -25,12 +25,25 @@ from fedllm.errors import Cancelled, FedllmError, MessageError
 from fedllm.files import read as read_file
 from fedllm.files import read_secret, write_secret
 from fedllm.plan import Frozen
-from fedllm.protocol.link import AHEAD, CONNECT, HELLO, OPTIONS, VERSION, Payload, milliseconds, parts, read, request_id
+from fedllm.protocol.link import (
+    AHEAD,
+    CONNECT,
+    HELLO,
+    OPTIONS,
+    VERSION,
+    Payload,
+    milliseconds,
+    parts,
+    plain,
+    read,
+    request_id,
+)
 from fedllm.protocol.link_pb2 import FromSite, Hello, Part, Refusal, ToSite
 from fedllm.reach import reach, remedy
 
 _log = logging.getLogger("fedllm.site")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds until it connects again; doubled each time, then drawn below that
+_LONGEST_NEAR = 1.0  # seconds, of a socket on the same machine
 _DISPLACED = 60.0  # seconds where another process has connected with this site's key
 _ALONE = 60.0  # seconds after which a request is given up whose asker has not come back
 _AT_ONCE = 4  # requests that are in hand; more are told to come again
@@ -91,6 +104,7 @@ class SiteLink:
         self._state, self._explain, self._said = state, explain, ""
         self._in_hand: dict[bytes, _InHand] = {}
         self._arriving: dict[bytes, Payload] = {}
+        self._longest = _LONGEST_NEAR if target.startswith("unix:") else _LONGEST_PAUSE
         self._outgoing: asyncio.Queue[FromSite] | None = None  # of the present connection
         self._threads = ThreadPoolExecutor(_AT_ONCE, "site")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,7 +127,7 @@ class SiteLink:
                 await asyncio.gather(connection, return_exceptions=True)
                 break
             least = await self._why(connection)
-            pause = _FIRST_PAUSE if time.monotonic() - began > _LONGEST_PAUSE else min(2 * pause, _LONGEST_PAUSE)
+            pause = _FIRST_PAUSE if time.monotonic() - began > _LONGEST_PAUSE else min(2 * pause, self._longest)
             await asyncio.wait((stopped,), timeout=max(least, random.uniform(pause / 2, pause)))
             stopped.cancel()
         watch.cancel()
@@ -130,7 +144,7 @@ class SiteLink:
         """Note why a connection has ended; returns the least pause until the next."""
         error, text = connection.exception(), "head office has ended the connection"
         if isinstance(error, grpc.aio.AioRpcError):
-            text = error.details() or error.code().name
+            text = plain(error.details() or error.code().name)
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 text = await asyncio.to_thread(self._explain) or text
         elif isinstance(error, FedllmError | TimeoutError):
@@ -198,7 +212,7 @@ class SiteLink:
                 known.stop.set()
             self._arriving.pop(frame.cancel.id, None)
         elif kind == "end":
-            raise (_Displaced if frame.end.displaced else MessageError)(frame.end.text[:1000])
+            raise (_Displaced if frame.end.displaced else MessageError)(plain(frame.end.text))
         elif kind == "request":
             try:
                 self._arrive(frame.request)
@@ -213,7 +227,8 @@ class SiteLink:
         """Take a part of a request; raises MessageError where it cannot be taken."""
         id_ = part.id
         if id_ not in self._arriving:
-            if len(self._arriving) >= _AT_ONCE:
+            size = part.size + sum(each.size for each in self._arriving.values())
+            if len(self._arriving) >= _AT_ONCE or (self._arriving and size > self._limit):
                 raise MessageError(f"{_AT_ONCE} requests are in hand here; ask again later")
             self._arriving[id_] = Payload(part, self._limit)
         request = self._arriving[id_].add(part)
@@ -283,7 +298,7 @@ class SiteLink:
 
 
 def outside(address: str, ca: Path, key: Path) -> tuple[str, Callable[[], grpc.ChannelCredentials], Callable[[], str]]:
-    """Return, for SiteLink, how to connect to head office's port: from the files of authorities and of the site's key."""
+    """Return, for SiteLink, how to connect to head office's port, from files: of authorities and of the site's key."""
     certificate = key.with_suffix(".pem")
     host, _, port = address.rpartition(":")
 

@@ -39,13 +39,15 @@ class Masks:
         if request.session is None:
             raise MessageError("a plan with noise in shares comes with a session of secure aggregation")
         self._forget_if_copied()
+        circle = plan.circle(self._site)  # which the plan fixes for the whole run: whoever is in no other is no peer
         with _judged():
+            peers = self._peers(request.roster)
             terms = Terms(
                 plan.digest,
                 request.session,
                 plan.quorum,
                 plan.privacy.colluding_sites,
-                self._peers(request.roster),
+                peers if circle is None else {name: peers[name] for name in circle if name in peers},
                 plan.sites,
             )
             member = self._members.pop(plan.digest, None)

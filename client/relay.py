@@ -17,16 +17,19 @@ import grpc
 import grpc.aio
 from pydantic import ValidationError
 
+import fedllm
 from client.link import Stream, outside
 from client.office import Office
-from fedllm.errors import ConfigError, FolderError
+from fedllm.errors import ConfigError, FolderError, MessageError
 from fedllm.files import check_private, read, read_secret, umask, write_secret
 from fedllm.plan import Frozen
-from fedllm.protocol.link import CONNECT, OPTIONS, SERVER_OPTIONS
-from fedllm.protocol.link_pb2 import End, ToSite
+from fedllm.protocol.link import CONNECT, OPTIONS, SERVER_OPTIONS, Payload, milliseconds, parts, plain, request_id
+from fedllm.protocol.link import read as parse
+from fedllm.protocol.link_pb2 import End, FromSite, ToSite, Welcome
 
 _log = logging.getLogger("fedllm.site")
 SETTINGS, KEY, CERTIFICATE, CA = "relay.json", "link", "link.pem", "ca.pem"
+_LIMIT = 1 << 36  # bytes of an answer
 _DISPLACED = "the site has connected to the relay again: the newest connection counts"
 
 
@@ -92,7 +95,7 @@ class _Relay:
                 await context.write(end.SerializeToString())
             await context.abort(grpc.StatusCode.ABORTED, _DISPLACED)
         if isinstance(error, grpc.aio.AioRpcError):
-            text = error.details() or error.code().name
+            text = plain(error.details() or error.code().name)
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 text = await asyncio.to_thread(self._explain) or text
             if text != self._said:
@@ -100,6 +103,57 @@ class _Relay:
             self._said = text
             await context.abort(error.code(), text)
         self._said = ""
+
+
+def ask(socket: Path, group: str | None, request: bytes, seconds: float) -> bytes:
+    """Hand one request to the site's process, as head office's end of the link, and return the answer.
+
+    For a Flower ClientApp, in whose place a relay would be. Raises MessageError where the site gives no answer, and
+    TimeoutError where it does not connect or answer in time.
+    """
+    return asyncio.run(asyncio.wait_for(_ask(socket, group, request), seconds))
+
+
+async def _ask(socket: Path, group: str | None, request: bytes) -> bytes:
+    found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def connect(_: object, context: "grpc.aio.ServicerContext[bytes, bytes]") -> None:
+        try:
+            answer = await _exchange(context, request)
+        except MessageError as error:
+            if not found.done():
+                found.set_exception(error)
+        else:
+            if not found.done():
+                found.set_result(answer)
+
+    server = _server(connect)
+    _bind(server, socket, group)
+    await server.start()
+    try:
+        return await found
+    finally:
+        await server.stop(1.0)
+        with contextlib.suppress(OSError):
+            socket.unlink()
+
+
+async def _exchange(context: "grpc.aio.ServicerContext[bytes, bytes]", request: bytes) -> bytes:
+    id_, payload = request_id(request), None
+    welcome = ToSite(welcome=Welcome(software=fedllm.__version__, clock=milliseconds()))
+    await context.read()  # the hello, of whoever may open the socket
+    await context.write(welcome.SerializeToString())
+    for part in parts(id_, request):
+        await context.write(ToSite(request=part).SerializeToString())
+    while isinstance(data := await context.read(), bytes):
+        frame = parse(FromSite, data)
+        if frame.WhichOneof("frame") == "refusal" and frame.refusal.id == id_:
+            raise MessageError(frame.refusal.text)
+        if frame.WhichOneof("frame") == "answer" and frame.answer.id == id_:
+            payload = payload or Payload(frame.answer, _LIMIT)
+            if (whole := payload.add(frame.answer)) is not None:
+                return whole
+    raise MessageError("the site's process has ended the connection")
 
 
 async def _pump(take: Callable[[], Awaitable[Any]], give: Callable[[bytes], Awaitable[Any]]) -> None:
@@ -115,10 +169,7 @@ async def serve(folder: Path) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     settings = read_relay(folder)
     relay, socket = _Relay(folder, settings), Path(settings.socket)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    service, _, method = CONNECT[1:].partition("/")
-    handlers: Any = {method: grpc.stream_stream_rpc_method_handler(relay.connect)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    server = _server(relay.connect)
     _bind(server, socket, settings.group)
     await server.start()
     _log.info("the relay listens on %s", socket)
@@ -126,6 +177,14 @@ async def serve(folder: Path) -> None:
     await server.stop(1.0)
     with contextlib.suppress(OSError):
         socket.unlink()
+
+
+def _server(connect: Callable[[object, Any], Awaitable[None]]) -> grpc.aio.Server:
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    service, _, method = CONNECT[1:].partition("/")
+    handlers: Any = {method: grpc.stream_stream_rpc_method_handler(connect)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    return server
 
 
 def _bind(server: grpc.aio.Server, socket: Path, group: str | None) -> None:

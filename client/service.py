@@ -148,6 +148,7 @@ def run(office: Office) -> bool:
 
     Raises FedllmError where the site cannot start.
     """
+    stamp = office.stamp()  # before the records are read, which takes its time
     use_threads(office.config.resources.threads)
     data = office.ledger_file.parent
     data.mkdir(mode=0o700, exist_ok=True)
@@ -157,10 +158,10 @@ def run(office: Office) -> bool:
         site = open_site(office)
         site.open_ledger()
         endpoint = Endpoint(site, office.identities, office.coordinators, data / "requests.json")
-        return asyncio.run(_answer(office, endpoint, ledger))
+        return asyncio.run(_answer(office, endpoint, ledger, stamp))
 
 
-async def _answer(office: Office, endpoint: Endpoint, ledger: LedgerFile) -> bool:
+async def _answer(office: Office, endpoint: Endpoint, ledger: LedgerFile, stamp: tuple[object, ...]) -> bool:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -169,7 +170,7 @@ async def _answer(office: Office, endpoint: Endpoint, ledger: LedgerFile) -> boo
     keeping = asyncio.create_task(_keep_time(ledger))
     running = asyncio.create_task(link.run(stop))
     _log.info("%s is ready", office.name)
-    stamp, changed = office.stamp(), False
+    changed = False
     while not running.done():
         await asyncio.wait((running,), timeout=_LOOK)
         if office.stamp() != stamp and not link.busy:

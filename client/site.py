@@ -47,7 +47,6 @@ from fedllm.errors import (
     SpecMismatch,
 )
 from fedllm.messages import (
-    MAX_NAME,
     Declined,
     MaskRequest,
     Message,
@@ -61,7 +60,7 @@ from fedllm.messages import (
     pack,
     unpack,
 )
-from fedllm.plan import MAX_START, RunPlan
+from fedllm.plan import MAX_NAME, MAX_START, RunPlan
 from fedllm.privacy.accounting import PrivacySpent
 from fedllm.privacy.ledger import DataSet, PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace

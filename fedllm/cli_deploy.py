@@ -201,6 +201,8 @@ def site_install(
     known = " and ".join(identity.fingerprint for identity in installed.coordinators)
     typer.echo(f"{installed.name} takes part at {installed.address}; head office is known by {known}")
     typer.echo("A site that runs takes it up by itself; else: fedllm site start")
+    if installed.socket is not None:
+        typer.echo("Its relay has a copy of the certificate. Make it again: fedllm site export-relay FOLDER")
 
 
 @site_app.command("rotate")

@@ -173,6 +173,9 @@ def submit(
         str | None, typer.Option("--resume", help="Continue this run where it stopped.", show_default=False)
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Start the run and do not follow it.")] = False,
+    only_prepare: Annotated[
+        bool, typer.Option("--prepare", help="Do not start it: Flower's own SuperLink will. See docs/flower.md.")
+    ] = False,
     cfg: Annotated[bool, typer.Option("--cfg", help="Print the composed configuration and stop.")] = False,
     config_dir: Annotated[
         Path | None, typer.Option("--config-dir", help="A folder with Hydra groups of your own, searched first.")
@@ -205,10 +208,14 @@ def submit(
             raise ConfigError(f"--resume {resume}: there is no such run in {deployment.runs(folder)}")
         config = read_as(earlier, DeploymentConfig).model_copy(update={"resume": True})
     socket = HeadOffice.open(folder).socket
-    look(socket)  # raises where no daemon runs
+    if not only_prepare:
+        look(socket)  # raises where no daemon runs
     _console.print("checking model, held-out set and plan ...", highlight=False)
     deployment.prepare(folder, config)
     place = deployment.runs(folder) / config.name
+    if only_prepare:
+        _console.print(f"run {config.name} is prepared in {place}", highlight=False, soft_wrap=True)
+        return
     deployment.hand_over(place, socket)
     _console.print(f"run {config.name} is started", highlight=False)
     if detach:
@@ -312,8 +319,8 @@ def server_units(folder: _UnitsFolder = _UNITS, home: HeadOfficeOption = HEAD_OF
     office = HeadOffice.open(home)
     user = units.owner(home)
     server = units.Unit(
-        "fedllm-server", f"Head office of {office.config.name}", ("server", "start", "--home", str(home)), user, (home,),
-        leaves=True,
+        "fedllm-server", f"Head office of {office.config.name}", ("server", "start", "--home", str(home)), user,
+        (home,), leaves=True,
     )  # fmt: skip
     _write_units(folder, [server], [home / "log" / "*.log"], units.compose([server], {server.name: office.config.port}))
 

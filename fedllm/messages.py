@@ -13,11 +13,10 @@ from pydantic import Field, ValidationError
 from fedllm.codec import WireDtype
 from fedllm.delta import digest_of
 from fedllm.errors import MessageError
-from fedllm.plan import MAX_HOLDERS, MAX_ROUNDS, MAX_SITES, Frozen, RunPlan
+from fedllm.plan import MAX_HOLDERS, MAX_ROUNDS, MAX_SITES, Frozen, Name, Names, RunPlan
 
 MAGIC = b"FLM1"
 RECORD, KEY = "fedllm", "message"  # where the transport's envelope holds a message: record and key
-MAX_NAME = 200  # characters of a site's name
 MAX_STATEMENT = 16_384  # characters
 _MAX_HEADER = 1 << 20
 _NOTHING, _LITTLE = 0, 1 << 20  # bytes of a payload: none; secrets of secure aggregation, and requests for them
@@ -38,8 +37,6 @@ Reason = Literal[
 ]
 
 
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
-Names = Annotated[tuple[Name, ...], Field(max_length=MAX_HOLDERS)]
 Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Digest = Annotated[str, Field(max_length=64)]  # to compare with
 Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{128}$")]

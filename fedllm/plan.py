@@ -20,12 +20,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fedllm.codec import WireDtype
 from fedllm.delta import digest_of
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, PrivacyError
 from fedllm.privacy.mechanism import Clipping, Mechanism
 from fedllm.privacy.shared import SharedMechanism
 
 MAX_HOLDERS = 512  # sites of one secure aggregation
 MAX_SITES = 5_000  # of a federation: their roster fits the header of a message
+MAX_NAME = 200  # characters of a site's name
 MAX_ROUNDS = 1_000_000
 MAX_STEPS = 1_000_000  # of a whole run: as far as the accountants were tried
 # magnitude of a value that a round starts from: far beyond what training finds in an adapter, and products of three
@@ -51,6 +52,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(ge=1e-9, le=1e6)]  # of learning
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Label = Annotated[str, Field(max_length=1000)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]  # of a site
+Names = Annotated[tuple[Name, ...], Field(max_length=MAX_HOLDERS)]
 Layer = Annotated[str, Field(max_length=200)]  # the name of one
 BySite = Annotated[dict[str, float], AfterValidator(_spelled)]
 
@@ -193,10 +196,13 @@ class RunPlan(Frozen):
 
     run: str = Field(min_length=1, max_length=500)  # unique
     seed: Seed  # public: initial adapter values
-    sites: int = Field(1, ge=1, le=MAX_SITES)  # that may take part
+    sites: int = Field(1, ge=1, le=MAX_SITES)  # that may take part; with groups, in the largest of them
     quorum: int = Field(
         1, ge=1, le=MAX_SITES
-    )  # promised to the sites: a round with answers of fewer sites does not count
+    )  # promised to the sites: a round with answers of fewer sites, with groups of one, does not count
+    # names; every site is in one, for the whole run, and sums with the others of its group alone; none: all with all
+    groups: tuple[Names, ...] = Field((), max_length=MAX_HOLDERS)
+    poisoned_sites: int = Field(0, ge=0, le=MAX_HOLDERS)  # with groups: so many may send what they like
     model: ModelConfig
     adapter: AdapterConfig
     privacy: PrivacyConfig
@@ -208,6 +214,9 @@ class RunPlan(Frozen):
             raise ValueError("privacy.units_per_site: a plan states the nominal number of units a site")
         if self.privacy.mode != "off" and self.privacy.noise_multiplier is None:
             raise ValueError("privacy.noise_multiplier: a plan states the calibrated noise")
+        check_groups(len(self.groups), self.poisoned_sites, self.privacy, self.training)
+        if self.groups:
+            self._check_members()
         if self.privacy.mode == "distributed":
             check_shared(self.privacy, self.training, self.sites, self.quorum)
             try:
@@ -215,6 +224,40 @@ class RunPlan(Frozen):
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return self
+
+    def _check_members(self) -> None:
+        sizes, names = [len(group) for group in self.groups], {name for group in self.groups for name in group}
+        if len(names) != sum(sizes) or not len(names) <= MAX_SITES:
+            raise ValueError(f"groups: a site is named twice, or there are more than {MAX_SITES}")
+        if not self.quorum <= min(sizes) <= max(sizes) == self.sites:
+            raise ValueError(
+                f"federation.groups={len(sizes)}: {len(names)} sites make groups of {min(sizes)} to {max(sizes)}, and "
+                f"each needs its quorum of {self.quorum}. Choose fewer groups, or admit more sites"
+            )
+
+    def circle(self, site: str) -> Names | None:
+        """Return who is in one sum with a site: its group, or None, all; raises PrivacyError where it is in none."""
+        if not self.groups:
+            return None
+        for group in self.groups:
+            if site in group:
+                return group
+        raise PrivacyError(f"the plan has groups, and site={site!r} is in none of them")
+
+    def enough(self, sites: Collection[str], quorum: int) -> bool:
+        """Whether a round with answers of these sites may count: with groups, of more than may all be poisoned."""
+        if not self.groups:
+            return len(sites) >= quorum
+        return sum(len(set(group) & set(sites)) >= quorum for group in self.groups) >= self.least_groups
+
+    def outvotes(self, used: int, refused: int) -> bool:
+        """Whether so many groups, without so many in which a poisoned site gave itself away, outvote what is left."""
+        return refused <= self.poisoned_sites and used + refused >= self.least_groups
+
+    @property
+    def least_groups(self) -> int:
+        """Groups without whose sums a round does not count; 1 where there are none."""
+        return 2 * self.poisoned_sites + 1
 
     @property
     def digest(self) -> str:
@@ -259,6 +302,30 @@ class RunPlan(Frozen):
             one
             * self.mechanism.noise_multiplier
             * math.sqrt(self.training.local_steps * sum(share**2 for share in shares))
+        )
+
+
+def check_groups(groups: int, poisoned: int, privacy: PrivacyConfig, training: TrainingConfig) -> None:
+    """Raise ValueError where so many groups, 0 or 1 being none, are no defence against so many poisoned sites.
+
+    Every poisoned site may be in a group of its own, and the honest ones must be more than half of the groups.
+    """
+    if groups <= 1:
+        return
+    if privacy.mode != "distributed":
+        raise ValueError(
+            f"federation.groups={groups}: privacy.mode={privacy.mode} has no sums of several sites. Leave groups out, "
+            "or choose privacy=distributed"
+        )
+    if poisoned < 1 or groups < 2 * poisoned + 1:
+        raise ValueError(
+            f"federation.groups={groups}: with federation.poisoned_sites={poisoned}, at least "
+            f"{2 * max(1, poisoned) + 1} groups are needed, more than twice as many and three at least"
+        )
+    if training.server.noise_corrected:
+        raise ValueError(
+            "training.server.noise_corrected=true: the variance of the noise in a median of groups is not known. Set "
+            "it to false, or federation.groups=null"
         )
 
 
@@ -347,9 +414,15 @@ class PartitionConfig(Frozen):
 class QuorumConfig(Frozen):
     """What head office does when some sites do not answer, and what the others weigh."""
 
-    quorum: int | None = Field(None, ge=1)  # answers without which a round does not count; null: by mode and sites
+    # answers without which a round does not count, with groups of one; null: by mode and sites
+    quorum: int | None = Field(None, ge=1)
     round_timeout: float = Field(600.0, gt=0)  # seconds
     weights: BySite = {}  # declared PUBLIC, by site; a site that is not named weighs 1
+    # mode distributed: sites are dealt to so many groups, each with a sum and noise of its own; the median counts
+    groups: int | None = Field(None, ge=1, le=MAX_HOLDERS)  # null or 1: off
+    poisoned_sites: int = Field(1, ge=1, le=MAX_HOLDERS)  # with groups: so many may send what they like
+    # a round is not applied that brings the held-out loss further than this share above the lowest so far; null: off
+    gate: float | None = Field(None, ge=0, le=100)
 
     @model_validator(mode="after")
     def _validate(self) -> "QuorumConfig":
@@ -420,6 +493,12 @@ class RunConfig(Frozen):
             raise ValueError("data.prompt and data.chat belong to task=causal-lm")
         if self.data.chat and not self.data.prompt:
             raise ValueError("data.chat=true needs data.prompt, the user's turn")
+        check_groups(self.federation.groups or 1, self.federation.poisoned_sites, self.privacy, self.training)
+        if self.federation.gate is not None and self.data.heldout is None:
+            raise ValueError(
+                f"federation.gate={self.federation.gate:g} compares losses on a held-out set, and there is none. "
+                "Name one (data.heldout), or set federation.gate=null"
+            )
         if len(self.name.encode()) > 255:
             raise ValueError("name is longer than the 255 bytes of a folder name")
         if self.privacy.mode == "distributed" and self.federation.weights:

@@ -43,7 +43,7 @@ def check_site_name(name: str) -> str:
 
 
 def check_host(host: str) -> str:
-    """Return the name or address of a host in its one spelling, as certificates have it; raises ValueError."""
+    """Return a host's name or address in its one spelling, as certificates have it; raises ValueError if neither."""
     try:
         name = host.encode("idna").decode("ascii").lower() if not host.isascii() else host.lower()
     except UnicodeError:

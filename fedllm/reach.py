@@ -18,7 +18,7 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 
 _AHEAD, _ENDED, _UNKNOWN, _OTHER_HOST = (9,), (10,), (2, 18, 19, 20, 21), (62, 64)  # OpenSSL: X509_V_ERR_*
 
 
-class NotBelieved(OSError):
+class _NotBelieved(OSError):
     """The other end refused the certificate that it was shown."""
 
 
@@ -47,14 +47,14 @@ def reach(host: str, port: int, ca: Path, at: str | None = None, own: tuple[Path
 
 
 def _be_believed(secured: ssl.SSLSocket, own: CertificateFacts) -> None:
-    """Raise NotBelieved where the server ends the connection instead of beginning; it says no reason."""
+    """Raise _NotBelieved where the server ends the connection instead of beginning; it says no reason."""
     with contextlib.suppress(ConnectionError, ssl.SSLError):
         secured.sendall(_PREFACE)
         if secured.recv(1):
             return
     if own.ends < datetime.now(UTC):
-        raise NotBelieved(f"this office's certificate has ended on {own.ends:%Y-%m-%d %H:%M} UTC")
-    raise NotBelieved(
+        raise _NotBelieved(f"this office's certificate has ended on {own.ends:%Y-%m-%d %H:%M} UTC")
+    raise _NotBelieved(
         f"head office does not believe this office's certificate, which ends on {own.ends:%Y-%m-%d}: it is of another "
         "authority, or the clock there is wrong"
     )
@@ -63,7 +63,7 @@ def _be_believed(secured: ssl.SSLSocket, own: CertificateFacts) -> None:
 def remedy(host: str, port: int, error: OSError) -> str:
     """Return why `reach` failed, and what to do about it."""
     there = f"{host}:{port}"
-    if isinstance(error, NotBelieved):
+    if isinstance(error, _NotBelieved):
         return f"{error}. Install a new grant; at head office: fedllm server grant SITE"
     if isinstance(error, ssl.SSLCertVerificationError):
         return _certificate(host, error)

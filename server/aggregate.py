@@ -1,9 +1,22 @@
-"""From many updates to one."""
+"""From many updates to one; and what no update can be, however a site's records are."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedllm.errors import MessageError
+from fedllm.plan import RunPlan
+from fedllm.privacy.shared import SharedMechanism
+
+FALSE_ALARM = 1e-9  # probability, of each of three bounds: number of units, length, largest coordinate
+TIMES_NOMINAL = 2  # so many times the nominal number of units there may be, all pulling one way
+_LOG = -math.log(FALSE_ALARM)
+_RELATIVE, _ABSOLUTE = 2.0**-11, 2.0**-25  # by which a value is rounded at most on its way: float16
+# largest step of Adam with torch's betas, in learning rates: |m| / sqrt(v) by Cauchy and Schwarz, bias corrections too
+_ADAM = (1 - 0.9) / math.sqrt((1 - 0.999) * (1 - 0.9**2 / 0.999))
 
 
 def public_shares(names: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
@@ -21,3 +34,87 @@ def weighted_mean(updates: Mapping[str, NDArray[np.float32]], weights: Mapping[s
     """
     shares = public_shares(updates, weights)
     return np.asarray(sum(share * updates[name].astype(np.float64) for name, share in shares.items()), dtype=np.float32)
+
+
+def median(steps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return the median in each coordinate, float32[d], of the steps of at least one group.
+
+    Where fewer than half of them are poisoned, it lies between two honest ones in every coordinate (Yin et al.,
+    "Byzantine-Robust Distributed Learning", ICML 2018). Its noise is that of the groups' mean times sqrt(pi / 2) = 1.25
+    at most; and that of the mean of G groups, each with a whole noise, is sqrt(G) times that of one sum of all.
+    """
+    return np.median(np.stack(steps), axis=0).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What honest sites can send: something within `length` and `coordinate`, plus noise, each coordinate its own."""
+
+    length: float  # L2
+    coordinate: float  # magnitude of each
+    noise_std: float
+
+    def limits(self, d: int) -> tuple[float, float]:
+        """Return L2 norm and magnitude that float[d] exceeds with probability FALSE_ALARM each, at most.
+
+        Length: |x|^2 over the noise's variance s^2 is noncentral chi-square with d degrees of freedom and lambda =
+        (length / s)^2 at most, which exceeds d + lambda + 2 sqrt((d + 2 lambda) t) + 2 t with probability exp(-t) at
+        most (Birge, "An alternative point of view on Lepski's method", 2001, lemma 8.1). Coordinates: a normal tail
+        is exp(-z^2 / 2) at most, on both sides and of d of them.
+        """
+        s = self.noise_std
+        of_noise = 2 * s * math.sqrt((d * s**2 + 2 * self.length**2) * _LOG) + 2 * s**2 * _LOG
+        return (
+            math.sqrt(d * s**2 + self.length**2 + of_noise),
+            self.coordinate + s * math.sqrt(2 * (_LOG + math.log(2 * max(d, 1)))),
+        )
+
+    def check(self, update: NDArray[np.floating]) -> None:
+        """Raise MessageError where float[d] is beyond a limit, also before it was rounded on its way."""
+        x = np.abs(update.astype(np.float64))
+        length, largest = self.limits(x.size)
+        for what, value, rounded, most in (
+            ("length", float(np.linalg.norm(x)), math.sqrt(x.size) * _ABSOLUTE, length),
+            ("largest value", float(np.max(x, initial=0)), _ABSOLUTE, largest),
+        ):
+            if not value - rounded <= (1 + _RELATIVE) * most:  # nor is NaN
+                raise MessageError(
+                    f"an update with {what}={value:.4g}, expected {most:.4g} at most: training under this plan gives "
+                    "none. A site is poisoned or faulty, or has too many units for privacy.units_per_site"
+                )
+
+
+def bound_of_update(plan: RunPlan, dimension: int) -> Bound | None:
+    """Return what one site's update float[d] is bound by with noise of its own; None where nothing is clipped.
+
+    Plain SGD adds up its steps' noised means; momentum m counts a step's that has n after it (1 - m^(n+1)) / (1 - m)
+    times. Adam's steps have a largest size each.
+    """
+    training, steps = plan.training, plan.training.local_steps
+    if plan.privacy.mode != "local":
+        return None
+    if training.optimizer == "adam":
+        most = _ADAM * training.learning_rate * steps
+        return Bound(math.sqrt(dimension) * most, most, 0.0)
+    m = training.momentum
+    weights = (1 - m ** np.arange(1, steps + 1)) / (1 - m)
+    one = training.learning_rate * plan.mechanism.clip_norm / plan.expected_units
+    length = one * float(weights[-1]) * _most_units(plan.expected_units * steps)
+    return Bound(length, length, one * plan.mechanism.noise_multiplier * float(np.linalg.norm(weights)))
+
+
+def bound_of_sum(shared: SharedMechanism, survivors: int, trimmed: int) -> Bound:
+    """Return what the sum of so many sites, in gradient units, is bound by; surplus noise is off `trimmed` of them."""
+    clip = shared.mechanism.clip_norm
+    length = clip * _most_units(shared.expected_units * survivors)
+    noise = clip * shared.noise_multiplier(survivors, trimmed, known=0)
+    return Bound(length, min(length, survivors * shared.most), math.hypot(noise, shared.rounding_std(survivors)))
+
+
+def _most_units(nominal: float) -> float:
+    """Return how many units are drawn at most where so many are by nominal sizes, but with probability FALSE_ALARM.
+
+    Bernstein's inequality for a sum of coins (Boucheron, Lugosi and Massart 2013, section 2.8).
+    """
+    mean = TIMES_NOMINAL * nominal
+    return mean + math.sqrt(2 * mean * _LOG) + _LOG / 3

@@ -15,9 +15,9 @@ def server_app(
     coordinator: "Coordinator", on_error: Callable[[BaseException], None], channel: "Channel | None" = None
 ) -> ServerApp:
     """Return a ServerApp that runs `coordinator`; an error goes to `on_error`, since Flower would only log it."""
-    app = ServerApp()
+    made = ServerApp()
 
-    @app.main()
+    @made.main()
     def main(grid: Grid, context: Context) -> None:
         del context  # the plan is the coordinator's; Flower's run configuration is not used
         try:
@@ -25,4 +25,4 @@ def server_app(
         except BaseException as error:
             on_error(error)
 
-    return app
+    return made

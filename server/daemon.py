@@ -23,7 +23,7 @@ import fedllm
 from fedllm import crypto
 from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError
 from fedllm.files import umask
-from fedllm.protocol.link import AHEAD, CONNECT, CONTROL, HELLO, SERVER_OPTIONS, VERSION, milliseconds, read
+from fedllm.protocol.link import AHEAD, CONNECT, CONTROL, HELLO, SERVER_OPTIONS, VERSION, milliseconds, plain, read
 from fedllm.protocol.link_pb2 import (
     Answer,
     Cancel,
@@ -154,7 +154,7 @@ class Daemon:
             text = f"version {hello.version} of the link, and head office speaks {VERSION}. Install the same fedllm"
             await self._refuse(context, member.site, _Code.FAILED_PRECONDITION, text)
         link = _Link(member, key, context.peer())
-        link.software, link.ahead = hello.software[:40], hello.clock - link.since
+        link.software, link.ahead = plain(hello.software)[:40], hello.clock - link.since
         if (before := self._links.get(link.site)) is not None:
             text = f"{link.site} has connected again from {link.address}: the newest connection counts"
             _log.warning("%s", text)
@@ -196,7 +196,7 @@ class Daemon:
     async def _admit(self, context: _Context) -> tuple[Member, str]:
         """Return the member of the roster that a connection's certificate is of, and its key; or end the connection."""
         shown: dict[str, Any] = dict(context.auth_context())  # property -> values, bytes
-        name = shown.get("x509_common_name", (b"?",))[0].decode("utf-8", "replace")[:64]
+        name = plain(shown.get("x509_common_name", (b"?",))[0].decode("utf-8", "replace"))
         try:
             key = crypto.certified_key(shown.get("x509_pem_cert", (b"",))[0])
         except CryptoError:
@@ -249,7 +249,7 @@ class Daemon:
                         await context.write(Answer(part=part).SerializeToString())
                     case Refusal() as refusal:
                         left = 0
-                        await _say_last(context, Answer(refused=refusal.text[:1000]))
+                        await _say_last(context, Answer(refused=plain(refusal.text)))
                     case None:
                         left = 0
                         await _say_last(context, Answer(gone=f"the connection to {link.site} has ended"))
@@ -368,15 +368,23 @@ class _Watch:
 
     def __init__(self, *files: Path) -> None:
         self._files = files
-        self._seen = self._stamps()
+        self._seen = self._looked = self._stamps()
 
     def _stamps(self) -> list[tuple[int, int]]:
         return [(state.st_mtime_ns, state.st_ino) for state in (file.stat() for file in self._files)]
 
+    @property
     def changed(self) -> bool:
-        """Whether one has been since this was asked last."""
-        before, self._seen = self._seen, self._stamps()
-        return before != self._seen
+        """Whether one has been since `seen`."""
+        return self._seen != self._stamps()
+
+    def seen(self) -> None:
+        """Say that they are known as they were when this was made, or when `look` was called last."""
+        self._seen = self._looked
+
+    def look(self) -> None:
+        """Remember how they are now: they may change again while they are read."""
+        self._looked = self._stamps()
 
 
 async def serve(home: Path, say: Callable[[str], None]) -> None:
@@ -388,27 +396,36 @@ async def serve(home: Path, say: Callable[[str], None]) -> None:
     office = HeadOffice.open(home)
     roster, keys = _Watch(office.roster_file), _Watch(office.server_certificate_file, office.ca_file)
     daemon = Daemon(home)
-    control, port = await _open_socket(daemon, office.socket), await _open_port(daemon, office)
+    socket = office.socket
+    control, port = await _open_socket(daemon, socket), await _open_port(daemon, office)
+    said = ""
     say(f"ready: offices connect to {office.config.host}:{office.config.port}")
     try:
         while not stop.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), _LOOK)
             daemon.look_at_runs()
-            try:
-                if roster.changed():
+            try:  # and if it fails, again
+                if roster.changed:
+                    roster.look()
                     daemon.look_at_roster()
-                if keys.changed():  # sites connect again at once, and what runs have asked is asked again
+                    roster.seen()
+                if keys.changed:  # sites connect again at once, and what runs have asked is asked again
+                    keys.look()
                     office = HeadOffice.open(home)
                     await port.stop(_GRACE)
                     port = await _open_port(daemon, office)
+                    keys.seen()
                     say("the port shows its new certificate")
+                said = ""
             except (FedllmError, OSError) as error:
-                _log.warning("%s", error)
+                if str(error) != said:
+                    _log.warning("%s", error)
+                said = str(error)
     finally:
         await port.stop(_GRACE)
         await control.stop(_GRACE)
-        office.socket.unlink(missing_ok=True)
+        socket.unlink(missing_ok=True)
 
 
 def _allow_many_connections() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid
 from pydantic import Field
 
 from fedllm.errors import CheckpointError, ConfigError, FederationError, FedllmError, QuorumLost
@@ -111,7 +112,7 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
             f"federation.quorum={config.federation.quorum}, but the roster holds {len(names)} sites. Admit more, or "
             "lower the quorum."
         )
-    plan = make_plan(config, len(names))
+    plan = make_plan(config, names)
     with alone_in(folder, config):
         if config.resume:
             before = read_as(folder / PLAN, RunPlan)
@@ -164,10 +165,11 @@ def _list(names: list[str]) -> str:
     return ", ".join(names) or "no site"
 
 
-def run(home: Path, name: str) -> None:
+def run(home: Path, name: str, by: tuple[Grid, Callable[[], dict[int, str]]] | None = None) -> None:
     """Run what `prepare` prepared, in this process; whatever ends it is noted in the run's folder.
 
-    Raises FederationError where it has ended with an error.
+    Goes by the daemon, or `by` another grid, with what tells the sites of its nodes. Raises FederationError where
+    it has ended with an error.
     """
     from server.app import server_app
     from server.run import HeadOfficeRun, alone_in
@@ -187,8 +189,11 @@ def run(home: Path, name: str) -> None:
             roster = {each.site: each.public for each in members}
             coordinator = head_office.begin(plan, folder, _note(folder / PROGRESS), len(members), record, heads, roster)
             failed: list[BaseException] = []
-            with GrpcGrid(office.socket, _OVERHEAD + 8 * coordinator.adapter.size) as grid:
-                channel = SealedChannel(grid.sites, office.identity, _member(office.roster_file), plan)
+            with contextlib.ExitStack() as stack:
+                if by is None:
+                    own = stack.enter_context(GrpcGrid(office.socket, _OVERHEAD + 8 * coordinator.adapter.size))
+                grid, sites = by or (own, own.sites)
+                channel = SealedChannel(sites, office.identity, _member(office.roster_file), plan)
                 server_app(coordinator, failed.append, channel)(grid, Context(1, 0, {}, RecordDict(), {}))
             if failed and not isinstance(failed[0], QuorumLost):
                 raise failed[0]

@@ -9,7 +9,7 @@ import psutil
 
 from fedllm import crypto
 from fedllm.crypto import CertificateFacts
-from fedllm.errors import FederationError, FedllmError
+from fedllm.errors import CryptoError, FederationError, FedllmError
 from fedllm.files import read
 from fedllm.findings import (
     Finding,
@@ -146,15 +146,20 @@ def _roster(roster: Roster) -> list[Finding]:
 
 
 def _offices_certificates(office: HeadOffice) -> list[Finding]:
-    """Look how long the certificates hold that the offices' newest grants have."""
-    found = []
+    """Look whose the certificates are that the offices' newest grants have, and how long they hold."""
+    found, authorities = [], [pair.certificate for pair in office.authorities]
     for member in office.roster.active:
         file = office.folder / "grants" / f"{member.site}.grant"
         if file.exists():
-            facts = crypto.read_certificates(Grant.open(read(file))[0].link.encode())[0]
+            issued = Grant.open(read(file))[0].link.encode()
             remedy_ = f"fedllm server grant {member.site}, and send it"
-            finding = certificate(f"the certificate of {member.site}", facts, remedy_)
+            finding = certificate(f"the certificate of {member.site}", crypto.read_certificates(issued)[0], remedy_)
             found += [finding] if finding.level != "ok" else []
+            try:
+                crypto.issued_by(issued, authorities)
+            except CryptoError:
+                text = f"the certificate of {member.site} is not of this federation's authority. Remedy: {remedy_}"
+                found.append(wrong(text))
     return found
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from fedllm.messages import (
 from fedllm.plan import RunPlan
 from fedllm.privacy.shared import SharedMechanism
 from fedllm.secagg import Circle, Terms
+from server.aggregate import bound_of_sum, median
 from server.channel import arrived
 
 # Sends each of these sites a request and returns what they answered: bytes, or text that says why there is nothing.
@@ -37,12 +39,13 @@ class Masks:
     """One session. Keeps nothing on disk: head office that was started again opens another, and all sites join anew."""
 
     def __init__(
-        self, plan: RunPlan, shared: SharedMechanism, dimension: int, roster: Mapping[str, PublicIdentity]
-    ) -> None:
-        """`shared` is the plan's; `roster` names the sites that may take part."""
+        self, plan: RunPlan, shared: SharedMechanism, dimension: int, roster: Mapping[str, PublicIdentity],
+        session: str = "",
+    ) -> None:  # fmt: skip
+        """`shared` is the plan's; `roster` names the sites that may take part; groups have a session in common."""
         self._plan, self._shared, self._dimension = plan, shared, dimension
         self._terms = Terms(
-            plan.digest, random_bytes(32).hex(), plan.quorum, plan.privacy.colluding_sites, dict(roster), plan.sites
+            plan.digest, session or new_session(), plan.quorum, plan.privacy.colluding_sites, dict(roster), plan.sites
         )
         self._joins: dict[str, SignedKey] = {}
         self._circle: Circle | None = None
@@ -52,8 +55,7 @@ class Masks:
     @property
     def question(self) -> bytes:
         """What announces the plan, and asks a site to join."""
-        roster = {name: identity.to_text() for name, identity in self._terms.roster.items()}
-        return Prepare(plan=self._plan, session=self._terms.session, roster=roster).to_bytes()
+        return _announced(self._plan, self._terms.session, self._terms.roster)
 
     def join(self, site: str, payload: bytes) -> None:
         """Take a site's join, in place of an earlier one; raises MessageError where it is not its own."""
@@ -113,16 +115,24 @@ class Masks:
         """Return the step float32[d] that the sum of the uploads says, and from how many sites surplus noise is off.
 
         `task` is the digest of what all were asked for. The sum is the first thing that can be read; it is divided by
-        public numbers: survivors, and the units that are expected of each. Raises FedllmError where it stays closed.
+        public numbers: survivors, and the units that are expected of each. Raises FedllmError where it stays closed,
+        or is none that honest sites send.
         """
-        total, trimmed = self._unmask(number, task, uploads, ask)
-        gradient = self._shared.decode(total) / (len(uploads) * self._plan.expected_units)
-        step = -self._plan.training.learning_rate * gradient
-        return step.astype(np.float32), trimmed
+        total, trimmed = self.unmask(number, task, uploads, ask)
+        return self.step_of(total, len(uploads), trimmed), trimmed
 
-    def _unmask(
-        self, number: int, task: str, uploads: Mapping[str, Masked], ask: Ask
-    ) -> tuple[NDArray[np.uint32], int]:
+    def step_of(self, total: NDArray[np.uint32], survivors: int, trimmed: int) -> NDArray[np.float32]:
+        """Return the step float32[d] that an opened sum uint32[d] says; raises MessageError beyond its bound."""
+        decoded = self._shared.decode(total)
+        bound_of_sum(self._shared, survivors, trimmed).check(decoded)
+        step = -self._plan.training.learning_rate * decoded / (survivors * self._plan.expected_units)
+        return step.astype(np.float32)
+
+    def noise_multiplier(self, survivors: int, trimmed: int) -> float:
+        """Return that of an opened sum, for head office and the sites that may collude with it."""
+        return self._shared.noise_multiplier(survivors, trimmed, self._plan.privacy.colluding_sites)
+
+    def unmask(self, number: int, task: str, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.uint32], int]:
         """Return the sum of the uploads, uint32[d], and from how many of them surplus noise was taken off."""
         circle, threshold = self._at(number), self._plan.quorum
         dealings = (self._participants[site].dealing for site in sorted(self._participants))
@@ -186,3 +196,104 @@ class Masks:
         if self._circle is None:
             raise FedllmError(f"round {number}: nobody has dealt secrets")
         return self._circle
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What the sums of a round say together; groups by their number in the plan, from 1, as text."""
+
+    step: NDArray[np.float32]  # [d]
+    noise_multiplier: float  # of that of the sums which has the least
+    trimmed: dict[str, int]  # of each sum that was used: from how many sites surplus noise is off
+    refused: dict[str, str]  # of each that opened and is none that honest sites send: why
+    closed: dict[str, str]  # of each that stayed closed: why
+
+
+class Groups:
+    """The sessions of a plan's groups, one after another; outwards much like one."""
+
+    def __init__(
+        self, plan: RunPlan, shared: SharedMechanism, dimension: int, roster: Mapping[str, PublicIdentity]
+    ) -> None:
+        """Take `roster` as it is for all groups; who is in none of them, joins none."""
+        self._plan, self._roster, self._session = plan, dict(roster), new_session()
+        self._of = {
+            group: Masks(plan, shared, dimension, {n: roster[n] for n in group if n in roster}, self._session)
+            for group in plan.groups
+        }
+
+    @property
+    def question(self) -> bytes:
+        """What announces the plan, and asks a site to join."""
+        return _announced(self._plan, self._session, self._roster)
+
+    def join(self, site: str, payload: bytes) -> None:
+        """Take a site's join; raises MessageError where it is not its own."""
+        self._masks_of(site).join(site, payload)
+
+    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
+        """Have secrets dealt in every group; return as `Masks.deal` does. A group below its quorum is left out."""
+        masking, failed, present = dict[str, bytes](), dict[str, str](), set(sites)
+        for group, masks in self._of.items():
+            here = present & set(group)
+            try:
+                asked, undealt = masks.deal(number, here, ask)
+            except FedllmError as error:
+                asked, undealt = {}, dict.fromkeys(here, f"its group cannot deal: {error}")
+            if len(asked) < self._plan.quorum:
+                undealt = {**dict.fromkeys(asked, f"{len(asked)} sites of its group have dealt"), **undealt}
+                asked = {}
+            masking |= asked
+            failed |= undealt
+        return masking, failed
+
+    def read(self, site: str, number: int, masked: bytes, following: bytes) -> Masked:
+        """Check an upload, and keep what the site dealt for the next round; raises MessageError."""
+        return self._masks_of(site).read(site, number, masked, following)
+
+    def step(self, number: int, task: str, uploads: Mapping[str, Masked], ask: Ask) -> Combined:
+        """Return the median of the steps that the groups' sums say.
+
+        Whoever sent a sum that honest sites do not send is counted among the poisoned sites. Raises QuorumLost where
+        the sums that opened are too few for the others.
+        """
+        steps, noises, trimmed = list[NDArray[np.float32]](), list[float](), dict[str, int]()
+        refused, closed = dict[str, str](), dict[str, str]()
+        for index, (group, masks) in enumerate(self._of.items(), start=1):
+            here = {site: upload for site, upload in uploads.items() if site in group}
+            try:
+                if len(here) < self._plan.quorum:
+                    raise QuorumLost(f"{len(here)} sites answered, {self._plan.quorum} are needed")
+                total, off = masks.unmask(number, task, here, ask)
+            except FedllmError as error:
+                closed[str(index)] = str(error)
+                continue
+            try:
+                steps.append(masks.step_of(total, len(here), off))
+                noises.append(masks.noise_multiplier(len(here), off))
+                trimmed[str(index)] = off
+            except MessageError as error:
+                refused[str(index)] = str(error)
+        if not self._plan.outvotes(len(steps), len(refused)):
+            why = "; ".join(f"group {index}: {text}" for index, text in sorted((refused | closed).items()))
+            raise QuorumLost(
+                f"the sums of {len(steps)} groups can be used, and {self._plan.poisoned_sites} sites may be poisoned. "
+                f"{why}"
+            )
+        return Combined(median(steps), min(noises), trimmed, refused, closed)
+
+    def _masks_of(self, site: str) -> Masks:
+        for group, masks in self._of.items():
+            if site in group:
+                return masks
+        raise MessageError(f"site={site!r} is in no group of the plan")
+
+
+def new_session() -> str:
+    """Return a nonce of 64 hexadecimal digits."""
+    return random_bytes(32).hex()
+
+
+def _announced(plan: RunPlan, session: str, roster: Mapping[str, PublicIdentity]) -> bytes:
+    named = {name: identity.to_text() for name, identity in roster.items()}
+    return Prepare(plan=plan, session=session, roster=named).to_bytes()

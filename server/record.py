@@ -9,13 +9,18 @@ Bodies, by the entry's kind:
              sites          {name: public identity, 128 hex digits} of the roster; {} in a simulation
              adapter        digest of the adapter that the run starts from
     round    round          1, 2, ...
-             counts         whether the round was used; false where the quorum was lost after sites had answered
+             counts         whether the round was used; false also where the quorum was lost after sites had answered
              answered       {site: its signed statement, word for word (fedllm.statement)}
              declined       {site: reason}
              failed         {site or node: what was wrong}
-             lost           noise in shares: why the sum stayed closed; the round is over all the same
+             lost           why it was not applied, though the sites have paid; the round is over all the same. Noise in
+                            shares: the sum stayed closed, or was none that honest sites send; or federation.gate
              noise_multiplier                noise in shares: of the sum, without as many sites as may collude
              trimmed        noise in shares: sites whose surplus noise was taken off, by head office's own count
+             sums           with groups: {number of a group, from 1: that of it}, of each whose sum was used; the
+                            round's noise_multiplier is that of the sum with the least
+             refused, closed                 with groups: {number: why}, of each whose sum was none that honest sites
+                            send, or did not open
              adapter_before, adapter_after   digests; equal where the round does not count
              bytes_up, bytes_down            of updates and of requests
     begun    round, sites   the sites are asked now, and may pay; each signs for this entry, as head office named it in

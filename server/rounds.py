@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,11 +35,11 @@ from fedllm.messages import (
 from fedllm.plan import MAX_START, QuorumConfig, RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.statement import open_statement, update_digest
-from server.aggregate import public_shares, weighted_mean
+from server.aggregate import bound_of_update, public_shares, weighted_mean
 from server.channel import Channel, PlainChannel, arrived
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
 from server.heads import Heads
-from server.masks import Ask, Masks
+from server.masks import Ask, Groups, Masks
 from server.record import RunRecord, adapter_digest
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ _POLL, _POLL_MAX = 0.005, 0.05  # seconds between looks at the transport's inbox
 _ARRIVAL = 0.5  # seconds between looks who has come
 _PATIENCE = 15.0  # seconds for latecomers at the start of a run, where the quorum is there
 _DEALS = 3  # attempts to have a round's secrets dealt
-_LOST_IN_A_ROW = 3  # rounds whose sum stayed closed, after which the run ends
+_LOST_IN_A_ROW = 3  # rounds that were paid for and not applied, after which the run ends
 _PAUSE_MAX = 5.0  # seconds between looks for sites that may come back
 
 
@@ -67,14 +67,16 @@ class RoundRecord:
     round: int
     private: bool  # False brands the run NOT PRIVATE: no noise, or noise that a seed predicts
     epsilon: float | None  # the largest any site has spent so far; None where no noise was added
-    loss: float | None  # held-out, nats; None without a held-out set
-    perplexity: float | None
-    accuracy: float | None
+    loss: float | None = None  # held-out, nats; None without a held-out set
+    perplexity: float | None = None
+    accuracy: float | None = None
     answered: list[str] = field(default_factory=list)
     declined: dict[str, Reason] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # site or node -> what was wrong
-    noise_multiplier: float | None = None  # noise in shares: of this round's sum, colluding sites left out
-    lost: str = ""  # noise in shares: why the sum stayed closed, though the sites have paid for the round
+    # noise in shares: of this round's sum, or of that of its groups which has the least; colluding sites left out
+    noise_multiplier: float | None = None
+    without: dict[str, str] = field(default_factory=dict)  # group, from 1, whose sum was not used -> why
+    lost: str = ""  # why the round was not applied, though the sites have paid for it: closed sum, bound or gate
     update_norm: float = 0.0  # L2 of the averaged delta
     bytes_up: int = 0
     bytes_down: int = 0
@@ -118,6 +120,18 @@ class _Answer:
     head_digest: str
 
 
+@dataclass(frozen=True)
+class _Sum:
+    """What the updates of a round say together."""
+
+    step: NDArray[np.float32] | None = None  # [d]; None where they are too few, or their sum stays closed
+    lost: str = ""  # why the sum stays closed
+    noise_std: float = 0.0  # of the step, where it is known
+    noise_multiplier: float | None = None
+    without: Mapping[str, str] = field(default_factory=dict)
+    entry: Mapping[str, Any] = field(default_factory=dict)  # what the record says of the sum
+
+
 Event = Phase | RoundStarted | SiteAnswered | RoundRecord
 Score = Callable[[NDArray[np.float32]], Mapping[str, float | None]]
 
@@ -145,7 +159,7 @@ class Coordinator:
         `roster` names the sites that may take part where their noise comes in shares.
         """
         self._plan, self._federation, self._spec = plan, federation, spec
-        self._quorum = max(plan.quorum, federation.quorum or 1)
+        self._quorum = max(plan.quorum, federation.quorum or 1)  # with groups, of each
         self._folder, self._score, self._observe = folder, score, observe
         self._expected_sites, self._record, self._heads = expected_sites, record, heads
         self._known: dict[str, LedgerHead] = {}  # of the sites' ledgers, when the round began
@@ -161,12 +175,19 @@ class Coordinator:
         self._forgotten: set[int] = set()  # nodes whose sites lost their secrets, and are to join anew
         self._evaluating: tuple[int, Future[Mapping[str, float | None]]] | None = None  # of records[that]
         shared = plan.shared
-        self._masks = Masks(plan, shared, spec.dimension, roster or {}) if shared is not None else None
+        kind = Groups if plan.groups else Masks
+        self._masks = kind(plan, shared, spec.dimension, roster or {}) if shared is not None else None
+        self._bound = bound_of_update(plan, spec.dimension)
 
     def _optimizer_from(self, value: NDArray[np.float32]) -> "ServerOptimizer":
         from fedllm.training.server_optimizer import ServerOptimizer  # torch: not for those who only read records
 
         return ServerOptimizer(self._plan.training.server, value)
+
+    @property
+    def _least(self) -> int:
+        """Sites without which no round can count."""
+        return self._quorum * self._plan.least_groups
 
     @property
     def round(self) -> int:
@@ -201,8 +222,8 @@ class Coordinator:
     def run(self, grid: Grid, channel: Channel | None = None) -> None:
         """Run all rounds that are left; without a `channel`, bytes travel as they are and every node is welcome.
 
-        A round's adapter is evaluated beside the next round. Raises QuorumLost, after everything so far is on disk,
-        where too few sites are left to go on.
+        A round's adapter is evaluated beside the next round, or with a gate (`federation.gate`) before it counts.
+        Raises QuorumLost, after everything so far is on disk, where too few sites are left to go on.
         """
         self._evaluation = ThreadPoolExecutor(1, "evaluation")
         try:
@@ -214,7 +235,7 @@ class Coordinator:
         if not self.records:
             epsilon = 0.0 if self._plan.mechanism.private else None
             self._record.begin(self._plan, self._spec.digest, self.adapter)
-            self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon, None, None, None))
+            self._finish(RoundRecord(0, self._plan.privacy.protects, epsilon))
         elif self.records[-1].loss is None:  # it ended before this was known
             self._evaluate()
         self._observe(Phase("waiting for the sites"))
@@ -242,7 +263,7 @@ class Coordinator:
         began = time.monotonic()
         while (online := len(channel.nodes())) < self._expected_sites:
             waited = time.monotonic() - began
-            little = online >= self._quorum or channel.sites_may_come_back
+            little = online >= self._least or channel.sites_may_come_back
             if waited > self._federation.round_timeout or (little and waited > _PATIENCE):
                 return
             time.sleep(_ARRIVAL)
@@ -252,8 +273,8 @@ class Coordinator:
         declined: dict[str, Reason] = {}
         failed: dict[str, str] = {}
         nodes, masking = self._gather(grid, channel, number, declined, failed)
-        self._check_quorum(number, len(nodes), declined, failed)
         asked = [self._site_of_node[n] for n in nodes]
+        self._check_quorum(number, asked, declined, failed)
         self._observe(RoundStarted(number, asked))
         common = TrainRequest(
             plan=self._plan, round=number, spec_digest=self._spec.digest, head=None,
@@ -261,17 +282,21 @@ class Coordinator:
         )  # fmt: skip
         requests = self._requests(nodes, common, masking)
         updates, replies = self._collect(grid, channel, number, requests, declined, failed)
-        delta, trimmed, lost = self._aggregate(grid, channel, common, updates)
+        found = self._aggregate(grid, channel, common, updates)
+        delta, lost = found.step, found.lost
         if all(declined.get(site) in _UNCHARGED for site in asked):
             lost = ""  # nobody has paid for anything
-        self._charge(replies, declined, failed, number, set(asked), delta is not None)
+        before, after, scores = adapter_digest(self.adapter), self.adapter, dict[str, float | None]()
+        if delta is not None:
+            after, scores, lost = self._step(number, delta, found.noise_std)
+        counts = delta is not None and not lost
+        self._charge(replies, declined, failed, number, set(asked), counts)
         for site in self._forgetful:  # after a resume it is used again only if it can account for all it may have paid
             self.sites[site] = replace(self.sites[site], stated=self.sites[site].epsilon_rdp or 0.0)
         self._forgetful.clear()
-        before = adapter_digest(self.adapter)
         entry: dict[str, Any] = {
             "round": number,
-            "counts": delta is not None,
+            "counts": counts,
             "answered": {site: answer.reply.statement for site, answer in sorted(replies.items())},
             "declined": dict(declined),
             "failed": dict(failed),
@@ -280,10 +305,8 @@ class Coordinator:
             "bytes_up": sum(answer.size for answer in replies.values()),
             "bytes_down": sum(map(len, requests.values())),
         }
-        noise = None
-        if self._plan.shared is not None and delta is not None:
-            noise = self._plan.shared.noise_multiplier(len(updates), trimmed, self._plan.privacy.colluding_sites)
-            entry |= {"noise_multiplier": noise, "trimmed": trimmed}
+        if counts and found.noise_multiplier is not None:
+            entry |= {"noise_multiplier": found.noise_multiplier, **found.entry}
         if lost:
             self._lose(number, lost, entry, declined, failed, began)
             self._lost_in_a_row += 1
@@ -294,12 +317,9 @@ class Coordinator:
             return
         if delta is None:
             self._record.note("round", entry)
-            self._check_quorum(number, len(updates), declined, failed)
+            self._check_quorum(number, updates, declined, failed)
             return
         self._lost_in_a_row = 0
-        shares = public_shares(updates, self._federation.weights)
-        deviation = self._plan.noise_std(shares.values(), trimmed)
-        after = self._optimizer.step(delta, (number - 1) / self._plan.training.rounds, deviation)
         if not (np.abs(after) <= MAX_START).all():  # nor is NaN
             raise ModelError(
                 f"round {number}: the adapter is not finite, or a value is beyond {MAX_START:g}: training diverged. "
@@ -309,14 +329,13 @@ class Coordinator:
             RoundRecord(
                 round=number,
                 private=self._plan.privacy.protects,
-                loss=None,
-                perplexity=None,
-                accuracy=None,
                 epsilon=self._epsilon(),
+                **cast(dict[str, Any], scores),
                 answered=sorted(updates),
                 declined=declined,
                 failed=failed,
-                noise_multiplier=noise,
+                noise_multiplier=found.noise_multiplier,
+                without=dict(found.without),
                 update_norm=float(np.linalg.norm(delta.astype(np.float64))),
                 bytes_up=sum(answer.size for answer in replies.values()),
                 bytes_down=sum(map(len, requests.values())),
@@ -324,6 +343,29 @@ class Coordinator:
             ),
             {**entry, "adapter_after": adapter_digest(self.adapter)},
         )
+
+    def _step(
+        self, number: int, delta: NDArray[np.float32], noise_std: float
+    ) -> tuple[NDArray[np.float32], dict[str, float | None], str]:
+        """Apply the averaged delta float32[d] and return the adapter float32[d].
+
+        With a gate, also its scores, and why the step was taken back where it was. The limit is a share above the
+        lowest loss so far, and not above the last: small steps cannot add up to more.
+        """
+        gate, before, state = self._federation.gate, self.adapter, self._optimizer.state()
+        after = self._optimizer.step(delta, (number - 1) / self._plan.training.rounds, noise_std)
+        if gate is None:
+            return after, {}, ""
+        self._note_scores()  # of the round before
+        lowest = min(record.loss for record in self.records if record.loss is not None)
+        scores = dict(self._evaluation.submit(self._score, after).result())
+        loss, limit = cast(float, scores["loss"]), (1 + gate) * lowest  # there is a held-out set: RunConfig
+        if loss <= limit:  # nor is NaN
+            return after, scores, ""
+        self._optimizer = self._optimizer_from(before)
+        self._optimizer.restore(state)
+        above = f"federation.gate={gate:g} above the lowest so far, {lowest:.4g}"
+        return before, {}, f"held-out loss {loss:.4g}, expected {limit:.4g} at most: {above}."
 
     def _gather(
         self, grid: Grid, channel: Channel, number: int, declined: dict[str, Reason], failed: dict[str, str]
@@ -339,9 +381,9 @@ class Coordinator:
             for node, site in self._site_of_node.items():
                 if node not in online and node not in self._dropped:
                     failed[site] = "offline or still busy"
-            if self._masks is None or len(nodes) < self._quorum:
-                return nodes, {}
             names = [self._site_of_node[n] for n in nodes]
+            if self._masks is None or not self._enough(names):
+                return nodes, {}
             try:
                 masking, undealt = self._masks.deal(number, names, self._asker(grid, channel, number))
             except FedllmError as error:
@@ -349,7 +391,7 @@ class Coordinator:
             failed.update(undealt)
             self._forgotten |= {n for n in nodes if self._site_of_node[n] in undealt}
             nodes = [n for n in nodes if self._site_of_node[n] in masking]
-            if len(nodes) >= self._quorum:
+            if self._enough(masking):
                 break
         return nodes, masking
 
@@ -388,29 +430,43 @@ class Coordinator:
 
     def _aggregate(
         self, grid: Grid, channel: Channel, common: TrainRequest, updates: Mapping[str, NDArray[np.float32] | Masked]
-    ) -> tuple[NDArray[np.float32] | None, int, str]:
-        """Return the step float32[d] that the updates say together, None where they are too few.
-
-        With noise in shares also from how many sites surplus noise is off, or why their sum stays closed.
-        """
-        enough = len(updates) >= self._quorum
-        if self._masks is None:
+    ) -> _Sum:
+        """Return what the updates say together."""
+        plan, masks, number = self._plan, self._masks, common.round
+        if not self._enough(updates):
+            return _Sum(lost=f"{len(updates)} sites answered, {self._needed}." if masks is not None else "")
+        shares = public_shares(updates, self._federation.weights)
+        if masks is None:
             plain = cast(Mapping[str, NDArray[np.float32]], updates)
-            return (weighted_mean(plain, self._federation.weights) if enough else None), 0, ""
-        if not enough:
-            return None, 0, f"{len(updates)} sites answered, federation.quorum={self._quorum}."
+            return _Sum(weighted_mean(plain, self._federation.weights), noise_std=plan.noise_std(shares.values(), 0))
+        uploads, task = cast(Mapping[str, Masked], updates), common.task(common.payload)
         try:
-            uploads = cast(Mapping[str, Masked], updates)
-            number, task = common.round, common.task(common.payload)
-            return *self._masks.step(number, task, uploads, self._asker(grid, channel, number)), ""
+            if isinstance(masks, Groups):
+                together = masks.step(number, task, uploads, self._asker(grid, channel, number))
+                return _Sum(
+                    together.step, noise_multiplier=together.noise_multiplier,
+                    without=together.refused | together.closed,
+                    entry={"sums": together.trimmed, "refused": together.refused, "closed": together.closed},
+                )  # fmt: skip
+            step, trimmed = masks.step(number, task, uploads, self._asker(grid, channel, number))
         except FedllmError as error:
-            return None, 0, str(error)
+            return _Sum(lost=str(error))
+        noise = masks.noise_multiplier(len(uploads), trimmed)
+        return _Sum(step, "", plan.noise_std(shares.values(), trimmed), noise, entry={"trimmed": trimmed})
+
+    def _enough(self, sites: Collection[str]) -> bool:
+        return self._plan.enough(sites, self._quorum)
+
+    @property
+    def _needed(self) -> str:
+        groups = self._plan.least_groups
+        return f"federation.quorum={self._quorum}" + (f" in each of {groups} groups" if self._plan.groups else "")
 
     def _lose(
         self, number: int, why: str, entry: Mapping[str, Any], declined: dict[str, Reason], failed: dict[str, str],
         began: float,
     ) -> None:  # fmt: skip
-        """Note a round whose sum stays closed: what the sites paid for it stands, and the adapter stays as it is."""
+        """Note a round that is not applied: what the sites paid for it stands, and the adapter stays as it is."""
         digest = adapter_digest(self.adapter)
         nothing = {
             "round": number, "answered": {}, "declined": {}, "failed": {}, "bytes_up": 0, "bytes_down": 0,
@@ -421,8 +477,8 @@ class Coordinator:
         last = self.records[-1]
         record = replace(
             last, round=number, lost=why, answered=sorted(body["answered"]), declined=declined, failed=failed,
-            noise_multiplier=None, update_norm=0.0, bytes_up=body["bytes_up"], bytes_down=body["bytes_down"],
-            epsilon=self._epsilon(), seconds=time.monotonic() - began,
+            noise_multiplier=None, without={}, update_norm=0.0, bytes_up=body["bytes_up"],
+            bytes_down=body["bytes_down"], epsilon=self._epsilon(), seconds=time.monotonic() - began,
         )  # fmt: skip
         self._finish(record, body)
 
@@ -454,8 +510,8 @@ class Coordinator:
             online = set(channel.nodes())
             nodes = [n for n in self._site_of_node if n in online and n not in self._dropped]
             may_come = self._expected_sites - len(self._dropped) if channel.sites_may_come_back else 0
-            enough = len(nodes) >= self._quorum
-            if enough or may_come < self._quorum or time.monotonic() > deadline:
+            enough = self._enough([self._site_of_node[n] for n in nodes])
+            if enough or may_come < self._least or time.monotonic() > deadline:
                 return nodes, online
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE_MAX)
@@ -544,7 +600,10 @@ class Coordinator:
             raise MessageError("epsilon is missing, though the plan adds noise")
         if self._masks is not None:
             return self._masks.read(site, number, *unpack(reply.payload, 2))
-        return codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
+        update = codec.decode(reply.payload, self._plan.training.wire, self._spec.dimension)
+        if self._bound is not None:
+            self._bound.check(update)
+        return update
 
     def _requests(self, nodes: list[int], common: TrainRequest, masking: Mapping[str, bytes]) -> dict[int, bytes]:
         """Return the request of a round to each node, with the last that is known of its site's ledger, in any run.
@@ -652,8 +711,10 @@ class Coordinator:
         rdp = max(state.epsilon_rdp or 0.0, least.epsilon_rdp)
         return replace(state, epsilon=max(state.epsilon, least.epsilon), epsilon_rdp=rdp)
 
-    def _check_quorum(self, number: int, count: int, declined: dict[str, Reason], failed: dict[str, str]) -> None:
-        if count >= self._quorum:
+    def _check_quorum(
+        self, number: int, sites: Collection[str], declined: dict[str, Reason], failed: dict[str, str]
+    ) -> None:
+        if self._enough(sites):
             return
         reasons = [f"{site} declined ({reason})" for site, reason in sorted(declined.items())]
         reasons += [f"{site}: {what}" for site, what in sorted(failed.items())]
@@ -661,7 +722,7 @@ class Coordinator:
         reasons += [f"{site} declined ({reason})" for site, reason in earlier.items()]
         hint = f" {_LEDGER_HINT}" if "ledger" in {*declined.values(), *(s.reason for s in self.sites.values())} else ""
         raise QuorumLost(
-            f"round {number}: {count} sites, federation.quorum={self._quorum}. "
+            f"round {number}: {len(sites)} sites, {self._needed}. "
             f"{'; '.join(reasons) or 'no site answered'}. The adapter of round {self.round} is kept.{hint}"
         )
 
@@ -673,7 +734,7 @@ class Coordinator:
         if entry is not None:
             self._record.note("round", entry)
         self._save()
-        if record.lost:
+        if record.lost or record.loss is not None:
             self._observe(record)
         else:
             self._evaluate()

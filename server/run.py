@@ -4,7 +4,7 @@ import contextlib
 import resource
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -72,12 +72,14 @@ def _no_place(folder: Path, error: OSError) -> ConfigError:
     return ConfigError(f"output: {folder} cannot be made ({error.strerror}). Choose another place.")
 
 
-def make_plan(config: RunConfig, sites: int) -> RunPlan:
-    """Return a new plan for so many sites, its noise and quorum computed where the configuration leaves them open.
+def make_plan(config: RunConfig, names: Sequence[str]) -> RunPlan:
+    """Return a new plan for these sites, its noise and quorum computed where the configuration leaves them open.
 
-    Raises ConfigError where the sites are too few for what it asks.
+    Groups are dealt by the order of the names. Raises ConfigError where the sites are too few for what it asks.
     """
-    privacy = config.privacy
+    privacy, many = config.privacy, config.federation.groups or 1
+    groups = tuple(tuple(sorted(names)[k::many]) for k in range(many)) if many > 1 else ()
+    sites = len(groups[0]) if groups else len(names)
     quorum = config.federation.quorum or default_quorum(privacy, sites)
     if privacy.mode != "off" and privacy.noise_multiplier is None:
         steps = config.training.rounds * config.training.local_steps
@@ -85,7 +87,8 @@ def make_plan(config: RunConfig, sites: int) -> RunPlan:
         privacy = privacy.model_copy(update={"noise_multiplier": noise})
     parts = {"model": config.model, "adapter": config.adapter, "privacy": privacy, "training": config.training}
     plan = parse(RunPlan, {
-        "run": uuid.uuid4().hex, "seed": config.seed, "sites": sites, "quorum": quorum,
+        "run": uuid.uuid4().hex, "seed": config.seed, "sites": sites, "quorum": quorum, "groups": groups,
+        "poisoned_sites": config.federation.poisoned_sites if groups else 0,
         **{name: part.model_dump() for name, part in parts.items()},
     })  # fmt: skip
     if plan.mechanism.private and config.privacy.noise_multiplier is not None:
@@ -100,8 +103,14 @@ def make_plan(config: RunConfig, sites: int) -> RunPlan:
 
 
 def continued(plan: RunPlan, before: RunPlan) -> RunPlan:
-    """Return `plan` as that of the run `before`; a quorum may be raised on the way, the sites were promised the old."""
-    return plan.model_copy(update={"run": before.run, "sites": before.sites, "quorum": min(plan.quorum, before.quorum)})
+    """Return `plan` as that of the run `before`, whose sites and groups stay as they were.
+
+    A quorum may be raised on the way, the sites were promised the old.
+    """
+    as_before = {"run": before.run, "sites": before.sites, "quorum": min(plan.quorum, before.quorum)}
+    if len(plan.groups) == len(before.groups):
+        as_before["groups"] = before.groups
+    return plan.model_copy(update=as_before)
 
 
 def write_plan(folder: Path, plan: RunPlan, config: RunConfig) -> None:

@@ -28,7 +28,7 @@ class InProcessGrid(Grid):
         self._busy: set[int] = set()
         self._replies: dict[str, Message] = {}
         self._lock = threading.Lock()
-        # flwr 1.39 reads the identity of the running task when a Message is made
+        # Flower reads the identity of the running task when a Message is made
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
 
     @staticmethod

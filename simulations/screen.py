@@ -100,6 +100,11 @@ class Screen:
                     "", f"shared noise: head office sees the sum of at least {plan.quorum} sites, and "
                     f"{privacy.colluding_sites} of them may help it to see more"
                 )  # fmt: skip
+            if plan.groups:
+                lines.add_row(
+                    "", f"{len(plan.groups)} groups of sites, each with a sum and noise of its own: the median counts, "
+                    f"and {plan.poisoned_sites} sites may be poisoned"
+                )  # fmt: skip
             if not privacy.protects:
                 lines.add_row("", "[bold red]NOT PRIVATE[/bold red]: coins and noise come from a seed")
         self._console.print(Panel(lines, title="fedllm", title_align="left", border_style="blue", expand=False))
@@ -141,6 +146,7 @@ class Screen:
         if record.lost:
             parts.append(f"lost: {record.lost}")
         elif record.round:
+            parts += [f"without the sum of group {', '.join(sorted(record.without))}"] if record.without else []
             parts.append(f"{len(record.answered)} sites in {record.seconds:.1f} s")
         return " · ".join(parts)
 

@@ -75,7 +75,7 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
     for name in data.names:  # whoever simulates owns all records, and learns which of them cannot be used
         data.records(name, config.model)
     observe(Phase("planning: noise for the budget"))
-    plan = make_plan(config, len(data.names))
+    plan = make_plan(config, data.names)
     observe(Phase("loading model and held-out set"))
     run = HeadOfficeRun(config)
     with alone_in(folder, config):

@@ -1,4 +1,4 @@
-"""The house plan, enforced over the tree: what may know what, one importer a concept, a courier that starts fast."""
+"""The house plan, enforced over the tree: what may know what, one importer a concept, what starts without what."""
 
 import ast
 import subprocess
@@ -24,8 +24,8 @@ COMMAND_LINE = (
 )  # entry points: may import anything
 
 STOCK = (  # what others do, to compare with
-    "simulations.benchmarks.stock_training", "simulations.benchmarks.step", "simulations.benchmarks.batch_memory",
-    "simulations.benchmarks.probe", "simulations.benchmarks.bench",
+    "simulations.benchmarks.step", "simulations.benchmarks.batch_memory", "simulations.benchmarks.probe",
+    "simulations.benchmarks.bench",
 )  # fmt: skip
 
 # Third party -> the only modules (or packages, with a dot at the end) that may import it. One concept, one file.
@@ -52,7 +52,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "flwr": ("client.", "server.", "simulations."),
     "flwr_datasets": ("simulations.",),
     "ray": ("simulations.",),
-    "grpc": ("client.",),
+    "grpc": ("client.", "server."),
+    "google": ("fedllm.protocol.",),  # protobuf
     "pickle": (),
     "marshal": (),
     "shelve": (),
@@ -68,9 +69,9 @@ LAYERS: list[tuple[str, ...]] = [
         "fedllm.crypto",
         "fedllm.files",
         "fedllm.shamir",
-        "fedllm.supervisor",
         "fedllm.units",
     ),
+    ("fedllm.protocol",),
     ("fedllm.chain", "fedllm.statement"),
     ("fedllm.privacy",),
     ("fedllm.plan",),
@@ -194,7 +195,8 @@ def test_no_two_modules_import_each_other() -> None:
 def entry_points() -> set[str]:
     """Return modules that a user starts: those in the project's scripts, and those that can be run."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    named = {target.partition(":")[0] for target in project["project"]["scripts"].values()}
+    started = {**project["project"]["scripts"], **project["tool"]["flwr"]["app"]["components"]}
+    named = {target.partition(":")[0] for target in started.values()}
     runnable = {
         module
         for module, tree in sources().items()
@@ -265,26 +267,73 @@ def test_every_error_that_is_raised_on_purpose_is_in_the_tree_of_errors() -> Non
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             assert node.name in drawn, f"{node.name} is missing from the drawing at the top"
-    own = [
+    own = [  # but for those whose name says that they do not leave their module
         f"{module}, line {node.lineno}: {node.name}"
         for module, module_tree in sources().items()
         if module != "fedllm.errors"
         for node in ast.walk(module_tree)
         if isinstance(node, ast.ClassDef)
+        and not node.name.startswith("_")
         and any(ast.unparse(base).endswith(("Error", "Exception")) for base in node.bases)
     ]
     assert not own
 
 
+def loaded_by(code: str) -> set[str]:
+    """Return the top-level names of what is imported when `code` has run in a process of its own."""
+    show = "import sys; print('loaded:', *sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(done.stdout.rpartition("loaded:")[2].split())
+
+
+HEAVY = {"torch", "transformers", "peft", "opacus", "datasets", "pandas", "pyarrow", "scipy", "matplotlib", "sqlite3",
+         "dp_accounting", "safetensors", "tokenizers", "sklearn"}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["server.daemon", "client.relay"])
+def test_what_only_carries_bytes_loads_neither_model_nor_flower(module: str) -> None:
+    """The daemon and the relay: small, and without what could run anything."""
+    loaded = loaded_by(f"import {module}")
+    assert "grpc" in loaded
+    assert not loaded & (HEAVY | {"flwr", "ray", "hydra"})
+
+
+def test_a_sites_process_knows_no_flower() -> None:
+    """Nothing that head office sends is run there: what could run it is not even loaded."""
+    loaded = loaded_by("import client.service, client.link, client.office, client.site")
+    assert {"grpc", "torch"} <= loaded
+    assert not loaded & {"flwr", "ray", "hydra", "flwr_datasets"}
+
+
+def test_only_the_simulations_app_at_the_clients_end_knows_flower() -> None:
+    users = {module for module, name in arrows() if within(module, ["client"]) and within(name, ["flwr"])}
+    assert users == {"client.app"}
+    expect_none([
+        (module, name) for module, name in arrows() if within(name, ["client.app"]) and within(module, ["client"])
+    ])  # fmt: skip
+
+
+def test_the_daemon_knows_no_flower_by_any_way() -> None:
+    known, pending, seen = set(sources()), ["server.daemon"], set[str]()
+    while pending:
+        module = pending.pop()
+        if module not in seen:
+            seen.add(module)
+            pending += [found for m, name in arrows() if m == module for found in (name, name.rpartition(".")[0])
+                        if found in known]  # fmt: skip
+    assert "server.federation" in seen
+    expect_none([
+        (module, name) for module, name in arrows() if module in seen and within(name, ["flwr", "ray", "torch"])
+    ])  # fmt: skip
+
+
 @pytest.mark.parametrize("module", ["client.app", "fedllm.messages"])
 def test_the_courier_starts_without_any_heavy_library(module: str) -> None:
-    heavy = ("torch", "transformers", "peft", "opacus", "datasets", "pandas", "pyarrow", "scipy", "matplotlib",
-             "sqlite3", "dp_accounting", "safetensors", "tokenizers", "sklearn")  # fmt: skip
-    code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    loaded = set(done.stdout.split())
+    loaded = loaded_by(f"import {module}")
     assert module.partition(".")[0] in loaded
-    assert not loaded & set(heavy)
+    assert not loaded & HEAVY
 
 
 @pytest.mark.parametrize("flag", ["--help", "version"])

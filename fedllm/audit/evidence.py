@@ -155,6 +155,9 @@ class _RoundBody(_Body):
     lost: str = ""
     noise_multiplier: float | None = None
     trimmed: int | None = None
+    sums: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    closed: dict[str, str] = {}
 
 
 class _BegunBody(_Body):
@@ -337,11 +340,11 @@ def _read_record(path: Path, checks: _Checks) -> _Record:
             after = step.adapter_after if step.counts else step.adapter_before
             right = step.round == done + 1 and step.adapter_before == adapter[done] and step.adapter_after == after
             checks.note("rounds", right, f"{where}: {done} → {step.round}, {step.adapter_before[:16]}…")
-            if step.counts and len(step.answered) < plan.quorum:  # as the sites were promised
+            if step.counts and not plan.enough(step.answered, plan.quorum):  # as the sites were promised
                 checks.note("rounds", False, f"{where}: {len(step.answered)} < {plan.quorum}")
             if step.counts and plan.shared is not None:
                 _check_noise(step, plan, plan.shared, where, checks)
-            if step.counts or (step.lost and plan.shared is not None):
+            if step.counts or step.lost:
                 record.rounds.append(step)
                 done = step.round
                 adapter[done] = step.adapter_after
@@ -364,11 +367,20 @@ def _read_record(path: Path, checks: _Checks) -> _Record:
 
 def _check_noise(step: _RoundBody, plan: RunPlan, shared: SharedMechanism, where: str, checks: _Checks) -> None:
     """Compare the noise that a round of noise in shares is said to have had with what its answers make of it."""
-    many, known = len(step.answered), plan.privacy.colluding_sites
+    groups = {str(k): len(set(group) & set(step.answered)) for k, group in enumerate(plan.groups, start=1)}
+    sums = {k: (groups[k], trimmed) for k, trimmed in step.sums.items() if k in groups}
+    if groups:  # every one of them opened, was refused or stayed closed, and those that were used outvote the others
+        listed = [*step.sums, *step.refused, *step.closed]
+        whole = sorted(listed) == sorted(groups) and plan.outvotes(len(step.sums), len(step.refused))
+        whole = whole and all(groups[k] >= plan.quorum for k in (*step.sums, *step.refused))
+        checks.note("rounds", whole, f"{where}: {len(step.sums)} + {len(step.refused)} / {len(groups)}")
+    else:
+        sums = {"": (len(step.answered), -1 if step.trimmed is None else step.trimmed)}
     # a sum opens with as many reveals as the quorum, and every one that counts has its seeds
-    trimmed = step.trimmed if step.trimmed is not None and plan.quorum <= step.trimmed <= many else None
-    noise = shared.noise_multiplier(many, many if trimmed is None else trimmed, known)
-    stated = step.noise_multiplier if trimmed is not None else None
+    known = bool(sums) and all(plan.quorum <= trimmed <= many for many, trimmed in sums.values())
+    fits = [(many, trimmed if known else many) for many, trimmed in sums.values() if many >= plan.quorum]
+    noise = min((shared.noise_multiplier(*sum_, plan.privacy.colluding_sites) for sum_ in fits), default=math.inf)
+    stated = step.noise_multiplier if known else None
     right = stated is not None and abs(stated - noise) < _SAME * noise
     checks.note("rounds", right, f"{where}: {_text(step.noise_multiplier)} = {noise:.4g}")
 
@@ -506,6 +518,8 @@ def assess(
             sites=plan.sites,
             quorum=plan.quorum,
             colluding_sites=privacy.colluding_sites,
+            groups=len(plan.groups),
+            poisoned_sites=plan.poisoned_sites,
             local_steps=plan.training.local_steps,
             units_per_site=privacy.units_per_site or 0,
             seeded=privacy.insecure_seed is not None,
@@ -779,8 +793,9 @@ def _check_keys(
 
 def _check_rosters(record: _Record, checks: _Checks) -> None:
     """Check that the record says of everybody who was asked in a round what came of it, and of nobody else."""
-    if len(record.sites) < record.plan.sites:
-        checks.note("countersigned", "unverified", f"{RECORD}: {len(record.sites)} / {record.plan.sites}")
+    expected = sum(map(len, record.plan.groups)) or record.plan.sites
+    if len(record.sites) < expected:
+        checks.note("countersigned", "unverified", f"{RECORD}: {len(record.sites)} / {expected}")
     for number, step in record.attempts:
         before = [each for n, each in record.begun.items() if n < number and each.round == step.round]
         asked, named = set(before[-1].sites) if before else set(), {*step.answered, *step.declined, *step.failed}

@@ -76,9 +76,11 @@ class Claim(Frozen):
     clipping: Literal["flat", "automatic"]
     clip_norm: float
     noise_multiplier: float  # mode distributed: of a sum of the fewest sites, without the shares of those that collude
-    sites: int  # that may take part
+    sites: int  # that may take part; with groups, in the largest of them
     quorum: int  # fewest in a sum that can be read
     colluding_sites: int  # mode distributed: so many may tell head office their share of the noise
+    groups: int = 0  # mode distributed: each with a sum and noise of its own, 0 where all sites have one
+    poisoned_sites: int = 0  # with groups: so many may send what they like
     local_steps: int
     units_per_site: int  # nominal, public
     seeded: bool

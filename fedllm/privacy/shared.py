@@ -253,6 +253,15 @@ class SharedMechanism:
         """Return the sum over the sites in gradient units, float64[d], from uint32[d] modulo 2^32."""
         return total.view(np.int32).astype(np.float64) * self.quantum
 
+    @property
+    def most(self) -> float:
+        """The largest magnitude of a coordinate of a site's sum before its noise, gradient units."""
+        return self._room * self.quantum
+
+    def rounding_std(self, survivors: int) -> float:
+        """Return what rounding their draws to whole quanta adds to each coordinate's noise, at most; gradient units."""
+        return self.quantum * math.sqrt(survivors * len(self._parts) / 12)
+
     def noise_multiplier(self, survivors: int, trimmed: int, known: int) -> float:
         """Return the noise multiplier of a sum for those who know the noise of `known` of its sites.
 

@@ -27,6 +27,7 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", _FRAME),
     ("grpc.keepalive_time_ms", 1000 * _PING),
     ("grpc.keepalive_timeout_ms", 1000 * _PATIENCE),
+    ("grpc.http2.ping_timeout_ms", 1000 * _PATIENCE),  # a minute by default, and the longer of the two counts
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
 ]
@@ -67,14 +68,19 @@ class Payload:
         """Raise MessageError where it is to be longer than `limit` bytes."""
         if first.size > limit:
             raise MessageError(f"a payload of {first.size} bytes, and at most {limit} are taken")
-        self._size, self._data = first.size, bytearray()
+        self.size, self._data = first.size, bytearray()
 
     def add(self, part: Part) -> bytes | None:
         """Take the next part; returns the payload when it is whole. Raises MessageError where they do not fit."""
         self._data += part.data
-        if part.size != self._size or len(self._data) > self._size or not (part.data or self._size == 0):
+        if part.size != self.size or len(self._data) > self.size or not (part.data or self.size == 0):
             raise MessageError("parts of a payload that do not fit together")
-        return bytes(self._data) if len(self._data) == self._size else None
+        return bytes(self._data) if len(self._data) == self.size else None
+
+
+def plain(text: str) -> str:
+    """Return what the other end says in a form that may be shown: one line of printable signs, 300 at most."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text[:300])
 
 
 def milliseconds() -> int:

@@ -17,7 +17,7 @@ def _context(node: int) -> Context:
 
 @pytest.fixture(autouse=True)
 def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What flwr 1.39 reads when a Message is made."""
+    """What Flower reads when a Message is made."""
     for name, value in (("_run_id", 1), ("_task_id", 1), ("_node_id", 0)):
         monkeypatch.setattr(TaskIdentity, name, value)
 

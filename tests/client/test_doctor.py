@@ -19,13 +19,14 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
-from client import doctor, supernode
-from client.doctor import examine, examine_courier
+from client import doctor
+from client.doctor import examine, examine_relay
 from client.office import Office, init_office, install, rotate
+from client.relay import export_relay_folder
 from fedllm import crypto, findings
 from fedllm.cli import app
 from fedllm.crypto import Certificate
-from fedllm.files import locked, write_secret
+from fedllm.files import write_secret
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.ledger import PrivacyLedger
 from fedllm.provision import now
@@ -47,7 +48,7 @@ class HeadOffice:
             found.bind(("127.0.0.1", 0))
             self.port = int(found.getsockname()[1])
         settings = folder / "federation.yaml"
-        settings.write_text(f"name: x\nhost: 127.0.0.1\nlisten: 127.0.0.1\nfleet_port: {self.port}\n")
+        settings.write_text(f"name: x\nhost: 127.0.0.1\nlisten: 127.0.0.1\nport: {self.port}\n")
         self.folder = federation.init_federation(settings, folder / "head-office").folder
         self._listener: socket.socket | None = None
 
@@ -80,7 +81,9 @@ class HeadOffice:
                 return
             try:
                 if alpn:
-                    context.wrap_socket(plain, server_side=True).close()
+                    with context.wrap_socket(plain, server_side=True) as secured:
+                        secured.sendall(b"x")  # whatever it was shown, it goes on
+                        secured.recv(1)
                 else:
                     plain.sendall(b"220 mail.example.com\r\n")
                     plain.close()
@@ -133,7 +136,7 @@ def said(folder: Path, level: str) -> list[str]:
 def test_an_office_in_order_has_nothing_wrong_and_spends_nothing(head: HeadOffice, folder: Path) -> None:
     head.serve()
     assert said(folder, "WRONG") == []
-    assert [text.partition(":")[0] for text in said(folder, "warning")] == ["site service", "SuperNode"]
+    assert [text.partition(":")[0] for text in said(folder, "warning")] == ["site"]
     fine = said(folder, "ok")
     for word in (
         "access: ",
@@ -141,7 +144,7 @@ def test_an_office_in_order_has_nothing_wrong_and_spends_nothing(head: HeadOffic
         "speaks TLS 1.3",
         "certificate authority ends",
         "GiB free",
-        "flwr 1.39",
+        "flwr 1.42",
     ):
         assert any(word in text for text in fine), word
     assert not Office.open(folder).ledger_file.exists()
@@ -200,7 +203,7 @@ def test_a_certificate_that_soon_ends_is_seen_from_here(head: HeadOffice, folder
 def test_what_the_network_says_is_explained(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, said_: str
 ) -> None:
-    def fail(*_: object) -> bytes:
+    def fail(*_: object, **__: object) -> bytes:
         raise error
 
     monkeypatch.setattr(doctor, "reach", fail)
@@ -242,7 +245,9 @@ def test_an_authority_that_ends_is_announced(folder: Path, monkeypatch: pytest.M
     assert any("authority" in text and "ask head office for a new grant" in text for text in said(folder, "WRONG"))
 
 
-@pytest.mark.parametrize("name", ["", "keys", "keys/1/identity", "keys/1/node", "site.yaml", "grant.json", "data"])
+@pytest.mark.parametrize(
+    "name", ["", "keys", "keys/1/identity", "keys/1/link", "keys/1/serving", "site.yaml", "grant.json", "data"]
+)
 def test_what_others_may_use_is_wrong(head: HeadOffice, folder: Path, name: str) -> None:
     head.serve()
     path = folder / name
@@ -317,126 +322,132 @@ def test_a_full_disk_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert any("Free some space" in text for text in said(folder, "WRONG"))
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
+# ---- the relay -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def service(folder: Path) -> Iterator[Callable[[], None]]:
-    """A site service that holds the folder and, once called, answers."""
-    server = grpc.server(ThreadPoolExecutor(1))
+def relayed(folder: Path) -> Path:
+    """The same office behind a relay, of a group that this user is in."""
+    group = grp.getgrgid(os.getegid()).gr_name
+    edit(folder, socket=str(folder.parent / "run" / "link.sock"), socket_group=group)
+    return folder
 
-    def start() -> None:
-        path = Office.open(folder).socket
+
+@pytest.fixture
+def listening(folder: Path) -> Iterator[Callable[[], Path]]:
+    """Something that answers where the relay does, once called."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    path = folder.parent / "run" / "link.sock"
+
+    def start() -> Path:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         server.add_insecure_port(f"unix:{path}")
         server.start()
-        path.chmod(0o600)
+        path.chmod(0o660)
+        return path
 
-    with locked(folder / "data"):
-        yield start
+    yield start
     server.stop(None).wait()
 
 
-def test_a_service_that_does_not_answer_is_wrong(folder: Path, service: Callable[[], None]) -> None:
-    assert any("it runs, but" in text and "start it anew" in text for text in said(folder, "WRONG"))
-    service()
-    assert any(text.startswith("site service: answers") for text in said(folder, "ok"))
+def test_a_site_behind_a_relay_tries_no_way_of_its_own(relayed: Path, listening: Callable[[], Path]) -> None:
+    path = listening()
+    assert said(relayed, "WRONG") == []
+    assert f"relay: listens on {path}" in said(relayed, "ok")
+
+
+def test_a_relay_that_is_not_there_or_does_not_answer_is_wrong(relayed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PATIENCE", 0.5)
+    path = relayed.parent / "run" / "link.sock"
+    [text] = said(relayed, "WRONG")
+    assert f"{path} is not there" in text
+    assert "fedllm site relay" in text
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    [text] = said(relayed, "WRONG")
+    assert f"nothing answers on {path}" in text
+
+
+def test_a_socket_that_is_not_the_groups_alone_is_wrong(relayed: Path, listening: Callable[[], Path]) -> None:
+    listening().chmod(0o666)
+    [text] = said(relayed, "WRONG")
+    assert "not open to the group" in text
+    assert "Start the relay anew" in text
 
 
 def test_a_socket_in_a_folder_that_is_closed_to_this_user_is_no_fault_of_the_doctor(
-    courier: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def closed(self: Path) -> bool:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(doctor.Path, "exists", closed)
     monkeypatch.setattr(doctor.os, "access", lambda place, mode: False)
-    assert "is not open to" in doctor._silent(Path("/run/fedllm/site.sock"))
+    assert "is not open to" in doctor._silent(Path("/run/fedllm/link.sock"))
 
 
-def test_a_socket_that_others_may_use_is_wrong(folder: Path, service: Callable[[], None]) -> None:
-    service()
-    Office.open(folder).socket.chmod(0o666)
-    assert any("others may use" in text for text in said(folder, "WRONG"))
-
-
-def test_a_socket_that_is_not_the_groups_is_wrong(folder: Path, service: Callable[[], None]) -> None:
-    group = grp.getgrgid(os.getegid()).gr_name
-    edit(folder, socket=str(folder / "run" / "s.sock"), socket_group=group)
-    service()
-    assert any(f"not open to the group {group}" in text for text in said(folder, "WRONG"))
-    Office.open(folder).socket.chmod(0o660)
-    assert any(text.startswith("site service: answers") for text in said(folder, "ok"))
-
-
-class Process:
-    """A SuperNode of this user."""
-
-    def __init__(self, age: float = 100.0) -> None:
-        self.pid, self._began = os.getpid(), now().timestamp() - age
-
-    def environ(self) -> dict[str, str]:
-        return {"FLWR_TELEMETRY_ENABLED": "0"}
-
-    def create_time(self) -> float:
-        return self._began
-
-    def uids(self) -> Any:
-        return (
-            os.stat_result((0, 0, 0, 0, 0, 0, 0, 0, 0, 0)) if False else type("Uids", (), {"effective": os.geteuid()})
-        )
-
-
-def test_a_supernode_is_looked_at(head: HeadOffice, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head.serve()
-    os.umask(0o077)
-    running = [Process()]
-    monkeypatch.setattr(doctor, "processes", lambda *words: running)
-    monkeypatch.setattr(doctor, "connected", lambda pid, port: False)
-    assert any("not connected to head office. Its log" in text for text in said(folder, "WRONG"))
-    running = [Process(age=1)]
-    assert any("not connected" in text for text in said(folder, "warning"))
-    monkeypatch.setattr(doctor, "connected", lambda pid, port: True)
-    assert any("connected to head office" in text for text in said(folder, "ok"))
-    running = [Process(), Process()]
-    assert any("2 run for one site" in text for text in said(folder, "WRONG"))
-
-
-# ---- the courier's folder --------------------------------------------------------------------------------------------
+# ---- the relay's folder ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def courier(folder: Path) -> Path:
-    place = folder.parent / "courier"
-    supernode.hand_out(Office.open(folder), place)
+def relay(relayed: Path) -> Path:
+    place = relayed.parent / "relay"
+    export_relay_folder(Office.open(relayed), place)
     return place
 
 
-def courier_said(folder: Path, level: str) -> list[str]:
-    return [finding.text for finding in examine_courier(folder) if finding.level == level]
+def relay_said(folder: Path, level: str) -> list[str]:
+    return [finding.text for finding in examine_relay(folder) if finding.level == level]
 
 
-def test_a_couriers_folder_in_order_has_nothing_wrong(head: HeadOffice, courier: Path) -> None:
+def test_a_relays_folder_in_order_has_nothing_wrong_and_opens_no_message(head: HeadOffice, relay: Path) -> None:
     head.serve()
-    assert courier_said(courier, "WRONG") == []
-    assert any("socket_group" in text for text in courier_said(courier, "warning"))
-    assert any("fedllm site carry" in text for text in courier_said(courier, "warning"))
+    assert relay_said(relay, "WRONG") == []
+    assert any("fedllm site relay" in text for text in relay_said(relay, "warning"))
+    fine = relay_said(relay, "ok")
+    for word in ("settings, key and certificate", "this office's certificate ends", "speaks TLS 1.3", "GiB free"):
+        assert any(word in text for text in fine), word
+    assert sorted(path.name for path in relay.iterdir()) == ["ca.pem", "link", "link.pem", "relay.json"]
 
 
-def test_a_courier_reaches_the_service(courier: Path, service: Callable[[], None]) -> None:
-    service()
-    assert any(text.startswith("site service: ") for text in courier_said(courier, "ok"))
+def test_a_relay_that_runs_is_seen(relay: Path, listening: Callable[[], Path]) -> None:
+    path = listening()
+    assert f"relay: listens on {path}" in relay_said(relay, "ok")
 
 
-@pytest.mark.parametrize("name", ["courier.json", "node", "ca.pem"])
-def test_a_couriers_damaged_file_is_wrong(head: HeadOffice, courier: Path, name: str) -> None:
+def test_a_relays_certificate_for_another_key_is_wrong(head: HeadOffice, relay: Path) -> None:
     head.serve()
-    write_secret(courier / name, b"{}")
-    assert courier_said(courier, "WRONG")
+    write_secret(relay / "link", crypto.make_key())
+    found = relay_said(relay, "WRONG")
+    assert any("certificate is for another key" in text for text in found)
 
 
-def test_the_command_knows_every_kind_of_folder(head: HeadOffice, folder: Path, courier: Path) -> None:
+def test_a_relays_certificate_that_has_ended_is_wrong(
+    head: HeadOffice, relay: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The site has installed a new grant, and its relay's folder was not made again."""
     head.serve()
-    for place, word in ((folder, "ledger"), (courier, "courier's folder"), (head.folder, "roster")):
+    then = now() + timedelta(days=400)
+    monkeypatch.setattr(findings, "now", lambda: then)
+    assert any("this office's certificate has ended" in text for text in relay_said(relay, "WRONG"))
+
+
+@pytest.mark.parametrize("name", ["relay.json", "link", "link.pem", "ca.pem"])
+@pytest.mark.parametrize("damage", [b"{}", None])
+def test_a_relays_damaged_or_missing_file_is_wrong(
+    head: HeadOffice, relay: Path, name: str, damage: bytes | None
+) -> None:
+    head.serve()
+    if damage is None:
+        (relay / name).unlink()
+    else:
+        write_secret(relay / name, damage)
+    assert any(name in text or "PEM" in text for text in relay_said(relay, "WRONG"))
+
+
+def test_the_command_knows_every_kind_of_folder(head: HeadOffice, folder: Path, relay: Path) -> None:
+    head.serve()
+    for place, word in ((folder, "ledger"), (relay, "relay's folder"), (head.folder, "roster")):
         done = CliRunner().invoke(app, ["doctor", "--home", str(place)])
         assert word in done.output, done.output

@@ -30,6 +30,7 @@ from fedllm.chain import open_entry
 from fedllm.crypto import Identity, sign_document
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError
 from fedllm.plan import ModelConfig, PrivacyConfig
+from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.ledger import Period, PrivacyLedger
 from fedllm.provision import Grant
 from server import federation
@@ -75,7 +76,8 @@ def test_every_file_of_a_site_is_private(member: Path) -> None:
         assert mode == (0o700 if (member / path).is_dir() else 0o600), path
     assert set(found) == {
         ".", "site.yaml", f"{NAME}.join", "grant.json", "data", "keys", "keys/ca.pem", "keys/1", "keys/1/identity",
-        "keys/1/node", "keys/2", "keys/2/identity", "keys/2/node",
+        "keys/1/link", "keys/1/link.pem", "keys/1/serving", "keys/1/serving.pem", "keys/2", "keys/2/identity",
+        "keys/2/link", "keys/2/serving",
     }  # fmt: skip
 
 
@@ -86,6 +88,17 @@ def test_a_join_request_holds_no_secret(folder: Path) -> None:
     assert secret[:64] not in data
     assert secret[64:] not in data
     assert b"PRIVATE" not in data
+    assert crypto.key_line(site.in_use.link_file.read_bytes()) in data.decode()
+
+
+def test_a_folder_of_the_version_before_says_how_it_is_made_anew(member: Path) -> None:
+    keys = member / "keys" / "1"
+    for name in ("link", "link.pem", "serving", "serving.pem"):
+        (keys / name).unlink()
+    files.write_secret(keys / "node", crypto.make_key())
+    files.write_secret(member / "grant.json", sign_document({"kind": "fedllm grant v1"}, Identity.generate()))
+    with pytest.raises(FolderError, match=r"earlier version.*fedllm site init.*admitted anew"):
+        Office.open(member)
 
 
 def test_a_name_has_one_spelling(tmp_path: Path) -> None:
@@ -108,14 +121,17 @@ def test_a_site_is_never_made_over_another(folder: Path) -> None:
     assert Office.open(folder).identity.public == before
 
 
-@pytest.mark.parametrize("name", ["keys/1/identity", "keys/1/node", "grant.json", "keys/ca.pem", "keys/1", "keys", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["keys/1/identity", "keys/1/link", "keys/1/serving", "grant.json", "keys/ca.pem", "keys/1", "keys", ""],
+)
 def test_a_file_that_others_may_use_is_refused(member: Path, name: str) -> None:
     (member / name).chmod(stat.S_IMODE((member / name).stat().st_mode) | 0o004)
     with pytest.raises(FolderError, match="chmod"):
         Office.open(member)
 
 
-@pytest.mark.parametrize("name", ["keys/1/identity", "keys/1/node", "grant.json", "site.yaml"])
+@pytest.mark.parametrize("name", ["keys/1/identity", "keys/1/link", "keys/1/serving", "grant.json", "site.yaml"])
 @pytest.mark.parametrize("damage", [b"", b"\xff\x00x", b"{}"])
 def test_a_damaged_file_is_one_clear_error(member: Path, name: str, damage: bytes) -> None:
     (member / name).write_bytes(damage)
@@ -128,7 +144,8 @@ def test_keys_that_are_gone_are_missed(member: Path) -> None:
     with pytest.raises(FolderError, match="no keys"):
         Office.open(member)
     files.write_secret(member / "keys" / "3" / "identity", Identity.generate().to_bytes())
-    files.write_secret(member / "keys" / "3" / "node", crypto.make_node_key().key)
+    for name in ("link", "serving"):
+        files.write_secret(member / "keys" / "3" / name, crypto.make_key())
     with pytest.raises(FolderError, match="lacks the keys that the grant was made for"):
         Office.open(member)
 
@@ -149,7 +166,7 @@ def test_a_grant_is_believed_by_the_fingerprint_heard_on_the_telephone(head: Pat
     assert needs_fingerprint(folder, grant)
     site = install(folder, grant, head_fingerprint(head).upper())
     assert site.coordinators == (federation.HeadOffice.open(head).identity.public,)
-    assert site.superlink == "head.example.com:9092"
+    assert site.address == "head.example.com:9092"
     assert site.ca_file.read_bytes() == federation.HeadOffice.open(head).ca_file.read_bytes()
     assert not needs_fingerprint(folder, grant)
     install(folder, grant)  # once more is no matter
@@ -175,6 +192,37 @@ def test_a_grant_for_other_keys_of_the_same_name_is_refused(tmp_path: Path, head
     other = init_office(tmp_path / "other", NAME).folder
     with pytest.raises(CryptoError, match="made for other keys"):
         install(folder, admit(head, other), head_fingerprint(head))
+
+
+def test_a_grant_brings_certificates_for_the_keys_that_were_made_here(head: Path, member: Path) -> None:
+    site = Office.open(member)
+    grant = site.grant
+    assert grant is not None
+    for file, pem in ((site.in_use.link_file, grant.link), (site.in_use.serving_file, grant.serving)):
+        assert file.with_suffix(".pem").read_text() == pem
+        assert crypto.certified_key(pem.encode()) == crypto.key_line(file.read_bytes())
+    again = federation.renew_grant(head, NAME).read_bytes()
+    install(member, again)
+    assert site.in_use.link_file.with_suffix(".pem").read_text() == Grant.open(again)[0].link != grant.link
+
+
+@pytest.mark.parametrize("name", ["link", "serving"])
+def test_a_grant_with_a_certificate_for_another_key_is_refused_and_changes_nothing(
+    head: Path, member: Path, name: str
+) -> None:
+    """Also when it would have new keys take the ledger over."""
+    office = federation.HeadOffice.open(head)
+    old = Office.open(member)
+    ledger = PrivacyLedger(old.ledger, 8.0, 1e-5, old.identity)
+    rotate(member)
+    grant = Grant.open(admit(head, member))[0]
+    other = crypto.certify(office.authorities[0], crypto.key_line(crypto.make_key()), NAME, 9).decode()
+    before = {path: path.read_bytes() for path in member.rglob("*") if path.is_file()}
+    with pytest.raises(CryptoError, match=rf"certificate for another key than .*/keys/2/{name}\."):
+        install(member, grant.model_copy(update={name: other}).sign(office.identities))
+    assert {path: path.read_bytes() for path in before} == before
+    assert Office.open(member).identity.public == old.identity.public
+    assert all(open_entry(line).kind != "key" for line in ledger.file.lines())
 
 
 def test_a_grant_of_another_head_office_is_refused_unless_the_telephone_says_so(
@@ -208,7 +256,7 @@ def test_an_older_grant_does_not_come_back(head: Path, member: Path) -> None:
     for heard in (None, head_fingerprint(head)):
         with pytest.raises(CryptoError, match="older than the one installed"):
             install(member, older.sign([real]), heard)
-    assert Office.open(member).superlink == "head.example.com:9092"
+    assert Office.open(member).address == "head.example.com:9092"
 
 
 def test_a_grant_of_tomorrow_does_not_shut_out_those_of_today(head: Path, member: Path) -> None:
@@ -248,7 +296,7 @@ def test_the_bundle_of_authorities_follows_the_grant(head: Path, member: Path) -
 def test_an_address_of_version_6_is_written_in_brackets(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "f.yaml").write_text('name: x\nhost: "::1"\n')
     head = federation.init_federation(tmp_path / "f.yaml", tmp_path / "head6").folder
-    assert install(folder, admit(head, folder), head_fingerprint(head)).superlink == "[::1]:9092"
+    assert install(folder, admit(head, folder), head_fingerprint(head)).address == "[::1]:9092"
 
 
 # ---- rotation --------------------------------------------------------------------------------------------------------
@@ -258,7 +306,7 @@ def test_new_keys_are_used_from_their_grant_on_and_old_ones_open_until_retired(h
     before = Office.open(member)
     waiting = rotate(member)
     assert waiting.identity.public == before.identity.public
-    assert waiting.node_key_file == before.node_key_file
+    assert waiting.in_use.link_file == before.in_use.link_file
     new = waiting.keys[-1].identity.public
     assert new in [identity.public for identity in waiting.identities]  # head office may seal to it already
     grant = admit(head, member)
@@ -267,13 +315,13 @@ def test_new_keys_are_used_from_their_grant_on_and_old_ones_open_until_retired(h
     assert roster.identities == (new, before.identity.public)
     site = install(member, grant)
     assert site.identity.public == new
-    assert site.node_key_file != before.node_key_file
+    assert site.in_use.link_file != before.in_use.link_file
     assert [identity.public for identity in site.identities] == [new, before.identity.public]
-    line = crypto.node_public_key(site.node_key_file.read_bytes()).decode()
-    assert roster.node_key == line
+    assert roster.link_key == crypto.key_line(site.in_use.link_file.read_bytes())
+    assert roster.serving_key == crypto.key_line(site.in_use.serving_file.read_bytes())
     site = retire(member)
     assert [identity.public for identity in site.identities] == [new]
-    assert not before.node_key_file.parent.exists()
+    assert not before.in_use.folder.exists()
 
 
 def test_a_rotation_that_is_repeated_before_its_grant_makes_no_third_set_of_keys(head: Path, member: Path) -> None:
@@ -292,6 +340,35 @@ def test_a_second_rotation_follows_the_first(head: Path, member: Path) -> None:
     roster = federation.HeadOffice.open(head).roster.find(NAME)
     assert roster is not None
     assert len(roster.identities) == 3
+
+
+# ---- when the site starts anew ---------------------------------------------------------------------------------------
+
+
+def test_a_charge_does_not_start_the_site_anew(ready: Path) -> None:
+    site = Office.open(ready)
+    before = site.stamp()
+    ledger = PrivacyLedger(site.ledger, 8.0, 1e-5, site.identity)  # moves the anchor, which lies among the keys
+    ledger.release(ledger.reserve("run", 1, "r", AccountingEvent(1.0, 2.0, 1)), b"")
+    files.write_secret(site.link_state_file, b"{}")
+    assert site.stamp() == before
+
+
+def test_what_the_owner_or_head_office_changes_starts_the_site_anew(head: Path, ready: Path) -> None:
+    site = Office.open(ready)
+    stamps = [site.stamp()]
+
+    def changed(work: Callable[[], object]) -> None:
+        work()
+        stamps.append(site.stamp())
+        assert len(set(stamps)) == len(stamps)
+
+    changed(lambda: check(ready))  # the declaration
+    changed(lambda: edit(ready, {"data.size": 110}))
+    changed(lambda: install(ready, federation.renew_grant(head, NAME).read_bytes()))
+    changed(lambda: rotate(ready))
+    changed(lambda: install(ready, admit(head, ready)))
+    changed(lambda: retire(ready))
 
 
 # ---- crashes ---------------------------------------------------------------------------------------------------------
@@ -376,7 +453,7 @@ def test_the_template_means_what_it_says(folder: Path) -> None:
     assert site.config.models == {}
     assert site.config.resources.max_message_mb == 512
     assert site.config.data.prompt == "{question}\n"
-    assert site.socket == folder / "run" / "site.sock"
+    assert site.socket is None
     assert site.ledger_file == folder / "data" / "ledger.db"
 
 
@@ -390,7 +467,7 @@ def test_every_comment_of_the_template_can_be_taken_up(folder: Path) -> None:
     site = Office.open(folder)
     assert site.config.data.unit == "customer"
     assert site.config.resources.threads == 4
-    assert (str(site.socket), site.config.socket_group) == ("/run/fedllm/site.sock", "fedllm")
+    assert (str(site.socket), site.config.socket_group) == ("/run/fedllm/link.sock", "fedllm")
     assert "Qwen/Qwen2.5-0.5B" in site.config.models
     assert site.environment["HF_HUB_CACHE"] == "/srv/huggingface"
 

@@ -1,23 +1,28 @@
-"""The site service: answers the pinned head office, once, and nobody else; on a socket that others cannot open."""
+"""A site's process: it answers the pinned head office, once, and nobody else; and starts anew when it has to."""
 
 import os
-import stat
+import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
-from client.service import Endpoint, Replays, serve
-from client.wire import CHUNK, METHOD, SERVICE, ask, chunks, join
+from client import service
+from client.link import SiteLink, read_state
+from client.office import Office, install
+from client.service import Endpoint, Replays
+from client.site import Site
 from fedllm import envelope
 from fedllm.crypto import Identity
 from fedllm.envelope import Binding
-from fedllm.errors import Cancelled, ConfigError, CryptoError, MessageError
-from fedllm.messages import Declined, Prepare, RoundBegun, TrainRequest, from_bytes
+from fedllm.errors import Cancelled, CryptoError, FolderError, MessageError
+from fedllm.files import locked
+from fedllm.messages import Declined, Prepare, RoundBegun, TrainRequest
 from fedllm.plan import RunPlan, parse
+from server import federation
+from tests.link.conftest import until
+from tests.link.ends import make_head, make_member, short_folder
 
 HEAD, SITE, STRANGER = Identity.generate(), Identity.generate(), Identity.generate()
 BEGUN = RoundBegun(roster="a" * 64, number=1, digest="b" * 64)
@@ -148,130 +153,96 @@ def test_while_keys_are_rotated_both_are_accepted(branch: Branch, tmp_path: Path
         assert envelope.open_sealed(sealed, sender, [new_site.public])[1] == b"answer"
 
 
-# ---- on the socket -------------------------------------------------------------------------------------------------
+# ---- the process -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def socket(endpoint: Endpoint, tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "run" / "site.sock"
-    server = serve(endpoint, path, None, 300 << 20)
-    yield path
-    server.stop(None).wait()
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A member's folder whose site answers without records, and whose way leads nowhere."""
+    with short_folder() as place:
+        made = make_member(make_head(place), place / "site")
+
+        class Stub(Branch):
+            def open_ledger(self) -> None:
+                """There is none."""
+
+        monkeypatch.setattr(service, "open_site", lambda office: Stub())
+        monkeypatch.setattr(service, "_LOOK", 0.02)
+        monkeypatch.setattr(service.signal, "SIGTERM", signal.SIGUSR1)  # pytest's own are left alone
+        monkeypatch.setattr(service.signal, "SIGINT", signal.SIGUSR2)
+        yield made
 
 
-def test_the_courier_gets_the_answer_over_the_socket(socket: Path, branch: Branch) -> None:
-    sealed = request()
-    binding, answer, _ = envelope.open_sealed(ask(str(socket), sealed, 60), HEAD, [SITE.public])
-    assert answer == b"answer"
-    assert binding.request == envelope.digest(sealed)
-    assert from_bytes(branch.asked[0], TrainRequest, Prepare).payload == b"adapter"
+def test_the_process_ends_when_it_is_told_to(ready: Path) -> None:
+    """And leaves the folder to the next one."""
+    office = Office.open(ready)
+
+    def end() -> None:
+        until(lambda: read_state(office.link_state_file) is not None)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    assert service.run(office) is False
+    thread.join()
+    with locked(office.ledger_file.parent):
+        pass
 
 
-@pytest.mark.parametrize("megabytes", [20, pytest.param(200, marks=pytest.mark.soak)])
-def test_large_updates_pass_both_ways(socket: Path, branch: Branch, megabytes: int) -> None:
-    large = os.urandom(1 << 20) * megabytes
-    branch.answer = large[::-1]
-    message = TrainRequest(plan=plan(), round=2, spec_digest="s", head=None, begun=BEGUN, payload=large).to_bytes()
-    sealed = ask(str(socket), request(payload=message), 200)
-    assert envelope.open_sealed(sealed, HEAD, [SITE.public])[1] == large[::-1]
+def test_the_process_starts_anew_when_a_grant_was_installed(ready: Path) -> None:
+    office = Office.open(ready)
+
+    def renew() -> None:
+        until(lambda: read_state(office.link_state_file) is not None)
+        install(ready, federation.renew_grant(ready.parent / "head", office.name).read_bytes())
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    assert service.run(office) is True
+    thread.join()
 
 
-def test_only_the_owner_can_open_the_socket(socket: Path) -> None:
-    assert stat.S_IMODE(socket.stat().st_mode) == 0o600
-    assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
+def test_what_changes_while_records_are_read_is_not_missed(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = service.open_site
+
+    def slow(office: Office) -> Site:
+        install(ready, federation.renew_grant(ready.parent / "head", office.name).read_bytes())
+        return found(office)
+
+    monkeypatch.setattr(service, "open_site", slow)
+    assert service.run(Office.open(ready)) is True
 
 
-def code(error: pytest.ExceptionInfo[grpc.RpcError]) -> grpc.StatusCode:
-    found: grpc.StatusCode = error.value.code()
-    return found
+def test_two_processes_of_one_site_are_refused(ready: Path) -> None:
+    office = Office.open(ready)
+    with locked(office.ledger_file.parent), pytest.raises(FolderError):
+        service.run(office)
 
 
-def test_a_refusal_tells_nothing_but_that(socket: Path, branch: Branch, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(grpc.RpcError) as error:
-        ask(str(socket), request(sender=STRANGER), 60)
-    assert code(error) == grpc.StatusCode.PERMISSION_DENIED
-    assert error.value.details() == "refused; the site's log says why"
+def test_a_refusal_and_a_fault_tell_head_office_nothing_but_that(
+    endpoint: Endpoint,
+    branch: Branch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    link = SiteLink("unix:/nowhere", lambda: None, str, endpoint.handle, 1 << 20, tmp_path / "link.json")
+    assert link._safely(request(sender=STRANGER), threading.Event()) == "refused; the site's log says why"
     assert "not signed by anyone who may send here" in caplog.text
-    assert branch.asked == []
 
-
-def test_a_fault_in_the_site_tells_nothing_of_it(
-    socket: Path, branch: Branch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
     def handle(request: bytes, stop: object) -> bytes:
         raise ValueError("Hong Gildong's record")
 
     monkeypatch.setattr(branch, "handle", handle)
-    with pytest.raises(grpc.RpcError) as error:
-        ask(str(socket), request(), 60)
-    assert code(error) == grpc.StatusCode.INTERNAL
-    assert "Hong" not in str(error.value)
+    said = link._safely(request(), threading.Event())
+    assert said == "a fault in the site's software; its log says more"
     assert "Hong" in caplog.text
 
 
-def test_a_request_that_is_too_large_is_cut_off(endpoint: Endpoint, branch: Branch, tmp_path: Path) -> None:
-    server = serve(endpoint, tmp_path / "small.sock", None, 100_000)
-    with pytest.raises(grpc.RpcError) as error:
-        ask(str(tmp_path / "small.sock"), bytes(100_001), 60)
-    assert code(error) == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert branch.asked == []
-    server.stop(None).wait()
-
-
-def test_when_the_time_is_up_the_site_gives_up(socket: Path, branch: Branch) -> None:
+def test_a_request_that_nobody_waits_for_is_given_up(endpoint: Endpoint, branch: Branch, tmp_path: Path) -> None:
+    link = SiteLink("unix:/nowhere", lambda: None, str, endpoint.handle, 1 << 20, tmp_path / "link.json")
     branch.may_answer.clear()
-    for number, seconds in enumerate((0.3, 3, 30), start=1):  # a busy machine: the time was up on the way to the site
-        with pytest.raises(grpc.RpcError) as error:
-            ask(str(socket), request(number), seconds)
-        assert code(error) == grpc.StatusCode.DEADLINE_EXCEEDED
-        if branch.asked:
-            break
-    assert branch.given_up.wait(60)
-
-
-def test_when_the_courier_is_gone_the_site_gives_up(socket: Path, branch: Branch) -> None:
-    branch.may_answer.clear()
-    channel = grpc.insecure_channel(f"unix:{socket}")
-    call = channel.stream_stream(f"/{SERVICE}/{METHOD}")(chunks(request()))
-    while not branch.asked:
-        time.sleep(0.01)
-    call.cancel()
-    assert branch.given_up.wait(60)
-    channel.close()
-
-
-def test_nothing_else_is_served(socket: Path) -> None:
-    """No health, no reflection, no other method."""
-    with grpc.insecure_channel(f"unix:{socket}") as channel:
-        for method in ("/fedllm.Site/Other", "/grpc.health.v1.Health/Check", "/grpc.reflection.v1.ServerReflection/x"):
-            with pytest.raises(grpc.RpcError) as error:
-                channel.unary_unary(method)(b"", timeout=60)
-            assert code(error) == grpc.StatusCode.UNIMPLEMENTED
-
-
-def test_the_socket_of_a_service_that_was_killed_is_replaced(endpoint: Endpoint, tmp_path: Path) -> None:
-    path = tmp_path / "run" / "site.sock"
-    for number in (1, 2):
-        server = serve(endpoint, path, None, 1 << 20)
-        ask(str(path), request(number), 60)
-        server.stop(None).wait()
-        path.touch()
-
-
-@pytest.mark.parametrize(
-    ("name", "group", "words"), [("x" * 120, None, "100 bytes"), ("site.sock", "no-such-group", "socket_group")]
-)
-def test_a_socket_that_cannot_be_made_is_one_clear_error(
-    endpoint: Endpoint, tmp_path: Path, name: str, group: str | None, words: str
-) -> None:
-    with pytest.raises(ConfigError, match=words):
-        serve(endpoint, tmp_path / name, group, 1 << 20)
-
-
-@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
-def test_chunks_join_to_what_was_cut(size: int) -> None:
-    data = os.urandom(size)
-    parts = list(chunks(data))
-    assert join(parts) == data
-    assert parts
-    assert max(map(len, parts)) <= CHUNK
+    stop = threading.Event()
+    stop.set()
+    assert link._safely(request(), stop) == "given up"
+    assert branch.given_up.is_set()

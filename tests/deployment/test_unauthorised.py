@@ -268,7 +268,7 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_by_the_office(federa
     federation.ready()
     before = len(branch.charged())
     me, site = head.office.identity, branch.office.identity.public
-    plan = make_plan(config_of("not-asked", 1), 3)
+    plan = make_plan(config_of("not-asked", 1), ["a", "b", "c"])
     known = {"run": plan.run, "plan": plan.digest}
     genuine = _sealed(Prepare(plan=plan), site, me, **known)
     begun = RoundBegun(roster="0" * 64, number=1, digest="0" * 64)

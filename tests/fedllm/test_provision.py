@@ -177,7 +177,8 @@ def test_a_name_that_is_no_name_of_a_file_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("host", "right"),
-    [("Head.Example.com", "head.example.com"), ("10.0.0.1", "10.0.0.1"), ("::1", "::1"), ("2001:DB8:0::1", "2001:db8::1"),
+    [("Head.Example.com", "head.example.com"), ("10.0.0.1", "10.0.0.1"), ("::1", "::1"),
+     ("2001:DB8:0::1", "2001:db8::1"),
      ("localhost", "localhost"),
      ("서울.kr", "서울.kr".encode("idna").decode())],
 )  # fmt: skip

@@ -218,12 +218,12 @@ class Site:
                 raise server_daemon.MessageError("given up")
         return b"to " + request
 
-    def start(self, limit: int = 1 << 28) -> None:
+    def start(self, limit: int = 1 << 28, address: str = "") -> None:
         self.state = self.key.with_suffix(".json")
 
         async def begin() -> None:
             self.stop_event = asyncio.Event()
-            way = outside(self.house.address, self.house.office.ca_file, self.key)
+            way = outside(address or self.house.address, self.house.office.ca_file, self.key)
             self.link = SiteLink(*way, self.handle, limit, self.state)
             self.running = asyncio.create_task(self.link.run(self.stop_event))
 

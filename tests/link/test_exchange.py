@@ -9,8 +9,11 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from client.link import read_state
+from fedllm.errors import MessageError
 from fedllm.messages import KEY, RECORD
-from server.grpc_grid import GrpcGrid, node_of
+from fedllm.protocol.link import VERSION
+from fedllm.protocol.link_pb2 import FromSite, Hello, Part, Refusal, ToSite
+from server.grpc_grid import GrpcGrid, look, node_of
 from tests.link.conftest import House, Loop, Site, until
 
 LIMIT = 1 << 28
@@ -211,4 +214,29 @@ def test_a_site_that_cannot_connect_says_why_and_tries_on(house: House, loop: Lo
     state = until(lambda: read_state(busan.state), "a state")
     assert state.state == "connecting"
     assert "no office of the roster has this certificate's key" in state.text
+    busan.stop()
+
+
+def test_what_the_other_end_says_cannot_rewrite_a_screen(house: House, grid: GrpcGrid, loop: Loop) -> None:
+    from tests.link.conftest import Peer
+
+    peer = Peer(house, house.admit("busan"), loop)
+    peer.send(FromSite(hello=Hello(version=VERSION, software="1\x1b[2K")))
+    peer.read()
+    [connected] = look(house.office.socket).connected
+    assert connected.software == "1?[2K"
+    id_ = ask(grid, house, "busan", b"x")
+    asked = ToSite.FromString(peer.read() or b"").request
+    peer.send(FromSite(refusal=Refusal(id=asked.id, text="all is\r\x1b[1Gwell\u202e")))
+    assert reply(grid, id_) == "all is??[1Gwell?"
+
+
+def test_several_requests_may_not_fill_the_memory_together(house: House, loop: Loop) -> None:
+    """Each may be as long as one may be; begun at once, they may not be longer together."""
+    busan = Site(house, house.admit("busan"), loop)
+    busan.start(limit=10 << 20)
+    first = Part(id=b"1" * 32, size=8 << 20, data=bytes(1 << 20))
+    busan.link._arrive(first)
+    with pytest.raises(MessageError, match="in hand"):
+        busan.link._arrive(Part(id=b"2" * 32, size=8 << 20, data=bytes(1 << 20)))
     busan.stop()

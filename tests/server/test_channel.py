@@ -1,11 +1,9 @@
 """The sealed channel: requests to the roster's sites alone, and from each only the answer to its last request."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,20 +32,15 @@ class Office:
 
     def __init__(self, name: str, node: int) -> None:
         self.name, self.node, self.identity = name, node, Identity.generate()
-        self._node_key = crypto.make_node_key()
-        self.line = self._node_key.certificate.decode()
+        self._keys = [crypto.key_line(crypto.make_key()) for _ in range(2)]
 
     @property
     def member(self) -> Member:
+        link, serving = self._keys
         return Member(
-            site=self.name, identity=self.identity.public.to_text(), node_key=self.line, admitted_at=now()
+            site=self.name, identity=self.identity.public.to_text(), link_key=link, serving_key=serving,
+            admitted_at=now(),
         )  # fmt: skip
-
-    @property
-    def pem(self) -> bytes:
-        """The node's public key as Flower keeps it."""
-        key = serialization.load_ssh_public_key(self.line.encode())
-        return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
     def answer(
         self, sealed: bytes, payload: bytes = b"answer", signed_by: Identity | None = None, **other: Any
@@ -57,23 +50,17 @@ class Office:
         return envelope.seal(payload, binding.model_copy(update=back), signed_by or self.identity, sender)
 
 
-@dataclass
-class _Node:
-    node_id: int
-    public_key: bytes
-
-
 class Nodes:
     """The part of a Grid that a channel uses."""
 
     def __init__(self, offices: list[Office]) -> None:
-        self.online = [_Node(office.node, office.pem) for office in offices]
+        self.online = {office.node: office.name for office in offices}
 
-    def get_nodes(self) -> list[_Node]:
-        return self.online
+    def sites(self) -> dict[int, str]:
+        return dict(self.online)
 
     def get_node_ids(self) -> list[int]:
-        return [node.node_id for node in self.online]
+        return list(self.online)
 
 
 class World:
@@ -87,11 +74,7 @@ class World:
         self.channel.nodes()
 
     def another(self, run: str = "run-1") -> SealedChannel:
-        def member_of(key: bytes) -> Member | None:
-            return self.roster.site_of_node_key(crypto.node_key_line(key))
-
-        grid: Any = self.grid
-        return SealedChannel(grid, HEAD, member_of, plan(run))
+        return SealedChannel(self.grid.sites, HEAD, lambda site: self.roster.find(site), plan(run))
 
     def revoke(self, office: Office) -> None:
         self.roster = Roster(
@@ -107,7 +90,15 @@ def world() -> World:
     return World()
 
 
-def test_only_the_rosters_nodes_take_part_and_each_is_known_by_its_key(world: World) -> None:
+def test_a_site_that_has_gone_offline_can_still_be_sealed_to(world: World) -> None:
+    """A message to it is made again when it is back."""
+    del world.grid.online[1]
+    assert world.channel.nodes() == {2: "busan"}
+    sealed = world.channel.seal(1, 1, b"request")
+    assert world.channel.open(1, world.seoul.answer(sealed)) == b"answer"
+
+
+def test_only_the_rosters_sites_take_part(world: World) -> None:
     assert world.channel.nodes() == {1: "서울", 2: "busan"}
     with pytest.raises(MessageError, match="revoked"):
         world.channel.seal(3, 1, b"request")

@@ -3,7 +3,6 @@
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,16 +14,12 @@ from fedllm.cli import app
 from fedllm.crypto import Certificate
 from fedllm.files import write_secret
 from fedllm.findings import Finding
-from fedllm.provision import now
-from server import doctor, federation
+from fedllm.protocol.link_pb2 import Connected, Refused, Sites
+from fedllm.provision import Grant, now
+from server import doctor, federation, grpc_grid
 from server.doctor import examine
+from tests.link.ends import daemon_of, free_port
 from tests.server.test_federation import Site
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +31,7 @@ def synchronised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    text = f"name: x\nhost: 127.0.0.1\nlisten: 127.0.0.1\nfleet_port: {free_port()}\ncontrol_port: {free_port()}\n"
+    text = f"name: x\nhost: 127.0.0.1\nlisten: 127.0.0.1\nport: {free_port()}\n"
     (tmp_path / "federation.yaml").write_text(text)
     made = federation.init_federation(tmp_path / "federation.yaml", tmp_path / "head-office").folder
     site = Site()
@@ -59,14 +54,14 @@ def test_a_folder_in_order_has_nothing_wrong_and_is_left_as_it_was(folder: Path)
     found = examine(folder)
     assert [finding for finding in found if finding.level == "WRONG"] == []
     assert [finding.text for finding in found if finding.level == "warning"] == [
-        "SuperLink: it does not run. Start it: fedllm server start"
+        "daemon: it does not run. Start it: fedllm server start"
     ]
     for word in (
         "certificate authority ends",
         "good for 127.0.0.1",
         "서울-강남",
         "GiB free",
-        "flwr 1.39.0",
+        "flwr 1.42",
         "access: ",
     ):
         assert any(word in finding.text for finding in found)
@@ -151,8 +146,8 @@ def test_a_file_that_is_lost_or_damaged_is_named(folder: Path, name: str) -> Non
 
 
 def test_a_mistake_in_the_settings_is_named(folder: Path) -> None:
-    edit(folder, fleet_prot=1)
-    assert any("did you mean fleet_port" in text for text in said(folder, "WRONG"))
+    edit(folder, prt=1)
+    assert any("did you mean port" in text for text in said(folder, "WRONG"))
 
 
 @pytest.mark.parametrize("what", ["ca", "identity"])
@@ -212,7 +207,7 @@ def test_a_file_of_another_user_is_wrong(folder: Path) -> None:
 
 def test_a_clock_that_is_behind_or_free_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(findings, "_synchronised", lambda: False)
-    assert any("more than 5 s ahead" in text and "set-ntp" in text for text in said(folder, "warning"))
+    assert any("not synchronised" in text and "set-ntp" in text for text in said(folder, "warning"))
     monkeypatch.setattr(findings, "_synchronised", lambda: None)
     assert any("Compare it by hand" in text for text in said(folder, "warning"))
     then = now() - timedelta(hours=1)
@@ -238,96 +233,75 @@ def test_a_disk_that_fills_up_is_named(
     assert any("disk" in line and text in line for line in said(folder, level))
 
 
-def test_a_database_that_has_grown_is_named_with_what_makes_it_small(folder: Path) -> None:
-    (folder / "flower").mkdir(0o700)
-    path = folder / "flower" / "state.db"
+def test_a_log_that_has_grown_is_named(folder: Path) -> None:
+    (folder / "log").mkdir(0o700)
+    path = folder / "log" / "server.log"
     path.touch(0o600)
-    os.truncate(path, 6 << 30)
-    assert any("6.0 GiB" in text and "state.db*" in text for text in said(folder, "warning"))
+    os.truncate(path, 2 << 30)
+    assert any("2.0 GiB" in text and "logs" in text for text in said(folder, "warning"))
 
 
-@pytest.mark.parametrize(
-    ("name", "number", "remedy"),
-    [("flwr", "1.40.0", "pip install flwr==1.39.0"), ("cryptography", "47.0.1", "'cryptography<47'")],
-)
-def test_another_version_is_wrong(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: str, remedy: str
-) -> None:
-    real = findings.version
-    monkeypatch.setattr(findings, "version", lambda asked: number if asked == name else real(asked))
-    assert any(number in text and remedy in text for text in said(folder, "WRONG"))
+def test_a_library_that_is_missing_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise findings.PackageNotFoundError(name)
 
-
-def test_a_proxy_for_the_control_port_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("https_proxy", "http://proxy:3128")
-    assert any("no_proxy=127.0.0.1" in text for text in said(folder, "warning"))
-    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
-    assert not any("proxy" in text for text in said(folder, "warning"))
+    monkeypatch.setattr(findings, "version", version)
+    assert any("not installed" in text and "pip install" in text for text in said(folder, "WRONG"))
 
 
 # ---- ports -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def listener(folder: Path) -> Iterator[Callable[[str, str], None]]:
-    opened: list[socket.socket] = []
-
-    def listen(key: str, address: str) -> None:
-        port = getattr(federation.HeadOffice.open(folder).config, key)
-        opened.append(socket.create_server((address, port)))
-
-    yield listen
-    for each in opened:
-        each.close()
-
-
-@pytest.mark.parametrize("key", ["fleet_port", "control_port"])
-def test_another_program_on_a_port_is_wrong(folder: Path, listener: Callable[[str, str], None], key: str) -> None:
-    listener(key, "127.0.0.1")
-    [text] = said(folder, "WRONG")
+def test_another_program_on_the_port_is_wrong(folder: Path) -> None:
+    config = federation.HeadOffice.open(folder).config
+    with socket.create_server(("127.0.0.1", config.port)):
+        [text] = said(folder, "WRONG")
     assert f"process {os.getpid()}" in text
-    assert f"choose another {key}" in text
+    assert "choose another port" in text
 
 
-class Process:
-    """This process, in the SuperLink's place."""
-
-    pid = os.getpid()
-
-    def create_time(self) -> float:
-        return 0.0
-
-    def environ(self) -> dict[str, str]:
-        return {"FLWR_TELEMETRY_ENABLED": "1"}
+def test_a_daemon_that_does_not_answer_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_grid, "_TIMEOUT", 1.0)
+    (folder / "run").mkdir(0o700)
+    with findings.locked(folder / "run"):
+        assert any("server.log" in text and "start it anew" in text for text in said(folder, "WRONG"))
 
 
-def test_a_superlink_whose_control_port_is_open_to_others_is_wrong(
-    folder: Path, listener: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor, "processes", lambda *words: [Process()])
-    monkeypatch.setattr(doctor, "_offices", lambda office: [])
-    listener("control_port", "0.0.0.0")
-    found = said(folder, "WRONG")
-    assert any("runs code at every office" in text and "fedllm server start" in text for text in found)
-    assert any("telemetry on" in text for text in found)
-    assert any("fleet port is not served" in text and "refuses" in text for text in found)
+def test_a_daemon_whose_port_is_not_served_or_shows_another_certificate_is_named(folder: Path) -> None:
+    with daemon_of(folder):
+        assert said(folder, "WRONG") == []
+        federation.rotate_server_certificate(folder)  # this daemon does not look for a new one
+        assert any("former certificate" in text for text in said(folder, "warning"))
+        edit(folder, port=free_port())
+        assert any("the port is not served" in text and "refuses" in text for text in said(folder, "WRONG"))
 
 
-def test_a_server_that_runs_without_its_superlink_is_wrong(folder: Path) -> None:
-    (folder / "flower").mkdir(0o700)
-    with findings.locked(folder / "flower"):
-        assert any("superlink.log" in text for text in said(folder, "WRONG"))
-
-
-def test_offices_that_are_away_and_nodes_of_strangers_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offices_that_are_connected_away_or_refused_are_told_apart(folder: Path) -> None:
     office = federation.HeadOffice.open(folder)
-    monkeypatch.setattr(doctor, "_SYNC", 0)
-    for online, level, text in (
-        ({"서울-강남": True}, "ok", "is connected"), ({"서울-강남": False}, "warning", "There: fedllm doctor"),
-        ({}, "warning", "does not know its key yet"), ({"서울-강남": True, None: False}, "WRONG", "not in the roster"),
-    ):  # fmt: skip
-        monkeypatch.setattr(doctor.Control, "connected", lambda self, online=online: online)
-        assert any(found.level == level and text in found.text for found in doctor._offices(office))
+    there = Connected(site="서울-강남", address="ipv4:10.0.0.1:5", software="0.1.0")
+    refused = Refused(site="서울-강남", text="no hello", times=3)
+    for sites, level, text in (
+        (Sites(connected=[there]), "ok", "is connected from ipv4:10.0.0.1:5, fedllm 0.1.0"),
+        (Sites(connected=[there], refused=[refused]), "ok", "is connected"),
+        (Sites(), "warning", "There: fedllm doctor"),
+        (Sites(refused=[refused]), "WRONG", "no hello"),
+        (Sites(refused=[Refused(site="stranger", text="never")]), "warning", "stranger, which is not in the roster"),
+    ):
+        found = doctor._offices(office, sites)
+        assert any(each.level == level and text in each.text for each in found)
+
+
+def test_a_certificate_of_an_office_that_another_authority_issued_is_wrong(folder: Path) -> None:
+    """As after a rotation whose grant is lost."""
+    path = folder / "grants" / "서울-강남.grant"
+    office = federation.HeadOffice.open(folder)
+    grant = Grant.open(path.read_bytes())[0]
+    key = crypto.certified_key(grant.link.encode())
+    other = crypto.certify(crypto.make_ca("other", 9), key, grant.site, 9)
+    write_secret(path, grant.model_copy(update={"link": other.decode()}).sign(office.identities))
+    [text] = said(folder, "WRONG")
+    assert "the certificate of 서울-강남 is not of this federation's authority" in text
+    assert "fedllm server grant 서울-강남" in text
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -336,7 +310,7 @@ def test_offices_that_are_away_and_nodes_of_strangers_are_named(folder: Path, mo
 def test_the_command_ends_with_1_where_something_is_wrong_and_says_which(folder: Path) -> None:
     done = CliRunner().invoke(app, ["doctor", "--home", str(folder)])
     assert done.exit_code == 0, done.output
-    assert "warning  SuperLink" in done.output
+    assert "warning  daemon" in done.output
     (folder / "keys" / "identity").chmod(0o644)
     done = CliRunner().invoke(app, ["doctor", "--home", str(folder)])
     assert done.exit_code == 1

@@ -188,7 +188,7 @@ def _envelope(value: Any) -> RecordDict:
 
 @pytest.fixture(autouse=True)
 def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What flwr 1.39 reads when a Message is made."""
+    """What Flower reads when a Message is made."""
     for name, value in (("_run_id", 1), ("_task_id", 1), ("_node_id", 0)):
         monkeypatch.setattr(TaskIdentity, name, value)
 
@@ -200,7 +200,7 @@ def make_plan(rounds: int = 4, server: dict[str, Any] | None = None, **privacy: 
         "model": {"source": "none"},
         "adapter": {},
         "privacy": {"mode": "off", "units_per_site": 10, "delta": 1e-3, **privacy},
-        "training": {"rounds": rounds, "wire": "float32", "server": server or {}},
+        "training": {"rounds": rounds, "learning_rate": 1.0, "wire": "float32", "server": server or {}},
     }
     return parse(RunPlan, values)
 

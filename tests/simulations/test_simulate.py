@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import flwr
 import numpy as np
 import pytest
 import torch
@@ -290,7 +291,7 @@ def test_the_card_states_base_data_epsilon_delta_unit_sampler_and_versions(
     unit = done.config.privacy.unit
     for expected in (
         done.config.model.source, "generated", "0.001", unit, "Poisson", "0.4", str(noise), "PLD",
-        f"torch {torch.__version__}", "opacus ", "peft ", "flwr 1.39", done.plan.run,
+        f"torch {torch.__version__}", "opacus ", "peft ", f"flwr {flwr.__version__} ", done.plan.run,
         f"{done.summary.after['epsilon']:.4g}",
     ):  # fmt: skip
         assert expected in card
