@@ -7,7 +7,7 @@ answer that is under way, or that was given; it is handed to the site once.
 import asyncio
 import json
 import logging
-import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -48,6 +48,7 @@ _DISPLACED = 60.0  # seconds where another process has connected with this site'
 _ALONE = 60.0  # seconds after which a request is given up whose asker has not come back
 _AT_ONCE = 4  # requests that are in hand; more are told to come again
 _KEPT = 4  # answers that were given last
+_CHANCE = secrets.SystemRandom()
 _CLOCK = 60_000  # milliseconds by which clocks may differ until it is said
 
 Stream = grpc.aio.StreamStreamCall[bytes, bytes]
@@ -129,7 +130,7 @@ class SiteLink:
                 break
             least = await self._why(connection)
             pause = _FIRST_PAUSE if time.monotonic() - began > _LONGEST_PAUSE else min(2 * pause, self._longest)
-            await asyncio.wait((stopped,), timeout=max(least, random.uniform(pause / 2, pause)))
+            await asyncio.wait((stopped,), timeout=max(least, _CHANCE.uniform(pause / 2, pause)))
             stopped.cancel()
         watch.cancel()
         for each in self._in_hand.values():
@@ -177,7 +178,8 @@ class SiteLink:
             stream: Stream = channel.stream_stream(CONNECT)()
             hello = Hello(version=VERSION, software=fedllm.__version__, clock=milliseconds())
             await stream.write(FromSite(hello=hello).SerializeToString())
-            first = await asyncio.wait_for(stream.read(), HELLO)
+            async with asyncio.timeout(HELLO):  # not wait_for: it may overlook that this is to end (Python 3.11)
+                first = await stream.read()
             if not isinstance(first, bytes):
                 raise MessageError("head office has ended the connection")
             welcome = read(ToSite, first)

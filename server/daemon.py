@@ -142,7 +142,8 @@ class Daemon:
     async def connect(self, _: object, context: _Context) -> None:
         """Keep a site's stream."""
         try:  # first: a stream that is ended before the other end has said something tells it no reason
-            first: object = await asyncio.wait_for(context.read(), HELLO)
+            async with asyncio.timeout(HELLO):
+                first: object = await context.read()
         except TimeoutError:
             await context.abort(_Code.DEADLINE_EXCEEDED, f"no hello within {HELLO:.0f} s")
         member, key = await self._admit(context)

@@ -175,7 +175,7 @@ def test_a_site_that_reads_nothing_holds_up_only_itself(house: House, grid: Grpc
         lost = ask(grid, house, "deaf", bytes(60 << 20))
         for n in range(5):
             assert reply(grid, ask(grid, house, "seoul", f"{n}".encode())) == f"to {n}".encode()
-        [link] = [each for each in house.daemon._links.values() if each.site == "deaf"]
+        [link] = [each for each in list(house.daemon._links.values()) if each.site == "deaf"]
         assert link.outgoing.qsize() <= 4, "the rest waits where it comes from"
         assert list(grid.pull_messages([lost])) == []
         deaf.close()

@@ -103,10 +103,10 @@ def test_a_line_that_is_dead_without_a_word_is_noticed_at_both_ends_and_replaced
         house.start()
     site.start(address=f"127.0.0.1:{line.port}")
     until(lambda: house.connected() == ["busan"], "the connection")
-    [first] = house.daemon._links.values()
+    [first] = list(house.daemon._links.values())
     began = time.monotonic()
     line.die()
-    until(lambda: [each for each in house.daemon._links.values() if each is not first], "another")
+    until(lambda: [each for each in list(house.daemon._links.values()) if each is not first], "another")
     assert time.monotonic() - began < 25, "noticed within 20 s, and then it connects again"
     with GrpcGrid(house.office.socket, LIMIT) as grid:
         assert reply(grid, ask(grid, house, "busan", b"x")) == b"to x"
@@ -118,7 +118,7 @@ def test_a_request_under_way_survives_a_line_that_breaks(house: House, site: Sit
     with GrpcGrid(house.office.socket, LIMIT) as grid:
         id_ = ask(grid, house, "busan", b"slow")
         until(lambda: site.asked, "the request")
-        for link in house.daemon._links.values():
+        for link in list(house.daemon._links.values()):
             house.loops[0].loop.call_soon_threadsafe(link.end, server_daemon._Code.UNAVAILABLE, "a test")
         until(lambda: read_state(site.state).state == "connecting" or line.count > 1)  # type: ignore[union-attr]
         site.may_answer.set()
