@@ -1,1 +1,1 @@
-"""The branch office: the site that owns records and budget, and the courier that carries its messages."""
+"""The branch office: the site that owns records and budget, and what connects it to head office."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedllm.errors import ConfigError, PrivacyError
 
-# dp_accounting is imported where it is used: the courier imports this module, must start fast, and never accounts.
+# dp_accounting is imported where it is used: whoever only carries messages imports this module, and never accounts.
 # It reports, order by order, which Renyi orders it left out; the minimum over the others stays valid.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
