@@ -130,7 +130,7 @@ def clip_and_sum(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanis
             own.round_()
         if bool(torch.linalg.vector_norm(own) <= limit):  # NaN is not
             total += own.to(total.dtype)
-    return total.double() if shared is not None or not quantum else total * quantum
+    return total.double() * (1.0 if shared is not None or not quantum else quantum)
 
 
 def _finite(gradients: Tensor, private: bool) -> Tensor:
