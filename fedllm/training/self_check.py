@@ -652,7 +652,7 @@ def self_check_once(subject: Subject) -> None:
 
 def _remembered_by(subject: Subject) -> str:
     """Return a digest of every value that was checked. Python's hash() is none: 513.0 and 1 + 2^-52 have the same."""
-    return digest_of([subject.plan.digest, subject.micro_batch, subject.engine.compiled])
+    return digest_of([subject.plan.digest, subject.micro_batch, subject.engine.compiled, torch.get_num_threads()])
 
 
 def _with(plan: RunPlan, **training: Any) -> RunPlan:
