@@ -363,15 +363,15 @@ class Site:
         """
         if plan.privacy.self_check or self._policy.self_check:
             workspace = self._workspace(plan)
+            try:
+                workspace.engine.rehearse(self._micro_batch, plan.model.max_length)
+            except ModelError as error:
+                raise SpecMismatch(str(error)) from error
             self_check_once(
                 Subject(
                     workspace.adapter, workspace.engine, plan, lambda: self._randomness(plan, round_), self._micro_batch
                 )
             )
-            try:
-                workspace.engine.rehearse(self._micro_batch, plan.model.max_length)
-            except ModelError as error:
-                raise SpecMismatch(str(error)) from error
 
     def _randomness(self, plan: RunPlan, round_: int) -> Randomness:
         if plan.privacy.protects:

@@ -49,8 +49,8 @@ class Blocks:
     @contextmanager
     def running(self, batch: Batch) -> Iterator[None]:
         """Run the blocks as they were set up, on `batch`; not from two threads at once."""
-        # torch.compile would make a version of its own for every axis of length 1: not worth its time
-        compiled = self.compiled and min(*batch.input_ids.shape, batch.units) > 1
+        # compiled for passes of one record; of one token torch.compile would make a version of its own
+        compiled = self.compiled and batch.input_ids.shape[0] == 1 < batch.input_ids.shape[1]
         forwards = self._compiled if compiled else [block.forward for block in self._blocks]
         with ExitStack() as after:
             after.enter_context(_set(self._config, "use_cache", False))  # keys and values serve generation only
@@ -63,13 +63,11 @@ class Blocks:
                     after.enter_context(_set(block, "forward", _wrapped(forward, compiled, self.checkpointing)))
             yield
 
-    def compile(
-        self, gradients: Callable[[Batch], Tensor], max_length: int, *, classifies: bool, grouped: bool
-    ) -> None:
+    def compile(self, gradients: Callable[[Batch], Tensor], max_length: int, *, classifies: bool) -> None:
         """Compile the blocks; raises ModelError, and leaves them as they were, where that does not work.
 
         `gradients` returns per-unit gradients, float32[units, d]: of public tokens, they must be compiled what they
-        are without. `grouped`: units may have several records.
+        are without.
         """
         base = next(p for block in self._blocks for p in block.parameters() if not p.requires_grad)
         problem = _lacks(base.device)
@@ -78,7 +76,7 @@ class Blocks:
         kind = (base.device.type, base.dtype, self._config._attn_implementation)
         self._writes_out = kind == ("cpu", torch.bfloat16, "sdpa") and max_length <= _SHORT
         # most models have code of its own for batches in which nothing is padded
-        trials = [_trial(base.device, padded, classifies, grouped) for padded in (True, False)]
+        trials = [_trial(base.device, padded, classifies) for padded in (True, False)]
         expected = [gradients(batch) for batch in trials]
         try:
             use_private_cache()
@@ -100,20 +98,15 @@ class Blocks:
                 "Set model.compile=off."
             )
 
-    def give_up(self) -> None:
-        """Run the blocks uncompiled from now on."""
-        self._compiled = []
 
-
-def _trial(device: torch.device, padded: bool, classifies: bool, grouped: bool) -> Batch:
-    """Return public tokens, shaped as the batches of a plan will be."""
-    n, length = 6, 7
-    ids = torch.arange(3, 3 + n * length, device=device).view(n, length)
-    mask, labels = torch.ones_like(ids), ids.clone()
+def _trial(device: torch.device, padded: bool, classifies: bool) -> Batch:
+    """Return a record of public tokens, shaped as in the passes of a plan."""
+    length = 7
+    ids = torch.arange(3, 3 + length, device=device)[None]
+    mask, labels, owner = torch.ones_like(ids), ids.clone(), torch.zeros(1, dtype=torch.int64, device=device)
     if padded:
         mask[0, 4:], labels[0, 4:] = 0, IGNORE
-    owners = torch.tensor([0, 0, 1, 2, 3, 3] if grouped else range(n), device=device)
-    return Batch(ids, mask, torch.zeros_like(owners) if classifies else labels, owners, int(owners[-1]) + 1)
+    return Batch(ids, mask, owner if classifies else labels, owner, 1)
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, overload
 
 import datasets
 import numpy as np
@@ -606,57 +606,85 @@ def batches(
     units: Sequence[Unit], micro_batch: int, pad_id: int, device: torch.device, longest: int | None = None
 ) -> Iterator[Batch]:
     """Cut units as `passes` does, and pad them."""
-    for some, width in passes(units, micro_batch, longest):
+    for some, width in passes(units, lambda _: micro_batch, longest):
         yield collate(some, pad_id, device, width)
 
 
-def passes(units: Sequence[Unit], micro_batch: int, longest: int | None = None) -> Iterator[tuple[list[Unit], int]]:
-    """Cut units, none of them in two, into passes of about `micro_batch` records of similar length, and their width.
+class Drawn(Sequence[Unit]):
+    """Some of many units, each made when it is looked at: a sample takes no memory of its own."""
+
+    def __init__(self, units: Sequence[Unit], indices: Sequence[int] | NDArray[np.int64]) -> None:
+        self._units, self._indices = units, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Drawn": ...
+    def __getitem__(self, index: int | slice) -> "Unit | Drawn":
+        if isinstance(index, slice):
+            return Drawn(self._units, self._indices[index])
+        return self._units[int(self._indices[index])]
+
+
+def passes(
+    units: Sequence[Unit], rows: Callable[[int], int], longest: int | None = None
+) -> Iterator[tuple[list[Unit], int]]:
+    """Cut units, none of them in two, into passes of at most `rows(width)` records of one width, and that width.
+
+    A unit of more records is a pass of its own, and one without records is in none.
 
     With `longest`, the most tokens that the model takes, the shape of a unit's records depends on the unit alone: how
     many tokens they are padded to, and whether any of them is padded at all, which models have code of its own for.
-    A unit without records is in none.
+    Without it, units of similar length share a pass, and a width.
     """
 
     def shape(unit: Unit) -> tuple[int, bool]:
         lengths = [len(record.input_ids) for record in unit]
         if longest is None:
             return max(lengths), False
-        width = _padded(max(lengths), longest)
+        width = padded(max(lengths), longest)
         return width, min(lengths) == width
 
+    order = sorted((*shape(unit), number) for number, unit in enumerate(units) if unit)
     pending: list[Unit] = []
-    width, full = 0, False
-    for unit in sorted(filter(None, units), key=shape):
-        other = longest is not None and shape(unit) != (width, full)
-        if pending and (other or sum(map(len, pending)) + len(unit) > micro_batch):
-            yield pending, width
+    here = (0, False)
+    for width, full, number in order:
+        unit = units[number]
+        other = longest is not None and here != (width, full)
+        if pending and (other or sum(map(len, pending)) + len(unit) > rows(width)):
+            yield pending, here[0]
             pending = []
         pending.append(unit)
-        width, full = shape(unit)
+        here = width, full
     if pending:
-        yield pending, width
+        yield pending, here[0]
 
 
-def _padded(length: int, longest: int) -> int:
+def padded(length: int, longest: int) -> int:
     """Return how many tokens a record of `length` is padded to: a quarter more at most, from 32 tokens on."""
     step = max(8, 1 << max(0, length.bit_length() - 3))
     return max(length, min(-(-length // step) * step, longest))
 
 
-def collate(units: Sequence[Unit], pad_id: int, device: torch.device, width: int) -> Batch:
-    """Return the records of units in one tensor, padded on the right to `width` tokens."""
+def collate(units: Sequence[Unit], pad_id: int, device: torch.device, width: int, rows: int = 0) -> Batch:
+    """Return the records of units in one tensor, padded on the right to `width` tokens.
+
+    Filled to `rows` records with units of nobody, which come last: as long as the tensor is wide, and without a label.
+    """
     records = [record for unit in units for record in unit]
-    ids = np.full((len(records), width), pad_id, dtype=np.int64)
+    classifies, nobody = not records[0].labels.ndim, max(0, rows - len(records))
+    ids = np.full((len(records) + nobody, width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
-    labels = np.full_like(ids, IGNORE)
+    mask[len(records) :] = 1
+    labels = np.zeros(len(ids), dtype=np.int64) if classifies else np.full_like(ids, IGNORE)
     for row, record in enumerate(records):
         ids[row, : len(record.input_ids)] = record.input_ids
         mask[row, : len(record.input_ids)] = 1
-        if record.labels.ndim:
-            labels[row, : len(record.labels)] = record.labels
-    if not records[0].labels.ndim:
-        labels = np.asarray([int(record.labels) for record in records])
-    owners = np.repeat(np.arange(len(units)), [len(unit) for unit in units])
+        labels[(row,) if classifies else (row, slice(len(record.labels)))] = record.labels
+    sizes = [len(unit) for unit in units] + [1] * nobody
+    owners = np.repeat(np.arange(len(sizes)), sizes)
     tensors = [torch.from_numpy(array).to(device) for array in (ids, mask, labels, owners)]
-    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], len(units))
+    return Batch(tensors[0], tensors[1], tensors[2], tensors[3], len(sizes))

@@ -27,11 +27,14 @@ from fedllm.privacy.randomness import Randomness, SeededRandomness, normals
 from fedllm.privacy.shared import SharedMechanism
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.compiling import Blocks, pays
-from fedllm.training.data import Batch, Record, Unit, batches, collate, passes
+from fedllm.training.data import Batch, Record, Unit, batches, collate, padded, passes
 from fedllm.training.losses import unit_losses
 
 _log = logging.getLogger("fedllm.site")
-_ROWS = 8  # of float32 gradients that are widened at a time
+_TOGETHER = 8  # records of a pass at the most: more gain nothing
+_TOKENS = 256  # tokens of a pass that are enough to make it efficient
+_LARGE = 1e9  # parameters x tokens of a record that makes an efficient pass by itself
+_QUANTUM = 42  # -log2 of the clip norm's share that a clipped row is rounded to; int64 holds 2^21 such rows
 
 
 class _PerUnitProduct(torch.autograd.Function):
@@ -99,39 +102,40 @@ class _PerUnitLinear(nn.Module):
 def clip_and_sum(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None = None) -> Tensor:
     """Scale every row of float32[units, d] as the mechanism clips, and add the rows up: float64[d].
 
-    The norm is over everything trainable together. Norms and sum are taken in float64: in float32 the norm of a very
-    long row comes out too small, so the clip too weak, and one row more would change how the others are rounded. The
-    mechanism without privacy clips nothing.
+    The norm is over everything trainable together, in float64: in float32 that of a very long row comes out too small,
+    so the clip too weak. The mechanism without privacy clips nothing.
 
-    With `shared`, every row is rounded to its quanta, so shortened that it is within the clip afterwards, and the sum
-    is one of whole numbers, which has no rounding error.
+    Every row is rounded to quanta, so shortened that it is within the clip afterwards, and the sum is one of int64, in
+    any order: what a row adds to it is a function of that row alone, to the last bit. The quanta are those of `shared`,
+    in which the sum is returned, or about 2^-42 of the clip norm.
 
     **This is where the sensitivity is made, so here it is measured**: a row that is not within the clip as it enters
     the sum, whatever went wrong (a factor that is not finite, too), enters as zeros. Other rows are what they were.
     """
-    norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
-    factors: Tensor = mechanism.factors(norms)
-    limit = mechanism.clip_norm if mechanism.private else math.inf
+    d = gradients.shape[1]
+    quantum, limit, times = 0.0, math.inf, 1.0  # limit in quanta; times: to a row within the clip, in quanta
     if shared is not None:
-        factors = factors * (shared.clip_before_rounding(gradients.shape[1]) / mechanism.clip_norm / shared.quantum)
-        limit = float(shared.scale)  # quanta
-    total = torch.zeros(gradients.shape[1], dtype=torch.float64, device=gradients.device)
-    parts = (x.split(_ROWS) for x in (gradients, factors, norms))
-    for some, factor, norm in zip(*parts, strict=True):
-        rows, times, length = some.double(), factor, factor.abs() * norm
-        if shared is not None:
-            rows = rows.mul_(factor[:, None]).round_()
-            times, length = torch.ones_like(factor), torch.linalg.vector_norm(rows, dim=1)
-        beyond = ~(length <= limit)  # as NaN is
-        if bool(beyond.any()):
-            rows[beyond], times = 0.0, times.masked_fill(beyond, 0.0)
-        total += times @ rows
-    return total
+        quantum, limit = shared.quantum, float(shared.scale)
+        times = shared.clip_before_rounding(d) / mechanism.clip_norm / quantum
+    elif mechanism.private:
+        quantum = math.ldexp(1.0, math.frexp(mechanism.clip_norm)[1] - _QUANTUM)
+        limit = mechanism.clip_norm / quantum
+        times = (1 - math.sqrt(d) / limit) / quantum  # to round moves a row by at most sqrt(d) / 2 quanta
+    # one by one: how a norm is rounded may depend on how many there are
+    norms = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in gradients])
+    total = torch.zeros(d, dtype=torch.int64 if quantum else torch.float64, device=gradients.device)
+    for row, factor in zip(gradients, mechanism.factors(norms) * times, strict=True):
+        own = row.double() * factor
+        if quantum:
+            own.round_()
+        if bool(torch.linalg.vector_norm(own) <= limit):  # NaN is not
+            total += own.to(total.dtype)
+    return total.double() * (1.0 if shared is not None or not quantum else quantum)
 
 
 def _finite(gradients: Tensor, private: bool) -> Tensor:
     """Return float32[units, d] with zeros for a unit that is not finite; where nothing is protected, raise Diverged."""
-    finite = gradients.norm(dim=1).isfinite()
+    finite = gradients.isfinite().all(dim=1)
     if not bool(finite.all()):
         if not private:
             raise Diverged("the gradient of a record is NaN or infinite. Lower training.learning_rate.")
@@ -139,11 +143,15 @@ def _finite(gradients: Tensor, private: bool) -> Tensor:
     return gradients
 
 
-def _repeated(batch: Batch, times: int) -> Batch:
-    """Return a batch with its units again and again."""
-    ids, mask, labels = (torch.cat([x] * times) for x in (batch.input_ids, batch.attention_mask, batch.labels))
-    owners = torch.cat([batch.unit_of_row + batch.units * k for k in range(times)])
-    return Batch(ids, mask, labels, owners, batch.units * times)
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """Compute with so many threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Optimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
@@ -205,10 +213,10 @@ class Engine:
             )
         self._leaves: dict[nn.Parameter, Tensor] = {}  # while in `per_unit`
         self._blocks = Blocks(model)
-        self._persons = False  # units may have several records
         config: Any = adapter.model.config
         self._longest: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31  # tokens
         self._rehearsed: set[tuple[int, int]] = set()
+        self._size = sum(p.numel() for p in model.parameters())
         self._compile = "off"  # or auto, which goes on without where it fails, or on
         # For a simulation's screen alone. Both are private: how many tokens were sampled tells of the records.
         self.tokens, self.seconds = 0, 0.0
@@ -241,17 +249,16 @@ class Engine:
         `checkpointing`: recompute activations in the backward pass. Raises ModelError where model.compile=on and the
         model cannot be compiled.
         """
-        self._blocks.checkpointing, self._persons = checkpointing, plan.privacy.unit == "person"
+        self._blocks.checkpointing = checkpointing
         adapter, wish, longest = self._adapter, plan.model.compile, plan.model.max_length
         if self._compile != "off" or wish == "off":
             return
-        size = sum(p.numel() for p in adapter.model.parameters())
-        if wish == "auto" and not pays(size, plan.steps * plan.expected_units, longest, adapter.device):
+        if wish == "auto" and not pays(self._size, plan.steps * plan.expected_units, longest, adapter.device):
             return
         values = adapter.vector()
         try:
             adapter.load((normals(SeededRandomness(0, "public"), len(values)) * 0.02).astype(np.float32))
-            self._blocks.compile(self._gradients, longest, classifies=adapter.classifies, grouped=self._persons)
+            self._blocks.compile(self._gradients, longest, classifies=adapter.classifies)
             _log.info("model.compile: the model is compiled")
         except ModelError as error:
             if wish == "on":
@@ -262,25 +269,42 @@ class Engine:
         self._compile = wish
 
     def rehearse(self, micro_batch: int, longest: int) -> None:
-        """Compute the largest pass that a plan can ask for, once, on made-up tokens.
+        """Compute a pass of every shape that records of a plan can have, once, on made-up tokens.
 
         Raises ModelError where that fails: so it does before a charge, and whatever the records are.
         """
         if (micro_batch, longest) in self._rehearsed:
             return
-        adapter = self._adapter
-        ids = 3 + np.arange(longest) % 16
-        record = Record(ids, np.asarray(0) if adapter.classifies else ids)
-        with adapter.lock:
-            batch = collate([(record,)] * micro_batch, adapter.tokenizer.pad_token_id, adapter.device, longest)
-            try:
-                self.unit_gradients(batch)
-            except Exception as error:  # MemoryError, and what torch raises in its place
-                raise ModelError(
-                    f"{micro_batch} records of {longest} tokens are too many for one pass ({first_line(error)}). Lower "
-                    "micro_batch"
-                ) from error
+        with self._adapter.lock:
+            for width, shortest in self.shapes(longest):
+                records = self.rows(width, micro_batch)
+                try:
+                    for length in sorted({shortest, min(width, longest)}):  # padded, and not
+                        ids = 3 + np.arange(length) % 16
+                        unit = (Record(ids, np.asarray(0) if self._adapter.classifies else ids),)
+                        self.pass_gradients([unit] * records, width, micro_batch)
+                except Exception as error:  # MemoryError, and what torch raises in its place
+                    raise ModelError(
+                        f"{records} records of {width} tokens are too many for one pass ({first_line(error)}). Lower "
+                        "micro_batch or model.max_length"
+                    ) from error
         self._rehearsed.add((micro_batch, longest))
+
+    def shapes(self, longest: int) -> list[tuple[int, int]]:
+        """Return every width that records of up to `longest` tokens are padded to, and the fewest tokens of each."""
+        shortest: dict[int, int] = {}
+        for length in range(1, longest + 1):
+            shortest.setdefault(padded(length, self._longest), length)
+        return list(shortest.items())
+
+    def rows(self, width: int, micro_batch: int) -> int:
+        """Return how many records of `width` tokens a pass has: always, whoever is drawn.
+
+        Where one makes an efficient pass, it has one to itself, and nothing can depend on company.
+        """
+        if self.compiled or self._size * width >= _LARGE:
+            return 1
+        return max(1, min(_TOGETHER, _TOKENS // width, micro_batch))
 
     @property
     def compiled(self) -> bool:
@@ -310,14 +334,13 @@ class Engine:
 
         With `shared`, it is in whole quanta.
 
-        `micro_batch` bounds the records of one forward pass and does not change the result: units are clipped and added
-        pass by pass, a large one computed in several, in constant memory. On a CPU a unit's part does not depend on the
-        others to the last bit, since the shape of its tensors does not; but for the number of rows, which no CPU kernel
-        was found to mind. A unit that fails contributes nothing, and nobody else's part changes.
+        `micro_batch` bounds the records of one forward pass and does not change the result. Units are cut, computed,
+        clipped and added pass by pass, in constant memory. What a unit adds is a function of that unit alone, to the
+        last bit: see `pass_gradients`. A unit that fails contributes nothing, and nobody else's part changes.
         """
         began = time.perf_counter()
         total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
-        for some, width in passes(units, micro_batch, self._longest):
+        for some, width in passes(units, lambda width: self.rows(width, micro_batch), self._longest):
             try:
                 part = self._clipped(some, width, mechanism, micro_batch, shared)
             except ModelError:  # it is the model, and would be so for any record
@@ -336,17 +359,16 @@ class Engine:
         self, units: Sequence[Unit], width: int, mechanism: Mechanism, micro_batch: int, shared: SharedMechanism | None
     ) -> Tensor:
         """Return the clipped sum of the units of one pass, or of one unit that takes several."""
-        pad, device = self._adapter.tokenizer.pad_token_id, self._adapter.device
         gradients: Tensor | None = None
-        whole = sum(map(len, units))
-        pieces = [units] if len(units) > 1 else [[units[0][i : i + micro_batch]] for i in range(0, whole, micro_batch)]
+        whole, rows = sum(map(len, units)), self.rows(width, micro_batch)
+        pieces = [units] if len(units) > 1 else [[units[0][i : i + rows]] for i in range(0, whole, rows)]
         for piece in pieces:
-            batch = collate(piece, pad, device, width)
             # a unit's loss is the mean over its records
-            own = self._raw_gradients(batch)
-            own = own if len(batch.unit_of_row) == whole else own * (len(batch.unit_of_row) / whole)
+            own = self.pass_gradients(piece, width, micro_batch)
+            records = sum(map(len, piece))
+            own = own if records == whole else own * (records / whole)
             gradients = own if gradients is None else gradients + own
-            self.tokens += int(batch.attention_mask.sum())
+            self.tokens += sum(len(record.input_ids) for unit in piece for record in unit)
         return clip_and_sum(_finite(cast(Tensor, gradients), mechanism.private), mechanism, shared)
 
     def _one_by_one(
@@ -380,27 +402,20 @@ class Engine:
         A unit whose gradient is not finite contributes zero: a NaN would pass any clip. That there was one is private
         and is not reported, unless nothing is protected: then it raises Diverged.
         """
-        return _finite(self._raw_gradients(batch), private)
+        return _finite(self._gradients(batch), private)
 
-    def _raw_gradients(self, batch: Batch) -> Tensor:
-        """Return the gradient of each unit's own loss, finite or not.
+    def pass_gradients(self, units: Sequence[Unit], width: int, micro_batch: int) -> Tensor:
+        """Return the gradient of each unit's own loss, finite or not, float32[units, d]: of what fits one pass.
 
-        Few units are computed with repetitions, lest their last bits depend on company: compiled code is for two and
-        more, and layers behind the pooling of a classifier see one row a record, for fewer than four of which
-        processors have kernels of their own.
+        Last bits depend on the shapes of tensors, on the number of threads and, with several threads, on a record's
+        place. So a pass has always the same number of records, nobody's where there are too few; several records are
+        computed by one thread; the compiler's code serves one at a time. `self_check` measures that a record's place
+        and company then change no bit, with the model, the processor and the libraries that are there.
         """
-        units, least = batch.units, 4 if self._adapter.classifies else 2 if self._blocks.compiled else 1
-        if units < least:
-            batch = _repeated(batch, -(-least // units))
-        try:
-            gradients = self._gradients(batch)
-        except Exception as error:  # a compiler raises anything
-            if isinstance(error, ModelError) or not self._blocks.compiled:
-                raise
-            _log.warning("model.compile: it failed (%s); training goes on without", first_line(error))
-            self._blocks.give_up()
-            gradients = self._gradients(batch)
-        return gradients[:units]
+        adapter, rows = self._adapter, self.rows(width, micro_batch)
+        batch = collate(units, adapter.tokenizer.pad_token_id, adapter.device, width, rows)
+        with _threads(torch.get_num_threads() if rows == 1 else 1):
+            return self._gradients(batch)[: len(units)]
 
     def _gradients(self, batch: Batch) -> Tensor:
         with self._per_unit(batch) as leaves:
@@ -415,8 +430,7 @@ class Engine:
         try:
             for layer in self._layers:
                 layer.unit_of_row = batch.unit_of_row
-                # persons' records go one way even where all have one: compiled code knows no other
-                layer.grouped = self._persons or batch.units != len(batch.unit_of_row)
+                layer.grouped = batch.units != len(batch.unit_of_row)
                 for name, p in layer.named_parameters():
                     leaf = p.detach().expand(batch.units, *p.shape).requires_grad_(p.requires_grad)
                     layer.leaves[name] = self._leaves[p] = leaf

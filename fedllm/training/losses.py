@@ -15,20 +15,30 @@ _LOGITS = 1 << 22  # logits that are in memory at a time: 16 MiB of float32, a t
 def token_losses(adapter: AdapterModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the loss of every labelled token and the row it belongs to, float32[M] and int64[M] (causal LM).
 
-    The output head, a large part of a small model's work, runs only where there is a label.
+    The output head, a large part of a small model's work, runs only where there is a label, and over one record at a
+    time: how a product is rounded depends on its number of rows, so that must not be the number of everybody's labels.
     """
     targets_NT = batch.labels[:, 1:]
-    rows, columns = (targets_NT != IGNORE).nonzero(as_tuple=True)
+    labelled_NT = targets_NT != IGNORE
+    rows, columns = labelled_NT.nonzero(as_tuple=True)
+    counts = labelled_NT.sum(1).tolist()
+    head: nn.Module = nn.Identity()
     if adapter.split is None:
-        logits_MV = logits(adapter, batch)[rows, columns]
+        states_NTD = logits(adapter, batch)
     else:
         transformer, head = adapter.split
         states: Any = transformer(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        states_MD = states.last_hidden_state[rows, columns]
-        if isinstance(head, nn.Linear):
-            return head_losses(states_MD, head.weight, head.bias, targets_NT[rows, columns]), rows
-        logits_MV = head(states_MD)
-    return F.cross_entropy(logits_MV.float(), targets_NT[rows, columns], reduction="none"), rows
+        states_NTD = states.last_hidden_state
+    states_MD, targets_M = states_NTD[rows, columns], targets_NT[rows, columns]
+    own = zip(torch.split(states_MD, counts), torch.split(targets_M, counts), strict=True)
+    return torch.cat([_own_losses(head, *each) for each in own]), rows
+
+
+def _own_losses(head: nn.Module, states_MD: Tensor, targets_M: Tensor) -> Tensor:
+    """Return the loss of every labelled token of one record, float32[M]."""
+    if isinstance(head, nn.Linear):
+        return head_losses(states_MD, head.weight, head.bias, targets_M)
+    return F.cross_entropy(head(states_MD).float(), targets_M, reduction="none")
 
 
 def head_losses(states_MD: Tensor, weight: Tensor, bias: Tensor | None, targets_M: Tensor) -> Tensor:

@@ -135,17 +135,24 @@ class Subject:
         return (normals(SeededRandomness(0, "public"), self.adapter.spec.dimension) * 0.05).astype(np.float32)
 
     @cached_property
+    def _source(self) -> Randomness:
+        return SeededRandomness(1, "public")
+
+    def _drawn(self, low: int, high: int, n: int) -> NDArray[np.int64]:
+        return low + np.floor(uniforms(self._source, n) * (high - low)).astype(np.int64)
+
+    @property
+    def _vocabulary(self) -> int:
+        embedding = _embedding(self.adapter.model)
+        return embedding.num_embeddings if embedding is not None else 19
+
+    @cached_property
     def units(self) -> list[Unit]:
         """Units of one and of several records of made-up tokens: all of one batch but the last, which is longer."""
-        embedding = _embedding(self.adapter.model)
-        vocabulary = embedding.num_embeddings if embedding is not None else 19
-        source = SeededRandomness(1, "public")
-
-        def drawn(low: int, high: int, n: int) -> NDArray[np.int64]:
-            return low + np.floor(uniforms(source, n) * (high - low)).astype(np.int64)
+        drawn = self._drawn
 
         def record(longest: int) -> Record:
-            ids = drawn(_FIRST, vocabulary, int(drawn(longest - 3, longest + 1, 1)[0]))
+            ids = drawn(_FIRST, self._vocabulary, int(drawn(longest - 3, longest + 1, 1)[0]))
             if self.adapter.classifies:
                 return Record(ids, drawn(0, len(self.plan.model.labels), 1).reshape(()))
             return Record(ids, np.where(np.arange(len(ids)) < len(ids) // 3, IGNORE, ids))
@@ -206,6 +213,36 @@ class Subject:
         self.engine.step(optimizer, units, micro_batch or self.micro_batch)
         return witness.seen[0] if len(witness.seen) == 1 else torch.full_like(self.adapter.flat.detach(), math.nan)
 
+    def alike(self, width: int, shortest: int, number: int) -> list[Unit]:
+        """Return made-up units of one record each: of `shortest` to `width` tokens, but of `width` only if all are."""
+        classes, units = len(self.plan.model.labels), list[Unit]()
+        for k in range(number):
+            length = shortest + k % max(1, width - shortest)
+            ids = self._drawn(_FIRST, self._vocabulary, length)
+            labels = np.where(np.arange(length) < min(1 + k, length - 1), IGNORE, ids)
+            units.append((Record(ids, np.asarray(k % classes) if self.adapter.classifies else labels),))
+        return units
+
+    @cached_property
+    def cancelling(self) -> NDArray[np.float32]:
+        """Adapter values at which gradients are little but rounding, float32[d]: large ones, in pairs that cancel.
+
+        Head office could send such values, to see in full what elsewhere is a last bit.
+        """
+        values = normals(SeededRandomness(4, "public"), self.adapter.spec.dimension)
+        sizes = {tensor.name: tensor.shape for tensor in self.adapter.spec.tensors}
+        cut = np.split(values, np.cumsum([math.prod(shape) for shape in sizes.values()])[:-1])
+        parts = {name: part.reshape(shape) for (name, shape), part in zip(sizes.items(), cut, strict=True)}
+        pair = next((name for name in parts if "lora_A" in name and name.replace("lora_A", "lora_B") in parts), None)
+        values *= 30 if pair is None else 0.01  # B alone, with a fixed A, cannot cancel
+        if pair is not None:
+            a_RI, b_OR = parts[pair], parts[pair.replace("lora_A", "lora_B")]
+            even, odd = slice(0, len(a_RI) // 2 * 2, 2), slice(1, None, 2)
+            a_RI[even], b_OR[:, even] = np.rint(a_RI[even] * 3e4), np.rint(b_OR[:, even] * 9e4)
+            a_RI[odd], b_OR[:, odd] = 3 * a_RI[even], -b_OR[:, even]
+            b_OR[:, even] *= 3
+        return values.astype(np.float32)
+
     def differ(self, a: Tensor, b: Tensor) -> float:
         """Relative L2 distance, NaN or above 0 where only one of them is zero."""
         return float((a - b).norm() / b.norm().clamp(min=1e-300))
@@ -260,6 +297,45 @@ def order_changes_nothing(s: Subject) -> str:
     """A sum does not depend on the order of its terms; with dropout, or units that mix, it would."""
     apart = s.differ(s.sum(s.units[::-1], s.tight), s.whole)
     return "" if apart <= s.bound else f"the order of the units changes the sum by {apart:.3g} of it"
+
+
+def company_changes_no_bit(s: Subject) -> str:
+    """What a unit adds to the sum is the same to the last bit, whoever else is drawn and wherever it stands.
+
+    The sum is compared, and passes of every width that the plan allows, at values that head office might choose.
+    """
+    alone = [s.sum([unit], s.tight) for unit in s.units]
+    if not torch.equal(s.whole, torch.stack(alone).sum(0)):
+        return "the sum differs, in its last bits, from what the units add one by one"
+    longest = s.plan.model.max_length
+    shapes = [(width, shortest, s.engine.rows(width, s.micro_batch)) for width, shortest in s.engine.shapes(longest)]
+    for width, shortest, rows in shapes:
+        last = width == shapes[-1][0]
+        for start in (s.cancelling, s.start) if last else (s.cancelling,):
+            s.adapter.load(start)
+            for least in {shortest, min(width, longest)} if last else {shortest}:
+                units = s.alike(width, least, rows)
+                if rows > 3 and s.plan.privacy.unit == "person":
+                    units[:2] = [units[0] + units[1]]
+                if (last or rows > 1) and not _keeps_bits(s, units, width, thorough=last):
+                    return (
+                        f"in a pass of {rows} records of {width} tokens, the last bits of a unit's gradient depend on "
+                        "its place or its company. With micro_batch=1 every record is computed alone"
+                    )
+    return ""
+
+
+def _keeps_bits(s: Subject, units: list[Unit], width: int, thorough: bool) -> bool:
+    """Whether every unit has the same gradient alone, in every place, and with 1, 2, 3, half or all of the others."""
+    many = len(units)
+    expected = s.engine.pass_gradients(units, width, s.micro_batch).nan_to_num()
+    places = [list(range(many))[::-1], [0], *([*range(k, many), *range(k)] for k in range(many if thorough else 0))]
+    places += [list(range(many - k, many)) for k in (1, 2, 3, 4, many // 2) if thorough and 0 < k < many]
+    return all(
+        torch.equal(s.engine.pass_gradients([units[k] for k in order], width, s.micro_batch).nan_to_num(),
+                    expected[order])
+        for order in places
+    )  # fmt: skip
 
 
 def unit_that_is_not_finite_counts_zero(s: Subject) -> str:
@@ -517,7 +593,7 @@ CHECKS: dict[str, Check] = {
     check.__name__.replace("_", "-"): check
     for check in (
         clip_bounds_every_unit, clip_holds_at_every_length, sum_equals_the_slow_loop, micro_batch_changes_nothing,
-        order_changes_nothing, unit_that_is_not_finite_counts_zero, empty_batch_is_a_noisy_step,
+        order_changes_nothing, company_changes_no_bit, unit_that_is_not_finite_counts_zero, empty_batch_is_a_noisy_step,
         noise_has_the_charged_deviation, noise_is_fresh, release_lies_on_the_grid, divisor_is_public,
         coins_are_poisson, charge_is_the_mechanism,
         weights_change_as_the_optimiser_says, sum_in_quanta_is_within_the_clip, share_has_its_deviation,
@@ -526,7 +602,8 @@ CHECKS: dict[str, Check] = {
 }  # fmt: skip
 # These say something only where noise is added.
 _OF_NOISE = {
-    "clip-bounds-every-unit", "clip-holds-at-every-length", "unit-that-is-not-finite-counts-zero",
+    "clip-bounds-every-unit", "clip-holds-at-every-length", "company-changes-no-bit",
+    "unit-that-is-not-finite-counts-zero",
     "empty-batch-is-a-noisy-step", "noise-has-the-charged-deviation", "noise-is-fresh", "release-lies-on-the-grid",
     "charge-is-the-mechanism",
 }  # fmt: skip
@@ -575,7 +652,7 @@ def self_check_once(subject: Subject) -> None:
 
 def _remembered_by(subject: Subject) -> str:
     """Return a digest of every value that was checked. Python's hash() is none: 513.0 and 1 + 2^-52 have the same."""
-    return digest_of([subject.plan.digest, subject.micro_batch, subject.engine.compiled])
+    return digest_of([subject.plan.digest, subject.micro_batch, subject.engine.compiled, torch.get_num_threads()])
 
 
 def _with(plan: RunPlan, **training: Any) -> RunPlan:

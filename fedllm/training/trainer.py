@@ -11,7 +11,7 @@ from fedllm.errors import Cancelled, ConfigError, Diverged
 from fedllm.plan import RunPlan
 from fedllm.privacy.randomness import Randomness
 from fedllm.training.adapter import AdapterModel
-from fedllm.training.data import Unit
+from fedllm.training.data import Drawn, Unit
 from fedllm.training.engine import Engine
 
 
@@ -41,7 +41,7 @@ def train_round(
                 raise Cancelled("nobody waits for the answer any more")
             optimizer.draw_noise()
             drawn = mechanism.sample(len(units), source if coins is None else coins)
-            engine.step(optimizer, [units[i] for i in drawn], micro_batch)
+            engine.step(optimizer, Drawn(units, drawn), micro_batch)
         end = adapter.vector()
     if not np.isfinite(end).all():
         raise Diverged("training diverged: the adapter is not finite. Lower training.learning_rate.")
@@ -71,7 +71,7 @@ def shared_step(
         adapter.load(start)
         share = shared.share(len(start), source)
         drawn = shared.mechanism.sample(len(units), source if coins is None else coins)
-        total = engine.clipped_sum([units[i] for i in drawn], shared.mechanism, micro_batch, shared)
+        total = engine.clipped_sum(Drawn(units, drawn), shared.mechanism, micro_batch, shared)
     return shared.noised(total.cpu().numpy(), share), share.seeds
 
 

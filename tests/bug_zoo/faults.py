@@ -28,7 +28,7 @@ from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.privacy.shared import SharedMechanism
 from fedllm.training import engine, losses, self_check, trainer
-from fedllm.training.data import Batch, Unit
+from fedllm.training.data import IGNORE, Batch, Unit
 from fedllm.training.engine import Engine
 from fedllm.training.self_check import Subject
 
@@ -138,6 +138,69 @@ def last_micro_batch_twice(patch: Patch) -> None:
         return total
 
     patch.setattr(Engine, "clipped_sum", faulty)
+
+
+def _few_rows_have_a_kernel_of_their_own(patch: Patch) -> None:
+    """As in real libraries, where it shows in products larger than the tiny model's."""
+    honest = torch.nn.functional.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = honest(x, weight, bias)
+        return y * (1 + 2.0**-22) if len(x) < 4 else y
+
+    patch.setattr(torch.nn.functional, "linear", linear)
+
+
+def slices_over_everybodys_tokens(patch: Patch) -> None:
+    """As an output head of a large vocabulary was computed: in slices of all labelled tokens of a pass."""
+
+    def faulty(adapter: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        targets = batch.labels[:, 1:]
+        rows, columns = (targets != IGNORE).nonzero(as_tuple=True)
+        transformer, head = adapter.split
+        states = transformer(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        return losses.head_losses(states[rows, columns], head.weight, head.bias, targets[rows, columns]), rows
+
+    patch.setattr(losses, "_LOGITS", 259 * 5)  # of five tokens, so that a record's last one may stand among few
+    patch.setattr(losses, "token_losses", faulty)
+    _few_rows_have_a_kernel_of_their_own(patch)
+
+
+def rows_as_many_as_drawn(patch: Patch) -> None:
+    honest = engine.collate
+    patch.setattr(engine, "collate", lambda units, pad, device, width, rows: honest(units, pad, device, width))
+    _few_rows_have_a_kernel_of_their_own(patch)
+
+
+def last_bits_by_place(patch: Patch) -> None:
+    """As element-wise kernels have it that several threads share: another code at the end of each one's part."""
+    honest = losses.unit_losses
+
+    def faulty(adapter: Any, batch: Batch) -> Tensor:
+        own = honest(adapter, batch)
+        return own * (1 + 2.0**-22 * (torch.arange(len(own), device=own.device) % 2))
+
+    patch.setattr(engine, "unit_losses", faulty)
+
+
+def uncompiled_after_a_failure(patch: Patch) -> None:
+    """As if one unit made everybody's gradients another code's."""
+    honest = Engine.clipped_sum
+
+    def faulty(self: Engine, units: Sequence[Unit], *others: Any) -> Tensor:
+        total = honest(self, units, *others)
+        return total if len(units) < 2 else total * (1 + 2.0**-22)
+
+    patch.setattr(Engine, "clipped_sum", faulty)
+
+
+def sum_in_float32(patch: Patch) -> None:
+    honest = engine.clip_and_sum
+
+    def faulty(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None = None) -> Tensor:
+        return honest(gradients, mechanism, shared).float().double()
+
+    patch.setattr(engine, "clip_and_sum", faulty)
 
 
 def loss_averaged_over_the_batch(patch: Patch) -> None:
@@ -566,6 +629,11 @@ SELF_CHECK = [
     Fault("a factor of the clip overflows", "clip-holds-at-every-length", factor_that_overflows, shared=True),
     Fault("NaN goes through the clip", "unit-that-is-not-finite-counts-zero", nan_through_the_clip),
     Fault("the last micro-batch counts twice", "micro-batch-changes-nothing", last_micro_batch_twice),
+    Fault("the head's slices hold everybody's tokens", "company-changes-no-bit", slices_over_everybodys_tokens),
+    Fault("a pass has as many rows as are drawn", "company-changes-no-bit", rows_as_many_as_drawn),
+    Fault("last bits depend on the place in a pass", "company-changes-no-bit", last_bits_by_place),
+    Fault("one unit changes the code for all", "company-changes-no-bit", uncompiled_after_a_failure),
+    Fault("the sum is rounded", "company-changes-no-bit", sum_in_float32),
     Fault("the loss is averaged over the batch", "micro-batch-changes-nothing", loss_averaged_over_the_batch),
     Fault("no noise is added", "empty-batch-is-a-noisy-step", no_noise),
     Fault("empty batches are skipped", "empty-batch-is-a-noisy-step", empty_batches_skipped),

@@ -19,7 +19,7 @@ from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.shared import SharedMechanism
 from fedllm.training import compiling
 from fedllm.training.adapter import AdapterModel
-from fedllm.training.data import Batch, Record, Unit, batches
+from fedllm.training.data import Batch, Record, Unit, batches, collate
 from fedllm.training.engine import Engine
 from tests.fedllm.training.conftest import conv1d
 
@@ -73,6 +73,15 @@ def some_batches(make_units: MakeUnits, case: str, sizes: tuple[int, ...]) -> li
     return [batch for some in units for batch in batches(some, 10_000, 0, device)]
 
 
+def some_records(make_units: MakeUnits, case: str) -> list[Batch]:
+    """Passes of one record, as compiled code serves: of several lengths, padded and not."""
+    return [
+        collate([unit], 0, torch.device("cpu"), len(unit[0].input_ids) + more)
+        for unit in make_units(case, sizes=(1,) * 6)
+        for more in (0, 3)
+    ]
+
+
 def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     assert found.shape == expected.shape
     apart = (found.double() - expected.double()).norm(dim=1)
@@ -113,8 +122,11 @@ def test_traced_gradients_are_those_of_the_model_for_persons_with_several_record
     )
     assert fast.compiled
     made = counters["stats"]["unique_graphs"]
-    for batch in some_batches(make_units, case, (1, 3, 1, 2, 1)):
+    for batch in some_records(make_units, case):
         assert_same(fast.unit_gradients(batch), plain.unit_gradients(batch))
+    persons = make_units(case, sizes=(1, 3, 1, 2, 1))
+    sums = [engine.clipped_sum(persons, Mechanism(0.1, 1.0, 0.5), 8)[None] for engine in (fast, plain)]
+    assert_same(*sums)
     assert not fast.clipped_sum([], Mechanism(1.0, 1.0, 0.5), 8).any()
     assert fast.compiled
     assert counters["stats"]["unique_graphs"] == made  # all shapes run on what the trial compiled
@@ -132,7 +144,7 @@ def test_compiled_gradients_are_those_of_the_model(
     _, plain = opened(open_adapter, random_vector, "llama")
     _, fast = opened(open_adapter, random_vector, "llama", "on")
     assert fast.compiled
-    for batch in some_batches(make_units, "llama", (1,) * 6):
+    for batch in some_records(make_units, "llama"):
         assert_same(fast.unit_gradients(batch), plain.unit_gradients(batch))
     # and company changes not the last bit of them
     units, mechanism = make_units("llama", sizes=(1,) * 6), Mechanism(0.1, 1.0, 0.5)
@@ -161,7 +173,7 @@ def test_compiled_gradients_of_a_base_in_bfloat16_are_close_to_the_uncompiled_on
         adapter.load(random_vector(adapter))
     assert engines[1].compiled
     assert engines[1]._blocks._writes_out == (max_length == 64)
-    for batch in some_batches(make_units, "llama", (1,) * 6):
+    for batch in some_records(make_units, "llama"):
         gradients = [engine.unit_gradients(batch) for engine in engines]
         # 0.97 of one unit: attention that is written out rounds its scores to bfloat16
         assert bool((torch.nn.functional.cosine_similarity(*gradients, dim=1) > 0.95).all())
@@ -256,32 +268,35 @@ def test_compiled_code_that_fails_or_computes_something_else_is_not_used(
 
 @needs_compiler
 @pytest.mark.parametrize("wish", ["auto", "on"])
-def test_compiled_code_that_fails_later_is_given_up(
+def test_a_unit_on_which_compiled_code_fails_counts_zero_and_changes_nobody_elses_part(
     open_adapter: Open, make_units: MakeUnits, random_vector: RandomVector, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, wish: str,
 ) -> None:  # fmt: skip
-    works = True
+    """To go on uncompiled would change the last bits of everybody, on account of one."""
 
     def compiled(forward: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            if not works:
-                raise RuntimeError("no code today")
-            return forward(*args, **options)
+        def run(states: torch.Tensor, *args: Any, **options: Any) -> Any:
+            if states.shape[1] == 24:
+                raise RuntimeError("no code for this")
+            return forward(states * 1.0001, *args, **options)
 
         return run
 
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(compiling, "_PAYS_FROM", {"cpu": 0})
     _, engine = opened(open_adapter, random_vector, "llama", wish)
-    _, plain = opened(open_adapter, random_vector, "llama")
     assert engine.compiled
-    works = False
-    batch = some_batches(make_units, "llama", (1, 1, 1))[0]
+    units, mechanism = make_units(sizes=(1,) * 12), Mechanism(0.1, 1.0, 0.5)
+    failing = [unit for unit in units if len(unit[0].input_ids) > 16]
+    others = [unit for unit in units if unit not in failing]
+    assert failing
+    assert others
     with caplog.at_level(logging.WARNING, "fedllm.site"):
-        assert torch.equal(engine.unit_gradients(batch), plain.unit_gradients(batch))
-        engine.unit_gradients(batch)
-    assert len(caplog.records) == 1
-    assert not engine.compiled
+        assert torch.equal(engine.clipped_sum(units, mechanism, 8), engine.clipped_sum(others, mechanism, 8))
+    assert any("contributes nothing" in record.message for record in caplog.records)
+    assert engine.compiled
+    with pytest.raises(ModelError, match="24 tokens"):  # before a charge it is a reason to refuse
+        engine.rehearse(8, 64)
 
 
 def test_compiled_code_lies_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,8 +196,8 @@ def test_automatic_clipping_leaves_a_gradient_of_zero_at_zero(
 ) -> None:
     mechanism = Mechanism(CLIP, 1.0, 0.5, "automatic")
     assert not clip_and_sum(torch.zeros(3, 5), mechanism).any()
-    tiny = clip_and_sum(torch.full((1, 4), 1e-30), mechanism)
-    assert 0 < float(tiny.norm()) < 1e-27
+    tiny = clip_and_sum(torch.full((1, 4), 1e-8), mechanism)
+    assert 0 < float(tiny.norm()) < 1e-5
     adapter = open_adapter("llama")
     adapter.load(random_vector(adapter))
     (unit,) = make_units(sizes=(1,))
