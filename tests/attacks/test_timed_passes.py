@@ -1,6 +1,7 @@
-"""Attack: head office gives up on a round again and again, and times how long the site is busy with it.
+"""Attack: head office learns how long a site trains, from round after round that it gives up, or from times it is told.
 
-Stopped by fixed coins, and by answers that leave at multiples of policy.reply_quantum.
+Stopped by fixed coins, by answers that leave at multiples of policy.reply_quantum, and by a ledger whose entries bear
+no time but that of a request.
 """
 
 import threading
@@ -16,9 +17,10 @@ from client.records import Declared
 from fedllm.errors import Cancelled
 from fedllm.messages import TrainReply
 from fedllm.plan import RunPlan, TextConfig
+from fedllm.privacy.elapsed import Moment
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.data import Row
-from tests.attacks.office import Victim, plan_of, read, request
+from tests.attacks.office import Victim, fix_randomness, plan_of, read, request
 
 ROWS: list[Row] = [{"question": f"q{i}", "answer": f"a{i}", "who": f"p{i}"} for i in range(64)]
 
@@ -111,3 +113,28 @@ def test_how_long_records_were_used_is_rounded_up_and_covered_by_the_lock(
             victim.site.handle(asked)
         left[name] = now[0]
     assert left == {"few": 10.0, "many": 10.0}
+
+
+def test_nothing_that_is_signed_says_when_training_ended(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statements name digests of ledger entries, and a stamp of the minute in which a round was released told it."""
+    fix_randomness(monkeypatch)
+    honest, told = client.site.train_round, list[Any]()
+    for name, took in (("few", 1.0), ("many", 200.0)):
+        now = [1_800_000_059.0]  # the minute is about to turn
+
+        def train_round(*arguments: Any, took: float = took, now: list[float] = now) -> Any:
+            now[0] += took
+            return honest(*arguments)
+
+        victim, plan = victim_in(tmp_path / name, tiny_llama), plan_of(tiny_llama)
+        replies = list[bytes]()
+        with monkeypatch.context() as here:
+            here.setattr(client.site, "train_round", train_round)
+            here.setattr(fedllm.privacy.ledger, "this_moment", lambda now=now: Moment(now[0], "0f0e", now[0]))
+            for number in (1, 2, 3):
+                now[0] = 1_800_000_059.0 + number * 600  # head office chooses when it asks
+                replies.append(victim.train(plan, number))
+        told.append((replies, victim.site.open_ledger().file.lines()))
+    assert told[0] == told[1]
