@@ -23,6 +23,7 @@ from fedllm.cli_deploy import (
     site_app,
 )
 from fedllm.errors import ConfigError, FederationError, FedllmError
+from fedllm.shown import LogLines
 
 if TYPE_CHECKING:
     from client.office import Office
@@ -115,7 +116,9 @@ def site_serve(home: OfficeOption = OFFICE) -> None:
     """Run the site service alone: for a set-up of two users, where `fedllm site carry` runs as the other."""
     folder = private(home)
     office = _open_office(folder)
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogLines())
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("fedllm.site").setLevel(logging.INFO)
     from client.service import run
     from fedllm.supervisor import until_told

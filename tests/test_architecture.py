@@ -68,6 +68,7 @@ LAYERS: list[tuple[str, ...]] = [
         "fedllm.crypto",
         "fedllm.files",
         "fedllm.shamir",
+        "fedllm.shown",
         "fedllm.supervisor",
         "fedllm.units",
     ),

@@ -710,9 +710,7 @@ def _may_sign(db: sqlite3.Connection, identity: PublicIdentity) -> bool:
     return any(identity.to_text() == entry.body.get("identity") or identity == entry.signer for entry in entries)
 
 
-def _note(
-    db: sqlite3.Connection, kind: str, body: dict[str, Any], signer: Identity, at: float | None = None
-) -> None:
+def _note(db: sqlite3.Connection, kind: str, body: dict[str, Any], signer: Identity, at: float | None = None) -> None:
     """Append an entry to the chain, of now or `at`, to the minute."""
     before = _head(db)
     number = before.number + 1

@@ -29,7 +29,7 @@ from fedllm.secagg import Terms, make_circle, mask_request
 from fedllm.statement import open_statement
 from tests.attacks.test_clip_switched_off import SHARED
 from tests.bug_zoo.invariants import office_of
-from tests.client.test_site import NAME, read
+from tests.client.test_site import NAME
 from tests.fedllm.secagg_federation import SESSION, TASK, identity_of, names
 
 PLAN = parse(RunPlan, SHARED)

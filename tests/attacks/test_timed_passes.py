@@ -1,7 +1,7 @@
 """Attack: head office learns how long a site trains, from round after round that it gives up, or from times it is told.
 
-Stopped by fixed coins, by answers that leave at multiples of policy.reply_quantum, by a most of noise, so that no reading
-is free, and by a ledger whose entries bear no time but that of a request; altogether only by policy.record_seconds.
+Stopped by fixed coins, by answers that leave at multiples of policy.reply_quantum, by policy.max_noise_multiplier, so
+that no reading is free, and by a ledger whose entries bear no time but a request's; wholly by policy.record_seconds.
 """
 
 import threading
