@@ -119,11 +119,13 @@ class Policy(Frozen):
     max_local_steps: int = Field(100, ge=1)
     max_sampling_rate: float = Field(0.5, gt=0, le=1)  # above it, sampling hides hardly anybody
     min_noise_multiplier: float = Field(0.3, ge=0)  # less costs epsilon 10 and more in a single step
+    max_noise_multiplier: float = Field(10.0, gt=0)  # more makes rounds all but free, and each can be timed
     train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
     modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
     min_sites: int = Field(1, ge=1)
     colluding_sites: int = Field(1, ge=0)
     reply_quantum: float = Field(5.0, ge=0, le=3600)  # seconds; updates leave at multiples of it
+    record_seconds: float = Field(0.0, ge=0, le=3600)  # added to it for every record that a round may use
     peers: dict[str, str] = Field(default_factory=dict)  # other offices and the fingerprints of their keys
 
     @field_validator("peers")
@@ -147,8 +149,9 @@ class Policy(Frozen):
             math.inf if self.run_epsilon is None else self.run_epsilon,
             None if self.period is None else Period(self.period.days, self.period.epsilon),
             self.max_rank, self.max_length, self.max_records_per_person, self.max_local_steps, self.max_sampling_rate,
-            self.min_noise_multiplier, self.train, self.modes,
+            self.min_noise_multiplier, self.max_noise_multiplier, self.train, self.modes,
             colluding_sites=self.colluding_sites, min_sites=self.min_sites, reply_quantum=self.reply_quantum,
+            record_seconds=self.record_seconds,
         )  # fmt: skip
 
 
@@ -208,14 +211,16 @@ policy:
   allow_unprotected: false  # true: also plans that are NOT PRIVATE
   # run_epsilon: 4.0      # the most that one run may cost
   # reply_quantum: 5     # seconds; updates leave at multiples of it, lest they tell how long training took
+  # record_seconds: 0.1  # the longest that one record takes to train on; then no update leaves sooner than others could
   # period: {{days: 90, epsilon: 4.0}}  # the most that all runs of any 90 days may cost
-  # The most that a plan may ask for, and the least noise in a step. These are the defaults:
+  # The most that a plan may ask for, and the least and most noise in a step. These are the defaults:
   # max_rank: 64          # of an adapter
   # max_length: 1024      # tokens of a record; what is longer is cut
   # max_records_per_person: 64
   # max_local_steps: 100  # in a round
   # max_sampling_rate: 0.5  # share of the records that one step may use
   # min_noise_multiplier: 0.3
+  # max_noise_multiplier: 10
   # train: [B]            # parts of an adapter that a plan may train
   # modes: [local]        # of privacy
   # min_sites: 3         # decline plans whose rounds count with fewer offices than this

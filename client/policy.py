@@ -29,11 +29,13 @@ class SitePolicy:
     max_local_steps: float = math.inf  # between two charges
     max_sampling_rate: float = math.inf  # share of the units that one step may use
     min_noise_multiplier: float = 0.0  # a plan with less noise in a step is declined, however few its steps
+    max_noise_multiplier: float = math.inf  # with more, a round costs next to nothing, and the time it takes is read
     train: tuple[str, ...] = ("AB", "B")  # the parts of an adapter that a plan may train
     modes: tuple[str, ...] = ("local", "distributed", "off")  # of privacy
     colluding_sites: int = 1  # mode distributed: a plan that counts with fewer is declined
     min_sites: int = 1  # a plan whose rounds count with fewer sites is declined
     reply_quantum: float = 0.0  # seconds; what used records leaves at a multiple of it, 0: when it is ready
+    record_seconds: float = 0.0  # added to the quantum for each record that a round may use: no round takes longer
     self_check: bool = True  # check the engine before any record is used, also where the plan does not ask for it
 
     def admit(self, plan: RunPlan) -> None:
@@ -73,6 +75,8 @@ class SitePolicy:
              self.max_records_per_person),
             ("training.local_steps", plan.training.local_steps, "max_local_steps", self.max_local_steps),
             ("privacy.sampling_rate", plan.privacy.sampling_rate, "max_sampling_rate", self.max_sampling_rate),
+            ("privacy.noise_multiplier", plan.mechanism.noise_multiplier, "max_noise_multiplier",
+             self.max_noise_multiplier),
         ):  # fmt: skip
             if value > most:
                 raise PrivacyError(f"{asked}={value:g} is above the policy's {limit} of {most:g}")
@@ -92,3 +96,15 @@ class SitePolicy:
         """Raise DataError where the site has declared too few units to take part; never asked of its records."""
         if units < max(1.0, self.min_units):
             raise DataError(f"{units} privacy units, at least {max(1.0, self.min_units):g} needed to take part")
+
+    def quantum(self, plan: RunPlan, size: int) -> float:
+        """Return of how many seconds a round's answer leaves at a multiple: of plan, policy and the declared `size`.
+
+        With `record_seconds`, as long as the largest sample would take that such a site can draw (6 deviations above
+        the mean, from twice the declared units): then every answer leaves after one quantum.
+        """
+        most = 2 * size
+        mean = plan.privacy.sampling_rate * most
+        records = plan.privacy.records_per_person if plan.privacy.unit == "person" else 1
+        drawn = min(most, mean + 6 * math.sqrt(mean) + 6) * records
+        return self.reply_quantum + self.record_seconds * plan.training.local_steps * drawn

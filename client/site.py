@@ -9,8 +9,8 @@
   state is taken before, so nothing is left to fail there but arithmetic: a unit that fails counts zero (the engine),
   and a result that is not finite is a property of the noised vector. If something fails all the same, or the process
   is killed, the site answers nothing at all until its owner acts: one bit, once (`Unfinished`).
-- Whatever used records leaves at a multiple of the policy's `reply_quantum` after it was asked for, and until then
-  nothing else is answered.
+- Whatever used records leaves at a multiple of the policy's `quantum` after it was asked for, and until then nothing
+  else is answered. Nor does what is signed say when training ended.
 """
 
 import hashlib
@@ -65,6 +65,7 @@ from fedllm.privacy.accounting import PrivacySpent
 from fedllm.privacy.ledger import DataSet, PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.randomness import KeyedRandomness, OsRandomness, Randomness, SeededRandomness
+from fedllm.shown import shows
 from fedllm.statement import Statement, sign_statement, update_digest
 from fedllm.training.data import Unit
 from fedllm.training.self_check import Subject, self_check_once
@@ -93,7 +94,7 @@ _LOOK = 0.2  # seconds between looks whether anybody still waits
 
 def check_name(name: str) -> None:
     """Raise ConfigError where no message can carry the name of a site."""
-    if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+    if not 1 <= len(name) <= MAX_NAME or not shows(name):
         raise ConfigError(f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}")
 
 
@@ -151,7 +152,7 @@ class Site:
         self._unfinished = Unfinished(ledger.file)
         self._masks = Masks(name, identity, peers) if peers is not None else None
         self._lock = threading.Lock()
-        self._used_records = False  # by the present request
+        self._quantum: float | None = None  # seconds; where the present request has used records
 
     def handle(self, request: bytes, stop: threading.Event | None = None) -> bytes:
         """Answer one message from head office; whatever goes wrong becomes a Declined reply.
@@ -161,7 +162,7 @@ class Site:
         """
         while not self._lock.acquire(timeout=_LOOK):
             _check(stop)
-        began, self._used_records = time.monotonic(), False
+        began, self._quantum = time.monotonic(), None
         try:
             _check(stop)
             self._unfinished.check()
@@ -177,8 +178,10 @@ class Site:
         except Exception as error:
             return self._decline(error)
         finally:
-            if self._used_records:  # with the lock held: when it is free, too, says how long it took
-                time.sleep(_until_departure(time.monotonic() - began, self._policy.reply_quantum))
+            if self._quantum is not None:  # with the lock held: when it is free, too, says how long it took
+                elapsed = time.monotonic() - began
+                _log.info("%s: %.2f s, of quanta of %.2f s", self.name, elapsed, self._quantum)
+                time.sleep(_until_departure(elapsed, self._quantum))
             self._lock.release()
 
     def open_ledger(self) -> PrivacyLedger:
@@ -263,7 +266,7 @@ class Site:
             return reservation.reply
         spent, head = ledger.spent(plan.privacy.delta), ledger.file.head()
 
-        self._used_records = True
+        self._quantum = self._policy.quantum(plan, self._records.declared.size)
         self._unfinished.begin(plan.run, request.round)
         try:
             used = self._used(request, workspace, start, mask, reservation.coins, stop)

@@ -13,6 +13,7 @@ from rich.console import Console
 import fedllm
 from fedllm import cli_audit, cli_deploy, cli_ledger, cli_operate, cli_privacy
 from fedllm.errors import FedllmError
+from fedllm.shown import escaped_lines
 
 app = typer.Typer(
     help="Fine-tune one language model across branch offices, under differential privacy.",
@@ -120,7 +121,7 @@ def main() -> None:
         app(standalone_mode=True)
     except FedllmError as error:
         _errors.print("[bold red]error[/bold red]", end=" ")
-        _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        _errors.print(escaped_lines(str(error)), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except Exception as error:
         if os.environ.get("FEDLLM_TRACEBACK"):
@@ -130,7 +131,7 @@ def main() -> None:
         text = (
             f"{type(error).__name__}: {lines[0][:500]}. If this is a fault of fedllm, FEDLLM_TRACEBACK=1 shows where."
         )
-        _errors.print(text, markup=False, highlight=False, soft_wrap=True)
+        _errors.print(escaped_lines(text), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     finally:
         gc.freeze()  # the search for garbage at the end of the process takes seconds, and nobody needs it

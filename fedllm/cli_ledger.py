@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fedllm.cli_deploy import OFFICE, OfficeOption, private
 from fedllm.errors import ConfigError, LedgerError
+from fedllm.shown import escaped
 
 if TYPE_CHECKING:
     from client.office import Office
@@ -88,7 +89,7 @@ def show(home: OfficeOption = OFFICE, file: _FileOption = None) -> None:
     _console.print(table)
     newest = {(charge.run, charge.round): charge.state for charge in charges}
     for run, round_ in [key for key, state in newest.items() if state == "RESERVED"]:
-        typer.echo(f"open: round {round_} of run {run}; it counts as spent until it is released or aborted")
+        typer.echo(f"open: round {round_} of run {escaped(run)}; it counts as spent until it is released or aborted")
 
 
 @ledger_app.command("verify")

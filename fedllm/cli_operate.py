@@ -25,6 +25,7 @@ from fedllm.cli_deploy import (
 )
 from fedllm.errors import ConfigError, FederationError
 from fedllm.reach import ONLY_TLS_1_3
+from fedllm.shown import LogLines
 
 if TYPE_CHECKING:
     from client.office import Office
@@ -148,7 +149,9 @@ def _log_to(file: Path) -> None:
     """Write log lines to a file and to the screen."""
     file.parent.mkdir(mode=0o700, exist_ok=True)
     handlers: list[logging.Handler] = [logging.FileHandler(file, encoding="utf-8"), logging.StreamHandler()]
-    logging.basicConfig(handlers=handlers, format="%(asctime)s %(levelname)s %(message)s")
+    for handler in handlers:
+        handler.setFormatter(LogLines())
+    logging.basicConfig(handlers=handlers)
     logging.getLogger("fedllm").setLevel(logging.INFO)
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from fedllm.crypto import Identity, PublicIdentity
 from fedllm.errors import MessageError
-from fedllm.plan import Frozen
+from fedllm.plan import Frozen, Printable
 
 _LENGTH = 4  # bytes of the header's length
 _MAX_HEADER = 1 << 14
@@ -22,11 +22,11 @@ class Binding(Frozen):
     """What a message belongs to."""
 
     direction: Literal["to-site", "to-head-office"]
-    run: str = Field(min_length=1)
-    plan: str  # digest
+    run: Printable = Field(min_length=1)
+    plan: Printable  # digest
     round: int = Field(ge=0)  # 0: before the first round
     number: int = Field(ge=0)  # of a request: grows from message to message of a run. Of an answer: its request's
-    request: str = ""  # of an answer: SHA-256 of the sealed request, hex
+    request: Printable = ""  # of an answer: SHA-256 of the sealed request, hex
 
 
 def seal(payload: bytes, binding: Binding, sender: Identity, receiver: PublicIdentity) -> bytes:

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from fedllm.codec import WireDtype
 from fedllm.delta import digest_of
 from fedllm.errors import MessageError
-from fedllm.plan import MAX_HOLDERS, MAX_ROUNDS, MAX_SITES, Frozen, Name, Names, RunPlan
+from fedllm.plan import MAX_HOLDERS, MAX_ROUNDS, MAX_SITES, Frozen, Name, Names, Printable, RunPlan
 
 MAGIC = b"FLM1"
 RECORD, KEY = "fedllm", "message"  # where the transport's envelope holds a message: record and key
@@ -38,7 +38,7 @@ Reason = Literal[
 
 
 Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Digest = Annotated[str, Field(max_length=64)]  # to compare with
+Digest = Annotated[Printable, Field(max_length=64)]  # to compare with
 Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{128}$")]
 Round = Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
 
@@ -64,7 +64,7 @@ class Prepare(Message):
     plan: RunPlan
     session: Hex32 | None = None  # of secure aggregation, where the plan asks for it
     # of all sites, name to identity; what a site makes of it is its own affair
-    roster: dict[Name, Annotated[str, Field(max_length=200)]] = Field({}, max_length=MAX_SITES)
+    roster: dict[Name, Annotated[Printable, Field(max_length=200)]] = Field({}, max_length=MAX_SITES)
 
 
 class Ready(Message):
@@ -128,7 +128,7 @@ class TrainReply(Message):
     epsilon: float | None = Field(ge=0)  # PLD; None where no noise was added
     epsilon_rdp: float | None = Field(ge=0)
     delta: float = Field(gt=0, lt=1)
-    statement: str = Field(max_length=MAX_STATEMENT)  # fedllm.statement
+    statement: Printable = Field(max_length=MAX_STATEMENT)  # fedllm.statement
 
 
 class Secure(Message):

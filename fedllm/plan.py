@@ -23,6 +23,7 @@ from fedllm.delta import digest_of
 from fedllm.errors import ConfigError, PrivacyError
 from fedllm.privacy.mechanism import Clipping, Mechanism
 from fedllm.privacy.shared import SharedMechanism
+from fedllm.shown import shows
 
 MAX_HOLDERS = 512  # sites of one secure aggregation
 MAX_SITES = 5_000  # of a federation: their roster fits the header of a message
@@ -48,21 +49,29 @@ def _spelled(values: dict[str, float]) -> dict[str, float]:
     return named
 
 
+def _shown(text: str) -> str:
+    """Refuse what would begin a line of a log, hide one, or look like another text."""
+    if not shows(text):
+        raise ValueError(f"expected characters that show, and no line break, found {text[:80]!r}")
+    return text
+
+
+Printable = Annotated[str, AfterValidator(_shown)]  # every text that comes from elsewhere and that people may read
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(ge=1e-9, le=1e6)]  # of learning
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Label = Annotated[str, Field(max_length=1000)]
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]  # of a site
+Label = Annotated[Printable, Field(max_length=1000)]
+Name = Annotated[Printable, Field(min_length=1, max_length=MAX_NAME)]  # of a site
 Names = Annotated[tuple[Name, ...], Field(max_length=MAX_HOLDERS)]
-Layer = Annotated[str, Field(max_length=200)]  # the name of one
+Layer = Annotated[Printable, Field(max_length=200)]  # the name of one
 BySite = Annotated[dict[str, float], AfterValidator(_spelled)]
 
 
 class ModelConfig(Frozen):
     """The public base model."""
 
-    source: str = Field(min_length=1, max_length=4096)  # hub name, local folder, or pkg://package/folder
-    revision: str | None = Field(None, max_length=200)  # hub revision; give a commit for runs that must repeat
+    source: Printable = Field(min_length=1, max_length=4096)  # hub name, local folder, or pkg://package/folder
+    revision: Printable | None = Field(None, max_length=200)  # hub revision; give a commit for runs that must repeat
     task: Literal["causal-lm", "classification"] = "causal-lm"
     labels: tuple[Label, ...] = Field(
         (), max_length=10_000
@@ -194,7 +203,7 @@ class TrainingConfig(Frozen):
 class RunPlan(Frozen):
     """Everything that head office asks of a site, for a whole run; frozen, hashed, public."""
 
-    run: str = Field(min_length=1, max_length=500)  # unique
+    run: Printable = Field(min_length=1, max_length=500)  # unique
     seed: Seed  # public: initial adapter values
     sites: int = Field(1, ge=1, le=MAX_SITES)  # that may take part; with groups, in the largest of them
     quorum: int = Field(
@@ -470,7 +479,7 @@ class SiteConfig(ComputeConfig):
 class RunConfig(Frozen):
     """What every run of a federation is configured by, simulated or deployed."""
 
-    name: str = Field(min_length=1, max_length=200)  # of the run's folder
+    name: Printable = Field(min_length=1, max_length=200)  # of the run's folder
     seed: Seed = 0
     resume: bool = False
     model: ModelConfig

@@ -24,7 +24,7 @@ from fedllm.crypto import (
 )
 from fedllm.errors import ConfigError, CryptoError
 from fedllm.files import read_settings
-from fedllm.plan import Frozen, parse
+from fedllm.plan import Frozen, Printable, parse
 
 MAX_DOCUMENT = 1 << 20  # bytes of a join request or grant
 _MAX_SITE_NAME = 200  # bytes of UTF-8: with an ending it is a file's name
@@ -143,9 +143,9 @@ class Grant(Frozen):
     """Head office's answer: where it is to be found, and by which keys it is known."""
 
     kind: Literal["fedllm grant v2"] = "fedllm grant v2"
-    federation: str = Field(min_length=1, max_length=64)
+    federation: Printable = Field(min_length=1, max_length=64)
     site: SiteName
-    site_fingerprint: str  # of the identity that the grant was made for
+    site_fingerprint: Printable  # of the identity that the grant was made for
     host: Host
     port: Port
     ca: Certificates  # PEM; two authorities while one replaces the other

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from fedllm.canonical import canonical_json
 from fedllm.crypto import Identity, PublicIdentity, open_envelope, sign_envelope
 from fedllm.errors import CryptoError
+from fedllm.shown import shows
 
 STATEMENT_TYPE = "application/vnd.fedllm.statement+json"
 
@@ -77,7 +78,7 @@ def open_statement(line: str) -> tuple[Statement, PublicIdentity]:
         or named != signer.to_text()
         or not all(n is None or (type(n) in (int, float) and 0 <= n <= sys.float_info.max) for n in numbers)
         or statement.delta is None
-        or not all(isinstance(text, str) for text in texts)
+        or not all(isinstance(text, str) and shows(text) for text in texts)
         or not all(type(count) is int and 0 <= count < 2**63 for count in counts)
     ):
         raise CryptoError("a signed statement of unknown form")

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from fedllm.shown import escaped_lines
+
 if TYPE_CHECKING:
     from fedllm.audit.summary import RunSummary
     from fedllm.plan import RunPlan
@@ -30,7 +32,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line, without a traceback: that is in the sites' log."""
-        self._console.print(Text(record.getMessage(), style="yellow"))
+        self._console.print(Text(escaped_lines(record.getMessage()), style="yellow"))
 
 
 class Screen:

@@ -17,6 +17,7 @@ from fedllm.crypto import Identity, PublicIdentity
 from fedllm.errors import DataError
 from fedllm.plan import DataConfig, ModelConfig, PartitionConfig, SimulationConfig
 from fedllm.privacy.ledger_place import LedgerPlace
+from fedllm.shown import LogLines
 from fedllm.training.data import Table, check_columns, naming, person, read_table
 from fedllm.training.model import Reader, load_reader
 from fedllm.training.workspace import open_for_training, use_threads
@@ -94,7 +95,7 @@ def log_to(folder: Path) -> logging.Handler:
         (folder / SITE_LOG).parent.mkdir(exist_ok=True, mode=0o700)
         handler = _SiteLog(folder / SITE_LOG, encoding="utf-8")
     handler.addFilter(lambda record: not hasattr(record, ELSEWHERE))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LogLines())
     logger = logging.getLogger("fedllm.site")
     logger.propagate = False
     logger.addHandler(handler)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,6 +27,7 @@ settings.register_profile(
 )
 settings.register_profile("soak", deadline=None, max_examples=5000, suppress_health_check=list(HealthCheck))
 settings.load_profile("soak" if SOAK else "suite")
+SHOWN = st.characters(exclude_categories=["C", "Zl", "Zp"])  # of texts that people may read (fedllm.shown)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny models, and several test processes on few cores: threads cost more than they bring, also in processes of tests.

@@ -69,6 +69,7 @@ LAYERS: list[tuple[str, ...]] = [
         "fedllm.crypto",
         "fedllm.files",
         "fedllm.shamir",
+        "fedllm.shown",
         "fedllm.units",
     ),
     ("fedllm.protocol",),

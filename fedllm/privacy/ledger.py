@@ -14,7 +14,8 @@ from all others, by name, in a signed entry: by parallel composition it then has
 sets hold is compared all the same, and a contradiction is told to the owner; it never changes an answer.
 
 Every change is also an entry of a hash chain, signed by the site (fedllm.chain), in the same transaction. The tables
-are what the site works with; the chain is what it can show. How many entries a round makes does not depend on records.
+are what the site works with; the chain is what it can show. How many entries a round makes does not depend on records,
+and no entry says how long training took: a release bears the time of its reservation.
 An anchor in another place names the newest entry (fedllm.privacy.ledger_place).
 
 The journal is a rollback journal, not a write-ahead log: after every commit all that was charged is in the one file.
@@ -601,8 +602,8 @@ class PrivacyLedger:
         """Mark a reserved round as released, keep its reply and forget its coins. Only then may `reply` leave."""
         with self.file.transaction() as db:
             row = db.execute(
-                "SELECT id, account, charge, state FROM entry WHERE run = ? AND round = ? AND state != 'LOST' "
-                "ORDER BY charge DESC LIMIT 1",
+                "SELECT id, account, charge, state, reserved_at FROM entry WHERE run = ? AND round = ? "
+                "AND state != 'LOST' ORDER BY charge DESC LIMIT 1",
                 (reservation.run, reservation.round),
             ).fetchone()
             if row is None or row[3] != "RESERVED":
@@ -610,7 +611,9 @@ class PrivacyLedger:
             db.execute("UPDATE entry SET state = 'RELEASED', coins = NULL, reply = ? WHERE id = ?", (reply, row[0]))
             answer = hashlib.sha256(reply).hexdigest()
             which = {"account": row[1], "run": reservation.run, "round": reservation.round, "charge": row[2]}
-            _note(db, "released", {**which, "reply": answer}, self._signer)
+            # the time of the reservation, not the present one: head office sees digests of entries, and would learn
+            # from them when training ended
+            _note(db, "released", {**which, "reply": answer}, self._signer, at=row[4])
 
     def abort(self, run: str, round: int) -> None:
         """Give a reserved round back to the budget, as LedgerFile.abort."""
@@ -707,12 +710,11 @@ def _may_sign(db: sqlite3.Connection, identity: PublicIdentity) -> bool:
     return any(identity.to_text() == entry.body.get("identity") or identity == entry.signer for entry in entries)
 
 
-def _note(db: sqlite3.Connection, kind: str, body: dict[str, Any], signer: Identity) -> None:
-    """Append an entry to the chain."""
+def _note(db: sqlite3.Connection, kind: str, body: dict[str, Any], signer: Identity, at: float | None = None) -> None:
+    """Append an entry to the chain, of now or `at`, to the minute."""
     before = _head(db)
     number = before.number + 1
-    # to the minute: what lies between reservation and release would tell how long it took to train
-    line = make_entry(number, before.digest, kind, _now(db) // 60 * 60, body, signer)
+    line = make_entry(number, before.digest, kind, (_now(db) if at is None else at) // 60 * 60, body, signer)
     db.execute(
         "INSERT INTO chain (number, kind, digest, line) VALUES (?, ?, ?, ?)",
         (number, kind, open_entry(line).digest, line),

@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fedllm.errors import MessageError
 from fedllm.protocol.link_pb2 import Part
+from fedllm.shown import escaped
 
 VERSION = 1
 CONNECT = "/fedllm.link.Link/Connect"
@@ -80,7 +81,7 @@ class Payload:
 
 def plain(text: str) -> str:
     """Return what the other end says in a form that may be shown: one line of printable signs, 300 at most."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text[:300])
+    return escaped(text[:300])
 
 
 def milliseconds() -> int:

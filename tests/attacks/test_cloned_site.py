@@ -4,6 +4,7 @@ Stopped where the copy can tell: secrets are forgotten in another process, start
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,23 @@ import pytest
 import client.masks
 from client.masks import Masks, incarnation
 from fedllm.errors import MasksError
-from fedllm.messages import Join, Prepare, Secure, ShareRequest, Shares, from_bytes
+from fedllm.messages import (
+    Declined,
+    Join,
+    LedgerHead,
+    Prepare,
+    Secure,
+    ShareRequest,
+    Shares,
+    TrainReply,
+    from_bytes,
+)
 from fedllm.plan import RunPlan, parse
 from fedllm.secagg import Terms, make_circle, mask_request
+from fedllm.statement import open_statement
 from tests.attacks.test_clip_switched_off import SHARED
+from tests.bug_zoo.invariants import office_of
+from tests.client.test_site import NAME
 from tests.fedllm.secagg_federation import SESSION, TASK, identity_of, names
 
 PLAN = parse(RunPlan, SHARED)
@@ -107,3 +121,18 @@ def test_the_kernel_tells_which_start_this_is() -> None:
     assert incarnation() == incarnation()
     if client.masks._IDS[0].exists():
         assert client.masks._IDS[0].read_text("ascii").strip() in incarnation()
+
+
+def test_copies_of_an_office_answer_twice_for_one_charge(tmp_path: Path, tiny_llama: Path) -> None:
+    """What docs/threat-model.md says is not defended against, mode local included, and that it is noticed."""
+    first = office_of(tmp_path / "first", tiny_llama)
+    first.train(1)
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    second = office_of(tmp_path / "second", tiny_llama)
+    replies = [office.train(2) for office in (first, second)]
+    assert all(isinstance(reply, TrainReply) for reply in replies)
+    assert replies[0].payload != replies[1].payload, "two noises"
+    assert len(first.events()) == len(second.events()) == 2, "each ledger knows of one of the two answers"
+    statement, _ = open_statement(first.train(3).statement)
+    head = LedgerHead(number=statement.ledger_number, digest=statement.ledger_digest)
+    assert second.train(3, head=head) == Declined(site=NAME, reason="ledger")

@@ -809,7 +809,9 @@ def test_every_field_of_every_message_and_plan_altered(fuzz: Made) -> None:
         head.twins.verify()
         hits, trained, replies = hits + head.hits, trained + head.trained, replies + head.twins.replies
         furthest = max(furthest, head.twins.furthest)
-    empty = {name for name in FIELDS if ".plan.groups[" in name}  # in no plan of two offices; the field itself is altered
+    empty = {
+        name for name in FIELDS if ".plan.groups[" in name
+    }  # in no plan of two offices; the field itself is altered
     assert FIELDS - empty - set(hits) == set()
     assert trained > 100, "altered plans that two offices carry out"
     assert furthest > 0.5, "else no record was seen to move a sum"

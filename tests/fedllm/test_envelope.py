@@ -10,6 +10,7 @@ from fedllm import envelope
 from fedllm.crypto import Identity
 from fedllm.envelope import Binding, digest, open_sealed, seal
 from fedllm.errors import CryptoError, MessageError
+from tests.conftest import SHOWN
 
 HEAD, SITE, STRANGER = Identity.generate(), Identity.generate(), Identity.generate()
 BOUND = Binding(direction="to-site", run="시험-run", plan="0" * 64, round=3, number=7)
@@ -25,8 +26,9 @@ def framed(header: bytes, payload: bytes = b"payload") -> bytes:
 
 
 bindings = st.builds(
-    Binding, direction=st.sampled_from(["to-site", "to-head-office"]), run=st.text(min_size=1, max_size=50),
-    plan=st.text(max_size=70), round=st.integers(0, 2**63), number=st.integers(0, 2**63), request=st.text(max_size=70),
+    Binding, direction=st.sampled_from(["to-site", "to-head-office"]), run=st.text(SHOWN, min_size=1, max_size=50),
+    plan=st.text(SHOWN, max_size=70), round=st.integers(0, 2**63), number=st.integers(0, 2**63),
+    request=st.text(SHOWN, max_size=70),
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from fedllm.messages import (
     from_bytes,
 )
 from fedllm.plan import RunPlan
+from tests.conftest import SHOWN
 
 Make = Callable[..., RunPlan]
 KINDS: tuple[type[Message], ...] = (Prepare, Ready, TrainRequest, TrainReply, Declined)
@@ -87,8 +88,8 @@ def test_every_message_arrives_as_it_was_sent(make_plan: Make, kind: type[Messag
     assert parse_any(message.to_bytes()) == message
 
 
-@given(site=st.text(min_size=1, max_size=200))
-def test_a_site_may_have_any_name(site: str) -> None:
+@given(site=st.text(SHOWN, min_size=1, max_size=200))
+def test_a_site_may_have_any_name_that_shows(site: str) -> None:
     message = Declined(site=site, reason="data")
     assert from_bytes(message.to_bytes(), Ready, Declined) == message
 

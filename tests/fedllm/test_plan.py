@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from fedllm.errors import ConfigError
 from fedllm.plan import DataConfig, Frozen, PartitionConfig, PrivacyConfig, RunPlan, SimulationConfig, parse
 from fedllm.privacy.randomness import OsRandomness
+from tests.conftest import SHOWN
 
 Values = dict[str, Any]
 Make = Callable[..., RunPlan]
@@ -326,7 +327,7 @@ def test_a_configuration_survives_being_written_and_read(simulation_values: Make
 POSITIVE = st.floats(min_value=1e-6, max_value=1e6)
 PLAN_CHANGES = st.fixed_dictionaries(
     {
-        "run": st.text(min_size=1, max_size=20),
+        "run": st.text(SHOWN, min_size=1, max_size=20),
         "seed": st.integers(0, 2**31),
         "privacy.epsilon": POSITIVE,
         "privacy.delta": st.floats(min_value=1e-12, max_value=1e-6),
@@ -337,7 +338,7 @@ PLAN_CHANGES = st.fixed_dictionaries(
         "privacy.noise_multiplier": st.floats(min_value=0.01, max_value=1e6),
         "training.rounds": st.integers(1, 10_000),
         "training.local_steps": st.integers(1, 100),
-        "adapter.targets": st.just("all-linear") | st.lists(st.text(max_size=6), min_size=1, max_size=3),
+        "adapter.targets": st.just("all-linear") | st.lists(st.text(SHOWN, max_size=6), min_size=1, max_size=3),
         "adapter.layers": st.none() | st.lists(st.integers(0, 40), min_size=1, max_size=3),
     }
 )

@@ -224,11 +224,11 @@ def test_what_the_other_end_says_cannot_rewrite_a_screen(house: House, grid: Grp
     peer.send(FromSite(hello=Hello(version=VERSION, software="1\x1b[2K")))
     peer.read()
     [connected] = look(house.office.socket).connected
-    assert connected.software == "1?[2K"
+    assert connected.software == "1\\x1b[2K"
     id_ = ask(grid, house, "busan", b"x")
     asked = ToSite.FromString(peer.read() or b"").request
     peer.send(FromSite(refusal=Refusal(id=asked.id, text="all is\r\x1b[1Gwell\u202e")))
-    assert reply(grid, id_) == "all is??[1Gwell?"
+    assert reply(grid, id_) == "all is\\r\\x1b[1Gwell\\u202e"
 
 
 def test_several_requests_may_not_fill_the_memory_together(house: House, loop: Loop) -> None:
