@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from decimal import Decimal
+from typing import Any
 
 # Invisible without being control or format characters: joiners, fillers and selectors (Default_Ignorable_Code_Point of
 # Unicode's DerivedCoreProperties, as far as its categories do not say so already), and the empty Braille cell.
@@ -35,6 +36,32 @@ def canonical(value: object) -> str:
 
 def _is_invisible(sign: str) -> bool:
     return ord(sign) in _INVISIBLE or (unicodedata.category(sign) in ("Cc", "Cf") and not sign.isspace())
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Return a text that others wrote as it may be printed: what a terminal obeys or does not show is written out.
+
+    Control and format characters, those that turn the direction of writing and line ends among them, but for `keep`.
+    """
+    if text.isprintable() and text.isascii():
+        return text
+    hidden = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+    return "".join(
+        f"<U+{ord(sign):04X}>" if sign not in keep and unicodedata.category(sign) in hidden else sign for sign in text
+    )
+
+
+def read_json(data: bytes | str) -> Any:
+    """Read JSON that says one thing to every reader; raises ValueError where a key is given twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r:.100} is given twice")
+        return found
+
+    return json.loads(data, object_pairs_hook=once)
 
 
 def canonical_json(content: object) -> bytes:
