@@ -707,7 +707,7 @@ def _examine(papers: _Papers) -> _Examined:
     if exported:
         ledger = _read_ledger(papers.path, papers.name, papers.listed, checks)
     elif papers.answers or not papers.absent:
-        checks.note("ledger_chain", "unverified", f"{LEDGERS}/{papers.path.name}: missing")
+        checks.note("ledger_chain", "unverified", f"{LEDGERS}/{papers.path.name}: missing; export --end {papers.last}")
     statements = _check_statements(papers, checks)
     if ledger is not None:
         _check_site(ledger, papers, statements, checks)

@@ -107,7 +107,10 @@ def fits(events: Sequence[AccountingEvent], delta: float, budget: float, one_pla
     """Return None where `events` cost at most `budget`, or else what they cost: PLD for one plan, RDP for several.
 
     A plan is fixed before anything is released, so its PLD is a valid filter. A later plan may depend on what earlier
-    ones released: see `_adaptive_rdp`. Costs a millisecond where RDP, an upper bound, admits the events already.
+    ones released: see `_adaptive_rdp`. Whether there is a later one may depend on it as well. Divide the transcripts by
+    that: each part is of a process that one of the two gates filters at delta, so together they are (budget, 2 delta)
+    differentially private; a site with a single plan, and one whose budget RDP alone filters, at delta. Costs a
+    millisecond where RDP, an upper bound, admits the events already.
     """
     if one_plan:
         composed = _merged(events)
