@@ -259,8 +259,10 @@ class Site:
                 "simulation, removes heads.json)."
             )
         self._self_check(plan, request.round)  # before the charge: an engine that fails it costs nothing
-        if mask is not None and not ledger.answered(plan.run, request.round):
-            self._shared(plan).check(plan, mask)
+        if not ledger.answered(plan.run, request.round):
+            ledger.spent(plan.privacy.delta, [event])  # what cannot be computed is not charged either
+            if mask is not None:
+                self._shared(plan).check(plan, mask)
         reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
         if reservation.reply is not None:
             return reservation.reply

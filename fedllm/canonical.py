@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from decimal import Decimal
+from typing import Any
 
 # Invisible without being control or format characters: joiners, fillers and selectors (Default_Ignorable_Code_Point of
 # Unicode's DerivedCoreProperties, as far as its categories do not say so already), and the empty Braille cell.
@@ -35,6 +36,19 @@ def canonical(value: object) -> str:
 
 def _is_invisible(sign: str) -> bool:
     return ord(sign) in _INVISIBLE or (unicodedata.category(sign) in ("Cc", "Cf") and not sign.isspace())
+
+
+def read_json(data: bytes | str) -> Any:
+    """Read JSON that says one thing to every reader; raises ValueError where a key is given twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r:.100} is given twice")
+        return found
+
+    return json.loads(data, object_pairs_hook=once)
 
 
 def canonical_json(content: object) -> bytes:

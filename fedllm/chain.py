@@ -8,8 +8,9 @@ that it did not sign.
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedllm.canonical import canonical_json
@@ -18,6 +19,7 @@ from fedllm.errors import ChainError, CryptoError
 
 ENTRY_TYPE = "application/vnd.fedllm.entry+json"
 START = "0" * 64  # what the first entry names as the one before it
+EXPORT = "export"  # kind of the entry that ends a copy
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,27 @@ class Head:
 
     number: int
     digest: str
+
+
+@dataclass(frozen=True)
+class End:
+    """Where head office's record of a run ends: what the sites are to hand in their ledgers for."""
+
+    run: str
+    number: int
+    digest: str
+
+    @classmethod
+    def parse(cls, text: str) -> "End":
+        """Read RUN:NUMBER:DIGEST; raises ChainError."""
+        run, _, rest = text.partition(":")
+        number, _, digest = rest.partition(":")
+        if not run or not re.fullmatch("[0-9]{1,18}", number) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ChainError(f"{text!r:.200}: expected RUN:NUMBER:DIGEST, as the audit of the run names it")
+        return cls(run, int(number), digest)
+
+    def __str__(self) -> str:
+        return f"{self.run}:{self.number}:{self.digest}"
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,16 @@ def make_entry(number: int, previous: str, kind: str, at: float, body: dict[str,
         "signer": signer.public.to_text(),
     }  # fmt: skip
     return sign_envelope(canonical_json(fields), ENTRY_TYPE, signer)
+
+
+def close_export(lines: Sequence[str], end: End, at: float, signer: Identity) -> list[str]:
+    """Return a chain with one more entry, of kind `export`: its signer's word that there is no newer one.
+
+    It is no part of the chain itself, and only ends a copy that is handed in for the audit of one run, after its `end`.
+    """
+    last = open_entry(lines[-1]) if lines else None
+    number, previous = (last.number + 1, last.digest) if last is not None else (0, START)
+    return [*lines, make_entry(number, previous, EXPORT, at, asdict(end), signer)]
 
 
 def open_entry(line: str) -> Entry:

@@ -110,9 +110,14 @@ cli_privacy.register(app)
 
 
 def _fail(message: str) -> None:
-    _errors.print("[bold red]error[/bold red]", end=" ")
-    _errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    _say_error(message)
     raise typer.Exit(1)
+
+
+def _say_error(message: str) -> None:
+    """Print an error. It may quote what others have written, which must not rewrite the screen."""
+    _errors.print("[bold red]error[/bold red]", end=" ")
+    _errors.print(escaped_lines(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -120,18 +125,15 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except FedllmError as error:
-        _errors.print("[bold red]error[/bold red]", end=" ")
-        _errors.print(escaped_lines(str(error)), markup=False, highlight=False, soft_wrap=True)
+        _say_error(str(error))
         sys.exit(1)
     except Exception as error:
         if os.environ.get("FEDLLM_TRACEBACK"):
             raise
         lines = str(error).strip().splitlines() or ["no more is known"]
-        _errors.print("[bold red]error[/bold red]", end=" ")
-        text = (
+        _say_error(
             f"{type(error).__name__}: {lines[0][:500]}. If this is a fault of fedllm, FEDLLM_TRACEBACK=1 shows where."
         )
-        _errors.print(escaped_lines(text), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     finally:
         gc.freeze()  # the search for garbage at the end of the process takes seconds, and nobody needs it

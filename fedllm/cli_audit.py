@@ -2,11 +2,15 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedllm.errors import ChainError
+from fedllm.shown import escaped
+
+if TYPE_CHECKING:
+    from fedllm.audit.model import Audit, Status
 
 audit_app = typer.Typer(help="The audit of a run: a report for people, and its verification.", no_args_is_help=True)
 
@@ -52,13 +56,24 @@ def report(
     pages = [("audit", lang.value)] if lang is not None else [("audit", "en"), ("audit.ko", "ko")]
     written = write_audit(run, out or run / FOLDER, pages, ledgers, signer, epsilon_prv)
     typer.echo(f"{_VERDICTS[written.audit.verdict]}. The report is in {written.folder}")
-    for finding in written.audit.findings:
-        if finding.status == "fails":
-            typer.echo(f"  fails: {finding.code}: {finding.evidence[0]}")
+    _list(written.audit, "fails")
+    _list(written.audit, "unverified")
     if signer is None:
         typer.echo("It is not signed: give --key, or nobody can tell whether its pages were altered.")
     for problem in written.problems:
         typer.echo(f"warning: {problem}", err=True)
+
+
+def _list(audit: "Audit", status: "Status") -> bool:
+    """Print the checks of integrity that ended so, and return whether there are any."""
+    from fedllm.audit.model import INTEGRITY
+
+    found = [finding for finding in audit.findings if finding.status == status and finding.code in INTEGRITY]
+    for finding in found:
+        more = len(finding.evidence) - 1 + finding.more
+        first = finding.evidence[0] if finding.evidence else "-"
+        typer.echo(f"{status}: {finding.code}: {escaped(first)}{f' (and {more} more)' if more else ''}")
+    return bool(found)
 
 
 _VERDICTS = {"within": "within budget", "exceeded": "exceeded", "unverifiable": "cannot verify"}
@@ -82,15 +97,18 @@ def verify(
         typer.Option(help="A site of your file of keys that took no part in this run. May be repeated."),
     ] = None,
     allow_uncompared: Annotated[
-        bool, typer.Option("--allow-uncompared", help="Pages that could not be compared are no error.")
+        bool, typer.Option("--allow-uncompared", help="What could not be compared is no error.")
+    ] = False,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Gaps in the evidence that are no contradiction are no error.")
     ] = False,
 ) -> None:
     """Check an audit offline, without believing who made it; ends with 1 at the first contradiction.
 
     Schema, chains, signatures and co-signatures are checked, every epsilon is computed again from the ledgers' events,
     and pages are rendered again and compared. Also ends with 1 where a site of the file of keys has signed nothing,
-    where pages could not be compared (PDFs never are), and where the audit is sound, but its verdict is not "within
-    budget".
+    where something could not be compared (PDFs never are) or the evidence has gaps, and where the audit is sound, but
+    its verdict is not "within budget".
     """
     from fedllm.audit.bundle import verify as check
     from fedllm.audit.bundle import write_pages
@@ -101,7 +119,8 @@ def verify(
         write_pages(audit, out)
         typer.echo(f"pages of your own: {out}")
     for line in left:
-        typer.echo(f"not compared: {line}")
+        typer.echo(f"not compared: {escaped(line)}")
+    gaps = _list(audit, "unverified")
     if audit.verdict != "within":
         found = [f for f in audit.findings if f.status == "fails"] or [
             f for f in audit.findings if f.status == "unverified"
@@ -116,8 +135,13 @@ def verify(
             "written anything there. Read pages of your own (--out FOLDER), or those that were compared; "
             "--allow-uncompared ends without this error"
         )
+    if gaps and not allow_unverified:
+        raise ChainError(
+            "what there is of the evidence is sound, but it has gaps: see `unverified` above. Ask for what is missing; "
+            "--allow-unverified ends without this error"
+        )
     spent = audit.accountants
     typer.echo(
         f"verified: {_VERDICTS[audit.verdict]}; {len(audit.sites)} sites, {audit.run.rounds} rounds, epsilon at most "
-        f"{spent.pld:.4g} at delta {spent.delta:g} ({spent.site})"
+        f"{'∞' if spent.pld is None else f'{spent.pld:.4g}'} at delta {spent.delta:g} ({escaped(spent.site)})"
     )

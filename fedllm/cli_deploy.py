@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedllm.errors import ConfigError, FedllmError
+from fedllm.shown import escaped_lines
 
 if TYPE_CHECKING:
     from fedllm.findings import Finding
@@ -260,7 +261,8 @@ def private(folder: Path) -> Path:
 def report(findings: Sequence["Finding"]) -> None:
     """Print findings, a line each; raises FedllmError where one is WRONG."""
     for finding in findings:
-        typer.echo(f"{finding.level:<7}  {finding.text}")
+        text = escaped_lines(finding.text)  # it may quote what others wrote
+        typer.echo(f"{finding.level:<7}  {text}")
     count = sum(not finding.right for finding in findings)
     if count:
         raise FedllmError(f"{count} of {len(findings)} findings need to be put right, see above")

@@ -66,7 +66,7 @@ def show(home: OfficeOption = OFFICE, file: _FileOption = None) -> None:
 
     With `--file` budget and delta are those that the ledger states.
     """
-    from fedllm.privacy.accounting import spent
+    from fedllm.privacy.accounting import counted, spent
 
     ledger, office = _open(home, file)
     budget, delta = (office.policy.epsilon, office.policy.delta) if office else ledger.budget() or (math.inf, _DELTA)
@@ -80,8 +80,9 @@ def show(home: OfficeOption = OFFICE, file: _FileOption = None) -> None:
         total = spent(ledger.events(name), delta)
         reserved = [charge.event for charge in own if charge.state == "RESERVED"]
         states = Counter(charge.state.lower() for charge in own)
-        # RDP decides once a second plan was charged, so it says how much is sure to be left
-        left = "" if budget == math.inf else f"{max(0.0, budget - total.epsilon_rdp):.4g}"
+        # another plan may be next, and then RDP decides, at orders that depend on the budget
+        held = counted(ledger.events(name), delta, budget, one_plan=False)
+        left = "" if budget == math.inf else f"{max(0.0, budget - held):.4g}"
         table.add_row(
             name, f"{total.epsilon:.4g}", f"{spent(reserved, delta).epsilon:.4g}", f"{total.epsilon_rdp:.4g}",
             left, str(len({charge.run for charge in own})), ", ".join(f"{n} {s}" for s, n in sorted(states.items())),
@@ -132,15 +133,29 @@ def export(
     to: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
     home: OfficeOption = OFFICE,
     file: _FileOption = None,
+    end: Annotated[
+        str | None,
+        typer.Option(
+            help="The run that it is for, and the end of its record, RUN:NUMBER:DIGEST: fedllm audit report names it.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Write the signed chain as JSON lines, for a privacy officer: no record, and no number of records, is in it."""
+    """Write the signed chain as JSON lines, for a privacy officer: no record, and no number of records, is in it.
+
+    With `--end` its last line says, signed, that this is all of it: an audit needs that of every site, or anybody on
+    the way could have cut it.
+    """
+    from fedllm.chain import End
     from fedllm.files import write_secret
 
-    ledger, _ = _open(home, file)
+    ledger, office = _open(home, file)
+    if end is not None and office is None:
+        raise ConfigError("--end is signed with the site's keys, and --file has none: leave one of the two out")
     ledger.verify()
     if to.exists():
         raise ConfigError(f"{to} exists. Nothing was overwritten; choose another file.")
-    lines = ledger.lines()
+    lines = ledger.lines() if office is None or end is None else ledger.export(End.parse(end), office.identity)
     write_secret(to, "".join(line + "\n" for line in lines).encode())
     typer.echo(f"{len(lines)} entries: {to}")
 

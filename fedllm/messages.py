@@ -33,7 +33,7 @@ Reason = Literal[
     "ledger",  # the ledger cannot be used, or the round was charged for another request: ledger, request, disk
     "message",  # the request was not understood: request
     "masks",  # its secrets of the round are lost or do not fit, it joins anew: request, what it was sent before
-    "internal",  # a fault in the site's software, before any record was used: request, disk
+    "internal",  # a fault of software or disk that no record has a part in, before or after training
 ]
 
 

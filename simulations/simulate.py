@@ -17,6 +17,8 @@ from fedllm.audit.bundle import write_audit
 from fedllm.audit.evidence import HEAD_OFFICE, LEDGERS, file_name
 from fedllm.audit.prv import epsilon_prv
 from fedllm.audit.summary import RunSummary
+from fedllm.chain import End, open_entry
+from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, QuorumLost
 from fedllm.plan import RunPlan, SimulationConfig, parse
 from fedllm.privacy.ledger import LedgerFile
@@ -94,7 +96,7 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
             budgets = {name: config.budget(name) for name in data.names}
             elsewhere = workers.memory if workers is not None else 0.0
             if config.site.folder is not None:
-                _export_ledgers(config, data.names, folder)
+                _export_ledgers(config, data.names, folder, plan.run)
             audit = partial(_audit, folder, observe) if config.audit else None
             return run.finish(stopped, budgets, time.monotonic() - began, elsewhere, audit)
 
@@ -123,14 +125,18 @@ def _heads(config: SimulationConfig) -> Heads | None:
     return Heads(Path(config.output) / HEADS, f"{folder}/") if folder is not None else None
 
 
-def _export_ledgers(config: SimulationConfig, names: list[str], folder: Path) -> None:
+def _export_ledgers(config: SimulationConfig, names: list[str], folder: Path, run: str) -> None:
     """Keep the ledgers as they are now beside the run's record: they go on without it."""
+    last = open_entry((folder / RECORD_FILE).read_text("utf-8").splitlines()[-1])
+    end = End(run, last.number, last.digest)
     with writing(folder / LEDGERS):
         (folder / LEDGERS).mkdir(exist_ok=True)
     for name in names:
-        ledger = folder_of(config, folder) / file_name(name) / "ledger.db"
-        if ledger.exists():
-            lines = "".join(f"{line}\n" for line in LedgerFile(ledger).lines())
+        place = folder_of(config, folder) / file_name(name)
+        if (place / "ledger.db").exists():
+            lines = "".join(
+                f"{line}\n" for line in LedgerFile(place / "ledger.db").export(end, Identity.kept(place / "identity"))
+            )
             write_atomically(folder / LEDGERS / f"{file_name(name)}.jsonl", lines.encode())
 
 

@@ -31,14 +31,16 @@ from fedllm.audit.evidence import (
     Trust,
     assess,
     file_name,
-    sites_of,
+    names_and_end,
 )
-from fedllm.audit.model import INTEGRITY, Audit
+from fedllm.audit.model import INTEGRITY, Accountants, Audit
 from fedllm.audit.pdf import rendered, renderer
+from fedllm.canonical import read_json
+from fedllm.chain import End
 from fedllm.crypto import Identity, open_envelope, sign_envelope
 from fedllm.errors import ChainError, CryptoError, FolderError, first_line
 from fedllm.files import is_full
-from fedllm.privacy.accounting import OLD_GRID
+from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.ledger import LedgerFile
 
 FOLDER, JSON, SIGNATURE = "audit", "audit.json", "audit.sig"
@@ -46,6 +48,7 @@ SIGNATURE_TYPE = "application/vnd.fedllm.audit+json"
 _PAGES = ("audit.html", "audit.ko.html", "audit.pdf", "audit.ko.pdf")
 
 _NEAR = 1e-5  # relative, between figures of two machines
+_NEAR_PRV = 1e-3  # between those of two versions of Opacus, which promises 0.01
 _COMPUTED = (".sites", ".accountants", ".risk", ".timeline")  # where they are; all else is copied from the evidence,
 _COPIED = (".accountants.delta", ".accountants.events")  # and so are these
 
@@ -78,7 +81,7 @@ def write_audit(
 
     if folder.exists() and any(folder.iterdir()) and not (folder / JSON).exists():
         raise FolderError(f"{folder} exists and holds no audit. Nothing was overwritten; choose another folder.")
-    names = sites_of(run)
+    names, end = names_and_end(run)
     problems = []
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +90,7 @@ def write_audit(
         raise _cannot_write(folder, error) from None
     try:
         say("audit: checking the evidence")
-        _gather(run, names, ledgers, new)
+        _gather(run, names, end, ledgers, new)
         made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
         audit = assess(new, None, made, signer.public.fingerprint if signer else "", prv)
         (new / JSON).write_bytes(to_json(audit))
@@ -125,7 +128,7 @@ def _cannot_write(folder: Path, error: OSError) -> FolderError:
     )
 
 
-def _gather(run: Path, names: Sequence[str], ledgers: Path | None, folder: Path) -> None:
+def _gather(run: Path, names: Sequence[str], end: End, ledgers: Path | None, folder: Path) -> None:
     """Copy the evidence; what is missing is left for the audit to say."""
     for name in (RECORD, PLAN, METRICS):
         if (run / name).exists():
@@ -135,10 +138,11 @@ def _gather(run: Path, names: Sequence[str], ledgers: Path | None, folder: Path)
         stem = file_name(name)
         export = (ledgers if ledgers is not None else run / LEDGERS) / f"{stem}.jsonl"
         own = run / "sites" / stem / "ledger.db"  # in a simulation, every site's ledger lies here
-        if export.exists():
-            shutil.copyfile(export, folder / LEDGERS / export.name)
-        elif ledgers is None and own.exists():
-            lines = LedgerFile(own).lines()
+        if ledgers is not None or not own.exists():
+            if export.exists():
+                shutil.copyfile(export, folder / LEDGERS / export.name)
+        else:
+            lines = LedgerFile(own).export(end, Identity.read(own.with_name("identity")))
             (folder / LEDGERS / f"{stem}.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
@@ -155,28 +159,16 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def verify(folder: Path, trust: Trust, absent: Collection[str] = ()) -> tuple[Audit, tuple[str, ...]]:
-    """Check an audit's folder without believing who made it; return the audit, and the pages that were not compared.
+    """Check an audit's folder without believing who made it; return the audit, and what was not compared.
 
     Only the signature vouches for those: whoever signed may have written anything there.
     `absent` names those of `trust` that took no part in the run; everybody else's signatures must be there. Raises
     ChainError that names the first contradiction.
     """
     _check_files(folder)
-    try:
-        stored = Audit.model_validate_json((folder / JSON).read_bytes())
-    except OSError as error:
-        raise ChainError(f"{JSON} cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ChainError(f"{JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    accountants = stored.accountants
-    old = accountants.grid is None and accountants.pld is not None and accountants.pld > 0
-    audit = assess(
-        folder, trust, stored.made, stored.signer, lambda *_: accountants.prv, grid=OLD_GRID if old else None
-    )
-    if old:  # and leaves the grid unsaid
-        figures = audit.accountants.model_copy(update={"grid": None})
-        audit = audit.model_copy(update={"accountants": figures})
+    stored = _stored(folder / JSON)
+    stated = stored.accountants.prv
+    audit = assess(folder, trust, stored.made, stored.signer, lambda *_: stated)
     for code in (*(f.code for f in audit.findings if f.code in INTEGRITY), "keys", "metrics"):
         finding = audit.finding(code)
         if finding.status == "fails":
@@ -186,7 +178,43 @@ def verify(folder: Path, trust: Trust, absent: Collection[str] = ()) -> tuple[Au
     if difference:
         raise ChainError(f"{JSON}: {difference}")
     _check_signature(folder, audit, trust)
-    return audit, _check_pages(folder, stored)
+    left = _check_pages(folder, stored)
+    own = _own_prv(stored.accountants)
+    if stated is not None and own is None:
+        left = (*left, f"{JSON}, accountants.prv (Opacus is not at hand, or cannot tell)")
+    if own != stated or absent:  # what is shown to the reader
+        audit = assess(folder, trust, stored.made, stored.signer, lambda *_: own, absent)
+    return audit, left
+
+
+def _stored(path: Path) -> Audit:
+    try:
+        content = read_json(path.read_bytes())
+        if isinstance(content, dict) and content.get("format") == 1:
+            raise ChainError(
+                f"{JSON}: made by an earlier version of fedllm. Its ledgers do not say that they are whole: let the "
+                "sites export them again, and make a new report: fedllm audit report --help"
+            )
+        return Audit.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ChainError(f"{JSON} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ChainError(f"{JSON}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise ChainError(f"{JSON}: {first_line(error)}") from None
+
+
+def _own_prv(accountants: Accountants) -> float | None:
+    """Return what PRV says here of the events that were verified; raises ChainError where that is something else."""
+    if accountants.prv is None:
+        return None
+    from fedllm.audit.prv import epsilon_prv
+
+    own = epsilon_prv([AccountingEvent(*event) for event in accountants.events], accountants.delta)
+    if own is not None and abs(own - accountants.prv) > _NEAR_PRV:
+        raise ChainError(f"{JSON}: accountants.prv states {accountants.prv!r}, computed {own!r}")
+    return own
 
 
 def write_pages(audit: Audit, folder: Path) -> None:
@@ -260,7 +288,7 @@ def _check_signature(folder: Path, audit: Audit, trust: Trust) -> None:
     """Raise ChainError unless somebody who is trusted signed exactly these files."""
     try:
         payload, signer = open_envelope((folder / SIGNATURE).read_text("utf-8"), SIGNATURE_TYPE)
-        files = json.loads(payload)["files"]
+        files = read_json(payload)["files"]
     except OSError:
         raise ChainError(f"{SIGNATURE} is missing: nobody vouches for the report's pages") from None
     except (CryptoError, ValueError, KeyError, TypeError) as error:

@@ -12,11 +12,11 @@ import math
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import fedllm
 from fedllm.audit.model import (
     INTEGRITY,
+    Account,
     Accountants,
     Audit,
     Claim,
@@ -39,13 +40,17 @@ from fedllm.audit.model import (
     Verdict,
 )
 from fedllm.audit.risk import risk_of
-from fedllm.chain import Entry, read_chain
+from fedllm.canonical import canonical_json, read_json
+from fedllm.chain import EXPORT, End, Entry, read_chain
 from fedllm.crypto import PublicIdentity
 from fedllm.errors import ChainError, ConfigError, CryptoError, PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, PrivacySpent, spent
+from fedllm.privacy.accounting import counted as counted_by
+from fedllm.privacy.ledger_place import SITE
 from fedllm.privacy.shared import SharedMechanism
 from fedllm.provision import same_fingerprint
+from fedllm.shown import escaped
 from fedllm.statement import Statement, open_statement, roster_digest
 
 RECORD, PLAN, METRICS, LEDGERS = "record.jsonl", "plan.json", "metrics.jsonl", "ledgers"
@@ -66,7 +71,6 @@ _MANY = 4096  # statements; fewer are checked before other processes have starte
 
 _M = TypeVar("_M", bound=BaseModel)
 Prv = Callable[[Sequence[AccountingEvent], float], float | None]
-_Compose = Callable[[Sequence[AccountingEvent], float], PrivacySpent]
 
 
 def file_name(site: str) -> str:
@@ -185,6 +189,10 @@ class _Reserved(_Body):  # or lost, with an earlier ledger
         return AccountingEvent(self.sampling_rate, self.noise_multiplier, self.steps)
 
 
+class _Disjoint(_Body):
+    account: _Name
+
+
 class _Settled(_Body):  # released, aborted
     run: _Name
     round: _Round
@@ -196,13 +204,25 @@ class _Budget(_Body):
     delta: float = Field(gt=0, lt=1)
 
 
-class _Metrics(_Body):
+class _Metrics(_Body):  # a server.rounds.RoundRecord
+    model_config = ConfigDict(extra="forbid")
+
     round: int
     loss: float | None
     perplexity: float | None
     accuracy: float | None
     answered: list[str]
     declined: dict[str, str]
+    private: bool = True
+    epsilon: float | None = None
+    failed: dict[str, str] = {}
+    noise_multiplier: float | None = None
+    lost: str = ""
+    update_norm: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    clipped: float | None = None
 
 
 def _as(kind: type[_M], content: object, where: str) -> _M:
@@ -228,6 +248,7 @@ class _Checks:
         """Add a piece of evidence; a bool says whether something holds."""
         known: Status = status if isinstance(status, str) else "holds" if status else "fails"
         self._counts[code, known] += 1
+        evidence = escaped(evidence[: _LONGEST + 1])
         if len(self._seen[code][known]) < _SHOWN:
             self._seen[code][known].append(evidence if len(evidence) <= _LONGEST else f"{evidence[:_LONGEST]}…")
 
@@ -262,7 +283,16 @@ class _Record:
     rounds: list[_RoundBody] = field(default_factory=list)  # that count and were not superseded
     attempts: list[tuple[int, _RoundBody]] = field(default_factory=list)  # all there ever were, by entry
     begun: dict[int, _BegunBody] = field(default_factory=dict)  # by entry
+    became: dict[int, int] = field(default_factory=dict)  # begun: the round's entry; none where the run was resumed
     end: _MarkBody | None = None
+    adapter: dict[int, str] = field(default_factory=dict)  # digest after a round
+    done: int = 0  # the last round
+    open: int | None = None  # the `begun` that has no round yet: whoever was asked may have answered
+
+    @property
+    def last(self) -> End:
+        """What the sites hand in their ledgers for."""
+        return End(self.plan.run, self.entries[-1].number, self.entries[-1].digest)
 
     @property
     def sites(self) -> list[str]:
@@ -279,6 +309,8 @@ class _Charge:
     number: int  # of the entry
     at: float
     body: _Reserved
+    account: str  # the site's, where its own was not declared before
+    lost: bool  # with an earlier ledger, as its owner states
     released: bool = False
     aborted: int | None = None  # the entry that gave it back
 
@@ -289,16 +321,30 @@ class _Ledger:
 
     name: str
     entries: list[Entry]
+    export: Entry | None = None  # the site's word that there are no more
     charges: list[_Charge] = field(default_factory=list)
     restarts: list[int] = field(default_factory=list)  # entries: what was before is lost
+    disjoint: dict[str, int] = field(
+        default_factory=dict
+    )  # accounts beside the site's, by the entry that declares them
     budget: _Budget | None = None
+
+    @property
+    def signer(self) -> PublicIdentity:
+        """Who signed last, and so vouches for all entries."""
+        return (self.export or self.entries[-1]).signer
 
     def of(self, run: str) -> list[_Charge]:
         return [charge for charge in self.charges if charge.body.run == run]
 
-    def together(self, run: str) -> set[str]:
-        """Return the accounts that a run was charged to."""
-        return {charge.body.account for charge in self.of(run)}
+    @property
+    def accounts(self) -> list[str]:
+        """Every account: the site's own, and those that its owner declared."""
+        return [SITE, *self.disjoint]
+
+    def live(self, account: str) -> list[_Charge]:
+        """Return what counts against an account's budget."""
+        return [charge for charge in self.charges if charge.account == account and charge.aborted is None]
 
 
 def _lines(path: Path) -> list[str]:
@@ -329,40 +375,59 @@ def _read_record(path: Path, checks: _Checks) -> _Record:
     checks.note("record_chain", True, _head(RECORD, entries))
     checks.note("plan", plan.digest == body.plan_digest, f"{RECORD} #0: {body.plan_digest[:16]}…")
     record = _Record(entries, plan, body)
-    adapter = {0: body.adapter}
-    done = 0
-    for entry in entries[1:]:
+    record.adapter[0] = body.adapter
+    for before, entry in pairwise(entries):
         where = f"{RECORD} #{entry.number}"
+        if entry.at < before.at:
+            checks.note("rounds", False, f"{where}: {_time(entry.at)} < {_time(before.at)}")
+        if entry.kind in ("begun", "end") and record.open is not None:
+            checks.note("rounds", False, f"{where}: {entry.kind}, and #{record.open}, begun, has no round")
         if entry.kind == "round":
-            step = _as(_RoundBody, entry.body, where)
-            record.attempts.append((entry.number, step))
-            record.end = None
-            after = step.adapter_after if step.counts else step.adapter_before
-            right = step.round == done + 1 and step.adapter_before == adapter[done] and step.adapter_after == after
-            checks.note("rounds", right, f"{where}: {done} → {step.round}, {step.adapter_before[:16]}…")
-            if step.counts and not plan.enough(step.answered, plan.quorum):  # as the sites were promised
-                checks.note("rounds", False, f"{where}: {len(step.answered)} < {plan.quorum}")
-            if step.counts and plan.shared is not None:
-                _check_noise(step, plan, plan.shared, where, checks)
-            if step.counts or step.lost:
-                record.rounds.append(step)
-                done = step.round
-                adapter[done] = step.adapter_after
+            _add_round(record, entry, where, checks)
         elif entry.kind in ("resumed", "end"):
-            mark = _as(_MarkBody, entry.body, where)
-            back = max(0, mark.round)
-            right = back in adapter and mark.adapter == adapter[back] and (entry.kind == "resumed" or back == done)
-            checks.note("rounds", right and back <= done, f"{where}: {entry.kind}, {back}, {mark.adapter[:16]}…")
-            record.end = mark if entry.kind == "end" else None
-            if right and back <= done:
-                done = back
-                record.rounds = [step for step in record.rounds if step.round <= done]
+            _add_mark(record, entry, where, checks)
         elif entry.kind == "begun":
             record.begun[entry.number] = _as(_BegunBody, entry.body, where)
+            record.open = entry.number
         elif entry.kind != "key":
             checks.note("rounds", False, f"{where}: {entry.kind}?")
     checks.note("rounds", "holds" if record.end else "unverified", f"{RECORD}: {'end' if record.end else 'no end'}")
     return record
+
+
+def _add_round(record: _Record, entry: Entry, where: str, checks: _Checks) -> None:
+    step, plan, done = _as(_RoundBody, entry.body, where), record.plan, record.done
+    record.attempts.append((entry.number, step))
+    record.end = None
+    if record.open is not None:
+        asked = record.begun[record.open].round
+        checks.note("rounds", asked == step.round, f"{where}: {step.round}, #{record.open} began {asked}")
+        record.became[record.open] = entry.number
+        record.open = None
+    after = step.adapter_after if step.counts else step.adapter_before
+    right = step.round == done + 1 and step.adapter_before == record.adapter[done] and step.adapter_after == after
+    checks.note("rounds", right, f"{where}: {done} → {step.round}, {step.adapter_before[:16]}…")
+    if step.counts and not plan.enough(step.answered, plan.quorum):  # as the sites were promised
+        checks.note("rounds", False, f"{where}: {len(step.answered)} < {plan.quorum}")
+    if step.counts and plan.shared is not None:
+        _check_noise(step, plan, plan.shared, where, checks)
+    if step.counts or step.lost:
+        record.rounds.append(step)
+        record.done = step.round
+        record.adapter[step.round] = step.adapter_after
+
+
+def _add_mark(record: _Record, entry: Entry, where: str, checks: _Checks) -> None:
+    mark, done = _as(_MarkBody, entry.body, where), record.done
+    back = max(0, mark.round)
+    known = back in record.adapter and mark.adapter == record.adapter[back]
+    right = known and (entry.kind == "resumed" or back == done) and back <= done
+    checks.note("rounds", right, f"{where}: {entry.kind}, {back}, {mark.adapter[:16]}…")
+    record.end = mark if entry.kind == "end" else None
+    record.open = None
+    if right:
+        record.done = back
+        record.rounds = [step for step in record.rounds if step.round <= back]
 
 
 def _check_noise(step: _RoundBody, plan: RunPlan, shared: SharedMechanism, where: str, checks: _Checks) -> None:
@@ -395,8 +460,11 @@ def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> 
         signers = None if listed is None else [PublicIdentity.from_text(listed)]
         if path.stat().st_size > _MOST_BYTES:
             raise ChainError(f"{file}: more than {_MOST_BYTES} bytes")
-        ledger = _Ledger(name, read_chain(_lines(path), file, signers))
-        if not ledger.entries:
+        entries = read_chain(_lines(path), file, signers)
+        ledger = _Ledger(name, entries)
+        if entries and entries[-1].kind == EXPORT:  # no part of the ledger itself
+            ledger.export = entries.pop()
+        if not entries:
             raise ChainError(f"{file}: empty")
         open_: dict[tuple[str, int, int], _Charge] = {}
         for entry in ledger.entries:
@@ -422,7 +490,8 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry:
         key = (body.run, body.round, body.charge)
         if key in charges:
             raise ChainError(f"{where}: round {body.round} of run {body.run} is charged twice")
-        charges[key] = _Charge(entry.number, entry.at, body)
+        account = body.account if body.account in ledger.disjoint else SITE
+        charges[key] = _Charge(entry.number, entry.at, body, account, entry.kind == "lost")
         ledger.charges.append(charges[key])
     elif entry.kind in ("released", "aborted"):
         settled = _as(_Settled, entry.body, where)
@@ -435,31 +504,36 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry:
             charge.aborted = entry.number
     elif entry.kind == "budget":
         ledger.budget = _as(_Budget, entry.body, where)
+    elif entry.kind == "disjoint":
+        ledger.disjoint.setdefault(_as(_Disjoint, entry.body, where).account, entry.number)
     elif entry.kind == "restarted":
         ledger.restarts.append(entry.number)
-    elif entry.kind not in ("opened", "key", "disjoint", "clock"):
+    elif entry.kind not in ("opened", "key", "clock"):
         raise ChainError(f"{where}: {entry.kind}?")
 
 
 # ---- the audit -------------------------------------------------------------------------------------------------------
 
 
-def sites_of(folder: Path) -> list[str]:
-    """Return the names of a run's sites; raises ChainError where its record cannot be read."""
-    return _read_record(folder / RECORD, _Checks()).sites
+def names_and_end(folder: Path) -> tuple[list[str], End]:
+    """Return the names of a run's sites, and what they hand in their ledgers for.
+
+    Raises ChainError where the run's record cannot be read.
+    """
+    record = _read_record(folder / RECORD, _Checks())
+    return record.sites, record.last
 
 
 def assess(
     folder: Path, trust: Trust | None = None, made: str = "", signer: str = "", prv: Prv | None = None,
-    grid: float | None = None,
+    absent: Collection[str] = (),
 ) -> Audit:  # fmt: skip
     """Check the evidence in `folder` and return what was found.
 
-    `made` and `signer` are put into the audit as they are; `prv` computes an epsilon by a third method; `grid` is that
-    of all its figures, None the one that follows from them. Raises ChainError where there is no readable record: then
-    there is nothing to report on.
+    `made` and `signer` are put into the audit as they are; `prv` computes an epsilon by a third method; who is `absent`
+    and has signed nothing leaves no gap. Raises ChainError where there is no readable record: then there is nothing to
+    report on.
     """
-    compose = partial(_spent, grid=grid)
     checks = _Checks()
     record = _read_record(folder / RECORD, checks)
     plan = record.plan
@@ -467,7 +541,7 @@ def assess(
     utility = _check_metrics(folder / METRICS, record, checks)
     ledgers: dict[str, _Ledger | None] = {}
     statements: dict[str, _Signed] = {}
-    for evidence in _examined(folder, record):
+    for evidence in _examined(folder, record, absent):
         checks.add(evidence.checks)
         statements[evidence.name] = evidence.statements
         if evidence.exported:
@@ -475,8 +549,8 @@ def assess(
     _check_keys(record, ledgers, statements, trust, checks)
     _check_rosters(record, checks)
     _check_strangers(folder / LEDGERS, record, checks)
-    sites = tuple(_site(name, record, ledgers, statements[name], checks, compose) for name in record.sites)
-    accountants, risk_events = _accountants(record, ledgers, sites, prv, checks, compose)
+    sites = tuple(_site(name, record, ledgers, statements[name], checks) for name in record.sites)
+    accountants, risk_events = _accountants(record, ledgers, sites, prv, checks)
     privacy = plan.privacy
     checks.note("protected", privacy.protects, f"{PLAN}: mode={privacy.mode}, insecure_seed={privacy.insecure_seed}")
     checks.note("site_software", "unverified", f"{PLAN}: sampling_rate={privacy.sampling_rate:g}")
@@ -533,7 +607,10 @@ def assess(
         accountants=accountants,
         risk=risk_of(risk_events, accountants.pld if privacy.protects else None, accountants.grid),
         timeline=tuple(
-            point for ledger in ledgers.values() if ledger is not None for point in _points(ledger, plan, compose)
+            point
+            for site in sites
+            if (ledger := ledgers.get(site.name)) is not None
+            for point in _points(ledger, site, plan)
         ),
         utility=utility,
     )
@@ -562,16 +639,17 @@ def _finite(value: float) -> float | None:
 
 def _check_plan(path: Path, record: _Record, checks: _Checks) -> None:
     try:
-        same = RunPlan.model_validate_json(path.read_bytes()) == record.plan
-    except (OSError, ValidationError):
+        stated = read_json(path.read_bytes())
+        same = canonical_json(stated) == canonical_json(record.body.plan)
+    except (OSError, ValueError, RecursionError):
         same = False
     checks.note("plan", same, f"{path.name} = {RECORD} #0")
 
 
 def _check_metrics(path: Path, record: _Record, checks: _Checks) -> tuple[Utility, ...]:
     try:
-        read = [_as(_Metrics, json.loads(line), f"{METRICS} {n}") for n, line in enumerate(_lines(path), start=1)]
-    except (ChainError, ValueError) as error:
+        read = [_as(_Metrics, read_json(line), f"{METRICS} {n}") for n, line in enumerate(_lines(path), start=1)]
+    except (ChainError, ValueError, RecursionError) as error:
         checks.note("metrics", "unverified" if not path.exists() else "fails", str(error))
         return ()
     rounds: dict[int, _RoundBody] = {step.round: step for step in record.rounds}
@@ -599,6 +677,8 @@ class _Papers:
     path: Path  # of its ledger's export
     listed: str | None  # the identity that head office's roster names; in a simulation there is no roster
     plan: RunPlan
+    absent: bool  # as the reader knows
+    last: End  # of the record
     answers: tuple[tuple[int, int, str], ...]  # entry of the record, round, statement
     # what the site may have signed for: entries of the record that ask it, each with round, digest, roster's digest
     begun: Mapping[int, tuple[int, str, str]]
@@ -615,20 +695,18 @@ class _Examined:
     checks: _Checks
 
 
-def _examined(folder: Path, record: _Record) -> list[_Examined]:
+def _examined(folder: Path, record: _Record, absent: Collection[str]) -> list[_Examined]:
     """Examine every site; where there are many signatures to check, on all cores."""
     answers: dict[str, list[tuple[int, int, str]]] = {name: [] for name in record.sites}
     for number, step in record.attempts:
         for name, line in step.answered.items():
             answers[name].append((number, step.round, line))
     begun = {n: (each.round, record.entries[n].digest, roster_digest(each.sites)) for n, each in record.begun.items()}
-    papers = [
-        _Papers(
-            name, folder / LEDGERS / f"{file_name(name)}.jsonl", record.body.sites.get(name), record.plan, tuple(own),
-            {number: said for number, said in begun.items() if name in record.begun[number].sites},
-        )
-        for name, own in answers.items()
-    ]  # fmt: skip
+    papers = []
+    for name, own in answers.items():
+        asked = {number: said for number, said in begun.items() if name in record.begun[number].sites}
+        path, listed = folder / LEDGERS / f"{file_name(name)}.jsonl", record.body.sites.get(name)
+        papers.append(_Papers(name, path, listed, record.plan, name in absent, record.last, tuple(own), asked))
     workers = min(len(os.sched_getaffinity(0)), len(papers))
     if workers < 2 or sum(len(own) for own in answers.values()) < _MANY:
         return [_examine(each) for each in papers]
@@ -643,8 +721,8 @@ def _examine(papers: _Papers) -> _Examined:
     ledger = None
     if exported:
         ledger = _read_ledger(papers.path, papers.name, papers.listed, checks)
-    else:
-        checks.note("ledger_chain", "unverified", f"{LEDGERS}/{papers.path.name}: missing")
+    elif papers.answers or not papers.absent:
+        checks.note("ledger_chain", "unverified", f"{LEDGERS}/{papers.path.name}: missing; export --end {papers.last}")
     statements = _check_statements(papers, checks)
     if ledger is not None:
         _check_site(ledger, papers, statements, checks)
@@ -687,6 +765,13 @@ def _check_site(ledger: _Ledger, papers: _Papers, statements: _Signed, checks: _
     signers = {entry.signer for entry in ledger.entries}
     for number in ledger.restarts:  # what was lost is its owner's word
         checks.note("ledger_complete", "unverified", f"{ledger.name}, #{number}: restarted")
+    # nobody but the site can say that its ledger has no more entries: an export without that, or an older one, may be
+    # cut, where head office holds no statement on what it lacks
+    whole = ledger.export is not None and ledger.export.body == asdict(papers.last)
+    checks.note(
+        "ledger_complete", "holds" if whole else "unverified",
+        f"{ledger.name}: #{len(ledger.entries) - 1}, {'export' if whole else 'no export'} --end {papers.last}",
+    )  # fmt: skip
     charges = {charge.body.round: charge for charge in ledger.of(plan.run)}
     for statement, signer in statements:
         where = f"{ledger.name}, {statement.round}"
@@ -702,6 +787,12 @@ def _check_site(ledger: _Ledger, papers: _Papers, statements: _Signed, checks: _
             checks.note("ledger_complete", charge.released, f"{where}: released")
     signed = {statement.round for statement, _ in statements}
     asked = {round_ for round_, _, _ in papers.begun.values()}
+    for charge in ledger.charges:
+        text = f"{ledger.name}, #{charge.number}"
+        if charge.body.account not in (SITE, charge.account):  # every data set had an account in earlier versions
+            checks.note("charged_before_release", False, f"{text}: account {charge.body.account}, not declared before")
+        if charge.body.run == plan.run and not charge.lost and charge.body.event != event:  # it saw another plan
+            checks.note("charged_before_release", False, f"{text}: {charge.body.event} ≠ {event}")
     for charge in ledger.of(plan.run):
         if charge.released:  # an answer may be lost on its way; who was never asked has none to lose
             known = charge.body.round
@@ -714,17 +805,27 @@ def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks:
 
     Raises PrivacyError where the charges are such that nobody can compute with them.
     """
-    together = ledger.together(plan.run)
-    changes = [(c.number, c.body.event, 1) for c in ledger.charges if c.body.account in together]
-    changes += [(c.aborted, c.body.event, -1) for c in ledger.charges if c.body.account in together and c.aborted]
-    changes.sort(key=lambda change: change[0])
-    steps: Counter[tuple[float, float]] = Counter()
     began = time.process_time()
-    spent([c.body.event for c in ledger.charges if c.body.account in together], plan.privacy.delta)
+    for account in ledger.accounts:
+        spent([charge.body.event for charge in ledger.charges if charge.account == account], plan.privacy.delta)
     if time.process_time() - began > _MOST_SECONDS / 10:  # much of what follows costs as much
         raise PrivacyError(f"its charges take more than {_MOST_SECONDS / 10:g} seconds of CPU to compose once")
+    paid = {charge.body.round: charge.account for charge in ledger.of(plan.run)}
+    for account in ledger.accounts:
+        mine = [statement for statement, _ in statements if paid.get(statement.round, SITE) == account]
+        _check_account(ledger, account, plan, mine, began, checks)
+
+
+def _check_account(
+    ledger: _Ledger, account: str, plan: RunPlan, statements: Sequence[Statement], began: float, checks: _Checks
+) -> None:
+    charges = [charge for charge in ledger.charges if charge.account == account]
+    changes = [(charge.number, charge.body.event, 1) for charge in charges]
+    changes += [(charge.aborted, charge.body.event, -1) for charge in charges if charge.aborted is not None]
+    changes.sort(key=lambda change: change[0])
+    steps: Counter[tuple[float, float]] = Counter()
     position = 0
-    for statement, _ in sorted(statements, key=lambda signed: signed[0].ledger_number):
+    for statement in sorted(statements, key=lambda each: each.ledger_number):
         if time.process_time() - began > _MOST_SECONDS:
             raise PrivacyError(f"its charges take more than {_MOST_SECONDS:g} seconds of CPU to compose")
         while position < len(changes) and changes[position][0] <= statement.ledger_number:
@@ -778,7 +879,7 @@ def _check_keys(
             if not ledger and listed is not None and signer.to_text() != listed:
                 checks.note("statements", False, f"{name}, {statement.round}: {signer.fingerprint}, not of the roster")
         if ledger:  # its last signature covers all entries before
-            holders[name] = ledger.entries[-1].signer
+            holders[name] = ledger.signer
         elif statements[name]:
             holders[name] = statements[name][-1][1]
     first: dict[PublicIdentity, str] = {}
@@ -796,16 +897,30 @@ def _check_rosters(record: _Record, checks: _Checks) -> None:
     expected = sum(map(len, record.plan.groups)) or record.plan.sites
     if len(record.sites) < expected:
         checks.note("countersigned", "unverified", f"{RECORD}: {len(record.sites)} / {expected}")
+    ended = {became: record.begun[begun] for begun, became in record.became.items()}
     for number, step in record.attempts:
-        before = [each for n, each in record.begun.items() if n < number and each.round == step.round]
-        asked, named = set(before[-1].sites) if before else set(), {*step.answered, *step.declined, *step.failed}
-        silent = step.lost and not named  # head office was started again, and does not know
-        if not before:  # an earlier version kept no record of whom a round asks
-            checks.note("countersigned", "unverified", f"{RECORD} #{number}")
+        begun, named = ended.get(number), {*step.answered, *step.declined, *step.failed}
+        if begun is None:
+            # head office was started again, and does not know; an earlier version kept no record of whom a round asks
+            if named or not step.lost:
+                checks.note("countersigned", "unverified", f"{RECORD} #{number}")
             continue
-        wrong = (set(step.answered) - asked) | (set() if silent else asked - named)
+        wrong = (set(step.answered) - set(begun.sites)) | (set(begun.sites) - named)
         if wrong:
             checks.note("countersigned", False, f"{RECORD} #{number}: {', '.join(sorted(wrong))}")
+    for number, begun in record.begun.items():
+        if number not in record.became and not _asked_again(record, number, begun):
+            text = f"{RECORD} #{number}: {begun.round}, {', '.join(begun.sites)}"
+            checks.note("countersigned", "unverified", text)
+
+
+def _asked_again(record: _Record, number: int, begun: _BegunBody) -> bool:
+    """Whether a later round speaks of everybody whom a round asked that head office did not end.
+
+    With noise in shares a round that nobody knows the end of is lost, and names nobody.
+    """
+    later = [step for n, step in record.attempts if n > number and step.round == begun.round]
+    return any(step.lost or set(begun.sites) <= {*step.answered, *step.declined, *step.failed} for step in later)
 
 
 def _check_strangers(folder: Path, record: _Record, checks: _Checks) -> None:
@@ -816,42 +931,38 @@ def _check_strangers(folder: Path, record: _Record, checks: _Checks) -> None:
 
 
 def _site(
-    name: str, record: _Record, ledgers: Mapping[str, _Ledger | None], statements: _Signed, checks: _Checks,
-    compose: _Compose,
+    name: str, record: _Record, ledgers: Mapping[str, _Ledger | None], statements: _Signed, checks: _Checks
 ) -> Site:  # fmt: skip
     """Return a site's account, and note whether it is within the plan and its budget."""
     plan, delta = record.plan, record.plan.privacy.delta
     ledger = ledgers.get(name)
     reasons = sorted({step.declined[name] for _, step in record.attempts if name in step.declined})
     budget = ledger.budget if ledger else None
-    if ledger is not None:
-        together = ledger.together(plan.run)
-        live = [c for c in ledger.charges if c.aborted is None and c.body.account in together]
-        total = compose([c.body.event for c in live], delta)
-        released = compose([c.body.event for c in live if c.released], delta).epsilon
-        run = compose([c.body.event for c in live if c.body.run == plan.run], delta).epsilon
-        charged, rdp = total.epsilon, total.epsilon_rdp
+    limit = budget.epsilon if budget is not None else None
+    accounts = [_account(ledger, each, delta) for each in ledger.accounts] if ledger else []
+    if ledger is not None:  # disjoint accounts do not add up: nobody is in two of them
+        most = max(accounts, key=lambda each: (_number(each.charged), _number(each.counted)))
+        released, charged, rdp = (_number(each) for each in (most.spent, most.charged, most.charged_rdp))
+        own = [[c.body.event for c in ledger.live(each) if c.body.run == plan.run] for each in ledger.accounts]
+        run = max(_spent(events, delta).epsilon for events in own)
     else:  # only what the site has signed elsewhere is known
         last = max((s for s, _ in statements), key=lambda s: (s.round, s.ledger_number), default=None)
         released = charged = run = _number(last.epsilon) if last else 0.0
         rdp = _number(last.epsilon_rdp) if last else 0.0
-    limit = budget.epsilon if budget else None
     where = f"{name}: ε {_text(_finite(run))}"
     if ledger is not None or statements:
         status: Status = "holds" if run <= plan.privacy.epsilon + _TOLERANCE_PLD else "fails"
         checks.note("plan_target", status, f"{where} {'≤' if status == 'holds' else '>'} {plan.privacy.epsilon:g}")
     if budget is None:
         checks.note("budget", "unverified", f"{name}: -")
-    else:
-        permitted = (
-            compose([c.body.event for c in live], budget.delta).epsilon if budget.delta != delta else charged
-        ) if ledger is not None else charged  # fmt: skip
-        within = limit is None or permitted <= limit + _TOLERANCE_PLD
-        sign = "≤" if within else ">"
-        checks.note(
-            "budget", within, f"{name}: ε {_text(_finite(permitted))} {sign} {_text(limit)} (δ {budget.delta:g})"
-        )
-    signer = ledger.entries[-1].signer if ledger else statements[-1][1] if statements else None
+    for account in accounts:
+        if budget is None:
+            continue
+        counted = _number(account.counted)
+        within = counted < math.inf and counted <= _number(limit) + _TOLERANCE_PLD
+        text = f"ε {_text(account.counted)} {'≤' if within else '>'} {_text(limit)}"
+        checks.note("budget", within, f"{name}, {account.name}: {account.decides} {text} (δ {budget.delta:g})")
+    signer = ledger.signer if ledger else statements[-1][1] if statements else None
     broken = name in ledgers and ledger is None
     return Site(
         name=name,
@@ -869,8 +980,42 @@ def _site(
         run=_finite(run),
         budget=limit,
         budget_known=budget is not None,
-        left=_finite(max(0.0, limit - charged)) if limit is not None else None,
+        left=_finite(max(0.0, limit - max((_number(each.counted) for each in accounts), default=charged)))
+        if limit is not None
+        else None,
+        accounts=tuple(accounts),
     )
+
+
+def _account(ledger: _Ledger, name: str, delta: float) -> Account:
+    """Return what an account has spent, and what its budget is held against.
+
+    That is what the site's own ledger decides by (`accounting.counted`), at the budget's delta.
+    """
+    live, budget = ledger.live(name), ledger.budget
+    events = [charge.body.event for charge in live]
+    total = _spent(events, delta)
+    one_plan = len({(c.body.run, c.body.sampling_rate, c.body.noise_multiplier) for c in live}) <= 1
+    counted = total.epsilon
+    if budget is not None and budget.epsilon is not None:
+        try:
+            counted = counted_by(events, budget.delta, budget.epsilon, one_plan)
+        except PrivacyError:
+            counted = math.inf
+    return Account(
+        name=name,
+        declared=name in ledger.disjoint,
+        spent=_finite(_spent([charge.body.event for charge in live if charge.released], delta).epsilon),
+        charged=_finite(total.epsilon),
+        charged_rdp=_finite(total.epsilon_rdp),
+        counted=_finite(counted),
+        decides="PLD" if one_plan else "RDP",
+    )
+
+
+def _costliest(site: Site) -> str:
+    """Return the account whose figures are the site's."""
+    return max(site.accounts, key=lambda each: (_number(each.charged), _number(each.counted))).name
 
 
 def _number(epsilon: float | None) -> float:
@@ -883,19 +1028,16 @@ def _accountants(
     sites: Sequence[Site],
     prv: Prv | None,
     checks: _Checks,
-    compose: _Compose,
 ) -> tuple[Accountants, list[AccountingEvent]]:
     """Return what the costliest site's events cost by several methods, and the events."""
     plan, delta = record.plan, record.plan.privacy.delta
     worst = max(sites, key=lambda site: _number(site.charged), default=None)
     ledger = ledgers.get(worst.name) if worst else None
     step = plan.mechanism.event(plan.training.local_steps)
-    if ledger is not None:
-        together = ledger.together(plan.run)
+    if worst is not None and ledger is not None:
         merged: Counter[tuple[float, float]] = Counter()
-        for charge in ledger.charges:
-            if charge.aborted is None and charge.body.account in together:
-                merged[charge.body.sampling_rate, charge.body.noise_multiplier] += charge.body.steps
+        for charge in ledger.live(_costliest(worst)):
+            merged[charge.body.sampling_rate, charge.body.noise_multiplier] += charge.body.steps
         events = [AccountingEvent(q, s, n) for (q, s), n in sorted(merged.items())]
     else:
         events = (
@@ -903,7 +1045,7 @@ def _accountants(
         )
     # other runs may have added their noise another way: what depends on that is of this run alone
     own = [charge.body.event for charge in ledger.of(plan.run) if charge.aborted is None] if ledger else events
-    cost = compose(events, delta)
+    cost = _spent(events, delta)
     third = prv(events, delta) if prv is not None and cost.epsilon < float("inf") else None
     checks.note("accountants", cost.epsilon_rdp >= cost.epsilon - _TOLERANCE_PRV,
                 f"RDP {_text(_finite(cost.epsilon_rdp))} ≥ PLD {_text(_finite(cost.epsilon))}")  # fmt: skip
@@ -920,10 +1062,10 @@ def _accountants(
             pld=_finite(cost.epsilon),
             rdp=_finite(cost.epsilon_rdp),
             prv=third,
-            planned=_finite(compose([plan.mechanism.event(plan.steps)], delta).epsilon),
-            several_sites=tuple((k, _finite(compose(_of_sites(own, k, plan), delta).epsilon)) for k in several),
-            coalitions=tuple((k, _finite(compose(_weaker(own, plan, k), delta).epsilon)) for k in _coalitions(plan)),
-            share_alone=_finite(compose(_left(own, 1 / (plan.sites - plan.privacy.colluding_sites)), delta).epsilon)
+            planned=_finite(_spent([plan.mechanism.event(plan.steps)], delta).epsilon),
+            several_sites=tuple((k, _finite(_spent(_of_sites(own, k, plan), delta).epsilon)) for k in several),
+            coalitions=tuple((k, _finite(_spent(_weaker(own, plan, k), delta).epsilon)) for k in _coalitions(plan)),
+            share_alone=_finite(_spent(_left(own, 1 / (plan.sites - plan.privacy.colluding_sites)), delta).epsilon)
             if plan.shared is not None
             else None,
         ),
@@ -962,10 +1104,9 @@ def _left(events: Sequence[AccountingEvent], variance: float) -> list[Accounting
     return [AccountingEvent(e.sampling_rate, e.noise_multiplier * math.sqrt(variance), e.steps) for e in events]
 
 
-def _points(ledger: _Ledger, plan: RunPlan, compose: _Compose) -> list[Point]:
-    """Return a site's spending over its charges, at no more than a few of them."""
-    together = ledger.together(plan.run)
-    charges = [c for c in ledger.charges if c.aborted is None and c.body.account in together]
+def _points(ledger: _Ledger, site: Site, plan: RunPlan) -> list[Point]:
+    """Return the spending of a site's costliest account over its charges, at no more than a few of them."""
+    charges = ledger.live(_costliest(site))
     last = len(charges) - 1
     chosen = sorted({round(last * i / (_POINTS - 1)) for i in range(_POINTS)}) if charges else []
     return [
@@ -975,7 +1116,7 @@ def _points(ledger: _Ledger, plan: RunPlan, compose: _Compose) -> list[Point]:
             run=charges[i].body.run,
             round=charges[i].body.round,
             charge=i + 1,
-            epsilon=_finite(compose([c.body.event for c in charges[: i + 1]], plan.privacy.delta).epsilon),
+            epsilon=_finite(_spent([c.body.event for c in charges[: i + 1]], plan.privacy.delta).epsilon),
         )
         for i in chosen
     ]

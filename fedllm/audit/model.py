@@ -90,8 +90,20 @@ class Claim(Frozen):
     wire: str
 
 
+class Account(Frozen):
+    """One of a site's accounts. Epsilons at the plan's delta; None is one without bound."""
+
+    name: str
+    declared: bool  # its owner's signed word: nobody in these records is in others of the site
+    spent: float | None  # PLD, of all that was released, in every run
+    charged: float | None  # PLD, of that and what is reserved and may still be released
+    charged_rdp: float | None
+    counted: float | None  # what the site holds against its budget, at the budget's delta
+    decides: Literal["PLD", "RDP"]  # by which accountant: PLD for one plan, RDP of fixed orders for several
+
+
 class Site(Frozen):
-    """One site's account. Epsilons at the plan's delta; None is one without bound."""
+    """One site, the figures those of its costliest account. Epsilons at the plan's delta; None is one without bound."""
 
     name: str
     fingerprint: str  # "" where the site never signed
@@ -106,9 +118,10 @@ class Site(Frozen):
     charged: float | None  # PLD, of that and what is reserved and may still be released
     charged_rdp: float | None
     run: float | None  # PLD, of this run alone
-    budget: float | None  # None: unlimited, or not known
+    budget: float | None  # of each account; None: unlimited, or not known
     budget_known: bool  # whether the site's ledger states one
-    left: float | None
+    left: float | None  # of the budget, less what is counted
+    accounts: tuple[Account, ...]  # none where there is no ledger
 
 
 class Point(Frozen):
@@ -128,7 +141,7 @@ class Accountants(Frozen):
     site: str
     events: tuple[tuple[float, float, int], ...]  # sampling rate, noise multiplier, steps
     delta: float
-    grid: float | None = None  # of the privacy loss; None in audits of earlier versions: 1e-4 for all their figures
+    grid: float | None = None  # of the privacy loss; None where there is no PLD
     pld: float | None
     rdp: float | None
     prv: float | None  # Opacus; None where it was not at hand
@@ -158,8 +171,8 @@ class Utility(Frozen):
 class Audit(Frozen):
     """The whole audit."""
 
-    format: Literal[1] = 1
-    made: str  # UTC
+    format: Literal[2] = 2
+    made: str = Field(pattern=r"^([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2})?$")  # UTC, by its signer's clock
     program: str  # fedllm's version
     signer: str  # fingerprint of who signs the report; "" for nobody
     verdict: Verdict

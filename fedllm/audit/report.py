@@ -157,8 +157,9 @@ def _bars(audit: Audit) -> dict[str, Any]:
     for site in shown:
         limit = _limit(site, audit)
         spent, charged = (min(100 * _share(value, limit), 100.0) for value in (site.spent, site.charged))
-        over = site.charged is None or site.charged > limit + 1e-3
-        left = None if site.charged is None else max(0.0, limit - site.charged)
+        held = [site.charged, *(account.counted for account in site.accounts)]
+        over = any(value is None or value > limit + 1e-3 for value in held)
+        left = site.left if site.left is not None or site.charged is None else max(0.0, limit - site.charged)
         rows.append({"site": site, "limit": limit, "spent": f"{spent:.2f}", "left": left, "over": over,
                      "reserved": f"{max(0.0, charged - spent):.2f}"})  # fmt: skip
     others = sorted(math.inf if site.charged is None else site.charged for site in ranked[_BARS:])

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedllm.canonical import canonical
-from fedllm.chain import Head, make_entry, open_entry, read_chain
+from fedllm.chain import End, Head, close_export, make_entry, open_entry, read_chain
 from fedllm.crypto import Identity, PublicIdentity, random_bytes
 from fedllm.errors import BudgetExceeded, ChainError, CryptoError, LedgerError, PrivacyError
 from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, fits, spent
@@ -391,6 +391,15 @@ class LedgerFile:
         with self.transaction() as db:
             return [str(row[0]) for row in db.execute("SELECT line FROM chain ORDER BY number")]
 
+    def export(self, end: End, signer: Identity) -> list[str]:
+        """Return the chain as it is handed in for the audit of a run: its end says, signed, that it is all of it.
+
+        Who receives it cannot cut it, nor hand in an older one. See `fedllm.chain.close_export`.
+        """
+        with self.transaction() as db:
+            lines = [str(row[0]) for row in db.execute("SELECT line FROM chain ORDER BY number")]
+            return close_export(lines, end, _now(db) // 60 * 60, signer)
+
     def verify(self, signers: Iterable[PublicIdentity] | None = None) -> Head:
         """Check the chain, and that the tables say what it says; return its head.
 
@@ -623,9 +632,12 @@ class PrivacyLedger:
         """Return every event charged to this account, in order, released or not."""
         return self.file.events(self.account)
 
-    def spent(self, delta: float | None = None) -> PrivacySpent:
-        """Return the privacy loss of everything charged to this account, at `delta` or else the budget's."""
-        return spent(self.events(), self.delta if delta is None else delta)
+    def spent(self, delta: float | None = None, also: Sequence[AccountingEvent] = ()) -> PrivacySpent:
+        """Return the privacy loss of everything charged to this account, at `delta` or else the budget's.
+
+        `also` counts what is not charged yet.
+        """
+        return spent([*self.events(), *also], self.delta if delta is None else delta)
 
 
 def _summed(db: sqlite3.Connection, account: str, since: float = -math.inf) -> list[AccountingEvent]:

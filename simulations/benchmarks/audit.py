@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from fedllm.audit.evidence import HEAD_OFFICE, LEDGERS, METRICS, PLAN, RECORD
-from fedllm.chain import START, make_entry
+from fedllm.chain import EXPORT, START, make_entry
 from fedllm.crypto import Identity
 from fedllm.files import write_secret
 from fedllm.plan import RunPlan, parse
@@ -122,6 +122,7 @@ def _make(run: Path, head_office: Identity, sites: int, rounds: int) -> dict[str
     record.add("end", {"round": rounds, "stopped": "", "adapter": f"{rounds:064x}"})
     record.write(run / RECORD)
     for site, ledger in ledgers.items():
+        ledger.add(EXPORT, {"run": plan.run, "number": len(record.lines) - 1, "digest": record.head})
         ledger.write(run / LEDGERS / f"{site}.jsonl")
     (run / PLAN).write_text(plan.model_dump_json(indent=2), "utf-8")
     (run / METRICS).write_text("".join(json.dumps(each) + "\n" for each in metrics), "utf-8")

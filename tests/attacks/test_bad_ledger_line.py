@@ -4,6 +4,7 @@ Stopped by the plan's ranges, which hold in evidence too, and by bounded work: t
 """
 
 import base64
+import hashlib
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from fedllm.audit.bundle import verify
 from fedllm.audit.evidence import assess
 from fedllm.audit.model import Audit
-from fedllm.chain import ENTRY_TYPE, open_entry
+from fedllm.chain import ENTRY_TYPE, EXPORT, make_entry, open_entry
 from fedllm.crypto import Identity, sign_envelope
 from fedllm.errors import ChainError, PrivacyError
 from fedllm.privacy.accounting import MAX_STEPS, AccountingEvent
@@ -60,12 +61,15 @@ def two(made: tuple[Federation, Path], tmp_path: Path) -> tuple[Federation, Path
 def add_raw(run: Path, signer: Identity, kind: str, body: object, at: object = None) -> None:
     """Add an entry as no honest program would write it: with numbers that JSON does not have."""
     path = run / "ledgers" / f"{BAD}.jsonl"
-    last = open_entry(path.read_text("utf-8").splitlines()[-1])
+    *lines, end = path.read_text("utf-8").splitlines()
+    last = open_entry(lines[-1])
     fields = {"number": last.number + 1, "previous": last.digest, "kind": kind, "at": last.at if at is None else at,
               "body": body, "signer": signer.public.to_text()}  # fmt: skip
     payload = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(sign_envelope(payload.encode(), ENTRY_TYPE, signer) + "\n")
+    digest = hashlib.sha256(payload.encode()).hexdigest()
+    closed = make_entry(last.number + 2, digest, EXPORT, last.at, open_entry(end).body, signer)
+    lines += [sign_envelope(payload.encode(), ENTRY_TYPE, signer), closed]
+    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
 def the_others_are_as_before(run: Path, before: Audit) -> Audit:

@@ -144,6 +144,7 @@ def test_an_answer_that_really_was_lost_is_shown_and_no_contradiction(eight: tup
     forgotten = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     forgotten[-1]["answered"].remove(GONE)
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in forgotten), "utf-8")
+    federation.export(run)
     audit = assess(run)
     finding = audit.finding("answers_recorded")
     assert failing(run) == set()

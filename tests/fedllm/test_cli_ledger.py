@@ -13,7 +13,7 @@ from fedllm.chain import read_chain
 from fedllm.cli import app
 from fedllm.errors import ChainError, FedllmError
 from fedllm.plan import RunPlan, parse
-from fedllm.privacy.accounting import AccountingEvent
+from fedllm.privacy.accounting import AccountingEvent, counted
 from fedllm.privacy.ledger import Period, PrivacyLedger
 from tests.fedllm.privacy.budgets import for_several_plans
 
@@ -122,6 +122,35 @@ def test_an_export_holds_no_record_and_no_count_of_records(spent_home: Path, tmp
     assert "120" not in said
     with pytest.raises(FedllmError, match="Nothing was overwritten"):
         run("ledger", "export", to, "--home", spent_home)
+
+
+def test_what_is_shown_as_left_is_what_another_plan_may_cost(home: Path) -> None:
+    """The ledger decides by RDP at a few fixed orders, which counts more than the best order does."""
+    ledger = open_ledger(home)
+    for number, noise in enumerate((1.5, 1.6)):
+        ledger.reserve(f"plan {number}", 1, "request", AccountingEvent(0.5, noise, 2))
+    held = counted(ledger.events(), 1e-5, 8.0, one_plan=False)
+    assert held > ledger.spent().epsilon_rdp
+    assert f" {8 - held:.4g} " in run("ledger", "show", "--home", home)
+
+
+def test_an_export_for_an_audit_ends_with_the_sites_word_that_it_is_all(spent_home: Path, tmp_path: Path) -> None:
+    end = f"first:7:{'a' * 64}"
+    to = tmp_path / "export.jsonl"
+    for wrong in ("first", "first:7:", f"first:x:{'a' * 64}", f":7:{'a' * 64}", f"first:7:{'A' * 64}"):
+        with pytest.raises(FedllmError, match="RUN:NUMBER:DIGEST"):
+            run("ledger", "export", to, "--home", spent_home, "--end", wrong)
+    ledger = open_ledger(spent_home).file
+    before = ledger.lines()
+    run("ledger", "export", to, "--home", spent_home, "--end", end)
+    *lines, last = read_chain(to.read_text("utf-8").splitlines(), "export")
+    assert ledger.lines() == before, "its end is no part of the ledger"
+    assert [entry.number for entry in lines] == list(range(len(before)))
+    assert (last.kind, last.body) == ("export", {"run": "first", "number": 7, "digest": "a" * 64})
+    assert last.signer == Office.open(spent_home).identity.public
+    assert "sound" in run("ledger", "verify", "--file", to)
+    with pytest.raises(FedllmError, match="leave one of the two out"):
+        run("ledger", "export", tmp_path / "x", "--file", spent_home / "data" / "ledger.db", "--end", end)
 
 
 def test_an_open_round_is_given_back_and_a_released_one_is_not(spent_home: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.audit.evidence import HEAD_OFFICE, Trust, file_name
-from fedllm.chain import START, Entry, make_entry, open_entry
+from fedllm.chain import START, End, Entry, make_entry, open_entry
 from fedllm.crypto import Identity
 from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import PrivacyLedger
@@ -113,8 +113,10 @@ class Federation:
         return run
 
     def export(self, run: Path) -> None:
+        record = [open_entry(line) for line in (run / "record.jsonl").read_text("utf-8").splitlines()]
+        end = End(record[0].body["plan"]["run"], record[-1].number, record[-1].digest)
         for site in self.sites:
-            lines = self.ledger(site).file.lines()
+            lines = self.ledger(site).file.export(end, self.identities[site])
             (run / "ledgers" / f"{file_name(site)}.jsonl").write_text("".join(f"{x}\n" for x in lines), "utf-8")
 
     def answer(
