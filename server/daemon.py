@@ -236,6 +236,9 @@ class Daemon:
         """Carry one request to a site, and its answer back."""
         asked = Request.FromString(await context.read())
         link, id_ = self._links.get(asked.site), asked.part.id
+        if self._roster.find(asked.site) is None:  # it will not come back
+            await _say_last(context, Answer(refused=f"{asked.site} is not in the roster"))
+            return
         if link is None:
             await _say_last(context, Answer(gone=f"{asked.site} is not connected"))
             return

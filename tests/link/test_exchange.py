@@ -13,6 +13,7 @@ from fedllm.errors import MessageError
 from fedllm.messages import KEY, RECORD
 from fedllm.protocol.link import VERSION
 from fedllm.protocol.link_pb2 import FromSite, Hello, Part, Refusal, ToSite
+from fedllm.provision import now
 from server.grpc_grid import GrpcGrid, look, node_of
 from tests.link.conftest import House, Loop, Site, until
 
@@ -240,3 +241,11 @@ def test_several_requests_may_not_fill_the_memory_together(house: House, loop: L
     with pytest.raises(MessageError, match="in hand"):
         busan.link._arrive(Part(id=b"2" * 32, size=8 << 20, data=bytes(1 << 20)))
     busan.stop()
+
+
+def test_whoever_is_revoked_while_it_is_asked_holds_nobody_up(house: House, grid: GrpcGrid, site) -> None:  # type: ignore[no-untyped-def]
+    busan = site("busan")
+    id_ = ask(grid, house, "busan", b"slow")
+    until(lambda: busan.asked, "the request")
+    house.change(*(member.model_copy(update={"revoked_at": now()}) for member in house.office.roster.members))
+    assert reply(grid, id_) == "busan is not in the roster"
