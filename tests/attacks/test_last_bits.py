@@ -1,6 +1,6 @@
-"""Attack: head office sends start values whose parts cancel, so that gradients are what rounding left, and counts records.
+"""Attack: head office sends start values whose parts cancel: gradients are what rounding left, and count the records.
 
-Stopped by passes whose shape is the same whoever is drawn, by exact sums, and by a self-check of both on the plan's model.
+Stopped by passes whose shape is the same whoever is drawn, by exact sums, and by a self-check of both on the model.
 """
 
 from collections.abc import Callable
