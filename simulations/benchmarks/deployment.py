@@ -159,7 +159,8 @@ def _provision(folder: Path, model: Path) -> tuple[federation.HeadOffice, list[P
         grant = federation.admit(head.folder, made.join_file.read_bytes(), made.identity.public.fingerprint)
         site_folder.install(home, grant.read_bytes(), head.identity.public.fingerprint)
         office = site_folder.Office.open(home)
-        office.declare({str(model): load_reader(ModelConfig(source=str(model))).digest})
+        config = ModelConfig(source=str(model))
+        office.declare({str(model): load_reader(config).digest}, {str(model): office.files_digest(config)})
         homes.append(home)
     return federation.HeadOffice.open(head.folder), homes
 
