@@ -307,7 +307,7 @@ def _declare(office: Office) -> Finding:
     tokenizers = {
         name: load_reader(office.model(ModelConfig(source=name, max_length=8))).digest for name in office.config.models
     }
-    office.declare(tokenizers)
+    office.declare(tokenizers, {name: office.files_digest(ModelConfig(source=name)) for name in office.config.models})
     return ok(f"declaration: signed by {office.identity.public.fingerprint}; the site starts with it")
 
 

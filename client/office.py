@@ -11,6 +11,7 @@
     data/ledger.db     the privacy that was spent
     run/link.json      whether the site is connected
     data/unfinished.json  records are being used; left behind by a failure, it stops the site
+    data/models.json   the digests of the models' files, so that each is read once
 
 The grant names the keys that it was made for: they are the ones in use. New keys wait beside them for a grant of their
 own, and old ones go on opening messages until they are retired. So each step is one write that counts.
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
@@ -45,6 +46,7 @@ from fedllm.crypto import (
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FolderError, ModelError
 from fedllm.files import check_private, check_socket, locked, new_folder, read, read_secret, write_secret
 from fedllm.plan import DataConfig, Frozen, ModelConfig, parse
+from fedllm.privacy.elapsed import SHORTEST_PERIOD
 from fedllm.privacy.ledger_place import SITE, LedgerPlace
 from fedllm.provision import (
     MAX_DOCUMENT,
@@ -101,6 +103,16 @@ class PeriodLimit(Frozen):
 
     days: float = Field(gt=0, le=36_500)
     epsilon: float = Field(gt=0)
+
+    @field_validator("days")
+    @classmethod
+    def _long_enough(cls, days: float) -> float:
+        if days < SHORTEST_PERIOD:
+            raise ValueError(
+                f"expected at least {SHORTEST_PERIOD:g} days, found {days:g}: a machine may be off for three, so that "
+                "a start with the clock ahead could free all that a shorter period has spent"
+            )
+        return days
 
 
 class Policy(Frozen):
@@ -255,6 +267,7 @@ class Declaration(Frozen):
     unit: Literal["record", "person"]
     models: dict[str, str]  # as in site.yaml
     tokenizers: dict[str, str]  # digest of every model's tokenizer, special tokens and chat template
+    files: dict[str, str] = Field(default_factory=dict)  # digest of the files of every model: its settings and weights
     made_at: AwareDatetime
 
     @property
@@ -405,12 +418,13 @@ class Office:
             raise ConfigError(f"site.yaml says something else of records or models than when it was checked. {CHECK}")
         return found
 
-    def declare(self, tokenizers: dict[str, str]) -> Declaration:
-        """Sign what site.yaml says of the records, and by which tokenizers they are read."""
+    def declare(self, tokenizers: dict[str, str], files: dict[str, str]) -> Declaration:
+        """Sign what site.yaml says of the records, by which tokenizers they are read, and what the models are."""
         own = self.config
         made = Declaration(
-            site=own.name, data=own.data, unit=own.policy.unit, models=own.models, tokenizers=tokenizers, made_at=now()
-        )
+            site=own.name, data=own.data, unit=own.policy.unit, models=own.models, tokenizers=tokenizers, files=files,
+            made_at=now(),
+        )  # fmt: skip
         write_secret(self.folder / "declaration.json", sign_document(made.model_dump(mode="json"), self.identity))
         return made
 
@@ -463,6 +477,19 @@ class Office:
                 "model_cache, too."
             )
         return planned.model_copy(update={"source": where})
+
+    def files_digest(self, planned: ModelConfig) -> str:
+        """Return the digest of the files of a plan's model, as this office has it; raises ModelError."""
+        from fedllm.training.model import files_digest
+
+        path, known = self.folder / "data" / "models.json", dict[str, Any]()
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            known = dict(json.loads(path.read_bytes()))
+        before = dict(known)
+        found = files_digest(self.model(planned), known)
+        if known != before:
+            write_secret(path, json.dumps(known).encode())
+        return found
 
     @property
     def reads(self) -> tuple[Path, ...]:
@@ -592,7 +619,8 @@ def retire(folder: Path) -> Office:
     """Forget keys that are older than those in use: messages sealed to them cannot be opened any more."""
     with _changing(folder) as office:
         with contextlib.suppress(ConfigError):  # a declaration that does not hold is for `site check`
-            office.declare(office.declaration.tokenizers)  # by the keys that stay
+            made = office.declaration
+            office.declare(made.tokenizers, made.files)  # by the keys that stay
         for keys in office.keys:
             if keys.number < office.in_use.number:
                 place = keys.folder

@@ -20,7 +20,7 @@ from client.site import Site
 from fedllm import envelope
 from fedllm.crypto import Identity, PublicIdentity
 from fedllm.envelope import Binding
-from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError
+from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError, ModelError
 from fedllm.files import locked, write_secret
 from fedllm.messages import Prepare, Secure, TrainRequest, from_bytes
 from fedllm.plan import ModelConfig, RunPlan
@@ -123,6 +123,8 @@ def read_records(office: Office) -> SiteRecords:
     for name, reader in readers.items():
         if declaration.tokenizers[name] != reader.digest:
             raise ConfigError(f"models: {name} reads text in another way than when it was checked. {CHECK}")
+        if declaration.files.get(name) != office.files_digest(ModelConfig(source=name)):
+            raise ConfigError(f"models: {name} has other files than when it was checked. {CHECK}")
     found = load_records(read_rows(data.train, data.train_split), data, data.unit, declaration.declared, readers)
     for name, wrong in found.wrong.items():
         if wrong:
@@ -132,9 +134,15 @@ def read_records(office: Office) -> SiteRecords:
 
 def open_site(office: Office) -> Site:
     """Return the site of an office's folder: its records are read and tokenised now, and not again."""
-    resources = office.config.resources
+    resources, declared = office.config.resources, office.declaration.files
 
     def workspace(plan: RunPlan) -> Workspace:
+        # every time: files may be exchanged while the site runs, and a plan may name another revision of them
+        if declared.get(plan.model.source) != office.files_digest(plan.model):
+            raise ModelError(
+                f"model.source={plan.model.source}, revision={plan.model.revision}: its files are not those that were "
+                f"checked. {CHECK}"
+            )
         return open_for_training(plan, office.model(plan.model), resources.device, resources.checkpointing)
 
     return Site(

@@ -12,6 +12,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _COUNT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _CORRECTION = 3600.0  # seconds by which a clock may be put right
 _OFF = 3 * 86_400.0  # seconds that a machine may have been off, or not been looked at before it was started anew
+SHORTEST_PERIOD = 7.0  # days: what a start with the clock ahead may free, three days' worth, is less than half of it
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from fedllm.errors import ConfigError, ModelError
@@ -29,6 +30,7 @@ from fedllm.training.sources import resolve
 transformers_logging.disable_progress_bar()
 
 _UNLIMITED = 1 << 31
+_FILES = ("*.json", "*.safetensors", "*.bin")  # settings, weights, tokenizer: what a model is loaded from
 _PAYS_IN_BFLOAT16 = 20_000_000  # parameters; an estimate
 
 
@@ -90,6 +92,28 @@ def load_reader(config: ModelConfig) -> Reader:
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     positions, vocabulary = (getattr(shape, name, None) for name in ("max_position_embeddings", "vocab_size"))
     return Reader(tokenizer, positions or _UNLIMITED, vocabulary or _UNLIMITED, digest)
+
+
+def files_digest(config: ModelConfig, known: dict[str, Any]) -> str:
+    """Return the SHA-256, in hex, over names and contents of the files that a model is loaded from, at its revision.
+
+    `known` holds, by path, what earlier calls found of a file and its SHA-256, and is brought up to date: a file that
+    has not changed since (size, inode, times of its content and of its inode) is not read again. Raises ModelError.
+    """
+    source, where = _located(config)
+    with _explained(config, source):
+        folder = source if isinstance(source, Path) else Path(str(cached_file(source, "config.json", **where))).parent
+        digest = hashlib.sha256()
+        for path in sorted({path for pattern in _FILES for path in folder.glob(pattern)}):
+            state = path.stat()
+            now = [state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns]
+            *before, content = known.get(str(path), [""])
+            if before != now:
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                known[str(path)] = [*now, content]
+            digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def load_base(config: ModelConfig, device: str) -> BaseModel:

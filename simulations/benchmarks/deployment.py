@@ -134,7 +134,8 @@ def _provision(
         (home / "site.yaml").write_text(json.dumps(settings), "utf-8")
         grant = federation.admit(head.folder, office.join_file.read_bytes(), office.identity.public.fingerprint)
         site_folder.install(home, grant.read_bytes(), head.identity.public.fingerprint)
-        site_folder.Office.open(home).declare({_BASE: load_reader(ModelConfig(source=_BASE)).digest})
+        granted, model = site_folder.Office.open(home), ModelConfig(source=_BASE)
+        granted.declare({_BASE: load_reader(model).digest}, {_BASE: granted.files_digest(model)})
     return federation.HeadOffice.open(head.folder), homes
 
 

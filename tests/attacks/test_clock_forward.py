@@ -1,6 +1,7 @@
 """Attack: the clock is set forward, by whoever serves the time, and policy.period is full again.
 
-Stopped by the machine's own count of seconds (fedllm.privacy.elapsed) since the last look at the clock.
+Stopped by the machine's own count of seconds (fedllm.privacy.elapsed) since the last look at the clock; where the
+machine was started anew, three days are believed at once, and a period is longer.
 """
 
 import time
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 
 import fedllm.privacy.ledger
 from client.doctor import check
-from fedllm.errors import BudgetExceeded, LedgerError
-from fedllm.privacy.elapsed import Evidence, Moment, this_moment
+from fedllm.errors import BudgetExceeded, ConfigError, LedgerError
+from fedllm.privacy.elapsed import SHORTEST_PERIOD, Evidence, Moment, this_moment
 from fedllm.privacy.ledger import Period
 from tests.attacks.ledgers import DELTA, EVENT, Branch
 from tests.fedllm.privacy.budgets import for_several_plans
@@ -101,6 +102,22 @@ def test_a_machine_that_was_off_for_long_asks_its_owner(branch: Branch, machine:
     with pytest.raises(LedgerError, match="gone ahead"):
         ledger.reserve("third", 1, "request", EVENT)
     ledger.file.verify([branch.office.identity.public])
+
+
+def test_one_start_with_the_clock_ahead_refills_no_period(branch: Branch, machine: Machine) -> None:
+    """A period of three days or less was full again after any start with the clock as far ahead as a machine is off."""
+    branch.set("policy:\n", f"policy:\n  period: {{days: {SHORTEST_PERIOD}, epsilon: {PERIOD.epsilon}}}\n")
+    period = branch.office.policy.period
+    ledger = branch.open(period)
+    ledger.reserve("first", 1, "request", EVENT)
+    for _ in range(2):
+        machine.is_off(2.999)
+        ledger.file.look_at_clock()  # as the site's service does when it starts
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve("second", 1, "request", EVENT)
+    branch.set(f"days: {SHORTEST_PERIOD}", "days: 6.9")
+    with pytest.raises(ConfigError, match=r"policy.period.days: expected at least 7 days, found 6.9"):
+        branch.office  # noqa: B018
 
 
 def test_a_service_that_looked_every_hour_can_be_restarted_at_any_time(branch: Branch, machine: Machine) -> None:

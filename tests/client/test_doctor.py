@@ -114,7 +114,7 @@ def folder(head: HeadOffice) -> Iterator[Path]:
     write_secret(made / "records.jsonl", b'{"question": "q", "answer": "SECRET"}\n')
     (made / "model").mkdir(mode=0o700)
     edit(made, models={"m": "model"})
-    Office.open(made).declare({"m": "of its tokenizer"})
+    Office.open(made).declare({"m": "of its tokenizer"}, {"m": "of its files"})
     yield made
     shutil.rmtree(place)
 

@@ -617,7 +617,7 @@ def test_a_dry_run_signs_what_it_found_to_hold_and_a_site_starts_with_nothing_el
 
 def test_a_declaration_is_the_offices_own(ready: Path) -> None:
     assert wrong(ready) == []
-    written = json.loads((ready / "declaration.json").read_text("utf-8"))
+    written, made = json.loads((ready / "declaration.json").read_text("utf-8")), Office.open(ready).declaration
     stranger = {key: value for key, value in written.items() if key != "signatures"}
     files.write_secret(ready / "declaration.json", sign_document(stranger, Identity.generate()))
     with pytest.raises(ConfigError, match="not signed by this office"):
@@ -625,8 +625,11 @@ def test_a_declaration_is_the_offices_own(ready: Path) -> None:
     files.write_secret(ready / "declaration.json", json.dumps({**written, "unit": "person"}).encode())
     with pytest.raises(CryptoError, match="altered"):
         Office.open(ready).declaration  # noqa: B018
-    Office.open(ready).declare({"tiny": "0" * 64})
+    Office.open(ready).declare({"tiny": "0" * 64}, made.files)
     with pytest.raises(ConfigError, match="another way"):
+        open_site(Office.open(ready))
+    Office.open(ready).declare(made.tokenizers, {})
+    with pytest.raises(ConfigError, match=r"other files.*fedllm site check"):
         open_site(Office.open(ready))
 
 

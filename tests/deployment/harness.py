@@ -296,8 +296,10 @@ class Branch:
         (self.home / "site.yaml").write_text(json.dumps(self.settings, ensure_ascii=False), "utf-8")
         (self.home / "site.yaml").chmod(0o600)
         office = site_folder.Office.open(self.home)  # as `fedllm site check` does
+        models = {name: ModelConfig(source=name) for name in self.settings["models"]}
         office.declare(
-            {name: load_reader(office.model(ModelConfig(source=name))).digest for name in self.settings["models"]}
+            {name: load_reader(office.model(model)).digest for name, model in models.items()},
+            {name: office.files_digest(model) for name, model in models.items()},
         )
 
     def join(self, head: HeadOffice) -> None:
