@@ -28,7 +28,7 @@ def test_no_name_and_no_fault_of_a_site_disturbs_the_screen(
 ) -> None:
     """What a site says of itself comes over the network: it must not end the run."""
     output = io.StringIO()
-    config = configure(tmp_path, model={"source": f"models/{text}"})
+    config = configure(tmp_path, model={"source": f"models/{' '.join(text.split())}"})
     console = Console(file=output, force_terminal=terminal, width=200, color_system=None)
     with Screen(console) as screen:
         screen.announce(_plan(config), [text, "busan"])
