@@ -7,7 +7,6 @@ answer that is under way, or that was given; it is handed to the site once.
 import asyncio
 import json
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -21,6 +20,7 @@ import grpc.aio
 from pydantic import ValidationError
 
 import fedllm
+from fedllm.crypto import random_bytes
 from fedllm.errors import Cancelled, FedllmError, MessageError
 from fedllm.files import read as read_file
 from fedllm.files import read_secret, write_secret
@@ -48,7 +48,6 @@ _DISPLACED = 60.0  # seconds where another process has connected with this site'
 _ALONE = 60.0  # seconds after which a request is given up whose asker has not come back
 _AT_ONCE = 4  # requests that are in hand; more are told to come again
 _KEPT = 4  # answers that were given last
-_CHANCE = secrets.SystemRandom()
 _CLOCK = 60_000  # milliseconds by which clocks may differ until it is said
 
 Stream = grpc.aio.StreamStreamCall[bytes, bytes]
@@ -130,7 +129,7 @@ class SiteLink:
                 break
             least = await self._why(connection)
             pause = _FIRST_PAUSE if time.monotonic() - began > _LONGEST_PAUSE else min(2 * pause, self._longest)
-            await asyncio.wait((stopped,), timeout=max(least, _CHANCE.uniform(pause / 2, pause)))
+            await asyncio.wait((stopped,), timeout=max(least, pause * (0.5 + random_bytes(1)[0] / 512)))
             stopped.cancel()
         watch.cancel()
         for each in self._in_hand.values():

@@ -217,6 +217,7 @@ class _Metrics(_Body):  # a server.rounds.RoundRecord
     epsilon: float | None = None
     failed: dict[str, str] = {}
     noise_multiplier: float | None = None
+    without: dict[str, str] = {}
     lost: str = ""
     update_norm: float = 0.0
     bytes_up: int = 0
@@ -657,7 +658,12 @@ def _check_metrics(path: Path, record: _Record, checks: _Checks) -> tuple[Utilit
         step = rounds.get(line.round)
         right = line.round == number and (
             (number == 0 and not line.answered)
-            or (step is not None and line.answered == sorted(step.answered) and line.declined == step.declined)
+            or (
+                step is not None
+                and line.answered == sorted(step.answered)
+                and line.declined == step.declined
+                and line.without == ({} if step.lost else step.refused | step.closed)
+            )
         )
         checks.note("metrics", right, f"{METRICS}, {number}")
     checks.note("metrics", len(read) == len(rounds) + 1, f"{METRICS}: 0–{len(read) - 1}; {RECORD}: {len(rounds)}")
