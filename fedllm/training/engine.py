@@ -32,7 +32,7 @@ from fedllm.training.losses import unit_losses
 
 _log = logging.getLogger("fedllm.site")
 _TOGETHER = 8  # records of a pass at the most: more gain nothing
-_TOKENS = 256  # tokens of a pass that are enough to make it efficient
+_TOKENS = 512  # tokens of a pass that are enough to make it efficient
 _LARGE = 1e9  # parameters x tokens of a record that makes an efficient pass by itself
 _QUANTUM = 42  # -log2 of the clip norm's share that a clipped row is rounded to; int64 holds 2^21 such rows
 
