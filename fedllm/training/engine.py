@@ -32,8 +32,8 @@ from fedllm.training.losses import unit_losses
 
 _log = logging.getLogger("fedllm.site")
 _TOGETHER = 8  # records of a pass at the most: more gain nothing
-_TOKENS = 256  # tokens of a pass that are enough to make it efficient
-_LARGE = 1e9  # parameters x tokens of a record that makes an efficient pass by itself
+_TOKENS = 512  # tokens of a pass that are enough to make it efficient
+_LARGE = 1e9  # parameters x tokens x threads from which a record makes an efficient pass by itself
 _QUANTUM = 42  # -log2 of the clip norm's share that a clipped row is rounded to; int64 holds 2^21 such rows
 
 
@@ -300,9 +300,9 @@ class Engine:
     def rows(self, width: int, micro_batch: int) -> int:
         """Return how many records of `width` tokens a pass has: always, whoever is drawn.
 
-        Where one makes an efficient pass, it has one to itself, and nothing can depend on company.
+        Where one makes an efficient pass, it has one to itself, on all threads, and nothing can depend on company.
         """
-        if self.compiled or self._size * width >= _LARGE:
+        if self.compiled or self._size * width * torch.get_num_threads() >= _LARGE:
             return 1
         return max(1, min(_TOGETHER, _TOKENS // width, micro_batch))
 

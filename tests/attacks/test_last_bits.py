@@ -63,7 +63,7 @@ def cancelling(spec: AdapterSpec) -> NDArray[np.float32]:
     ("task", "persons", "threads", "longest"),
     [
         ("causal-lm", False, 1, 8),
-        ("causal-lm", True, 8, 40),
+        ("causal-lm", True, 2, 40),
         ("classification", True, 8, 40),
         *(
             pytest.param(task, persons, threads, longest, marks=pytest.mark.soak)
