@@ -159,6 +159,18 @@ def check_private(path: Path) -> None:
         )
 
 
+def stamp(*files: Path) -> list[tuple[int, int]]:
+    """Return what changes when one of these files is replaced, as `replace_file` does; raises FolderError."""
+    found = []
+    for file in files:
+        try:
+            state = file.stat()
+        except OSError as error:
+            raise cannot_read(file, error) from None
+        found.append((state.st_mtime_ns, state.st_ino))
+    return found
+
+
 @contextmanager
 def umask(mask: int) -> Iterator[None]:
     """Make files with this mask for a moment."""

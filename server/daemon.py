@@ -22,7 +22,7 @@ import grpc.aio
 import fedllm
 from fedllm import crypto
 from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError
-from fedllm.files import umask
+from fedllm.files import stamp, umask
 from fedllm.protocol.link import AHEAD, CONNECT, CONTROL, HELLO, SERVER_OPTIONS, VERSION, milliseconds, plain, read
 from fedllm.protocol.link_pb2 import (
     Answer,
@@ -134,7 +134,7 @@ class Daemon:
         self._home = home
         self._links: dict[str, _Link] = {}
         self._refused: dict[str, Refused] = {}
-        self._roster = HeadOffice.open(home).roster
+        self._roster = Roster.load(home / "roster.json")
         self._runs: list[subprocess.Popen[bytes]] = []
 
     # ---- the port ----------------------------------------------------------------------------------------------------
@@ -367,30 +367,6 @@ async def _open_socket(daemon: Daemon, socket: Path) -> grpc.aio.Server:
     return server
 
 
-class _Watch:
-    """Notices when one of some files is replaced."""
-
-    def __init__(self, *files: Path) -> None:
-        self._files = files
-        self._seen = self._looked = self._stamps()
-
-    def _stamps(self) -> list[tuple[int, int]]:
-        return [(state.st_mtime_ns, state.st_ino) for state in (file.stat() for file in self._files)]
-
-    @property
-    def changed(self) -> bool:
-        """Whether one has been since `seen`."""
-        return self._seen != self._stamps()
-
-    def seen(self) -> None:
-        """Say that they are known as they were when this was made, or when `look` was called last."""
-        self._seen = self._looked
-
-    def look(self) -> None:
-        """Remember how they are now: they may change again while they are read."""
-        self._looked = self._stamps()
-
-
 async def serve(home: Path, say: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; raises FedllmError where that cannot begin."""
     _allow_many_connections()
@@ -398,7 +374,8 @@ async def serve(home: Path, say: Callable[[str], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     office = HeadOffice.open(home)
-    roster, keys = _Watch(office.roster_file), _Watch(office.server_certificate_file, office.ca_file)
+    pairs = (office.server_certificate_file, office.ca_file)
+    roster, keys = stamp(office.roster_file), stamp(*pairs)
     daemon = Daemon(home)
     socket = office.socket
     control, port = await _open_socket(daemon, socket), await _open_port(daemon, office)
@@ -410,16 +387,14 @@ async def serve(home: Path, say: Callable[[str], None]) -> None:
                 await asyncio.wait_for(stop.wait(), _LOOK)
             daemon.look_at_runs()
             try:  # and if it fails, again
-                if roster.changed:
-                    roster.look()
+                if (now := stamp(office.roster_file)) != roster:
                     daemon.look_at_roster()
-                    roster.seen()
-                if keys.changed:  # sites connect again at once, and what runs have asked is asked again
-                    keys.look()
+                    roster = now
+                if (now := stamp(*pairs)) != keys:  # sites connect again, and what runs have asked is asked again
                     office = HeadOffice.open(home)
                     await port.stop(_GRACE)
                     port = await _open_port(daemon, office)
-                    keys.seen()
+                    keys = now
                     say("the port shows its new certificate")
                 said = ""
             except (FedllmError, OSError) as error:

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from pydantic import Field
 
 from fedllm.errors import CheckpointError, ConfigError, FederationError, FedllmError, QuorumLost
-from fedllm.files import in_use, write_secret
+from fedllm.files import in_use, stamp, write_secret
 from fedllm.plan import DeploymentConfig, Frozen, RunPlan
 from server.channel import SealedChannel
 from server.checkpoint import CONFIG, has_checkpoint, read_as, writing
@@ -216,9 +216,17 @@ def _why(folder: Path, error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _member(roster: Path) -> Callable[[str], Member | None]:
-    """Return a function that looks a site up in the roster as it is now."""
-    return lambda site: Roster.load(roster).find(site)
+def _member(file: Path) -> Callable[[str], Member | None]:
+    """Return a function that looks a site up in the roster as it is now; it is read again when it was replaced."""
+    seen, roster = list[tuple[int, int]](), Roster()
+
+    def find(site: str) -> Member | None:
+        nonlocal seen, roster
+        if (now := stamp(file)) != seen:
+            roster, seen = Roster.load(file), now
+        return roster.find(site)
+
+    return find
 
 
 def _note(path: Path) -> Callable[[Event], None]:
