@@ -9,8 +9,6 @@ import contextlib
 import hashlib
 import random
 import threading
-import time
-import uuid
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -18,15 +16,12 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm.errors import FederationError, MessageError
 from fedllm.messages import KEY, RECORD
 from fedllm.protocol.link import CONTROL, OPTIONS, Payload, parts, request_id
-from fedllm.protocol.link_pb2 import Answer, Nothing, Request, Sites
-from fedllm.protocol.link_pb2 import Run as RunName
+from fedllm.protocol.link_pb2 import Answer, Nothing, Request, Run, Sites
+from server.grid import OneRunGrid
 
 _AGAIN = (0.1, 1.0)  # seconds until a request is made again: at random between these
 _TIMEOUT = 20.0  # seconds for the daemon to answer by itself
@@ -49,7 +44,7 @@ def look(socket: Path) -> Sites:
 
 def start(socket: Path, name: str) -> None:
     """Have the daemon start the process of a run; raises FederationError where it cannot."""
-    _control(socket, "Start", RunName(name=name).SerializeToString())
+    _control(socket, "Start", Run(name=name).SerializeToString())
 
 
 def _control(socket: Path, method: str, request: bytes) -> bytes:
@@ -62,18 +57,16 @@ def _control(socket: Path, method: str, request: bytes) -> bytes:
             raise FederationError(str(error.details()) if known else _NO_DAEMON) from None
 
 
-class GrpcGrid(Grid):
+class GrpcGrid(OneRunGrid):
     """Carries messages by the daemon behind `socket`; use it as a context, whose end gives up what is under way."""
 
     def __init__(self, socket: Path, limit: int) -> None:
         """No answer may be longer than `limit` bytes."""
+        super().__init__()
         self._socket, self._limit = socket, limit
         self._sites: dict[int, str] = {}
-        self._replies: dict[str, Message] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="link")
-        # Flower reads the identity of the running task when a Message is made
-        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -97,20 +90,6 @@ class GrpcGrid(Grid):
         await asyncio.gather(*mine, return_exceptions=True)
         await self._channel.close()
 
-    def set_run(self, run: Run) -> None:
-        """Do nothing: a process has one run."""
-
-    @property
-    def run(self) -> Run:
-        """An empty description of the run."""
-        return Run.create_empty(1)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Make a message; kept for Flower's interface."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
     def sites(self) -> dict[int, str]:
         """Return the sites that are connected now, none while the daemon is away: it may come back."""
         with contextlib.suppress(FederationError):
@@ -123,29 +102,9 @@ class GrpcGrid(Grid):
         """Return the nodes of the sites that are connected now."""
         return list(self.sites())
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages on their way and return their ids."""
-        ids = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = id_ = str(uuid.uuid4())
-            asyncio.run_coroutine_threadsafe(self._carry(message), self._loop)
-            ids.append(id_)
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that have come in to these messages."""
-        return [self._replies.pop(id_) for id_ in message_ids if id_ in self._replies]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Push messages and wait for their replies, at most `timeout` seconds."""
-        waiting = set(self.push_messages(messages))
-        deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
-        replies: list[Message] = []
-        while waiting and time.monotonic() < deadline:
-            replies += self.pull_messages(waiting)
-            waiting -= {reply.metadata.reply_to_message_id for reply in replies}
-            time.sleep(0.01 if waiting else 0)
-        return replies
+    def _send(self, message: Message) -> bool:
+        asyncio.run_coroutine_threadsafe(self._carry(message), self._loop)
+        return True
 
     async def _carry(self, message: Message) -> None:
         """Make a request until there is an answer, or its time is up; then there is none."""
@@ -156,7 +115,7 @@ class GrpcGrid(Grid):
             async with asyncio.timeout(metadata.ttl):
                 reply = await self._answer(site, data)
                 content = reply if isinstance(reply, Error) else RecordDict({RECORD: ConfigRecord({KEY: reply})})
-                self._replies[metadata.message_id] = Message(content, reply_to=message)
+                self._replied(message, Message(content, reply_to=message))
 
     async def _answer(self, site: str, data: bytes) -> bytes | Error:
         id_ = request_id(data)

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-import simulations.grid
+import server.grid
 from client.app import Handler, courier
 from fedllm.messages import KEY, RECORD
 from simulations.grid import InProcessGrid
@@ -161,6 +161,6 @@ def test_replies_can_be_waited_for(monkeypatch: pytest.MonkeyPatch, gate: thread
     clock = SimpleNamespace(
         monotonic=lambda: 1e6 if came else 0.0, sleep=time.sleep
     )  # time is up once one has answered
-    monkeypatch.setattr(simulations.grid, "time", clock)
+    monkeypatch.setattr(server.grid, "time", clock)
     replies = list(grid.send_and_receive([message(1, b"hang"), message(2, b"two")], timeout=1.0))
     assert list(map(payload, replies)) == [b"two"]

@@ -1,0 +1,69 @@
+"""What Flower Grids of one run in one process have in common, whatever carries their messages."""
+
+import threading
+import time
+import uuid
+from abc import abstractmethod
+from collections.abc import Iterable
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+
+class OneRunGrid(Grid):
+    """Keeps the replies that have come in; how a message gets to its node is for a subclass to say."""
+
+    def __init__(self) -> None:
+        self._replies: dict[str, Message] = {}
+        self._lock = threading.Lock()
+        # Flower reads the identity of the running task when a Message is made
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
+
+    @abstractmethod
+    def _send(self, message: Message) -> bool:
+        """Send a message on its way, whose reply goes to `_replied`; False where its node takes none now."""
+
+    def _replied(self, message: Message, reply: Message) -> None:
+        with self._lock:
+            self._replies[message.metadata.message_id] = reply
+
+    def set_run(self, run: Run) -> None:
+        """Do nothing: a process has one run."""
+
+    @property
+    def run(self) -> Run:
+        """An empty description of the run."""
+        return Run.create_empty(1)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Make a message; kept for Flower's interface."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages on their way and return the ids of those that nodes take."""
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = id_ = str(uuid.uuid4())
+            if self._send(message):
+                ids.append(id_)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come in to these messages."""
+        with self._lock:
+            return [self._replies.pop(id_) for id_ in message_ids if id_ in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Push messages and wait for their replies, at most `timeout` seconds."""
+        waiting = set(self.push_messages(messages))
+        deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        replies: list[Message] = []
+        while waiting and time.monotonic() < deadline:
+            replies += self.pull_messages(waiting)
+            waiting -= {reply.metadata.reply_to_message_id for reply in replies}
+            time.sleep(0.01 if waiting else 0)
+        return replies
