@@ -7,8 +7,6 @@ import asyncio
 import contextlib
 import grp
 import logging
-import os
-import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,19 @@ import fedllm
 from client.link import Stream, outside
 from client.office import Office
 from fedllm.errors import ConfigError, FolderError, MessageError
-from fedllm.files import check_private, read, read_secret, umask, write_secret
+from fedllm.files import check_private, make_socket, read, read_secret, write_secret
 from fedllm.plan import Frozen
-from fedllm.protocol.link import CONNECT, OPTIONS, SERVER_OPTIONS, Payload, milliseconds, parts, plain, request_id
+from fedllm.protocol.link import (
+    CONNECT,
+    OPTIONS,
+    SERVER_OPTIONS,
+    Payload,
+    milliseconds,
+    parts,
+    plain,
+    request_id,
+    told_to_end,
+)
 from fedllm.protocol.link import read as parse
 from fedllm.protocol.link_pb2 import End, FromSite, ToSite, Welcome
 
@@ -164,9 +172,7 @@ async def _pump(take: Callable[[], Awaitable[Any]], give: Callable[[bytes], Awai
 
 async def serve(folder: Path) -> None:
     """Relay until SIGTERM or SIGINT; raises FedllmError where that cannot begin."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = told_to_end()
     settings = read_relay(folder)
     relay, socket = _Relay(folder, settings), Path(settings.socket)
     server = _server(relay.connect)
@@ -188,19 +194,9 @@ def _server(connect: Callable[[object, Any], Awaitable[None]]) -> grpc.aio.Serve
 
 
 def _bind(server: grpc.aio.Server, socket: Path, group: str | None) -> None:
-    """Make the socket without a moment in which others could open it; raises ConfigError where it cannot be made."""
+    """Make the socket for this user, and a group where one is named; raises ConfigError where it cannot be made."""
     try:
-        number = grp.getgrnam(group).gr_gid if group else -1
-        socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        socket.unlink(missing_ok=True)  # of a relay that was killed
-        with umask(0o177):
-            server.add_insecure_port(f"unix:{socket}")
-        if group:
-            os.chown(socket.parent, -1, number)
-            socket.parent.chmod(0o710)
-            os.chown(socket, -1, number)
-            socket.chmod(0o660)
+        number = grp.getgrnam(group).gr_gid if group else None
     except KeyError:
         raise ConfigError(f"socket_group={group}: there is no such group on this machine") from None
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"socket={socket}: cannot be made ({error}). The folder must be writable.") from None
+    make_socket(socket, server.add_insecure_port, number)

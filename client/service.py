@@ -6,7 +6,6 @@ What it keeps count of stays in its log: it exports no metrics, no health and no
 import asyncio
 import json
 import logging
-import signal
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from fedllm.files import locked, write_secret
 from fedllm.messages import Prepare, Secure, TrainRequest, from_bytes
 from fedllm.plan import ModelConfig, RunPlan
 from fedllm.privacy.ledger import DataSet, LedgerFile
+from fedllm.protocol.link import told_to_end
 from fedllm.training.data import read_rows
 from fedllm.training.model import load_reader
 from fedllm.training.workspace import Workspace, open_for_training, use_threads
@@ -170,9 +170,7 @@ def run(office: Office) -> bool:
 
 
 async def _answer(office: Office, endpoint: Endpoint, ledger: LedgerFile, stamp: tuple[object, ...]) -> bool:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = told_to_end()
     limit = office.config.resources.max_message_mb << 20
     link = SiteLink(*way(office), endpoint.handle, limit, office.link_state_file)
     keeping = asyncio.create_task(_keep_time(ledger))

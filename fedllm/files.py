@@ -8,7 +8,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -171,14 +171,26 @@ def stamp(*files: Path) -> list[tuple[int, int]]:
     return found
 
 
-@contextmanager
-def umask(mask: int) -> Iterator[None]:
-    """Make files with this mask for a moment."""
-    before = os.umask(mask)
+def make_socket(path: Path, bind: Callable[[str], object], group: int | None = None) -> None:
+    """Have `bind` make a unix socket that its owner may use, and `group`, without a moment in which others may.
+
+    `bind` takes gRPC's name of the place. Raises ConfigError where the socket cannot be made.
+    """
     try:
-        yield
-    finally:
-        os.umask(before)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # of a process that was killed
+        before = os.umask(0o177)
+        try:
+            bind(f"unix:{path}")
+        finally:
+            os.umask(before)
+        if group is not None:
+            os.chown(path.parent, -1, group)
+            path.parent.chmod(0o710)
+            os.chown(path, -1, group)
+            path.chmod(0o660)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"socket={path}: cannot be made ({error}). The folder must be writable.") from None
 
 
 def check_socket(path: Path, settings: str) -> Path:

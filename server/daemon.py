@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -22,8 +21,19 @@ import grpc.aio
 import fedllm
 from fedllm import crypto
 from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError
-from fedllm.files import stamp, umask
-from fedllm.protocol.link import AHEAD, CONNECT, CONTROL, HELLO, SERVER_OPTIONS, VERSION, milliseconds, plain, read
+from fedllm.files import make_socket, stamp
+from fedllm.protocol.link import (
+    AHEAD,
+    CONNECT,
+    CONTROL,
+    HELLO,
+    SERVER_OPTIONS,
+    VERSION,
+    milliseconds,
+    plain,
+    read,
+    told_to_end,
+)
 from fedllm.protocol.link_pb2 import (
     Answer,
     Cancel,
@@ -356,23 +366,15 @@ async def _open_socket(daemon: Daemon, socket: Path) -> grpc.aio.Server:
     server = grpc.aio.server(options=SERVER_OPTIONS)
     handlers = {"Ask": _stream(daemon.ask), "Look": _unary(daemon.look), "Start": _unary(daemon.start)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(CONTROL, handlers),))
-    try:
-        socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        socket.unlink(missing_ok=True)  # of a daemon that was killed; two at once are kept out by the folder's lock
-        with umask(0o177):
-            server.add_insecure_port(f"unix:{socket}")
-        await server.start()
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"socket={socket}: cannot be made ({error}). The folder must be writable.") from None
+    make_socket(socket, server.add_insecure_port)  # two daemons at once are kept out by the folder's lock
+    await server.start()
     return server
 
 
 async def serve(home: Path, say: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; raises FedllmError where that cannot begin."""
     _allow_many_connections()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = told_to_end()
     office = HeadOffice.open(home)
     pairs = (office.server_certificate_file, office.ca_file)
     roster, keys = stamp(office.roster_file), stamp(*pairs)

@@ -183,11 +183,6 @@ class HeadOffice:
         return self.folder / "keys" / "server.pem"
 
     @property
-    def server_key_file(self) -> Path:
-        """PEM; the certificate is in the same file."""
-        return self.folder / "keys" / "server.pem"
-
-    @property
     def socket(self) -> Path:
         """Where the daemon listens for head office's own; raises ConfigError where the path is too long."""
         own = self.config.socket

@@ -1,6 +1,8 @@
 """The link's frames (link.proto, beside this file) as both ends use them: parts of payloads, and gRPC's settings."""
 
+import asyncio
 import hashlib
+import signal
 import time
 from collections.abc import Iterator
 from typing import TypeVar
@@ -82,6 +84,14 @@ class Payload:
 def plain(text: str) -> str:
     """Return what the other end says in a form that may be shown: one line of printable signs, 300 at most."""
     return escaped(text[:300])
+
+
+def told_to_end() -> asyncio.Event:
+    """Return what SIGTERM and SIGINT set from now on, in the running loop."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
 
 
 def milliseconds() -> int:

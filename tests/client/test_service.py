@@ -168,8 +168,8 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
         monkeypatch.setattr(service, "open_site", lambda office: Stub())
         monkeypatch.setattr(service, "_LOOK", 0.02)
-        monkeypatch.setattr(service.signal, "SIGTERM", signal.SIGUSR1)  # pytest's own are left alone
-        monkeypatch.setattr(service.signal, "SIGINT", signal.SIGUSR2)
+        monkeypatch.setattr(signal, "SIGTERM", signal.SIGUSR1)  # pytest's own are left alone
+        monkeypatch.setattr(signal, "SIGINT", signal.SIGUSR2)
         yield made
 
 

@@ -94,7 +94,7 @@ def test_the_server_certificate_is_good_for_every_name_and_for_loopback(folder: 
     facts = crypto.read_certificates(office.server_certificate_file.read_bytes())[0]
     assert facts.hosts == ("head.example.com", "10.1.2.3", "127.0.0.1", "localhost")
     assert office.warnings() == []
-    assert crypto.read_pairs(office.server_certificate_file.read_bytes(), office.server_key_file.read_bytes())
+    assert crypto.read_pairs(office.server_certificate_file.read_bytes(), office.server_certificate_file.read_bytes())
 
 
 def test_nothing_is_ever_overwritten(folder: Path, settings: Path) -> None:
