@@ -61,6 +61,14 @@ def ask(grid: GrpcGrid, house: House, site: str, data: bytes, ttl: float = 60) -
     return id_
 
 
+def under_way(grid: GrpcGrid, house: House, site: Callable[..., Site]) -> tuple[Site, str]:
+    """Return a site that has begun to answer, and may not yet; and the message's id."""
+    busan = site("busan")
+    id_ = ask(grid, house, "busan", b"slow")
+    until(lambda: busan.asked, "the request")
+    return busan, id_
+
+
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 7 << 20])
 def test_what_is_asked_arrives_whole_and_so_does_its_answer(house: House, grid: GrpcGrid, site, size: int) -> None:  # type: ignore[no-untyped-def]
     busan, data = site("busan"), secrets.token_bytes(size)
@@ -111,9 +119,7 @@ def test_a_daemon_that_is_started_again_meanwhile_costs_nothing_and_the_site_is_
     grid: GrpcGrid,
     site,  # type: ignore[no-untyped-def]
 ) -> None:
-    busan = site("busan")
-    id_ = ask(grid, house, "busan", b"slow")
-    until(lambda: busan.asked, "the request")
+    busan, id_ = under_way(grid, house, site)
     house.stop()
     assert list(grid.get_node_ids()) == []
     house.start()
@@ -129,9 +135,7 @@ def test_an_answer_that_was_ready_while_the_daemon_was_away_is_given_as_it_was(
     grid: GrpcGrid,
     site,  # type: ignore[no-untyped-def]
 ) -> None:
-    busan = site("busan")
-    id_ = ask(grid, house, "busan", b"slow")
-    until(lambda: busan.asked, "the request")
+    busan, id_ = under_way(grid, house, site)
     house.stop()
     busan.may_answer.set()
     until(lambda: not busan.link.busy, "the answer")
@@ -157,9 +161,7 @@ def test_a_request_whose_asker_does_not_come_back_is_given_up(
     monkeypatch: pytest.MonkeyPatch,  # type: ignore[no-untyped-def]
 ) -> None:
     monkeypatch.setattr("client.link._ALONE", 0.5)
-    busan = site("busan")
-    ask(grid, house, "busan", b"slow")
-    until(lambda: busan.asked, "the request")
+    busan, _ = under_way(grid, house, site)
     house.stop()
     assert busan.given_up.wait(30)
 
@@ -244,8 +246,6 @@ def test_several_requests_may_not_fill_the_memory_together(house: House, loop: L
 
 
 def test_whoever_is_revoked_while_it_is_asked_holds_nobody_up(house: House, grid: GrpcGrid, site) -> None:  # type: ignore[no-untyped-def]
-    busan = site("busan")
-    id_ = ask(grid, house, "busan", b"slow")
-    until(lambda: busan.asked, "the request")
+    _, id_ = under_way(grid, house, site)
     house.change(*(member.model_copy(update={"revoked_at": now()}) for member in house.office.roster.members))
     assert reply(grid, id_) == "busan is not in the roster"
