@@ -86,11 +86,11 @@ class SitePolicy:
                 f"privacy.noise_multiplier={noise:g} is below the policy's min_noise_multiplier of {least:g}"
             )
         if math.isfinite(self.run_epsilon):
-            from fedllm.privacy.accounting import fits
+            from fedllm.privacy.accounting import overrun
 
-            whole = fits([plan.mechanism.event(plan.steps)], self.delta, self.run_epsilon, one_plan=True)
-            if whole is not None:
-                raise PrivacyError(f"the run would cost epsilon {whole:.4g}, above run_epsilon={self.run_epsilon:g}")
+            over = overrun([plan.mechanism.event(plan.steps)], self.delta, self.run_epsilon, one_plan=True)
+            if over is not None:
+                raise PrivacyError(f"the run would cost epsilon {over:.4g}, above run_epsilon={self.run_epsilon:g}")
 
     def check_units(self, units: int) -> None:
         """Raise DataError where the site has declared too few units to take part; never asked of its records."""

@@ -338,12 +338,12 @@ def _fitting(
     rounds: int, event: "AccountingEvent", before: "list[AccountingEvent]", delta: float, budget: float, one_plan: bool
 ) -> int:
     """Return how many of `rounds` may follow `before`, by the rule that a ledger decides by."""
-    from fedllm.privacy.accounting import fits
+    from fedllm.privacy.accounting import overrun
 
     low, high = 0, rounds
     while low < high:
         middle = (low + high + 1) // 2
-        over = fits([*before, *[event] * middle], delta, budget, one_plan)
+        over = overrun([*before, *[event] * middle], delta, budget, one_plan)
         low, high = (middle, high) if over is None else (low, middle - 1)
     return low
 

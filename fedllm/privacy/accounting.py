@@ -103,8 +103,8 @@ def _computing() -> Iterator[None]:
         raise PrivacyError(f"the privacy loss cannot be computed: {first_line(error)}") from error
 
 
-def fits(events: Sequence[AccountingEvent], delta: float, budget: float, one_plan: bool) -> float | None:
-    """Return None where `events` cost at most `budget`, or else what they cost: PLD for one plan, RDP for several.
+def overrun(events: Sequence[AccountingEvent], delta: float, budget: float, one_plan: bool) -> float | None:
+    """Return what `events` cost if that is more than `budget`, else None: PLD for one plan, RDP for several.
 
     A plan is fixed before anything is released, so its PLD is a valid filter. A later plan may depend on what earlier
     ones released: see `_adaptive_rdp`. Whether there is a later one may depend on it as well. Divide the transcripts by
@@ -123,7 +123,7 @@ def fits(events: Sequence[AccountingEvent], delta: float, budget: float, one_pla
 
 
 def counted(events: Sequence[AccountingEvent], delta: float, budget: float, one_plan: bool) -> float:
-    """Return the epsilon of `events` that decides whether a `budget` at `delta` admits them; see `fits`."""
+    """Return the epsilon of `events` that decides whether a `budget` at `delta` admits them; see `overrun`."""
     composed = _merged(events)
     with _one_at_a_time, _computing():
         if one_plan or not composed or any(event.noise_multiplier <= 0 for event in composed):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fedllm.delta import digest_of
 from fedllm.errors import Cancelled, PrivacyError
 from fedllm.plan import RunPlan
-from fedllm.privacy.accounting import AccountingEvent, fits
+from fedllm.privacy.accounting import AccountingEvent, overrun
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness, SeededRandomness, normals, uniforms
 from fedllm.privacy.shared import SharedMechanism
@@ -471,7 +471,7 @@ def charge_is_the_mechanism(s: Subject) -> str:
         return f"a round is charged as {charged}, and is {true}"
     if plan.steps != rounds * steps:
         return f"the plan counts {plan.steps} steps, and has {rounds} rounds of {steps}"
-    over = fits([true] * rounds if rounds < 100 else [replace(true, steps=rounds * steps)], privacy.delta,
+    over = overrun([true] * rounds if rounds < 100 else [replace(true, steps=rounds * steps)], privacy.delta,
                 privacy.epsilon, one_plan=True)  # fmt: skip
     return "" if over is None else f"the whole plan costs epsilon {over:.4g}, and promises {privacy.epsilon:g}"
 
