@@ -293,7 +293,8 @@ def forecast(
     With `--file` no site's folder is needed: the costliest account in the ledger is the one that is planned for, and
     the limits are those that the ledger states, or `--policy`.
     """
-    from client.office import Office, Policy
+    from client.office import Office
+    from client.policy import SitePolicy
     from fedllm.errors import PrivacyError
     from fedllm.files import read_settings
     from fedllm.plan import parse
@@ -301,7 +302,7 @@ def forecast(
 
     planned = _read_plan(plan)
     office = None if file is not None else Office.open(private(home))
-    policy = parse(Policy, read_settings(policy_file)).limits if policy_file is not None else None
+    policy = parse(SitePolicy, read_settings(policy_file)) if policy_file is not None else None
     if office is not None:
         policy = policy or office.policy
         past = _past_of(office)
@@ -373,7 +374,7 @@ def _past_in(ledger: "LedgerFile") -> _Past:
 
 def _stated(ledger: "LedgerFile", plan: "RunPlan") -> "SitePolicy":
     """Return the limits that a ledger states; its site may have others, which only the site knows."""
-    from client.policy import SitePolicy
+    from client.policy import widest
 
     epsilon, delta = ledger.budget() or (math.inf, _DELTA)
-    return SitePolicy(epsilon, delta, min_units=1, unit=plan.privacy.unit, allow_unprotected=True)
+    return widest(epsilon, delta, unit=plan.privacy.unit)

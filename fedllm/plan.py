@@ -395,12 +395,16 @@ class HeldoutConfig(TextConfig):
     samples: int = Field(3, ge=0)  # held-out questions answered before and after, for the summary
 
 
-class DataConfig(HeldoutConfig):
-    """The records of simulated sites as well."""
+class RecordsConfig(TextConfig):
+    """The records of sites."""
 
-    train: str = Field(min_length=1)  # as `heldout`
+    train: str = Field(min_length=1)  # .jsonl/.json/.csv/.parquet file, folder of them, hub name, or pkg://
     train_split: str = "train"
     unit: str | None = Field(None, min_length=1)  # column that names the person a record belongs to
+
+
+class DataConfig(HeldoutConfig, RecordsConfig):
+    """The records of simulated sites as well."""
 
 
 class PartitionConfig(Frozen):

@@ -39,7 +39,7 @@ from fedllm.chain import End, Head, close_export, make_entry, open_entry, read_c
 from fedllm.crypto import Identity, PublicIdentity, random_bytes
 from fedllm.errors import BudgetExceeded, ChainError, CryptoError, LedgerError, PrivacyError
 from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, overrun, spent
-from fedllm.privacy.elapsed import Evidence, Moment, this_moment
+from fedllm.privacy.elapsed import Evidence, Moment, Period, this_moment
 from fedllm.privacy.ledger_place import (
     BEFORE,
     SITE,
@@ -116,14 +116,6 @@ def fingerprint(members: Iterable[bytes]) -> DataSet:
     The order does not matter. Hashes stay in the site's ledger, which protects them as it protects the records.
     """
     return frozenset(hashlib.sha256(member).digest()[:_HASH] for member in members)
-
-
-@dataclass(frozen=True)
-class Period:
-    """What may be spent in any `days` at a stretch, beside the whole budget."""
-
-    days: float
-    epsilon: float
 
 
 @dataclass(frozen=True)

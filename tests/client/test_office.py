@@ -31,7 +31,8 @@ from fedllm.crypto import Identity, sign_document
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError
 from fedllm.plan import ModelConfig, PrivacyConfig
 from fedllm.privacy.accounting import AccountingEvent
-from fedllm.privacy.ledger import Period, PrivacyLedger
+from fedllm.privacy.elapsed import Period
+from fedllm.privacy.ledger import PrivacyLedger
 from fedllm.provision import Grant
 from server import federation
 
@@ -792,7 +793,7 @@ def test_every_limit_of_site_yaml_reaches_the_policy(folder: Path) -> None:
         "policy.train": ["B"], "policy.modes": ["local"], "policy.min_sites": 3,
     })  # fmt: skip
     policy = Office.open(folder).policy
-    assert (policy.run_epsilon, policy.period, policy.max_rank) == (4.0, Period(90, 3.0), 16)
+    assert (policy.run_epsilon, policy.period, policy.max_rank) == (4.0, Period(days=90, epsilon=3.0), 16)
     assert (policy.train, policy.modes, policy.min_sites) == (("B",), ("local",), 3)
 
 
