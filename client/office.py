@@ -44,15 +44,13 @@ from fedllm.crypto import (
 )
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FolderError, ModelError
 from fedllm.files import check_private, check_socket, locked, new_folder, read, read_secret, write_secret
-from fedllm.plan import ComputeConfig, Frozen, ModelConfig, RecordsConfig, parse
+from fedllm.plan import ComputeConfig, Frozen, ModelConfig, RecordsConfig, SiteName, check_site_name, parse
 from fedllm.privacy.ledger_place import SITE, LedgerPlace
 from fedllm.provision import (
     MAX_DOCUMENT,
     Grant,
     JoinRequest,
-    SiteName,
     check_host,
-    check_site_name,
     now,
     read_config,
     same_fingerprint,

@@ -63,12 +63,11 @@ from fedllm.messages import (
     pack,
     unpack,
 )
-from fedllm.plan import MAX_NAME, MAX_START, RunPlan
+from fedllm.plan import MAX_START, RunPlan, check_name
 from fedllm.privacy.accounting import PrivacySpent
 from fedllm.privacy.ledger import DataSet, PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.randomness import KeyedRandomness, OsRandomness, Randomness, SeededRandomness
-from fedllm.shown import shows
 from fedllm.statement import Statement, sign_statement, update_digest
 from fedllm.training.data import Unit
 from fedllm.training.self_check import Subject, self_check_once
@@ -93,12 +92,6 @@ _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
 
 
 _LOOK = 0.2  # seconds between looks whether anybody still waits
-
-
-def check_name(name: str) -> None:
-    """Raise ConfigError where no message can carry the name of a site."""
-    if not 1 <= len(name) <= MAX_NAME or not shows(name):
-        raise ConfigError(f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}")
 
 
 def _until_departure(elapsed: float, quantum: float) -> float:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedllm.cli_deploy import OFFICE, OfficeOption, private
+from fedllm.cli_deploy import OFFICE, OfficeOption, absolute, keep_private
 from fedllm.errors import ConfigError, LedgerError
 from fedllm.shown import escaped
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from fedllm.privacy.accounting import AccountingEvent
     from fedllm.privacy.ledger import LedgerFile, Loss
 
-ledger_app = typer.Typer(help="A site's account of the privacy that was spent.", no_args_is_help=True)
+ledger_app = typer.Typer(
+    help="A site's account of the privacy that was spent.", no_args_is_help=True, callback=keep_private
+)
 _FileOption = Annotated[
     Path | None, typer.Option("--file", help="A ledger elsewhere, instead of the site's own.", show_default=False)
 ]
@@ -38,7 +40,7 @@ def register(app: typer.Typer) -> None:
 def _office(home: Path) -> "Office":
     from client.office import Office
 
-    return Office.open(private(home))
+    return Office.open(absolute(home))
 
 
 def _of(office: "Office") -> "LedgerFile":
@@ -301,7 +303,7 @@ def forecast(
     from fedllm.privacy.accounting import spent
 
     planned = _read_plan(plan)
-    office = None if file is not None else Office.open(private(home))
+    office = None if file is not None else Office.open(absolute(home))
     policy = parse(SitePolicy, read_settings(policy_file)) if policy_file is not None else None
     if office is not None:
         policy = policy or office.policy
