@@ -4,13 +4,14 @@ Stopped by the owner's limits in site.yaml, with defaults for those who name non
 looked at, and with one code for all of them.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from client.policy import SitePolicy
+from client.policy import SitePolicy, widest
 from fedllm.errors import PrivacyError
 from fedllm.messages import Declined, RoundBegun, TrainRequest
 from fedllm.plan import RunPlan, parse
@@ -65,6 +66,14 @@ def test_an_owner_may_set_every_limit(tiny_llama: Path, key: str) -> None:
     name, _, beyond = BEYOND[key]
     wider = parse(SitePolicy, {"epsilon": 8.0, name: beyond})
     wider.admit(asking(tiny_llama, {key: beyond}))
+
+
+@pytest.mark.parametrize("key", BEYOND)
+def test_the_widest_policy_has_no_limit_but_its_own(tiny_llama: Path, key: str) -> None:
+    plan = asking(tiny_llama, {key: BEYOND[key][2]})
+    widest(math.inf, 1e-3, unit=plan.privacy.unit).admit(plan)
+    with pytest.raises(PrivacyError, match=r"privacy\.delta"):
+        widest(math.inf, 1e-6, unit=plan.privacy.unit).admit(plan)
 
 
 @pytest.mark.parametrize(("own", "planned"), [("record", "person"), ("person", "record")])
