@@ -19,7 +19,6 @@ own, and old ones go on opening messages until they are retired. So each step is
 
 import contextlib
 import json
-import math
 import re
 import shutil
 import socket
@@ -30,7 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import AwareDatetime, Field, field_validator, model_validator
+from pydantic import AwareDatetime, Field, model_validator
 
 from client.policy import SitePolicy
 from fedllm.canonical import canonical
@@ -45,17 +44,13 @@ from fedllm.crypto import (
 )
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FolderError, ModelError
 from fedllm.files import check_private, check_socket, locked, new_folder, read, read_secret, write_secret
-from fedllm.plan import DataConfig, Frozen, ModelConfig, parse
-from fedllm.privacy.elapsed import SHORTEST_PERIOD
+from fedllm.plan import ComputeConfig, Frozen, ModelConfig, RecordsConfig, SiteName, check_site_name, parse
 from fedllm.privacy.ledger_place import SITE, LedgerPlace
 from fedllm.provision import (
     MAX_DOCUMENT,
     Grant,
     JoinRequest,
-    SiteName,
     check_host,
-    check_site_name,
-    fingerprint_digits,
     now,
     read_config,
     same_fingerprint,
@@ -71,18 +66,11 @@ _HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 # ---- site.yaml -------------------------------------------------------------------------------------------------------
 
 
-class SiteData(Frozen):
-    """The office's records and how a record becomes text, as in DataConfig."""
+class SiteData(RecordsConfig):
+    """The office's records and how a record becomes text."""
 
-    train: str = Field(min_length=1)  # .jsonl/.json/.csv/.parquet file, a folder of them, or pkg://
-    train_split: str = "train"
     name: str | None = None  # of the data set; its budget is the site's unless it was declared disjoint
-    prompt: str | None = None
-    text: str = Field(min_length=1)
-    chat: bool = False
-    label: str | None = None
     labels: tuple[str, ...] = ()  # classification: every label that a record may have
-    unit: str | None = None
     size: int | None = Field(None, ge=1, le=1_000_000_000)  # about how many records (or persons) there are
 
     @model_validator(mode="after")
@@ -98,82 +86,9 @@ class SiteData(Frozen):
         return self
 
 
-class PeriodLimit(Frozen):
-    """What may be spent in some days."""
-
-    days: float = Field(gt=0, le=36_500)
-    epsilon: float = Field(gt=0)
-
-    @field_validator("days")
-    @classmethod
-    def _long_enough(cls, days: float) -> float:
-        if days < SHORTEST_PERIOD:
-            raise ValueError(
-                f"expected at least {SHORTEST_PERIOD:g} days, found {days:g}: a machine may be off for three, so that "
-                "a start with the clock ahead could free all that a shorter period has spent"
-            )
-        return days
-
-
-class Policy(Frozen):
-    """What the office permits, as in SitePolicy."""
-
-    epsilon: float = Field(gt=0)
-    delta: float = Field(1e-5, gt=0, lt=1)
-    unit: Literal["record", "person"] = "record"
-    min_units: int = Field(100, ge=1)
-    allow_unprotected: bool = False
-    run_epsilon: float | None = Field(None, gt=0)
-    period: PeriodLimit | None = None
-    max_rank: int = Field(64, ge=1)
-    max_length: int = Field(1024, ge=8)
-    max_records_per_person: int = Field(64, ge=1)  # as many as resources.micro_batch: one pass
-    max_local_steps: int = Field(100, ge=1)
-    max_sampling_rate: float = Field(0.5, gt=0, le=1)  # above it, sampling hides hardly anybody
-    min_noise_multiplier: float = Field(0.3, ge=0)  # less costs epsilon 10 and more in a single step
-    max_noise_multiplier: float = Field(10.0, gt=0)  # more makes rounds all but free, and each can be timed
-    train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
-    modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
-    min_sites: int = Field(1, ge=1)
-    colluding_sites: int = Field(1, ge=0)
-    reply_quantum: float = Field(5.0, ge=0, le=3600)  # seconds; updates leave at multiples of it
-    record_seconds: float = Field(0.0, ge=0, le=3600)  # added to it for every record that a round may use
-    peers: dict[str, str] = Field(default_factory=dict)  # other offices and the fingerprints of their keys
-
-    @field_validator("peers")
-    @classmethod
-    def _fingerprints(cls, peers: dict[str, str]) -> dict[str, str]:
-        digits = {name: fingerprint_digits(heard) for name, heard in peers.items()}
-        for name, found in digits.items():
-            if not re.fullmatch("[0-9a-f]{40}", found):
-                raise ValueError(f"the fingerprint of {name} has 40 hexadecimal digits, found {found!r}")
-        if len(set(digits.values())) < len(digits):
-            raise ValueError("two offices have one fingerprint; whoever holds that key would count as two")
-        return peers
-
-    @property
-    def limits(self) -> SitePolicy:
-        """The same for the site service."""
-        from fedllm.privacy.ledger import Period
-
-        return SitePolicy(
-            self.epsilon, self.delta, self.min_units, self.unit, self.allow_unprotected,
-            math.inf if self.run_epsilon is None else self.run_epsilon,
-            None if self.period is None else Period(self.period.days, self.period.epsilon),
-            self.max_rank, self.max_length, self.max_records_per_person, self.max_local_steps, self.max_sampling_rate,
-            self.min_noise_multiplier, self.max_noise_multiplier, self.train, self.modes,
-            colluding_sites=self.colluding_sites, min_sites=self.min_sites, reply_quantum=self.reply_quantum,
-            record_seconds=self.record_seconds,
-        )  # fmt: skip
-
-
-class Resources(Frozen):
+class Resources(ComputeConfig):
     """What the office lends to training."""
 
-    threads: int | None = Field(None, ge=1, le=4096)
-    device: str = "auto"
-    micro_batch: int = Field(64, ge=1)
-    checkpointing: bool = False
     max_message_mb: int = Field(512, ge=1, le=65536)
 
 
@@ -182,7 +97,7 @@ class SiteFile(Frozen):
 
     name: SiteName
     data: SiteData
-    policy: Policy
+    policy: SitePolicy
     models: dict[str, str] = Field(default_factory=dict)  # a plan's model.source -> where this office has that model
     model_cache: str | None = None  # a folder of Hugging Face's cache format, for models named by their hub name
     resources: Resources = Resources()
@@ -447,16 +362,16 @@ class Office:
     @property
     def policy(self) -> SitePolicy:
         """What the office permits."""
-        return self.config.policy.limits
+        return self.config.policy
 
     @property
-    def data(self) -> DataConfig:
+    def data(self) -> SiteData:
         """The records, with paths that hold from everywhere; raises DataError where there is nothing."""
         own = self.config.data
         train = own.train if own.train.startswith("pkg://") else str(self._place(own.train))
         if train is not own.train and not Path(train).exists():
             raise DataError(f"data.train={own.train}: no such file or folder ({train})")
-        return DataConfig(**{**own.model_dump(exclude={"name", "labels", "size"}), "train": train})
+        return own.model_copy(update={"train": train})
 
     def model(self, planned: ModelConfig) -> ModelConfig:
         """Return where this office has the model of a plan; raises ModelError where the owner put none there."""

@@ -1,42 +1,55 @@
 """What an office permits. Never sent by, or to, head office."""
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
 
 from fedllm.errors import DataError, PrivacyError
-from fedllm.plan import RunPlan
+from fedllm.plan import MAX_STEPS, Frozen, RunPlan
+from fedllm.privacy.elapsed import Period
+from fedllm.provision import fingerprint_digits
 
-if TYPE_CHECKING:
-    from fedllm.privacy.ledger import Period
 
+class SitePolicy(Frozen):
+    """The limits of one site, as site.yaml gives them."""
 
-@dataclass(frozen=True)
-class SitePolicy:
-    """The limits of one site."""
-
-    epsilon: float  # total budget for the site's records, over all rounds and runs; math.inf without a limit
-    delta: float  # the largest that a plan may promise: the owner knows the true number of units, and head office not
-    min_units: float  # fewer declared units than this: the site takes no part
+    epsilon: float = Field(gt=0)  # total budget for the site's records, over all rounds and runs
+    # the largest that a plan may promise: the owner knows the true number of units, and head office not
+    delta: float = Field(1e-5, gt=0, lt=1)
     unit: Literal["record", "person"] = "record"  # what this office protects, and every plan must
+    min_units: int = Field(100, ge=1)  # fewer declared units than this: the site takes no part
     allow_unprotected: bool = False  # plans without noise, or with noise that a seed predicts
-    run_epsilon: float = math.inf  # the most that one run may cost, at `delta`, all its rounds together
-    period: "Period | None" = None  # what may be spent in some days, beside the whole budget
+    run_epsilon: float | None = Field(None, gt=0)  # the most that one run may cost, at `delta`, all its rounds together
+    period: Period | None = None  # what may be spent in some days, beside the whole budget
     # The most that a plan may ask for; what a site's memory and time are a function of, and what one sum may hold.
-    max_rank: float = math.inf  # of an adapter
-    max_length: float = math.inf  # tokens of a record
-    max_records_per_person: float = math.inf
-    max_local_steps: float = math.inf  # between two charges
-    max_sampling_rate: float = math.inf  # share of the units that one step may use
-    min_noise_multiplier: float = 0.0  # a plan with less noise in a step is declined, however few its steps
-    max_noise_multiplier: float = math.inf  # with more, a round costs next to nothing, and the time it takes is read
-    train: tuple[str, ...] = ("AB", "B")  # the parts of an adapter that a plan may train
-    modes: tuple[str, ...] = ("local", "distributed", "off")  # of privacy
-    colluding_sites: int = 1  # mode distributed: a plan that counts with fewer is declined
-    min_sites: int = 1  # a plan whose rounds count with fewer sites is declined
-    reply_quantum: float = 0.0  # seconds; what used records leaves at a multiple of it, 0: when it is ready
-    record_seconds: float = 0.0  # added to the quantum for each record that a round may use: no round takes longer
-    self_check: bool = True  # check the engine before any record is used, also where the plan does not ask for it
+    max_rank: int = Field(64, ge=1)  # of an adapter
+    max_length: int = Field(1024, ge=8)  # tokens of a record
+    max_records_per_person: int = Field(64, ge=1)  # as many as resources.micro_batch: one pass
+    max_local_steps: int = Field(100, ge=1)  # between two charges
+    max_sampling_rate: float = Field(0.5, gt=0, le=1)  # in one step; above it, sampling hides hardly anybody
+    min_noise_multiplier: float = Field(0.3, ge=0)  # less costs epsilon 10 and more in a single step
+    max_noise_multiplier: float = Field(10.0, gt=0)  # more makes rounds all but free, and each can be timed
+    train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)  # the parts of an adapter to train
+    modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
+    min_sites: int = Field(1, ge=1)  # a plan whose rounds count with fewer sites is declined
+    colluding_sites: int = Field(1, ge=0)  # mode distributed: a plan that counts with fewer is declined
+    reply_quantum: float = Field(5.0, ge=0, le=3600)  # seconds; what used records leaves at a multiple, 0: when ready
+    # seconds, added to the quantum for each record that a round may use: no round takes longer
+    record_seconds: float = Field(0.0, ge=0, le=3600)
+    peers: dict[str, str] = Field(default_factory=dict)  # other offices and the fingerprints of their keys
+
+    @field_validator("peers")
+    @classmethod
+    def _fingerprints(cls, peers: dict[str, str]) -> dict[str, str]:
+        digits = {name: fingerprint_digits(heard) for name, heard in peers.items()}
+        for name, found in digits.items():
+            if not re.fullmatch("[0-9a-f]{40}", found):
+                raise ValueError(f"the fingerprint of {name} has 40 hexadecimal digits, found {found!r}")
+        if len(set(digits.values())) < len(digits):
+            raise ValueError("two offices have one fingerprint; whoever holds that key would count as two")
+        return peers
 
     def admit(self, plan: RunPlan) -> None:
         """Raise PrivacyError where the plan asks for what the site does not permit, whatever the budget.
@@ -85,17 +98,17 @@ class SitePolicy:
             raise PrivacyError(
                 f"privacy.noise_multiplier={noise:g} is below the policy's min_noise_multiplier of {least:g}"
             )
-        if math.isfinite(self.run_epsilon):
-            from fedllm.privacy.accounting import fits
+        if self.run_epsilon is not None:
+            from fedllm.privacy.accounting import overrun
 
-            whole = fits([plan.mechanism.event(plan.steps)], self.delta, self.run_epsilon, one_plan=True)
-            if whole is not None:
-                raise PrivacyError(f"the run would cost epsilon {whole:.4g}, above run_epsilon={self.run_epsilon:g}")
+            over = overrun([plan.mechanism.event(plan.steps)], self.delta, self.run_epsilon, one_plan=True)
+            if over is not None:
+                raise PrivacyError(f"the run would cost epsilon {over:.4g}, above run_epsilon={self.run_epsilon:g}")
 
     def check_units(self, units: int) -> None:
         """Raise DataError where the site has declared too few units to take part; never asked of its records."""
-        if units < max(1.0, self.min_units):
-            raise DataError(f"{units} privacy units, at least {max(1.0, self.min_units):g} needed to take part")
+        if units < self.min_units:
+            raise DataError(f"{units} privacy units, at least {self.min_units:g} needed to take part")
 
     def quantum(self, plan: RunPlan, size: int) -> float:
         """Return of how many seconds a round's answer leaves at a multiple: of plan, policy and the declared `size`.
@@ -108,3 +121,16 @@ class SitePolicy:
         records = plan.privacy.records_per_person if plan.privacy.unit == "person" else 1
         drawn = min(most, mean + 6 * math.sqrt(mean) + 6) * records
         return self.reply_quantum + self.record_seconds * plan.training.local_steps * drawn
+
+
+def widest(epsilon: float, delta: float, **limits: Any) -> SitePolicy:
+    """Return a policy that permits all that a plan may say, but for `limits`.
+
+    `epsilon` may be math.inf, without a budget, which no site.yaml can say.
+    """
+    wide: dict[str, Any] = {
+        "min_units": 1, "allow_unprotected": True, "max_rank": 4096, "max_length": 1_000_000,
+        "max_records_per_person": 1_000_000, "max_local_steps": MAX_STEPS, "max_sampling_rate": 1.0,
+        "min_noise_multiplier": 0.0, "max_noise_multiplier": 1e6, "colluding_sites": 0, "reply_quantum": 0.0,
+    }  # fmt: skip
+    return SitePolicy(epsilon=1.0, delta=delta, **{**wide, **limits}).model_copy(update={"epsilon": epsilon})

@@ -13,12 +13,15 @@
   else is answered. Nor does what is signed say when training ended.
 """
 
+import contextlib
 import hashlib
 import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -60,12 +63,11 @@ from fedllm.messages import (
     pack,
     unpack,
 )
-from fedllm.plan import MAX_NAME, MAX_START, RunPlan
+from fedllm.plan import MAX_START, RunPlan, check_name
 from fedllm.privacy.accounting import PrivacySpent
 from fedllm.privacy.ledger import DataSet, PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.randomness import KeyedRandomness, OsRandomness, Randomness, SeededRandomness
-from fedllm.shown import shows
 from fedllm.statement import Statement, sign_statement, update_digest
 from fedllm.training.data import Unit
 from fedllm.training.self_check import Subject, self_check_once
@@ -90,12 +92,6 @@ _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
 
 
 _LOOK = 0.2  # seconds between looks whether anybody still waits
-
-
-def check_name(name: str) -> None:
-    """Raise ConfigError where no message can carry the name of a site."""
-    if not 1 <= len(name) <= MAX_NAME or not shows(name):
-        raise ConfigError(f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}")
 
 
 def _until_departure(elapsed: float, quantum: float) -> float:
@@ -126,6 +122,48 @@ class Records(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class PlanSession:
+    """What a request of an admitted plan is answered with."""
+
+    site: str
+    plan: RunPlan
+    ledger: PrivacyLedger
+    records: Records
+    micro_batch: int
+    open_workspace: Callable[[RunPlan], Workspace]
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        """Model, adapter and engine, set up for the plan; raises SpecMismatch where this site does not have them."""
+        try:
+            return self.open_workspace(self.plan)
+        except ModelError as error:
+            raise SpecMismatch(str(error)) from error
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """The records by privacy unit: for `Site._used` alone."""
+        return self.records.units(self.plan)
+
+    def self_check(self, round_: int) -> None:
+        """Try the engine on made-up text; PrivacyError if it breaks an invariant, SpecMismatch for want of memory."""
+        adapter, engine = self.workspace.adapter, self.workspace.engine
+        try:
+            engine.rehearse(self.micro_batch, self.plan.model.max_length)
+        except ModelError as error:
+            raise SpecMismatch(str(error)) from error
+        self_check_once(Subject(adapter, engine, self.plan, lambda: self.randomness(round_), self.micro_batch))
+
+    def randomness(self, round_: int) -> Randomness:
+        """Return the source of a round's noise."""
+        privacy = self.plan.privacy
+        if privacy.protects:
+            return OsRandomness()
+        seed = self.plan.seed if privacy.insecure_seed is None else privacy.insecure_seed
+        return SeededRandomness(seed, self.site, round_)
+
+
 class Site:
     """One branch office. Safe to call from several threads; requests are handled one at a time."""
 
@@ -139,10 +177,12 @@ class Site:
         records: Records,
         micro_batch: int,
         peers: Peers | None = None,
+        self_check: bool = True,
     ) -> None:
         """`identity` signs the ledger at `ledger`; `records` are read already.
 
         `peers` says whom this site believes to be another site; without it, it takes no part in noise in shares.
+        `self_check`: check the engine before any record is used, also where the plan does not ask for it.
         """
         check_name(name)
         self.name = name
@@ -152,7 +192,7 @@ class Site:
         self._unfinished = Unfinished(ledger.file)
         self._masks = Masks(name, identity, peers) if peers is not None else None
         self._lock = threading.Lock()
-        self._quantum: float | None = None  # seconds; where the present request has used records
+        self._self_check = self_check
 
     def handle(self, request: bytes, stop: threading.Event | None = None) -> bytes:
         """Answer one message from head office; whatever goes wrong becomes a Declined reply.
@@ -162,27 +202,35 @@ class Site:
         """
         while not self._lock.acquire(timeout=_LOOK):
             _check(stop)
-        began, self._quantum = time.monotonic(), None
-        try:
-            _check(stop)
-            self._unfinished.check()
-            message = from_bytes(request, Prepare, TrainRequest, Secure)
-            if isinstance(message, Prepare):
-                return self._prepare(message).to_bytes()
-            if isinstance(message, Secure):
-                self._admit(message.plan)
-                return self._shared(message.plan).answer(message)
-            return self._train(message, stop)
-        except (Cancelled, Halted):
-            raise
-        except Exception as error:
-            return self._decline(error)
-        finally:
-            if self._quantum is not None:  # with the lock held: when it is free, too, says how long it took
-                elapsed = time.monotonic() - began
-                _log.info("%s: %.2f s, of quanta of %.2f s", self.name, elapsed, self._quantum)
-                time.sleep(_until_departure(elapsed, self._quantum))
-            self._lock.release()
+        began = time.monotonic()
+        with contextlib.ExitStack() as leaving:  # with the lock held: when it is free, too, says how long it took
+            leaving.callback(self._lock.release)
+            try:
+                _check(stop)
+                self._unfinished.check()
+                return self._answer(request, lambda quantum: leaving.callback(self._wait, began, quantum), stop)
+            except (Cancelled, Halted):
+                raise
+            except Exception as error:
+                return self._declined(error).to_bytes()
+
+    def _answer(self, request: bytes, hold_back: Callable[[float], object], stop: threading.Event | None) -> bytes:
+        message = from_bytes(request, Prepare, TrainRequest, Secure)
+        plan = message.plan
+        self._admit(plan)
+        if isinstance(message, Secure):
+            return self._shared(plan).answer(message)
+        session = PlanSession(
+            self.name, plan, self.open_ledger(), self._records, self._micro_batch, self._open_workspace
+        )
+        if isinstance(message, Prepare):
+            return self._prepare(message, session).to_bytes()
+        return self._train(message, session, hold_back, stop)
+
+    def _wait(self, began: float, quantum: float) -> None:
+        elapsed = time.monotonic() - began
+        _log.info("%s: %.2f s, of quanta of %.2f s", self.name, elapsed, quantum)
+        time.sleep(_until_departure(elapsed, quantum))
 
     def open_ledger(self) -> PrivacyLedger:
         """Open the ledger, unless it is; a site service does so before it answers anybody."""
@@ -197,9 +245,6 @@ class Site:
                 )  # fmt: skip
             self._opened = ledger
         return self._opened
-
-    def _decline(self, error: Exception) -> bytes:
-        return self._declined(error).to_bytes()
 
     def _declined(self, error: Exception) -> Declined:
         """Log what happened, with all particulars, and return the reply that tells only a code."""
@@ -216,25 +261,29 @@ class Site:
         self._records.declared.admit(plan)
         self._policy.check_units(self._records.declared.size)
 
-    def _prepare(self, request: Prepare) -> Message:
-        plan = request.plan
-        self._admit(plan)
-        self.open_ledger().check(plan.run, plan.mechanism.event(plan.training.local_steps))
-        self._self_check(plan, 1)
-        spec = self._workspace(plan).adapter.spec
+    def _prepare(self, request: Prepare, session: PlanSession) -> Message:
+        plan = session.plan
+        session.ledger.check(plan.run, plan.mechanism.event(plan.training.local_steps))
+        self._check_engine(session, 1)
+        spec = session.workspace.adapter.spec
         join = b""
         if plan.shared is not None:
             plan.shared.clip_before_rounding(spec.dimension)  # refuses what 32 bits are too few for
             join = self._shared(plan).join(request)
         return Ready(site=self.name, plan_digest=plan.digest, spec_digest=spec.digest, payload=join)
 
-    def _train(self, request: TrainRequest, stop: threading.Event | None) -> bytes:
-        plan = request.plan
-        self._admit(plan)
+    def _train(
+        self,
+        request: TrainRequest,
+        session: PlanSession,
+        hold_back: Callable[[float], object],
+        stop: threading.Event | None,
+    ) -> bytes:
+        """Answer a round; `hold_back` is told, in seconds, at whose multiple what used records may leave."""
+        plan, ledger = session.plan, session.ledger
         if request.round > plan.training.rounds:
             raise MessageError(f"round={request.round} of a plan of {plan.training.rounds} rounds")
-        workspace = self._workspace(plan)
-        spec = workspace.adapter.spec
+        spec = session.workspace.adapter.spec
         if request.spec_digest != spec.digest:
             raise SpecMismatch("head office's adapter is another one. Do base model, seed and versions agree?")
         payload, mask = request.payload, None
@@ -249,7 +298,6 @@ class Site:
         # The charge is on disk before a record enters anything whose result leaves the site. A round that was released
         # before is answered as before.
         event = plan.mechanism.event(plan.training.local_steps)
-        ledger = self.open_ledger()
         if request.head is not None and not ledger.file.knows(Head(request.head.number, request.head.digest)):
             raise LedgerError(
                 f"the ledger lacks entry {request.head.number}, which it had signed for head office. Was it restored "
@@ -258,7 +306,7 @@ class Site:
                 "spent (`fedllm ledger restart --help`), and head office runs `fedllm server new-ledger` (or, in a "
                 "simulation, removes heads.json)."
             )
-        self._self_check(plan, request.round)  # before the charge: an engine that fails it costs nothing
+        self._check_engine(session, request.round)  # before the charge: an engine that fails it costs nothing
         if not ledger.answered(plan.run, request.round):
             ledger.spent(plan.privacy.delta, [event])  # what cannot be computed is not charged either
             if mask is not None:
@@ -268,10 +316,10 @@ class Site:
             return reservation.reply
         spent, head = ledger.spent(plan.privacy.delta), ledger.file.head()
 
-        self._quantum = self._policy.quantum(plan, self._records.declared.size)
+        hold_back(self._policy.quantum(plan, self._records.declared.size))
         self._unfinished.begin(plan.run, request.round)
         try:
-            used = self._used(request, workspace, start, mask, reservation.coins, stop)
+            used = self._used(request, session, start, mask, reservation.coins, stop)
             reply = used if isinstance(used, Declined) else self._reply(request, mask, used, spent, head)
         except Cancelled:
             self._unfinished.end()
@@ -286,7 +334,7 @@ class Site:
     def _used(
         self,
         request: TrainRequest,
-        workspace: Workspace,
+        session: PlanSession,
         start: NDArray[np.float32],
         mask: MaskRequest | None,
         coins: bytes,
@@ -297,11 +345,10 @@ class Site:
         That the payload is not finite, or too large to be sent, is a property of the noised vector, and no second try
         is free. The noise is drawn before a record is looked at.
         """
-        plan = request.plan
-        source = self._randomness(plan, request.round)
+        plan, workspace = session.plan, session.workspace
+        source = session.randomness(request.round)
         own_coins = KeyedRandomness(coins, b"fedllm poisson sample v1") if source.private else source
-        units = self._records.units(plan)
-        parts = (workspace.adapter, workspace.engine, units, plan, start, source, self._micro_batch)
+        parts = (workspace.adapter, workspace.engine, session.units, plan, start, source, session.micro_batch)
         try:
             if mask is not None:
                 task = request.task(codec.encode(start, "float32"))
@@ -355,31 +402,7 @@ class Site:
             )
         return self._masks
 
-    def _workspace(self, plan: RunPlan) -> Workspace:
-        try:
-            return self._open_workspace(plan)
-        except ModelError as error:
-            raise SpecMismatch(str(error)) from error
-
-    def _self_check(self, plan: RunPlan, round_: int) -> None:
-        """Raise PrivacyError where the engine breaks an invariant on made-up text, SpecMismatch where it lacks memory.
-
-        Head office may ask for it; it cannot spare an office what the office's own policy asks for.
-        """
-        if plan.privacy.self_check or self._policy.self_check:
-            workspace = self._workspace(plan)
-            try:
-                workspace.engine.rehearse(self._micro_batch, plan.model.max_length)
-            except ModelError as error:
-                raise SpecMismatch(str(error)) from error
-            self_check_once(
-                Subject(
-                    workspace.adapter, workspace.engine, plan, lambda: self._randomness(plan, round_), self._micro_batch
-                )
-            )
-
-    def _randomness(self, plan: RunPlan, round_: int) -> Randomness:
-        if plan.privacy.protects:
-            return OsRandomness()
-        seed = plan.privacy.insecure_seed if plan.privacy.insecure_seed is not None else plan.seed
-        return SeededRandomness(seed, self.name, round_)
+    def _check_engine(self, session: PlanSession, round_: int) -> None:
+        """Head office may ask for the check; it cannot spare an office what the office's own settings ask for."""
+        if session.plan.privacy.self_check or self._self_check:
+            session.self_check(round_)

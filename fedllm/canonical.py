@@ -1,5 +1,6 @@
 """One form for what means the same: cells that identify somebody or something, and JSON that is signed."""
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -58,3 +59,8 @@ def canonical_json(content: object) -> bytes:
     """
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
+
+
+def digest_of(content: object) -> str:
+    """Return the SHA-256, in hex, of the canonical JSON of `content`."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()

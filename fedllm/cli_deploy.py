@@ -1,10 +1,11 @@
 """The commands of a deployment. An entry point: it may import anything, and imports late so that --help is quick."""
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import typer
 
@@ -14,8 +15,30 @@ from fedllm.shown import escaped_lines
 if TYPE_CHECKING:
     from fedllm.findings import Finding
 
-site_app = typer.Typer(help="An office: its folder, keys and grants.", no_args_is_help=True)
-server_app = typer.Typer(help="Head office: certificates, identity and offices.", no_args_is_help=True)
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def keep_private() -> None:
+    """Begin a command: nothing that this process makes is open to others."""
+    os.umask(0o077)
+
+
+def private(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Return a command that keeps private what it makes."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        keep_private()
+        return command(*args, **kwargs)
+
+    return run
+
+
+site_app = typer.Typer(help="An office: its folder, keys and grants.", no_args_is_help=True, callback=keep_private)
+server_app = typer.Typer(
+    help="Head office: certificates, identity and offices.", no_args_is_help=True, callback=keep_private
+)
 
 HeadOfficeOption = Annotated[
     Path,
@@ -42,9 +65,9 @@ class Rotated(Enum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands of a deployment to the main command."""
-    app.command("init-federation")(init_federation)
-    app.command("admit")(admit)
-    app.command("revoke")(revoke)
+    app.command("init-federation")(private(init_federation))
+    app.command("admit")(private(admit))
+    app.command("revoke")(private(revoke))
     app.add_typer(site_app, name="site")
     app.add_typer(server_app, name="server")
 
@@ -59,7 +82,7 @@ def init_federation(
     """Make head office's folder: authority, server certificate, identity, roster."""
     from server.federation import init_federation as make
 
-    office = make(file, private(home))
+    office = make(file, absolute(home))
     facts = office.config
     typer.echo(f"Head office of {facts.name}, at {facts.host}:{facts.port}: {office.folder}")
     typer.echo(f"Its fingerprint, to read to offices on the telephone:\n\n  {office.identity.public.fingerprint}\n")
@@ -75,7 +98,7 @@ def admit(
     from fedllm.provision import JoinRequest
     from server import federation
 
-    folder = private(home)
+    folder = absolute(home)
     office = federation.HeadOffice.open(folder)  # before anybody is asked anything
     join = federation.read_join_request(file)
     request, _ = JoinRequest.open(join)
@@ -91,7 +114,7 @@ def revoke(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
     """Accept no key of a site any more."""
     from server import federation
 
-    member = federation.revoke(private(home), site)
+    member = federation.revoke(absolute(home), site)
     typer.echo(f"{member.site} is revoked. Its keys cannot be admitted again; new ones of it can.")
 
 
@@ -100,7 +123,7 @@ def server_grant(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
     """Write a site's grant again."""
     from server import federation
 
-    typer.echo(f"Send it this grant: {federation.renew_grant(private(home), site)}")
+    typer.echo(f"Send it this grant: {federation.renew_grant(absolute(home), site)}")
 
 
 @server_app.command("new-ledger")
@@ -108,7 +131,7 @@ def server_new_ledger(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> 
     """Take whatever ledger a site has from now on: its own was lost, and its people have seen to the budget."""
     from server.heads import HEADS, Heads
 
-    folder = private(home)
+    folder = absolute(home)
     Heads(folder / HEADS).forget(site)
     typer.echo(f"{site}: the next run takes its ledger as it is")
 
@@ -118,7 +141,7 @@ def server_retire(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None
     """Accept only the newest keys of a site, after its rotation."""
     from server import federation
 
-    member = federation.retire(private(home), site)
+    member = federation.retire(absolute(home), site)
     typer.echo(f"{member.site} is known by {member.public.fingerprint} alone. There: fedllm site retire")
 
 
@@ -136,7 +159,7 @@ def server_rotate(
     """
     from server import federation
 
-    folder = private(home)
+    folder = absolute(home)
     if finish and retire:
         raise ConfigError("--finish and --retire are two steps. Take one at a time.")
     if what is Rotated.certificate:
@@ -178,7 +201,7 @@ def site_init(
     """Make this office's folder, with its keys, settings and join request."""
     from client.office import init_office
 
-    office = init_office(private(home), name)
+    office = init_office(absolute(home), name)
     typer.echo(f"The site {office.name}: {office.folder}")
     typer.echo(f"Send head office this join request: {office.join_file}")
     typer.echo(f"and read this fingerprint to them on the telephone:\n\n  {office.identity.public.fingerprint}\n")
@@ -194,7 +217,7 @@ def site_install(
     """Install a grant: this head office, and no other, is believed."""
     from client import office
 
-    folder = private(home)
+    folder = absolute(home)
     grant = office.read_grant(file)
     if fingerprint is None and office.needs_fingerprint(folder, grant):
         fingerprint = _ask("Call head office on a number that you know. Its fingerprint, as heard")
@@ -211,7 +234,7 @@ def site_rotate(home: OfficeOption = OFFICE) -> None:
     """Make new keys beside the present ones, and a join request for them."""
     from client.office import rotate
 
-    office = rotate(private(home))
+    office = rotate(absolute(home))
     typer.echo(f"New keys of {office.name}; the present ones stay in use until the grant for the new is installed.")
     typer.echo(f"Send head office this join request: {office.join_file}")
     typer.echo(f"and read this fingerprint to them:\n\n  {office.keys[-1].identity.public.fingerprint}\n")
@@ -222,7 +245,7 @@ def site_retire(home: OfficeOption = OFFICE) -> None:
     """Forget keys that are no longer in use."""
     from client.office import retire
 
-    office = retire(private(home))
+    office = retire(absolute(home))
     typer.echo(f"{office.name} keeps {len(office.keys)} set of keys; in use: {office.identity.public.fingerprint}")
 
 
@@ -231,7 +254,7 @@ def site_check(home: OfficeOption = OFFICE) -> None:
     """Try all that a run will need, and sign what site.yaml declares of the records; no network, nothing is spent."""
     from client.doctor import check
 
-    report(check(private(home)))
+    report(check(absolute(home)))
 
 
 @site_app.command("resume")
@@ -240,7 +263,7 @@ def site_resume(home: OfficeOption = OFFICE) -> None:
     from client.office import Office
     from client.unfinished import Unfinished
 
-    left = Unfinished(Office.open(private(home)).ledger_file)
+    left = Unfinished(Office.open(absolute(home)).ledger_file)
     said = left.read()
     left.end()
     typer.echo("nothing to resume" if said is None else f"{said}; the site answers head office again")
@@ -249,9 +272,8 @@ def site_resume(home: OfficeOption = OFFICE) -> None:
 # ---- common ----------------------------------------------------------------------------------------------------------
 
 
-def private(folder: Path) -> Path:
-    """Return the folder; from here on, nothing that this process makes is open to others."""
-    os.umask(0o077)
+def absolute(folder: Path) -> Path:
+    """Return the folder, as it is called from everywhere."""
     try:
         return folder.expanduser().absolute()
     except RuntimeError:

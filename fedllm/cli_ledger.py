@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedllm.cli_deploy import OFFICE, OfficeOption, private
+from fedllm.cli_deploy import OFFICE, OfficeOption, absolute, keep_private
 from fedllm.errors import ConfigError, LedgerError
 from fedllm.shown import escaped
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from fedllm.privacy.accounting import AccountingEvent
     from fedllm.privacy.ledger import LedgerFile, Loss
 
-ledger_app = typer.Typer(help="A site's account of the privacy that was spent.", no_args_is_help=True)
+ledger_app = typer.Typer(
+    help="A site's account of the privacy that was spent.", no_args_is_help=True, callback=keep_private
+)
 _FileOption = Annotated[
     Path | None, typer.Option("--file", help="A ledger elsewhere, instead of the site's own.", show_default=False)
 ]
@@ -38,7 +40,7 @@ def register(app: typer.Typer) -> None:
 def _office(home: Path) -> "Office":
     from client.office import Office
 
-    return Office.open(private(home))
+    return Office.open(absolute(home))
 
 
 def _of(office: "Office") -> "LedgerFile":
@@ -293,15 +295,16 @@ def forecast(
     With `--file` no site's folder is needed: the costliest account in the ledger is the one that is planned for, and
     the limits are those that the ledger states, or `--policy`.
     """
-    from client.office import Office, Policy
+    from client.office import Office
+    from client.policy import SitePolicy
     from fedllm.errors import PrivacyError
     from fedllm.files import read_settings
     from fedllm.plan import parse
     from fedllm.privacy.accounting import spent
 
     planned = _read_plan(plan)
-    office = None if file is not None else Office.open(private(home))
-    policy = parse(Policy, read_settings(policy_file)).limits if policy_file is not None else None
+    office = None if file is not None else Office.open(absolute(home))
+    policy = parse(SitePolicy, read_settings(policy_file)) if policy_file is not None else None
     if office is not None:
         policy = policy or office.policy
         past = _past_of(office)
@@ -338,12 +341,12 @@ def _fitting(
     rounds: int, event: "AccountingEvent", before: "list[AccountingEvent]", delta: float, budget: float, one_plan: bool
 ) -> int:
     """Return how many of `rounds` may follow `before`, by the rule that a ledger decides by."""
-    from fedllm.privacy.accounting import fits
+    from fedllm.privacy.accounting import overrun
 
     low, high = 0, rounds
     while low < high:
         middle = (low + high + 1) // 2
-        over = fits([*before, *[event] * middle], delta, budget, one_plan)
+        over = overrun([*before, *[event] * middle], delta, budget, one_plan)
         low, high = (middle, high) if over is None else (low, middle - 1)
     return low
 
@@ -373,7 +376,7 @@ def _past_in(ledger: "LedgerFile") -> _Past:
 
 def _stated(ledger: "LedgerFile", plan: "RunPlan") -> "SitePolicy":
     """Return the limits that a ledger states; its site may have others, which only the site knows."""
-    from client.policy import SitePolicy
+    from client.policy import widest
 
     epsilon, delta = ledger.budget() or (math.inf, _DELTA)
-    return SitePolicy(epsilon, delta, min_units=1, unit=plan.privacy.unit, allow_unprotected=True)
+    return widest(epsilon, delta, unit=plan.privacy.unit)

@@ -18,6 +18,7 @@ from fedllm.cli_deploy import (
     OFFICE,
     HeadOfficeOption,
     OfficeOption,
+    absolute,
     private,
     report,
     server_app,
@@ -53,10 +54,10 @@ offices' records, templates and policies are their own; what is public and the s
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the main command."""
-    app.command("submit", help=_SUBMIT_HELP)(submit)
-    app.command("status")(status)
-    app.command("stop")(stop)
-    app.command("doctor")(doctor)
+    app.command("submit", help=_SUBMIT_HELP)(private(submit))
+    app.command("status")(private(status))
+    app.command("stop")(private(stop))
+    app.command("doctor")(private(doctor))
 
 
 # ---- long-running processes ------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def server_start(home: HeadOfficeOption = HEAD_OFFICE) -> None:
     from server.daemon import serve
     from server.federation import HeadOffice
 
-    folder = private(home)
+    folder = absolute(home)
     office = HeadOffice.open(folder)
     _log_to(folder / "log" / "server.log")
     for warning in office.warnings():
@@ -100,14 +101,14 @@ def server_run(
     from server import deployment
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    deployment.run(private(home), name)
+    deployment.run(absolute(home), name)
 
 
 @site_app.command("start")
 def site_start(home: OfficeOption = OFFICE) -> None:
     """Run the site until stopped: connect to head office and answer it, within what site.yaml permits."""
     os.environ.update(ONLY_TLS_1_3)
-    folder = private(home)
+    folder = absolute(home)
     office = _open_office(folder)
     _ = office.declaration  # raises where the site could not start
     _log_to(folder / "log" / "site.log")
@@ -125,7 +126,7 @@ def site_export_relay(
     """Write the relay's folder: what `fedllm site relay` needs, and no key that opens a message."""
     from client.relay import export_relay_folder
 
-    export_relay_folder(_open_office(private(home)), to)
+    export_relay_folder(_open_office(absolute(home)), to)
     typer.echo(f"{to} is ready. Give it to the relay's user: chown -R USER '{to}'")
 
 
@@ -139,7 +140,7 @@ def site_relay(
 
     from client.relay import read_relay, serve
 
-    folder = private(folder)
+    folder = absolute(folder)
     read_relay(folder)
     _log_to(folder / "relay.log")
     asyncio.run(serve(folder))
@@ -196,7 +197,7 @@ def submit(
         if cfg:
             typer.echo(as_yaml(composed), nl=False)
             return
-        folder = private(home)
+        folder = absolute(home)
         config = validate(DeploymentConfig, composed)
     os.environ.setdefault("TQDM_DISABLE", "1")
     from server import deployment
@@ -205,7 +206,7 @@ def submit(
     from server.grpc_grid import look
 
     if resume is not None:
-        folder = private(home)
+        folder = absolute(home)
         earlier = deployment.runs(folder) / resume / CONFIG
         if not earlier.exists():
             raise ConfigError(f"--resume {resume}: there is no such run in {deployment.runs(folder)}")
@@ -270,7 +271,7 @@ def status(
     from server import deployment
     from server.federation import HeadOffice
 
-    folder = private(home)
+    folder = absolute(home)
     HeadOffice.open(folder)
     if name is not None and follow:
         deployment.read_status(deployment.runs(folder) / name)
@@ -302,7 +303,7 @@ def stop(
     """End a run where it is; `fedllm submit --resume` goes on from its last round."""
     from server import deployment
 
-    deployment.end(deployment.runs(private(home)) / name)
+    deployment.end(deployment.runs(absolute(home)) / name)
     _console.print(f"run {name} is ended. What was done is kept: fedllm submit --resume {name}", highlight=False)
 
 
@@ -318,7 +319,7 @@ def server_units(folder: _UnitsFolder = _UNITS, home: HeadOfficeOption = HEAD_OF
     from fedllm import units
     from server.federation import HeadOffice
 
-    home = private(home)
+    home = absolute(home)
     office = HeadOffice.open(home)
     user = units.owner(home)
     server = units.Unit(
@@ -344,7 +345,7 @@ def site_units(
     from client.office import Office
     from fedllm import units
 
-    home = private(home)
+    home = absolute(home)
     office = Office.open(home)
     user, group = units.owner(home), office.config.socket_group
     device = office.config.resources.device
@@ -413,7 +414,7 @@ def doctor(
     Looks at certificates, keys, permissions, clock, ports, disk, versions, the ledger, the running processes and the
     way to the other end.
     """
-    places = [private(place) for place in ([HEAD_OFFICE, OFFICE] if home is None else [home])]
+    places = [absolute(place) for place in ([HEAD_OFFICE, OFFICE] if home is None else [home])]
     found = [place for place in places if place.is_dir()]
     if not found:
         raise ConfigError(

@@ -30,6 +30,7 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import FormatError, VerificationError
 from securesystemslib.signer import Key, Signature, Signer, SSlibKey  # type: ignore[attr-defined]
 
+from fedllm.canonical import canonical_json
 from fedllm.errors import CryptoError
 from fedllm.files import read_secret, write_secret
 
@@ -279,7 +280,7 @@ def keystream(key: bytes, size: int) -> Iterator[memoryview]:
 
 def sign_document(content: dict[str, Any], *signers: Identity) -> bytes:
     """Return `content` as readable JSON with the signatures of `signers` over its canonical form."""
-    body = _canonical(content)
+    body = canonical_json(content)
     signatures = {signer.public.to_text(): signer.sign(body).hex() for signer in signers}
     return json.dumps({**content, "signatures": signatures}, indent=2, ensure_ascii=False).encode() + b"\n"
 
@@ -292,7 +293,7 @@ def open_document(data: bytes) -> tuple[dict[str, Any], list[PublicIdentity]]:
     try:
         content = json.loads(data.decode())
         signatures = content.pop("signatures")
-        body = _canonical(content)
+        body = canonical_json(content)
         pairs = [(PublicIdentity.from_text(who), bytes.fromhex(what)) for who, what in signatures.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CryptoError("not a signed document, or it was cut or altered on its way. Ask for it again.") from None
@@ -302,10 +303,6 @@ def open_document(data: bytes) -> tuple[dict[str, Any], list[PublicIdentity]]:
         except CryptoError:
             raise CryptoError("a signed document was altered: its signature does not fit. Ask for it again.") from None
     return content, [who for who, _ in pairs]
-
-
-def _canonical(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 # ---- DSSE envelopes: entries of ledgers and run records --------------------------------------------------------------

@@ -1,7 +1,5 @@
 """What travels: the trainable tensors of an adapter as one flat float32 vector, tied to the adapter's description."""
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
@@ -9,6 +7,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from fedllm.canonical import digest_of
 from fedllm.errors import SpecMismatch
 
 
@@ -59,9 +58,3 @@ class AdapterSpec:
             raise SpecMismatch(
                 f"expected float32[{self.dimension}] for this adapter, found {vector.dtype}{list(vector.shape)}"
             )
-
-
-def digest_of(value: object) -> str:
-    """Return the SHA-256, in hex, of the canonical JSON form of plain data (keys sorted, no spaces, UTF-8)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import yaml
 
-from fedllm.errors import ConfigError, FolderError
+from fedllm.errors import ConfigError, FedllmError, FolderError, first_line
 
 LOCK = "lock"  # the file whose lock tells that a process is at work in a folder
 _MAX_SETTINGS = 1 << 20  # bytes
@@ -59,7 +59,7 @@ def write_secret(path: Path, data: bytes) -> None:
         _make_private(path.parent)
         replace_file(path, data, 0o600)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def remove(path: Path) -> None:
@@ -69,7 +69,7 @@ def remove(path: Path) -> None:
             path.unlink()
             _sync(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 @contextmanager
@@ -84,14 +84,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
         _make_private(folder.parent)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))  # mode 0700
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     try:
         yield temporary
         _sync(temporary)
         temporary.rename(folder)
         _sync(folder.parent)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
 
@@ -119,7 +119,7 @@ def taking_turns(path: Path) -> Iterator[None]:
     try:
         opened = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     try:
         fcntl.flock(opened, fcntl.LOCK_EX)
         yield
@@ -229,9 +229,13 @@ def cannot_read(path: Path, error: OSError) -> FolderError:
     return FolderError(f"cannot read {path}: {error.strerror}. {remedy}.")
 
 
-def _cannot_write(path: Path, error: OSError) -> FolderError:
+def cannot_write(
+    path: Path, error: OSError, then: str = "try again", kind: type[FedllmError] = FolderError
+) -> FedllmError:
+    """Return the error that says why `path` cannot be written, and what to do before `then`."""
     remedy = "Free some space" if is_full(error) else "Check who owns the folder and its permissions"
-    return FolderError(f"cannot write {path}: {error.strerror}. What was there is intact. {remedy}, then try again.")
+    reason = error.strerror or first_line(error)
+    return kind(f"cannot write {path}: {reason}. What was there is intact. {remedy}, then {then}.")
 
 
 def _make_private(folder: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar, Literal, TypeVar, overload
 
 from pydantic import Field, ValidationError
 
+from fedllm.canonical import digest_of
 from fedllm.codec import WireDtype
-from fedllm.delta import digest_of
 from fedllm.errors import MessageError
 from fedllm.plan import MAX_HOLDERS, MAX_ROUNDS, MAX_SITES, Frozen, Name, Names, Printable, RunPlan
 

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedllm.canonical import digest_of
 from fedllm.codec import WireDtype
-from fedllm.delta import digest_of
 from fedllm.errors import ConfigError, PrivacyError
 from fedllm.privacy.mechanism import Clipping, Mechanism
 from fedllm.privacy.shared import SharedMechanism
@@ -27,7 +27,7 @@ from fedllm.shown import shows
 
 MAX_HOLDERS = 512  # sites of one secure aggregation
 MAX_SITES = 5_000  # of a federation: their roster fits the header of a message
-MAX_NAME = 200  # characters of a site's name
+MAX_NAME = 200  # characters of a site's name; bytes of UTF-8 of one that is deployed: with an ending it names a file
 MAX_ROUNDS = 1_000_000
 MAX_STEPS = 1_000_000  # of a whole run: as far as the accountants were tried
 # magnitude of a value that a round starts from: far beyond what training finds in an adapter, and products of three
@@ -65,6 +65,37 @@ Name = Annotated[Printable, Field(min_length=1, max_length=MAX_NAME)]  # of a si
 Names = Annotated[tuple[Name, ...], Field(max_length=MAX_HOLDERS)]
 Layer = Annotated[Printable, Field(max_length=200)]  # the name of one
 BySite = Annotated[dict[str, float], AfterValidator(_spelled)]
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError where no message can carry the name of a site."""
+    if not 1 <= len(name) <= MAX_NAME or not shows(name):
+        raise ConfigError(f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}")
+
+
+def check_site_name(name: str) -> str:
+    """Return the name of a deployed site in its one spelling, NFC; raises ConfigError where it cannot name a file."""
+    name = unicodedata.normalize("NFC", name)
+    plain = all(unicodedata.category(sign)[0] in "LNM" or sign in "-_." for sign in name)
+    if not plain or not name[:1].isalnum() or not 1 <= len(name.encode()) <= MAX_NAME:
+        raise ConfigError(
+            f"site name {name[:80]!r}: expected letters and digits of any script, and - _ . between them, such as "
+            f"seoul-gangnam; at most {MAX_NAME} bytes"
+        )
+    return name
+
+
+def _site(name: str) -> str:
+    try:
+        right = check_site_name(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    if right != name:
+        raise ValueError("the name of a site is written in NFC")
+    return name
+
+
+SiteName = Annotated[str, AfterValidator(_site)]  # deployed
 
 
 class ModelConfig(Frozen):
@@ -395,12 +426,16 @@ class HeldoutConfig(TextConfig):
     samples: int = Field(3, ge=0)  # held-out questions answered before and after, for the summary
 
 
-class DataConfig(HeldoutConfig):
-    """The records of simulated sites as well."""
+class RecordsConfig(TextConfig):
+    """The records of sites."""
 
-    train: str = Field(min_length=1)  # as `heldout`
+    train: str = Field(min_length=1)  # .jsonl/.json/.csv/.parquet file, folder of them, hub name, or pkg://
     train_split: str = "train"
     unit: str | None = Field(None, min_length=1)  # column that names the person a record belongs to
+
+
+class DataConfig(HeldoutConfig, RecordsConfig):
+    """The records of simulated sites as well."""
 
 
 class PartitionConfig(Frozen):

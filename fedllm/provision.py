@@ -6,7 +6,6 @@ Neither holds a secret. What protects them is the fingerprint that one person re
 import ipaddress
 import json
 import re
-import unicodedata
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,22 +23,9 @@ from fedllm.crypto import (
 )
 from fedllm.errors import ConfigError, CryptoError
 from fedllm.files import read_settings
-from fedllm.plan import Frozen, Printable, parse
+from fedllm.plan import Frozen, Printable, SiteName, parse
 
 MAX_DOCUMENT = 1 << 20  # bytes of a join request or grant
-_MAX_SITE_NAME = 200  # bytes of UTF-8: with an ending it is a file's name
-
-
-def check_site_name(name: str) -> str:
-    """Return the site's name in its one spelling (NFC); raises ConfigError where it cannot be a file's name, too."""
-    name = unicodedata.normalize("NFC", name)
-    plain = all(unicodedata.category(sign)[0] in "LNM" or sign in "-_." for sign in name)
-    if not plain or not name[:1].isalnum() or not 1 <= len(name.encode()) <= _MAX_SITE_NAME:
-        raise ConfigError(
-            f"site name {name[:80]!r}: expected letters and digits of any script, and - _ . between them, such as "
-            f"seoul-gangnam; at most {_MAX_SITE_NAME} bytes"
-        )
-    return name
 
 
 def check_host(host: str) -> str:
@@ -76,16 +62,6 @@ def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
-def _site(name: str) -> str:
-    try:
-        right = check_site_name(name)
-    except ConfigError as error:
-        raise ValueError(str(error)) from None
-    if right != name:
-        raise ValueError("the name of a site is written in NFC")
-    return name
-
-
 def _identity(text: str) -> str:
     if PublicIdentity.from_text(text).to_text() != text:
         raise CryptoError("a public identity is 128 hexadecimal digits, in small letters")
@@ -102,7 +78,6 @@ def _certificates(pem: str) -> str:
     return pem
 
 
-SiteName = Annotated[str, AfterValidator(_site)]
 IdentityText = Annotated[str, AfterValidator(_identity)]
 KeyLine = Annotated[str, AfterValidator(_key)]
 Certificates = Annotated[str, AfterValidator(_certificates)]

@@ -334,10 +334,7 @@ class Member:
             context=terms.context,
             join=SignedKey(site=site, key=self._key.public.hex(), signature=signature.hex()),
         )
-        self._circle: Circle | None = None
-        self._agreed: dict[str, bytes] = {}  # of the circle
         self._rounds: dict[int, _Round] = {}  # the newest and the one before
-        self._newest = 0
 
     def share(self, request: ShareRequest) -> Shares:
         """Draw this round's secrets and deal them out. Raises MessageError and PrivacyError.
@@ -346,18 +343,17 @@ class Member:
         """
         self._expect(request.context)
         circle, agreed = self._circle_of(request)
-        number = request.round
+        number, newest = request.round, max(self._rounds, default=0)
         done = self._rounds.get(number)
         if done is not None and done.circle.digest == circle.digest:
             return done.shares
-        unused = number == self._newest and done is not None and done.asked is None  # another site came or went
-        if number <= self._newest and not unused:
+        unused = number == newest and done is not None and done.asked is None  # another site came or went
+        if number <= newest and not unused:
             raise PrivacyError(
-                f"round {number}: site={self.site!r} has dealt round {self._newest} already, and deals a round out "
+                f"round {number}: site={self.site!r} has dealt round {newest} already, and deals a round out "
                 "once. Go on with the next round."
             )
         state = self._deal(circle, agreed, number)
-        self._circle, self._agreed, self._newest = circle, agreed, number
         self._rounds = {k: v for k, v in self._rounds.items() if k >= number - 1}
         self._rounds[number] = state
         return state.shares
@@ -476,13 +472,11 @@ class Member:
 
     def _circle_of(self, request: ShareRequest) -> tuple[Circle, dict[str, bytes]]:
         """Return the checked circle and what its keys give; both stay as long as the list does."""
-        known = self._circle
-        if not request.joins:
-            if known is None:
-                raise MessageError(f"round {request.round}: no joins were sent to site={self.site!r} yet")
-            return known, self._agreed
-        if known is not None and known.joins == request.joins:
-            return known, self._agreed
+        known = self._rounds[max(self._rounds)] if self._rounds else None
+        if known is None and not request.joins:
+            raise MessageError(f"round {request.round}: no joins were sent to site={self.site!r} yet")
+        if known is not None and (not request.joins or known.circle.joins == request.joins):
+            return known.circle, known.agreed
         circle = make_circle(self.terms, request.joins)
         if self.join.join not in circle.joins:
             raise MessageError(

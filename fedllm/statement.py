@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from fedllm.canonical import canonical_json
+from fedllm.canonical import canonical_json, digest_of
 from fedllm.crypto import Identity, PublicIdentity, open_envelope, sign_envelope
 from fedllm.errors import CryptoError
 from fedllm.shown import shows
@@ -41,8 +41,7 @@ class Statement:
 
 def roster_digest(sites: Iterable[str]) -> str:
     """Return what a statement calls the sites of a round: SHA-256, hex, of their sorted names as canonical JSON."""
-    names = json.dumps(sorted(sites), separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(names.encode()).hexdigest()
+    return digest_of(sorted(sites))
 
 
 def update_digest(payload: bytes) -> str:

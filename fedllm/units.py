@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 
 from fedllm.errors import ConfigError, FolderError
-from fedllm.files import replace_file
+from fedllm.files import cannot_write, replace_file
 
 _HOMES = ("/home", "/root", "/run/user")  # what ProtectHome= hides
 _TEMPORARY = ("/tmp", "/var/tmp")  # noqa: S108  # what PrivateTmp= exchanges
@@ -290,5 +290,5 @@ def write(folder: Path, files: Mapping[str, str]) -> list[Path]:
         for name, text in files.items():
             replace_file(folder / name, text.encode(), 0o644)
     except OSError as error:
-        raise FolderError(f"cannot write {folder}: {error.strerror}. Choose another folder.") from None
+        raise cannot_write(folder, error, "try again, or choose another folder") from None
     return [folder / name for name in files]

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from fedllm.delta import digest_of
-from fedllm.errors import CheckpointError, ConfigError, first_line
-from fedllm.files import is_full, replace_file
+from fedllm import files
+from fedllm.canonical import digest_of
+from fedllm.errors import CheckpointError, ConfigError, FedllmError
+from fedllm.files import replace_file
 from fedllm.plan import Frozen, parse
 
 CONFIG = "config.json"  # of a run: what it was configured by
@@ -66,12 +67,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise cannot_write(path, error) from error
 
 
-def cannot_write(path: Path, error: OSError) -> CheckpointError:
-    """Return the error that says why a file of a run cannot be written."""
-    return CheckpointError(
-        f"cannot write {path}: {error.strerror or first_line(error)}. What was written before is intact. "
-        f"{'Free some space' if is_full(error) else 'Check permissions'}, then continue with resume=true."
-    )
+def cannot_write(path: Path, error: OSError) -> FedllmError:
+    """Return the CheckpointError that says why a file of a run cannot be written."""
+    return files.cannot_write(path, error, "continue with resume=true", CheckpointError)
 
 
 @contextlib.contextmanager

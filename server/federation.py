@@ -26,7 +26,7 @@ from fedllm import crypto
 from fedllm.crypto import Certificate, Identity, PublicIdentity
 from fedllm.errors import CryptoError, FederationError, FolderError
 from fedllm.files import check_private, check_socket, locked, new_folder, read, read_secret, write_secret
-from fedllm.plan import Frozen
+from fedllm.plan import Frozen, SiteName, check_site_name
 from fedllm.provision import (
     MAX_DOCUMENT,
     Grant,
@@ -35,8 +35,6 @@ from fedllm.provision import (
     JoinRequest,
     KeyLine,
     Port,
-    SiteName,
-    check_site_name,
     now,
     read_config,
     same_fingerprint,

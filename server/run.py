@@ -19,7 +19,7 @@ from fedllm.crypto import PublicIdentity
 from fedllm.errors import CheckpointError, ConfigError, FedllmError
 from fedllm.files import LOCK, take
 from fedllm.plan import RunConfig, RunPlan, default_quorum, parse
-from fedllm.privacy.accounting import calibrate, fits
+from fedllm.privacy.accounting import calibrate, overrun
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
@@ -92,7 +92,7 @@ def make_plan(config: RunConfig, names: Sequence[str]) -> RunPlan:
         **{name: part.model_dump() for name, part in parts.items()},
     })  # fmt: skip
     if plan.mechanism.private and config.privacy.noise_multiplier is not None:
-        over = fits([plan.mechanism.event(plan.steps)], privacy.delta, privacy.epsilon, one_plan=True)
+        over = overrun([plan.mechanism.event(plan.steps)], privacy.delta, privacy.epsilon, one_plan=True)
         if over is not None:
             raise ConfigError(
                 f"privacy.noise_multiplier={privacy.noise_multiplier:g}: the plan would cost epsilon {over:.4g}, above "

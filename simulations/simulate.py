@@ -11,7 +11,6 @@ from pathlib import Path
 from flwr.app import Context, RecordDict
 
 from client.app import courier
-from client.site import check_name
 from fedllm.audit.bundle import FOLDER as AUDIT
 from fedllm.audit.bundle import write_audit
 from fedllm.audit.evidence import HEAD_OFFICE, LEDGERS, file_name
@@ -20,7 +19,7 @@ from fedllm.audit.summary import RunSummary
 from fedllm.chain import End, open_entry
 from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, QuorumLost
-from fedllm.plan import RunPlan, SimulationConfig, parse
+from fedllm.plan import RunPlan, SimulationConfig, check_name, parse
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.model import pick_device
 from fedllm.training.workspace import trained, use_threads

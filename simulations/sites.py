@@ -8,7 +8,7 @@ from functools import cache, lru_cache, partial
 from multiprocessing import parent_process
 from pathlib import Path
 
-from client.policy import SitePolicy
+from client.policy import widest
 from client.records import Declared, SiteRecords, load_records
 from client.site import Site
 from client.unfinished import Unfinished
@@ -134,15 +134,11 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
     site = config.site
     # Half of the nominal size at most: this is taken from all sites, and none of them is too small for it by rounding.
     expected_batch = min(config.privacy.sampling_rate, 0.5) * (config.privacy.units_per_site or 0)
-    policy = SitePolicy(
-        epsilon=config.budget(name) if config.privacy.mode != "off" else math.inf,
-        delta=config.privacy.delta,
+    policy = widest(  # in a simulation the sites are the researcher's own, who sees all of their times anyway
+        config.budget(name) if config.privacy.mode != "off" else math.inf,
+        config.privacy.delta,
         unit=config.privacy.unit,
-        min_units=site.min_units if site.min_units is not None else expected_batch,
-        colluding_sites=0,
-        allow_unprotected=True,  # in a simulation the sites are the researcher's own
-        reply_quantum=0.0,  # the simulator sees all of its sites' times anyway
-        self_check=config.privacy.self_check,
+        min_units=site.min_units if site.min_units is not None else max(1, math.ceil(expected_batch)),
     )
     place = folder_of(config, folder) / file_name(name)
     return Site(
@@ -154,6 +150,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         records=data.records(name, config.model),
         micro_batch=site.micro_batch,
         peers=lambda _: roster_of(config, data.names, folder),
+        self_check=config.privacy.self_check,
     )
 
 

@@ -250,6 +250,19 @@ def test_no_handler_catches_everything_unnamed() -> None:
     assert not found
 
 
+def test_an_import_defines_and_does_nothing() -> None:
+    """What a library prints or logs, and what a process is, is set where it is needed, and by who asks for it."""
+    makes = ("fedllm.files", "fedllm.protocol.link_pb2")  # the loader of settings; what protobuf generates
+    found = [
+        f"{module}, line {node.lineno}"
+        for module, tree in sources().items()
+        if module not in (*COMMAND_LINE, *makes)
+        for node in tree.body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    ]
+    assert not found
+
+
 def test_no_code_is_made_from_text() -> None:
     found = [
         f"{module}, line {node.lineno}"

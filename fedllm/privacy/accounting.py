@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from fedllm.errors import ConfigError, PrivacyError, first_line
 
 # dp_accounting is imported where it is used: whoever only carries messages imports this module, and never accounts.
-# It reports, order by order, which Renyi orders it left out; the minimum over the others stays valid.
-logging.getLogger("absl").setLevel(logging.ERROR)
 
 _RDP_ORDERS = tuple(1 + x / 10 for x in range(1, 110)) + tuple(range(12, 64)) + (72, 96, 128, 192, 256, 512)
 _FINEST, _COARSEST = 2.0**-20, 2.0**-6  # grids of the privacy loss
@@ -103,8 +101,8 @@ def _computing() -> Iterator[None]:
         raise PrivacyError(f"the privacy loss cannot be computed: {first_line(error)}") from error
 
 
-def fits(events: Sequence[AccountingEvent], delta: float, budget: float, one_plan: bool) -> float | None:
-    """Return None where `events` cost at most `budget`, or else what they cost: PLD for one plan, RDP for several.
+def overrun(events: Sequence[AccountingEvent], delta: float, budget: float, one_plan: bool) -> float | None:
+    """Return what `events` cost if that is more than `budget`, else None: PLD for one plan, RDP for several.
 
     A plan is fixed before anything is released, so its PLD is a valid filter. A later plan may depend on what earlier
     ones released: see `_adaptive_rdp`. Whether there is a later one may depend on it as well. Divide the transcripts by
@@ -123,7 +121,7 @@ def fits(events: Sequence[AccountingEvent], delta: float, budget: float, one_pla
 
 
 def counted(events: Sequence[AccountingEvent], delta: float, budget: float, one_plan: bool) -> float:
-    """Return the epsilon of `events` that decides whether a `budget` at `delta` admits them; see `fits`."""
+    """Return the epsilon of `events` that decides whether a `budget` at `delta` admits them; see `overrun`."""
     composed = _merged(events)
     with _one_at_a_time, _computing():
         if one_plan or not composed or any(event.noise_multiplier <= 0 for event in composed):
@@ -141,15 +139,13 @@ def _adaptive_rdp(events: Sequence[AccountingEvent], delta: float, budget: float
     is filtered at this order alone, whose hockey-stick divergence at epsilon is at most that part of delta; the
     divergence of the whole is at most the sum of the parts.
     """
-    from dp_accounting.rdp import compute_epsilon
-
     # Of one Gaussian that costs the whole budget the best order is 1 + 2 log(1/delta) / epsilon; subsampling lowers it.
     best = 2 * math.log(1 / delta) / min(max(budget, 0.01), 100.0)
     distance = np.log(np.asarray(_RDP_ORDERS) - 1)
     chosen = sorted({int(np.argmin(np.abs(distance - math.log(best * share)))) for share in (0.15, 0.3, 0.6)})
     total = _summed_rdp(events)
     part = delta / len(chosen)
-    return min(float(compute_epsilon([_RDP_ORDERS[i]], total[i : i + 1], part)[0]) for i in chosen)
+    return min(float(_rdp().compute_epsilon([_RDP_ORDERS[i]], total[i : i + 1], part)[0]) for i in chosen)
 
 
 def deltas(events: Sequence[AccountingEvent], epsilons: Sequence[float], grid: float | None) -> list[float]:
@@ -265,10 +261,16 @@ def _step_pld(sampling_rate: float, noise_multiplier: float, grid: float) -> Any
     )
 
 
-def _epsilon_rdp(events: Sequence[AccountingEvent], delta: float) -> float:
-    from dp_accounting.rdp import compute_epsilon
+def _rdp() -> Any:
+    """Return the library's Renyi accounting; it would report each order left out, and the others stay valid."""
+    from dp_accounting import rdp
 
-    return float(compute_epsilon(_RDP_ORDERS, _summed_rdp(events), delta)[0])
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return rdp
+
+
+def _epsilon_rdp(events: Sequence[AccountingEvent], delta: float) -> float:
+    return float(_rdp().compute_epsilon(_RDP_ORDERS, _summed_rdp(events), delta)[0])
 
 
 def _summed_rdp(events: Sequence[AccountingEvent]) -> NDArray[np.float64]:
@@ -283,9 +285,8 @@ def _summed_rdp(events: Sequence[AccountingEvent]) -> NDArray[np.float64]:
 def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float64]:
     """Return the Renyi divergence of one step at every order, add-or-remove-one."""
     from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
-    from dp_accounting.rdp import RdpAccountant
 
-    accountant = RdpAccountant(orders=_RDP_ORDERS, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant = _rdp().RdpAccountant(orders=_RDP_ORDERS, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
     if noise_multiplier < _NO_NOISE:
         return np.full(len(_RDP_ORDERS), np.inf)
     with np.errstate(all="ignore"):  # with little noise it is infinite, or not a number, at some orders

@@ -8,11 +8,30 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel, Field, field_validator
+
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _COUNT = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _CORRECTION = 3600.0  # seconds by which a clock may be put right
 _OFF = 3 * 86_400.0  # seconds that a machine may have been off, or not been looked at before it was started anew
 SHORTEST_PERIOD = 7.0  # days: what a start with the clock ahead may free, three days' worth, is less than half of it
+
+
+class Period(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
+    """What may be spent in any `days` at a stretch, beside the whole budget."""
+
+    days: float = Field(gt=0, le=36_500)
+    epsilon: float = Field(gt=0)
+
+    @field_validator("days")
+    @classmethod
+    def _long_enough(cls, days: float) -> float:
+        if days < SHORTEST_PERIOD:
+            raise ValueError(
+                f"expected at least {SHORTEST_PERIOD:g} days, found {days:g}: a machine may be off for three, so that "
+                "a start with the clock ahead could free all that a shorter period has spent"
+            )
+        return days
 
 
 @dataclass(frozen=True)

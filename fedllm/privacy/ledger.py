@@ -38,8 +38,8 @@ from fedllm.canonical import canonical
 from fedllm.chain import End, Head, close_export, make_entry, open_entry, read_chain
 from fedllm.crypto import Identity, PublicIdentity, random_bytes
 from fedllm.errors import BudgetExceeded, ChainError, CryptoError, LedgerError, PrivacyError
-from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, fits, spent
-from fedllm.privacy.elapsed import Evidence, Moment, this_moment
+from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, overrun, spent
+from fedllm.privacy.elapsed import Evidence, Moment, Period, this_moment
 from fedllm.privacy.ledger_place import (
     BEFORE,
     SITE,
@@ -116,14 +116,6 @@ def fingerprint(members: Iterable[bytes]) -> DataSet:
     The order does not matter. Hashes stay in the site's ledger, which protects them as it protects the records.
     """
     return frozenset(hashlib.sha256(member).digest()[:_HASH] for member in members)
-
-
-@dataclass(frozen=True)
-class Period:
-    """What may be spent in any `days` at a stretch, beside the whole budget."""
-
-    days: float
-    epsilon: float
 
 
 @dataclass(frozen=True)
@@ -581,12 +573,12 @@ class PrivacyLedger:
                 "before: fedllm ledger clock"
             )
         try:
-            over = fits([*_summed(db, self.account), event], self.delta, self.epsilon, len(plans) == 1)
+            over = overrun([*_summed(db, self.account), event], self.delta, self.epsilon, len(plans) == 1)
             recent = None
             if self._period is not None:  # several plans may lie in it, so RDP decides
                 since = _now(db) - self._period.days * _DAY
                 events = [*_summed(db, self.account, since), event]
-                recent = fits(events, self.delta, self._period.epsilon, one_plan=False)
+                recent = overrun(events, self.delta, self._period.epsilon, one_plan=False)
         except PrivacyError as error:
             raise LedgerError(f"the privacy ledger {self.file.path} cannot be added up: {error}") from None
         if over is not None:

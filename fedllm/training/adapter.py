@@ -20,10 +20,10 @@ from fedllm.delta import AdapterSpec, TensorSpec
 from fedllm.errors import ModelError, first_line
 from fedllm.plan import AdapterConfig, ModelConfig
 from fedllm.training.model import BaseModel, load_base, pick_dtype
+from fedllm.training.precision import SAME_LOGITS
 
 _KEPT = "The run's checkpoint holds the right values. Is peft the version of constraints.txt, and the disk sound?"
 _RELOAD = 1 << 30  # bytes of a base that may be loaded a second time
-_SAME = {torch.float32: 1e-5, torch.bfloat16: 0.05}  # relative L2 distance of logits that are computed twice
 
 
 class AdapterModel:
@@ -126,7 +126,7 @@ def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32]
                 adapter.load(before)
         saved = fresh(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
     apart = float((saved - trained).norm() / trained.norm().clamp(min=1e-30))
-    if not apart <= _SAME[dtype]:
+    if not apart <= SAME_LOGITS[dtype]:
         raise ModelError(
             f"the adapter saved in {folder} is not the one that was trained: its logits are {apart:.3g} of their size "
             f"away. {_KEPT}"

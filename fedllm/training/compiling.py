@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fedllm.errors import ModelError, first_line
 from fedllm.training.data import IGNORE, Batch
+from fedllm.training.precision import SAME_COMPILED
 
 _PAYS_FROM = {"cpu": 4e12, "cuda": 4e14}  # parameters x tokens; cpu: twice what docs/benchmarks.md has
 # In bfloat16 on the CPU, attention written out and compiled with its block beats SDPA, .79 to .88 of a step at 32 to
 # 512 tokens. It holds scores of all pairs of tokens, so the longest are left to SDPA.
 _SHORT = 256  # tokens
 _VARIANTS = 64  # compiled versions of a block that a process may hold: masks, kinds of layers, models
-_CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # relative L2 distance of a compiled gradient, by base type
 _Forward = Callable[..., Any]
 
 
@@ -91,7 +91,7 @@ class Blocks:
             self._compiled = []
             raise ModelError(f"model.compile: it failed ({first_line(error)}). Set model.compile=off.") from error
         apart = max(map(_apart, found, expected))
-        if not apart <= _CLOSE[base.dtype]:
+        if not apart <= SAME_COMPILED[base.dtype]:
             self._compiled = []
             raise ModelError(
                 f"model.compile: compiled gradients are {apart:.2g} of their length away from what they should be. "

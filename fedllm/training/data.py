@@ -31,8 +31,6 @@ from fedllm.errors import ConfigError, DataError, first_line
 from fedllm.plan import ModelConfig, TextConfig
 from fedllm.training.sources import resolve
 
-datasets.disable_progress_bars()
-
 IGNORE = -100  # label of a position that carries no loss (the convention of torch and transformers)
 _FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 

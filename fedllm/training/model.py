@@ -27,8 +27,6 @@ from fedllm.errors import ConfigError, ModelError
 from fedllm.plan import ModelConfig
 from fedllm.training.sources import resolve
 
-transformers_logging.disable_progress_bar()
-
 _UNLIMITED = 1 << 31
 _FILES = ("*.json", "*.safetensors", "*.bin")  # settings, weights, tokenizer: what a model is loaded from
 _PAYS_IN_BFLOAT16 = 20_000_000  # parameters; an estimate
@@ -183,14 +181,17 @@ def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> Any:
 
     transformers would make them up at random, and says so in a table that it also prints for every new head.
     """
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         model, found = kind.from_pretrained(
             source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, **options
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
     lacking = sorted(found["missing_keys"])
     if kind is not AutoModelForCausalLM:  # a pooler is part of a head: encoders without one are common
         inner = f"{model.base_model_prefix}." if kind is AutoModelForSequenceClassification else ""

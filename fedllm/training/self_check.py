@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedllm.delta import digest_of
+from fedllm.canonical import digest_of
 from fedllm.errors import Cancelled, PrivacyError
 from fedllm.plan import RunPlan
-from fedllm.privacy.accounting import AccountingEvent, fits
+from fedllm.privacy.accounting import AccountingEvent, overrun
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness, SeededRandomness, normals, uniforms
 from fedllm.privacy.shared import SharedMechanism
@@ -32,9 +32,8 @@ from fedllm.training import engine, trainer
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import IGNORE, Record, Unit
 from fedllm.training.engine import Engine
+from fedllm.training.precision import SAME_SUM
 
-_FLOAT32 = 1e-5  # relative L2 distance of two honest computations of one sum, base in float32
-_BFLOAT16 = 0.1  # the same where the base computes in bfloat16: 8 bits of mantissa, through all layers
 _ROUNDED = 0.05  # share of the clip norm that rounding to quanta may take, and some more
 _TAIL = math.log(1e9 * 2 * 100)  # -log of the chance of one tail of one comparison; fewer than 100 beside loops
 _DRAWS = 1 << 16  # of noise, at the least: its deviation is known to 2 percent then
@@ -127,7 +126,7 @@ class Subject:
     def bound(self) -> float:
         """Relative distance at which two computations of one sum still agree."""
         wide = all(p.dtype == torch.float32 for p in self.adapter.model.parameters())
-        return _FLOAT32 if wide else _BFLOAT16
+        return SAME_SUM[torch.float32 if wide else torch.bfloat16]
 
     @cached_property
     def start(self) -> NDArray[np.float32]:
@@ -471,7 +470,7 @@ def charge_is_the_mechanism(s: Subject) -> str:
         return f"a round is charged as {charged}, and is {true}"
     if plan.steps != rounds * steps:
         return f"the plan counts {plan.steps} steps, and has {rounds} rounds of {steps}"
-    over = fits([true] * rounds if rounds < 100 else [replace(true, steps=rounds * steps)], privacy.delta,
+    over = overrun([true] * rounds if rounds < 100 else [replace(true, steps=rounds * steps)], privacy.delta,
                 privacy.epsilon, one_plan=True)  # fmt: skip
     return "" if over is None else f"the whole plan costs epsilon {over:.4g}, and promises {privacy.epsilon:g}"
 

@@ -11,7 +11,8 @@ from client.service import read_data_set
 from fedllm.cli import app
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent
-from fedllm.privacy.ledger import Period, PrivacyLedger
+from fedllm.privacy.elapsed import Period
+from fedllm.privacy.ledger import PrivacyLedger
 from tests.fedllm.privacy.budgets import for_several_plans
 
 DELTA = 1e-5

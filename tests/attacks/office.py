@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 import client.site
 import fedllm.privacy.ledger
-from client.policy import SitePolicy
+from client.policy import widest
 from client.records import Declared, SiteRecords, load_records
 from client.site import Site
 from fedllm import codec
@@ -59,6 +59,7 @@ class Victim:
     policy: Mapping[str, Any] = field(default_factory=dict)
     template: str | None = None  # of chat
     open_workspace: Callable[[RunPlan], Workspace] | None = None
+    self_check: bool = False
     records: SiteRecords = field(init=False)
     site: Site = field(init=False)
 
@@ -69,13 +70,12 @@ class Victim:
         reader = Reader(tokenizer, found.positions, found.vocabulary, found.digest)
         self.records = load_records(self.rows, self.text, "who", self.declared, {str(self.base): reader})
         limits = {
-            "epsilon": 8.0, "delta": 1e-3, "min_units": 1.0, "unit": self.declared.unit, "self_check": False,
-            **self.policy,
+            "epsilon": 8.0, "delta": 1e-3, "unit": self.declared.unit, "allow_unprotected": False, **self.policy,
         }  # fmt: skip
         place = LedgerPlace(self.folder / "ledger.db", self.folder / "ledger.anchor")
         self.site = Site(
-            "victim", SitePolicy(**limits), place, lambda: IDENTITY,
-            self.open_workspace or workspace, self.records, 8, self._peers,
+            "victim", widest(**limits), place, lambda: IDENTITY,
+            self.open_workspace or workspace, self.records, 8, self._peers, self.self_check,
         )  # fmt: skip
 
     @staticmethod

@@ -4,14 +4,14 @@ Stopped by the owner's limits in site.yaml, with defaults for those who name non
 looked at, and with one code for all of them.
 """
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from client.office import Policy
+from client.policy import SitePolicy, widest
 from fedllm.errors import PrivacyError
 from fedllm.messages import Declined, RoundBegun, TrainRequest
 from fedllm.plan import RunPlan, parse
@@ -20,7 +20,7 @@ from fedllm.training.engine import clip_and_sum
 from tests.bug_zoo.invariants import plan_of
 from tests.client.test_site import NAME, Office, read
 
-DEFAULTS = Policy(epsilon=8.0).limits
+DEFAULTS = SitePolicy(epsilon=8.0)
 # what is asked for: where in a plan, the most (or least) that an owner who names no limit permits, and a little beyond
 BEYOND: dict[str, tuple[str, Any, Any]] = {
     "privacy.delta": ("delta", 1e-5, 1.1e-5),
@@ -64,13 +64,21 @@ def test_a_plan_at_every_limit_is_admitted_and_beyond_any_of_them_declined(
 @pytest.mark.parametrize("key", [key for key in BEYOND if key != "privacy.unit"])
 def test_an_owner_may_set_every_limit(tiny_llama: Path, key: str) -> None:
     name, _, beyond = BEYOND[key]
-    wider = parse(Policy, json.loads(json.dumps({"epsilon": 8.0, name: beyond}))).limits
+    wider = parse(SitePolicy, {"epsilon": 8.0, name: beyond})
     wider.admit(asking(tiny_llama, {key: beyond}))
+
+
+@pytest.mark.parametrize("key", BEYOND)
+def test_the_widest_policy_has_no_limit_but_its_own(tiny_llama: Path, key: str) -> None:
+    plan = asking(tiny_llama, {key: BEYOND[key][2]})
+    widest(math.inf, 1e-3, unit=plan.privacy.unit).admit(plan)
+    with pytest.raises(PrivacyError, match=r"privacy\.delta"):
+        widest(math.inf, 1e-6, unit=plan.privacy.unit).admit(plan)
 
 
 @pytest.mark.parametrize(("own", "planned"), [("record", "person"), ("person", "record")])
 def test_the_unit_of_a_plan_is_that_of_the_office_in_both_directions(tiny_llama: Path, own: str, planned: str) -> None:
-    policy = parse(Policy, {"epsilon": 8.0, "unit": own}).limits
+    policy = parse(SitePolicy, {"epsilon": 8.0, "unit": own})
     policy.admit(asking(tiny_llama, {"privacy.unit": own}))
     with pytest.raises(PrivacyError, match=f"privacy.unit={planned}"):
         policy.admit(asking(tiny_llama, {"privacy.unit": planned}))

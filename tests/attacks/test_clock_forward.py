@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 import fedllm.privacy.ledger
 from client.doctor import check
 from fedllm.errors import BudgetExceeded, ConfigError, LedgerError
-from fedllm.privacy.elapsed import SHORTEST_PERIOD, Evidence, Moment, this_moment
-from fedllm.privacy.ledger import Period
+from fedllm.privacy.elapsed import SHORTEST_PERIOD, Evidence, Moment, Period, this_moment
 from tests.attacks.ledgers import DELTA, EVENT, Branch
 from tests.fedllm.privacy.budgets import for_several_plans
 
 DAY = 86_400.0
-PERIOD = Period(30, for_several_plans([EVENT], DELTA))  # one round in 30 days
+PERIOD = Period(days=30, epsilon=for_several_plans([EVENT], DELTA))  # one round in 30 days
 ID = "0f0e"
 
 

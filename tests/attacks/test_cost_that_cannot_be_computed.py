@@ -10,7 +10,7 @@ import pytest
 from fedllm.errors import PrivacyError
 from fedllm.messages import Declined, TrainReply
 from fedllm.privacy import accounting
-from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, counted, fits, spent
+from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, counted, overrun, spent
 from fedllm.privacy.ledger import LedgerFile
 from tests.bug_zoo.invariants import plan_of
 from tests.client.test_site import Office
@@ -24,7 +24,7 @@ def test_a_step_that_costs_nearly_nothing_has_a_cost(rate: float, noise: float, 
     events = [AccountingEvent(rate, noise, steps)]
     cost = spent(events, 1e-5)
     assert 0 <= cost.epsilon <= cost.epsilon_rdp < 1
-    assert fits(events, 1e-5, 1.0, one_plan=True) is None
+    assert overrun(events, 1e-5, 1.0, one_plan=True) is None
     assert counted(events, 1e-5, 1.0, one_plan=False) < 1
 
 

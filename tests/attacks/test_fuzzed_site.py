@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ import client.site
 import fedllm.crypto
 import fedllm.privacy.ledger
 import fedllm.training.engine
-from client.office import Policy
+from client.policy import SitePolicy
 from client.records import SiteRecords
 from client.site import Site
 from fedllm import secagg
@@ -357,16 +357,16 @@ class Twins:
         """End both processes and begin them again: what is on disk is left."""
         kind, trouble = self.world
         text, declared = KINDS[kind]
-        policy = Policy(
+        policy = SitePolicy(
             epsilon=self._epsilon, unit=declared.unit, reply_quantum=0.0,
             peers={name: identity.public.fingerprint for name, identity in PEERS.items()},
         )  # fmt: skip
         self.victims, self.watched = [], []
         for folder, rows in zip(self._folders, (ROWS, [*ROWS, TROUBLE[trouble]]), strict=True):
-            limits = {**asdict(policy.limits), "self_check": self._self_check}
             template = TEMPLATE if kind == "chat" else None
             victim = Peer(
-                folder, self._base, rows, text, replace(declared, size=100), limits, template, self.workspace
+                folder, self._base, rows, text, replace(declared, size=100), policy.model_dump(), template,
+                self.workspace, self._self_check,
             )  # fmt: skip
             watched = Watched(victim.records, victim.folder / "ledger.db", self.draws)
             victim.site._records = watched

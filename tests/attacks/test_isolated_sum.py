@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from client.policy import SitePolicy
+from client.policy import widest
 from client.site import Site
 from fedllm import secagg, shamir
 from fedllm.crypto import AgreementKey, Identity, PublicIdentity
@@ -260,11 +260,11 @@ class Offices:
 
     def start(self, name: str) -> None:
         """Start a site's process, again."""
-        policy = SitePolicy(epsilon=1e6, delta=1e-3, min_units=1.0, self_check=False)
+        policy = widest(1e6, 1e-3, allow_unprotected=False)
         identity = self.identities[name]
         self.sites[name] = Site(
             name, policy, self.ledgers[name], lambda: identity, lambda _: self.workspace, Loader(), 8,
-            lambda _: self.roster,
+            lambda _: self.roster, self_check=False,
         )  # fmt: skip
 
     def begin(self) -> None:

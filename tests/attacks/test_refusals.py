@@ -109,7 +109,7 @@ QUESTIONS: dict[str, tuple[Ask, dict[str, Any], str]] = {
     "budget": (lambda v, p: v.prepare(p), {"epsilon": 0.01}, "budget"),
     "budget when training": (lambda v, p: v.train(p), {"epsilon": 0.01}, "budget"),
     "no noise": (changed(privacy={"mode": "off", "noise_multiplier": None}), {}, "policy"),
-    "too few units": (lambda v, p: v.prepare(p), {"min_units": 13.0}, "data"),
+    "too few units": (lambda v, p: v.prepare(p), {"min_units": 13}, "data"),
     "other labels": (
         lambda v, p: v.prepare(with_(p, model={"task": "classification", "labels": ("a", "b")})), {}, "data",
     ),

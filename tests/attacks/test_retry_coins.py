@@ -15,7 +15,7 @@ import client.site
 from fedllm.crypto import Identity
 from fedllm.errors import BudgetExceeded, Cancelled, CryptoError
 from fedllm.messages import TrainReply
-from fedllm.privacy.accounting import fits
+from fedllm.privacy.accounting import overrun
 from fedllm.privacy.ledger import PrivacyLedger
 from tests.attacks.ledgers import BUDGET, DELTA, EVENT, ROUNDS, Branch
 from tests.bug_zoo.invariants import office_of
@@ -29,7 +29,7 @@ def sealed(path: Path) -> list[bytes | None]:
 
 def test_a_retry_has_the_same_coins_and_a_second_one_pays_for_new_ones(branch: Branch) -> None:
     most = ROUNDS
-    while fits([EVENT] * (most + 1), DELTA, BUDGET, one_plan=True) is None:
+    while overrun([EVENT] * (most + 1), DELTA, BUDGET, one_plan=True) is None:
         most += 1
     given = [branch.open().reserve("first", 1, "request", EVENT).coins for _ in range(2 * most)]
     assert [len(coins) for coins in given] == [32] * 2 * most

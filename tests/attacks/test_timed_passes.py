@@ -13,8 +13,7 @@ import pytest
 
 import client.site
 import fedllm.privacy.ledger
-from client.office import Policy
-from client.policy import SitePolicy
+from client.policy import SitePolicy, widest
 from client.records import Declared
 from fedllm.errors import Cancelled
 from fedllm.messages import TrainReply
@@ -146,7 +145,7 @@ def test_nothing_that_is_signed_says_when_training_ended(
 
 # ---- readings that are paid for --------------------------------------------------------------------------------------
 
-DEFAULTS = Policy(epsilon=8.0).limits
+DEFAULTS = SitePolicy(epsilon=8.0)
 RATE = DEFAULTS.max_sampling_rate
 
 
@@ -194,7 +193,7 @@ def test_what_all_readings_of_a_budget_tell_of_the_number_of_units() -> None:
 
 def test_with_record_seconds_every_answer_leaves_after_one_quantum(tiny_llama: Path) -> None:
     """Whatever a plan asks for, and with twice as many units as their owner has declared."""
-    policy = SitePolicy(8.0, 1e-3, 1.0, reply_quantum=0.5, record_seconds=0.01)
+    policy = widest(8.0, 1e-3, reply_quantum=0.5, record_seconds=0.01)
     for rate, steps, unit in ((0.5, 1, "record"), (1e-4, 100, "record"), (0.05, 7, "person"), (1.0, 1, "record")):
         privacy = {"sampling_rate": rate, "unit": unit, "records_per_person": 4, "delta": 1e-5}
         plan = plan_of(tiny_llama, privacy=privacy, training={"local_steps": steps})

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,16 +23,18 @@ from typer.testing import CliRunner, Result
 
 from client import office
 from client.doctor import check
-from client.office import Office, init_office, install, needs_fingerprint, retire, rotate
+from client.office import Declaration, Office, SiteFile, init_office, install, needs_fingerprint, retire, rotate
 from client.records import Declared
 from client.service import open_site
 from fedllm import cli_deploy, crypto, files
+from fedllm.canonical import digest_of
 from fedllm.chain import open_entry
 from fedllm.crypto import Identity, sign_document
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError
-from fedllm.plan import ModelConfig, PrivacyConfig
+from fedllm.plan import ModelConfig, PrivacyConfig, parse
 from fedllm.privacy.accounting import AccountingEvent
-from fedllm.privacy.ledger import Period, PrivacyLedger
+from fedllm.privacy.elapsed import Period
+from fedllm.privacy.ledger import PrivacyLedger
 from fedllm.provision import Grant
 from server import federation
 
@@ -615,6 +618,19 @@ def test_a_dry_run_signs_what_it_found_to_hold_and_a_site_starts_with_nothing_el
             open_site(Office.open(ready))
 
 
+def test_what_a_declaration_signs_is_what_earlier_versions_signed() -> None:
+    settings = parse(SiteFile, {
+        "name": "a", "data": {"train": "r.jsonl", "text": "{t}", "prompt": "{q}\n", "size": 10, "unit": "who"},
+        "policy": {"epsilon": 8.0}, "models": {"m": "/m"},
+    })  # fmt: skip
+    made = Declaration(
+        site="a", data=settings.data, unit="record", models=settings.models, tokenizers={"m": "0" * 64},
+        files={"m": "1" * 64}, made_at=datetime(2026, 1, 1, tzinfo=UTC),
+    )  # fmt: skip
+    signed = digest_of(made.model_dump(mode="json"))
+    assert signed == "9bd8e4e2e775a48410315e3c4d6192b72e8b05b87d5a488e021c9fe705da20a9"
+
+
 def test_a_declaration_is_the_offices_own(ready: Path) -> None:
     assert wrong(ready) == []
     written, made = json.loads((ready / "declaration.json").read_text("utf-8")), Office.open(ready).declaration
@@ -792,7 +808,7 @@ def test_every_limit_of_site_yaml_reaches_the_policy(folder: Path) -> None:
         "policy.train": ["B"], "policy.modes": ["local"], "policy.min_sites": 3,
     })  # fmt: skip
     policy = Office.open(folder).policy
-    assert (policy.run_epsilon, policy.period, policy.max_rank) == (4.0, Period(90, 3.0), 16)
+    assert (policy.run_epsilon, policy.period, policy.max_rank) == (4.0, Period(days=90, epsilon=3.0), 16)
     assert (policy.train, policy.modes, policy.min_sites) == (("B",), ("local",), 3)
 
 

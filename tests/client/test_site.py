@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import client.site
-from client.policy import SitePolicy
+from client.policy import widest
 from client.records import Declared
 from client.site import Site
 from client.unfinished import Unfinished
@@ -41,7 +41,8 @@ from fedllm.messages import (
 )
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent, spent
-from fedllm.privacy.ledger import LedgerFile, Period, PrivacyLedger, fingerprint
+from fedllm.privacy.elapsed import Period
+from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, fingerprint
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.statement import Statement, open_statement, update_digest
@@ -90,8 +91,8 @@ class Office:
         self.loader: Loader = changes.pop("loader", None) or Loader(changes.pop("units", 24))
         self.ledger_path = folder / "ledger.db"
         self.ledger = LedgerPlace(self.ledger_path, folder / "keys" / "ledger.anchor")
-        limits = {"epsilon": 8.0, "delta": 1e-3, "min_units": 1.0, **changes}
-        self.policy = SitePolicy(**limits)
+        self.self_check = changes.pop("self_check", True)
+        self.policy = widest(**{"epsilon": 8.0, "delta": 1e-3, "allow_unprotected": False, **changes})
         self.loader.declared = replace(self.loader.declared, unit=self.policy.unit)
         self.site = self.restart()
 
@@ -101,7 +102,9 @@ class Office:
         return self.site
 
     def make(self, workspace: Callable[[RunPlan], Workspace]) -> Site:
-        return Site(NAME, self.policy, self.ledger, lambda: IDENTITY, workspace, self.loader, 8)
+        return Site(
+            NAME, self.policy, self.ledger, lambda: IDENTITY, workspace, self.loader, 8, self_check=self.self_check
+        )
 
     def workspace(self) -> Workspace:
         return open_workspace(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
@@ -257,7 +260,7 @@ def test_a_round_gives_an_update_of_the_planned_form(office: Office) -> None:
 def test_a_name_that_no_message_can_carry_is_refused_when_the_site_is_made(tmp_path: Path, name: str) -> None:
     place = LedgerPlace(tmp_path / "ledger.db", tmp_path / "ledger.anchor")
     with pytest.raises(ConfigError, match="name"):
-        Site(name, SitePolicy(1.0, 1e-5, 1), place, lambda: IDENTITY, None, Loader(), 8)  # type: ignore[arg-type]
+        Site(name, widest(1.0, 1e-5), place, lambda: IDENTITY, None, Loader(), 8)  # type: ignore[arg-type]
 
 
 # ---- what the site permits ------------------------------------------------------------------------------------------
@@ -378,18 +381,18 @@ def test_the_budget_ends_a_run_in_the_round_that_would_exceed_it(tmp_path: Path,
 @pytest.mark.parametrize("step", ["prepare", "train"])
 @pytest.mark.parametrize(
     ("units", "least"),
-    [(0, 0.0), (0, 1.0), (5, 6.0), (11, 0.5 * 24)],
-    ids=["empty site", "empty site, limit 1", "too few", "less than one expected batch"],
+    [(0, 1), (5, 6), (11, 12)],
+    ids=["empty site", "too few", "less than one expected batch"],
 )
 def test_too_few_declared_units_are_declined_however_many_there_are(
-    tmp_path: Path, make_plan: MakePlan, units: int, least: float, step: str
+    tmp_path: Path, make_plan: MakePlan, units: int, least: int, step: str
 ) -> None:
     office = Office(tmp_path, make_plan(), loader=Loader(1000, declared=units), min_units=least)
     assert reason(office.prepare() if step == "prepare" else office.train()) == "data"
 
 
 def test_enough_declared_units_are_not_declined_however_few_there_are(tmp_path: Path, make_plan: MakePlan) -> None:
-    office = Office(tmp_path, make_plan(), loader=Loader(0, declared=12), min_units=12.0)
+    office = Office(tmp_path, make_plan(), loader=Loader(0, declared=12), min_units=12)
     assert isinstance(office.prepare(), Ready)
     assert isinstance(office.train(), TrainReply)
 

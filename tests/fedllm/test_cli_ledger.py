@@ -14,7 +14,8 @@ from fedllm.cli import app
 from fedllm.errors import ChainError, FedllmError
 from fedllm.plan import RunPlan, parse
 from fedllm.privacy.accounting import AccountingEvent, counted
-from fedllm.privacy.ledger import Period, PrivacyLedger
+from fedllm.privacy.elapsed import Period
+from fedllm.privacy.ledger import PrivacyLedger
 from tests.fedllm.privacy.budgets import for_several_plans
 
 EVENT = AccountingEvent(0.5, 1.5, 2)
@@ -197,7 +198,7 @@ def test_a_forecast_counts_what_the_period_admits(home: Path, tmp_path: Path) ->
     (home / "site.yaml").write_text(written, "utf-8")
     said = run("ledger", "forecast", file, "--home", home)
     assert f"rounds that fit now, with at most {limit:g} in 30 days: 3 of 9" in said
-    ledger = open_ledger(home, Period(30, limit))
+    ledger = open_ledger(home, Period(days=30, epsilon=limit))
     ledger.reserve("first", 1, "request", EVENT)
     assert "in 30 days: 2 of 9" in run("ledger", "forecast", file, "--home", home)
     for round_ in (1, 2):

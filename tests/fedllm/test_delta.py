@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.delta import AdapterSpec, TensorSpec, digest_of
+from fedllm.canonical import digest_of
+from fedllm.delta import AdapterSpec, TensorSpec
 from fedllm.errors import MessageError, SpecMismatch
 
 SPEC = AdapterSpec(

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from fedllm import crypto, files
 from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, CryptoError, FolderError
-from fedllm.provision import Grant, JoinRequest, check_host, check_site_name, now, same_fingerprint
+from fedllm.plan import check_site_name
+from fedllm.provision import Grant, JoinRequest, check_host, now, same_fingerprint
 
 SITE, OLD_SITE, OFFICE, NEW_OFFICE = (Identity.generate() for _ in range(4))
 LINK_KEY, SERVING_KEY = (crypto.key_line(crypto.make_key()) for _ in range(2))

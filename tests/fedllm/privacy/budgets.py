@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fedllm.privacy.accounting import AccountingEvent, fits, spent
+from fedllm.privacy.accounting import AccountingEvent, overrun, spent
 
 
 def for_several_plans(events: Sequence[AccountingEvent], delta: float) -> float:
@@ -10,5 +10,5 @@ def for_several_plans(events: Sequence[AccountingEvent], delta: float) -> float:
     low, high = 0.0, 3 * spent(events, delta).epsilon_rdp
     while high > low * (1 + 1e-6):
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(events, delta, middle, one_plan=False) is not None else (low, middle)
+        low, high = (low, middle) if overrun(events, delta, middle, one_plan=False) is None else (middle, high)
     return high

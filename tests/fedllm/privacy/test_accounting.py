@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
 
 from fedllm.errors import ConfigError, FedllmError
-from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, calibrate, fits, grid_of, spent
+from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, calibrate, grid_of, overrun, spent
 from tests.conftest import SOAK
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[2] / "vectors" / "accounting.json").read_text("utf-8"))
@@ -210,11 +210,11 @@ def test_plans_that_may_depend_on_each_other_are_gated_by_orders_fixed_beforehan
     budget: float, q: float, noise: float
 ) -> None:
     """The gate never admits more than RDP over all orders would, and costs at most as much again."""
-    admitted = [n for n in range(1, 400, 7) if fits([AccountingEvent(q, noise, n)], DELTA, budget, False) is None]
+    admitted = [n for n in range(1, 400, 7) if overrun([AccountingEvent(q, noise, n)], DELTA, budget, False) is None]
     freely = [n for n in range(1, 400, 7) if spent([AccountingEvent(q, noise, n)], DELTA).epsilon_rdp <= budget]
     assert set(admitted) <= set(freely)
     for n in freely:
-        cost = fits([AccountingEvent(q, noise, n)], DELTA, budget, one_plan=False)
+        cost = overrun([AccountingEvent(q, noise, n)], DELTA, budget, one_plan=False)
         assert cost is None or cost <= 2 * budget
 
 
@@ -227,7 +227,7 @@ def test_the_gate_of_dependent_plans_is_the_filter_of_one_order_at_its_part_of_d
         alpha = round(1 + best * share, 1)
         rdp = event.steps * alpha / (2 * event.noise_multiplier**2)
         bounds.append(rdp + math.log1p(-1 / alpha) - math.log(DELTA / 3 * alpha) / (alpha - 1))
-    assert fits([event], DELTA, budget, one_plan=False) == pytest.approx(min(bounds), rel=0.02)
+    assert overrun([event], DELTA, budget, one_plan=False) == pytest.approx(min(bounds), rel=0.02)
 
 
 @pytest.mark.parametrize(("noise", "steps"), [(100.0, 1_000_000), (1_000.0, 1_000_000)])

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from fedllm.crypto import Identity
 from fedllm.errors import BudgetExceeded, FedllmError, LedgerError
-from fedllm.privacy.accounting import AccountingEvent, fits, spent
+from fedllm.privacy.accounting import AccountingEvent, overrun, spent
 from fedllm.privacy.ledger import PrivacyLedger, Reservation
 from fedllm.privacy.ledger_place import LedgerPlace
 from tests.fedllm.privacy.budgets import for_several_plans
@@ -97,7 +97,7 @@ def test_the_budget_is_one_for_all_runs(path: Path) -> None:
     ledger = open_ledger(path, epsilon=BUDGET_RDP)
     for number in range(AFFORDABLE):
         ledger.reserve(f"run {number}", 1, "request", EVENT)
-    assert ledger.spent().epsilon_rdp < BUDGET_RDP  # the gate is a little stricter: see accounting.fits
+    assert ledger.spent().epsilon_rdp < BUDGET_RDP  # the gate is a little stricter: see accounting.overrun
     with pytest.raises(BudgetExceeded):
         ledger.reserve("another run", 1, "request", EVENT)
     with pytest.raises(BudgetExceeded):
@@ -231,7 +231,7 @@ def test_any_sequence_of_requests_keeps_the_books(operations: list[tuple[str, st
                     reservation = ledger.reserve(run, round_, request, EVENT)
                 except BudgetExceeded:
                     one_plan = {known for known, _ in requests} <= {run}
-                    assert fits([EVENT] * (charged + 1), DELTA, BUDGET, one_plan) is not None
+                    assert overrun([EVENT] * (charged + 1), DELTA, BUDGET, one_plan) is not None
                 except LedgerError:
                     assert requests[key] != request or key in released
                 else:
