@@ -43,10 +43,21 @@ from fedllm.plan import MAX_START, FederationConfig, RunPlan, parse
 from fedllm.privacy.accounting import spent
 from fedllm.statement import Statement, open_statement, roster_digest, sign_statement, update_digest
 from fedllm.training.server_optimizer import ServerOptimizer
+from server.channel import PlainChannel
 from server.checkpoint import load_checkpoint
 from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord, adapter_digest
-from server.rounds import CHECKPOINT, METRICS, Coordinator, Event, Phase, RoundRecord, RoundStarted, SiteAnswered
+from server.rounds import (
+    CHECKPOINT,
+    METRICS,
+    Coordinator,
+    Event,
+    Phase,
+    PublicModel,
+    RoundRecord,
+    RoundStarted,
+    SiteAnswered,
+)
 
 DIMENSION = 12
 SPEC = AdapterSpec("base", "frozen", 2.0, (TensorSpec("a", (4, 2)), TensorSpec("b", (4,))))
@@ -230,20 +241,20 @@ class Federation:
         return self.heads.read()
 
     def coordinator(self, observe: Callable[[Event], None] | None = None) -> Coordinator:
-        return Coordinator(
-            self.plan, self.config, SPEC, START, self.folder, score, observe or self.events.append, len(self.sites),
-            RunRecord(self.folder / RECORD_FILE, HEAD_OFFICE, {"jeju": "its identity"}), self.heads,
-        )  # fmt: skip
+        channel = PlainChannel(self.grid, self.config.round_timeout, len(self.sites))
+        record = RunRecord(self.folder / RECORD_FILE, HEAD_OFFICE, {"jeju": "its identity"})
+        model = PublicModel(SPEC, START, score)
+        return Coordinator(self.plan, self.config, model, channel, record, observe or self.events.append, self.heads)
 
     def run(self) -> Coordinator:
         coordinator = self.coordinator()
-        coordinator.run(self.grid)
+        coordinator.run()
         return coordinator
 
     def resume(self) -> Coordinator:
         coordinator = self.coordinator()
         coordinator.resume()
-        coordinator.run(self.grid)
+        coordinator.run()
         return coordinator
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -315,7 +326,7 @@ def test_every_round_is_on_disk_before_it_is_announced(federation: Federation) -
             assert federation.metrics()[-1]["round"] == event.round
             seen.append(event.round)
 
-    federation.coordinator(observe).run(federation.grid)
+    federation.coordinator(observe).run()
     assert seen == [0, 1, 2, 3, 4]
 
 
@@ -468,7 +479,7 @@ def test_too_many_misbehaving_sites_end_the_run_with_everything_on_disk(
         federation.sites[name].spoil = lambda reply: spoil(reply) if reply.round == 3 else reply.to_bytes()
     coordinator = federation.coordinator()
     with pytest.raises(QuorumLost, match=r"round 3.*quorum=2") as caught:
-        coordinator.run(federation.grid)
+        coordinator.run()
     assert "jeju" in str(caught.value)
     assert "busan" in str(caught.value)
     assert [line["round"] for line in federation.metrics()] == [0, 1, 2]
@@ -599,7 +610,7 @@ def test_a_site_that_joins_late_is_prepared_and_used(federation: Federation) -> 
             federation.grid.nodes[3] = late
 
     coordinator = federation.coordinator(observe)
-    coordinator.run(federation.grid)
+    coordinator.run()
     assert federation.sites["jeju"].rounds == [3, 4]
     assert federation.sites["jeju"].prepared == 1
     expected = expected_adapters(federation, {1: {"jeju"}, 2: {"jeju"}})[-1]
@@ -617,7 +628,7 @@ def test_a_site_that_goes_offline_is_missed_and_used_again_when_it_returns(feder
             federation.grid.nodes[3] = node
 
     coordinator = federation.coordinator(observe)
-    coordinator.run(federation.grid)
+    coordinator.run()
     assert list(coordinator.records[2].failed) == ["jeju"]
     assert federation.sites["jeju"].rounds == [1, 3, 4]
     assert (coordinator.sites["jeju"].rounds, coordinator.sites["jeju"].failed) == (3, 1)
@@ -732,7 +743,7 @@ def test_a_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path: Path, opti
                 raise Killed
 
         with pytest.raises(Killed):
-            federation.coordinator(observe).run(federation.grid)
+            federation.coordinator(observe).run()
         resumed = federation.resume()
         assert resumed.adapter.tobytes() == uninterrupted.adapter.tobytes(), f"killed at event {killed_at}"
         assert unweighed(resumed.records) == unweighed(uninterrupted.records)
@@ -955,7 +966,7 @@ def test_who_signed_first_for_a_site_goes_on_signing(federation: Federation, res
 def test_with_a_roster_only_its_identities_may_sign(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {node: (site.identity.public,) for node, site in enumerate(federation.sites.values(), start=1)}
     known[2] = (Identity.generate().public,)  # busan's is another
-    monkeypatch.setattr(server.rounds.PlainChannel, "identities", lambda self, node: known[node])
+    monkeypatch.setattr(PlainChannel, "identities", lambda self, node: known[node])
     coordinator = federation.run()
     assert all("may not sign for busan" in record.failed["busan"] for record in coordinator.records[1:])
     assert coordinator.sites["jeju"].rounds == 4

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 import fedllm.privacy.accounting
 import fedllm.training.workspace
-import server.rounds
+import server.channel
 import server.run
 from client.site import Site
 from fedllm.audit.bundle import verify
@@ -699,7 +699,7 @@ def test_a_site_that_hangs_is_missed_and_the_others_go_on(
         """Time is up as soon as all others have answered, however busy the machine is."""
         return time.monotonic() + (1e6 if len(answered) == 3 else 0)
 
-    monkeypatch.setattr(server.rounds, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    monkeypatch.setattr(server.channel, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
     summary = simulate(configure(tmp_path, **OFF), lambda *_: None, observe)
     assert not summary.stopped
     hung = sorted(BRANCHES)[0]
