@@ -272,7 +272,7 @@ class Site:
         self._unfinished.begin(plan.run, request.round)
         try:
             used = self._used(request, workspace, start, mask, reservation.coins, stop)
-            reply = used if isinstance(used, Declined) else self._reply(request, mask, used, spent, head)
+            reply = used if isinstance(used, Declined) else self._reply(request, used, spent, head)
         except Cancelled:
             self._unfinished.end()
             raise  # given up for a reason that no record had a part in
@@ -314,9 +314,7 @@ class Site:
         except (Diverged, MasksError) as error:
             return self._declined(error)
 
-    def _reply(
-        self, request: TrainRequest, mask: MaskRequest | None, payload: bytes, spent: PrivacySpent, head: Head
-    ) -> TrainReply:
+    def _reply(self, request: TrainRequest, payload: bytes, spent: PrivacySpent, head: Head) -> TrainReply:
         plan = request.plan
         statement = Statement(
             site=self.name,
@@ -334,18 +332,7 @@ class Site:
             record_number=request.begun.number,
             record_digest=request.begun.digest,
         )
-        return TrainReply(
-            site=self.name,
-            plan_digest=plan.digest,
-            round=request.round,
-            spec_digest=request.spec_digest,
-            dtype=plan.training.wire if mask is None else "uint32",
-            epsilon=statement.epsilon,
-            epsilon_rdp=statement.epsilon_rdp,
-            delta=spent.delta,
-            statement=sign_statement(statement, self._identity()),
-            payload=payload,
-        )
+        return TrainReply(statement=sign_statement(statement, self._identity()), payload=payload)
 
     def _shared(self, plan: RunPlan) -> Masks:
         if self._masks is None or plan.shared is None:

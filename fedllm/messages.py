@@ -10,7 +10,6 @@ from typing import Annotated, ClassVar, Literal, TypeVar, overload
 
 from pydantic import Field, ValidationError
 
-from fedllm.codec import WireDtype
 from fedllm.delta import digest_of
 from fedllm.errors import MessageError
 from fedllm.plan import MAX_HOLDERS, MAX_ROUNDS, MAX_SITES, Frozen, Name, Names, Printable, RunPlan
@@ -113,21 +112,14 @@ class TrainRequest(Message):
 
 
 class TrainReply(Message):
-    """The site's update (the payload), what it has spent so far on these records, and its signed word on both.
+    """The site's update (the payload), and its signed word on it and on what it has spent so far on these records.
 
-    With noise in shares, the payload is two parts (`pack`): Masked, and Shares of the next round, or nothing.
+    All that is said of the update is in the statement. With noise in shares, the payload is two parts (`pack`): Masked,
+    and Shares of the next round, or nothing.
     """
 
     KIND: ClassVar[str] = "update"
     LONGEST = _VECTOR
-    site: Name
-    plan_digest: Digest
-    round: Round
-    spec_digest: Digest
-    dtype: WireDtype | Literal["uint32"]
-    epsilon: float | None = Field(ge=0)  # PLD; None where no noise was added
-    epsilon_rdp: float | None = Field(ge=0)
-    delta: float = Field(gt=0, lt=1)
     statement: Printable = Field(max_length=MAX_STATEMENT)  # fedllm.statement
 
 

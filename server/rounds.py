@@ -30,7 +30,7 @@ from fedllm.messages import (
 )
 from fedllm.plan import MAX_START, QuorumConfig, RunPlan
 from fedllm.privacy.accounting import spent
-from fedllm.statement import open_statement, update_digest
+from fedllm.statement import Statement, open_statement, update_digest
 from server.aggregate import bound_of_update, public_shares, weighted_mean
 from server.channel import PATIENCE, Channel, arrived
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
@@ -105,14 +105,18 @@ class Phase:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A site's update, its statement checked."""
+    """A site's update, checked with what the site signed of it."""
 
     update: NDArray[np.float32] | Masked
-    reply: TrainReply
-    size: int  # bytes of the whole message
+    line: str  # the statement, as it was signed
+    statement: Statement
     signer: str
-    head_number: int  # of the site's ledger
-    head_digest: str
+    size: int  # bytes of the whole message
+
+    @property
+    def head(self) -> LedgerHead:
+        """Where the site's ledger stood."""
+        return LedgerHead(number=self.statement.ledger_number, digest=self.statement.ledger_digest)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class RoundOutcome:
         return {
             "round": self.number,
             "counts": False,
-            "answered": {site: answer.reply.statement for site, answer in sorted(self.answers.items())},
+            "answered": {site: answer.line for site, answer in sorted(self.answers.items())},
             "declined": dict(self.declined),
             "failed": dict(self.failed),
             "adapter_before": adapter,
@@ -426,17 +430,17 @@ class Coordinator:
                     if reply.reason == "masks":
                         self._forgotten.add(node)
                 else:
-                    update = self._check(reply, site, number)
-                    signers = self._channel.identities(node)
-                    answer = self._check_statement(reply, update, known.get(site), signers, len(data))
-                    if self._forgot(reply, site, number):  # to ask again would cost it budget for nothing
+                    statement, signer = self._signed(reply, site, number, self._channel.identities(node))
+                    self._check_head(statement, known.get(site))
+                    update = self._update(reply, site, number)
+                    if self._forgot(statement):  # to ask again would cost it budget for nothing
                         forgetful.add(site)
                         self._dropped.add(node)
                         raise MessageError(
-                            f"epsilon_rdp={reply.epsilon_rdp:.4g}, and {self.sites[site].stated:.4g} before. "
+                            f"epsilon_rdp={statement.epsilon_rdp:.4g}, and {self.sites[site].stated:.4g} before. "
                             "Is its ledger lost?"
                         )
-                    answers[site] = answer
+                    answers[site] = _Answer(update, reply.statement, statement, signer.to_text(), len(data))
             except MessageError as error:
                 failed[site] = str(error)
             self.observe(SiteAnswered(number, site, site in answers, declined.get(site) or failed.get(site, "")))
@@ -579,21 +583,8 @@ class Coordinator:
                 self.sites.setdefault(reply.site, SiteState())
         return declined, failed
 
-    def _check(self, reply: TrainReply, site: str, number: int) -> NDArray[np.float32] | Masked:
-        """Return the update float32[d] or the masked upload; raises MessageError where it is not to this round."""
-        expected: dict[str, object] = {
-            "site": site,
-            "plan_digest": self.plan.digest,
-            "round": number,
-            "spec_digest": self._spec.digest,
-            "dtype": self.plan.training.wire if self._masks is None else "uint32",
-            "delta": self.plan.privacy.delta,
-        }
-        for name, value in expected.items():
-            if getattr(reply, name) != value:
-                raise MessageError(f"{name}={getattr(reply, name)}, expected {value}")
-        if self.plan.mechanism.private and (reply.epsilon is None or reply.epsilon_rdp is None):
-            raise MessageError("epsilon is missing, though the plan adds noise")
+    def _update(self, reply: TrainReply, site: str, number: int) -> NDArray[np.float32] | Masked:
+        """Return the update float32[d] or the masked upload; raises MessageError where it is none of the plan."""
         if self._masks is not None:
             return self._masks.read(site, number, *unpack(reply.payload, 2))
         update = codec.decode(reply.payload, self.plan.training.wire, self._spec.dimension)
@@ -627,53 +618,55 @@ class Coordinator:
             for node in nodes
         }
 
-    def _check_statement(
-        self, reply: TrainReply, update: NDArray[np.float32] | Masked, known: LedgerHead | None,
-        signers: tuple[PublicIdentity, ...] | None, size: int,
-    ) -> _Answer:  # fmt: skip
-        """Check what the site signed against its reply and its past; raises MessageError.
+    def _signed(
+        self, reply: TrainReply, site: str, number: int, signers: tuple[PublicIdentity, ...] | None
+    ) -> tuple[Statement, PublicIdentity]:
+        """Return what a site signed, and who did; raises MessageError where it is not on this update in this round.
 
-        `known` is what was seen of its ledger before. `signers` may sign for the site; where they are not known,
-        whoever signed first goes on signing.
+        `signers` may sign for the site; where they are not known, whoever signed first goes on signing.
         """
-        before = self.sites[reply.site]
         try:
             statement, signer = open_statement(reply.statement)
         except CryptoError as error:
             raise MessageError(f"statement: {error}") from None
         if signers is None:
-            signers = (PublicIdentity.from_text(before.identity),) if before.identity else (signer,)
+            before = self.sites[site].identity
+            signers = (PublicIdentity.from_text(before),) if before else (signer,)
         if signer not in signers:
-            raise MessageError(f"statement: signed by {signer.fingerprint}, who may not sign for {reply.site}")
+            raise MessageError(f"statement: signed by {signer.fingerprint}, who may not sign for {site}")
         expected: dict[str, object] = {
-            "site": reply.site,
+            "site": site,
             "run": self.plan.run,
-            "plan": reply.plan_digest,
-            "round": reply.round,
-            "epsilon": reply.epsilon,
-            "epsilon_rdp": reply.epsilon_rdp,
-            "delta": reply.delta,
+            "plan": self.plan.digest,
+            "round": number,
+            "delta": self.plan.privacy.delta,
             "update": update_digest(reply.payload),
         }
         for name, value in expected.items():
             if getattr(statement, name) != value:
-                raise MessageError(f"statement: {name}={getattr(statement, name)}, and the reply says {value}")
-        said = {(begun.roster, begun.number, begun.digest) for begun in self._record.began(reply.round)}
+                raise MessageError(f"statement: {name}={getattr(statement, name)}, expected {value}")
+        if self.plan.mechanism.private and None in (statement.epsilon, statement.epsilon_rdp):
+            raise MessageError("statement: epsilon is missing, though the plan adds noise")
+        said = {(begun.roster, begun.number, begun.digest) for begun in self._record.began(number)}
         if (statement.roster, statement.record_number, statement.record_digest) not in said:
             raise MessageError(
-                f"statement: entry {statement.record_number} of the run record, which begins no round {reply.round}"
+                f"statement: entry {statement.record_number} of the run record, which begins no round {number}"
             )
-        head = (statement.ledger_number, statement.ledger_digest)
+        return statement, signer
+
+    def _check_head(self, statement: Statement, known: LedgerHead | None) -> None:
+        """Raise MessageError where a site's ledger lacks entries that it signed for before, in any run."""
+        before, head = self.sites[statement.site], (statement.ledger_number, statement.ledger_digest)
         if head[0] <= before.head_number and head != (before.head_number, before.head_digest):
             raise MessageError(f"statement: {_went_back(head[0], before.head_number)}")
-        if known is not None and reply.round > self._repeated and head[0] <= known.number:
+        if known is not None and statement.round > self._repeated and head[0] <= known.number:
             raise MessageError(f"statement: {_went_back(head[0], known.number)}")
-        return _Answer(update, reply, size, signer.to_text(), *head)
 
-    def _forgot(self, reply: TrainReply, site: str, number: int) -> bool:
+    def _forgot(self, statement: Statement) -> bool:
         """Whether a site states less epsilon than before; a round that is repeated may be answered as it was then."""
-        before, private = self.sites[site], self.plan.mechanism.private
-        return private and (reply.epsilon_rdp or 0.0) < before.stated - 1e-9 and number > before.last_charged
+        before, private = self.sites[statement.site], self.plan.mechanism.private
+        less = (statement.epsilon_rdp or 0.0) < before.stated - 1e-9
+        return private and less and statement.round > before.last_charged
 
     def _charge(self, outcome: RoundOutcome, counts: bool) -> None:
         """Note what the sites spent; a round that does not count was paid for all the same, and may be repeated."""
@@ -682,10 +675,11 @@ class Coordinator:
             state = before
             if site in outcome.answers:
                 answer = outcome.answers[site]
-                reply = answer.reply
-                state = replace(state, epsilon=reply.epsilon, epsilon_rdp=reply.epsilon_rdp, reason="")
-                state = replace(state, stated=reply.epsilon_rdp or 0.0, identity=answer.signer)
-                state = replace(state, head_number=answer.head_number, head_digest=answer.head_digest)
+                said, head = answer.statement, answer.head
+                state = replace(
+                    state, epsilon=said.epsilon, epsilon_rdp=said.epsilon_rdp, stated=said.epsilon_rdp or 0.0,
+                    reason="", identity=answer.signer, head_number=head.number, head_digest=head.digest,
+                )  # fmt: skip
                 if counts:
                     state = replace(state, rounds=state.rounds + 1, bytes_up=state.bytes_up + answer.size)
             elif site in outcome.failed:
@@ -700,8 +694,7 @@ class Coordinator:
                 state = replace(state, stated=state.epsilon_rdp or 0.0)
             self.sites[site] = state
         if self._heads is not None:
-            seen = outcome.answers.items()
-            self._heads.note({s: LedgerHead(number=a.head_number, digest=a.head_digest) for s, a in seen})
+            self._heads.note({site: answer.head for site, answer in outcome.answers.items()})
 
     def _at_least_charged(self, state: SiteState) -> SiteState:
         """Raise a site's epsilon to what the rounds that it may have paid for cost: an answer can get lost."""

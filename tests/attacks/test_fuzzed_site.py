@@ -306,6 +306,11 @@ def kinds(ledger: Path) -> list[str]:
         return [row[0] for row in db.execute("SELECT kind FROM chain ORDER BY number")]
 
 
+def masked(reply: TrainReply) -> bool:
+    """Whether the payload is an upload of secure aggregation: two messages, each after its length."""
+    return reply.payload[8:12] == MAGIC
+
+
 def told(reply: bytes) -> tuple[object, ...]:
     """All that a reply says, but for the noised payload and what is a function of it."""
     message = read(reply)
@@ -313,9 +318,9 @@ def told(reply: bytes) -> tuple[object, ...]:
         return (reply,)
     statement, signer = open_statement(message.statement)
     rest: tuple[object, ...] = (len(message.payload),)
-    if message.dtype == "uint32":
-        masked, following = unpack(message.payload, 2)
-        upload = from_bytes(masked, Masked, Masked)
+    if masked(message):
+        sent, following = unpack(message.payload, 2)
+        upload = from_bytes(sent, Masked, Masked)
         rest = (len(upload.payload), upload.model_copy(update={"payload": b""}).to_bytes(), following)
     return (
         message.model_copy(update={"payload": b"", "statement": ""}).to_bytes(), len(reply), *rest, signer,
@@ -715,7 +720,7 @@ class Fuzz:
             message = read(answer)
             if isinstance(message, Ready):
                 more.append(message.payload)
-            if isinstance(message, TrainReply) and message.dtype == "uint32":
+            if isinstance(message, TrainReply) and masked(message):
                 more += unpack(message.payload, 2)
         declined = Declined(site="victim", reason="budget").to_bytes()
         for frame in [each for each in (*answers, *more, declined) if each]:

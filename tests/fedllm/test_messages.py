@@ -14,6 +14,7 @@ from fedllm import codec
 from fedllm.errors import MessageError
 from fedllm.messages import (
     MAGIC,
+    MAX_STATEMENT,
     Declined,
     LedgerHead,
     Message,
@@ -43,10 +44,7 @@ def message_of(kind: type[Message], plan: RunPlan, payload: bytes = b"") -> Mess
             plan=plan, round=3, spec_digest=DIGEST, head=LedgerHead(number=4, digest=DIGEST),
             begun=RoundBegun(roster=DIGEST, number=5, digest=DIGEST), payload=payload,
         ),
-        TrainReply: TrainReply(
-            site=SITE, plan_digest=DIGEST, round=3, spec_digest=DIGEST, dtype="float16", epsilon=1.5, epsilon_rdp=None,
-            delta=1e-5, statement="{}", payload=payload,
-        ),
+        TrainReply: TrainReply(statement="{}", payload=payload),
         Declined: Declined(site=SITE, reason="budget", payload=payload),
     }  # fmt: skip
     return messages[kind]
@@ -293,12 +291,10 @@ def test_other_first_bytes_are_refused(first: bytes) -> None:
     ("kind", "field", "value"),
     [
         (TrainRequest, "round", 0),
-        (TrainReply, "round", 0),
-        (TrainReply, "round", True),
-        (TrainReply, "epsilon", -0.1),
-        (TrainReply, "epsilon_rdp", -1),
-        (TrainReply, "dtype", "float64"),
-        (TrainReply, "site", ""),
+        (TrainRequest, "round", True),
+        (TrainReply, "statement", None),
+        (TrainReply, "statement", "x" * (MAX_STATEMENT + 1)),
+        (Ready, "site", ""),
         (Ready, "site", "x" * 201),
         (Declined, "reason", "because of the record of Kim Minji"),
         (Declined, "reason", None),
