@@ -29,7 +29,7 @@ from client.policy import SitePolicy
 from client.records import Declared
 from client.unfinished import Unfinished
 from fedllm import codec
-from fedllm.chain import Head
+from fedllm.chain import LedgerHead
 from fedllm.crypto import Identity
 from fedllm.errors import (
     BudgetExceeded,
@@ -250,7 +250,7 @@ class Site:
         # before is answered as before.
         event = plan.mechanism.event(plan.training.local_steps)
         ledger = self.open_ledger()
-        if request.head is not None and not ledger.file.knows(Head(request.head.number, request.head.digest)):
+        if request.head is not None and not ledger.file.knows(request.head):
             raise LedgerError(
                 f"the ledger lacks entry {request.head.number}, which it had signed for head office. Was it restored "
                 "from an old backup? What was spent since is not in it, so no round is trained on these records. Put "
@@ -314,7 +314,7 @@ class Site:
         except (Diverged, MasksError) as error:
             return self._declined(error)
 
-    def _reply(self, request: TrainRequest, payload: bytes, spent: PrivacySpent, head: Head) -> TrainReply:
+    def _reply(self, request: TrainRequest, payload: bytes, spent: PrivacySpent, head: LedgerHead) -> TrainReply:
         plan = request.plan
         statement = Statement(
             site=self.name,

@@ -8,11 +8,13 @@ import hashlib
 import json
 from typing import Annotated, ClassVar, Literal, TypeVar, overload
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
+from fedllm.chain import LedgerHead
 from fedllm.delta import digest_of
 from fedllm.errors import MessageError
 from fedllm.plan import MAX_HOLDERS, MAX_ROUNDS, MAX_SITES, Frozen, Name, Names, Printable, RunPlan
+from fedllm.shown import shows
 
 MAGIC = b"FLM1"
 RECORD, KEY = "fedllm", "message"  # where the transport's envelope holds a message: record and key
@@ -76,11 +78,15 @@ class Ready(Message):
     spec_digest: Digest
 
 
-class LedgerHead(Frozen):
-    """The entry of the site's ledger that head office saw last: a ledger without it was cut or put back."""
+def _of_an_entry(head: LedgerHead) -> LedgerHead:
+    if not 0 <= head.number < 2**63 or len(head.digest) > 64 or not shows(head.digest):
+        raise ValueError("no entry of a ledger")
+    return head
 
-    number: int = Field(ge=0, lt=2**63)
-    digest: Digest
+
+SeenHead = Annotated[
+    LedgerHead, AfterValidator(_of_an_entry)
+]  # by head office: a ledger without it was cut or put back
 
 
 class RoundBegun(Frozen):
@@ -102,7 +108,7 @@ class TrainRequest(Message):
     plan: RunPlan
     round: Round
     spec_digest: Digest
-    head: LedgerHead | None  # None: nothing was seen yet
+    head: SeenHead | None  # None: nothing was seen yet
     begun: RoundBegun
 
     def task(self, adapter: bytes) -> str:

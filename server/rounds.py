@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm import codec
+from fedllm.chain import LedgerHead
 from fedllm.crypto import PublicIdentity
 from fedllm.delta import AdapterSpec
 from fedllm.errors import CheckpointError, CryptoError, FedllmError, MessageError, ModelError, QuorumLost
 from fedllm.messages import (
     Declined,
-    LedgerHead,
     Masked,
     Prepare,
     Ready,
@@ -116,7 +116,7 @@ class _Answer:
     @property
     def head(self) -> LedgerHead:
         """Where the site's ledger stood."""
-        return LedgerHead(number=self.statement.ledger_number, digest=self.statement.ledger_digest)
+        return LedgerHead(self.statement.ledger_number, self.statement.ledger_digest)
 
 
 @dataclass(frozen=True)
@@ -597,7 +597,7 @@ class Coordinator:
         known = self._heads.read() if self._heads is not None else {}
         for site, state in self.sites.items():
             if state.head_number > (known[site].number if site in known else -1):
-                known[site] = LedgerHead(number=state.head_number, digest=state.head_digest)
+                known[site] = LedgerHead(state.head_number, state.head_digest)
         return known
 
     def _requests(

@@ -38,6 +38,7 @@ from client.office import Policy
 from client.records import SiteRecords
 from client.site import Site
 from fedllm import secagg
+from fedllm.chain import LedgerHead
 from fedllm.crypto import Identity, PublicIdentity
 from fedllm.errors import Cancelled, DataError, FedllmError, MessageError, ModelError
 from fedllm.messages import (
@@ -46,7 +47,6 @@ from fedllm.messages import (
     Consent,
     Declined,
     Join,
-    LedgerHead,
     Masked,
     Message,
     Prepare,
@@ -404,7 +404,7 @@ class Twins:
     def head(self) -> LedgerHead | None:
         """Return what both offices' newest entry is called, once there is one."""
         ledger = self.victims[0].folder / "ledger.db"
-        return LedgerHead(number=len(kinds(ledger)) - 1, digest=HEAD) if kinds(ledger) else None
+        return LedgerHead(len(kinds(ledger)) - 1, HEAD) if kinds(ledger) else None
 
     def ask(self, frame: bytes, patience: int | None = None) -> bytes:
         """Ask both; return the first one's answer. Fails where records made any difference, or a promise is broken.

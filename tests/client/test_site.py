@@ -24,14 +24,13 @@ from client.records import Declared
 from client.site import Site
 from client.unfinished import Unfinished
 from fedllm import codec
-from fedllm.chain import open_entry
+from fedllm.chain import LedgerHead, open_entry
 from fedllm.codec import WireDtype
 from fedllm.crypto import Identity
 from fedllm.errors import Cancelled, ConfigError, DataError, Diverged, Halted, ModelError
 from fedllm.messages import (
     MAGIC,
     Declined,
-    LedgerHead,
     Message,
     Prepare,
     Ready,
@@ -894,7 +893,7 @@ def test_who_waits_for_a_busy_site_can_give_up(tmp_path: Path, make_plan: MakePl
 
 def signed_head(message: Message) -> LedgerHead:
     statement = said(message)
-    return LedgerHead(number=statement.ledger_number, digest=statement.ledger_digest)
+    return LedgerHead(statement.ledger_number, statement.ledger_digest)
 
 
 def test_the_ledger_that_a_site_signed_for_is_still_there_in_the_next_round(office: Office) -> None:
@@ -915,7 +914,7 @@ def test_a_ledger_without_the_entry_that_was_signed_for_is_refused(office: Offic
         for file in office.ledger_path.parent.glob("ledger.db*"):
             file.unlink()
     elif case == "never was":
-        head = LedgerHead(number=head.number, digest="0" * 64)
+        head = LedgerHead(head.number, "0" * 64)
     else:
         office.ledger_path.write_bytes(backup)
     office.restart()

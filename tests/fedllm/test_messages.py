@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm import codec
+from fedllm.chain import LedgerHead
 from fedllm.errors import MessageError
 from fedllm.messages import (
     MAGIC,
     MAX_STATEMENT,
     Declined,
-    LedgerHead,
     Message,
     Prepare,
     Ready,
@@ -41,7 +41,7 @@ def message_of(kind: type[Message], plan: RunPlan, payload: bytes = b"") -> Mess
         Prepare: Prepare(plan=plan, payload=payload),
         Ready: Ready(site=SITE, plan_digest=DIGEST, spec_digest=DIGEST, payload=payload),
         TrainRequest: TrainRequest(
-            plan=plan, round=3, spec_digest=DIGEST, head=LedgerHead(number=4, digest=DIGEST),
+            plan=plan, round=3, spec_digest=DIGEST, head=LedgerHead(4, DIGEST),
             begun=RoundBegun(roster=DIGEST, number=5, digest=DIGEST), payload=payload,
         ),
         TrainReply: TrainReply(statement="{}", payload=payload),
@@ -292,6 +292,15 @@ def test_other_first_bytes_are_refused(first: bytes) -> None:
     [
         (TrainRequest, "round", 0),
         (TrainRequest, "round", True),
+        (TrainRequest, "head", {"number": -1, "digest": DIGEST}),
+        (TrainRequest, "head", {"number": 2**63, "digest": DIGEST}),
+        (TrainRequest, "head", {"number": "4", "digest": DIGEST}),
+        (TrainRequest, "head", {"number": True, "digest": DIGEST}),
+        (TrainRequest, "head", {"number": 4, "digest": DIGEST + "d"}),
+        (TrainRequest, "head", {"number": 4, "digest": "\n"}),
+        (TrainRequest, "head", {"number": 4, "digest": DIGEST, "site": "busan"}),
+        (TrainRequest, "head", {"number": 4}),
+        (TrainRequest, "head", [4, DIGEST]),
         (TrainReply, "statement", None),
         (TrainReply, "statement", "x" * (MAX_STATEMENT + 1)),
         (Ready, "site", ""),

@@ -23,7 +23,7 @@ import server.checkpoint
 import server.record
 import server.rounds
 from fedllm import codec
-from fedllm.chain import Entry, read_chain
+from fedllm.chain import Entry, LedgerHead, read_chain
 from fedllm.crypto import Identity
 from fedllm.delta import AdapterSpec, TensorSpec
 from fedllm.errors import CheckpointError, FederationError, ModelError, QuorumLost
@@ -31,7 +31,6 @@ from fedllm.messages import (
     KEY,
     RECORD,
     Declined,
-    LedgerHead,
     Prepare,
     Ready,
     RoundBegun,
@@ -1063,12 +1062,12 @@ def test_a_round_that_is_answered_as_before_a_crash_is_used_though_another_run_c
 
 def test_runs_at_once_never_replace_a_newer_head_by_an_older_one(tmp_path: Path) -> None:
     first, second = heads_in(tmp_path), heads_in(tmp_path)
-    first.note({"a": LedgerHead(number=5, digest="five"), "b": LedgerHead(number=1, digest="one")})
-    second.note({"a": LedgerHead(number=4, digest="four")})
-    assert first.read() == {"a": LedgerHead(number=5, digest="five"), "b": LedgerHead(number=1, digest="one")}
+    first.note({"a": LedgerHead(5, "five"), "b": LedgerHead(1, "one")})
+    second.note({"a": LedgerHead(4, "four")})
+    assert first.read() == {"a": LedgerHead(5, "five"), "b": LedgerHead(1, "one")}
     other = Heads(tmp_path / HEADS, "elsewhere/")
-    other.note({"a": LedgerHead(number=0, digest="zero")})
-    assert other.read() == {"a": LedgerHead(number=0, digest="zero")}
+    other.note({"a": LedgerHead(0, "zero")})
+    assert other.read() == {"a": LedgerHead(0, "zero")}
     assert first.read()["a"].number == 5
 
 
