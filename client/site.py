@@ -32,7 +32,7 @@ from client.policy import SitePolicy
 from client.records import Declared
 from client.unfinished import Unfinished
 from fedllm import codec
-from fedllm.chain import Head
+from fedllm.chain import LedgerHead
 from fedllm.crypto import Identity
 from fedllm.errors import (
     BudgetExceeded,
@@ -298,7 +298,7 @@ class Site:
         # The charge is on disk before a record enters anything whose result leaves the site. A round that was released
         # before is answered as before.
         event = plan.mechanism.event(plan.training.local_steps)
-        if request.head is not None and not ledger.file.knows(Head(request.head.number, request.head.digest)):
+        if request.head is not None and not ledger.file.knows(request.head):
             raise LedgerError(
                 f"the ledger lacks entry {request.head.number}, which it had signed for head office. Was it restored "
                 "from an old backup? What was spent since is not in it, so no round is trained on these records. Put "
@@ -320,7 +320,7 @@ class Site:
         self._unfinished.begin(plan.run, request.round)
         try:
             used = self._used(request, session, start, mask, reservation.coins, stop)
-            reply = used if isinstance(used, Declined) else self._reply(request, mask, used, spent, head)
+            reply = used if isinstance(used, Declined) else self._reply(request, used, spent, head)
         except Cancelled:
             self._unfinished.end()
             raise  # given up for a reason that no record had a part in
@@ -361,9 +361,7 @@ class Site:
         except (Diverged, MasksError) as error:
             return self._declined(error)
 
-    def _reply(
-        self, request: TrainRequest, mask: MaskRequest | None, payload: bytes, spent: PrivacySpent, head: Head
-    ) -> TrainReply:
+    def _reply(self, request: TrainRequest, payload: bytes, spent: PrivacySpent, head: LedgerHead) -> TrainReply:
         plan = request.plan
         statement = Statement(
             site=self.name,
@@ -381,18 +379,7 @@ class Site:
             record_number=request.begun.number,
             record_digest=request.begun.digest,
         )
-        return TrainReply(
-            site=self.name,
-            plan_digest=plan.digest,
-            round=request.round,
-            spec_digest=request.spec_digest,
-            dtype=plan.training.wire if mask is None else "uint32",
-            epsilon=statement.epsilon,
-            epsilon_rdp=statement.epsilon_rdp,
-            delta=spent.delta,
-            statement=sign_statement(statement, self._identity()),
-            payload=payload,
-        )
+        return TrainReply(statement=sign_statement(statement, self._identity()), payload=payload)
 
     def _shared(self, plan: RunPlan) -> Masks:
         if self._masks is None or plan.shared is None:

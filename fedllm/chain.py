@@ -23,8 +23,8 @@ EXPORT = "export"  # kind of the entry that ends a copy
 
 
 @dataclass(frozen=True)
-class Head:
-    """The newest entry of a chain; -1 and START before the first."""
+class LedgerHead:
+    """The newest entry of a site's ledger; -1 and START before the first."""
 
     number: int
     digest: str

@@ -8,12 +8,13 @@ import hashlib
 import json
 from typing import Annotated, ClassVar, Literal, TypeVar, overload
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from fedllm.canonical import digest_of
-from fedllm.codec import WireDtype
+from fedllm.chain import LedgerHead
 from fedllm.errors import MessageError
 from fedllm.plan import MAX_HOLDERS, MAX_ROUNDS, MAX_SITES, Frozen, Name, Names, Printable, RunPlan
+from fedllm.shown import shows
 
 MAGIC = b"FLM1"
 RECORD, KEY = "fedllm", "message"  # where the transport's envelope holds a message: record and key
@@ -77,11 +78,15 @@ class Ready(Message):
     spec_digest: Digest
 
 
-class LedgerHead(Frozen):
-    """The entry of the site's ledger that head office saw last: a ledger without it was cut or put back."""
+def _of_an_entry(head: LedgerHead) -> LedgerHead:
+    if not 0 <= head.number < 2**63 or len(head.digest) > 64 or not shows(head.digest):
+        raise ValueError("no entry of a ledger")
+    return head
 
-    number: int = Field(ge=0, lt=2**63)
-    digest: Digest
+
+SeenHead = Annotated[
+    LedgerHead, AfterValidator(_of_an_entry)
+]  # by head office: a ledger without it was cut or put back
 
 
 class RoundBegun(Frozen):
@@ -103,7 +108,7 @@ class TrainRequest(Message):
     plan: RunPlan
     round: Round
     spec_digest: Digest
-    head: LedgerHead | None  # None: nothing was seen yet
+    head: SeenHead | None  # None: nothing was seen yet
     begun: RoundBegun
 
     def task(self, adapter: bytes) -> str:
@@ -113,21 +118,14 @@ class TrainRequest(Message):
 
 
 class TrainReply(Message):
-    """The site's update (the payload), what it has spent so far on these records, and its signed word on both.
+    """The site's update (the payload), and its signed word on it and on what it has spent so far on these records.
 
-    With noise in shares, the payload is two parts (`pack`): Masked, and Shares of the next round, or nothing.
+    All that is said of the update is in the statement. With noise in shares, the payload is two parts (`pack`): Masked,
+    and Shares of the next round, or nothing.
     """
 
     KIND: ClassVar[str] = "update"
     LONGEST = _VECTOR
-    site: Name
-    plan_digest: Digest
-    round: Round
-    spec_digest: Digest
-    dtype: WireDtype | Literal["uint32"]
-    epsilon: float | None = Field(ge=0)  # PLD; None where no noise was added
-    epsilon_rdp: float | None = Field(ge=0)
-    delta: float = Field(gt=0, lt=1)
     statement: Printable = Field(max_length=MAX_STATEMENT)  # fedllm.statement
 
 

@@ -1,17 +1,25 @@
 """How messages reach sites: plain inside one process; over a network signed, sealed, and to the roster alone."""
 
 import time
-from collections.abc import Callable
-from typing import Protocol
-
-from flwr.serverapp import Grid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from fedllm import envelope
 from fedllm.crypto import Identity, PublicIdentity
 from fedllm.envelope import Binding
-from fedllm.errors import MessageError
+from fedllm.errors import CryptoError, MessageError
+from fedllm.messages import KEY, RECORD
 from fedllm.plan import RunPlan
 from server.federation import Member
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
+    from flwr.serverapp import Grid
+
+PATIENCE = 15.0  # seconds for latecomers, where enough are there
+_POLL, _POLL_MAX = 0.005, 0.05  # seconds between looks at the transport's inbox
+Opener = Callable[[bytes], bytes]
 
 
 def arrived(data: bytes | str) -> bytes:
@@ -21,72 +29,114 @@ def arrived(data: bytes | str) -> bytes:
     return data
 
 
-class Channel(Protocol):
-    """What the round loop needs to know of the way to the sites."""
+class Channel(ABC):
+    """The way to the sites over a Flower Grid, which the round loop knows nothing of."""
 
     sites_may_come_back: bool  # those that are away, or whose service is down: worth waiting for
 
+    def __init__(self, grid: "Grid", timeout: float, expected_sites: int) -> None:
+        """No answer is waited for longer than `timeout` seconds."""
+        self._grid, self._timeout, self.expected_sites = grid, timeout, expected_sites
+
+    @abstractmethod
     def nodes(self) -> dict[int, str | None]:
         """Return the nodes that are online and may take part, and the site behind each where that is certain."""
-        ...
 
-    def seal(self, node: int, round_: int, payload: bytes) -> bytes:
-        """Return `payload` as it travels to a node."""
-        ...
-
-    def open(self, node: int, data: bytes) -> bytes:
-        """Return the answer of a node to what was last sealed for it; raises FedllmError where it is not that."""
-        ...
-
+    @abstractmethod
     def identities(self, node: int) -> tuple[PublicIdentity, ...] | None:
         """Return who may sign for the site behind a node; None where only its first signature can tell."""
-        ...
+
+    @abstractmethod
+    def seal(self, node: int, round_: int, payload: bytes) -> tuple[bytes, Opener]:
+        """Return `payload` as it travels to a node, and what opens the answer to it.
+
+        Raises MessageError where the node may have none; opening raises FedllmError where it is not that answer.
+        """
+
+    def exchange(
+        self, payloads: Mapping[int, bytes], kind: str, round_: int, enough: int | None = None
+    ) -> Iterator[tuple[int, bytes | str] | None]:
+        """Send every node its payload and yield (node, answer) as answers come in; text says why there is none.
+
+        Once `enough` have answered, the others have little time left. Yields None before every look at the inbox:
+        there is time for something else.
+        """
+        from flwr.app import ConfigRecord, Message, RecordDict  # late: who reads what runs have left needs no Flower
+
+        waiting, openers, silent = dict[str, int](), dict[int, Opener](), dict.fromkeys(payloads, "no answer in time")
+        for node, payload in payloads.items():
+            try:
+                data, openers[node] = self.seal(node, round_, payload)
+            except MessageError as error:  # revoked a moment ago
+                silent[node] = str(error)
+                continue
+            content = RecordDict({RECORD: ConfigRecord({KEY: data})})
+            message = Message(content, node, kind, ttl=self._timeout)
+            waiting.update(dict.fromkeys(self._grid.push_messages([message]), node))
+        deadline, pause = time.monotonic() + self._timeout, _POLL
+        answered = 0
+        while waiting and time.monotonic() < deadline:
+            yield None
+            replies = list(self._grid.pull_messages(list(waiting)))
+            for reply in replies:
+                node = waiting.pop(reply.metadata.reply_to_message_id)
+                del silent[node]
+                answered += 1
+                if answered == enough:
+                    deadline = min(deadline, time.monotonic() + PATIENCE)
+                yield node, "a fault at the site" if reply.has_error() else _open(openers[node], reply.content)
+            pause = _POLL if replies else min(1.5 * pause, _POLL_MAX)
+            time.sleep(pause if waiting else 0)
+        yield from silent.items()
 
 
-class PlainChannel:
+def _open(opener: Opener, content: "RecordDict") -> bytes | str:
+    """Return the answer in a transport's envelope; text says why it cannot be used."""
+    record = content.config_records.get(RECORD)
+    value = record.get(KEY) if record is not None else None
+    try:
+        return opener(value if isinstance(value, bytes) else b"")
+    except (MessageError, CryptoError) as error:
+        return str(error)
+
+
+class PlainChannel(Channel):
     """Bytes as they are, every node welcome: for sites in head office's own process."""
 
     sites_may_come_back = False
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
-
     def nodes(self) -> dict[int, str | None]:
+        """Return all nodes that are there."""
         return dict.fromkeys(self._grid.get_node_ids())
 
-    def seal(self, node: int, round_: int, payload: bytes) -> bytes:
-        del node, round_
-        return payload
-
-    def open(self, node: int, data: bytes) -> bytes:
-        del node
-        return data
-
     def identities(self, node: int) -> tuple[PublicIdentity, ...] | None:
+        """Return nothing: who signs first for a site goes on signing."""
         del node
         return None
 
+    def seal(self, node: int, round_: int, payload: bytes) -> tuple[bytes, Opener]:
+        """Return `payload`; the answer, too, is as it is."""
+        del node, round_
+        return payload, bytes
 
-class SealedChannel:
+
+class SealedChannel(Channel):
     """Envelopes to the sites of a roster, which is asked anew on every use: a revoked site is out at once."""
 
     sites_may_come_back = True
 
     def __init__(
-        self,
-        online: Callable[[], dict[int, str]],
-        identity: Identity,
-        member_of: Callable[[str], Member | None],
-        plan: RunPlan,
-    ) -> None:
+        self, grid: "Grid", timeout: float, expected_sites: int, online: Callable[[], dict[int, str]],
+        identity: Identity, member_of: Callable[[str], Member | None], plan: RunPlan,
+    ) -> None:  # fmt: skip
         """`online` returns the nodes that are there with the names of their sites.
 
         `member_of` finds a site in the roster, None where it is not there.
         """
+        super().__init__(grid, timeout, expected_sites)
         self._online, self._identity, self._member_of, self._plan = online, identity, member_of, plan
         self._number = 0
         self._sites: dict[int, str] = {}  # of all nodes that were online
-        self._sent: dict[int, Binding] = {}  # what an answer of each node must be bound to
 
     def nodes(self) -> dict[int, str | None]:
         """Return the online nodes of sites in the roster, with the sites' names."""
@@ -94,8 +144,12 @@ class SealedChannel:
         self._sites |= online
         return {node: site for node, site in online.items() if self._member_of(site) is not None}
 
-    def seal(self, node: int, round_: int, payload: bytes) -> bytes:
-        """Seal `payload` to the site behind a node."""
+    def identities(self, node: int) -> tuple[PublicIdentity, ...]:
+        """Return the identities that the roster holds for the site behind a node."""
+        return self._member(node).identities
+
+    def seal(self, node: int, round_: int, payload: bytes) -> tuple[bytes, Opener]:
+        """Seal `payload` to the site behind a node; only what that site answers to it is opened."""
         # grows over restarts of head office too: sites refuse a number that does not
         self._number = max(self._number + 1, time.time_ns())
         binding = Binding(
@@ -103,21 +157,16 @@ class SealedChannel:
         )
         sealed = envelope.seal(payload, binding, self._identity, self._member(node).public)
         answer = {"direction": "to-head-office", "request": envelope.digest(sealed)}
-        self._sent[node] = binding.model_copy(update=answer)
-        return sealed
+        expected = binding.model_copy(update=answer)
 
-    def open(self, node: int, data: bytes) -> bytes:
-        """Open what a node answered to the last request; raises MessageError or CryptoError where it is not that."""
-        expected = self._sent[node]
-        binding, payload, _ = envelope.open_sealed(data, self._identity, self._member(node).identities)
-        if binding != expected:
-            differs = [name for name in Binding.model_fields if getattr(binding, name) != getattr(expected, name)]
-            raise MessageError(f"an answer to something else ({', '.join(differs)})")
-        return payload
+        def opened(data: bytes) -> bytes:
+            found, plain, _ = envelope.open_sealed(data, self._identity, self._member(node).identities)
+            if found != expected:
+                differs = [name for name in Binding.model_fields if getattr(found, name) != getattr(expected, name)]
+                raise MessageError(f"an answer to something else ({', '.join(differs)})")
+            return plain
 
-    def identities(self, node: int) -> tuple[PublicIdentity, ...]:
-        """Return the identities that the roster holds for the site behind a node."""
-        return self._member(node).identities
+        return sealed, opened
 
     def _member(self, node: int) -> Member:
         member = self._member_of(self._sites[node])

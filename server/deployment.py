@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 from pydantic import Field
 
@@ -171,7 +170,6 @@ def run(home: Path, name: str, by: tuple[Grid, Callable[[], dict[int, str]]] | N
     Goes by the daemon, or `by` another grid, with what tells the sites of its nodes. Raises FederationError where
     it has ended with an error.
     """
-    from server.app import server_app
     from server.run import HeadOfficeRun, alone_in
 
     folder = runs(home) / name
@@ -187,18 +185,21 @@ def run(home: Path, name: str, by: tuple[Grid, Callable[[], dict[int, str]]] | N
             record = RunRecord(folder / RECORD_FILE, office.identities, {each.site: each.identity for each in members})
             heads = Heads(home / HEADS)
             roster = {each.site: each.public for each in members}
-            coordinator = head_office.begin(plan, folder, _note(folder / PROGRESS), len(members), record, heads, roster)
-            failed: list[BaseException] = []
+            stopped = ""
             with contextlib.ExitStack() as stack:
                 if by is None:
-                    own = stack.enter_context(GrpcGrid(office.socket, _OVERHEAD + 8 * coordinator.adapter.size))
+                    own = stack.enter_context(GrpcGrid(office.socket, _OVERHEAD + 8 * head_office.dimension))
                 grid, sites = by or (own, own.sites)
-                channel = SealedChannel(sites, office.identity, _member(office.roster_file), plan)
-                server_app(coordinator, failed.append, channel)(grid, Context(1, 0, {}, RecordDict(), {}))
-            if failed and not isinstance(failed[0], QuorumLost):
-                raise failed[0]
-            stopped = str(failed[0]) if failed else ""
-            head_office.finish(stopped, {}, time.monotonic() - began)
+                channel = SealedChannel(
+                    grid, config.federation.round_timeout, len(members), sites, office.identity,
+                    _member(office.roster_file), plan,
+                )  # fmt: skip
+                coordinator = head_office.coordinator(plan, channel, record, _note(folder / PROGRESS), heads, roster)
+                try:
+                    coordinator.run()
+                except QuorumLost as error:
+                    stopped = str(error)
+            head_office.finish(coordinator, stopped, {}, time.monotonic() - began)
             state = "stopped" if stopped else "completed"
             write_status(folder, status.model_copy(update={"state": state, "text": stopped}))
         except BaseException as error:

@@ -6,14 +6,19 @@ from an old backup that does not know what was spent since: it is refused, in wh
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
+from pydantic import ConfigDict, TypeAdapter
+
+from fedllm.chain import LedgerHead
 from fedllm.errors import CheckpointError, FederationError
 from fedllm.files import replace_file, taking_turns
-from fedllm.messages import LedgerHead
+from fedllm.messages import SeenHead
 from server.checkpoint import cannot_write
 
 HEADS = "heads.json"
+_FILE = TypeAdapter(dict[str, SeenHead], config=ConfigDict(strict=True, extra="forbid"))
 
 
 class Heads:
@@ -46,18 +51,17 @@ class Heads:
 
     def _load(self) -> dict[str, LedgerHead]:
         try:
-            content = json.loads(self._path.read_bytes())
-            return {str(site): LedgerHead.model_validate(head) for site, head in content.items()}
+            return _FILE.validate_json(self._path.read_bytes())
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self._path} cannot be read ({type(error).__name__}). Restore it from a backup: without it, a "
                 "ledger that was put back from an old backup goes unnoticed between runs."
             ) from None
 
     def _save(self, heads: Mapping[str, LedgerHead]) -> None:
-        content = {site: head.model_dump() for site, head in sorted(heads.items())}
+        content = {site: asdict(head) for site, head in sorted(heads.items())}
         try:
             replace_file(self._path, json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n", 0o600)
         except OSError as error:

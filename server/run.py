@@ -25,10 +25,11 @@ from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
+from server.channel import Channel
 from server.checkpoint import CONFIG, has_checkpoint, write_atomically, writing
 from server.heads import Heads
 from server.record import RunRecord
-from server.rounds import CHECKPOINT, PLAN, Coordinator, Event, Phase
+from server.rounds import CHECKPOINT, PLAN, Coordinator, Event, Phase, PublicModel
 
 _LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a moment
 
@@ -128,7 +129,7 @@ def differences(path: str, a: object, b: object) -> list[str]:
 
 
 class HeadOfficeRun:
-    """Model, held-out set, coordinator and outputs of one run."""
+    """Model, held-out set and outputs of one run."""
 
     def __init__(self, config: RunConfig) -> None:
         """Load model and held-out set; raises ModelError, DataError or ConfigError where they cannot be used."""
@@ -137,39 +138,41 @@ class HeadOfficeRun:
         self._workspace = open_workspace(config.model, config.adapter, config.seed, config.site.device)
         self._evaluator = _evaluator(config, self._workspace)
 
-    def begin(
-        self, plan: RunPlan, folder: Path, observe: Callable[[Event], None], sites: int, record: RunRecord,
+    @property
+    def dimension(self) -> int:
+        """Parameters of the adapter."""
+        return self._workspace.adapter.spec.dimension
+
+    def coordinator(
+        self, plan: RunPlan, channel: Channel, record: RunRecord, observe: Callable[[Event], None],
         heads: Heads | None = None, roster: Mapping[str, PublicIdentity] | None = None,
     ) -> Coordinator:  # fmt: skip
-        """Return the coordinator of a run in `folder`, resumed where the configuration says so.
+        """Return the coordinator of a run, resumed where the configuration says so.
 
-        `sites` is how many are expected; `observe` receives every event; `record` is signed as the run goes; `heads`
-        is what other runs saw of the sites' ledgers; `roster` names who takes part where noise comes in shares.
+        `observe` receives every event; `record` is signed as the run goes; `heads` is what other runs saw of the
+        sites' ledgers; `roster` names who takes part where noise comes in shares.
         """
         adapter = self._workspace.adapter
         if plan.shared is not None:
             plan.shared.clip_before_rounding(adapter.spec.dimension)  # says here what every site would decline for
-        self._plan, self._folder, self._observe = plan, folder, observe
-        self._coordinator = Coordinator(
-            plan, self._config.federation, adapter.spec, adapter.initial, folder,
-            partial(_score, self._evaluator, self._workspace.engine, plan.mechanism), observe, sites, record, heads,
-            roster,
-        )  # fmt: skip
+        score = partial(_score, self._evaluator, self._workspace.engine, plan.mechanism)
+        model = PublicModel(adapter.spec, adapter.initial, score)
+        coordinator = Coordinator(plan, self._config.federation, model, channel, record, observe, heads, roster)
         if self._config.resume:
-            self._coordinator.resume()
-        return self._coordinator
+            coordinator.resume()
+        return coordinator
 
     def finish(
-        self, stopped: str, budgets: Mapping[str, float], seconds: float, memory_elsewhere: float = 0.0,
-        audit: Callable[[], None] | None = None,
+        self, coordinator: Coordinator, stopped: str, budgets: Mapping[str, float], seconds: float,
+        memory_elsewhere: float = 0.0, audit: Callable[[], None] | None = None,
     ) -> RunSummary:  # fmt: skip
         """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit where it is known.
 
         `memory_elsewhere` is what other processes of the run used at most, MB. `audit` is called beside the closing
         evaluation, and not beside the plots: matplotlib's settings are the process's.
         """
-        adapter, coordinator = self._workspace.adapter, self._coordinator
-        self._observe(Phase("closing evaluation: answers before and after"))
+        adapter = self._workspace.adapter
+        coordinator.observe(Phase("closing evaluation: answers before and after"))
         failed: BaseException | None = None
         with ThreadPoolExecutor(1, "evaluation") as beside:
             answers = beside.submit(_before_and_after, self._evaluator, adapter.initial, coordinator.adapter)
@@ -180,8 +183,8 @@ class HeadOfficeRun:
                 failed = error
         summary = RunSummary(
             name=self._config.name,
-            folder=self._folder,
-            plan=self._plan,
+            folder=coordinator.folder,
+            plan=coordinator.plan,
             data=self._config.data,
             records=[asdict(record) for record in coordinator.records],
             sites={name: asdict(state) for name, state in sorted(coordinator.sites.items())},
@@ -191,8 +194,8 @@ class HeadOfficeRun:
             peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 + memory_elsewhere,
             **answers.result(),
         )
-        self._observe(Phase("writing adapter, plots and summaries"))
-        with writing(self._folder):
+        coordinator.observe(Phase("writing adapter, plots and summaries"))
+        with writing(coordinator.folder):
             write_outputs(summary, adapter, coordinator.adapter)
         if failed is not None:
             raise failed

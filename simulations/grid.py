@@ -1,11 +1,11 @@
 """A Flower Grid inside one process: the same ServerApp and ClientApp, no network, no start-up."""
 
 import threading
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
 
 from fedllm.errors import ConfigError
 from server.grid import OneRunGrid
@@ -53,10 +53,10 @@ class InProcessGrid(OneRunGrid):
         self._replied(message, reply)
 
 
-def run_ray(server_app: Any, client_app: ClientApp, nodes: int, cpus: float, gpus: float) -> None:
-    """Run both apps on Flower's simulation engine, every site in a Ray actor with `cpus` and `gpus`.
+def run_ray(run: Callable[[Grid], None], client_app: ClientApp, nodes: int, cpus: float, gpus: float) -> None:
+    """Call `run` with the Grid of Flower's simulation engine, every site in a Ray actor with `cpus` and `gpus`.
 
-    Raises ConfigError where this machine has not as many.
+    Raises ConfigError where this machine has not as many, and what `run` raises: Flower would only log it.
     """
     import ray
     from flwr.simulation import run_simulation
@@ -67,9 +67,21 @@ def run_ray(server_app: Any, client_app: ClientApp, nodes: int, cpus: float, gpu
     for key, kind, asked in (("cpus_per_site", "CPU", cpus), ("gpus_per_site", "GPU", gpus)):
         if asked > there.get(kind, 0):
             raise ConfigError(f"federation.{key}={asked:g}, but Ray finds {there.get(kind, 0):g} here. Lower it.")
+    server_app, errors = ServerApp(), list[BaseException]()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        del context  # Flower's run configuration is not used
+        try:
+            run(grid)
+        except BaseException as error:
+            errors.append(error)
+
     run_simulation(
         server_app=server_app,
         client_app=client_app,
         num_supernodes=nodes,
         backend_config={"client_resources": {"num_cpus": cpus, "num_gpus": gpus}},
     )
+    if errors:
+        raise errors[0]

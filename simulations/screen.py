@@ -115,7 +115,7 @@ class Screen:
 
     def observe(self, event: "Event") -> None:
         """Follow the run."""
-        from server.rounds import Phase, RoundStarted, SiteAnswered  # late: Flower, for which nothing shall wait
+        from server.rounds import Phase, RoundStarted, SiteAnswered  # late: nothing shall wait for it
 
         if isinstance(event, Phase):
             self.say(event.text)

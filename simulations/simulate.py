@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid
 
 from client.app import courier
 from fedllm.audit.bundle import FOLDER as AUDIT
@@ -23,7 +23,7 @@ from fedllm.plan import RunPlan, SimulationConfig, check_name, parse
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.model import pick_device
 from fedllm.training.workspace import trained, use_threads
-from server.app import server_app
+from server.channel import PlainChannel
 from server.checkpoint import CONFIG, read_as, write_atomically, writing
 from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord, key_in
@@ -86,18 +86,22 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
             write_plan(folder, plan, config)
         record = RunRecord(folder / RECORD_FILE, [key_in(folder)])
         roster = roster_of(config, data.names, folder) if plan.shared is not None else None
-        coordinator = run.begin(plan, folder, observe, len(data.names), record, _heads(config), roster)
+
+        def begin(grid: Grid) -> Coordinator:
+            channel = PlainChannel(grid, config.federation.round_timeout, len(data.names))
+            return run.coordinator(plan, channel, record, observe, _heads(config), roster)
+
         resume_sites(config, data.names, folder)
         with _site_log(folder):
             with _workers(config, folder, len(data.names)) as workers:
                 announce(plan, data.names, workers.trained if workers is not None else trained)
-                stopped = _run(config, folder, coordinator, len(data.names), workers)
+                coordinator, stopped = _run(config, folder, begin, len(data.names), workers)
             budgets = {name: config.budget(name) for name in data.names}
             elsewhere = workers.memory if workers is not None else 0.0
             if config.site.folder is not None:
                 _export_ledgers(config, data.names, folder, plan.run)
             audit = partial(_audit, folder, observe) if config.audit else None
-            return run.finish(stopped, budgets, time.monotonic() - began, elsewhere, audit)
+            return run.finish(coordinator, stopped, budgets, time.monotonic() - began, elsewhere, audit)
 
 
 def _with_nominal_size(config: SimulationConfig, counts: dict[str, int]) -> SimulationConfig:
@@ -191,22 +195,25 @@ def _workers(config: SimulationConfig, folder: Path, sites: int) -> Iterator[Wor
         workers.close()
 
 
-def _run(config: SimulationConfig, folder: Path, coordinator: Coordinator, sites: int, workers: Workers | None) -> str:
-    """Run the rounds that are left; returns why they ended early, or nothing."""
+def _run(
+    config: SimulationConfig, folder: Path, begin: Callable[[Grid], Coordinator], sites: int, workers: Workers | None
+) -> tuple[Coordinator, str]:
+    """Begin, and run the rounds that are left; returns also why they ended early, or nothing."""
     client = courier(partial(connect, config.model_dump_json(), str(folder.resolve()), workers))
-    errors: list[BaseException] = []
-    server = server_app(coordinator, errors.append)
-    federation = config.federation
-    if federation.backend == "ray":
-        run_ray(server, client, sites, federation.cpus_per_site, federation.gpus_per_site)
-    else:
-        grid = InProcessGrid(client, sites)
-        server(grid, Context(1, 0, {}, RecordDict(), {}))
-    if errors and isinstance(errors[0], QuorumLost):
-        return f"{errors[0]} What the sites said of it is in {folder / SITE_LOG}."
-    if errors:
-        raise errors[0]
-    return ""
+    begun: list[Coordinator] = []
+
+    def rounds(grid: Grid) -> None:
+        begun.append(begin(grid))
+        begun[0].run()
+
+    try:
+        if config.federation.backend == "ray":
+            run_ray(rounds, client, sites, config.federation.cpus_per_site, config.federation.gpus_per_site)
+        else:
+            rounds(InProcessGrid(client, sites))
+    except QuorumLost as error:
+        return begun[0], f"{error} What the sites said of it is in {folder / SITE_LOG}."
+    return begun[0], ""
 
 
 def _audit(folder: Path, observe: Callable[[Event], None]) -> None:

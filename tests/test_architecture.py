@@ -49,7 +49,15 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "rich": (*COMMAND_LINE, "simulations.screen", "simulations.benchmarks."),
     "hydra": COMMAND_LINE,
     "omegaconf": COMMAND_LINE,
-    "flwr": ("client.", "server.", "simulations."),
+    "flwr": (
+        "client.app",
+        "server.channel",
+        "server.grid",
+        "server.grpc_grid",
+        "server.fleet",
+        "server.deployment",
+        "simulations.",
+    ),
     "flwr_datasets": ("simulations.",),
     "ray": ("simulations.",),
     "grpc": ("client.", "server."),
@@ -327,6 +335,13 @@ def test_only_the_simulations_app_at_the_clients_end_knows_flower() -> None:
     expect_none([
         (module, name) for module, name in arrows() if within(name, ["client.app"]) and within(module, ["client"])
     ])  # fmt: skip
+
+
+def test_the_round_loop_loads_no_flower() -> None:
+    """It reaches sites by a `Channel`: any Grid, any transport, and none in tests of its own."""
+    loaded = loaded_by("import server.rounds")
+    assert {"server", "numpy"} <= loaded
+    assert not loaded & {"flwr", "ray", "grpc", "torch"}
 
 
 def test_the_daemon_knows_no_flower_by_any_way() -> None:

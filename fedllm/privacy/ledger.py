@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedllm.canonical import canonical
-from fedllm.chain import End, Head, close_export, make_entry, open_entry, read_chain
+from fedllm.chain import End, LedgerHead, close_export, make_entry, open_entry, read_chain
 from fedllm.crypto import Identity, PublicIdentity, random_bytes
 from fedllm.errors import BudgetExceeded, ChainError, CryptoError, LedgerError, PrivacyError
 from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, overrun, spent
@@ -236,7 +236,7 @@ class LedgerFile:
 
         When it ends, the anchor names the newest entry.
         """
-        known: Head | None = None
+        known: LedgerHead | None = None
         with self._connected() as db:
             db.execute("PRAGMA journal_mode = DELETE")
             db.execute("PRAGMA synchronous = EXTRA")  # the journal's end is on disk, too
@@ -254,7 +254,7 @@ class LedgerFile:
         if self._anchor is not None and known is not None and known.number < newest.number:
             advance_anchor(self._anchor, newest)
 
-    def _anchored(self, db: sqlite3.Connection, anchor: Path) -> Head:
+    def _anchored(self, db: sqlite3.Connection, anchor: Path) -> LedgerHead:
         known = read_anchor(anchor)
         if known is None:
             raise LedgerError(f"the privacy ledger {self.path} has lost its anchor {anchor}. {_WAY_OUT}")
@@ -307,12 +307,12 @@ class LedgerFile:
             )
             return [Charge(row[0], row[1], row[2], AccountingEvent(*row[3:6]), row[6], row[7]) for row in rows]
 
-    def head(self) -> Head:
+    def head(self) -> LedgerHead:
         """Return the newest entry of the chain."""
         with self.transaction() as db:
             return _head(db)
 
-    def knows(self, head: Head) -> bool:
+    def knows(self, head: LedgerHead) -> bool:
         """Whether the chain holds an entry that somebody has seen before: a restored backup lacks the latest."""
         with self.transaction() as db:
             return _knows(db, head)
@@ -392,7 +392,7 @@ class LedgerFile:
             lines = [str(row[0]) for row in db.execute("SELECT line FROM chain ORDER BY number")]
             return close_export(lines, end, _now(db) // 60 * 60, signer)
 
-    def verify(self, signers: Iterable[PublicIdentity] | None = None) -> Head:
+    def verify(self, signers: Iterable[PublicIdentity] | None = None) -> LedgerHead:
         """Check the chain, and that the tables say what it says; return its head.
 
         Raises ChainError that names the first entry that was altered, removed, exchanged, or never signed.
@@ -428,10 +428,10 @@ class LedgerFile:
             )
         if not entries:  # killed between file and first entry: there is nothing yet to vouch for
             return BEFORE
-        return Head(entries[-1].number, entries[-1].digest)
+        return LedgerHead(entries[-1].number, entries[-1].digest)
 
 
-def restart(place: LedgerPlace, signer: Identity, lost: Sequence[Loss]) -> Head:
+def restart(place: LedgerPlace, signer: Identity, lost: Sequence[Loss]) -> LedgerHead:
     """Take what there is at `place`, or a new ledger, from now on: its owner states what is `lost` to it.
 
     An older ledger that is still there goes on, so that what it holds is not stated twice. Returns the newest entry.
@@ -683,12 +683,12 @@ def _compare(db: sqlite3.Connection, account: str, data: DataSet) -> list[str]:
     return [str(row[0]) for row in rows]
 
 
-def _head(db: sqlite3.Connection) -> Head:
+def _head(db: sqlite3.Connection) -> LedgerHead:
     row = db.execute("SELECT number, digest FROM chain ORDER BY number DESC LIMIT 1").fetchone()
-    return BEFORE if row is None else Head(int(row[0]), str(row[1]))
+    return BEFORE if row is None else LedgerHead(int(row[0]), str(row[1]))
 
 
-def _knows(db: sqlite3.Connection, head: Head) -> bool:
+def _knows(db: sqlite3.Connection, head: LedgerHead) -> bool:
     row = db.execute("SELECT digest FROM chain WHERE number = ?", (head.number,)).fetchone()
     return row is not None and row[0] == head.digest
 

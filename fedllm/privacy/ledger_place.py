@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.chain import START, Head
+from fedllm.chain import START, LedgerHead
 from fedllm.errors import FolderError, LedgerError
 from fedllm.files import read_secret, taking_turns, write_secret
 
 SITE = "site"  # the account that all data sets of a site share, but for those that its owner declared disjoint
-BEFORE = Head(-1, START)  # of a ledger without entries
+BEFORE = LedgerHead(-1, START)  # of a ledger without entries
 
 _MOUNTS = Path("/proc/self/mounts")
 _NETWORK = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "ceph", "lustre", "afs", "glusterfs", "ncpfs")
@@ -71,18 +71,18 @@ def check_path(path: Path) -> None:
         )
 
 
-def read_anchor(path: Path) -> Head | None:
+def read_anchor(path: Path) -> LedgerHead | None:
     """Return the entry that the anchor names, None where there is no anchor; raises LedgerError."""
     check_path(path)
     if not path.exists():
         return None
     try:
         content = json.loads(read_secret(path))
-        head = Head(content["number"], content["digest"])
+        head = LedgerHead(content["number"], content["digest"])
     except FolderError as error:
         raise LedgerError(f"the privacy ledger's anchor cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError):
-        head = Head(-2, "")
+        head = LedgerHead(-2, "")
     if type(head.number) is not int or head.number < -1 or not isinstance(head.digest, str):
         raise LedgerError(
             f"{path} is no anchor of a privacy ledger. Restore it from a backup of the keys, beside which it lies. If "
@@ -91,7 +91,7 @@ def read_anchor(path: Path) -> Head | None:
     return head
 
 
-def write_anchor(path: Path, head: Head) -> None:
+def write_anchor(path: Path, head: LedgerHead) -> None:
     """Let the anchor name `head`; raises LedgerError where it cannot be written."""
     try:
         write_secret(path, json.dumps({"number": head.number, "digest": head.digest}).encode())
@@ -99,7 +99,7 @@ def write_anchor(path: Path, head: Head) -> None:
         raise LedgerError(f"the privacy ledger's anchor cannot be written: {error} Nothing was released.") from None
 
 
-def advance_anchor(path: Path, head: Head) -> None:
+def advance_anchor(path: Path, head: LedgerHead) -> None:
     """Let the anchor name `head` unless another process was faster and it names a later entry; raises LedgerError."""
     with one_at_a_time(path):
         known = read_anchor(path)

@@ -12,11 +12,11 @@ import pytest
 
 import client.masks
 from client.masks import Masks, incarnation
+from fedllm.chain import LedgerHead
 from fedllm.errors import MasksError
 from fedllm.messages import (
     Declined,
     Join,
-    LedgerHead,
     Prepare,
     Secure,
     ShareRequest,
@@ -134,5 +134,5 @@ def test_copies_of_an_office_answer_twice_for_one_charge(tmp_path: Path, tiny_ll
     assert replies[0].payload != replies[1].payload, "two noises"
     assert len(first.events()) == len(second.events()) == 2, "each ledger knows of one of the two answers"
     statement, _ = open_statement(first.train(3).statement)
-    head = LedgerHead(number=statement.ledger_number, digest=statement.ledger_digest)
+    head = LedgerHead(statement.ledger_number, statement.ledger_digest)
     assert second.train(3, head=head) == Declined(site=NAME, reason="ledger")

@@ -38,6 +38,7 @@ from client.policy import SitePolicy
 from client.records import SiteRecords
 from client.site import Site
 from fedllm import secagg
+from fedllm.chain import LedgerHead
 from fedllm.crypto import Identity, PublicIdentity
 from fedllm.errors import Cancelled, DataError, FedllmError, MessageError, ModelError
 from fedllm.messages import (
@@ -46,7 +47,6 @@ from fedllm.messages import (
     Consent,
     Declined,
     Join,
-    LedgerHead,
     Masked,
     Message,
     Prepare,
@@ -306,6 +306,11 @@ def kinds(ledger: Path) -> list[str]:
         return [row[0] for row in db.execute("SELECT kind FROM chain ORDER BY number")]
 
 
+def masked(reply: TrainReply) -> bool:
+    """Whether the payload is an upload of secure aggregation: two messages, each after its length."""
+    return reply.payload[8:12] == MAGIC
+
+
 def told(reply: bytes) -> tuple[object, ...]:
     """All that a reply says, but for the noised payload and what is a function of it."""
     message = read(reply)
@@ -313,9 +318,9 @@ def told(reply: bytes) -> tuple[object, ...]:
         return (reply,)
     statement, signer = open_statement(message.statement)
     rest: tuple[object, ...] = (len(message.payload),)
-    if message.dtype == "uint32":
-        masked, following = unpack(message.payload, 2)
-        upload = from_bytes(masked, Masked, Masked)
+    if masked(message):
+        sent, following = unpack(message.payload, 2)
+        upload = from_bytes(sent, Masked, Masked)
         rest = (len(upload.payload), upload.model_copy(update={"payload": b""}).to_bytes(), following)
     return (
         message.model_copy(update={"payload": b"", "statement": ""}).to_bytes(), len(reply), *rest, signer,
@@ -399,7 +404,7 @@ class Twins:
     def head(self) -> LedgerHead | None:
         """Return what both offices' newest entry is called, once there is one."""
         ledger = self.victims[0].folder / "ledger.db"
-        return LedgerHead(number=len(kinds(ledger)) - 1, digest=HEAD) if kinds(ledger) else None
+        return LedgerHead(len(kinds(ledger)) - 1, HEAD) if kinds(ledger) else None
 
     def ask(self, frame: bytes, patience: int | None = None) -> bytes:
         """Ask both; return the first one's answer. Fails where records made any difference, or a promise is broken.
@@ -715,7 +720,7 @@ class Fuzz:
             message = read(answer)
             if isinstance(message, Ready):
                 more.append(message.payload)
-            if isinstance(message, TrainReply) and message.dtype == "uint32":
+            if isinstance(message, TrainReply) and masked(message):
                 more += unpack(message.payload, 2)
         declined = Declined(site="victim", reason="budget").to_bytes()
         for frame in [each for each in (*answers, *more, declined) if each]:

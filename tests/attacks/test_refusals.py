@@ -14,10 +14,10 @@ import pytest
 
 from client.records import Declared
 from fedllm import codec
+from fedllm.chain import LedgerHead
 from fedllm.errors import DataError
 from fedllm.messages import (
     Declined,
-    LedgerHead,
     MaskRequest,
     Message,
     Ready,
@@ -122,7 +122,7 @@ QUESTIONS: dict[str, tuple[Ask, dict[str, Any], str]] = {
         changed(training={"learning_rate": 1e6, "wire": "float16"}, privacy={"clip_norm": 1e6}), {}, "training"
     ),
     "another request for a round": (other_request, {}, "ledger"),
-    "an entry that was never": (lambda v, p: v.train(p, head=LedgerHead(number=9, digest="0" * 64)), {}, "ledger"),
+    "an entry that was never": (lambda v, p: v.train(p, head=LedgerHead(9, "0" * 64)), {}, "ledger"),
     "garbage": (lambda v, p: v.site.handle(b"garbage"), {}, "message"),
     "a round beyond the plan": (lambda v, p: v.train(p, 5), {}, "message"),
     "masks for who has not joined": (

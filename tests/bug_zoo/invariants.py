@@ -18,6 +18,7 @@ from fedllm.messages import TrainReply
 from fedllm.plan import RunPlan, TextConfig, parse
 from fedllm.privacy.accounting import spent
 from fedllm.privacy.randomness import OsRandomness
+from fedllm.statement import open_statement
 from fedllm.training import self_check
 from fedllm.training.adapter import attach
 from fedllm.training.engine import Engine
@@ -67,8 +68,9 @@ def budget_composes_over_rounds(folder: Path, base: Path) -> str:
         if not isinstance(reply, TrainReply):
             return f"round {number} was declined"
         true = spent([office.plan.mechanism.event(2 * number)], 1e-3).epsilon
-        if reply.epsilon is None or abs(reply.epsilon - true) > 1e-9:
-            return f"after round {number} the site states epsilon {reply.epsilon}, expected {true:.4g}"
+        stated = open_statement(reply.statement)[0].epsilon
+        if stated is None or abs(stated - true) > 1e-9:
+            return f"after round {number} the site states epsilon {stated}, expected {true:.4g}"
     return ""
 
 
@@ -104,7 +106,7 @@ def killed_round_stays_charged(folder: Path, base: Path) -> str:
     if not isinstance(reply, TrainReply):
         return "the round after the killed one was declined"
     true = spent([office.plan.mechanism.event(4)], 1e-3).epsilon
-    stated = reply.epsilon or 0.0
+    stated = open_statement(reply.statement)[0].epsilon or 0.0
     return "" if stated >= true - 1e-9 else f"two charged rounds cost {stated:.4g}, expected {true:.4g}"
 
 

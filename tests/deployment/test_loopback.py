@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedllm.privacy.ledger import Head, LedgerFile
+from fedllm.privacy.ledger import LedgerFile
 from server.heads import HEADS, Heads
 from tests.deployment.conftest import Federation
 from tests.deployment.harness import settings
@@ -29,4 +29,4 @@ def test_a_run_of_three_offices_completes_and_every_ledger_is_right(federation: 
     seen = Heads(head.home / HEADS).read()
     assert sorted(seen) == sorted(federation.branches)
     for name, branch in federation.branches.items():  # the next run will ask for these
-        assert LedgerFile(branch.home / "data" / "ledger.db").knows(Head(seen[name].number, seen[name].digest))
+        assert LedgerFile(branch.home / "data" / "ledger.db").knows(seen[name])

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm import codec
+from fedllm.chain import LedgerHead
 from fedllm.errors import MessageError
 from fedllm.messages import (
     MAGIC,
+    MAX_STATEMENT,
     Declined,
-    LedgerHead,
     Message,
     Prepare,
     Ready,
@@ -40,13 +41,10 @@ def message_of(kind: type[Message], plan: RunPlan, payload: bytes = b"") -> Mess
         Prepare: Prepare(plan=plan, payload=payload),
         Ready: Ready(site=SITE, plan_digest=DIGEST, spec_digest=DIGEST, payload=payload),
         TrainRequest: TrainRequest(
-            plan=plan, round=3, spec_digest=DIGEST, head=LedgerHead(number=4, digest=DIGEST),
+            plan=plan, round=3, spec_digest=DIGEST, head=LedgerHead(4, DIGEST),
             begun=RoundBegun(roster=DIGEST, number=5, digest=DIGEST), payload=payload,
         ),
-        TrainReply: TrainReply(
-            site=SITE, plan_digest=DIGEST, round=3, spec_digest=DIGEST, dtype="float16", epsilon=1.5, epsilon_rdp=None,
-            delta=1e-5, statement="{}", payload=payload,
-        ),
+        TrainReply: TrainReply(statement="{}", payload=payload),
         Declined: Declined(site=SITE, reason="budget", payload=payload),
     }  # fmt: skip
     return messages[kind]
@@ -293,12 +291,19 @@ def test_other_first_bytes_are_refused(first: bytes) -> None:
     ("kind", "field", "value"),
     [
         (TrainRequest, "round", 0),
-        (TrainReply, "round", 0),
-        (TrainReply, "round", True),
-        (TrainReply, "epsilon", -0.1),
-        (TrainReply, "epsilon_rdp", -1),
-        (TrainReply, "dtype", "float64"),
-        (TrainReply, "site", ""),
+        (TrainRequest, "round", True),
+        (TrainRequest, "head", {"number": -1, "digest": DIGEST}),
+        (TrainRequest, "head", {"number": 2**63, "digest": DIGEST}),
+        (TrainRequest, "head", {"number": "4", "digest": DIGEST}),
+        (TrainRequest, "head", {"number": True, "digest": DIGEST}),
+        (TrainRequest, "head", {"number": 4, "digest": DIGEST + "d"}),
+        (TrainRequest, "head", {"number": 4, "digest": "\n"}),
+        (TrainRequest, "head", {"number": 4, "digest": DIGEST, "site": "busan"}),
+        (TrainRequest, "head", {"number": 4}),
+        (TrainRequest, "head", [4, DIGEST]),
+        (TrainReply, "statement", None),
+        (TrainReply, "statement", "x" * (MAX_STATEMENT + 1)),
+        (Ready, "site", ""),
         (Ready, "site", "x" * 201),
         (Declined, "reason", "because of the record of Kim Minji"),
         (Declined, "reason", None),

@@ -13,7 +13,7 @@ from fedllm.envelope import Binding
 from fedllm.errors import CryptoError, FedllmError, MessageError
 from fedllm.plan import RunPlan, parse
 from fedllm.provision import now
-from server.channel import PlainChannel, SealedChannel
+from server.channel import Opener, PlainChannel, SealedChannel
 from server.federation import Member, Roster
 
 HEAD, STRANGER = Identity.generate(), Identity.generate()
@@ -70,11 +70,22 @@ class World:
         self.seoul, self.busan, self.other = Office("서울", 1), Office("busan", 2), Office("other", 3)
         self.roster = Roster(members=(self.seoul.member, self.busan.member))
         self.grid = Nodes([self.seoul, self.busan, self.other])
+        self._openers: dict[int, Opener] = {}
         self.channel = self.another(run)
         self.channel.nodes()
 
     def another(self, run: str = "run-1") -> SealedChannel:
-        return SealedChannel(self.grid.sites, HEAD, lambda site: self.roster.find(site), plan(run))
+        grid: Any = self.grid
+        return SealedChannel(grid, 1.0, 2, self.grid.sites, HEAD, lambda site: self.roster.find(site), plan(run))
+
+    def seal(self, node: int, round_: int, payload: bytes) -> bytes:
+        """Seal by the channel, and open what answers with `open`."""
+        sealed, self._openers[node] = self.channel.seal(node, round_, payload)
+        return sealed
+
+    def open(self, node: int, data: bytes) -> bytes:
+        """Open an answer to what was last sealed for a node."""
+        return self._openers[node](data)
 
     def revoke(self, office: Office) -> None:
         self.roster = Roster(
@@ -94,18 +105,18 @@ def test_a_site_that_has_gone_offline_can_still_be_sealed_to(world: World) -> No
     """A message to it is made again when it is back."""
     del world.grid.online[1]
     assert world.channel.nodes() == {2: "busan"}
-    sealed = world.channel.seal(1, 1, b"request")
-    assert world.channel.open(1, world.seoul.answer(sealed)) == b"answer"
+    sealed = world.seal(1, 1, b"request")
+    assert world.open(1, world.seoul.answer(sealed)) == b"answer"
 
 
 def test_only_the_rosters_sites_take_part(world: World) -> None:
     assert world.channel.nodes() == {1: "서울", 2: "busan"}
     with pytest.raises(MessageError, match="revoked"):
-        world.channel.seal(3, 1, b"request")
+        world.seal(3, 1, b"request")
 
 
 def test_a_request_is_sealed_to_its_site_and_bound_to_run_plan_and_round(world: World) -> None:
-    sealed = world.channel.seal(1, 4, b"request")
+    sealed = world.seal(1, 4, b"request")
     binding, payload, sender = envelope.open_sealed(sealed, world.seoul.identity, [HEAD.public])
     assert (payload, sender) == (b"request", HEAD.public)
     assert (binding.direction, binding.run, binding.plan, binding.round) == ("to-site", "run-1", plan().digest, 4)
@@ -119,19 +130,19 @@ def test_numbers_grow_over_messages_channels_and_a_clock_that_stands(
     def number(sealed: bytes) -> int:
         return envelope.open_sealed(sealed, world.seoul.identity, [HEAD.public])[0].number
 
-    first = number(world.channel.seal(1, 0, b""))
+    first = number(world.seal(1, 0, b""))
     later = world.another()
     later.nodes()
-    second = number(later.seal(1, 0, b""))
+    second = number(later.seal(1, 0, b"")[0])
     monkeypatch.setattr("server.channel.time.time_ns", lambda: 0)
-    numbers = [first, second, *(number(later.seal(1, 0, b"")) for _ in range(3))]
+    numbers = [first, second, *(number(later.seal(1, 0, b"")[0]) for _ in range(3))]
     assert numbers == sorted(set(numbers))
 
 
 def test_the_answer_to_the_last_request_is_opened(world: World) -> None:
-    to_seoul, to_busan = world.channel.seal(1, 1, b"request"), world.channel.seal(2, 1, b"request")
-    assert world.channel.open(2, world.busan.answer(to_busan, b"b")) == b"b"
-    assert world.channel.open(1, world.seoul.answer(to_seoul, b"s")) == b"s"
+    to_seoul, to_busan = world.seal(1, 1, b"request"), world.seal(2, 1, b"request")
+    assert world.open(2, world.busan.answer(to_busan, b"b")) == b"b"
+    assert world.open(1, world.seoul.answer(to_seoul, b"s")) == b"s"
 
 
 @pytest.mark.parametrize(
@@ -145,54 +156,54 @@ def test_the_answer_to_the_last_request_is_opened(world: World) -> None:
 def test_an_answer_bound_to_anything_else_is_refused_with_what_differs(
     world: World, other: dict[str, Any], said: str
 ) -> None:
-    sealed = world.channel.seal(1, 1, b"request")
+    sealed = world.seal(1, 1, b"request")
     with pytest.raises(MessageError, match=rf"an answer to something else \({said}\)"):
-        world.channel.open(1, world.seoul.answer(sealed, **other))
+        world.open(1, world.seoul.answer(sealed, **other))
 
 
 def _of_the_round_before(world: World) -> bytes:
-    old = world.seoul.answer(world.channel.seal(1, 1, b"request"))
-    world.channel.seal(1, 2, b"request")
+    old = world.seoul.answer(world.seal(1, 1, b"request"))
+    world.seal(1, 2, b"request")
     return old
 
 
 def _to_the_same_round_asked_before(world: World) -> bytes:
-    old = world.seoul.answer(world.channel.seal(1, 1, b"request"))
-    world.channel.seal(1, 1, b"request")
+    old = world.seoul.answer(world.seal(1, 1, b"request"))
+    world.seal(1, 1, b"request")
     return old
 
 
 def _of_another_run(world: World) -> bytes:
     other = world.another("run-2")
     other.nodes()
-    world.channel.seal(1, 1, b"request")
-    return world.seoul.answer(other.seal(1, 1, b"request"))
+    world.seal(1, 1, b"request")
+    return world.seoul.answer(other.seal(1, 1, b"request")[0])
 
 
 def _of_another_site(world: World) -> bytes:
-    world.channel.seal(1, 1, b"request")
-    return world.busan.answer(world.channel.seal(2, 1, b"request"))
+    world.seal(1, 1, b"request")
+    return world.busan.answer(world.seal(2, 1, b"request"))
 
 
 def _signed_by_another_site(world: World) -> bytes:
-    return world.seoul.answer(world.channel.seal(1, 1, b"request"), signed_by=world.busan.identity)
+    return world.seoul.answer(world.seal(1, 1, b"request"), signed_by=world.busan.identity)
 
 
 def _signed_by_a_stranger(world: World) -> bytes:
-    return world.seoul.answer(world.channel.seal(1, 1, b"request"), signed_by=STRANGER)
+    return world.seoul.answer(world.seal(1, 1, b"request"), signed_by=STRANGER)
 
 
 def _signed_by_head_office(world: World) -> bytes:
-    return world.seoul.answer(world.channel.seal(1, 1, b"request"), signed_by=HEAD)
+    return world.seoul.answer(world.seal(1, 1, b"request"), signed_by=HEAD)
 
 
 def _the_request_sent_back(world: World) -> bytes:
-    return world.channel.seal(1, 1, b"request")
+    return world.seal(1, 1, b"request")
 
 
 def _sealed_to_a_stranger(world: World) -> bytes:
     binding = Binding(direction="to-head-office", run="run-1", plan=plan().digest, round=1, number=1)
-    world.channel.seal(1, 1, b"request")
+    world.seal(1, 1, b"request")
     return envelope.seal(b"answer", binding, world.seoul.identity, STRANGER.public)
 
 
@@ -209,48 +220,48 @@ def test_what_is_not_the_sites_answer_to_its_last_request_is_refused(
 ) -> None:
     data = hostile(world)
     with pytest.raises((MessageError, CryptoError)):
-        world.channel.open(1, data)
+        world.open(1, data)
 
 
 def test_an_answer_is_of_no_use_to_another_node(world: World) -> None:
-    answer = world.seoul.answer(world.channel.seal(1, 1, b"request"))
-    world.channel.seal(2, 1, b"request")
+    answer = world.seoul.answer(world.seal(1, 1, b"request"))
+    world.seal(2, 1, b"request")
     with pytest.raises(CryptoError):
-        world.channel.open(2, answer)
-    assert world.channel.open(1, answer) == b"answer"
+        world.open(2, answer)
+    assert world.open(1, answer) == b"answer"
 
 
 def test_a_site_that_is_revoked_during_the_round_is_out_at_once(world: World) -> None:
-    answer = world.seoul.answer(world.channel.seal(1, 1, b"request"))
+    answer = world.seoul.answer(world.seal(1, 1, b"request"))
     world.revoke(world.seoul)
     with pytest.raises(MessageError, match="the site was revoked"):
-        world.channel.open(1, answer)
+        world.open(1, answer)
     with pytest.raises(MessageError, match="the site was revoked"):
-        world.channel.seal(1, 2, b"request")
+        world.seal(1, 2, b"request")
     assert world.channel.nodes() == {2: "busan"}
 
 
 def test_while_a_site_rotates_its_keys_answers_of_both_are_used_and_requests_go_to_the_new(world: World) -> None:
     old, new = world.seoul.identity, Identity.generate()
-    before = world.channel.seal(1, 1, b"request")
+    before = world.seal(1, 1, b"request")
     member = world.seoul.member.model_copy(
         update={"identity": new.public.to_text(), "previous_identities": (old.public.to_text(),)}
     )
     world.roster = Roster(members=(member, world.busan.member))
-    assert world.channel.open(1, world.seoul.answer(before)) == b"answer"
-    sealed = world.channel.seal(1, 2, b"request")
+    assert world.open(1, world.seoul.answer(before)) == b"answer"
+    sealed = world.seal(1, 2, b"request")
     with pytest.raises(CryptoError):
         envelope.open_sealed(sealed, old, [HEAD.public])
     world.seoul.identity = new
-    assert world.channel.open(1, world.seoul.answer(sealed)) == b"answer"
+    assert world.open(1, world.seoul.answer(sealed)) == b"answer"
 
 
 @given(st.binary(max_size=400))
 def test_hostile_bytes_are_one_kind_of_error(data: bytes) -> None:
     world = _WORLD
-    world.channel.seal(1, 1, b"request")
+    world.seal(1, 1, b"request")
     with pytest.raises(FedllmError):
-        world.channel.open(1, data)
+        world.open(1, data)
 
 
 _WORLD = World()
@@ -258,23 +269,24 @@ _WORLD = World()
 
 @given(st.data())
 def test_an_altered_answer_is_refused(data: st.DataObject) -> None:
-    answer = bytearray(_WORLD.seoul.answer(_WORLD.channel.seal(1, 1, b"request")))
+    answer = bytearray(_WORLD.seoul.answer(_WORLD.seal(1, 1, b"request")))
     answer[data.draw(st.integers(0, len(answer) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     with pytest.raises(FedllmError):
-        _WORLD.channel.open(1, bytes(answer))
+        _WORLD.open(1, bytes(answer))
 
 
 @given(st.binary(max_size=200))
 def test_whatever_a_known_site_signs_is_its_answer_or_refused(plain: bytes) -> None:
-    _WORLD.channel.seal(1, 1, b"request")
+    _WORLD.seal(1, 1, b"request")
     with pytest.raises(MessageError):
-        _WORLD.channel.open(1, _WORLD.seoul.identity.seal(plain, HEAD.public))
+        _WORLD.open(1, _WORLD.seoul.identity.seal(plain, HEAD.public))
 
 
 def test_in_one_process_bytes_travel_as_they_are(world: World) -> None:
     grid: Any = world.grid
-    plain = PlainChannel(grid)
+    plain = PlainChannel(grid, 1.0, 3)
     assert plain.nodes() == {1: None, 2: None, 3: None}
-    assert plain.open(1, plain.seal(1, 1, b"bytes")) == b"bytes"
+    sent, opened = plain.seal(1, 1, b"bytes")
+    assert (sent, opened(b"answer")) == (b"bytes", b"answer")
     assert not plain.sites_may_come_back
     assert world.channel.sites_may_come_back

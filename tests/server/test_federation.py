@@ -15,10 +15,10 @@ from cryptography import x509
 from typer.testing import CliRunner
 
 from fedllm import crypto, files
+from fedllm.chain import LedgerHead
 from fedllm.cli import app
 from fedllm.crypto import Identity
 from fedllm.errors import ConfigError, CryptoError, FederationError, FedllmError, FolderError
-from fedllm.messages import LedgerHead
 from fedllm.provision import Grant, JoinRequest, now
 from server import federation
 from server.federation import HeadOffice, Roster, admit, init_federation, retire, revoke
@@ -66,7 +66,7 @@ def modes(folder: Path) -> dict[str, int]:
 
 def test_head_office_takes_a_new_ledger_of_a_site_by_a_command_of_its_own(folder: Path) -> None:
     heads = Heads(folder / HEADS)
-    heads.note({name: LedgerHead(number=7, digest="seven") for name in ("busan", "jeju")})
+    heads.note({name: LedgerHead(7, "seven") for name in ("busan", "jeju")})
     assert modes(folder)[HEADS] == 0o600
     done = CliRunner().invoke(app, ["server", "new-ledger", "jeju", "--home", str(folder)])
     assert done.exit_code == 0, done.output

@@ -6,7 +6,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,14 @@ import server.checkpoint
 import server.record
 import server.rounds
 from fedllm import codec
-from fedllm.chain import Entry, read_chain
+from fedllm.chain import Entry, LedgerHead, read_chain
 from fedllm.crypto import Identity
 from fedllm.delta import AdapterSpec, TensorSpec
-from fedllm.errors import CheckpointError, FederationError, MessageError, ModelError, QuorumLost
+from fedllm.errors import CheckpointError, FederationError, ModelError, QuorumLost
 from fedllm.messages import (
     KEY,
     RECORD,
     Declined,
-    LedgerHead,
     Prepare,
     Ready,
     RoundBegun,
@@ -43,10 +42,21 @@ from fedllm.plan import MAX_START, FederationConfig, RunPlan, parse
 from fedllm.privacy.accounting import spent
 from fedllm.statement import Statement, open_statement, roster_digest, sign_statement, update_digest
 from fedllm.training.server_optimizer import ServerOptimizer
+from server.channel import PlainChannel
 from server.checkpoint import load_checkpoint
 from server.heads import HEADS, Heads
 from server.record import RECORD_FILE, RunRecord, adapter_digest
-from server.rounds import CHECKPOINT, METRICS, Coordinator, Event, Phase, RoundRecord, RoundStarted, SiteAnswered
+from server.rounds import (
+    CHECKPOINT,
+    METRICS,
+    Coordinator,
+    Event,
+    Phase,
+    PublicModel,
+    RoundRecord,
+    RoundStarted,
+    SiteAnswered,
+)
 
 DIMENSION = 12
 SPEC = AdapterSpec("base", "frozen", 2.0, (TensorSpec("a", (4, 2)), TensorSpec("b", (4,))))
@@ -67,6 +77,20 @@ def identity_of(name: str) -> Identity:
     return Identity.generate()
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What a site is about to sign and send."""
+
+    site: str
+    run: str
+    plan: str
+    round: int
+    epsilon: float | None
+    epsilon_rdp: float | None
+    delta: float
+    payload: bytes
+
+
 class FakeSite:
     """A site without a model: its update depends on name, round and starting point, and on nothing else."""
 
@@ -74,7 +98,7 @@ class FakeSite:
         self.name = name
         self.rounds: list[int] = []  # asked to train
         self.prepared = 0
-        self.spoil: Callable[[TrainReply], Any] | None = None
+        self.spoil: Callable[[Draft], Any] | None = None
         self.decline_plan: str | None = None
         self.identity = identity_of(name)
         self.heads: list[LedgerHead | None] = []  # that head office sent
@@ -82,17 +106,17 @@ class FakeSite:
         self.says: dict[str, Any] = {}  # what its statement says instead of what is so
         self.begun: dict[tuple[str, int], RoundBegun] = {}
 
-    def sign(self, reply: TrainReply, request: TrainRequest) -> TrainReply:
+    def sign(self, reply: Draft, request: TrainRequest) -> TrainReply:
         entry = self.base + 2 * reply.round  # of a chain with two entries a round
-        plan = request.plan
         # a round is answered again as it was before
-        begun = self.begun.setdefault((plan.digest, request.round), request.begun)
+        begun = self.begun.setdefault((request.plan.digest, request.round), request.begun)
         statement = Statement(
-            reply.site, plan.run, reply.plan_digest, reply.round, reply.epsilon, reply.epsilon_rdp, reply.delta, entry,
+            reply.site, reply.run, reply.plan, reply.round, reply.epsilon, reply.epsilon_rdp, reply.delta, entry,
             f"digest {entry}", update_digest(reply.payload), begun.roster, begun.number, begun.digest,
         )  # fmt: skip
-        signed = sign_statement(replace(statement, **self.says), self.identity)
-        return reply.model_copy(update={"statement": signed})
+        return TrainReply(
+            statement=sign_statement(replace(statement, **self.says), self.identity), payload=reply.payload
+        )
 
     def delta(self, round_: int, start: Vector) -> Vector:
         noise = np.random.default_rng([round_, *self.name.encode()]).normal(size=DIMENSION)
@@ -109,25 +133,15 @@ class FakeSite:
         self.heads.append(message.head)
         plan = message.plan
         private = plan.mechanism.private
-        reply = TrainReply(
-            site=self.name,
-            plan_digest=plan.digest,
-            round=message.round,
-            spec_digest=SPEC.digest,
-            dtype=plan.training.wire,
-            epsilon=0.5 * message.round if private else None,
-            epsilon_rdp=0.6 * message.round if private else None,
-            delta=plan.privacy.delta,
-            statement="",
-            payload=codec.encode(
+        draft = Draft(
+            self.name, plan.run, plan.digest, message.round, 0.5 * message.round if private else None,
+            0.6 * message.round if private else None, plan.privacy.delta,
+            codec.encode(
                 self.delta(message.round, codec.decode(message.payload, "float32", DIMENSION)), plan.training.wire
             ),
-        )
-        answer = reply.to_bytes() if self.spoil is None else self.spoil(reply)
-        try:
-            return self.sign(from_bytes(answer, TrainReply, TrainReply), message).to_bytes()
-        except (MessageError, TypeError):  # spoilt so well that there is nothing to sign
-            return answer
+        )  # fmt: skip
+        answer = draft if self.spoil is None else self.spoil(draft)
+        return self.sign(answer, message).to_bytes() if isinstance(answer, Draft) else answer
 
 
 class FakeGrid(Grid):
@@ -230,20 +244,20 @@ class Federation:
         return self.heads.read()
 
     def coordinator(self, observe: Callable[[Event], None] | None = None) -> Coordinator:
-        return Coordinator(
-            self.plan, self.config, SPEC, START, self.folder, score, observe or self.events.append, len(self.sites),
-            RunRecord(self.folder / RECORD_FILE, HEAD_OFFICE, {"jeju": "its identity"}), self.heads,
-        )  # fmt: skip
+        channel = PlainChannel(self.grid, self.config.round_timeout, len(self.sites))
+        record = RunRecord(self.folder / RECORD_FILE, HEAD_OFFICE, {"jeju": "its identity"})
+        model = PublicModel(SPEC, START, score)
+        return Coordinator(self.plan, self.config, model, channel, record, observe or self.events.append, self.heads)
 
     def run(self) -> Coordinator:
         coordinator = self.coordinator()
-        coordinator.run(self.grid)
+        coordinator.run()
         return coordinator
 
     def resume(self) -> Coordinator:
         coordinator = self.coordinator()
         coordinator.resume()
-        coordinator.run(self.grid)
+        coordinator.run()
         return coordinator
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -315,7 +329,7 @@ def test_every_round_is_on_disk_before_it_is_announced(federation: Federation) -
             assert federation.metrics()[-1]["round"] == event.round
             seen.append(event.round)
 
-    federation.coordinator(observe).run(federation.grid)
+    federation.coordinator(observe).run()
     assert seen == [0, 1, 2, 3, 4]
 
 
@@ -373,7 +387,7 @@ def test_server_optimisers_follow_their_papers(tmp_path: Path, server: dict[str,
 
 def test_the_largest_stated_epsilon_is_recorded(tmp_path: Path) -> None:
     federation = Federation(tmp_path, make_plan(mode="local", noise_multiplier=1.0))
-    federation.sites["jeju"].spoil = lambda reply: reply.model_copy(update={"epsilon": 3.0 + reply.round}).to_bytes()
+    federation.sites["jeju"].spoil = lambda reply: replace(reply, epsilon=3.0 + reply.round)
     coordinator = federation.run()
     assert [record.epsilon for record in coordinator.records] == [0.0, 4.0, 5.0, 6.0, 7.0]
     assert all(record.private for record in coordinator.records)
@@ -383,36 +397,36 @@ def test_the_largest_stated_epsilon_is_recorded(tmp_path: Path) -> None:
 # ---- sites that misbehave --------------------------------------------------------------------------------------------
 
 
-def _changed(**values: Any) -> Callable[[TrainReply], bytes]:
-    return lambda reply: reply.model_copy(update=values).to_bytes()
+def _changed(**values: Any) -> Callable[[Draft], Draft]:
+    return lambda reply: replace(reply, **values)
 
 
-def _raise(reply: TrainReply) -> bytes:
+def _raise(reply: Draft) -> bytes:
     raise RuntimeError("a fault of the site")
 
 
-def _first_value(value: float) -> Callable[[TrainReply], bytes]:
+def _first_value(value: float) -> Callable[[Draft], Draft]:
     poison = np.float32(value).tobytes()
-    return lambda reply: reply.model_copy(update={"payload": poison + reply.payload[4:]}).to_bytes()
+    return lambda reply: replace(reply, payload=poison + reply.payload[4:])
 
 
-MISBEHAVIOURS: dict[str, Callable[[TrainReply], Any]] = {
+MISBEHAVIOURS: dict[str, Callable[[Draft], Any]] = {
     "raises": _raise,
     "never answers": lambda reply: None,
-    "too short": lambda reply: reply.model_copy(update={"payload": reply.payload[:-4]}).to_bytes(),
-    "too long": lambda reply: reply.model_copy(update={"payload": reply.payload + bytes(4)}).to_bytes(),
+    "too short": lambda reply: replace(reply, payload=reply.payload[:-4]),
+    "too long": lambda reply: replace(reply, payload=reply.payload + bytes(4)),
     "no payload": _changed(payload=b""),
     "NaN": _first_value(math.nan),
     "infinite": _first_value(math.inf),
-    "wrong round": lambda reply: reply.model_copy(update={"round": reply.round + 1}).to_bytes(),
+    "wrong round": lambda reply: replace(reply, round=reply.round + 1),
     "another site's name": _changed(site="busan"),
     "unknown name": _changed(site="nobody"),
-    "another plan": _changed(plan_digest="0" * 64),
-    "another adapter": _changed(spec_digest="0" * 64),
-    "another type": _changed(dtype="float16"),
+    "another plan": _changed(plan="0" * 64),
+    "another run": _changed(run="another"),
+    "another type": lambda reply: replace(reply, payload=codec.encode(np.zeros(DIMENSION, np.float32), "float16")),
     "garbage": lambda reply: b"\x00\xff" * 50,
     "empty": lambda reply: b"",
-    "cut": lambda reply: reply.to_bytes()[:20],
+    "cut": lambda reply: TrainReply(statement="x", payload=reply.payload).to_bytes()[:20],
     "another kind of message": lambda reply: Ready(site=reply.site, plan_digest="", spec_digest="").to_bytes(),
     "text instead of bytes": lambda reply: _envelope("hello"),
     "an empty envelope": lambda reply: RecordDict(),
@@ -425,7 +439,7 @@ def test_a_site_that_misbehaves_is_counted_as_failed_and_the_others_are_averaged
     federation: Federation, misbehaviour: str
 ) -> None:
     spoil = MISBEHAVIOURS[misbehaviour]
-    federation.sites["jeju"].spoil = lambda reply: spoil(reply) if reply.round == 2 else reply.to_bytes()
+    federation.sites["jeju"].spoil = lambda reply: spoil(reply) if reply.round == 2 else reply
     coordinator = federation.run()
     np.testing.assert_allclose(coordinator.adapter, expected_adapters(federation, {2: {"jeju"}})[-1], rtol=1e-6)
     assert coordinator.round == 4
@@ -465,10 +479,10 @@ def test_too_many_misbehaving_sites_end_the_run_with_everything_on_disk(
 ) -> None:
     spoil = MISBEHAVIOURS[misbehaviour]
     for name in ("jeju", "busan"):
-        federation.sites[name].spoil = lambda reply: spoil(reply) if reply.round == 3 else reply.to_bytes()
+        federation.sites[name].spoil = lambda reply: spoil(reply) if reply.round == 3 else reply
     coordinator = federation.coordinator()
     with pytest.raises(QuorumLost, match=r"round 3.*quorum=2") as caught:
-        coordinator.run(federation.grid)
+        coordinator.run()
     assert "jeju" in str(caught.value)
     assert "busan" in str(caught.value)
     assert [line["round"] for line in federation.metrics()] == [0, 1, 2]
@@ -480,7 +494,7 @@ def test_too_many_misbehaving_sites_end_the_run_with_everything_on_disk(
 
 def test_a_run_goes_on_where_it_lost_its_quorum(federation: Federation) -> None:
     for name in ("jeju", "busan"):
-        federation.sites[name].spoil = lambda reply: None if reply.round == 3 else reply.to_bytes()
+        federation.sites[name].spoil = lambda reply: None if reply.round == 3 else reply
     with pytest.raises(QuorumLost):
         federation.run()
     for site in federation.sites.values():
@@ -516,7 +530,7 @@ def test_when_all_sites_decline_the_plan_the_run_ends_with_their_reasons(federat
 @pytest.mark.parametrize("why", ["budget", "policy", "data", "model", "ledger"])
 def test_a_site_that_declines_for_good_is_not_asked_again(federation: Federation, why: str) -> None:
     refusal = Declined(site="jeju", reason=why).to_bytes()  # type: ignore[arg-type]
-    federation.sites["jeju"].spoil = lambda reply: refusal if reply.round >= 2 else reply.to_bytes()
+    federation.sites["jeju"].spoil = lambda reply: refusal if reply.round >= 2 else reply
     coordinator = federation.run()
     assert federation.sites["jeju"].rounds == [1, 2]
     assert coordinator.records[2].declined == {"jeju": why}
@@ -529,7 +543,7 @@ def test_a_site_that_declines_for_good_is_not_asked_again(federation: Federation
 @pytest.mark.parametrize("why", ["training", "message", "internal"])
 def test_a_site_that_declines_one_round_is_asked_for_the_next(federation: Federation, why: str) -> None:
     refusal = Declined(site="jeju", reason=why).to_bytes()  # type: ignore[arg-type]
-    federation.sites["jeju"].spoil = lambda reply: refusal if reply.round == 2 else reply.to_bytes()
+    federation.sites["jeju"].spoil = lambda reply: refusal if reply.round == 2 else reply
     coordinator = federation.run()
     assert federation.sites["jeju"].rounds == [1, 2, 3, 4]
     assert coordinator.sites["jeju"].rounds == 3
@@ -540,7 +554,7 @@ def test_the_reasons_of_earlier_rounds_are_named_when_the_quorum_is_lost_later(f
     for round_, name in ((2, "jeju"), (3, "busan")):
         refusal = Declined(site=name, reason="budget").to_bytes()
         federation.sites[name].spoil = lambda reply, refusal=refusal, round_=round_: (
-            refusal if reply.round >= round_ else reply.to_bytes()
+            refusal if reply.round >= round_ else reply
         )
     with pytest.raises(QuorumLost) as caught:
         federation.run()
@@ -555,13 +569,12 @@ def test_a_site_that_could_not_be_reached_for_several_rounds_is_used_again(tmp_p
     for site in federation.sites.values():
         trained: list[int] = []
 
-        def account(reply: TrainReply, trained: list[int] = trained) -> bytes | None:
+        def account(reply: Draft, trained: list[int] = trained) -> Draft | None:
             if reply.site == "jeju" and reply.round in (2, 3, 4):
                 return None  # lost on the way there
             trained.append(reply.round)
             cost = spent([event] * len(trained), federation.plan.privacy.delta)
-            values = {"epsilon": cost.epsilon, "epsilon_rdp": cost.epsilon_rdp}
-            return reply.model_copy(update=values).to_bytes()
+            return replace(reply, epsilon=cost.epsilon, epsilon_rdp=cost.epsilon_rdp)
 
         site.spoil = account
     coordinator = federation.run()
@@ -576,10 +589,10 @@ def test_a_site_that_lost_its_ledger_is_noticed(tmp_path: Path) -> None:
     federation = Federation(tmp_path, make_plan(mode="local", noise_multiplier=2.0, sampling_rate=0.5))
     event = federation.plan.mechanism.event(1)
 
-    def account(reply: TrainReply) -> bytes:
+    def account(reply: Draft) -> Draft:
         rounds = reply.round if reply.site != "jeju" or reply.round < 3 else reply.round - 2  # begins anew in round 3
         cost = spent([event] * rounds, federation.plan.privacy.delta)
-        return reply.model_copy(update={"epsilon": cost.epsilon, "epsilon_rdp": cost.epsilon_rdp}).to_bytes()
+        return replace(reply, epsilon=cost.epsilon, epsilon_rdp=cost.epsilon_rdp)
 
     for site in federation.sites.values():
         site.spoil = account
@@ -599,7 +612,7 @@ def test_a_site_that_joins_late_is_prepared_and_used(federation: Federation) -> 
             federation.grid.nodes[3] = late
 
     coordinator = federation.coordinator(observe)
-    coordinator.run(federation.grid)
+    coordinator.run()
     assert federation.sites["jeju"].rounds == [3, 4]
     assert federation.sites["jeju"].prepared == 1
     expected = expected_adapters(federation, {1: {"jeju"}, 2: {"jeju"}})[-1]
@@ -617,7 +630,7 @@ def test_a_site_that_goes_offline_is_missed_and_used_again_when_it_returns(feder
             federation.grid.nodes[3] = node
 
     coordinator = federation.coordinator(observe)
-    coordinator.run(federation.grid)
+    coordinator.run()
     assert list(coordinator.records[2].failed) == ["jeju"]
     assert federation.sites["jeju"].rounds == [1, 3, 4]
     assert (coordinator.sites["jeju"].rounds, coordinator.sites["jeju"].failed) == (3, 1)
@@ -732,7 +745,7 @@ def test_a_run_killed_at_any_event_resumes_to_the_same_bits(tmp_path: Path, opti
                 raise Killed
 
         with pytest.raises(Killed):
-            federation.coordinator(observe).run(federation.grid)
+            federation.coordinator(observe).run()
         resumed = federation.resume()
         assert resumed.adapter.tobytes() == uninterrupted.adapter.tobytes(), f"killed at event {killed_at}"
         assert unweighed(resumed.records) == unweighed(uninterrupted.records)
@@ -891,8 +904,6 @@ LIES: dict[str, dict[str, Any]] = {
     "another run": {"run": "x"},
     "another plan": {"plan": "0" * 64},
     "another round": {"round": 1},
-    "another epsilon": {"epsilon": 0.25},
-    "another epsilon by RDP": {"epsilon_rdp": 0.25},
     "no epsilon": {"epsilon": None},
     "another delta": {"delta": 0.5},
     "another update": {"update": update_digest(b"")},
@@ -909,9 +920,9 @@ def test_a_site_that_signs_something_else_than_it_sends_is_not_used(tmp_path: Pa
     federation = Federation(tmp_path, make_plan(mode="local", noise_multiplier=1.0))
     jeju = federation.sites["jeju"]
 
-    def spoil(reply: TrainReply) -> bytes:
+    def spoil(reply: Draft) -> Draft:
         jeju.says = LIES[lie] if reply.round == 2 else {}
-        return reply.to_bytes()
+        return reply
 
     jeju.spoil = spoil
     coordinator = federation.run()
@@ -920,10 +931,13 @@ def test_a_site_that_signs_something_else_than_it_sends_is_not_used(tmp_path: Pa
     assert coordinator.sites["jeju"].rounds == 3
 
 
+_unsigned = TrainReply(statement="x", payload=bytes(4 * DIMENSION))
+
+
 @pytest.mark.parametrize("statement", ["", "{}", "hello", "\ud83d\ude00" * 10])
 def test_a_reply_without_a_statement_is_not_used(federation: Federation, statement: str) -> None:
     jeju = federation.sites["jeju"]
-    jeju.sign = lambda reply, plan: reply.model_copy(update={"statement": statement})  # type: ignore[method-assign]
+    jeju.sign = lambda reply, _: _unsigned.model_copy(update={"statement": statement})  # type: ignore[method-assign]
     coordinator = federation.run()
     assert coordinator.sites["jeju"].rounds == 0
     assert coordinator.round == 4
@@ -933,12 +947,12 @@ def test_a_reply_without_a_statement_is_not_used(federation: Federation, stateme
 def test_who_signed_first_for_a_site_goes_on_signing(federation: Federation, resumed: bool) -> None:
     jeju, stranger = federation.sites["jeju"], Identity.generate()
 
-    def spoil(reply: TrainReply) -> bytes:
+    def spoil(reply: Draft) -> Draft:
         if reply.round == 3:
             jeju.identity = stranger
             if resumed:
                 raise Killed
-        return reply.to_bytes()
+        return reply
 
     jeju.spoil = spoil
     if resumed:
@@ -955,14 +969,14 @@ def test_who_signed_first_for_a_site_goes_on_signing(federation: Federation, res
 def test_with_a_roster_only_its_identities_may_sign(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {node: (site.identity.public,) for node, site in enumerate(federation.sites.values(), start=1)}
     known[2] = (Identity.generate().public,)  # busan's is another
-    monkeypatch.setattr(server.rounds.PlainChannel, "identities", lambda self, node: known[node])
+    monkeypatch.setattr(PlainChannel, "identities", lambda self, node: known[node])
     coordinator = federation.run()
     assert all("may not sign for busan" in record.failed["busan"] for record in coordinator.records[1:])
     assert coordinator.sites["jeju"].rounds == 4
 
 
 def test_every_site_hears_what_it_signed_for_last(federation: Federation) -> None:
-    federation.sites["jeju"].spoil = lambda reply: None if reply.round == 2 else reply.to_bytes()
+    federation.sites["jeju"].spoil = lambda reply: None if reply.round == 2 else reply
     federation.run()
     numbers = {name: [head.number if head else None for head in site.heads] for name, site in federation.sites.items()}
     assert numbers == {"서울-강남": [None, 2, 4, 6], "busan": [None, 2, 4, 6], "jeju": [None, 2, 2, 6]}
@@ -1027,10 +1041,10 @@ def test_a_round_that_is_answered_as_before_a_crash_is_used_though_another_run_c
     for site in kept.sites.values():
         site.base = 8
 
-    def die(reply: TrainReply) -> bytes:
+    def die(reply: Draft) -> Draft:
         if reply.round == 3:
             raise Killed
-        return reply.to_bytes()
+        return reply
 
     kept.sites["jeju"].spoil = die  # the others have answered round 3 by then, with entries 14
     with pytest.raises(Killed):
@@ -1048,12 +1062,12 @@ def test_a_round_that_is_answered_as_before_a_crash_is_used_though_another_run_c
 
 def test_runs_at_once_never_replace_a_newer_head_by_an_older_one(tmp_path: Path) -> None:
     first, second = heads_in(tmp_path), heads_in(tmp_path)
-    first.note({"a": LedgerHead(number=5, digest="five"), "b": LedgerHead(number=1, digest="one")})
-    second.note({"a": LedgerHead(number=4, digest="four")})
-    assert first.read() == {"a": LedgerHead(number=5, digest="five"), "b": LedgerHead(number=1, digest="one")}
+    first.note({"a": LedgerHead(5, "five"), "b": LedgerHead(1, "one")})
+    second.note({"a": LedgerHead(4, "four")})
+    assert first.read() == {"a": LedgerHead(5, "five"), "b": LedgerHead(1, "one")}
     other = Heads(tmp_path / HEADS, "elsewhere/")
-    other.note({"a": LedgerHead(number=0, digest="zero")})
-    assert other.read() == {"a": LedgerHead(number=0, digest="zero")}
+    other.note({"a": LedgerHead(0, "zero")})
+    assert other.read() == {"a": LedgerHead(0, "zero")}
     assert first.read()["a"].number == 5
 
 
@@ -1076,7 +1090,7 @@ def record_of(federation: Federation) -> list[Entry]:
 
 def test_the_record_tells_the_whole_run_in_signed_entries(federation: Federation) -> None:
     refusal = Declined(site="jeju", reason="training").to_bytes()
-    federation.sites["jeju"].spoil = lambda reply: refusal if reply.round == 2 else reply.to_bytes()
+    federation.sites["jeju"].spoil = lambda reply: refusal if reply.round == 2 else reply
     coordinator = federation.run()
     entries = record_of(federation)
     assert [entry.kind for entry in entries] == ["plan", *["begun", "round"] * 4, "end"]
@@ -1106,7 +1120,7 @@ def test_the_record_tells_the_whole_run_in_signed_entries(federation: Federation
 
 def test_a_round_that_lost_its_quorum_is_on_record_with_what_was_signed(federation: Federation) -> None:
     for name in ("jeju", "busan"):
-        federation.sites[name].spoil = lambda reply: None if reply.round == 3 else reply.to_bytes()
+        federation.sites[name].spoil = lambda reply: None if reply.round == 3 else reply
     with pytest.raises(QuorumLost):
         federation.run()
     for site in federation.sites.values():

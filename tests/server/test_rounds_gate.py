@@ -78,7 +78,7 @@ def test_a_round_beyond_the_gate_leaves_adapter_and_optimiser_as_they_were(
             before.append((coordinator.adapter.tobytes(), state))
 
     coordinator = federation.coordinator(observe)
-    coordinator.run(federation.grid)
+    coordinator.run()
     assert before[BAD] == before[BAD - 1]
     assert before[BAD] != before[BAD + 1]
     lines = federation.metrics()
@@ -120,7 +120,7 @@ def test_a_run_with_a_gate_is_resumed_from_any_round(tmp_path: Path, ended: int)
 
     coordinator = federation.coordinator(die)
     with pytest.raises(Killed):
-        coordinator.run(federation.grid)
+        coordinator.run()
     resumed = federation.resume()
     assert resumed.adapter.tobytes() == whole.adapter.tobytes()
     assert [(r.round, r.loss, bool(r.lost)) for r in resumed.records] == [
@@ -141,7 +141,7 @@ def test_a_head_office_that_is_killed_while_it_judges_judges_again(tmp_path: Pat
 
     coordinator._score = die  # type: ignore[assignment]
     with pytest.raises(Killed):
-        coordinator.run(federation.grid)
+        coordinator.run()
     resumed = federation.resume()
     assert [bool(r.lost) for r in resumed.records] == [number == BAD for number in range(6)]
     assert [site.rounds for site in federation.sites.values()] == [[1, 2, 3, 3, 4, 5]] * 3, "answered as before"

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 
 import simulations.simulate
 import simulations.sites
@@ -70,8 +70,8 @@ def test_sites_that_move_between_processes_give_the_adapter_that_sites_in_one_pr
 
         return handle
 
-    def run_ray(server: Any, client: ClientApp, nodes: int, *_: float) -> None:
-        server(InProcessGrid(client, nodes), Context(1, 0, {}, RecordDict(), {}))
+    def run_ray(run_on: Callable[[Grid], None], client: ClientApp, nodes: int, *_: float) -> None:
+        run_on(InProcessGrid(client, nodes))
 
     for backend in ("in-process", "ray"):
         config = configure(tmp_path, backend, federation={"backend": backend, "quorum": 4}, **SMALL)

@@ -13,7 +13,7 @@ import time
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 import fedllm.privacy.accounting
 import fedllm.training.workspace
-import server.rounds
+import server.channel
 import server.run
 from client.site import Site
 from fedllm.audit.bundle import verify
@@ -43,6 +43,7 @@ from fedllm.messages import Declined, Message, Prepare, TrainReply, TrainRequest
 from fedllm.plan import RunPlan, SimulationConfig, parse
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import LedgerFile
+from fedllm.statement import open_statement, sign_statement
 from fedllm.training.adapter import AdapterModel
 from server.checkpoint import load_checkpoint
 from server.heads import HEADS, Heads
@@ -699,7 +700,7 @@ def test_a_site_that_hangs_is_missed_and_the_others_go_on(
         """Time is up as soon as all others have answered, however busy the machine is."""
         return time.monotonic() + (1e6 if len(answered) == 3 else 0)
 
-    monkeypatch.setattr(server.rounds, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    monkeypatch.setattr(server.channel, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
     summary = simulate(configure(tmp_path, **OFF), lambda *_: None, observe)
     assert not summary.stopped
     hung = sorted(BRANCHES)[0]
@@ -786,7 +787,10 @@ def test_an_absurd_claim_of_a_site_does_not_cost_the_run_its_outputs(
 
     def handle(site: Site, request: bytes) -> bytes:
         reply = from_bytes(real(site, request), Message, Message)
-        return (reply.model_copy(update={"epsilon": 1e308}) if isinstance(reply, TrainReply) else reply).to_bytes()
+        if isinstance(reply, TrainReply):
+            lie = replace(open_statement(reply.statement)[0], epsilon=1e308)
+            reply = reply.model_copy(update={"statement": sign_statement(lie, site._identity())})
+        return reply.to_bytes()
 
     monkeypatch.setattr(Site, "handle", handle)
     done = run(configure(tmp_path, **SMALL))

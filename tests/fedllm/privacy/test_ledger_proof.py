@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fedllm.privacy.ledger as module
-from fedllm.chain import Head, make_entry, open_entry, read_chain
+from fedllm.chain import LedgerHead, make_entry, open_entry, read_chain
 from fedllm.crypto import Identity
 from fedllm.errors import BudgetExceeded, ChainError, LedgerError
 from fedllm.privacy import ledger_place
@@ -250,7 +250,7 @@ def test_a_backup_that_was_put_back_does_not_know_what_came_after_it(written: Pr
     path.write_bytes(backup)
     assert LedgerFile(path).knows(before)
     assert not LedgerFile(path).knows(after)
-    assert not LedgerFile(path).knows(Head(10**9, after.digest))
+    assert not LedgerFile(path).knows(LedgerHead(10**9, after.digest))
 
 
 @pytest.mark.parametrize("table", ["entry", "chain"])
