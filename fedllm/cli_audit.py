@@ -46,15 +46,15 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="RUN/audit")] = None,
 ) -> None:
     """Check a run's evidence and write audit.html, audit.json and audit.pdf."""
+    from fedllm.audit.accountants import CROSS_CHECKS
     from fedllm.audit.bundle import FOLDER, write_audit
-    from fedllm.audit.prv import epsilon_prv
     from fedllm.crypto import Identity
 
     own = run / _RECORD_KEY
     source = key if key is not None else own if own.exists() else None
     signer = Identity.read(source) if source is not None else None
     pages = [("audit", lang.value)] if lang is not None else [("audit", "en"), ("audit.ko", "ko")]
-    written = write_audit(run, out or run / FOLDER, pages, ledgers, signer, epsilon_prv)
+    written = write_audit(run, out or run / FOLDER, pages, ledgers, signer, CROSS_CHECKS)
     typer.echo(f"{_VERDICTS[written.audit.verdict]}. The report is in {written.folder}")
     _list(written.audit, "fails")
     _list(written.audit, "unverified")

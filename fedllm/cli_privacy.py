@@ -10,7 +10,7 @@ import typer
 from fedllm.errors import ConfigError, PrivacyError
 
 if TYPE_CHECKING:
-    from fedllm.audit.prv import Prv
+    from fedllm.audit.model import CrossCheck, Estimate
     from fedllm.privacy.accounting import AccountingEvent, PrivacySpent
 
 privacy_app = typer.Typer(
@@ -26,7 +26,7 @@ _LEAST_NOISE = 1e-6  # less is no noise
 _MOST_NOISE = 10_000.0  # as far as calibration looks
 _MOST_EPSILON = 50.0  # as far as calibration is exact; more than that promises nothing
 _WITHOUT_BOUND = "there is a step without noise, or with next to none: epsilon has no bound"
-_AGREEMENT = 0.01  # between PLD and the PRV estimate
+_AGREEMENT = 0.01  # between PLD and a cross-check
 
 
 def register(app: typer.Typer) -> None:
@@ -54,10 +54,11 @@ def epsilon(
     ] = None,
     as_json: _JsonOption = False,
 ) -> None:
-    """Print epsilon by three accountants, and what it means for an attacker.
+    """Print epsilon by independent accountants, and what it means for an attacker.
 
     Poisson-subsampled Gaussian noise; one unit (record or person) more or less.
     """
+    from fedllm.audit.accountants import CROSS_CHECKS
     from fedllm.audit.risk import risk_of
     from fedllm.privacy.accounting import spent
 
@@ -70,15 +71,16 @@ def epsilon(
         raise ConfigError("give --sampling-rate, --noise-multiplier and --steps together, or --event Q,S,T, or both.")
     cost = spent(events, delta)
     risk = risk_of(events, cost.epsilon if math.isfinite(cost.epsilon) else None, cost.grid)
-    third = _cross_check(events, cost, delta)
-    reasons = {"prv": third.reason} if third.reason else {}
+    others = {name: _cross_check(name, each, events, cost, delta) for name, each in CROSS_CHECKS.items()}
+    reasons = {name: other.reason for name, other in others.items() if other.reason}
     if cost.by_rdp_alone:
         reasons["pld"] = _WITHOUT_BOUND if math.isinf(cost.epsilon) else "above 100 the RDP bound takes its place"
     if as_json:
         _print({
-            "pld": _finite(cost.epsilon), "rdp": _finite(cost.epsilon_rdp), "prv": third.upper,
-            "prv_estimate": third.estimate, "delta": delta, "advantage": risk.advantage,
-            "tpr_at_1_percent": risk.tpr_at_1_percent, "reasons": reasons,
+            "pld": _finite(cost.epsilon), "rdp": _finite(cost.epsilon_rdp),
+            **{name: other.upper for name, other in others.items()},
+            **{f"{name}_estimate": other.epsilon for name, other in others.items()},
+            "delta": delta, "advantage": risk.advantage, "tpr_at_1_percent": risk.tpr_at_1_percent, "reasons": reasons,
             "events": [
                 {"sampling_rate": e.sampling_rate, "noise_multiplier": e.noise_multiplier, "steps": e.steps}
                 for e in events
@@ -90,8 +92,14 @@ def epsilon(
     typer.echo(f"epsilon at delta {delta:g}, for one unit (record or person) more or less:")
     typer.echo(f"  PLD  {_text(cost.epsilon)}  the number to publish")
     typer.echo(f"  RDP  {_text(cost.epsilon_rdp)}  an upper bound by another method")
-    if third.upper is not None:
-        typer.echo(f"  PRV  {_text(third.upper)}  an upper bound by Opacus; its estimate is {third.estimate:.4f}")
+    for name, other in others.items():
+        by = CROSS_CHECKS[name].by
+        if other.upper is not None:
+            typer.echo(
+                f"  {name.upper()}  {_text(other.upper)}  an upper bound by {by}; its estimate is {other.epsilon:.4f}"
+            )
+        elif other.epsilon is not None:
+            typer.echo(f"  {name.upper()}  {_text(other.epsilon)}  an estimate by {by}")
     for name, reason in reasons.items():
         typer.echo(f"note: {name.upper()}: {reason}")
     typer.echo("An attacker who sees all that was released and has to say whether one unit was in the data:")
@@ -197,21 +205,23 @@ def checked_event(sampling_rate: float, noise_multiplier: float, steps: int) -> 
     return AccountingEvent(sampling_rate, noise_multiplier, steps)
 
 
-def _cross_check(events: "Sequence[AccountingEvent]", cost: "PrivacySpent", delta: float) -> "Prv":
-    """Return what Opacus says, where it can be asked. Raises PrivacyError where it contradicts the PLD."""
-    from fedllm.audit.prv import Prv, prv
+def _cross_check(
+    name: str, check: "CrossCheck", events: "Sequence[AccountingEvent]", cost: "PrivacySpent", delta: float
+) -> "Estimate":
+    """Return what a cross-check says, if it can be asked. Raises PrivacyError if it contradicts the PLD."""
+    from fedllm.audit.model import Estimate
 
     if cost.epsilon == 0:
-        return Prv(0.0, 0.0)
+        return Estimate(0.0, 0.0)
     if cost.by_rdp_alone:
-        return Prv(None, None, "not computed where epsilon is above 100 or has no bound")
-    third = prv([event for event in events if event.sampling_rate > 0], delta)
-    if third.estimate is not None and abs(third.estimate - cost.epsilon) > _AGREEMENT:
+        return Estimate(None, reason="not computed where epsilon is above 100 or has no bound")
+    other = check.estimate([event for event in events if event.sampling_rate > 0], delta)
+    if other.epsilon is not None and abs(other.epsilon - cost.epsilon) > _AGREEMENT:
         raise PrivacyError(
-            f"the accountants contradict each other: PLD {cost.epsilon:.4g}, PRV {third.estimate:.4g}. Believe "
-            "neither; check the versions against constraints.txt."
+            f"the accountants contradict each other: PLD {cost.epsilon:.4g}, {name.upper()} {other.epsilon:.4g}. "
+            "Believe neither; check the versions against constraints.txt."
         )
-    return third
+    return other
 
 
 def _check_delta(delta: float) -> None:

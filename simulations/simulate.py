@@ -11,10 +11,10 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from client.app import courier
+from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.bundle import FOLDER as AUDIT
 from fedllm.audit.bundle import write_audit
 from fedllm.audit.evidence import HEAD_OFFICE, LEDGERS, file_name
-from fedllm.audit.prv import epsilon_prv
 from fedllm.audit.summary import RunSummary
 from fedllm.chain import End, open_entry
 from fedllm.crypto import Identity
@@ -221,7 +221,7 @@ def _audit(folder: Path, observe: Callable[[Event], None]) -> None:
     signer = key_in(folder)
     pages = [("audit", "en"), ("audit.ko", "ko")]
     written = write_audit(
-        folder, folder / AUDIT, pages, signer=signer, prv=epsilon_prv, say=lambda text: observe(Phase(text))
+        folder, folder / AUDIT, pages, signer=signer, cross_checks=CROSS_CHECKS, say=lambda text: observe(Phase(text))
     )
     known = {HEAD_OFFICE: signer.public.fingerprint, **{s.name: s.fingerprint for s in written.audit.sites}}
     lines = [f"{name} {fingerprint}" for name, fingerprint in known.items() if fingerprint]

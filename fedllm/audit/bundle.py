@@ -14,10 +14,11 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import ValidationError
 
@@ -27,13 +28,12 @@ from fedllm.audit.evidence import (
     METRICS,
     PLAN,
     RECORD,
-    Prv,
     Trust,
     assess,
     file_name,
     names_and_end,
 )
-from fedllm.audit.model import INTEGRITY, Accountants, Audit
+from fedllm.audit.model import INTEGRITY, Accountants, Audit, CrossCheck, Estimate
 from fedllm.audit.pdf import rendered, renderer
 from fedllm.canonical import read_json
 from fedllm.chain import End
@@ -48,7 +48,7 @@ SIGNATURE_TYPE = "application/vnd.fedllm.audit+json"
 _PAGES = ("audit.html", "audit.ko.html", "audit.pdf", "audit.ko.pdf")
 
 _NEAR = 1e-5  # relative, between figures of two machines
-_NEAR_PRV = 1e-3  # between those of two versions of Opacus, which promises 0.01
+_NEAR_CROSS = 1e-3  # between those of two versions of a cross-check, which promises 0.01
 _COMPUTED = (".sites", ".accountants", ".risk", ".timeline")  # where they are; all else is copied from the evidence,
 _COPIED = (".accountants.delta", ".accountants.events")  # and so are these
 
@@ -68,7 +68,7 @@ def write_audit(
     pages: Sequence[tuple[str, str]],
     ledgers: Path | None = None,
     signer: Identity | None = None,
-    prv: Prv | None = None,
+    cross_checks: Mapping[str, CrossCheck] = MappingProxyType({}),
     say: Callable[[str], None] = lambda text: None,
 ) -> Written:
     """Gather the evidence of a run, check it, and write the report to `folder`, which is replaced as a whole.
@@ -92,7 +92,7 @@ def write_audit(
         say("audit: checking the evidence")
         _gather(run, names, end, ledgers, new)
         made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
-        audit = assess(new, None, made, signer.public.fingerprint if signer else "", prv)
+        audit = assess(new, None, made, signer.public.fingerprint if signer else "", cross_checks)
         (new / JSON).write_bytes(to_json(audit))
         say("audit: report as HTML and PDF")
         with contextlib.ExitStack() as stack:
@@ -167,8 +167,8 @@ def verify(folder: Path, trust: Trust, absent: Collection[str] = ()) -> tuple[Au
     """
     _check_files(folder)
     stored = _stored(folder / JSON)
-    stated = stored.accountants.prv
-    audit = assess(folder, trust, stored.made, stored.signer, lambda *_: stated)
+    stated = stored.accountants.estimates
+    audit = assess(folder, trust, stored.made, stored.signer, _given(stated))
     for code in (*(f.code for f in audit.findings if f.code in INTEGRITY), "keys", "metrics"):
         finding = audit.finding(code)
         if finding.status == "fails":
@@ -179,12 +179,19 @@ def verify(folder: Path, trust: Trust, absent: Collection[str] = ()) -> tuple[Au
         raise ChainError(f"{JSON}: {difference}")
     _check_signature(folder, audit, trust)
     left = _check_pages(folder, stored)
-    own = _own_prv(stored.accountants)
-    if stated is not None and own is None:
-        left = (*left, f"{JSON}, accountants.prv (Opacus is not at hand, or cannot tell)")
+    own = _own_estimates(stored.accountants)
+    left += tuple(
+        f"{JSON}, accountants.{name} (its accountant is not at hand, or cannot tell)"
+        for name, value in stated.items() if value is not None and own[name] is None
+    )  # fmt: skip
     if own != stated or absent:  # what is shown to the reader
-        audit = assess(folder, trust, stored.made, stored.signer, lambda *_: own, absent)
+        audit = assess(folder, trust, stored.made, stored.signer, _given(own), absent)
     return audit, left
+
+
+def _given(estimates: Mapping[str, float | None]) -> dict[str, CrossCheck]:
+    """Return accountants that say what was said."""
+    return {name: CrossCheck("", lambda *_, said=value: Estimate(said)) for name, value in estimates.items()}
 
 
 def _stored(path: Path) -> Audit:
@@ -205,16 +212,20 @@ def _stored(path: Path) -> Audit:
         raise ChainError(f"{JSON}: {first_line(error)}") from None
 
 
-def _own_prv(accountants: Accountants) -> float | None:
-    """Return what PRV says here of the events that were verified; raises ChainError where that is something else."""
-    if accountants.prv is None:
-        return None
-    from fedllm.audit.prv import epsilon_prv
+def _own_estimates(accountants: Accountants) -> dict[str, float | None]:
+    """Return what the cross-checks say here of the events that were verified, None where they say nothing.
 
-    own = epsilon_prv([AccountingEvent(*event) for event in accountants.events], accountants.delta)
-    if own is not None and abs(own - accountants.prv) > _NEAR_PRV:
-        raise ChainError(f"{JSON}: accountants.prv states {accountants.prv!r}, computed {own!r}")
-    return own
+    Raises ChainError where one says something else than was stated.
+    """
+    from fedllm.audit.accountants import CROSS_CHECKS
+
+    events, found = [AccountingEvent(*event) for event in accountants.events], dict[str, float | None]()
+    for name, stated in accountants.estimates.items():
+        known = CROSS_CHECKS.get(name) if stated is not None else None
+        own = found[name] = known.estimate(events, accountants.delta).epsilon if known is not None else None
+        if own is not None and stated is not None and abs(own - stated) > _NEAR_CROSS:
+            raise ChainError(f"{JSON}: accountants.{name} states {stated!r}, computed {own!r}")
+    return found
 
 
 def write_pages(audit: Audit, folder: Path) -> None:

@@ -12,13 +12,14 @@ import math
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,6 +32,7 @@ from fedllm.audit.model import (
     Audit,
     Claim,
     Code,
+    CrossCheck,
     Finding,
     Point,
     Run,
@@ -59,7 +61,7 @@ HEAD_OFFICE = "head-office"  # its name in a file of trusted keys
 _TOLERANCE_PLD = 1e-3  # between two computations of the same PLD, on whatever machines
 _TOLERANCE_RDP = 5e-3  # relative
 _SAME = 1e-9  # relative, between two computations of a square root
-_TOLERANCE_PRV = 0.01  # between PLD and PRV, two numerical methods
+_TOLERANCE_CROSS = 0.01  # between PLD and another numerical method
 _SHOWN = 12  # pieces of evidence of one finding
 _LONGEST = 500  # characters of one: it may quote what somebody has signed
 # What one site has signed must not keep everybody's report waiting: more is no evidence.
@@ -70,7 +72,6 @@ _POINTS = 24  # of a site's timeline
 _MANY = 4096  # statements; fewer are checked before other processes have started
 
 _M = TypeVar("_M", bound=BaseModel)
-Prv = Callable[[Sequence[AccountingEvent], float], float | None]
 
 
 def file_name(site: str) -> str:
@@ -526,14 +527,14 @@ def names_and_end(folder: Path) -> tuple[list[str], End]:
 
 
 def assess(
-    folder: Path, trust: Trust | None = None, made: str = "", signer: str = "", prv: Prv | None = None,
-    absent: Collection[str] = (),
+    folder: Path, trust: Trust | None = None, made: str = "", signer: str = "",
+    cross_checks: Mapping[str, CrossCheck] = MappingProxyType({}), absent: Collection[str] = (),
 ) -> Audit:  # fmt: skip
     """Check the evidence in `folder` and return what was found.
 
-    `made` and `signer` are put into the audit as they are; `prv` computes an epsilon by a third method; who is `absent`
-    and has signed nothing leaves no gap. Raises ChainError where there is no readable record: then there is nothing to
-    report on.
+    `made` and `signer` are put into the audit as they are; `cross_checks` compute epsilon by other methods; who is
+    `absent` and has signed nothing leaves no gap. Raises ChainError where there is no readable record: then there is
+    nothing to report on.
     """
     checks = _Checks()
     record = _read_record(folder / RECORD, checks)
@@ -551,7 +552,7 @@ def assess(
     _check_rosters(record, checks)
     _check_strangers(folder / LEDGERS, record, checks)
     sites = tuple(_site(name, record, ledgers, statements[name], checks) for name in record.sites)
-    accountants, risk_events = _accountants(record, ledgers, sites, prv, checks)
+    accountants, risk_events = _accountants(record, ledgers, sites, cross_checks, checks)
     privacy = plan.privacy
     checks.note("protected", privacy.protects, f"{PLAN}: mode={privacy.mode}, insecure_seed={privacy.insecure_seed}")
     checks.note("site_software", "unverified", f"{PLAN}: sampling_rate={privacy.sampling_rate:g}")
@@ -1032,7 +1033,7 @@ def _accountants(
     record: _Record,
     ledgers: Mapping[str, _Ledger | None],
     sites: Sequence[Site],
-    prv: Prv | None,
+    cross_checks: Mapping[str, CrossCheck],
     checks: _Checks,
 ) -> tuple[Accountants, list[AccountingEvent]]:
     """Return what the costliest site's events cost by several methods, and the events."""
@@ -1052,12 +1053,15 @@ def _accountants(
     # other runs may have added their noise another way: what depends on that is of this run alone
     own = [charge.body.event for charge in ledger.of(plan.run) if charge.aborted is None] if ledger else events
     cost = _spent(events, delta)
-    third = prv(events, delta) if prv is not None and cost.epsilon < float("inf") else None
-    checks.note("accountants", cost.epsilon_rdp >= cost.epsilon - _TOLERANCE_PRV,
+    finite = cost.epsilon < math.inf
+    estimates = {name: each.estimate(events, delta).epsilon if finite else None for name, each in cross_checks.items()}
+    checks.note("accountants", cost.epsilon_rdp >= cost.epsilon - _TOLERANCE_CROSS,
                 f"RDP {_text(_finite(cost.epsilon_rdp))} ≥ PLD {_text(_finite(cost.epsilon))}")  # fmt: skip
-    if third is not None:
-        near = abs(third - cost.epsilon) <= _TOLERANCE_PRV
-        checks.note("accountants", near, f"|PRV {third:.4g} - PLD {cost.epsilon:.4g}| {'≤' if near else '>'} 0.01")
+    for name, other in estimates.items():
+        if other is not None:
+            near = abs(other - cost.epsilon) <= _TOLERANCE_CROSS
+            text = f"|{name.upper()} {other:.4g} - PLD {cost.epsilon:.4g}| {'≤' if near else '>'} 0.01"
+            checks.note("accountants", near, text)
     several = [k for k in (2, 3) if k <= len(sites)] if events else []
     return (
         Accountants(
@@ -1067,7 +1071,8 @@ def _accountants(
             grid=cost.grid,
             pld=_finite(cost.epsilon),
             rdp=_finite(cost.epsilon_rdp),
-            prv=third,
+            prv=estimates.pop("prv", None),
+            cross_checks=estimates,
             planned=_finite(_spent([plan.mechanism.event(plan.steps)], delta).epsilon),
             several_sites=tuple((k, _finite(_spent(_of_sites(own, k, plan), delta).epsilon)) for k in several),
             coalitions=tuple((k, _finite(_spent(_weaker(own, plan, k), delta).epsilon)) for k in _coalitions(plan)),

@@ -1,10 +1,13 @@
 """What an audit finds: one frozen value, written as audit.json. It holds no record and no count of records."""
 
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from fedllm.plan import Frozen
+from fedllm.privacy.accounting import AccountingEvent
 
 Status = Literal["holds", "fails", "unverified"]
 Verdict = Literal["within", "exceeded", "unverifiable"]
@@ -20,7 +23,7 @@ Code = Literal[
     "charged_before_release",  # every answer was paid for, as planned, before it left
     "answers_recorded",  # whatever a ledger says was released, the record has a statement on
     "epsilon",  # every stated epsilon is what the ledger's events cost
-    "accountants",  # RDP is not below PLD; PRV is near it
+    "accountants",  # RDP is not below PLD; the cross-checks are near it
     "protected",  # noise is added, and nobody can predict it
     "plan_target",  # the run cost each site at most what the plan announced
     "budget",  # everything charged is within what the site permits
@@ -135,6 +138,23 @@ class Point(Frozen):
     epsilon: float | None  # PLD
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a cross-check says about epsilon, or why it says nothing."""
+
+    epsilon: float | None  # to be compared with PLD: within 0.01 of it
+    upper: float | None = None  # the bound that its authors publish
+    reason: str = ""  # why there is neither
+
+
+@dataclass(frozen=True)
+class CrossCheck:
+    """An accountant by other people. `estimate` takes events and delta; fedllm.audit.accountants lists them by name."""
+
+    by: str  # whose it is: a name, the same in every language
+    estimate: Callable[[Sequence[AccountingEvent], float], Estimate]
+
+
 class Accountants(Frozen):
     """One sequence of events, the costliest site's, by independent methods."""
 
@@ -145,10 +165,19 @@ class Accountants(Frozen):
     pld: float | None
     rdp: float | None
     prv: float | None  # Opacus; None where it was not at hand
+    # further cross-checks, by name; the key is left out where there are none
+    cross_checks: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,19}$")], float | None] = Field(
+        {}, exclude_if=lambda value: not value
+    )
     planned: float | None  # PLD of the whole plan
     several_sites: tuple[tuple[int, float | None], ...]  # a person in k sites, this run: (k, PLD)
     coalitions: tuple[tuple[int, float | None], ...]  # mode distributed: head office with k sites, more than named: PLD
     share_alone: float | None  # mode distributed: PLD of what always stays of one share, where the masks are broken
+
+    @property
+    def estimates(self) -> dict[str, float | None]:
+        """Every cross-check's estimate, by name; None where it was not computed."""
+        return {**self.cross_checks, "prv": self.prv}
 
 
 class Risk(Frozen):

@@ -11,7 +11,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import as_file, files
@@ -28,62 +29,75 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import fedllm
+from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.model import Audit, Finding, Site
 
 Language = Literal["en", "ko"]
 LANGUAGES: tuple[Language, ...] = ("en", "ko")
 
-_PAGE, _WORDS = "audit.html.j2", "words.json"  # in templates/
+_PAGE, _WORDS, _EVIDENCE = "audit.html.j2", "words.json", "evidence.ko.json"  # in templates/
 _FONT = files("fedllm.audit") / "fonts" / "NotoSansKR.otf"
 _BLUE, _ORANGE, _GREY, _GREEN = "#1f5fa8", "#c2571a", "#767b84", "#2c7a4b"
 _BARS = 8  # on the first screen
 _ATTENTION = 7  # findings on the first screen
 
 _CROSSWALK = (  # law, number, item, what the record shows
-    ("law.pipa", "1", "law.purpose", "law.purpose.shows"),
+    ("law.act", "1", "law.safety", "law.safety.shows"),
+    ("law.act", "3", "law.keeping", "law.keeping.shows"),
+    ("law.pipa", "1", "law.pipa.purpose", "law.purpose.shows"),
     ("law.pipa", "2", "law.items", "law.none"),
     ("law.pipa", "3", "law.use", "law.use.shows"),
     ("law.pipa", "4", "law.recipient", "law.recipient.shows"),
     ("law.pipa", "5", "law.period", "law.period.shows"),
     ("law.pipa", "6", "law.other", "law.none"),
-    ("law.30", "(a)", "law.controller", "law.none"),
-    ("law.30", "(b)", "law.purpose", "law.purpose.shows"),
-    ("law.30", "(c)", "law.categories", "law.none"),
-    ("law.30", "(d)", "law.recipients", "law.recipient.shows"),
-    ("law.30", "(e)", "law.transfer", "law.none"),
-    ("law.30", "(f)", "law.erasure", "law.none"),
-    ("law.30", "(g)", "law.measures", "law.measures.shows"),
-    ("law.35", "(a)", "law.description", "law.description.shows"),
-    ("law.35", "(b)", "law.necessity", "law.necessity.shows"),
-    ("law.35", "(c)", "law.risks", "law.risks.shows"),
-    ("law.35", "(d)", "law.address", "law.measures.shows"),
+    ("law.30", "a", "law.controller", "law.none"),
+    ("law.30", "b", "law.purpose", "law.purpose.shows"),
+    ("law.30", "c", "law.categories", "law.none"),
+    ("law.30", "d", "law.recipients", "law.recipient.shows"),
+    ("law.30", "e", "law.transfer", "law.none"),
+    ("law.30", "f", "law.erasure", "law.none"),
+    ("law.30", "g", "law.measures", "law.measures.shows"),
+    ("law.35", "a", "law.description", "law.description.shows"),
+    ("law.35", "b", "law.necessity", "law.necessity.shows"),
+    ("law.35", "c", "law.risks", "law.risks.shows"),
+    ("law.35", "d", "law.address", "law.measures.shows"),
 )
 _GLOSSARY = ("epsilon", "unit", "ledger", "pld", "poisson", "adapter", "advantage")
 
 
-@cache
+@dataclass(frozen=True)
+class Section:
+    """A further section of the report, before the checks."""
+
+    title: Mapping[Language, str]
+    body: Callable[[Audit, Language], str]  # text, which is escaped, or HTML as markupsafe.Markup
+
+
 def renderer() -> str:
     """Return what decides the bytes of a page beside the audit itself."""
-    texts = b"".join((files("fedllm.audit") / "templates" / name).read_bytes() for name in (_PAGE, _WORDS))
+    texts = b"".join((files("fedllm.audit") / "templates" / name).read_bytes() for name in (_PAGE, _WORDS, _EVIDENCE))
+    texts += b"".join(f"{name} {each.by}".encode() for name, each in CROSS_CHECKS.items())
     made_of = (f"{package} {version(package)}" for package in ("matplotlib", "jinja2", "fonttools"))
     return " ".join((fedllm.__version__, hashlib.sha256(texts).hexdigest()[:8], *made_of))
 
 
-def render_html(audit: Audit, language: Language) -> str:
-    """Return the report as one page of HTML."""
-    say = partial(_say, language)
+def render_html(audit: Audit, language: Language, sections: Sequence[Section] = ()) -> str:
+    """Return the report as one page of HTML; `sections` are yours, and nobody who verifies the report has them."""
+    say = partial(text_of, language)
     environment = Environment(
         loader=PackageLoader("fedllm.audit"), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(number=number, digest=_digest)
+    environment.filters.update(number=number, digest=_digest, evidence=_in_korean if language == "ko" else str)
     page = environment.get_template(_PAGE).render(
-        a=audit, t=say, words=_words(), language=language, renderer=renderer(), bars=_bars(audit), why=_why(audit, say),
+        a=audit, t=say, language=language, sections=sections,
+        renderer=" + ".join((renderer(), *(each.title["en"] for each in sections))),
+        bars=_bars(audit), why=_why(audit, say),
         attention=_attention(audit), attention_limit=_ATTENTION, right=_cases(50 + 50 * audit.risk.advantage),
-        tpr=_cases(100 * audit.risk.tpr_at_1_percent), unit=say(f"unit.{audit.claim.unit}"), protects=_protects(audit),
+        unit=say(f"unit.{audit.claim.unit}"), protects=_protects(audit),
+        tpr=say(f"risk.tpr.{audit.claim.unit}", tpr=_cases(100 * audit.risk.tpr_at_1_percent)),
         several=_several(audit, say), coalition=_coalition(audit, say), crosswalk=_CROSSWALK, glossary=_GLOSSARY,
-        plots=_plots(audit, say),
-        change=_change(audit),
+        plots=_plots(audit, say), change=_change(audit), cross_checks=CROSS_CHECKS,
     )  # fmt: skip
     return page.replace("/*FONT*/", _font_face(page))
 
@@ -102,9 +116,23 @@ def _words() -> dict[str, tuple[str, str]]:
     return words
 
 
-def _say(language: Language, key: str, **values: object) -> str:
-    """Return a text; `values` fill it in."""
-    return _words()[key][LANGUAGES.index(language)].format(**values)
+def text_of(language: Language, key: str, **values: object) -> str:
+    """Return a text; `values` fill it in. A `key` with an unknown end, as head office may send, is "other"."""
+    texts = _words().get(key) or _words()[f"{key.partition('.')[0]}.other"]
+    return texts[LANGUAGES.index(language)].format(**values)
+
+
+@cache
+def _evidence() -> list[tuple[re.Pattern[str], str]]:
+    pairs = json.loads((files("fedllm.audit") / "templates" / _EVIDENCE).read_text("utf-8"))
+    return [(re.compile(english), korean) for english, korean in pairs]
+
+
+def _in_korean(evidence: str) -> str:
+    """Return a finding's evidence with the words of fedllm.audit.evidence in Korean; what others wrote stays."""
+    for english, korean in _evidence():
+        evidence = english.sub(korean, evidence)
+    return evidence
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -192,9 +220,15 @@ def _change(audit: Audit) -> tuple[str, str] | None:
 # ---- plots -----------------------------------------------------------------------------------------------------------
 
 
-def _plots(audit: Audit, say: partial[str]) -> dict[str, Markup]:
+@cache
+def add_font() -> None:
+    """Let matplotlib draw Korean with the font of this package, Noto Sans KR."""
     with as_file(_FONT) as path:
         font_manager.fontManager.addfont(path)
+
+
+def _plots(audit: Audit, say: partial[str]) -> dict[str, Markup]:
+    add_font()
     style: dict[Any, Any] = {
         "font.family": ["Noto Sans KR", "DejaVu Sans"], "font.size": 9, "axes.unicode_minus": False,
         "svg.fonttype": "path", "svg.hashsalt": "fedllm", "text.parse_math": False, "axes.spines.top": False,
@@ -258,7 +292,7 @@ def _plot_timeline(audit: Audit, say: partial[str]) -> Figure:
     axes.set(xlabel=say("plot.charges"), ylabel=say("plot.epsilon"))
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside upper left", ncols=4)  # within the axes it may hide a line
     return figure
 
 
@@ -274,7 +308,7 @@ def _plot_tradeoff(audit: Audit, say: partial[str]) -> Figure:
         f"1 % → {100 * tpr:.3g} %",
         (0.01, tpr),
         textcoords="offset points",
-        xytext=(64, -4),
+        xytext=(64, 8),
         color=_ORANGE,
         arrowprops={"arrowstyle": "-", "color": _ORANGE, "linewidth": 0.6, "shrinkB": 4},
     )

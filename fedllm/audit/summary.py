@@ -4,6 +4,7 @@ import math
 import sys
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,19 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 import fedllm
+from fedllm.audit.report import add_font, text_of
 from fedllm.plan import HeldoutConfig, RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.training.adapter import AdapterModel, check_saved
 
 _OFF_SCALE = 1e6  # an epsilon above says no more, and a site may claim any: drawing 1e308 overflows
 _BLUE, _ORANGE, _RED, _GREY = "#2563a8", "#c2571a", "#b3261e", "#8a8f98"
-# The first of these that is installed lends the glyphs that the default font lacks (Debian: fonts-nanum).
-_KOREAN_FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "Apple SD Gothic Neo", "UnDotum")
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(number=_number, cell=_cell)
+    environment.filters.update(number=_number, cell=_cell, reason=lambda code: text_of("ko", f"reason.{code}"))
     folder = summary.folder
     adapter.save(final, folder / "adapter", summary.plan.model.source)
     check_saved(folder / "adapter", adapter, final, summary.plan.model)
@@ -96,10 +95,9 @@ def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.
     for language in ("en", "ko"):
         text = environment.get_template(f"summary.{language}.md.j2").render(s=summary, plan=summary.plan)
         (folder / ("summary.md" if language == "en" else "summary.ko.md")).write_text(text, "utf-8")
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    korean = [font for font in _KOREAN_FONTS if font in installed][:1]
+    add_font()
     style: dict[Any, Any] = {
-        "font.family": ["DejaVu Sans", *korean],
+        "font.family": ["DejaVu Sans", "Noto Sans KR"],
         "font.size": 9,
         "svg.fonttype": "none",
         "text.parse_math": False,  # a site's name may hold $
@@ -107,10 +105,12 @@ def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.
         "axes.spines.right": False,
     }
     with mpl.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # see README, Reports
-        for name, figure in (("rounds", _plot_rounds(summary)), ("sites", _plot_sites(summary))):
-            for suffix in ("svg", "png"):
-                figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight")
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a name in another script
+        for language, suffixes in (("en", ("svg", "png")), ("ko", ("ko.svg",))):
+            say = partial(text_of, "ko" if language == "ko" else "en")
+            for name, figure in (("rounds", _plot_rounds(summary, say)), ("sites", _plot_sites(summary, say))):
+                for suffix in suffixes:
+                    figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight")
 
 
 def _number(value: float | None, digits: int = 4) -> str:
@@ -125,17 +125,17 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _brand(figure: Figure, summary: RunSummary) -> None:
+def _brand(figure: Figure, summary: RunSummary, say: partial[str]) -> None:
     if not summary.private:
-        figure.text(0.5, 1.0, "NOT PRIVATE", ha="center", va="bottom", color=_RED, weight="bold", size=13)
+        figure.text(0.5, 1.0, say("picture.brand"), ha="center", va="bottom", color=_RED, weight="bold", size=13)
 
 
-def _plot_rounds(summary: RunSummary) -> Figure:
+def _plot_rounds(summary: RunSummary, say: partial[str]) -> Figure:
     """Held-out quality and epsilon by round."""
     figure = Figure(figsize=(8.4, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     rounds = [record["round"] for record in summary.records]
-    key, label = ("accuracy", "accuracy") if summary.after["accuracy"] is not None else ("loss", "loss (nats)")
+    key = "accuracy" if summary.after["accuracy"] is not None else "loss"
     values = [record[key] for record in summary.records]
     if values[0] is not None:
         left.plot(rounds, values, color=_BLUE, marker="o", markersize=3)
@@ -144,31 +144,32 @@ def _plot_rounds(summary: RunSummary) -> Figure:
                           ha="center", color=_BLUE)  # fmt: skip
         left.margins(y=0.15)
     else:
-        left.text(0.5, 0.5, "no held-out set", ha="center", color=_GREY, transform=left.transAxes)
-    left.set(xlabel="round", ylabel=label, title=f"Held-out {label}")
-    _epsilon_axis(right, summary, rounds)
+        left.text(0.5, 0.5, say("picture.nothing"), ha="center", color=_GREY, transform=left.transAxes)
+    left.set(xlabel=say("plot.round"), title=say(f"plot.{key}"))
+    _epsilon_axis(right, summary, rounds, say)
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _brand(figure, summary)
+    _brand(figure, summary, say)
     return figure
 
 
-def _epsilon_axis(axes: Axes, summary: RunSummary, rounds: list[int]) -> None:
+def _epsilon_axis(axes: Axes, summary: RunSummary, rounds: list[int], say: partial[str]) -> None:
     privacy = summary.plan.privacy
-    axes.set(xlabel="round", ylabel="epsilon", title=f"Privacy spent (largest site, delta {privacy.delta:g})")
+    title = say("picture.spent", delta=f"{privacy.delta:g}")
+    axes.set(xlabel=say("plot.round"), ylabel=say("col.epsilon"), title=title)
     values = [record["epsilon"] for record in summary.records]
     if None in values:
-        axes.text(0.5, 0.5, "∞: no noise was added", ha="center", color=_RED, transform=axes.transAxes)
+        axes.text(0.5, 0.5, say("picture.off"), ha="center", color=_RED, transform=axes.transAxes)
         return
     values = [min(value, _OFF_SCALE) for value in values]
     axes.step(rounds, values, where="post", color=_ORANGE)
     axes.axhline(privacy.epsilon, color=_GREY, linestyle="--", linewidth=1)
-    axes.annotate(f"target {privacy.epsilon:g}", (rounds[0], privacy.epsilon), textcoords="offset points",
-                  xytext=(2, 3), color=_GREY)  # fmt: skip
+    target = say("picture.target", epsilon=f"{privacy.epsilon:g}")
+    axes.annotate(target, (rounds[0], privacy.epsilon), textcoords="offset points", xytext=(2, 3), color=_GREY)
     axes.set_ylim(0, max(privacy.epsilon, *values) * 1.15)
 
 
-def _plot_sites(summary: RunSummary) -> Figure:
+def _plot_sites(summary: RunSummary, say: partial[str]) -> Figure:
     """One row a site: a bar of epsilon spent, and how the site took part."""
     names = list(summary.sites)
     figure = Figure(figsize=(8.4, 1.1 + 0.3 * len(names)), layout="constrained")
@@ -177,9 +178,9 @@ def _plot_sites(summary: RunSummary) -> Figure:
     budgets = [summary.budgets.get(name, math.nan) for name in names]
     rows = range(len(names))
     if None not in spending:
-        axes.barh(rows, budgets, color="#e7e9ee", height=0.62, label="budget")
+        axes.barh(rows, budgets, color="#e7e9ee", height=0.62)
         shown = [min(epsilon, _OFF_SCALE) for epsilon in spending]
-        axes.barh(rows, shown, color=_ORANGE, height=0.62, label="spent")
+        axes.barh(rows, shown, color=_ORANGE, height=0.62)
         known = [budget for budget in budgets if not math.isnan(budget)] or [summary.plan.privacy.epsilon, *shown]
         axes.set_xlim(0, max(known) * 1.02)
     else:
@@ -188,14 +189,15 @@ def _plot_sites(summary: RunSummary) -> Figure:
         axes.set_xticks([])
     axes.set_yticks(list(rows), names)
     axes.invert_yaxis()
-    axes.set(xlabel="epsilon", title="Sites: privacy spent, and part taken")
+    axes.set(xlabel=say("col.epsilon"), title=say("picture.sites"))
     for row, name in enumerate(names):
         site = summary.sites[name]
-        notes = f"{_number(site['epsilon'], 3)} · rounds: {site['rounds']} · {site['bytes_up'] / 1e6:.2f} MB sent"
+        sent = f"{site['bytes_up'] / 1e6:.2f}"
+        notes = say("picture.site", epsilon=_number(site["epsilon"], 3), rounds=site["rounds"], sent=sent)
         if site["declined"]:
-            notes += f" · declined: {site['reason']}"
+            notes += say("picture.declined", reason=say(f"reason.{site['reason']}"))
         if site["failed"]:
-            notes += f" · missed: {site['failed']}"
+            notes += say("picture.missed", count=site["failed"])
         axes.annotate(notes, (1.02, row), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
-    _brand(figure, summary)
+    _brand(figure, summary, say)
     return figure

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.bundle import verify
 from fedllm.audit.evidence import assess
+from fedllm.audit.model import CrossCheck, Estimate
 from fedllm.audit.report import to_json
 from fedllm.canonical import read_json
 from fedllm.cli import main
@@ -105,19 +107,17 @@ def test_the_time_of_a_report_is_a_time(two: tuple[Federation, Path]) -> None:
 def test_a_figure_of_opacus_is_computed_or_not_compared(
     two: tuple[Federation, Path], monkeypatch: pytest.MonkeyPatch, own: bool, wrong: bool
 ) -> None:
-    from fedllm.audit.prv import epsilon_prv
-
     federation, run = two
     folder = hand_in(run, federation.head_office)
     before = assess(folder)
     pld = before.accountants.pld or 0.0
-    claim = assess(folder, None, before.made or "2026-10-01 12:00", federation.head_office.public.fingerprint,
-                   lambda events, delta: pld - 0.009 if wrong else epsilon_prv(events, delta))  # fmt: skip
+    given = {"prv": CrossCheck("Opacus", lambda *_: Estimate(pld - 0.009))} if wrong else CROSS_CHECKS
+    claim = assess(folder, None, before.made or "2026-10-01 12:00", federation.head_office.public.fingerprint, given)
     assert claim.accountants.prv is not None
     (folder / "audit.json").write_bytes(to_json(claim))
     sign(folder, federation.head_office)
     if not own:
-        monkeypatch.setattr("fedllm.audit.prv.epsilon_prv", lambda *_: None)
+        monkeypatch.delitem(CROSS_CHECKS, "prv")
     if wrong:
         with pytest.raises(ChainError, match=r"accountants\.prv states"):
             verify(folder, federation.trust)

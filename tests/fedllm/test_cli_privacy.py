@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from fedllm.audit.accountants import CROSS_CHECKS
+from fedllm.audit.model import CrossCheck, Estimate
 from fedllm.cli import app
 from fedllm.cli_privacy import checked_event, parse_event
 from fedllm.errors import ConfigError
@@ -142,9 +144,7 @@ def test_without_opacus_there_is_no_prv_and_the_rest_stands(monkeypatch: pytest.
 
 
 def test_accountants_that_contradict_each_other_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedllm.audit.prv import Prv
-
-    monkeypatch.setattr("fedllm.audit.prv.prv", lambda *_: Prv(9.0, 9.01))
+    monkeypatch.setitem(CROSS_CHECKS, "prv", CrossCheck("Opacus", lambda *_: Estimate(9.0, 9.01)))
     result = invoke("epsilon", *event_options(0.01, 1.0, 10), "--delta", 1e-5)
     assert result.exit_code == 1
     assert "contradict" in str(result.exception)

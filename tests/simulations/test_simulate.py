@@ -50,7 +50,9 @@ from server.heads import HEADS, Heads
 from server.record import key_in
 from server.rounds import Event, Phase, RoundRecord, SiteAnswered
 from simulations.simulate import KEYS, simulate
+from tests.fedllm.audit.conftest import any_pdf
 from tests.fedllm.privacy.budgets import for_several_plans
+from tests.korean import english_words
 from tests.sharing import once
 
 Configure = Callable[..., SimulationConfig]
@@ -189,7 +191,8 @@ def test_a_run_leaves_every_output_and_nothing_else(variants: Callable[[str], Ru
         "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
         "checkpoint.safetensors", "checkpoint.safetensors.previous", "config.json", "lock", "metrics.jsonl",
         "plan.json", "record.jsonl", "record.key",
-        "rounds.png", "rounds.svg", "sites.png", "sites.svg", "summary.ko.md", "summary.md",
+        "rounds.ko.svg", "rounds.png", "rounds.svg", "sites.ko.svg", "sites.png", "sites.svg", "summary.ko.md",
+        "summary.md",
     }  # fmt: skip
     assert "sites/sites.log" in found
     assert folder.stat().st_mode & 0o077 == 0, "the folder holds ledgers: it is for its owner alone"
@@ -267,18 +270,30 @@ def test_without_noise_epsilon_is_never_a_number(variants: Callable[[str], Run],
         )
 
 
+BRAND = {"en": "NOT PRIVATE", "ko": "프라이버시 보호 미적용"}
+OUTPUTS = [
+    "summary.md",
+    "summary.ko.md",
+    "adapter/README.md",
+    "rounds.svg",
+    "sites.svg",
+    "rounds.ko.svg",
+    "sites.ko.svg",
+]
+
+
 @pytest.mark.parametrize("name", BRANDED)
-@pytest.mark.parametrize("file", ["summary.md", "summary.ko.md", "adapter/README.md", "rounds.svg", "sites.svg"])
+@pytest.mark.parametrize("file", OUTPUTS)
 def test_a_run_that_is_not_private_says_so_in_every_output(
     variants: Callable[[str], Run], name: str, file: str
 ) -> None:
-    assert "NOT PRIVATE" in (variants(name).folder / file).read_text("utf-8")
+    assert BRAND["ko" if ".ko." in file else "en"] in (variants(name).folder / file).read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", PRIVATE)
-@pytest.mark.parametrize("file", ["summary.md", "summary.ko.md", "adapter/README.md", "rounds.svg", "sites.svg"])
+@pytest.mark.parametrize("file", OUTPUTS)
 def test_a_private_run_is_not_branded(variants: Callable[[str], Run], name: str, file: str) -> None:
-    assert "NOT PRIVATE" not in (variants(name).folder / file).read_text("utf-8")
+    assert BRAND["ko" if ".ko." in file else "en"] not in (variants(name).folder / file).read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", PRIVATE)
@@ -636,13 +651,14 @@ def test_a_site_with_a_smaller_budget_drops_out_and_the_others_go_on(tmp_path: P
     assert len(done.ledger("강남")) == 1
     assert [line["declined"] for line in done.metrics()] == [{}, {}, {"강남": "budget"}, {}]
     assert {name: done.summary.sites[name]["rounds"] for name in BRANCHES[1:]} == dict.fromkeys(BRANCHES[1:], 3)
-    for file in ("summary.md", "summary.ko.md"):
-        assert "budget" in (done.folder / file).read_text("utf-8")
+    for file, reason in (("summary.md", "budget"), ("summary.ko.md", "예산 부족")):
+        assert reason in (done.folder / file).read_text("utf-8")
 
 
 def test_a_run_whose_quorum_is_gone_ends_with_its_outputs_and_the_reason(tmp_path: Path, configure: Configure) -> None:
     budgets = dict.fromkeys(BRANCHES[:3], 1.01 * cost(configure(tmp_path), 1))
-    done = run(configure(tmp_path, site={"budgets": budgets}))
+    with any_pdf():
+        done = run(configure(tmp_path, site={"budgets": budgets}, audit=True))
     assert "quorum=2" in done.summary.stopped
     assert all(f"{name} declined (budget)" in done.summary.stopped for name in budgets)
     assert [line["round"] for line in done.metrics()] == [0, 1]
@@ -652,6 +668,8 @@ def test_a_run_whose_quorum_is_gone_ends_with_its_outputs_and_the_reason(tmp_pat
     np.testing.assert_array_equal(saved_values(done.folder), np.sort(done.adapter()))
     for file in ("rounds.svg", "rounds.png", "sites.svg", "sites.png"):
         assert (done.folder / file).stat().st_size > 0
+    for file in ("summary.ko.md", "rounds.ko.svg", "sites.ko.svg", "audit/audit.ko.html"):
+        assert english_words((done.folder / file).read_text("utf-8"), done.summary.sites) == set(), file
 
 
 def saved_values(folder: Path) -> NDArray[np.float32]:

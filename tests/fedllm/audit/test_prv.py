@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedllm.audit.prv import epsilon_prv, prv
+from fedllm.audit.prv import prv
 from fedllm.privacy.accounting import AccountingEvent, spent
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[2] / "vectors" / "accounting.json").read_text("utf-8"))
@@ -32,23 +32,18 @@ def test_prv_is_as_far_from_the_pld_of_the_vectors_as_they_say_and_bounded_as_op
     third = prv(events, DELTA)
     assert third.upper is not None
     assert LOW <= third.upper - pld <= HIGH
-    assert third.estimate is not None
-    assert abs(third.estimate - spent(events, DELTA).epsilon) <= 0.01
-    assert third.estimate < third.upper
+    assert third.epsilon is not None
+    assert abs(third.epsilon - spent(events, DELTA).epsilon) <= 0.01
+    assert third.epsilon < third.upper
     if published is not None:
         assert third.upper == pytest.approx(published, abs=1e-3)
-
-
-def test_the_estimate_is_what_an_audit_asks_for() -> None:
-    events = [AccountingEvent(1.0, 5.0, 1)]
-    assert epsilon_prv(events, DELTA) == prv(events, DELTA).estimate is not None
 
 
 def test_where_opacus_is_missing_or_cannot_tell_it_is_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prv([], DELTA).reason
     monkeypatch.setitem(sys.modules, "opacus", None)
     third = prv([AccountingEvent(0.1, 1.0, 1)], DELTA)
-    assert (third.estimate, third.upper, third.reason) == (None, None, "Opacus is not installed")
+    assert (third.epsilon, third.upper, third.reason) == (None, None, "Opacus is not installed")
 
 
 def test_opacus_is_asked_without_torch_and_is_whole_for_whoever_imports_it_later() -> None:

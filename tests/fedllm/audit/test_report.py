@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,15 +19,18 @@ import pytest
 from typer.testing import CliRunner
 
 from fedllm.audit import bundle, report
+from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.bundle import Written, write_audit
-from fedllm.audit.evidence import Trust
+from fedllm.audit.evidence import Trust, assess
 from fedllm.audit.model import Audit, Point, Utility
 from fedllm.audit.pdf import render_pdf, rendered, renderer
-from fedllm.audit.report import LANGUAGES, Language, render_html
+from fedllm.audit.report import LANGUAGES, Language, Section, render_html
 from fedllm.cli import app
 from fedllm.errors import FolderError
 from fedllm.files import write_secret
 from tests.fedllm.audit.conftest import Audited, any_pdf
+from tests.fedllm.audit.evidence import Federation, make_plan
+from tests.korean import english_words
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WORDS: dict[str, list[str]] = json.loads((Path(report.__file__).parent / "templates" / "words.json").read_text("utf-8"))
@@ -137,9 +141,50 @@ def test_korean_is_korean_and_english_is_english() -> None:
         assert set(re.findall(r"{(\w+)}", english)) >= set(re.findall(r"{(\w+)}", korean)), key
 
 
+def test_nothing_on_a_korean_page_is_english_but_names(audited: Audited, html: str, language: Language) -> None:
+    if language == "en":
+        assert {"Within", "budget", "released", "policy"} <= english_words(html)
+        return
+    assert "지점 정책" in html  # a site declined
+    assert english_words(html, audited.federation.sites) == set()
+
+
+@pytest.mark.parametrize("privacy", [{}, {"mode": "off"}, {"insecure_seed": 3}], ids=["private", "off", "seeded"])
+def test_a_korean_page_says_in_korean_what_is_wrong(tmp_path: Path, privacy: dict[str, Any]) -> None:
+    """No end, a missing ledger, one that is not of this run, one that was cut, one that was altered."""
+    federation = Federation(tmp_path, budget=math.inf)
+    run = federation.run("run", make_plan(rounds=2, **privacy), declines=["incheon"], ended=False)
+    ledgers = [run / "ledgers" / f"{name}.jsonl" for name in federation.sites]
+    shutil.copyfile(ledgers[2], run / "ledgers" / "another.jsonl")
+    ledgers[2].unlink()
+    lines = ledgers[0].read_text("utf-8").splitlines()
+    ledgers[0].write_text("".join(f"{line}\n" for line in lines[:-2]), "utf-8")
+    ledgers[1].write_text("".join(f"{line}\n" for line in ledgers[1].read_text("utf-8").splitlines()[2:]), "utf-8")
+    audit = assess(run)
+    page = render_html(audit.model_copy(update={"run": audit.run.model_copy(update={"stopped": "too few"})}), "ko")
+    assert english_words(page, [*federation.sites, "another"]) == set()
+    for said in ("정족수 미달", "미제출", "이번 실행에 없는 지점", "종료 항목 없음", "직전 항목에 이어지지 않음"):
+        assert said in page, said
+    assert ("프라이버시 보호 미적용" in page) == bool(privacy)
+
+
+def test_a_section_from_outside_is_a_title_and_what_it_says_of_an_audit(audited: Audited, language: Language) -> None:
+    mine = Section(
+        title={"en": "Whose sites these are", "ko": "지점 목록"},
+        body=lambda audit, language: ", ".join(f"<{site.name}>" for site in audit.sites) + f" ({language})",
+    )
+    page = render_html(audited.written.audit, language, [mine])
+    text = " ".join(Page(page).text)
+    assert f"<h2>{mine.title[language]}</h2>" in page
+    assert f"<부산-해운대> ({language})" in text  # escaped
+    assert text.index(mine.title[language]) < text.index(WORDS["findings"][LANGUAGES.index(language)])
+    assert f'content="fedllm {report.renderer()}"' not in page  # whoever verifies it is not told that it was altered
+
+
 def test_every_text_is_used() -> None:
     source = "".join(
-        (Path(report.__file__).parent / name).read_text("utf-8") for name in ("report.py", "templates/audit.html.j2")
+        (Path(report.__file__).parent / name).read_text("utf-8")
+        for name in ("report.py", "summary.py", "templates/audit.html.j2")
     )
     for key in WORDS:
         stem = key.rpartition(".")[0]
@@ -327,7 +372,7 @@ def test_the_commands_write_a_report_in_one_language_and_verify_it(
     keys = audited.federation.write_trust(tmp_path / "keys.txt")
     signing = tmp_path / "identity"
     write_secret(signing, audited.federation.head_office.to_bytes())
-    monkeypatch.setattr("fedllm.audit.prv.epsilon_prv", lambda *_: None)
+    monkeypatch.delitem(CROSS_CHECKS, "prv")
     out = tmp_path / "out"
     command = ["audit", "report", str(audited.run), "--lang", "ko", "--key", str(signing), "--out", str(out)]
     with any_pdf():

@@ -27,7 +27,15 @@ pytestmark = [
 ]
 Make = Callable[..., RunPlan]
 Write = Callable[..., Path]
-OUTPUTS = ["summary.md", "summary.ko.md", "adapter/README.md", "rounds.svg", "sites.svg"]
+OUTPUTS = [
+    "summary.md",
+    "summary.ko.md",
+    "adapter/README.md",
+    "rounds.svg",
+    "sites.svg",
+    "rounds.ko.svg",
+    "sites.ko.svg",
+]
 TEXTS = OUTPUTS[:3]
 SITES = ["서울 강남", "부산|해운대", "Praha (č)"]
 
@@ -94,6 +102,11 @@ UNPROTECTED: dict[str, dict[str, Any]] = {
 }
 
 
+def brand(name: str) -> str:
+    """Return what an output of this name says of a run that protects nobody."""
+    return "프라이버시 보호 미적용" if ".ko." in name else "NOT PRIVATE"
+
+
 def without_epsilon() -> dict[str, Any]:
     """Return the parts of a summary of a run that added no noise."""
     return {
@@ -123,7 +136,7 @@ def tables(path: Path) -> list[list[list[str]]]:
 def test_a_private_run_says_what_it_spent_and_is_not_branded(write: Write) -> None:
     folder = write(pictures="svg")
     for name in OUTPUTS:
-        assert "NOT PRIVATE" not in (folder / name).read_text("utf-8"), name
+        assert brand(name) not in (folder / name).read_text("utf-8"), name
     for name in TEXTS:
         text = (folder / name).read_text("utf-8")
         assert "1.25" in text
@@ -135,10 +148,10 @@ def test_a_run_that_protects_nobody_is_branded_in_every_output(write: Write, kin
     folder = write(UNPROTECTED[kind], pictures="svg", **(without_epsilon() if kind == "off" else {}))
     for name in OUTPUTS:
         text = (folder / name).read_text("utf-8")
-        assert "NOT PRIVATE" in text, name
+        assert brand(name) in text, name
         if name in TEXTS:
             body = text.split("\n---\n", 1)[1] if text.startswith("---\n") else text
-            assert body.index("NOT PRIVATE") < 100, f"{name}: at the top, not in a footnote"
+            assert body.index(brand(name)) < 100, f"{name}: at the top, not in a footnote"
 
 
 def test_a_run_without_noise_claims_no_epsilon(write: Write) -> None:
@@ -225,11 +238,11 @@ def test_every_kind_of_run_is_written_without_a_python_none(write: Write, kind: 
         assert "None" not in text, name
         assert not re.search(r"\b(nan|inf|Undefined)\b", text), name
     if kind in ("stopped", "first round lost"):
-        for name in TEXTS[:2]:
-            assert changes["stopped"] in (folder / name).read_text("utf-8")
+        assert changes["stopped"] in (folder / "summary.md").read_text("utf-8")
+        assert "조기 종료" in (folder / "summary.ko.md").read_text("utf-8")
     if kind == "declined":
-        for name in ("summary.md", "summary.ko.md", "sites.svg"):
-            assert "budget" in (folder / name).read_text("utf-8")
+        for name in ("summary.md", "summary.ko.md", "sites.svg", "sites.ko.svg"):
+            assert ("예산 부족" if ".ko." in name else "budget") in (folder / name).read_text("utf-8")
 
 
 def test_pictures_can_be_opened_and_name_every_site(write: Write) -> None:
