@@ -74,16 +74,28 @@ _HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 class SiteData(Frozen):
     """The office's records and how a record becomes text, as in DataConfig."""
 
-    train: str = Field(min_length=1)  # .jsonl/.json/.csv/.parquet file, a folder of them, or pkg://
+    train: str = Field(min_length=1)
+    """Records: a .jsonl, .json, .csv or .parquet file or a folder of them, relative to site.yaml or absolute, or
+    `pkg://`.
+    """
     train_split: str = "train"
-    name: str | None = None  # of the data set; its budget is the site's unless it was declared disjoint
+    """Split of the records, if the source has several."""
+    name: str | None = None
+    """Name of the data set, after it was declared disjoint from all others (`fedllm ledger disjoint`)."""
     prompt: str | None = None
+    """Template of the given part; no loss falls on it."""
     text: str = Field(min_length=1)
+    """Template of the part to learn, or of the text to classify; `{column}` is a column of the records."""
     chat: bool = False
+    """Put prompt and text into the chat template of the model."""
     label: str | None = None
-    labels: tuple[str, ...] = ()  # classification: every label that a record may have
+    """Classification: the column of the label."""
+    labels: tuple[str, ...] = ()
+    """Classification: every label that a record may have. A record with another is left out."""
     unit: str | None = None
-    size: int | None = Field(None, ge=1, le=1_000_000_000)  # about how many records (or persons) there are
+    """Column that names the person a record belongs to. Needed for `policy.unit: person`."""
+    size: int | None = Field(None, ge=1, le=1_000_000_000)
+    """About how many units (records or persons) there are. Plans are compared with it, never with the records."""
 
     @model_validator(mode="after")
     def _validate(self) -> "SiteData":
@@ -102,7 +114,9 @@ class PeriodLimit(Frozen):
     """What may be spent in some days."""
 
     days: float = Field(gt=0, le=36_500)
+    """Length of the period in days, at least 7."""
     epsilon: float = Field(gt=0)
+    """The most that all runs of any such period may cost."""
 
     @field_validator("days")
     @classmethod
@@ -119,26 +133,52 @@ class Policy(Frozen):
     """What the office permits, as in SitePolicy."""
 
     epsilon: float = Field(gt=0)
+    """The most epsilon that these records may ever cost, over all runs."""
     delta: float = Field(1e-5, gt=0, lt=1)
+    """The largest delta that a plan may have."""
     unit: Literal["record", "person"] = "record"
+    """What is protected. A plan must have the same unit."""
     min_units: int = Field(100, ge=1)
+    """The site takes no part if `data.size` is below this."""
     allow_unprotected: bool = False
+    """Accept plans that are NOT PRIVATE as well."""
     run_epsilon: float | None = Field(None, gt=0)
+    """The most epsilon that one run may cost. Null: no limit of its own."""
     period: PeriodLimit | None = None
+    """The most epsilon that the runs of some days may cost. Null: no limit of its own."""
     max_rank: int = Field(64, ge=1)
+    """The largest rank of an adapter."""
     max_length: int = Field(1024, ge=8)
-    max_records_per_person: int = Field(64, ge=1)  # as many as resources.micro_batch: one pass
+    """The most tokens of a record."""
+    # as many as resources.micro_batch: one pass
+    max_records_per_person: int = Field(64, ge=1)
+    """The most records of one person that a plan may use."""
     max_local_steps: int = Field(100, ge=1)
-    max_sampling_rate: float = Field(0.5, gt=0, le=1)  # above it, sampling hides hardly anybody
-    min_noise_multiplier: float = Field(0.3, ge=0)  # less costs epsilon 10 and more in a single step
-    max_noise_multiplier: float = Field(10.0, gt=0)  # more makes rounds all but free, and each can be timed
+    """The most steps in one round."""
+    max_sampling_rate: float = Field(0.5, gt=0, le=1)
+    """The largest sampling rate. Above 0.5, sampling hides hardly anybody."""
+    min_noise_multiplier: float = Field(0.3, ge=0)
+    """The least noise in a step. Less than 0.3 costs epsilon 10 or more in a single step."""
+    max_noise_multiplier: float = Field(10.0, gt=0)
+    """The most noise in a step. With more, rounds cost next to nothing, and their times could be read without end."""
     train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
+    """Parts of an adapter that a plan may train."""
     modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
+    """Values of `privacy.mode` that a plan may have."""
     min_sites: int = Field(1, ge=1)
+    """Decline plans whose rounds count with fewer sites than this."""
     colluding_sites: int = Field(1, ge=0)
-    reply_quantum: float = Field(5.0, ge=0, le=3600)  # seconds; updates leave at multiples of it
-    record_seconds: float = Field(0.0, ge=0, le=3600)  # added to it for every record that a round may use
-    peers: dict[str, str] = Field(default_factory=dict)  # other offices and the fingerprints of their keys
+    """Mode distributed: decline plans that assume fewer colluding sites than this."""
+    reply_quantum: float = Field(5.0, ge=0, le=3600)
+    """Seconds. Updates leave at multiples of it, so that they do not tell how long training took."""
+    record_seconds: float = Field(0.0, ge=0, le=3600)
+    """Seconds added to the quantum for every record that a round may use. Set it to the time of one record, and no
+    update leaves earlier than with the largest possible sample.
+    """
+    peers: dict[str, str] = Field(default_factory=dict)
+    """Other sites and the fingerprints of their keys, as each of them told you itself. Without any, the site takes no
+    part in mode distributed.
+    """
 
     @field_validator("peers")
     @classmethod
@@ -171,23 +211,35 @@ class Resources(Frozen):
     """What the office lends to training."""
 
     threads: int | None = Field(None, ge=1, le=4096)
+    """Threads of PyTorch on the CPU. Null: all cores."""
     device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:0` and so on."""
     micro_batch: int = Field(64, ge=1)
+    """Records in one forward pass. Less needs less memory."""
     checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time, the same result."""
     max_message_mb: int = Field(512, ge=1, le=65536)
+    """The largest message that the site accepts, MB."""
 
 
 class SiteFile(Frozen):
     """site.yaml."""
 
     name: SiteName
+    """Name of the site, as in the server's roster."""
     data: SiteData
     policy: Policy
-    models: dict[str, str] = Field(default_factory=dict)  # a plan's model.source -> where this office has that model
-    model_cache: str | None = None  # a folder of Hugging Face's cache format, for models named by their hub name
+    models: dict[str, str] = Field(default_factory=dict)
+    """Models that plans may name, and where this site has them. A plan that names another one is refused."""
+    model_cache: str | None = None
+    """Folder in Hugging Face's cache format, for models given by their hub name. Nothing is ever downloaded."""
     resources: Resources = Resources()
     socket: str | None = None
+    """Path of a unix socket where a relay of another system user connects for this process. Null: the site connects
+    itself.
+    """
     socket_group: str | None = None
+    """Group that may use the socket."""
 
     @model_validator(mode="after")
     def _validate(self) -> "SiteFile":
