@@ -114,7 +114,7 @@ class PeriodLimit(Frozen):
     """What may be spent in some days."""
 
     days: float = Field(gt=0, le=36_500)
-    """Length of the period in days, at least 7."""
+    """Length of the period in days, at least 7. A period needs both of its settings."""
     epsilon: float = Field(gt=0)
     """The most that all runs of any such period may cost."""
 
