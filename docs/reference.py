@@ -30,8 +30,8 @@ _HEAD = """\
 `fedllm simulate` and `fedllm submit` take settings as `KEY=VALUE`, for example `privacy.epsilon=3`. The settings come
 in groups. `privacy=local` takes one choice of a group, which is a file of `conf/`. `experiment=NAME` lays an overlay on
 top of the choices, `'experiment=[A,B]'` lays several. A single key counts more than an overlay, and an overlay more
-than the choice of a group, in whatever order they are written. `--cfg` prints the result and stops. `--config-dir FOLDER`
-adds choices of your own.
+than the choice of a group, in whatever order they are written. `--cfg` prints the result and stops. `--config-dir
+FOLDER` adds choices of your own.
 
 The defaults below are those of `fedllm simulate`:
 
@@ -146,7 +146,7 @@ def _choices(group: str) -> list[str]:
         return []
     lines = []
     for file in sorted(folder.iterdir(), key=lambda file: file.name):
-        said = []
+        said: list[str] = []
         for line in file.read_text("utf-8").splitlines():
             text = line.removeprefix("#").strip()
             if not line.startswith("#") or (said and text.startswith("fedllm ")):
