@@ -69,9 +69,12 @@ _HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 class SiteData(RecordsConfig):
     """The office's records and how a record becomes text."""
 
-    name: str | None = None  # of the data set; its budget is the site's unless it was declared disjoint
-    labels: tuple[str, ...] = ()  # classification: every label that a record may have
-    size: int | None = Field(None, ge=1, le=1_000_000_000)  # about how many records (or persons) there are
+    name: str | None = None
+    """Name of the data set, after it was declared disjoint from all others (`fedllm ledger disjoint`)."""
+    labels: tuple[str, ...] = ()
+    """Classification: every label that a record may have. A record with another is left out."""
+    size: int | None = Field(None, ge=1, le=1_000_000_000)
+    """About how many units (records or persons) there are. Plans are compared with it, never with the records."""
 
     @model_validator(mode="after")
     def _validate(self) -> "SiteData":
@@ -90,19 +93,27 @@ class Resources(ComputeConfig):
     """What the office lends to training."""
 
     max_message_mb: int = Field(512, ge=1, le=65536)
+    """The largest message that the site accepts, MB."""
 
 
 class SiteFile(Frozen):
     """site.yaml."""
 
     name: SiteName
+    """Name of the site, as in the server's roster."""
     data: SiteData
     policy: SitePolicy
-    models: dict[str, str] = Field(default_factory=dict)  # a plan's model.source -> where this office has that model
-    model_cache: str | None = None  # a folder of Hugging Face's cache format, for models named by their hub name
+    models: dict[str, str] = Field(default_factory=dict)
+    """Models that plans may name, and where this site has them. A plan that names another one is refused."""
+    model_cache: str | None = None
+    """Folder in Hugging Face's cache format, for models given by their hub name. Nothing is ever downloaded."""
     resources: Resources = Resources()
     socket: str | None = None
+    """Path of a unix socket where a relay of another system user connects for this process. Null: the site connects
+    itself.
+    """
     socket_group: str | None = None
+    """Group that may use the socket."""
 
     @model_validator(mode="after")
     def _validate(self) -> "SiteFile":

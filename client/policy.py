@@ -15,30 +15,54 @@ from fedllm.provision import fingerprint_digits
 class SitePolicy(Frozen):
     """The limits of one site, as site.yaml gives them."""
 
-    epsilon: float = Field(gt=0)  # total budget for the site's records, over all rounds and runs
-    # the largest that a plan may promise: the owner knows the true number of units, and head office not
+    epsilon: float = Field(gt=0)
+    """The most epsilon that these records may ever cost, over all runs."""
     delta: float = Field(1e-5, gt=0, lt=1)
-    unit: Literal["record", "person"] = "record"  # what this office protects, and every plan must
-    min_units: int = Field(100, ge=1)  # fewer declared units than this: the site takes no part
-    allow_unprotected: bool = False  # plans without noise, or with noise that a seed predicts
-    run_epsilon: float | None = Field(None, gt=0)  # the most that one run may cost, at `delta`, all its rounds together
-    period: Period | None = None  # what may be spent in some days, beside the whole budget
+    """The largest delta that a plan may have."""
+    unit: Literal["record", "person"] = "record"
+    """What is protected. A plan must have the same unit."""
+    min_units: int = Field(100, ge=1)
+    """The site takes no part if `data.size` is below this."""
+    allow_unprotected: bool = False
+    """Accept plans that are NOT PRIVATE as well."""
+    run_epsilon: float | None = Field(None, gt=0)
+    """The most epsilon that one run may cost. Null: no limit of its own."""
+    period: Period | None = None
+    """The most epsilon that the runs of some days may cost. Null: no limit of its own."""
     # The most that a plan may ask for; what a site's memory and time are a function of, and what one sum may hold.
-    max_rank: int = Field(64, ge=1)  # of an adapter
-    max_length: int = Field(1024, ge=8)  # tokens of a record
-    max_records_per_person: int = Field(64, ge=1)  # as many as resources.micro_batch: one pass
-    max_local_steps: int = Field(100, ge=1)  # between two charges
-    max_sampling_rate: float = Field(0.5, gt=0, le=1)  # in one step; above it, sampling hides hardly anybody
-    min_noise_multiplier: float = Field(0.3, ge=0)  # less costs epsilon 10 and more in a single step
-    max_noise_multiplier: float = Field(10.0, gt=0)  # more makes rounds all but free, and each can be timed
-    train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)  # the parts of an adapter to train
+    max_rank: int = Field(64, ge=1)
+    """The largest rank of an adapter."""
+    max_length: int = Field(1024, ge=8)
+    """The most tokens of a record."""
+    # as many as resources.micro_batch: one pass
+    max_records_per_person: int = Field(64, ge=1)
+    """The most records of one person that a plan may use."""
+    max_local_steps: int = Field(100, ge=1)
+    """The most steps in one round."""
+    max_sampling_rate: float = Field(0.5, gt=0, le=1)
+    """The largest sampling rate. Above 0.5, sampling hides hardly anybody."""
+    min_noise_multiplier: float = Field(0.3, ge=0)
+    """The least noise in a step. Less than 0.3 costs epsilon 10 or more in a single step."""
+    max_noise_multiplier: float = Field(10.0, gt=0)
+    """The most noise in a step. With more, rounds cost next to nothing, and their times could be read without end."""
+    train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
+    """Parts of an adapter that a plan may train."""
     modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
-    min_sites: int = Field(1, ge=1)  # a plan whose rounds count with fewer sites is declined
-    colluding_sites: int = Field(1, ge=0)  # mode distributed: a plan that counts with fewer is declined
-    reply_quantum: float = Field(5.0, ge=0, le=3600)  # seconds; what used records leaves at a multiple, 0: when ready
-    # seconds, added to the quantum for each record that a round may use: no round takes longer
+    """Values of `privacy.mode` that a plan may have."""
+    min_sites: int = Field(1, ge=1)
+    """Decline plans whose rounds count with fewer sites than this."""
+    colluding_sites: int = Field(1, ge=0)
+    """Mode distributed: decline plans that assume fewer colluding sites than this."""
+    reply_quantum: float = Field(5.0, ge=0, le=3600)
+    """Seconds. Updates leave at multiples of it, so that they do not tell how long training took."""
     record_seconds: float = Field(0.0, ge=0, le=3600)
-    peers: dict[str, str] = Field(default_factory=dict)  # other offices and the fingerprints of their keys
+    """Seconds added to the quantum for every record that a round may use. Set it to the time of one record, and no
+    update leaves earlier than with the largest possible sample.
+    """
+    peers: dict[str, str] = Field(default_factory=dict)
+    """Other sites and the fingerprints of their keys, as each of them told you itself. Without any, the site takes no
+    part in mode distributed.
+    """
 
     @field_validator("peers")
     @classmethod

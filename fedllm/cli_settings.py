@@ -137,10 +137,10 @@ def validate(kind: type[_T], composed: dict[str, Any]) -> _T:
         if composed.get("resume"):
             raise ConfigError("resume=true needs name=..., the run to continue")
         composed["name"] = f"{datetime.now():%Y%m%d-%H%M%S}"
-    labels = composed.get("model", {}).get("labels")
-    if isinstance(labels, str):  # the path of a JSON list
+    model = composed.get("model")
+    if isinstance(model, dict) and isinstance(labels := model.get("labels"), str):  # the path of a JSON list
         try:
-            composed["model"]["labels"] = json.loads(Path(labels).read_text("utf-8"))
+            model["labels"] = json.loads(Path(labels).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.labels={labels}: not a JSON file with a list of labels ({error})") from None
     return parse(kind, composed)

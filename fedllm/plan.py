@@ -101,18 +101,23 @@ SiteName = Annotated[str, AfterValidator(_site)]  # deployed
 class ModelConfig(Frozen):
     """The public base model."""
 
-    source: Printable = Field(min_length=1, max_length=4096)  # hub name, local folder, or pkg://package/folder
-    revision: Printable | None = Field(None, max_length=200)  # hub revision; give a commit for runs that must repeat
+    source: Printable = Field(min_length=1, max_length=4096)
+    """Name on the Hugging Face hub, local folder, or `pkg://package/folder`."""
+    revision: Printable | None = Field(None, max_length=200)
+    """Revision on the hub. Give a commit for runs that must repeat."""
     task: Literal["causal-lm", "classification"] = "causal-lm"
-    labels: tuple[Label, ...] = Field(
-        (), max_length=10_000
-    )  # classification: every label, public, in the order of the classes
-    pooling: Literal["native", "mean"] = "native"  # classification: the model's own head, or mean-pooled tokens
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights; the adapter is always float32
-    compile: Literal["auto", "on", "off"] = "auto"  # the blocks, for training; auto: where possible and worth its time
-    max_length: int = Field(
-        256, ge=8, le=1_000_000
-    )  # tokens; of longer records the prompt loses its beginning, then the text its end
+    """What the model learns: to continue a text, or to choose one of `labels`."""
+    labels: tuple[Label, ...] = Field((), max_length=10_000)
+    """Classification: every label, in the order of the classes. They are declared and public, never read from records.
+    """
+    pooling: Literal["native", "mean"] = "native"
+    """Classification: `native` uses the model's own head, `mean` averages the token states."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the frozen weights. `auto` takes what is faster here; the adapter is always float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Run the transformer blocks under torch.compile in training. `auto`: if that is possible and saves time."""
+    max_length: int = Field(256, ge=8, le=1_000_000)
+    """Tokens. A longer record loses the beginning of its prompt, then the end of its text."""
 
     @model_validator(mode="after")
     def _validate(self) -> "ModelConfig":
@@ -131,12 +136,16 @@ class AdapterConfig(Frozen):
     """The LoRA adapter (Hu et al. 2021)."""
 
     rank: int = Field(8, ge=1, le=4096)
-    alpha: float = Field(16.0, ge=1e-4, le=1e5)  # the adapter's output is multiplied by alpha / rank
-    # names of the linear layers that get an adapter
+    """Rank of the two LoRA matrices."""
+    alpha: float = Field(16.0, ge=1e-4, le=1e5)
+    """The adapter's output is multiplied by alpha / rank."""
     targets: Annotated[tuple[Layer, ...], Field(max_length=1000)] | Literal["all-linear"] = "all-linear"
-    # numbers of the transformer blocks; null: all
+    """Names of the linear layers that get an adapter, or `all-linear`."""
     layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=10_000)], ...], Field(max_length=10_000)] | None = None
-    train: Literal["AB", "B"] = "B"  # B: A stays at its seeded, shared initial value (FFA-LoRA, Sun et al. 2024)
+    """Numbers of the transformer blocks that get an adapter, from 0. Null: all."""
+    train: Literal["AB", "B"] = "B"
+    """`B` trains B alone and keeps A at its seeded, shared initial value (FFA-LoRA, Sun et al. 2024); `AB` trains both.
+    """
 
     @model_validator(mode="after")
     def _validate(self) -> "AdapterConfig":
@@ -151,24 +160,43 @@ class PrivacyConfig(Frozen):
     """What is protected, how well, and the mechanism that does it."""
 
     mode: Literal["local", "distributed", "off"] = "local"
-    colluding_sites: int = Field(
-        1, ge=0, le=MAX_HOLDERS
-    )  # distributed: so many may tell head office their noise; a quorum is meant
-    unit: Literal["record", "person"] = "record"  # what may be added or removed without anyone noticing
-    records_per_person: int = Field(8, ge=1, le=1_000_000)  # contribution cap, enforced when records are loaded
-    epsilon: float = Field(8.0, ge=1e-6, le=1e9)  # target for the whole run, of every site; only compared with
-    delta: float = Field(1e-5, ge=1e-12, lt=1)  # the PLD is cut off at tails of 1e-15, which must not count
-    clipping: Clipping = "flat"  # automatic: AUTO-S, every unit brought to almost clip_norm (arXiv 2206.07136)
-    clip_norm: float = Field(1.0, ge=1e-6, le=1e6)  # L2, gradient units
-    sampling_rate: float = Field(0.05, ge=1e-6, le=1)  # of coins with 53 bits: the true rate is within 1e-9 of it
-    units_per_site: int | None = Field(
-        None, ge=1, le=1_000_000_000
-    )  # PUBLIC nominal size; q * this divides every noisy sum
-    noise_multiplier: float | None = Field(
-        None, ge=0.01, le=1e6
-    )  # null: calibrated so that the whole run meets epsilon
-    insecure_seed: Seed | None = None  # seeded coins and noise: reproducible, and NOT PRIVATE
-    self_check: bool = True  # ask every site to check its engine first; an office does so whatever the plan says
+    """`distributed`: the sites add shares of one noise and mask their sums. `local`: every site adds noise enough for
+    itself. `off`: no noise, NOT PRIVATE.
+    """
+    colluding_sites: int = Field(1, ge=0, le=MAX_HOLDERS)
+    """Mode distributed: as many sites of a quorum may tell the server their noise, and the guarantee still holds."""
+    unit: Literal["record", "person"] = "record"
+    """What is protected: one record more or less, or one person with all of their records."""
+    records_per_person: int = Field(8, ge=1, le=1_000_000)
+    """Unit person: the most records of one person that are used. The cap is enforced when records are loaded."""
+    epsilon: float = Field(8.0, ge=1e-6, le=1e9)
+    """Target for the whole run, at every site. The noise is calibrated to meet it."""
+    # the PLD is cut off at tails of 1e-15, which must not count
+    delta: float = Field(1e-5, ge=1e-12, lt=1)
+    """Delta of the guarantee (epsilon, delta), for the whole run. It must be below 1 / `units_per_site`."""
+    clipping: Clipping = "flat"
+    """`flat` clips the gradient of each unit at `clip_norm`; `automatic` brings each to almost `clip_norm` (AUTO-S,
+    arXiv 2206.07136).
+    """
+    clip_norm: float = Field(1.0, ge=1e-6, le=1e6)
+    """L2 norm at which the gradient of one unit is clipped."""
+    # draws have 53 bits: the true rate is within 1e-9 of it
+    sampling_rate: float = Field(0.05, ge=1e-6, le=1)
+    """Probability with which a unit enters one step (Poisson sampling)."""
+    units_per_site: int | None = Field(None, ge=1, le=1_000_000_000)
+    """PUBLIC nominal number of units of a site. Sampling rate times this divides every noisy sum. Null, in a simulation
+    only: the mean of the sites to one digit.
+    """
+    noise_multiplier: float | None = Field(None, ge=0.01, le=1e6)
+    """Standard deviation of the noise divided by the clip norm. Null: calibrated, so that the whole run meets
+    `epsilon`.
+    """
+    insecure_seed: Seed | None = None
+    """Seeds sampling and noise, so that a run repeats. For experiments only: NOT PRIVATE."""
+    self_check: bool = True
+    """Every site checks its engine on made-up text before any record is used. A deployed site does so whatever the plan
+    says.
+    """
 
     @model_validator(mode="after")
     def _validate(self) -> "PrivacyConfig":
@@ -189,14 +217,19 @@ class ServerOptimizerConfig(Frozen):
     """How head office applies the averaged delta; sgd with learning_rate=1 and no momentum is FedAvg."""
 
     name: Literal["sgd", "adam"] = "sgd"
+    """How the server applies the averaged update. `sgd` with learning rate 1 and no momentum is FedAvg."""
     learning_rate: Rate = 1.0
-    final_rate: float = Field(
-        1.0, ge=1e-6, le=1
-    )  # where the cosine of the learning rate ends, as a share of it; 1: flat
-    momentum: float = Field(0.0, ge=0, lt=1)  # sgd
-    betas: tuple[Beta, Beta] = (0.9, 0.99)  # adam
-    eps: float = Field(1e-3, ge=1e-12, le=1e6)  # adam: keeps coordinates without signal small (Reddi et al. 2021, tau)
-    noise_corrected: bool = False  # adam: take the known variance of the noise out of its mean of squares (DP-AdamBC)
+    """Learning rate of the server."""
+    final_rate: float = Field(1.0, ge=1e-6, le=1)
+    """Where the cosine schedule of the learning rate ends, as a share of its start. 1: constant."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Momentum of sgd."""
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    """Decay rates of adam's two means."""
+    eps: float = Field(1e-3, ge=1e-12, le=1e6)
+    """Added to adam's denominator. It keeps coordinates without signal small (Reddi et al. 2021, tau)."""
+    noise_corrected: bool = False
+    """Adam: subtract the known variance of the noise from its mean of squares (DP-AdamBC)."""
 
     @model_validator(mode="after")
     def _validate(self) -> "ServerOptimizerConfig":
@@ -209,12 +242,19 @@ class TrainingConfig(Frozen):
     """Rounds, local steps and optimisers."""
 
     rounds: int = Field(10, ge=1, le=MAX_ROUNDS)
+    """Rounds of the run. Rounds times local steps is at most 1,000,000."""
     local_steps: int = Field(1, ge=1, le=MAX_STEPS)
-    optimizer: Literal["sgd", "adam"] = "sgd"  # at the site, fresh every round
+    """Steps that a site takes in one round. Mode distributed takes 1."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Optimiser at the site, new in every round."""
     learning_rate: Rate = 0.1
-    momentum: float = Field(0.0, ge=0, lt=1)  # at the site, sgd
+    """Learning rate at the site."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Momentum at the site, with sgd."""
     server: ServerOptimizerConfig = ServerOptimizerConfig()
-    wire: WireDtype = "float16"  # of the deltas that sites send
+    """The optimiser of the server."""
+    wire: WireDtype = "float16"
+    """Precision of the updates that sites send."""
 
     @model_validator(mode="after")
     def _validate(self) -> "TrainingConfig":
@@ -410,28 +450,46 @@ def default_quorum(privacy: PrivacyConfig, sites: int) -> int:
 class TextConfig(Frozen):
     """How a record becomes text."""
 
-    prompt: str | None = None  # template of the part that is given, e.g. "Q: {question}\nA: "
-    text: str = Field(min_length=1)  # template of the part that is learned, or of the text to classify
-    chat: bool = False  # put prompt and text into the base model's chat template
-    label: str | None = Field(None, min_length=1)  # classification: column of the label
+    prompt: str | None = None
+    """Template of the given part, such as `'Q: {question} A:'`. No loss falls on it. Null: every token of `text` is
+    learned.
+    """
+    text: str = Field(min_length=1)
+    """Template of the part to learn, or of the text to classify; `{column}` is a column of the records."""
+    chat: bool = False
+    """Put prompt and text into the chat template of the model."""
+    label: str | None = Field(None, min_length=1)
+    """Classification: the column of the label."""
 
 
 class HeldoutConfig(TextConfig):
     """The public held-out set, on which head office evaluates, and what reports say of the data."""
 
-    heldout: str | None = None  # .jsonl/.json/.csv/.parquet file, folder of them, hub name, or pkg://; null: none
+    heldout: str | None = None
+    """PUBLIC held-out records: a .jsonl, .json, .csv or .parquet file, a folder of them, a hub name, or `pkg://`. Null:
+    nothing is evaluated.
+    """
     heldout_split: str = "test"
+    """Split of the held-out records, if they come from the hub."""
     heldout_limit: int | None = Field(None, ge=1)
-    description: str = ""  # PUBLIC; one sentence for the model card
-    samples: int = Field(3, ge=0)  # held-out questions answered before and after, for the summary
+    """Evaluate on so many held-out records, evenly spaced. Null: on all."""
+    description: str = ""
+    """PUBLIC: one sentence about the data, for the model card."""
+    samples: int = Field(3, ge=0)
+    """Held-out questions that are answered before and after training, for the summary."""
 
 
 class RecordsConfig(TextConfig):
     """The records of sites."""
 
-    train: str = Field(min_length=1)  # .jsonl/.json/.csv/.parquet file, folder of them, hub name, or pkg://
+    train: str = Field(min_length=1)
+    """Records: a .jsonl, .json, .csv or .parquet file, a folder of them, a hub name, or `pkg://`. In site.yaml, a path
+    is relative to that file.
+    """
     train_split: str = "train"
-    unit: str | None = Field(None, min_length=1)  # column that names the person a record belongs to
+    """Split of the records, if they come from the hub."""
+    unit: str | None = Field(None, min_length=1)
+    """Column that names the person a record belongs to. Needed if the unit is a person."""
 
 
 class DataConfig(HeldoutConfig, RecordsConfig):
@@ -442,9 +500,14 @@ class PartitionConfig(Frozen):
     """How one data set becomes several sites (flwr-datasets)."""
 
     by: Literal["natural", "iid", "dirichlet"] = "natural"
-    column: str | None = Field(None, min_length=1)  # natural: names the site; dirichlet: the label to skew
-    sites: int | None = Field(None, ge=1)  # iid, dirichlet
-    alpha: float = Field(0.5, gt=0)  # dirichlet concentration
+    """`natural`: a column names the site. `iid`: at random. `dirichlet`: at random, with different labels at each site.
+    """
+    column: str | None = Field(None, min_length=1)
+    """`natural`: the column that names the site. `dirichlet`: the column of the label."""
+    sites: int | None = Field(None, ge=1)
+    """Number of sites, for `iid` and `dirichlet`."""
+    alpha: float = Field(0.5, gt=0)
+    """Concentration of the Dirichlet distribution. Smaller: the sites differ more."""
 
     @model_validator(mode="after")
     def _validate(self) -> "PartitionConfig":
@@ -458,15 +521,22 @@ class PartitionConfig(Frozen):
 class QuorumConfig(Frozen):
     """What head office does when some sites do not answer, and what the others weigh."""
 
-    # answers without which a round does not count, with groups of one; null: by mode and sites
     quorum: int | None = Field(None, ge=1)
-    round_timeout: float = Field(600.0, gt=0)  # seconds
-    weights: BySite = {}  # declared PUBLIC, by site; a site that is not named weighs 1
-    # mode distributed: sites are dealt to so many groups, each with a sum and noise of its own; the median counts
-    groups: int | None = Field(None, ge=1, le=MAX_HOLDERS)  # null or 1: off
-    poisoned_sites: int = Field(1, ge=1, le=MAX_HOLDERS)  # with groups: so many may send what they like
-    # a round is not applied that brings the held-out loss further than this share above the lowest so far; null: off
+    """Answers without which a round does not count; with groups, of each group. Null: half of the sites; two thirds in
+    mode distributed.
+    """
+    round_timeout: float = Field(600.0, gt=0)
+    """Seconds for a whole round, all sites."""
+    weights: BySite = {}
+    """PUBLIC weights by site, such as `{seoul-gangnam: 2.0}`. A site that is not named weighs 1."""
+    groups: int | None = Field(None, ge=1, le=MAX_HOLDERS)
+    """Mode distributed: divide the sites into so many groups, each with a sum and noise of its own. The median counts.
+    Null or 1: off.
+    """
+    poisoned_sites: int = Field(1, ge=1, le=MAX_HOLDERS)
+    """With groups: so many sites may send anything. It takes more than twice as many groups."""
     gate: float | None = Field(None, ge=0, le=100)
+    """Do not apply a round that raises the held-out loss by more than this share above the lowest so far. Null: off."""
 
     @model_validator(mode="after")
     def _validate(self) -> "QuorumConfig":
@@ -479,30 +549,43 @@ class FederationConfig(QuorumConfig):
     """A federation of simulated sites."""
 
     backend: Literal["in-process", "ray"] = "in-process"
+    """`in-process`: all sites on this machine. `ray`: Flower's simulation engine, with GPUs if there are any."""
     partition: PartitionConfig
-    processes: int | None = Field(None, ge=1, le=1024)  # in-process: that sites train in; null: one for each core
-    cpus_per_site: float = Field(1.0, gt=0)  # ray
-    gpus_per_site: float = Field(0.0, ge=0)  # ray
+    """How the records become those of sites."""
+    processes: int | None = Field(None, ge=1, le=1024)
+    """In-process: processes that train sites at the same time. Null: one for each core."""
+    cpus_per_site: float = Field(1.0, gt=0)
+    """Ray: CPU cores that one site takes."""
+    gpus_per_site: float = Field(0.0, ge=0)
+    """Ray: GPUs that one site takes."""
 
 
 class ComputeConfig(Frozen):
     """With what a process computes; changes no result."""
 
-    micro_batch: int = Field(64, ge=1)  # records in one forward pass: memory, not mathematics
-    threads: int | None = Field(None, ge=1, le=4096)  # of torch on the CPU; null: torch's own choice
-    device: str = "auto"  # auto, cpu, cuda, cuda:0 ...
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    micro_batch: int = Field(64, ge=1)
+    """Records in one forward pass. Changes memory and time, not the result."""
+    threads: int | None = Field(None, ge=1, le=4096)
+    """Threads of PyTorch on the CPU. Null: PyTorch's own choice."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:0` and so on."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time, the same result."""
 
 
 class SiteConfig(ComputeConfig):
     """What a simulated site decides for itself."""
 
-    epsilon: float | None = Field(None, gt=0)  # total budget; null: just what the plan asks for
-    budgets: BySite = {}  # by site, instead of `epsilon`
-    min_units: int | None = Field(
-        None, ge=1
-    )  # fewer: the site takes no part; null: one expected batch, at most half of units_per_site
-    folder: str | None = Field(None, min_length=1)  # of the sites' folders, kept over runs; null: in the run's folder
+    epsilon: float | None = Field(None, gt=0)
+    """Total budget of each simulated site. Null: what the plan asks for."""
+    budgets: BySite = {}
+    """Budgets by site, instead of `epsilon`, such as `{busan-haeundae: 4.0}`."""
+    min_units: int | None = Field(None, ge=1)
+    """A site with fewer units takes no part. Null: one expected batch, at most half of `privacy.units_per_site`."""
+    folder: str | None = Field(None, min_length=1)
+    """Keep the sites' ledgers and keys in this folder over several runs. Null: in the folder of the run, so that a new
+    run has a new budget.
+    """
 
     @model_validator(mode="after")
     def _validate(self) -> "SiteConfig":
@@ -514,9 +597,12 @@ class SiteConfig(ComputeConfig):
 class RunConfig(Frozen):
     """What every run of a federation is configured by, simulated or deployed."""
 
-    name: Printable = Field(min_length=1, max_length=200)  # of the run's folder
+    name: Printable = Field(min_length=1, max_length=200)
+    """Folder of the run under `output`. Null: date and time."""
     seed: Seed = 0
+    """PUBLIC seed of partition and initial adapter. It never seeds noise or sampling of a private run."""
     resume: bool = False
+    """Continue the run `name` where it stopped."""
     model: ModelConfig
     data: HeldoutConfig
     adapter: AdapterConfig
@@ -569,8 +655,10 @@ class DeploymentConfig(RunConfig):
 class SimulationConfig(RunConfig):
     """A whole simulated federation, as composed by Hydra."""
 
-    output: str = Field("runs", min_length=1)  # folder of the runs' folders
-    audit: bool = True  # write the audit report at the end
+    output: str = Field("runs", min_length=1)
+    """Folder of the runs' folders."""
+    audit: bool = True
+    """Write the audit report at the end."""
     data: DataConfig
     federation: FederationConfig
     site: SiteConfig

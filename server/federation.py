@@ -49,14 +49,23 @@ class FederationFile(Frozen):
     """federation.yaml."""
 
     name: str = Field(min_length=1, max_length=64)
-    host: Host  # what offices connect to
-    names: tuple[Host, ...] = ()  # further names and addresses that the server certificate is good for
+    """Name of the federation."""
+    host: Host
+    """Host name or address that sites connect to."""
+    names: tuple[Host, ...] = ()
+    """Further names and addresses that the server certificate is valid for."""
     listen: str = "0.0.0.0"  # noqa: S104  # offices come from outside; what else listens, listens on 127.0.0.1
+    """Address at which the daemon listens for sites."""
     port: Port = 9092
-    socket: str | None = None  # where head office's own commands reach the daemon; run/daemon.sock in the folder
+    """Port at which the daemon listens for sites."""
+    socket: str | None = None
+    """Unix socket where the server's own commands reach the daemon. Null: `run/daemon.sock` in the folder."""
     server_days: int = Field(90, ge=1, le=825)
-    site_days: int = Field(365, ge=1, le=825)  # of an office's certificates
+    """Days for which the server certificate is valid."""
+    site_days: int = Field(365, ge=1, le=825)
+    """Days for which the certificates of a site are valid."""
     ca_days: int = Field(3650, ge=1, le=10_000)
+    """Days for which the certificate authority is valid."""
 
     @property
     def hosts(self) -> tuple[str, ...]:

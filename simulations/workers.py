@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from fedllm.errors import FederationError, FedllmError
+from fedllm.processes import without_main
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -59,7 +60,8 @@ class Workers:
             process = context.Process(
                 target=_serve, args=(there, config_json, folder, range(number, sites, processes)), daemon=True
             )
-            process.start()
+            with without_main():
+                process.start()
             there.close()
             self._workers.append((here, threading.Lock(), process))
 

@@ -51,6 +51,7 @@ from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, PrivacySpent, s
 from fedllm.privacy.accounting import counted as counted_by
 from fedllm.privacy.ledger_place import SITE
 from fedllm.privacy.shared import SharedMechanism
+from fedllm.processes import without_main
 from fedllm.provision import same_fingerprint
 from fedllm.shown import escaped
 from fedllm.statement import Statement, open_statement, roster_digest
@@ -717,7 +718,8 @@ def _examined(folder: Path, record: _Record, absent: Collection[str]) -> list[_E
     workers = min(len(os.sched_getaffinity(0)), len(papers))
     if workers < 2 or sum(len(own) for own in answers.values()) < _MANY:
         return [_examine(each) for each in papers]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # a fork would copy locks that threads hold
+    # a fork would copy locks that threads hold
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool, without_main():
         return list(pool.map(_examine, papers))
 
 

@@ -21,7 +21,9 @@ class Period(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     """What may be spent in any `days` at a stretch, beside the whole budget."""
 
     days: float = Field(gt=0, le=36_500)
+    """Length of the period in days, at least 7. A period needs both of its settings."""
     epsilon: float = Field(gt=0)
+    """The most that all runs of any such period may cost."""
 
     @field_validator("days")
     @classmethod
