@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
-import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pyarrow import parquet
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -31,10 +29,15 @@ from fedllm.errors import ConfigError, DataError, first_line
 from fedllm.plan import ModelConfig, TextConfig
 from fedllm.training.sources import resolve
 
+if TYPE_CHECKING:
+    import datasets
+# Tables are datasets.Dataset. `datasets` and pyarrow are imported where they are used: an office, which reads lines of
+# text record by record, does without them and their 100 MB.
+
 IGNORE = -100  # label of a position that carries no loss (the convention of torch and transformers)
 _FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
-Table: TypeAlias = datasets.Dataset
+Table: TypeAlias = "datasets.Dataset"
 Row: TypeAlias = Mapping[str, Any]
 _T = TypeVar("_T")
 
@@ -93,6 +96,9 @@ def read_table(source: str, split: str) -> Table:
 
     Raises DataError, with the line where a text file is malformed.
     """
+    import datasets
+
+    datasets.disable_progress_bars()
     try:
         place = resolve(source)
     except ConfigError as error:
@@ -163,6 +169,8 @@ def _line_rows(file: Path) -> Iterator[Row | DataError]:
 
 
 def _parquet_rows(file: Path) -> Iterator[Row | DataError]:
+    from pyarrow import parquet
+
     try:
         with parquet.ParquetFile(file) as whole:
             for batch in whole.iter_batches():
@@ -207,6 +215,9 @@ def _files(place: Path, split: str) -> list[Path]:
 
 def _read_file(file: Path) -> Table:
     """Read one file into memory. `datasets` would leave a copy of the records in a cache on disk."""
+    import datasets
+    from pyarrow import parquet
+
     if file.suffix == ".parquet":
         return datasets.Dataset(parquet.read_table(file))
     rows = _csv_rows(file) if file.suffix == ".csv" else _json_rows(file)
@@ -221,6 +232,7 @@ def _read_file(file: Path) -> Table:
 
 def _check_kinds(file: Path, column: str, values: list[Any]) -> None:
     """Raise DataError with the first record whose value does not fit into one column with those before it."""
+    import datasets
 
     def fails(count: int) -> bool:
         try:
@@ -328,6 +340,8 @@ def check_columns(table: Table, data: TextConfig, extra: Sequence[str | None] = 
 
     Of label, person and site (the last two in `extra`, None where there is none), a cell must hold one value.
     """
+    import datasets
+
     single = [column for column in (data.label, *extra) if column]
     named = [*template_columns(data), *single]
     missing = sorted(set(named) - set(table.column_names))
