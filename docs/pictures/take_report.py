@@ -1,5 +1,6 @@
 """Take the pictures of the audit report: `python docs/pictures/take_report.py runs/NAME`; needs Chromium."""
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ if __name__ == "__main__":
         for language, (page, height) in SIZES.items():
             shot = Path(scratch) / "shot.png"
             subprocess.run(
-                ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                [shutil.which("chromium") or "", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                  f"--user-data-dir={scratch}/chromium", f"--window-size=1000,{height}", f"--screenshot={shot}",
                  (audit / page).as_uri()],
                 check=True, capture_output=True, timeout=300,
