@@ -1,4 +1,5 @@
-"""Every `fedllm` command that the README shows is run, on tiny inputs and with as few steps as possible."""
+"""Every `fedllm` command of the README, the quick start and the page on own data is run, on tiny inputs and with as few
+steps as possible; and the Korean README is held to the English one."""
 
 import csv
 import json
@@ -15,7 +16,9 @@ from typer.testing import CliRunner
 from fedllm.cli import app
 from tests.conftest import SOAK, byte_tokenizer, some_of_the_demo
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, KOREAN = ROOT / "README.md", ROOT / "README.ko.md"
+PAGES = (ROOT / "docs" / "quickstart.md", ROOT / "docs" / "data-and-models.md", README)
 # What makes a command quick; a command's own settings of the same keys are overridden.
 QUICK = [
     "training.rounds=1", "training.local_steps=1", "privacy.sampling_rate=0.05", "data.heldout_limit=8",
@@ -26,20 +29,62 @@ RAY = ("fedllm simulate experiment=parallel",)
 ONCE = ["privacy.noise_multiplier=2", "privacy.self_check=false", "audit=false"]
 
 
+def fenced(page: Path) -> list[str]:
+    """Return the lines of a page's plain fenced blocks, in order."""
+    blocks = re.findall(r"^```\n(.*?)^```", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
 def commands() -> list[str]:
-    """Return the lines of the README's fenced blocks that begin with fedllm, in order."""
-    blocks = re.findall(r"^```\n(.*?)^```", README.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("fedllm ")]
+    """Return all commands of fedllm once, in the order of the pages."""
+    return list(dict.fromkeys(line for page in PAGES for line in fenced(page) if line.startswith("fedllm ")))
 
 
-def test_the_readme_shows_commands() -> None:
+def prose(page: Path) -> str:
+    """Return what a reader reads: no code blocks, no targets of links, no attributes."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^\[[^]]+\]: .*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"<[^>]*>|(?<=\])\([^)]*\)|(?<=\])\[[^]]*\]", " ", text)
+
+
+def test_the_pages_show_commands() -> None:
     assert len(commands()) >= 8
     assert set(RAY) < set(commands())
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE))
+    for page in PAGES:
+        for line in fenced(page):
+            program, word = line.split()[:2]
+            assert program == "fedllm" or (program == "make" and word in targets), line
+
+
+def test_the_readme_is_short() -> None:
+    """Words are runs of letters and digits; code, link targets and alternative texts are not counted."""
+    assert len(re.findall(r"[\w.,%()-]*\w[\w.,%()-]*", prose(README))) < 900
+
+
+def test_the_korean_readme_has_the_commands_figures_and_links_of_the_english_one() -> None:
+    assert fenced(KOREAN) == fenced(README)
+
+    def figures(page: Path) -> list[str]:
+        return sorted(re.findall(r"\d+(?:[.,]\d+)*(?:e-\d+)?", prose(page)))
+
+    def links(page: Path) -> list[str]:
+        text = page.read_text("utf-8").replace("README.ko.md", "README.md").replace(".ko.", ".en.")
+        patterns = (r"\]\((\S+)\)", r"^\[.+\]: (\S+)$", r'src\w*="(\S+)"')
+        return sorted(link for pattern in patterns for link in re.findall(pattern, text, flags=re.MULTILINE))
+
+    def counts(page: Path) -> list[int]:
+        lines = page.read_text("utf-8").splitlines()
+        return [sum(line.startswith(mark) for line in lines) for mark in ("#", "|", "- ")]
+
+    assert figures(KOREAN) == figures(README)
+    assert links(KOREAN) == links(README)
+    assert counts(KOREAN) == counts(README)
 
 
 @pytest.fixture(scope="module")
 def office(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with the files that the README's commands name."""
+    """A working folder with the files that the commands name."""
     folder = tmp_path_factory.mktemp("office")
     base = Path(__file__).parents[1] / "simulations" / "demo" / "base"
     shutil.copytree(base, folder / "my-model")
@@ -99,7 +144,7 @@ def quick(command: str) -> list[str]:
 @pytest.mark.timeout(900)  # Ray takes its time on a busy machine
 @pytest.mark.filterwarnings("default")  # third-party packages warn; tests of our own code make warnings errors
 @pytest.mark.parametrize("story", [*stories(), pytest.param(RAY, marks=pytest.mark.soak)], ids=" | ".join)
-def test_a_command_of_the_readme_works(
+def test_a_command_of_the_pages_works(
     story: list[str], office: Path, monkeypatch: pytest.MonkeyPatch, without_pdfs: None
 ) -> None:
     monkeypatch.chdir(office)

@@ -336,26 +336,3 @@ def test_every_command_of_the_page_is_one_that_is_run() -> None:
         }  # fmt: skip
     [install_] = [block.text for block in blocks() if not block.kind]  # pip's: `make test` does the same
     assert "fedllm " not in install_
-
-
-def test_the_readme_names_no_other_commands_than_the_page() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    [section] = re.findall(r"^## Deployment\n(.*?)^## ", readme, flags=re.MULTILINE | re.DOTALL)
-    fenced = re.findall(r"^```sh\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
-    shown = [line.partition("#")[0].split() for text in fenced for line in text.splitlines()]
-    known = [line.split() for block in blocks() for line in block.text.splitlines()]
-    assert len(shown) >= 7
-    for words in shown:
-        command = [word for word in words[:3] if word.isalpha() or "-f" in word]
-        assert any(each[: len(command)] == command for each in known), words
-
-
-@pytest.mark.parametrize("page", ["docs/deployment.md", "docs/threat-model.md", "docs/audit.md", "README.md"])
-def test_links_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text("utf-8")
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-        assert ((ROOT / page).parent / target).exists(), target
-    titles = [line.lstrip("# ").lower() for line in text.splitlines() if line.startswith("#")]
-    headings = {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
-    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
-        assert anchor in headings, anchor

@@ -1,0 +1,55 @@
+"""The pages of the documentation: their links lead to what is there, and nothing that belongs in a table is missing."""
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from fedllm import errors
+from fedllm.messages import Reason
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what GitHub calls a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text("utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src(?:set)?="([^"]+)"', text)
+    for link in links:
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text("utf-8")
+    for page in ROOT.glob("docs/*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index, page.name
+
+
+def test_every_error_and_every_refusal_is_explained() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    families = {name for name, value in vars(errors).items() if isinstance(value, type)} - {"FedllmError"}
+    for name in [*families, *get_args(Reason)]:
+        assert f"| `{name}` |" in text, name
+
+
+def test_the_glossary_defines_every_term_once() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text("utf-8")
+    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    english, korean = ([row[column].strip() for row in rows if row[0] != " term "] for column in (0, 1))
+    assert len(set(english)) == len(english) == len(set(korean)) > 50
+    assert all(re.search("[가-힣]", word) for word in korean)
