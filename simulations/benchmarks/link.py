@@ -43,7 +43,7 @@ Answer = Callable[[bytes, threading.Event], bytes]
 
 
 def make(folder: Path, sites: int) -> Path:
-    """Make head office's folder with a roster of so many sites; of each site identity, key and certificate beside it."""
+    """Make head office's folder with a roster of so many sites, and of each site identity, key and certificate."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
