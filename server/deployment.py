@@ -219,13 +219,13 @@ def _why(folder: Path, error: BaseException) -> str:
 
 def _member(file: Path) -> Callable[[str], Member | None]:
     """Return a function that looks a site up in the roster as it is now; it is read again when it was replaced."""
-    seen, roster = list[tuple[int, int]](), Roster()
+    seen, members = list[tuple[int, int]](), dict[str, Member]()
 
     def find(site: str) -> Member | None:
-        nonlocal seen, roster
+        nonlocal seen, members
         if (now := stamp(file)) != seen:
-            roster, seen = Roster.load(file), now
-        return roster.find(site)
+            members, seen = {member.site: member for member in Roster.load(file).active}, now
+        return members.get(site)
 
     return find
 

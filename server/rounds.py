@@ -565,7 +565,7 @@ class Coordinator:
                 failed[known[node] or f"node {node}"] = f"no valid answer to the plan: {error}"
                 continue
             here = [n for n, site in self._site_of_node.items() if site == reply.site and n not in self._dropped]
-            if set(here) & set(self._channel.nodes()):
+            if here and set(here) & set(self._channel.nodes()):
                 failed[f"node {node}"] = f"claims to be {reply.site}, which is here already"
                 self._dropped.add(node)
             elif isinstance(reply, Declined):

@@ -55,6 +55,7 @@ from fedllm.privacy.randomness import KeyedRandomness, Randomness
 
 _LEAST_STD = 16.0  # quanta; see above
 _REACH = 19.0  # no draw is further out, in standard deviations: sqrt(2 * 256 * ln 2) = 18.84
+_BLOCK = 8192  # pairs of draws at a time: their arrays stay in the processor's cache
 _COARSEST = 0.02  # share of the clip norm that rounding a unit's vector may take
 
 
@@ -68,14 +69,16 @@ def rounded_normals(source: Randomness, n: int, std: float) -> NDArray[np.int64]
     if not 0 < std < 2**31:
         raise PrivacyError(f"std={std:g} of a noise share must be between 0 and 2^31")
     pairs = (n + 1) // 2
-    words = source.words(2 * pairs)
-    radius_words, angle_words = words[:pairs], words[pairs:]
-    draws, error = _quickly(radius_words, angle_words, std)
-    rounded = np.rint(draws)
-    unclear = (0.5 - np.abs(draws - rounded) <= error).any(axis=0) | (radius_words == 0)
-    result = rounded.astype(np.int64)
-    for i in np.flatnonzero(unclear):
-        result[:, i] = _exactly(int(radius_words[i]), int(angle_words[i]), source, std)
+    radius_words, angle_words = source.words(2 * pairs).reshape(2, pairs)
+    result = np.empty((2, pairs), np.int64)
+    for first in range(0, pairs, _BLOCK):
+        block = slice(first, first + _BLOCK)
+        draws, error = _quickly(radius_words[block], angle_words[block], std)
+        rounded = np.rint(draws)
+        result[:, block] = rounded
+        unclear = (0.5 - np.abs(draws - rounded) <= error).any(axis=0) | (radius_words[block] == 0)
+        for i in first + np.flatnonzero(unclear):
+            result[:, i] = _exactly(int(radius_words[i]), int(angle_words[i]), source, std)
     return result.reshape(-1)[:n]
 
 

@@ -43,7 +43,6 @@ from server.rounds import Coordinator, Event, PublicModel, RoundRecord
 from simulations.benchmarks.link import Answer, answering, connected, running, used
 
 _PROCESSES = 2  # of the sites
-_ROUNDS = 4  # the first has two exchanges more: joining and dealing
 _DIGEST = "0" * 64
 _read = cache(PublicIdentity.from_text)
 
@@ -94,21 +93,24 @@ def _answer_of(folder: Path, number: int) -> Answer:
     return Endpoint(site, [identity], [head], folder / f"{number}.requests").handle
 
 
-def _plan(sites: int, spec: AdapterSpec) -> RunPlan:
+def _plan(sites: int, rounds: int, spec: AdapterSpec) -> RunPlan:
     privacy = PrivacyConfig(mode="distributed", noise_multiplier=1.0, units_per_site=100, sampling_rate=0.1)
     return parse(RunPlan, {
         "run": "benchmark", "seed": 0, "sites": sites, "quorum": default_quorum(privacy, sites),
         "model": {"source": "none"}, "adapter": {"targets": [spec.digest]}, "privacy": privacy.model_dump(),
-        "training": {"rounds": _ROUNDS},
+        "training": {"rounds": rounds},
     })  # fmt: skip
 
 
-def measure(sites: int, values: int) -> None:
-    """Print what rounds of so many sites with vectors of so many values cost."""
+def measure(sites: int, values: int, rounds: int = 4) -> None:
+    """Print what rounds of so many sites with vectors of so many values cost.
+
+    The first has two exchanges more, joining and dealing; in the last nothing is dealt for a next one.
+    """
     # where all sites share two cores, latecomers are no sign of a fault
     server.channel.PATIENCE = 3600.0
     spec = AdapterSpec(_DIGEST, _DIGEST, 1.0, (TensorSpec("all", (values,)),))
-    plan, me = _plan(sites, spec), psutil.Process()
+    plan, me = _plan(sites, rounds, spec), psutil.Process()
     rows: list[tuple[float, ...]] = []
     with (
         tempfile.TemporaryDirectory() as name,
@@ -140,7 +142,7 @@ def measure(sites: int, values: int) -> None:
         roster = {each.site: each.public for each in members}
         Coordinator(plan, QuorumConfig(round_timeout=3600), model, channel, record, observe, roster=roster).run()
     what = ("s", "CPU s, run's process", "CPU s, daemon", "CPU s, all sites")
-    for label, found in zip(what, zip(*rows[1:], strict=True), strict=False):
+    for label, found in zip(what, zip(*(rows[1:-1] or rows), strict=True), strict=False):
         print(f"a later round, {label:<22}{median(found):9.2f}")
 
 
