@@ -427,6 +427,7 @@ class QuorumConfig(Frozen):
     quorum: int | None = Field(None, ge=1)
     round_timeout: float = Field(600.0, gt=0)  # seconds
     weights: BySite = {}  # declared PUBLIC, by site; a site that is not named weighs 1
+    aggregation: Printable = Field("mean", min_length=1, max_length=100)  # of the rules in server/aggregate.py
     # mode distributed: sites are dealt to so many groups, each with a sum and noise of its own; the median counts
     groups: int | None = Field(None, ge=1, le=MAX_HOLDERS)  # null or 1: off
     poisoned_sites: int = Field(1, ge=1, le=MAX_HOLDERS)  # with groups: so many may send what they like
@@ -514,6 +515,11 @@ class RunConfig(Frozen):
             raise ValueError(
                 "federation.weights: with privacy.mode=distributed only the sum is seen, so all weigh 1. Leave them "
                 "out, or choose privacy=local"
+            )
+        if self.privacy.mode == "distributed" and self.federation.aggregation != "mean":
+            raise ValueError(
+                f"federation.aggregation={self.federation.aggregation}: with privacy.mode=distributed only the sum is "
+                "seen. Choose mean, or privacy=local"
             )
         return self
 
