@@ -529,6 +529,8 @@ class QuorumConfig(Frozen):
     """Seconds for a whole round, all sites."""
     weights: BySite = {}
     """PUBLIC weights by site, such as `{seoul-gangnam: 2.0}`. A site that is not named weighs 1."""
+    aggregation: Printable = Field("mean", min_length=1, max_length=100)
+    """The rule that makes one update of the sites' updates, by its name in `server/aggregate.py`."""
     groups: int | None = Field(None, ge=1, le=MAX_HOLDERS)
     """Mode distributed: divide the sites into so many groups, each with a sum and noise of its own. The median counts.
     Null or 1: off.
@@ -635,6 +637,11 @@ class RunConfig(Frozen):
             raise ValueError(
                 "federation.weights: with privacy.mode=distributed only the sum is seen, so all weigh 1. Leave them "
                 "out, or choose privacy=local"
+            )
+        if self.privacy.mode == "distributed" and self.federation.aggregation != "mean":
+            raise ValueError(
+                f"federation.aggregation={self.federation.aggregation}: with privacy.mode=distributed only the sum is "
+                "seen. Choose mean, or privacy=local"
             )
         return self
 

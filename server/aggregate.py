@@ -1,14 +1,14 @@
 """From many updates to one; and what no update can be, however a site's records are."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm.errors import MessageError
-from fedllm.plan import RunPlan
+from fedllm.errors import ConfigError, MessageError
+from fedllm.plan import QuorumConfig, RunPlan, TrainingConfig
 from fedllm.privacy.shared import SharedMechanism
 
 FALSE_ALARM = 1e-9  # probability, of each of three bounds: number of units, length, largest coordinate
@@ -34,6 +34,36 @@ def weighted_mean(updates: Mapping[str, NDArray[np.float32]], weights: Mapping[s
     """
     shares = public_shares(updates, weights)
     return np.asarray(sum(share * updates[name].astype(np.float64) for name, share in shares.items()), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class AggregationRule:
+    """How the updates of a round become one.
+
+    `combine` takes the sites' updates float32[d] and their public weights, and returns float32[d]. What it reads was
+    released, so it costs no budget. `is_mean` says that it is the mean by `public_shares`, whose noise is known.
+    """
+
+    combine: Callable[[Mapping[str, NDArray[np.float32]], Mapping[str, float]], NDArray[np.float32]]
+    is_mean: bool = False
+
+
+# by federation.aggregation; whoever adds one adds it here
+AGGREGATION: dict[str, AggregationRule] = {"mean": AggregationRule(weighted_mean, is_mean=True)}
+
+
+def aggregation_rule(federation: QuorumConfig, training: TrainingConfig) -> AggregationRule:
+    """Return the rule that a run is configured with; raises ConfigError where there is none, or it does not fit."""
+    name = federation.aggregation
+    rule = AGGREGATION.get(name)
+    if rule is None:
+        raise ConfigError(f"federation.aggregation={name}: no such rule. Choose one of {', '.join(AGGREGATION)}")
+    if training.server.noise_corrected and not rule.is_mean:
+        raise ConfigError(
+            f"training.server.noise_corrected=true: the noise that federation.aggregation={name} leaves is not known. "
+            "Set it to false, or federation.aggregation=mean"
+        )
+    return rule
 
 
 def median(steps: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

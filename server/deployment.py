@@ -119,7 +119,9 @@ def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
             plan = continued(plan, before)
             changed = differences("", before.model_dump(), plan.model_dump())
             changed += differences("data", earlier.data.model_dump(), config.data.model_dump())
-            changed += differences("federation.weights", earlier.federation.weights, config.federation.weights)
+            for key in ("weights", "aggregation"):
+                was, now = earlier.federation.model_dump()[key], config.federation.model_dump()[key]
+                changed += differences(f"federation.{key}", was, now)
             if changed:
                 raise ConfigError(f"resume=true continues the same plan, but these differ: {', '.join(changed)}")
         HeadOfficeRun(config)  # here, where the operator sees what is wrong with model or held-out set

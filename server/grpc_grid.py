@@ -67,10 +67,10 @@ class GrpcGrid(OneRunGrid):
         self._sites: dict[int, str] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="link")
-
-    def __enter__(self) -> Self:
         self._thread.start()
         self._channel = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -31,7 +31,7 @@ from fedllm.messages import (
 from fedllm.plan import MAX_START, QuorumConfig, RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.statement import Statement, open_statement, update_digest
-from server.aggregate import bound_of_update, public_shares, weighted_mean
+from server.aggregate import aggregation_rule, bound_of_update, public_shares
 from server.channel import PATIENCE, Channel, arrived
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
 from server.heads import Heads
@@ -214,6 +214,7 @@ class Coordinator:
         kind = Groups if plan.groups else Masks
         self._masks = kind(plan, shared, model.spec.dimension, roster or {}) if shared is not None else None
         self._bound = bound_of_update(plan, model.spec.dimension)
+        self._rule = aggregation_rule(federation, plan.training)
 
     def _optimizer_from(self, value: NDArray[np.float32]) -> "ServerOptimizer":
         from fedllm.training.server_optimizer import ServerOptimizer  # torch: not for those who only read records
@@ -457,7 +458,8 @@ class Coordinator:
         shares = public_shares(updates, self._federation.weights)
         if masks is None:
             plain = cast(Mapping[str, NDArray[np.float32]], updates)
-            return _Sum(weighted_mean(plain, self._federation.weights), noise_std=plan.noise_std(shares.values(), 0))
+            noise = plan.noise_std(shares.values(), 0) if self._rule.is_mean else 0.0
+            return _Sum(self._rule.combine(plain, self._federation.weights), noise_std=noise)
         uploads, task = cast(Mapping[str, Masked], updates), common.task(common.payload)
         try:
             if isinstance(masks, Groups):

@@ -25,6 +25,7 @@ from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
+from server.aggregate import aggregation_rule
 from server.channel import Channel
 from server.checkpoint import CONFIG, has_checkpoint, write_atomically, writing
 from server.heads import Heads
@@ -133,6 +134,7 @@ class HeadOfficeRun:
 
     def __init__(self, config: RunConfig) -> None:
         """Load model and held-out set; raises ModelError, DataError or ConfigError where they cannot be used."""
+        aggregation_rule(config.federation, config.training)  # here, where the operator sees what is wrong with it
         self._config = config
         use_threads(config.site.threads)
         self._workspace = open_workspace(config.model, config.adapter, config.seed, config.site.device)

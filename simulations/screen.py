@@ -51,6 +51,8 @@ class Screen:
         doing = TextColumn("{task.description}", markup=False)
         self._phase = Progress(SpinnerColumn(), doing, TimeElapsedColumn(), console=console)
         self._phase_task = self._phase.add_task("", visible=False)
+        self._round_task = self._rounds.add_task("", start=False, total=0, visible=False)
+        self._site_task = self._sites.add_task("", start=False, total=0, visible=False, last="")
         self._figures = Text()
         shown = Group(self._figures, self._rounds, self._sites, self._phase)
         self._live = Live(shown, console=console, refresh_per_second=8, transient=True)
@@ -110,8 +112,11 @@ class Screen:
             if not privacy.protects:
                 lines.add_row("", "[bold red]NOT PRIVATE[/bold red]: coins and noise come from a seed")
         self._console.print(Panel(lines, title="fedllm", title_align="left", border_style="blue", expand=False))
-        self._round_task = self._rounds.add_task("", total=plan.training.rounds)
-        self._site_task = self._sites.add_task("", total=len(sites), last="")
+        for progress, task, total in (
+            (self._rounds, self._round_task, plan.training.rounds), (self._sites, self._site_task, len(sites)),
+        ):  # fmt: skip
+            progress.update(task, total=total, visible=True)
+            progress.start_task(task)
 
     def observe(self, event: "Event") -> None:
         """Follow the run."""

@@ -149,7 +149,7 @@ def _as_before(plan: RunPlan, config: SimulationConfig, folder: Path) -> RunPlan
     plan = continued(plan, before)
     changed = differences("", before.model_dump(), plan.model_dump())
     changed += differences("data", earlier.data.model_dump(), config.data.model_dump())
-    for key in ("partition", "weights"):
+    for key in ("partition", "weights", "aggregation"):
         was, now = earlier.federation.model_dump()[key], config.federation.model_dump()[key]
         changed += differences(f"federation.{key}", was, now)
     if changed:

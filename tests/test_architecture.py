@@ -51,15 +51,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "rich": (*COMMAND_LINE, "simulations.screen", "simulations.benchmarks."),
     "hydra": COMMAND_LINE,
     "omegaconf": COMMAND_LINE,
-    "flwr": (
-        "client.app",
-        "server.channel",
-        "server.grid",
-        "server.grpc_grid",
-        "server.fleet",
-        "server.deployment",
-        "simulations.",
-    ),
+    "flwr": ("client.", "server.", "simulations."),
     "flwr_datasets": ("simulations.",),
     "ray": ("simulations.",),
     "grpc": ("client.", "server."),
@@ -346,6 +338,9 @@ def test_the_round_loop_loads_no_flower() -> None:
     loaded = loaded_by("import server.rounds")
     assert {"server", "numpy"} <= loaded
     assert not loaded & {"flwr", "ray", "grpc", "torch"}
+    deciding = ["server." + name for name in ("rounds", "masks", "aggregate", "heads", "checkpoint", "record", "run")]
+    assert set(deciding) <= set(sources())
+    expect_none([(module, name) for module, name in arrows() if module in deciding and within(name, ["flwr"])])
 
 
 def test_the_daemon_knows_no_flower_by_any_way() -> None:

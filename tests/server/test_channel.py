@@ -241,6 +241,11 @@ def test_a_site_that_is_revoked_during_the_round_is_out_at_once(world: World) ->
     assert world.channel.nodes() == {2: "busan"}
 
 
+def test_a_site_that_is_revoked_before_its_request_is_sent_gives_no_answer_and_ends_nothing(world: World) -> None:
+    world.revoke(world.seoul)
+    assert list(world.channel.exchange({1: b"request"}, "train", 1)) == [(1, "the site was revoked")]
+
+
 def test_while_a_site_rotates_its_keys_answers_of_both_are_used_and_requests_go_to_the_new(world: World) -> None:
     old, new = world.seoul.identity, Identity.generate()
     before = world.seal(1, 1, b"request")
