@@ -711,8 +711,9 @@ def _examined(folder: Path, record: _Record, absent: Collection[str]) -> list[_E
             answers[name].append((number, step.round, line))
     begun = {n: (each.round, record.entries[n].digest, roster_digest(each.sites)) for n, each in record.begun.items()}
     papers = []
+    asks = {number: frozenset(each.sites) for number, each in record.begun.items()}
     for name, own in answers.items():
-        asked = {number: said for number, said in begun.items() if name in record.begun[number].sites}
+        asked = {number: said for number, said in begun.items() if name in asks[number]}
         path, listed = folder / LEDGERS / f"{file_name(name)}.jsonl", record.body.sites.get(name)
         papers.append(_Papers(name, path, listed, record.plan, name in absent, record.last, tuple(own), asked))
     workers = min(len(os.sched_getaffinity(0)), len(papers))

@@ -668,8 +668,12 @@ def test_a_run_whose_quorum_is_gone_ends_with_its_outputs_and_the_reason(tmp_pat
     np.testing.assert_array_equal(saved_values(done.folder), np.sort(done.adapter()))
     for file in ("rounds.svg", "rounds.png", "sites.svg", "sites.png"):
         assert (done.folder / file).stat().st_size > 0
+    audit = json.loads((done.folder / "audit" / "audit.json").read_text("utf-8"))
+    software = [f"{name} {version}" for name, version in audit["run"]["versions"].items()]
+    names = [*BRANCHES, *software, audit["claim"]["base_model"], "run"]
     for file in ("summary.ko.md", "rounds.ko.svg", "sites.ko.svg", "audit/audit.ko.html"):
-        assert english_words((done.folder / file).read_text("utf-8"), done.summary.sites) == set(), file
+        assert english_words((done.folder / file).read_text("utf-8"), names) == set(), file
+    assert "정족수 미달" in (done.folder / "audit" / "audit.ko.html").read_text("utf-8")
 
 
 def saved_values(folder: Path) -> NDArray[np.float32]:

@@ -199,7 +199,7 @@ def test_the_card_tells_all_that_a_guarantee_is_made_of(write: Write, make_plan:
     assert card["sampler"] == "Poisson, rate 0.1"
     for value in ("clip norm 0.5", "noise multiplier 1.25", "10 steps"):
         assert value in card["mechanism"]
-    assert card["randomness"] == "operating system"
+    assert card["randomness"] == "operating system's CSPRNG"
     for package in ("flwr", "torch", "transformers", "peft", "opacus", "dp-accounting"):
         assert f"{package} {version(package)}" in card["software"]
     assert make_plan().run in card["run"]
