@@ -3,7 +3,8 @@
 #   make demo     run the embedded federation             make test     lint, and all tests
 #   make check    lint, and the tests of what has         make soak     the long tests, for hours
 #                 changed, in less than a minute          make lint     ruff and mypy
-#   make clean    remove the environment
+#   make docs     the documentation as a site,            make clean    remove the environment
+#                 in build/site
 #
 # PYTEST chooses among the tests: make test PYTEST="tests/fedllm -k ledger"
 #
@@ -17,7 +18,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test check soak lint clean install
+.PHONY: demo test check soak lint docs clean install
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/fedllm simulate $(OVERRIDES)
@@ -40,6 +41,10 @@ lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Material's banner is about an end of life in 2027, and not about these pages.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 install: $(VENV)/demo.stamp
 
 $(VENV)/torch.stamp: constraints.txt
@@ -57,6 +62,10 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(PIP) install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/demo.stamp
+	$(PIP) install --quiet --editable '.[docs]' --constraint constraints.txt
 	touch $@
 
 clean:
