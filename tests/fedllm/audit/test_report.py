@@ -138,6 +138,7 @@ def test_korean_is_korean_and_english_is_english() -> None:
     for key, (english, korean) in WORDS.items():
         assert not re.search("[가-힣]", english), key
         assert re.search("[가-힣εδ]", korean) or key in {"accountants.rdp", "accountants.pld"}, key
+        assert english_words(re.sub(r"{\w+}", "", korean)) == set(), key
         assert set(re.findall(r"{(\w+)}", english)) >= set(re.findall(r"{(\w+)}", korean)), key
 
 
