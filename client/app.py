@@ -7,7 +7,7 @@ from typing import cast
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedllm.messages import KEY, RECORD
+from fedllm.protocol.messages import KEY, RECORD
 
 WHO = "site"  # key of the question which site a node is of, and of the node's configuration that answers it
 SOCKET = "socket"  # key of the node's configuration: where the site's process makes its connection to

@@ -17,10 +17,11 @@ import grpc
 from client.link import read_state
 from client.office import Office
 from client.relay import CA, CERTIFICATE, KEY, SETTINGS, read_relay
-from fedllm.crypto import certified_key, key_line, read_certificates
+from fedllm.config import ModelConfig
+from fedllm.crypto.certificates import certified_key, key_line, read_certificates
 from fedllm.errors import DataError, FedllmError
 from fedllm.files import check_private, read, read_secret
-from fedllm.findings import (
+from fedllm.ops.health_checks import (
     Finding,
     access,
     certificate,
@@ -35,9 +36,8 @@ from fedllm.findings import (
     warning,
     wrong,
 )
-from fedllm.plan import ModelConfig
-from fedllm.provision import now
-from fedllm.reach import reach, remedy
+from fedllm.ops.tls_probe import reach, remedy
+from fedllm.protocol.enrolment import now
 
 if TYPE_CHECKING:
     from fedllm.privacy.accounting import PrivacySpent

@@ -20,11 +20,11 @@ import grpc.aio
 from pydantic import ValidationError
 
 import fedllm
-from fedllm.crypto import random_bytes
+from fedllm.crypto.primitives import random_bytes
 from fedllm.errors import Cancelled, FedllmError, MessageError
 from fedllm.files import read as read_file
 from fedllm.files import read_secret, write_secret
-from fedllm.plan import Frozen
+from fedllm.ops.tls_probe import reach, remedy
 from fedllm.protocol.link import (
     AHEAD,
     CONNECT,
@@ -39,7 +39,7 @@ from fedllm.protocol.link import (
     request_id,
 )
 from fedllm.protocol.link_pb2 import FromSite, Hello, Part, Refusal, ToSite
-from fedllm.reach import reach, remedy
+from fedllm.values import Frozen
 
 _log = logging.getLogger("fedllm.site")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds until it connects again; doubled each time, then drawn below that

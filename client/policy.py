@@ -7,9 +7,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from fedllm.errors import DataError, PrivacyError
-from fedllm.plan import MAX_STEPS, Frozen, RunPlan
+from fedllm.plan import RunPlan
 from fedllm.privacy.elapsed import Period
-from fedllm.provision import fingerprint_digits
+from fedllm.protocol.enrolment import fingerprint_digits
+from fedllm.values import MAX_STEPS, Frozen
 
 
 class SitePolicy(Frozen):

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
+from fedllm.config import ModelConfig, TextConfig
 from fedllm.errors import DataError
-from fedllm.plan import ModelConfig, RunPlan, TextConfig
+from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import DataSet, fingerprint
 from fedllm.training.data import Row, Tokeniser, Tokens, Unit, group, members
 from fedllm.training.model import Reader

@@ -20,7 +20,6 @@ from client.link import Stream, outside
 from client.office import Office
 from fedllm.errors import ConfigError, FolderError, MessageError
 from fedllm.files import check_private, make_socket, read, read_secret, write_secret
-from fedllm.plan import Frozen
 from fedllm.protocol.link import (
     CONNECT,
     OPTIONS,
@@ -34,6 +33,7 @@ from fedllm.protocol.link import (
 )
 from fedllm.protocol.link import read as parse
 from fedllm.protocol.link_pb2 import End, FromSite, ToSite, Welcome
+from fedllm.values import Frozen
 
 _log = logging.getLogger("fedllm.site")
 SETTINGS, KEY, CERTIFICATE, CA = "relay.json", "link", "link.pem", "ca.pem"

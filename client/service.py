@@ -16,15 +16,16 @@ from client.link import SiteLink, outside
 from client.office import CHECK, Office
 from client.records import Declared, SiteRecords, load_records
 from client.site import Site
-from fedllm import envelope
-from fedllm.crypto import Identity, PublicIdentity
-from fedllm.envelope import Binding
+from fedllm.config import ModelConfig
+from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError, ModelError
 from fedllm.files import locked, write_secret
-from fedllm.messages import Prepare, Secure, TrainRequest, from_bytes
-from fedllm.plan import ModelConfig, RunPlan
+from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import DataSet, LedgerFile
+from fedllm.protocol import sealed_envelope
 from fedllm.protocol.link import told_to_end
+from fedllm.protocol.messages import Prepare, Secure, TrainRequest, from_bytes
+from fedllm.protocol.sealed_envelope import Binding
 from fedllm.training.data import read_rows
 from fedllm.training.model import load_reader
 from fedllm.training.workspace import Workspace, open_for_training, use_threads
@@ -95,16 +96,16 @@ class Endpoint:
         with self._lock:
             self._replays.check(binding.run, binding.number)
         answer = self._site.handle(payload, stop)
-        back = {"direction": "to-head-office", "request": envelope.digest(sealed)}
-        return envelope.seal(answer, binding.model_copy(update=back), self._identities[0], sender)
+        back = {"direction": "to-head-office", "request": sealed_envelope.digest(sealed)}
+        return sealed_envelope.seal(answer, binding.model_copy(update=back), self._identities[0], sender)
 
     def _open(self, sealed: bytes) -> tuple[Binding, bytes, PublicIdentity]:
         for identity in self._identities[1:]:  # sealed to a key that is being replaced
             try:
-                return envelope.open_sealed(sealed, identity, self._head_office)
+                return sealed_envelope.open_sealed(sealed, identity, self._head_office)
             except CryptoError:
                 continue
-        return envelope.open_sealed(sealed, self._identities[0], self._head_office)
+        return sealed_envelope.open_sealed(sealed, self._identities[0], self._head_office)
 
 
 def read_data_set(office: Office) -> DataSet:

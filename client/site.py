@@ -27,13 +27,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from client.masks import Masks, Peers
 from client.policy import SitePolicy
 from client.records import Declared
+from client.secagg_client import Masks, Peers
 from client.unfinished import Unfinished
-from fedllm import codec
-from fedllm.chain import LedgerHead
-from fedllm.crypto import Identity
+from fedllm import adapter_vector
+from fedllm.crypto.hash_chain import LedgerHead
+from fedllm.crypto.identity import Identity
 from fedllm.errors import (
     BudgetExceeded,
     Cancelled,
@@ -49,7 +49,12 @@ from fedllm.errors import (
     PrivacyError,
     SpecMismatch,
 )
-from fedllm.messages import (
+from fedllm.plan import RunPlan
+from fedllm.privacy.accounting import PrivacySpent
+from fedllm.privacy.ledger import DataSet, PrivacyLedger
+from fedllm.privacy.ledger_place import LedgerPlace
+from fedllm.privacy.randomness import KeyedRandomness, OsRandomness, Randomness, SeededRandomness
+from fedllm.protocol.messages import (
     Declined,
     MaskRequest,
     Message,
@@ -63,21 +68,17 @@ from fedllm.messages import (
     pack,
     unpack,
 )
-from fedllm.plan import MAX_START, RunPlan, check_name
-from fedllm.privacy.accounting import PrivacySpent
-from fedllm.privacy.ledger import DataSet, PrivacyLedger
-from fedllm.privacy.ledger_place import LedgerPlace
-from fedllm.privacy.randomness import KeyedRandomness, OsRandomness, Randomness, SeededRandomness
-from fedllm.statement import Statement, sign_statement, update_digest
+from fedllm.protocol.spending_statement import Statement, sign_statement, update_digest
 from fedllm.training.data import Unit
 from fedllm.training.self_check import Subject, self_check_once
 from fedllm.training.trainer import shared_step, train_round
 from fedllm.training.workspace import Workspace
+from fedllm.values import MAX_START, check_name
 
 _log = logging.getLogger("fedllm.site")
 
 # Head office learns the code on the right and nothing else; the text of the error stays in the site's log. None of
-# them depends on a record: see fedllm.messages.Reason for what each is a function of.
+# them depends on a record: see fedllm.protocol.messages.Reason for what each is a function of.
 _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
     (BudgetExceeded, "budget"),
     (MasksError, "masks"),
@@ -292,7 +293,7 @@ class Site:
             mask = from_bytes(asked, MaskRequest, MaskRequest)
             if mask.round != request.round:
                 raise MessageError(f"masks of round={mask.round} in a request of round={request.round}")
-        start = codec.decode(payload, "float32", spec.dimension, MAX_START)
+        start = adapter_vector.decode(payload, "float32", spec.dimension, MAX_START)
         fingerprint = hashlib.sha256(plan.digest.encode() + request.round.to_bytes(8, "big") + request.payload)
 
         # The charge is on disk before a record enters anything whose result leaves the site. A round that was released
@@ -351,11 +352,11 @@ class Site:
         parts = (workspace.adapter, workspace.engine, session.units, plan, start, source, session.micro_batch)
         try:
             if mask is not None:
-                task = request.task(codec.encode(start, "float32"))
+                task = request.task(adapter_vector.encode(start, "float32"))
                 return pack(*self._shared(plan).mask(plan, mask, task, *shared_step(*parts, own_coins)))
             delta = train_round(*parts, stop, own_coins)
             try:
-                return codec.encode(delta.astype(np.float32), plan.training.wire)
+                return adapter_vector.encode(delta.astype(np.float32), plan.training.wire)
             except MessageError as error:
                 raise Diverged(f"the update cannot be sent: {error}") from None
         except (Diverged, MasksError) as error:

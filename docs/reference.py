@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from client.office import SiteFile
-from fedllm.cli_settings import compose
-from fedllm.plan import DeploymentConfig, SimulationConfig
+from client.site_file import SiteFile
+from fedllm.cli.hydra_config import compose
+from fedllm.config import DeploymentConfig, SimulationConfig
 from server.federation import FederationFile
 
 PAGE = Path(__file__).with_name("configuration.md")

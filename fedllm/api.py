@@ -14,7 +14,7 @@ from fedllm.errors import CheckpointError, ConfigError, FolderError, PrivacyErro
 
 if TYPE_CHECKING:
     from fedllm.audit.model import CrossCheck, Estimate
-    from fedllm.plan import SimulationConfig
+    from fedllm.config import SimulationConfig
     from fedllm.privacy.accounting import AccountingEvent, PrivacySpent
 
 _MOST_STEPS = 1_000_000
@@ -134,8 +134,8 @@ def _damaged(path: Path) -> CheckpointError:
 def _configuration(
     settings: "Sequence[str] | Mapping[str, Any] | SimulationConfig", config_dir: str | Path | None
 ) -> "SimulationConfig":
-    from fedllm.cli_settings import compose, validate
-    from fedllm.plan import SimulationConfig
+    from fedllm.cli.hydra_config import compose, validate
+    from fedllm.config import SimulationConfig
 
     if isinstance(settings, SimulationConfig):
         return settings

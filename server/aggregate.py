@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedllm.config import QuorumConfig, TrainingConfig
 from fedllm.errors import ConfigError, MessageError
-from fedllm.plan import QuorumConfig, RunPlan, TrainingConfig
-from fedllm.privacy.shared import SharedMechanism
+from fedllm.plan import RunPlan
+from fedllm.privacy.distributed_noise import SharedMechanism
 
 FALSE_ALARM = 1e-9  # probability, of each of three bounds: number of units, length, largest coordinate
 TIMES_NOMINAL = 2  # so many times the nominal number of units there may be, all pulling one way

@@ -5,13 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from fedllm import envelope
-from fedllm.crypto import Identity, PublicIdentity
-from fedllm.envelope import Binding
+from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import CryptoError, MessageError
-from fedllm.messages import KEY, RECORD
 from fedllm.plan import RunPlan
-from server.federation import Member
+from fedllm.protocol import sealed_envelope
+from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.sealed_envelope import Binding
+from server.roster import Member
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
@@ -155,12 +155,12 @@ class SealedChannel(Channel):
         binding = Binding(
             direction="to-site", run=self._plan.run, plan=self._plan.digest, round=round_, number=self._number
         )
-        sealed = envelope.seal(payload, binding, self._identity, self._member(node).public)
-        answer = {"direction": "to-head-office", "request": envelope.digest(sealed)}
+        sealed = sealed_envelope.seal(payload, binding, self._identity, self._member(node).public)
+        answer = {"direction": "to-head-office", "request": sealed_envelope.digest(sealed)}
         expected = binding.model_copy(update=answer)
 
         def opened(data: bytes) -> bytes:
-            found, plain, _ = envelope.open_sealed(data, self._identity, self._member(node).identities)
+            found, plain, _ = sealed_envelope.open_sealed(data, self._identity, self._member(node).identities)
             if found != expected:
                 differs = [name for name in Binding.model_fields if getattr(found, name) != getattr(expected, name)]
                 raise MessageError(f"an answer to something else ({', '.join(differs)})")

@@ -19,7 +19,7 @@ from fedllm import files
 from fedllm.canonical import digest_of
 from fedllm.errors import CheckpointError, ConfigError, FedllmError
 from fedllm.files import replace_file
-from fedllm.plan import Frozen, parse
+from fedllm.values import Frozen, parse
 
 CONFIG = "config.json"  # of a run: what it was configured by
 _T = TypeVar("_T", bound=Frozen)

@@ -19,7 +19,7 @@ import grpc
 import grpc.aio
 
 import fedllm
-from fedllm import crypto
+from fedllm.crypto import certificates
 from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError
 from fedllm.files import make_socket, stamp
 from fedllm.protocol.link import (
@@ -51,7 +51,8 @@ from fedllm.protocol.link_pb2 import (
     ToSite,
     Welcome,
 )
-from server.federation import HeadOffice, Member, Roster
+from server.federation import HeadOffice
+from server.roster import Member, Roster
 
 _log = logging.getLogger("fedllm.server")
 _LOOK = 1.0  # seconds between looks at roster and certificates
@@ -209,7 +210,7 @@ class Daemon:
         shown: dict[str, Any] = dict(context.auth_context())  # property -> values, bytes
         name = plain(shown.get("x509_common_name", (b"?",))[0].decode("utf-8", "replace"))
         try:
-            key = crypto.certified_key(shown.get("x509_pem_cert", (b"",))[0])
+            key = certificates.certified_key(shown.get("x509_pem_cert", (b"",))[0])
         except CryptoError:
             key = ""
         member = self._roster.of_link_key(key)

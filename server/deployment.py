@@ -17,16 +17,19 @@ from typing import Literal
 from flwr.serverapp import Grid
 from pydantic import Field
 
+from fedllm.config import DeploymentConfig
 from fedllm.errors import CheckpointError, ConfigError, FederationError, FedllmError, QuorumLost
 from fedllm.files import in_use, stamp, write_secret
-from fedllm.plan import DeploymentConfig, Frozen, RunPlan
+from fedllm.plan import RunPlan
+from fedllm.values import Frozen
 from server.channel import SealedChannel
 from server.checkpoint import CONFIG, has_checkpoint, read_as, writing
-from server.federation import HeadOffice, Member, Roster
+from server.events import CHECKPOINT, PLAN, Event, Phase, RoundRecord, RoundStarted, SiteAnswered
+from server.federation import HeadOffice
 from server.grpc_grid import GrpcGrid, start
-from server.heads import HEADS, Heads
-from server.record import RECORD_FILE, RunRecord
-from server.rounds import CHECKPOINT, PLAN, Event, Phase, RoundRecord, RoundStarted, SiteAnswered
+from server.ledger_heads import HEADS, Heads
+from server.roster import Member, Roster
+from server.run_record import RECORD_FILE, RunRecord
 
 RUNS = "runs"  # folder of the runs' folders
 _STARTS = 180.0  # seconds in which a run's process begins, on a machine that is busy

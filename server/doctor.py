@@ -7,11 +7,11 @@ from pathlib import Path
 
 import psutil
 
-from fedllm import crypto
-from fedllm.crypto import CertificateFacts
+from fedllm.crypto import certificates
+from fedllm.crypto.certificates import CertificateFacts
 from fedllm.errors import CryptoError, FederationError, FedllmError
 from fedllm.files import read
-from fedllm.findings import (
+from fedllm.ops.health_checks import (
     Finding,
     access,
     certificate,
@@ -25,11 +25,12 @@ from fedllm.findings import (
     warning,
     wrong,
 )
+from fedllm.ops.tls_probe import reach, remedy
+from fedllm.protocol.enrolment import Grant, now, read_config
 from fedllm.protocol.link_pb2 import Sites
-from fedllm.provision import Grant, now, read_config
-from fedllm.reach import reach, remedy
-from server.federation import FederationFile, HeadOffice, Roster
+from server.federation import FederationFile, HeadOffice
 from server.grpc_grid import look
+from server.roster import Roster
 
 _ROTATE = "fedllm server rotate certificate"
 _START = "fedllm server start"
@@ -72,15 +73,15 @@ def examine(folder: Path) -> list[Finding]:
 def _certificates(folder: Path) -> list[Finding]:
     """Look at the certificates one by one, also where the folder cannot be opened because of them."""
     config, keys = read_config(FederationFile, folder / "federation.yaml"), folder / "keys"
-    server = crypto.read_certificates(read(keys / "server.pem"))[0]
-    authorities = crypto.read_pairs(read(keys / "ca.pem"), read(keys / "ca.key"))
+    server = certificates.read_certificates(read(keys / "server.pem"))[0]
+    authorities = certificates.read_pairs(read(keys / "ca.pem"), read(keys / "ca.key"))
     found = [certificate("the server certificate", server, _ROTATE), *_names(config, server)]
     if _elsewhere(config):
         found.append(
             wrong(f"listen={config.listen}: only this machine can connect, and offices look for {config.host}. Edit "
                   "federation.yaml (listen: 0.0.0.0), then start the server anew.")
         )  # fmt: skip
-    newest = crypto.read_certificates(authorities[-1].certificate)[0]
+    newest = certificates.read_certificates(authorities[-1].certificate)[0]
     # what it issues may not outlive it, and offices need time to install what names the next one
     needed = timedelta(days=config.server_days) + _OVERLAP
     finding = certificate("the certificate authority", newest, "fedllm server rotate ca")
@@ -153,10 +154,12 @@ def _offices_certificates(office: HeadOffice) -> list[Finding]:
         if file.exists():
             issued = Grant.open(read(file))[0].link.encode()
             remedy_ = f"fedllm server grant {member.site}, and send it"
-            finding = certificate(f"the certificate of {member.site}", crypto.read_certificates(issued)[0], remedy_)
+            finding = certificate(
+                f"the certificate of {member.site}", certificates.read_certificates(issued)[0], remedy_
+            )
             found += [finding] if finding.level != "ok" else []
             try:
-                crypto.issued_by(issued, authorities)
+                certificates.issued_by(issued, authorities)
             except CryptoError:
                 text = f"the certificate of {member.site} is not of this federation's authority. Remedy: {remedy_}"
                 found.append(wrong(text))
@@ -207,7 +210,7 @@ def _way(office: HeadOffice) -> list[Finding]:
         text = f"ports: the port is not served: {remedy(near, config.port, error)}"
         return [wrong(text)]
     found = []
-    if crypto.read_certificates(shown)[0] != crypto.read_certificates(office.server.certificate)[0]:
+    if certificates.read_certificates(shown)[0] != certificates.read_certificates(office.server.certificate)[0]:
         text = "the daemon still shows its former certificate. It takes the new one within seconds; else"
         found.append(warning(f"{text}: {_START}"))
     try:

@@ -20,28 +20,25 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AwareDatetime, Field, ValidationError
+from pydantic import Field
 
-from fedllm import crypto
-from fedllm.crypto import Certificate, Identity, PublicIdentity
+from fedllm.crypto.certificates import (
+    Certificate,
+    certify,
+    issued_by,
+    make_ca,
+    make_server_certificate,
+    read_certificates,
+    read_pairs,
+)
+from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import CryptoError, FederationError, FolderError
 from fedllm.files import check_private, check_socket, locked, new_folder, read, read_secret, write_secret
-from fedllm.plan import Frozen, SiteName, check_site_name
-from fedllm.provision import (
-    MAX_DOCUMENT,
-    Grant,
-    Host,
-    IdentityText,
-    JoinRequest,
-    KeyLine,
-    Port,
-    now,
-    read_config,
-    same_fingerprint,
-)
+from fedllm.protocol.enrolment import MAX_DOCUMENT, Grant, Host, JoinRequest, Port, now, read_config, same_fingerprint
+from fedllm.values import Frozen, check_site_name
+from server.roster import Member, Roster
 
 Step = Literal["start", "finish", "retire"]
-
 _WARN = timedelta(days=14)
 
 
@@ -71,71 +68,6 @@ class FederationFile(Frozen):
     def hosts(self) -> tuple[str, ...]:
         """Every name and address in the server certificate."""
         return tuple(dict.fromkeys((self.host, *self.names, "127.0.0.1", "localhost")))
-
-
-class Member(Frozen):
-    """One admission of an office."""
-
-    site: SiteName
-    identity: IdentityText
-    previous_identities: tuple[IdentityText, ...] = ()  # still accepted, until they are retired
-    link_key: KeyLine
-    previous_link_keys: tuple[KeyLine, ...] = ()
-    serving_key: KeyLine
-    hosts: tuple[Host, ...] = ()
-    admitted_at: AwareDatetime
-    revoked_at: AwareDatetime | None = None
-
-    @property
-    def public(self) -> PublicIdentity:
-        """The identity that messages are sealed to."""
-        return PublicIdentity.from_text(self.identity)
-
-    @property
-    def identities(self) -> tuple[PublicIdentity, ...]:
-        """Every identity that may sign for the site, the present one first."""
-        return tuple(map(PublicIdentity.from_text, (self.identity, *self.previous_identities)))
-
-    @property
-    def link_keys(self) -> tuple[str, ...]:
-        """Every key with which the site may connect, the present one first."""
-        return (self.link_key, *self.previous_link_keys)
-
-
-class Roster(Frozen):
-    """Every admission there was; of one site at most one is in force."""
-
-    members: tuple[Member, ...] = ()
-
-    @classmethod
-    def load(cls, path: Path) -> "Roster":
-        """Read roster.json; raises FolderError."""
-        try:
-            return cls.model_validate_json(read_secret(path))
-        except (ValidationError, CryptoError) as error:
-            if isinstance(error, ValidationError) and any("node_key" in each["loc"] for each in error.errors()):
-                raise FolderError(
-                    f"{path} is of an earlier version of fedllm. Make a new folder (fedllm init-federation), and have "
-                    "every office make one (fedllm site init) and be admitted anew."
-                ) from None
-            raise FolderError(f"{path} is damaged ({error}). Restore it from a backup.") from None
-
-    @property
-    def active(self) -> tuple[Member, ...]:
-        """Members that may take part."""
-        return tuple(member for member in self.members if member.revoked_at is None)
-
-    def find(self, site: str) -> Member | None:
-        """Return the admission of a site that is in force."""
-        return next((member for member in self.active if member.site == site), None)
-
-    def of_link_key(self, line: str) -> Member | None:
-        """Return the newest admission that a key belongs to, also one that was revoked."""
-        return next((member for member in reversed(self.members) if line in member.link_keys), None)
-
-    def site_of_identity(self, identity: PublicIdentity) -> Member | None:
-        """Return the member that an identity belongs to, unless it was revoked."""
-        return next((member for member in self.active if identity in member.identities), None)
 
 
 @dataclass(frozen=True)
@@ -170,7 +102,7 @@ class HeadOffice:
             switched=switched,
             authorities=tuple(authorities),
             server=server,
-            issuer=crypto.issued_by(server.certificate, [pair.certificate for pair in authorities]),
+            issuer=issued_by(server.certificate, [pair.certificate for pair in authorities]),
             roster=roster,
         )
 
@@ -203,14 +135,14 @@ class HeadOffice:
     def warnings(self) -> list[str]:
         """Return what the operator must see to before long, each with its remedy."""
         found, soon = [], datetime.now(UTC) + _WARN
-        facts = crypto.read_certificates(self.server.certificate)[0]
+        facts = read_certificates(self.server.certificate)[0]
         missing = sorted(set(self.config.hosts) - set(facts.hosts))
         if facts.ends <= soon:
             found.append(f"the server certificate ends on {facts.ends:%Y-%m-%d}: fedllm server rotate certificate")
         if missing:
             found.append(f"the server certificate is not good for {missing[0]}: fedllm server rotate certificate")
         for number, pair in enumerate(self.authorities):
-            ends = crypto.read_certificates(pair.certificate)[0].ends
+            ends = read_certificates(pair.certificate)[0].ends
             newest = number == len(self.authorities) - 1
             # an authority must outlive what it issues, and offices need time to install what names the next one
             if newest and ends <= soon + timedelta(days=self.config.server_days):
@@ -230,8 +162,8 @@ class HeadOffice:
             host=self.config.host,
             port=self.config.port,
             ca=b"".join(pair.certificate for pair in self.authorities).decode(),
-            link=crypto.certify(newest, member.link_key, site, days).decode(),
-            serving=crypto.certify(newest, member.serving_key, site, days, serves).decode(),
+            link=certify(newest, member.link_key, site, days).decode(),
+            serving=certify(newest, member.serving_key, site, days, serves).decode(),
             coordinators=tuple(identity.public.to_text() for identity in self.identities),
             made_at=now(),
         ).sign(self.identities)
@@ -241,9 +173,9 @@ def init_federation(settings: Path, folder: Path) -> HeadOffice:
     """Make head office's folder from a federation.yaml. Raises ConfigError, or FolderError where it exists."""
     config, text = read_config(FederationFile, settings), read(settings)
     with new_folder(folder) as place:
-        authority = crypto.make_ca(config.name, config.ca_days)
+        authority = make_ca(config.name, config.ca_days)
         _write_authorities(place, [authority])
-        _write_server(place, crypto.make_server_certificate(authority, config.hosts, config.server_days))
+        _write_server(place, make_server_certificate(authority, config.hosts, config.server_days))
         _write_identities(place, [("signs", Identity.generate())])
         _write_roster(place, Roster())
         write_secret(place / "federation.yaml", text)
@@ -365,7 +297,7 @@ def rotate_ca(folder: Path, step: Step) -> list[Path]:
         old, new = office.authorities[0], office.authorities[-1]
         _check_turn("ca", step, len(office.authorities) == 2, office.issuer > 0)
         if step == "start" and old is new:
-            _write_authorities(folder, [old, crypto.make_ca(office.config.name, office.config.ca_days)])
+            _write_authorities(folder, [old, make_ca(office.config.name, office.config.ca_days)])
         elif step == "finish" and office.issuer == 0:
             _write_server(folder, _server_certificate(office, -1))
         elif step == "retire":
@@ -406,7 +338,7 @@ def _check_turn(what: str, step: Step, two: bool, switched: bool) -> None:
 
 
 def _server_certificate(office: HeadOffice, authority: int) -> Certificate:
-    return crypto.make_server_certificate(office.authorities[authority], office.config.hosts, office.config.server_days)
+    return make_server_certificate(office.authorities[authority], office.config.hosts, office.config.server_days)
 
 
 # ---- reading and writing ---------------------------------------------------------------------------------------------
@@ -422,7 +354,7 @@ def _changing(folder: Path) -> Iterator[HeadOffice]:
 
 def _read_pairs(certificates: Path, keys: Path) -> list[Certificate]:
     try:
-        return crypto.read_pairs(read_secret(certificates), read_secret(keys))
+        return read_pairs(read_secret(certificates), read_secret(keys))
     except CryptoError as error:
         raise CryptoError(f"{certificates}: {error}") from None
 

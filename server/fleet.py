@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedllm.errors import ConfigError
-from fedllm.messages import RECORD
+from fedllm.protocol.messages import RECORD
 from server import deployment
 
 _HOME, _RUN, _WHO = "FEDLLM_HOME", "run", "site"

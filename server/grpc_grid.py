@@ -18,9 +18,9 @@ import grpc.aio
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from fedllm.errors import FederationError, MessageError
-from fedllm.messages import KEY, RECORD
 from fedllm.protocol.link import CONTROL, OPTIONS, Payload, parts, request_id
 from fedllm.protocol.link_pb2 import Answer, Nothing, Request, Run, Sites
+from fedllm.protocol.messages import KEY, RECORD
 from server.grid import OneRunGrid
 
 _AGAIN = (0.1, 1.0)  # seconds until a request is made again: at random between these

@@ -1,22 +1,23 @@
 """The round loop: ask, wait, check, average, step, evaluate, checkpoint."""
 
-import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm import codec
-from fedllm.chain import LedgerHead
-from fedllm.crypto import PublicIdentity
-from fedllm.delta import AdapterSpec
+from fedllm import adapter_vector
+from fedllm.adapter_vector import AdapterSpec
+from fedllm.config import QuorumConfig
+from fedllm.crypto.hash_chain import LedgerHead
+from fedllm.crypto.identity import PublicIdentity
 from fedllm.errors import CheckpointError, CryptoError, FedllmError, MessageError, ModelError, QuorumLost
-from fedllm.messages import (
+from fedllm.plan import RunPlan
+from fedllm.privacy.accounting import spent
+from fedllm.protocol.messages import (
     Declined,
     Masked,
     Prepare,
@@ -28,20 +29,29 @@ from fedllm.messages import (
     pack,
     unpack,
 )
-from fedllm.plan import MAX_START, QuorumConfig, RunPlan
-from fedllm.privacy.accounting import spent
-from fedllm.statement import Statement, open_statement, update_digest
+from fedllm.protocol.spending_statement import Statement, open_statement, update_digest
+from fedllm.values import MAX_START
 from server.aggregate import aggregation_rule, bound_of_update, public_shares
 from server.channel import PATIENCE, Channel, arrived
-from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint, write_atomically
-from server.heads import Heads
-from server.masks import Ask, Groups, Masks
-from server.record import RunRecord, adapter_digest
+from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint
+from server.events import (
+    CHECKPOINT,
+    METRICS,
+    Event,
+    Phase,
+    RoundRecord,
+    RoundStarted,
+    SiteAnswered,
+    read_records,
+    write_records,
+)
+from server.ledger_heads import Heads
+from server.run_record import RunRecord, adapter_digest
+from server.secagg_server import Ask, Groups, Masks
 
 if TYPE_CHECKING:
     from fedllm.training.server_optimizer import ServerOptimizer
 
-CHECKPOINT, METRICS, PLAN = "checkpoint.safetensors", "metrics.jsonl", "plan.json"
 
 # After these a site is not asked again in this run; after the others it may do better next time.
 _FINAL: frozenset[Reason] = frozenset({"budget", "policy", "data", "model", "ledger"})
@@ -52,55 +62,6 @@ _ARRIVAL = 0.5  # seconds between looks who has come
 _DEALS = 3  # attempts to have a round's secrets dealt
 _LOST_IN_A_ROW = 3  # rounds that were paid for and not applied, after which the run ends
 _PAUSE, _PAUSE_MAX = 0.005, 5.0  # seconds between looks for sites that may come back
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What one round did; everything in it is public. Round 0 is the base model."""
-
-    round: int
-    private: bool  # False brands the run NOT PRIVATE: no noise, or noise that a seed predicts
-    epsilon: float | None  # the largest any site has spent so far; None where no noise was added
-    loss: float | None = None  # held-out, nats; None without a held-out set
-    perplexity: float | None = None
-    accuracy: float | None = None
-    answered: list[str] = field(default_factory=list)
-    declined: dict[str, Reason] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)  # site or node -> what was wrong
-    # noise in shares: of this round's sum, or of that of its groups which has the least; colluding sites left out
-    noise_multiplier: float | None = None
-    without: dict[str, str] = field(default_factory=dict)  # group, from 1, whose sum was not used -> why
-    lost: str = ""  # why the round was not applied, though the sites have paid for it: closed sum, bound or gate
-    update_norm: float = 0.0  # L2 of the averaged delta
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds: float = 0.0
-    clipped: float | None = None  # share of (some) held-out records whose gradient is longer than clip_norm
-
-
-@dataclass(frozen=True)
-class SiteAnswered:
-    """A site's answer to the current round has come in."""
-
-    round: int
-    site: str
-    used: bool
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class RoundStarted:
-    """A round begins with these sites."""
-
-    round: int
-    sites: list[str]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What is being done outside the rounds, in words for whoever watches."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -163,7 +124,6 @@ class _Sum:
     entry: Mapping[str, Any] = field(default_factory=dict)  # what the record says of the sum
 
 
-Event = Phase | RoundStarted | SiteAnswered | RoundRecord
 Score = Callable[[NDArray[np.float32]], Mapping[str, float | None]]
 
 
@@ -245,13 +205,13 @@ class Coordinator:
         self._optimizer = self._optimizer_from(checkpoint.adapter)
         self._optimizer.restore(checkpoint.optimizer)
         self.sites = dict(checkpoint.sites)
-        self.records = [r for r in _read_records(self.folder / METRICS) if r.round <= checkpoint.round]
+        self.records = [r for r in read_records(self.folder / METRICS) if r.round <= checkpoint.round]
         if self.round != checkpoint.round:
             raise CheckpointError(
                 f"{self.folder / METRICS} does not reach round {checkpoint.round} of the checkpoint. Restore it from "
                 "a backup, or start a new run."
             )
-        _write_records(self.folder / METRICS, self.records)
+        write_records(self.folder / METRICS, self.records)
         begun = self._record.resume(self.plan, self.round, self.adapter)
         self._begun = begun if self._masks is not None else {}
         self._repeated = self.round + 2  # the round that was under way, and one more after a damaged checkpoint
@@ -312,7 +272,7 @@ class Coordinator:
         self.observe(RoundStarted(number, list(outcome.asked)))
         common = TrainRequest(
             plan=self.plan, round=number, spec_digest=self._spec.digest, head=None,
-            begun=self._record.begin_round(number, outcome.asked), payload=codec.encode(self.adapter, "float32"),
+            begun=self._record.begin_round(number, outcome.asked), payload=adapter_vector.encode(self.adapter, "float32"),
         )  # fmt: skip
         known = self._known_heads()
         outcome = self._collect(outcome, self._requests(nodes, common, masking, known), known)
@@ -589,7 +549,7 @@ class Coordinator:
         """Return the update float32[d] or the masked upload; raises MessageError where it is none of the plan."""
         if self._masks is not None:
             return self._masks.read(site, number, *unpack(reply.payload, 2))
-        update = codec.decode(reply.payload, self.plan.training.wire, self._spec.dimension)
+        update = adapter_vector.decode(reply.payload, self.plan.training.wire, self._spec.dimension)
         if self._bound is not None:
             self._bound.check(update)
         return update
@@ -724,7 +684,7 @@ class Coordinator:
         """Make the round durable: metrics and run record first, so that a checkpoint never runs ahead of them."""
         self._note_scores()
         self.records.append(record)
-        _write_records(self.folder / METRICS, self.records)
+        write_records(self.folder / METRICS, self.records)
         if entry is not None:
             self._record.note("round", entry)
         self._save()
@@ -743,7 +703,7 @@ class Coordinator:
             return
         (at, scores), self._evaluating = self._evaluating, None
         self.records[at] = replace(self.records[at], **cast(dict[str, Any], scores.result()))
-        _write_records(self.folder / METRICS, self.records)
+        write_records(self.folder / METRICS, self.records)
         self.observe(self.records[at])
 
     def _note_end(self, stopped: str) -> None:
@@ -757,24 +717,3 @@ class Coordinator:
 
 def _went_back(now: int, before: int) -> str:
     return f"its ledger stands at entry {now}, and stood at {before} before. Was it restored from an old backup?"
-
-
-def _read_records(path: Path) -> list[RoundRecord]:
-    """Read metrics, leaving out a last line that was cut short; raises CheckpointError where another is damaged."""
-    records = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Restore it from a backup.") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(RoundRecord(**json.loads(line.decode())))
-        except (ValueError, TypeError):
-            if number < len(lines):
-                raise CheckpointError(f"{path}, line {number}: damaged. Restore it from a backup.") from None
-    return records
-
-
-def _write_records(path: Path, records: list[RoundRecord]) -> None:
-    lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
-    write_atomically(path, lines.encode())

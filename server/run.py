@@ -15,22 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.audit.summary import RunSummary, write_outputs
-from fedllm.crypto import PublicIdentity
+from fedllm.config import RunConfig
+from fedllm.crypto.identity import PublicIdentity
 from fedllm.errors import CheckpointError, ConfigError, FedllmError
 from fedllm.files import LOCK, take
-from fedllm.plan import RunConfig, RunPlan, default_quorum, parse
+from fedllm.plan import RunPlan, default_quorum
 from fedllm.privacy.accounting import calibrate, overrun
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
 from fedllm.training.workspace import Workspace, open_workspace, use_threads
+from fedllm.values import parse
 from server.aggregate import aggregation_rule
 from server.channel import Channel
 from server.checkpoint import CONFIG, has_checkpoint, write_atomically, writing
-from server.heads import Heads
-from server.record import RunRecord
-from server.rounds import CHECKPOINT, PLAN, Coordinator, Event, Phase, PublicModel
+from server.events import CHECKPOINT, PLAN, Event, Phase
+from server.ledger_heads import Heads
+from server.rounds import Coordinator, PublicModel
+from server.run_record import RunRecord
 
 _LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a moment
 

@@ -5,8 +5,8 @@ from collections import defaultdict
 from datasets import Dataset
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner, Partitioner
 
+from fedllm.config import PartitionConfig
 from fedllm.errors import ConfigError, DataError
-from fedllm.plan import PartitionConfig
 from fedllm.training.data import Table, is_missing, person
 
 

@@ -14,21 +14,25 @@ from client.app import courier
 from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.bundle import FOLDER as AUDIT
 from fedllm.audit.bundle import write_audit
-from fedllm.audit.evidence import HEAD_OFFICE, LEDGERS, file_name
+from fedllm.audit.evidence import LEDGERS, file_name
 from fedllm.audit.summary import RunSummary
-from fedllm.chain import End, open_entry
-from fedllm.crypto import Identity
+from fedllm.audit.trust import HEAD_OFFICE
+from fedllm.config import SimulationConfig
+from fedllm.crypto.hash_chain import End, open_entry
+from fedllm.crypto.identity import Identity
 from fedllm.errors import ConfigError, QuorumLost
-from fedllm.plan import RunPlan, SimulationConfig, check_name, parse
+from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.model import pick_device
 from fedllm.training.workspace import trained, use_threads
+from fedllm.values import check_name, parse
 from server.channel import PlainChannel
 from server.checkpoint import CONFIG, read_as, write_atomically, writing
-from server.heads import HEADS, Heads
-from server.record import RECORD_FILE, RunRecord, key_in
-from server.rounds import PLAN, Coordinator, Event, Phase
+from server.events import PLAN, Event, Phase
+from server.ledger_heads import HEADS, Heads
+from server.rounds import Coordinator
 from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
+from server.run_record import RECORD_FILE, RunRecord, key_in
 from simulations.grid import InProcessGrid, run_ray
 from simulations.sites import (
     SITE_LOG,

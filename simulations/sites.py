@@ -13,9 +13,9 @@ from client.records import Declared, SiteRecords, load_records
 from client.site import Site
 from client.unfinished import Unfinished
 from fedllm.audit.evidence import file_name
-from fedllm.crypto import Identity, PublicIdentity
+from fedllm.config import DataConfig, ModelConfig, PartitionConfig, SimulationConfig
+from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import DataError
-from fedllm.plan import DataConfig, ModelConfig, PartitionConfig, SimulationConfig
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.shown import LogLines
 from fedllm.training.data import Table, check_columns, naming, person, read_table

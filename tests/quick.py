@@ -1,6 +1,6 @@
 """`make check`: the tests of what has changed, with no process and no more time than a pause has.
 
-`fedllm/chain.py` is tested by `tests/fedllm/test_chain.py` and `tests/fedllm/test_chain_*.py`. What starts a process,
+`fedllm/crypto/hash_chain.py` is tested by `tests/fedllm/crypto/test_hash_chain.py` and `tests/fedllm/test_chain_*.py`. What starts a process,
 is marked slow, or comes when the time is over is skipped; `make test` runs it.
 """
 

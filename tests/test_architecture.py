@@ -15,12 +15,12 @@ PRODUCT = ("fedllm", "client", "server", "simulations")
 FLOWER_AND_HYDRA = ("flwr", "flwr_datasets", "hydra", "omegaconf", "ray")
 COMMAND_LINE = (
     "fedllm.cli",
-    "fedllm.cli_settings",
-    "fedllm.cli_deploy",
-    "fedllm.cli_operate",
-    "fedllm.cli_ledger",
-    "fedllm.cli_audit",
-    "fedllm.cli_privacy",
+    "fedllm.cli.hydra_config",
+    "fedllm.cli.enrolment",
+    "fedllm.cli.runs",
+    "fedllm.cli.ledger",
+    "fedllm.cli.audit",
+    "fedllm.cli.privacy",
 )  # entry points: may import anything
 API = "fedllm.api"  # another, for programs: `import fedllm` imports it when one of its names is asked for
 ENTRY_POINTS = (*COMMAND_LINE, API)
@@ -43,12 +43,12 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "yaml": ("fedllm.files", *COMMAND_LINE),
     "dp_accounting": ("fedllm.privacy.accounting",),
     "scipy": ("fedllm.privacy.one_run",),
-    "mpmath": ("fedllm.privacy.shared",),
+    "mpmath": ("fedllm.privacy.distributed_noise",),
     "safetensors": ("fedllm.training.", "server.checkpoint"),
     "matplotlib": ("fedllm.audit.",),
     "jinja2": ("fedllm.audit.",),
     "typer": (*COMMAND_LINE, "simulations.benchmarks."),
-    "rich": (*COMMAND_LINE, "simulations.screen", "simulations.benchmarks."),
+    "rich": (*COMMAND_LINE, "fedllm.cli.live_view", "simulations.benchmarks."),
     "hydra": COMMAND_LINE,
     "omegaconf": COMMAND_LINE,
     "flwr": ("client.", "server.", "simulations."),
@@ -67,19 +67,26 @@ LAYERS: list[tuple[str, ...]] = [
     (
         "fedllm.canonical",
         "fedllm.codec",
-        "fedllm.delta",
+        "fedllm.adapter_vector",
         "fedllm.crypto",
         "fedllm.files",
         "fedllm.processes",
-        "fedllm.shamir",
+        "fedllm.crypto.shamir",
         "fedllm.shown",
-        "fedllm.units",
+        "fedllm.ops.service_files",
     ),
     ("fedllm.protocol",),
-    ("fedllm.chain", "fedllm.statement"),
+    ("fedllm.crypto.hash_chain", "fedllm.protocol.spending_statement"),
     ("fedllm.privacy",),
     ("fedllm.plan",),
-    ("fedllm.messages", "fedllm.secagg", "fedllm.envelope", "fedllm.provision", "fedllm.reach", "fedllm.findings"),
+    (
+        "fedllm.protocol.messages",
+        "fedllm.secagg",
+        "fedllm.protocol.sealed_envelope",
+        "fedllm.protocol.enrolment",
+        "fedllm.ops.tls_probe",
+        "fedllm.ops.health_checks",
+    ),
     ("fedllm.training",),
     ("fedllm.audit",),
 ]
@@ -357,7 +364,7 @@ def test_the_daemon_knows_no_flower_by_any_way() -> None:
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["client.app", "fedllm.messages"])
+@pytest.mark.parametrize("module", ["client.app", "fedllm.protocol.messages"])
 def test_the_courier_starts_without_any_heavy_library(module: str) -> None:
     loaded = loaded_by(f"import {module}")
     assert module.partition(".")[0] in loaded
@@ -377,7 +384,7 @@ def test_the_command_line_starts_without_any_heavy_library(flag: str) -> None:
     code = f"""
 import sys
 sys.argv = ["fedllm", {flag!r}]
-from fedllm.cli import main
+from fedllm.cli.main import main
 try:
     main()
 except SystemExit as stop:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedllm.cli import app
+from fedllm.cli.main import app
 from fedllm.errors import FedllmError
 from tests.conftest import some_of_the_demo
 

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from fedllm import errors
-from fedllm.messages import Reason
+from fedllm.protocol.messages import Reason
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

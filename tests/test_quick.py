@@ -17,8 +17,11 @@ def test_a_changed_file_is_tested_by_its_mirror(tmp_path: Path) -> None:
     def found(*changed: str) -> list[str]:
         return [path.name for path in quick.mirror(changed, tmp_path)]
 
-    assert found("fedllm/chain.py", "fedllm/no_tests.py", "docs/audit.md") == ["test_chain.py", "test_chain_proof.py"]
-    assert found("tests/fedllm/test_codec.py", "tests/fedllm/test_removed.py") == ["test_codec.py"]
+    assert found("fedllm/crypto/hash_chain.py", "fedllm/no_tests.py", "docs/audit.md") == [
+        "test_chain.py",
+        "test_chain_proof.py",
+    ]
+    assert found("tests/fedllm/test_adapter_vector_wire.py", "tests/fedllm/test_removed.py") == ["test_codec.py"]
     assert len(found("tests/fedllm/conftest.py")) == 4
     assert found("tests/conftest.py", "tests/deployment/test_docs.py") == []
 

@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
-from fedllm.cli import app
+from fedllm.cli.main import app
 from tests.conftest import SOAK, byte_tokenizer, some_of_the_demo
 
 ROOT = Path(__file__).parents[1]

@@ -22,22 +22,14 @@ from types import MappingProxyType
 
 from pydantic import ValidationError
 
-from fedllm.audit.evidence import (
-    HEAD_OFFICE,
-    LEDGERS,
-    METRICS,
-    PLAN,
-    RECORD,
-    Trust,
-    assess,
-    file_name,
-    names_and_end,
-)
+from fedllm.audit.evidence import LEDGERS, METRICS, PLAN, RECORD, assess, file_name, names_and_end
 from fedllm.audit.model import INTEGRITY, Accountants, Audit, CrossCheck, Estimate
 from fedllm.audit.pdf import rendered, renderer
+from fedllm.audit.trust import HEAD_OFFICE, Trust
 from fedllm.canonical import read_json
-from fedllm.chain import End
-from fedllm.crypto import Identity, open_envelope, sign_envelope
+from fedllm.crypto.hash_chain import End
+from fedllm.crypto.identity import Identity
+from fedllm.crypto.signed_documents import open_envelope, sign_envelope
 from fedllm.errors import ChainError, CryptoError, FolderError, first_line
 from fedllm.files import is_full
 from fedllm.privacy.accounting import AccountingEvent

@@ -1,6 +1,6 @@
 """From a folder of evidence to an audit: every signature, chain and epsilon is checked again. Needs no torch.
 
-record.jsonl          head office's run record (server.record says what is in it)
+record.jsonl          head office's run record (server.run_record says what is in it)
 plan.json             the plan that the sites were sent
 metrics.jsonl         what head office measured after each round, on public data
 ledgers/SITE.jsonl    a site's ledger, by `fedllm ledger export`
@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -42,23 +42,21 @@ from fedllm.audit.model import (
     Verdict,
 )
 from fedllm.audit.risk import risk_of
+from fedllm.audit.trust import HEAD_OFFICE, Trust
 from fedllm.canonical import canonical_json, read_json
-from fedllm.chain import EXPORT, End, Entry, read_chain
-from fedllm.crypto import PublicIdentity
-from fedllm.errors import ChainError, ConfigError, CryptoError, PrivacyError
+from fedllm.crypto.hash_chain import EXPORT, End, Entry, read_chain
+from fedllm.crypto.identity import PublicIdentity
+from fedllm.errors import ChainError, CryptoError, PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, PrivacySpent, spent
 from fedllm.privacy.accounting import counted as counted_by
+from fedllm.privacy.distributed_noise import SharedMechanism
 from fedllm.privacy.ledger_place import SITE
-from fedllm.privacy.shared import SharedMechanism
 from fedllm.processes import without_main
-from fedllm.provision import same_fingerprint
+from fedllm.protocol.spending_statement import Statement, open_statement, roster_digest
 from fedllm.shown import escaped
-from fedllm.statement import Statement, open_statement, roster_digest
 
 RECORD, PLAN, METRICS, LEDGERS = "record.jsonl", "plan.json", "metrics.jsonl", "ledgers"
-HEAD_OFFICE = "head-office"  # its name in a file of trusted keys
-
 _TOLERANCE_PLD = 1e-3  # between two computations of the same PLD, on whatever machines
 _TOLERANCE_RDP = 5e-3  # relative
 _SAME = 1e-9  # relative, between two computations of a square root
@@ -71,7 +69,6 @@ _MOST_KINDS = 256  # of mechanisms in a ledger, each a distribution to compose
 _MOST_SECONDS = 600.0  # of CPU, for the figures of one site
 _POINTS = 24  # of a site's timeline
 _MANY = 4096  # statements; fewer are checked before other processes have started
-
 _M = TypeVar("_M", bound=BaseModel)
 
 
@@ -81,54 +78,6 @@ def file_name(site: str) -> str:
         site = site.replace(sign, f"%{ord(sign):02X}")
     site = site.replace(".", "%2E", 1) if site.startswith(".") else site
     return site if len(site.encode()) <= 200 else hashlib.sha256(site.encode()).hexdigest()
-
-
-# ---- whom to believe -------------------------------------------------------------------------------------------------
-
-
-class Trust:
-    """Identities that the reader knows by other means, by name; a name may have several."""
-
-    def __init__(self, keys: Mapping[str, Sequence[str]]) -> None:
-        """`keys` are fingerprints or whole identities in hexadecimal."""
-        self._keys = {name: tuple(texts) for name, texts in keys.items()}
-
-    @classmethod
-    def read(cls, path: Path) -> "Trust":
-        """Read a file of lines NAME KEY; raises ConfigError."""
-        keys: dict[str, list[str]] = defaultdict(list)
-        try:
-            lines = path.read_text("utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--trust: {path} cannot be read ({error})") from None
-        for number, line in enumerate(lines, start=1):
-            if not line.strip() or line.lstrip().startswith("#"):
-                continue
-            name, _, key = line.strip().rpartition(" ")
-            if not name or len("".join(c for c in key if c.isalnum())) not in (40, 128):
-                raise ConfigError(
-                    f"{path}, line {number}: expected a name ({HEAD_OFFICE}, or a site's) and its fingerprint"
-                )
-            keys[name.strip()].append(key)
-        if not keys:
-            raise ConfigError(f"--trust: {path} names nobody")
-        return cls(keys)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Everybody who is known."""
-        return frozenset(self._keys)
-
-    def knows(self, name: str, identity: PublicIdentity) -> bool:
-        """Whether `identity` is one of this name."""
-        return any(
-            same_fingerprint(key, identity.fingerprint) or key.casefold() == identity.to_text()
-            for key in self._keys.get(name, ())
-        )
-
-    def name_of(self, identity: PublicIdentity) -> str | None:
-        """Return whose identity this is."""
-        return next((name for name in self._keys if self.knows(name, identity)), None)
 
 
 # ---- what is in the files --------------------------------------------------------------------------------------------

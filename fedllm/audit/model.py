@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedllm.plan import Frozen
 from fedllm.privacy.accounting import AccountingEvent
+from fedllm.values import Frozen
 
 Status = Literal["holds", "fails", "unverified"]
 Verdict = Literal["within", "exceeded", "unverifiable"]

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 import fedllm
 from fedllm.audit.report import add_font, text_of
-from fedllm.plan import HeldoutConfig, RunPlan
+from fedllm.config import HeldoutConfig
+from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.training.adapter import AdapterModel, check_saved
 

@@ -13,7 +13,7 @@ Budget belongs to the site. All its data sets share one account, unless its owne
 from all others, by name, in a signed entry: by parallel composition it then has a budget of its own. What the data
 sets hold is compared all the same, and a contradiction is told to the owner; it never changes an answer.
 
-Every change is also an entry of a hash chain, signed by the site (fedllm.chain), in the same transaction. The tables
+Every change is also an entry of a hash chain, signed by the site (fedllm.crypto.hash_chain), in the same transaction. The tables
 are what the site works with; the chain is what it can show. How many entries a round makes does not depend on records,
 and no entry says how long training took: a release bears the time of its reservation.
 An anchor in another place names the newest entry (fedllm.privacy.ledger_place).
@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedllm.canonical import canonical
-from fedllm.chain import End, LedgerHead, close_export, make_entry, open_entry, read_chain
-from fedllm.crypto import Identity, PublicIdentity, random_bytes
+from fedllm.crypto.hash_chain import End, LedgerHead, close_export, make_entry, open_entry, read_chain
+from fedllm.crypto.identity import Identity, PublicIdentity
+from fedllm.crypto.primitives import random_bytes
 from fedllm.errors import BudgetExceeded, ChainError, CryptoError, LedgerError, PrivacyError
 from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, overrun, spent
 from fedllm.privacy.elapsed import Evidence, Moment, Period, this_moment
@@ -86,7 +87,7 @@ CREATE TABLE member (                   -- what an account's data sets hold, as 
     PRIMARY KEY (account, hash)
 ) WITHOUT ROWID;
 CREATE INDEX member_hash ON member (hash);
-CREATE TABLE chain (                    -- fedllm.chain: every change of `entry`, signed
+CREATE TABLE chain (                    -- fedllm.crypto.hash_chain: every change of `entry`, signed
     number INTEGER PRIMARY KEY,
     kind TEXT NOT NULL,
     digest TEXT NOT NULL,
@@ -386,7 +387,7 @@ class LedgerFile:
     def export(self, end: End, signer: Identity) -> list[str]:
         """Return the chain as it is handed in for the audit of a run: its end says, signed, that it is all of it.
 
-        Who receives it cannot cut it, nor hand in an older one. See `fedllm.chain.close_export`.
+        Who receives it cannot cut it, nor hand in an older one. See `fedllm.crypto.hash_chain.close_export`.
         """
         with self.transaction() as db:
             lines = [str(row[0]) for row in db.execute("SELECT line FROM chain ORDER BY number")]

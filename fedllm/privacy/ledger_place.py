@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.chain import START, LedgerHead
+from fedllm.crypto.hash_chain import START, LedgerHead
 from fedllm.errors import FolderError, LedgerError
 from fedllm.files import read_secret, taking_turns, write_secret
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedllm import crypto
+from fedllm.crypto import primitives
 
 
 class Randomness(Protocol):
@@ -44,9 +44,9 @@ class KeyedRandomness:
         self._secret, self._purpose, self._calls = secret, purpose, 0
 
     def words(self, n: int) -> NDArray[np.uint64]:
-        key = crypto.derive(self._secret, b"%s %d" % (self._purpose, self._calls))
+        key = primitives.derive(self._secret, b"%s %d" % (self._purpose, self._calls))
         self._calls += 1
-        return np.frombuffer(b"".join(bytes(block) for block in crypto.keystream(key, 8 * n)), "<u8")
+        return np.frombuffer(b"".join(bytes(block) for block in primitives.keystream(key, 8 * n)), "<u8")
 
 
 class SeededRandomness:

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from fedllm.delta import AdapterSpec, TensorSpec
+from fedllm.adapter_vector import AdapterSpec, TensorSpec
+from fedllm.config import AdapterConfig, ModelConfig
 from fedllm.errors import ModelError, first_line
-from fedllm.plan import AdapterConfig, ModelConfig
 from fedllm.training.model import BaseModel, load_base, pick_dtype
 from fedllm.training.precision import SAME_LOGITS
 

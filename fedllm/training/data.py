@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedllm.canonical import canonical, canonical_json
+from fedllm.config import ModelConfig, TextConfig
 from fedllm.errors import ConfigError, DataError, first_line
-from fedllm.plan import ModelConfig, TextConfig
 from fedllm.training.sources import resolve
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from fedllm.errors import Diverged, ModelError, first_line
 from fedllm.plan import RunPlan
+from fedllm.privacy.distributed_noise import SharedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness, SeededRandomness, normals
-from fedllm.privacy.shared import SharedMechanism
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.compiling import Blocks, pays
 from fedllm.training.data import Batch, Record, Unit, batches, collate, padded, passes

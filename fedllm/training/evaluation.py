@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from fedllm.config import HeldoutConfig
 from fedllm.errors import ModelError
-from fedllm.plan import HeldoutConfig
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Table, Tokeniser, Unit, batches, build_units, render

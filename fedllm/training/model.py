@@ -23,8 +23,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from fedllm.config import ModelConfig
 from fedllm.errors import ConfigError, ModelError
-from fedllm.plan import ModelConfig
 from fedllm.training.sources import resolve
 
 _UNLIMITED = 1 << 31

@@ -25,9 +25,9 @@ from fedllm.canonical import digest_of
 from fedllm.errors import Cancelled, PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, overrun
+from fedllm.privacy.distributed_noise import SharedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness, SeededRandomness, normals, uniforms
-from fedllm.privacy.shared import SharedMechanism
 from fedllm.training import engine, trainer
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import IGNORE, Record, Unit

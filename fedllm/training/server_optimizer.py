@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedllm.config import ServerOptimizerConfig
 from fedllm.errors import CheckpointError
-from fedllm.plan import ServerOptimizerConfig
 
 
 class ServerOptimizer:

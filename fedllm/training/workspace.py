@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedllm.plan import AdapterConfig, ModelConfig, RunPlan
+from fedllm.config import AdapterConfig, ModelConfig
+from fedllm.plan import RunPlan
 from fedllm.training.adapter import AdapterModel, attach
 from fedllm.training.engine import Engine
 from fedllm.training.model import load_base, pick_device

@@ -18,13 +18,15 @@ from typing import Annotated, Any
 
 import typer
 
-from fedllm.audit.evidence import HEAD_OFFICE, LEDGERS, METRICS, PLAN, RECORD
-from fedllm.chain import EXPORT, START, make_entry
-from fedllm.crypto import Identity
+from fedllm.audit.evidence import LEDGERS, METRICS, PLAN, RECORD
+from fedllm.audit.trust import HEAD_OFFICE
+from fedllm.crypto.hash_chain import EXPORT, START, make_entry
+from fedllm.crypto.identity import Identity
 from fedllm.files import write_secret
-from fedllm.plan import RunPlan, parse
+from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, spent
-from fedllm.statement import Statement, roster_digest, sign_statement
+from fedllm.protocol.spending_statement import Statement, roster_digest, sign_statement
+from fedllm.values import parse
 
 _BEGAN = 1_790_000_000.0  # seconds since the epoch
 _DELTA = 1e-5

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from fedllm.plan import SimulationConfig, parse
+from fedllm.config import SimulationConfig
 from fedllm.training.data import IGNORE, Tokeniser, build_units, read_table, render
+from fedllm.values import parse
 from server.checkpoint import CONFIG
 
 _RESULT = "benchmark.json"

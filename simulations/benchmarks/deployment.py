@@ -22,7 +22,7 @@ import psutil
 import typer
 
 from client import office as site_folder
-from fedllm.plan import ModelConfig
+from fedllm.config import ModelConfig
 from fedllm.training.model import load_reader
 from server import federation
 from server.grpc_grid import look

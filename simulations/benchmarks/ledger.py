@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedllm.crypto import Identity
+from fedllm.crypto.identity import Identity
 from fedllm.errors import BudgetExceeded
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.ledger import PrivacyLedger, fingerprint

@@ -27,15 +27,15 @@ import typer
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from client.link import SiteLink, outside
-from fedllm import crypto
-from fedllm.crypto import Identity
+from fedllm.crypto import certificates
+from fedllm.crypto.identity import Identity
 from fedllm.files import write_secret
-from fedllm.messages import KEY, RECORD
-from fedllm.provision import now
-from fedllm.reach import ONLY_TLS_1_3
+from fedllm.ops.tls_probe import ONLY_TLS_1_3
+from fedllm.protocol.enrolment import now
+from fedllm.protocol.messages import KEY, RECORD
 from server import federation
-from server.federation import Member, Roster
 from server.grpc_grid import GrpcGrid, node_of
+from server.roster import Member, Roster
 
 _EXCHANGES, _IDLE = 15, 30.0  # how many are timed; seconds of watching idle links
 _LINKS_A_PROCESS = 250
@@ -52,11 +52,11 @@ def make(folder: Path, sites: int) -> Path:
     office = federation.init_federation(settings, folder / "head")
     members = []
     for number in range(sites):
-        key, identity = crypto.make_key(), Identity.generate()
+        key, identity = certificates.make_key(), Identity.generate()
         write_secret(folder / f"{number}.identity", identity.to_bytes())
-        line, place = crypto.key_line(key), folder / f"{number}"
+        line, place = certificates.key_line(key), folder / f"{number}"
         write_secret(place, key)
-        write_secret(place.with_suffix(".pem"), crypto.certify(office.authorities[0], line, f"site-{number}", 30))
+        write_secret(place.with_suffix(".pem"), certificates.certify(office.authorities[0], line, f"site-{number}", 30))
         members.append(Member(
             site=f"site-{number}", identity=identity.public.to_text(), link_key=line, serving_key=line,
             admitted_at=now(),

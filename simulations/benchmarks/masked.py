@@ -24,22 +24,35 @@ import psutil
 import typer
 
 import server.channel
-from client.masks import Masks
+from client.secagg_client import Masks
 from client.service import Endpoint
 from client.site import Site
-from fedllm.crypto import Identity, PublicIdentity
-from fedllm.delta import AdapterSpec, TensorSpec
-from fedllm.messages import MaskRequest, Prepare, Ready, Secure, TrainReply, TrainRequest, from_bytes, pack, unpack
-from fedllm.plan import PrivacyConfig, QuorumConfig, RunPlan, default_quorum, parse
+from fedllm.adapter_vector import AdapterSpec, TensorSpec
+from fedllm.config import PrivacyConfig, QuorumConfig
+from fedllm.crypto.identity import Identity, PublicIdentity
+from fedllm.ops.tls_probe import ONLY_TLS_1_3
+from fedllm.plan import RunPlan, default_quorum
 from fedllm.privacy.randomness import OsRandomness
-from fedllm.reach import ONLY_TLS_1_3
-from fedllm.statement import Statement, sign_statement, update_digest
+from fedllm.protocol.messages import (
+    MaskRequest,
+    Prepare,
+    Ready,
+    Secure,
+    TrainReply,
+    TrainRequest,
+    from_bytes,
+    pack,
+    unpack,
+)
+from fedllm.protocol.spending_statement import Statement, sign_statement, update_digest
+from fedllm.values import parse
 from server import deployment
 from server.channel import SealedChannel
+from server.events import Event, RoundRecord
 from server.federation import HeadOffice
 from server.grpc_grid import GrpcGrid
-from server.record import RECORD_FILE, RunRecord
-from server.rounds import Coordinator, Event, PublicModel, RoundRecord
+from server.rounds import Coordinator, PublicModel
+from server.run_record import RECORD_FILE, RunRecord
 from simulations.benchmarks.link import Answer, answering, connected, running, used
 
 _PROCESSES = 2  # of the sites

@@ -24,11 +24,12 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
-from fedllm.plan import ModelConfig, PrivacyConfig, default_quorum
+from fedllm.config import ModelConfig, PrivacyConfig
+from fedllm.plan import default_quorum
 from fedllm.privacy.accounting import calibrate
+from fedllm.privacy.distributed_noise import SharedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
-from fedllm.privacy.shared import SharedMechanism
 from fedllm.training.data import read_table
 from fedllm.training.model import load_base
 from simulations.benchmarks.bench import DataOption, ModelOption, machine

@@ -49,11 +49,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fedllm import secagg
-from fedllm.crypto import Identity
-from fedllm.messages import Consent, Masked, Message, Reveal, ShareRequest, from_bytes
+from fedllm.crypto.identity import Identity
+from fedllm.privacy.distributed_noise import SharedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
-from fedllm.privacy.shared import SharedMechanism
+from fedllm.protocol.messages import Consent, Masked, Message, Reveal, ShareRequest, from_bytes
 from simulations.benchmarks.bench import machine
 
 _MODULUS = 1 << 32

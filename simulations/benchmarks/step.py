@@ -36,7 +36,8 @@ from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedllm.plan import AdapterConfig, ModelConfig, PrivacyConfig, RunPlan, TrainingConfig
+from fedllm.config import AdapterConfig, ModelConfig, PrivacyConfig, TrainingConfig
+from fedllm.plan import RunPlan
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.training.adapter import attach

@@ -8,8 +8,8 @@ from typing import Any
 from fedllm.audit.bundle import write_audit
 from fedllm.audit.evidence import assess, file_name
 from fedllm.audit.report import render_html, to_json
-from fedllm.chain import End, Entry, close_export, make_entry, open_entry
-from fedllm.crypto import Identity
+from fedllm.crypto.hash_chain import End, Entry, close_export, make_entry, open_entry
+from fedllm.crypto.identity import Identity
 from fedllm.plan import RunPlan
 from tests.fedllm.audit.evidence import Chain, Federation, make_plan
 

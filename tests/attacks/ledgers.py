@@ -8,11 +8,12 @@ from typer.testing import CliRunner
 
 from client.office import Office, init_office
 from client.service import read_data_set
-from fedllm.cli import app
-from fedllm.plan import RunPlan, parse
+from fedllm.cli.main import app
+from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.elapsed import Period
 from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.values import parse
 from tests.fedllm.privacy.budgets import for_several_plans
 
 DELTA = 1e-5

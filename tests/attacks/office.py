@@ -13,16 +13,18 @@ import fedllm.privacy.ledger
 from client.policy import widest
 from client.records import Declared, SiteRecords, load_records
 from client.site import Site
-from fedllm import codec
-from fedllm.crypto import Identity, PublicIdentity
+from fedllm import adapter_vector
+from fedllm.config import ModelConfig, TextConfig
+from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import DataError
-from fedllm.messages import Message, Prepare, RoundBegun, TrainRequest, from_bytes
-from fedllm.plan import ModelConfig, RunPlan, TextConfig, parse
+from fedllm.plan import RunPlan
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.randomness import SeededRandomness
+from fedllm.protocol.messages import Message, Prepare, RoundBegun, TrainRequest, from_bytes
 from fedllm.training.data import Row
 from fedllm.training.model import Reader, load_reader
 from fedllm.training.workspace import Workspace, open_workspace
+from fedllm.values import parse
 
 BEGUN = RoundBegun(roster="a" * 64, number=1, digest="b" * 64)
 
@@ -97,7 +99,7 @@ def request(plan: RunPlan, round_: int = 1, **changes: Any) -> bytes:
     adapter = workspace(plan).adapter
     values = {
         "plan": plan, "round": round_, "spec_digest": adapter.spec.digest, "head": None,
-        "payload": codec.encode(adapter.initial, "float32"), "begun": BEGUN,
+        "payload": adapter_vector.encode(adapter.initial, "float32"), "begun": BEGUN,
     }  # fmt: skip
     return TrainRequest(**{**values, **changes}).to_bytes()
 

@@ -1,16 +1,17 @@
 """Attack: a site signs an entry that two readers read differently: a key given twice, or another spelling of a number.
 
-Stopped by `fedllm.chain.open_entry` and `fedllm.statement.open_statement`: only the canonical form is read.
+Stopped by `fedllm.crypto.hash_chain.open_entry` and `fedllm.protocol.spending_statement.open_statement`: only the canonical form is read.
 """
 
 import json
 
 import pytest
 
-from fedllm.chain import ENTRY_TYPE, START, make_entry, open_entry
-from fedllm.crypto import Identity, open_envelope, sign_envelope
+from fedllm.crypto.hash_chain import ENTRY_TYPE, START, make_entry, open_entry
+from fedllm.crypto.identity import Identity
+from fedllm.crypto.signed_documents import open_envelope, sign_envelope
 from fedllm.errors import CryptoError
-from fedllm.statement import STATEMENT_TYPE, Statement, open_statement, sign_statement
+from fedllm.protocol.spending_statement import STATEMENT_TYPE, Statement, open_statement, sign_statement
 
 SIGNER = Identity.generate()
 BODY = {"epsilon": 4.5, "steps": 1, "run": "서울"}

@@ -16,8 +16,9 @@ import pytest
 from fedllm.audit.bundle import verify
 from fedllm.audit.evidence import assess
 from fedllm.audit.model import Audit
-from fedllm.chain import ENTRY_TYPE, EXPORT, make_entry, open_entry
-from fedllm.crypto import Identity, sign_envelope
+from fedllm.crypto.hash_chain import ENTRY_TYPE, EXPORT, make_entry, open_entry
+from fedllm.crypto.identity import Identity
+from fedllm.crypto.signed_documents import sign_envelope
 from fedllm.errors import ChainError, PrivacyError
 from fedllm.privacy.accounting import MAX_STEPS, AccountingEvent
 from tests.attacks.audits import append, federation_of, hand_in
@@ -151,7 +152,7 @@ def test_a_statement_with_numbers_that_cannot_be_is_none(changes: dict[str, Any]
     from dataclasses import asdict
 
     from fedllm.errors import CryptoError
-    from fedllm.statement import STATEMENT_TYPE, Statement, open_statement
+    from fedllm.protocol.spending_statement import STATEMENT_TYPE, Statement, open_statement
 
     signer = Identity.generate()
     statement = Statement("site", "run", "p", 1, 1.0, 1.0, 1e-5, 1, "d", "u", "r", 1, "d")

@@ -13,10 +13,11 @@ import torch
 
 from client.policy import SitePolicy, widest
 from fedllm.errors import PrivacyError
-from fedllm.messages import Declined, RoundBegun, TrainRequest
-from fedllm.plan import RunPlan, parse
+from fedllm.plan import RunPlan
 from fedllm.privacy.mechanism import Mechanism
+from fedllm.protocol.messages import Declined, RoundBegun, TrainRequest
 from fedllm.training.engine import clip_and_sum
+from fedllm.values import parse
 from tests.bug_zoo.invariants import plan_of
 from tests.client.test_site import NAME, Office, read
 

@@ -13,7 +13,7 @@ import fedllm.privacy.ledger
 from fedllm.audit.evidence import assess
 from fedllm.audit.model import Audit, Site
 from fedllm.audit.report import render_html
-from fedllm.cli import app
+from fedllm.cli.main import app
 from fedllm.privacy.accounting import counted
 from fedllm.privacy.ledger import PrivacyLedger
 from tests.attacks.audits import federation_of, hand_in

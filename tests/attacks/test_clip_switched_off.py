@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from fedllm.errors import ConfigError, MessageError, PrivacyError
-from fedllm.messages import _KINDS, MAGIC, Declined, Prepare, from_bytes
-from fedllm.plan import RunPlan, parse
+from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.mechanism import Mechanism
+from fedllm.protocol.messages import _KINDS, MAGIC, Declined, Prepare, from_bytes
 from fedllm.training import self_check
 from fedllm.training.engine import clip_and_sum
+from fedllm.values import parse
 from tests.bug_zoo.invariants import plan_of
 from tests.client.test_site import NAME, Office, read
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import client.masks
-from client.masks import Masks, incarnation
-from fedllm.chain import LedgerHead
+import client.secagg_client
+from client.secagg_client import Masks, incarnation
+from fedllm.crypto.hash_chain import LedgerHead
 from fedllm.errors import MasksError
-from fedllm.messages import (
+from fedllm.plan import RunPlan
+from fedllm.protocol.messages import (
     Declined,
     Join,
     Prepare,
@@ -24,13 +25,13 @@ from fedllm.messages import (
     TrainReply,
     from_bytes,
 )
-from fedllm.plan import RunPlan, parse
+from fedllm.protocol.spending_statement import open_statement
 from fedllm.secagg import Terms, make_circle, mask_request
-from fedllm.statement import open_statement
+from fedllm.values import parse
 from tests.attacks.test_clip_switched_off import SHARED
 from tests.bug_zoo.invariants import office_of
 from tests.client.test_site import NAME
-from tests.fedllm.secagg_federation import SESSION, TASK, identity_of, names
+from tests.fedllm.secagg.secagg_federation import SESSION, TASK, identity_of, names
 
 PLAN = parse(RunPlan, SHARED)
 
@@ -66,7 +67,7 @@ def ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Stand for the ids that the kernel shows; the second is shown on some machines only."""
     paths = tmp_path / "boot_id", tmp_path / "uuid"
     paths[0].write_text("first\n")
-    monkeypatch.setattr(client.masks, "_IDS", paths)
+    monkeypatch.setattr(client.secagg_client, "_IDS", paths)
     return paths
 
 
@@ -119,8 +120,8 @@ def test_a_forked_site_has_forgotten_its_secrets(running: Running) -> None:
 
 def test_the_kernel_tells_which_start_this_is() -> None:
     assert incarnation() == incarnation()
-    if client.masks._IDS[0].exists():
-        assert client.masks._IDS[0].read_text("ascii").strip() in incarnation()
+    if client.secagg_client._IDS[0].exists():
+        assert client.secagg_client._IDS[0].read_text("ascii").strip() in incarnation()
 
 
 def test_copies_of_an_office_answer_twice_for_one_charge(tmp_path: Path, tiny_llama: Path) -> None:

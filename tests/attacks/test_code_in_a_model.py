@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fedllm.config import ModelConfig
 from fedllm.errors import ModelError
-from fedllm.plan import ModelConfig
 from fedllm.training.model import load_base
 
 ROOT = Path(__file__).parents[2]

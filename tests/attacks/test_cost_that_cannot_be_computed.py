@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import PrivacyError
-from fedllm.messages import Declined, TrainReply
 from fedllm.privacy import accounting
 from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, counted, overrun, spent
 from fedllm.privacy.ledger import LedgerFile
+from fedllm.protocol.messages import Declined, TrainReply
 from tests.bug_zoo.invariants import plan_of
 from tests.client.test_site import Office
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from client.site import Site
-from fedllm.chain import open_entry
+from fedllm.crypto.hash_chain import open_entry
 from fedllm.privacy.ledger import LedgerFile, fingerprint
 from tests.bug_zoo.invariants import office_of
 from tests.client.test_site import Loader, Office

@@ -14,8 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fedllm.audit.bundle import verify
-from fedllm.audit.evidence import HEAD_OFFICE, Trust, assess
-from fedllm.cli import app
+from fedllm.audit.evidence import assess
+from fedllm.audit.trust import HEAD_OFFICE, Trust
+from fedllm.cli.main import app
 from fedllm.errors import ChainError
 from tests.attacks.audits import EIGHT, federation_of, hand_in, rewrite
 from tests.fedllm.audit.evidence import Federation, make_plan

@@ -16,11 +16,12 @@ import fedllm.training.model
 from client.office import Office, init_office
 from client.service import open_site
 from client.site import Site
-from fedllm import codec
+from fedllm import adapter_vector
+from fedllm.config import ModelConfig
 from fedllm.errors import ConfigError, ModelError
 from fedllm.files import write_secret
-from fedllm.messages import Declined, Prepare, Ready, TrainReply, TrainRequest
-from fedllm.plan import ModelConfig, RunPlan
+from fedllm.plan import RunPlan
+from fedllm.protocol.messages import Declined, Prepare, Ready, TrainReply, TrainRequest
 from fedllm.training.model import files_digest, load_reader
 from tests.attacks.office import BEGUN, plan_of, read, workspace
 
@@ -63,7 +64,7 @@ def asked(plan: RunPlan, base: Path) -> bytes:
     """Return the request of a round, as head office makes it that has the model at `base`."""
     here = plan.model_copy(update={"model": plan.model.model_copy(update={"source": str(base), "revision": None})})
     adapter = workspace(here).adapter
-    payload = codec.encode(adapter.initial, "float32")
+    payload = adapter_vector.encode(adapter.initial, "float32")
     asked = TrainRequest(plan=plan, round=1, spec_digest=adapter.spec.digest, head=None, payload=payload, begun=BEGUN)
     return asked.to_bytes()
 

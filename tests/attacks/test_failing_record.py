@@ -15,10 +15,11 @@ import torch
 import client.site
 from client.records import Declared
 from client.unfinished import Unfinished
-from fedllm import codec
+from fedllm import adapter_vector
+from fedllm.config import TextConfig
 from fedllm.errors import Halted
-from fedllm.messages import TrainReply
-from fedllm.plan import RunPlan, TextConfig
+from fedllm.plan import RunPlan
+from fedllm.protocol.messages import TrainReply
 from fedllm.training.data import Batch, Row
 from fedllm.training.engine import Engine
 from tests.attacks.office import Victim, fix_randomness, plan_of, read, workspace
@@ -37,7 +38,7 @@ def rows(last: str, records: int = 1) -> list[Row]:
 def update(victim: Victim, plan: RunPlan) -> np.ndarray[Any, Any]:
     reply = read(victim.train(plan))
     assert isinstance(reply, TrainReply)
-    return codec.decode(reply.payload, "float32", workspace(plan).adapter.spec.dimension)
+    return adapter_vector.decode(reply.payload, "float32", workspace(plan).adapter.spec.dimension)
 
 
 def fails_on_the_sign(patch: Patch, error: Callable[[], BaseException]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedllm.audit.bundle import verify
-from fedllm.cli import app
+from fedllm.cli.main import app
 from fedllm.errors import ChainError
 from tests.attacks.audits import federation_of, hand_in, sign
 from tests.fedllm.audit.evidence import Federation

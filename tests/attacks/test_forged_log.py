@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from fedllm import envelope, messages, plan
-from fedllm.crypto import Identity
+from fedllm import config
+from fedllm.crypto.identity import Identity
 from fedllm.errors import ConfigError, CryptoError
-from fedllm.messages import MAGIC, Declined, Message, Prepare
-from fedllm.plan import RunPlan, parse
+from fedllm.plan import RunPlan
+from fedllm.protocol import messages, sealed_envelope
+from fedllm.protocol.messages import MAGIC, Declined, Message, Prepare
+from fedllm.protocol.spending_statement import Statement, open_statement, sign_statement
 from fedllm.shown import LogLines, escaped, escaped_lines, shows
-from fedllm.statement import Statement, open_statement, sign_statement
+from fedllm.values import Frozen, parse
 from tests.bug_zoo.invariants import office_of, plan_of
 from tests.client.test_site import NAME, read
 
@@ -56,8 +58,15 @@ def texts(kind: type[BaseModel]) -> list[str]:
 
 
 def kinds() -> list[type[BaseModel]]:
-    found = [RunPlan, plan.ModelConfig, plan.AdapterConfig, plan.PrivacyConfig, plan.TrainingConfig, envelope.Binding]
-    of_messages = [each for each in vars(messages).values() if isinstance(each, type) and issubclass(each, plan.Frozen)]
+    found = [
+        RunPlan,
+        config.ModelConfig,
+        config.AdapterConfig,
+        config.PrivacyConfig,
+        config.TrainingConfig,
+        sealed_envelope.Binding,
+    ]
+    of_messages = [each for each in vars(messages).values() if isinstance(each, type) and issubclass(each, Frozen)]
     return [*found, *(each for each in of_messages if each.__module__ == messages.__name__ and each is not Message)]
 
 

@@ -38,10 +38,12 @@ from client.policy import SitePolicy
 from client.records import SiteRecords
 from client.site import Site
 from fedllm import secagg
-from fedllm.chain import LedgerHead
-from fedllm.crypto import Identity, PublicIdentity
+from fedllm.crypto.hash_chain import LedgerHead
+from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import Cancelled, DataError, FedllmError, MessageError, ModelError
-from fedllm.messages import (
+from fedllm.plan import RunPlan
+from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
+from fedllm.protocol.messages import (
     _KINDS,
     MAGIC,
     Consent,
@@ -61,9 +63,7 @@ from fedllm.messages import (
     pack,
     unpack,
 )
-from fedllm.plan import RunPlan
-from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
-from fedllm.statement import open_statement
+from fedllm.protocol.spending_statement import open_statement
 from fedllm.training.data import Unit
 from fedllm.training.workspace import Workspace, open_for_training
 from tests.attacks.office import BEGUN, IDENTITY, LABELS, Victim, plan_of, read

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from fedllm.audit.bundle import verify
 from fedllm.audit.evidence import assess
-from fedllm.chain import Entry
-from fedllm.cli import app
+from fedllm.cli.main import app
+from fedllm.crypto.hash_chain import Entry
 from fedllm.errors import ChainError
 from fedllm.plan import RunPlan
 from tests.attacks.audits import EIGHT, Liar, append, cut, federation_of, hand_in

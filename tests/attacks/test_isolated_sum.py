@@ -14,10 +14,15 @@ from numpy.typing import NDArray
 
 from client.policy import widest
 from client.site import Site
-from fedllm import secagg, shamir
-from fedllm.crypto import AgreementKey, Identity, PublicIdentity
+from fedllm import secagg
+from fedllm.crypto import shamir
+from fedllm.crypto.identity import Identity, PublicIdentity
+from fedllm.crypto.primitives import AgreementKey
 from fedllm.errors import FedllmError, MessageError, PrivacyError, QuorumLost
-from fedllm.messages import (
+from fedllm.plan import RunPlan
+from fedllm.privacy.ledger import LedgerFile
+from fedllm.privacy.ledger_place import LedgerPlace
+from fedllm.protocol.messages import (
     Consent,
     Declined,
     Masked,
@@ -32,14 +37,14 @@ from fedllm.messages import (
     pack,
     unpack,
 )
-from fedllm.plan import MAX_START, RunPlan
-from fedllm.privacy.ledger import LedgerFile
-from fedllm.privacy.ledger_place import LedgerPlace
+from fedllm.secagg import aggregator, session
+from fedllm.secagg.masking import add_mask, mask_sign, pair_mask_key, self_mask_key
 from fedllm.training.workspace import Workspace, open_workspace
-from server.masks import Masks
+from fedllm.values import MAX_START
+from server.secagg_server import Masks
 from tests.bug_zoo.invariants import plan_of
 from tests.client.test_site import BEGUN, Loader
-from tests.fedllm.secagg_federation import TASK, Federation, Vector, names, random_vectors, total
+from tests.fedllm.secagg.secagg_federation import TASK, Federation, Vector, names, random_vectors, total
 
 POISONED = "d4" * 32  # the task that others are given
 DIMENSION = 16
@@ -74,7 +79,7 @@ class HeadOffice:
         """Play a list of survivors to these sites, the colluding ones signing it too; return how many reveal."""
         claim = self.federation.claim(1, view or self.dealt, survivors, task)
         consents, revealed = [], 0
-        document = secagg._claim_document(self.federation.circle, claim)
+        document = session.claim_document(self.federation.circle, claim)
         for name in set(self.colluding) & set(survivors):
             signature = self.federation.identities[name].sign(document).hex()
             consents.append(Signed(site=name, signature=signature))
@@ -99,7 +104,7 @@ class HeadOffice:
     def _note(self, claim: UnmaskRequest, reveal: Reveal) -> int:
         for index, dealer in enumerate(sorted([*claim.survivors, *claim.dropped])):
             found = self.shares.setdefault((dealer, dealer in claim.survivors), {})
-            found[reveal.site] = secagg._share_at(reveal, index)
+            found[reveal.site] = aggregator._share_at(reveal, index)
         return 1
 
     def _secret(self, dealer: str, of_seed: bool) -> int | None:
@@ -121,13 +126,13 @@ class HeadOffice:
             common = self.federation.common(1, self.views[site], self.federation.tasks[site])
             bare[site] = np.frombuffer(upload.payload, "<u4").copy()
             if (seed := self._secret(site, True)) is not None:
-                secagg._add_mask(bare[site], secagg._self_mask_key(circle, 1, common, site, seed), -1)
+                add_mask(bare[site], self_mask_key(circle, 1, common, site, seed), -1)
             for peer in self.views[site] - {site}:
                 for own, other in ((site, peer), (peer, site)):
                     if (scalar := self._secret(own, False)) is not None:
                         key = AgreementKey.from_scalar(scalar)
-                        mask = secagg._pair_mask_key(circle, 1, common, own, key, self.dealt[other].dealing)
-                        secagg._add_mask(bare[site], mask, -secagg._sign(circle, site, peer))
+                        mask = pair_mask_key(circle, 1, common, own, key, self.dealt[other].dealing)
+                        add_mask(bare[site], mask, -mask_sign(circle, site, peer))
                         break
         honest = [site for site in self.uploads if site not in self.colluding]
         groups = itertools.chain.from_iterable(

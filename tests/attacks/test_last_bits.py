@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedllm.delta import AdapterSpec
-from fedllm.plan import AdapterConfig, ModelConfig
+from fedllm.adapter_vector import AdapterSpec
+from fedllm.config import AdapterConfig, ModelConfig
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.adapter import attach
 from fedllm.training.data import IGNORE, Record, Unit

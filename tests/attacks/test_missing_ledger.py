@@ -11,7 +11,7 @@ import pytest
 
 import client.service
 from client.doctor import check
-from fedllm.chain import open_entry
+from fedllm.crypto.hash_chain import open_entry
 from fedllm.errors import BudgetExceeded, FedllmError, LedgerError
 from fedllm.privacy.ledger_place import BEFORE, read_anchor, write_anchor
 from tests.attacks.ledgers import BUDGET, EVENT, PLAN, Branch

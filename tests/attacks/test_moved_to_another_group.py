@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 import pytest
 
-from client.masks import Masks
-from fedllm.crypto import Identity, PublicIdentity
+from client.secagg_client import Masks
+from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import ConfigError, MasksError, MessageError, PrivacyError
-from fedllm.messages import Join, Prepare, Secure, ShareRequest, Shares, SignedKey, from_bytes
-from fedllm.plan import RunPlan, parse
-from server.masks import Groups
+from fedllm.plan import RunPlan
+from fedllm.protocol.messages import Join, Prepare, Secure, ShareRequest, Shares, SignedKey, from_bytes
+from fedllm.values import parse
+from server.secagg_server import Groups
 
 GROUPS = (("a1", "a2", "a3"), ("b1", "b2", "b3"), ("c1", "c2", "c3"))
 NAMES = [name for group in GROUPS for name in group]

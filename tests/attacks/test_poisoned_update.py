@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 import client.site
 from fedllm.errors import MessageError
+from fedllm.privacy.distributed_noise import SharedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
-from fedllm.privacy.shared import SharedMechanism
 from server.aggregate import Bound, bound_of_sum, median
 from tests.attacks.test_isolated_sum import Offices
 from tests.server.test_rounds import FakeSite, Federation, Vector, make_plan, task_identity  # noqa: F401  # a fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from client.service import read_data_set
-from fedllm.chain import open_entry
+from fedllm.crypto.hash_chain import open_entry
 from fedllm.errors import BudgetExceeded, ConfigError
 from tests.attacks.ledgers import EVENT, Branch
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from client.records import Declared
-from fedllm import codec
-from fedllm.chain import LedgerHead
+from fedllm import adapter_vector
+from fedllm.config import TextConfig
+from fedllm.crypto.hash_chain import LedgerHead
 from fedllm.errors import DataError
-from fedllm.messages import (
+from fedllm.plan import RunPlan
+from fedllm.protocol.messages import (
     Declined,
     MaskRequest,
     Message,
@@ -27,8 +29,7 @@ from fedllm.messages import (
     TrainReply,
     pack,
 )
-from fedllm.plan import RunPlan, TextConfig
-from fedllm.statement import open_statement
+from fedllm.protocol.spending_statement import open_statement
 from fedllm.training.data import Row, Tokeniser
 from fedllm.training.workspace import Workspace
 from tests.attacks.office import LABELS, Victim, fix_randomness, plan_of, read, workspace
@@ -77,14 +78,14 @@ def failing(_: RunPlan) -> Workspace:
 def masks(victim: Victim, plan: RunPlan) -> bytes:
     digest = "0" * 64
     asked = MaskRequest(context=digest, round=1, joins=digest, dealings=()).to_bytes()
-    start = codec.encode(workspace(plan).adapter.initial, "float32")
+    start = adapter_vector.encode(workspace(plan).adapter.initial, "float32")
     return victim.train(plan, payload=pack(start, asked))
 
 
 def other_request(victim: Victim, plan: RunPlan) -> bytes:
     victim.train(plan)
     start = workspace(plan).adapter.initial + np.float32(1)
-    return victim.train(plan, payload=codec.encode(start, "float32"))
+    return victim.train(plan, payload=adapter_vector.encode(start, "float32"))
 
 
 def changed(**changes: Any) -> Ask:

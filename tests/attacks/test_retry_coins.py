@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import client.site
-from fedllm.crypto import Identity
+from fedllm.crypto.identity import Identity
 from fedllm.errors import BudgetExceeded, Cancelled, CryptoError
-from fedllm.messages import TrainReply
 from fedllm.privacy.accounting import overrun
 from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.protocol.messages import TrainReply
 from tests.attacks.ledgers import BUDGET, DELTA, EVENT, ROUNDS, Branch
 from tests.bug_zoo.invariants import office_of
 from tests.client.test_site import read

@@ -15,13 +15,14 @@ import client.site
 import fedllm.privacy.ledger
 from client.policy import SitePolicy, widest
 from client.records import Declared
+from fedllm.config import TextConfig
 from fedllm.errors import Cancelled
-from fedllm.messages import TrainReply
-from fedllm.plan import RunPlan, TextConfig
+from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.elapsed import Moment
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
+from fedllm.protocol.messages import TrainReply
 from fedllm.training.data import Row
 from tests.attacks.office import Victim, fix_randomness, plan_of, read, request
 

@@ -16,10 +16,10 @@ from fedllm.audit.evidence import assess
 from fedllm.audit.model import CrossCheck, Estimate
 from fedllm.audit.report import to_json
 from fedllm.canonical import read_json
-from fedllm.cli import main
-from fedllm.cli_deploy import report
+from fedllm.cli.enrolment import report
+from fedllm.cli.main import main
 from fedllm.errors import ChainError, FedllmError
-from fedllm.findings import Finding
+from fedllm.ops.health_checks import Finding
 from fedllm.shown import escaped
 from tests.attacks.audits import federation_of, hand_in, rewrite, sign
 from tests.fedllm.audit.evidence import Federation

@@ -20,13 +20,13 @@ import client.records
 import client.site
 import fedllm.training.data
 import server.checkpoint
-from fedllm.privacy import shared as shared_noise
+from fedllm.privacy import distributed_noise as shared_noise
 from fedllm.privacy.accounting import AccountingEvent, calibrate
+from fedllm.privacy.distributed_noise import SharedMechanism
 from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
-from fedllm.privacy.shared import SharedMechanism
 from fedllm.training import engine, losses, self_check, trainer
 from fedllm.training.data import IGNORE, Batch, Unit
 from fedllm.training.engine import Engine

@@ -14,16 +14,18 @@ import pytest
 import client.site
 from client.records import Declared, load_records
 from client.unfinished import Unfinished
-from fedllm.messages import TrainReply
-from fedllm.plan import RunPlan, TextConfig, parse
+from fedllm.config import TextConfig
+from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.privacy.randomness import OsRandomness
-from fedllm.statement import open_statement
+from fedllm.protocol.messages import TrainReply
+from fedllm.protocol.spending_statement import open_statement
 from fedllm.training import self_check
 from fedllm.training.adapter import attach
 from fedllm.training.engine import Engine
 from fedllm.training.model import load_base, load_reader
 from fedllm.training.self_check import Subject
+from fedllm.values import parse
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint
 from tests.client.test_site import Killed, Office, read
 

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import Handler, courier
-from fedllm.messages import KEY, RECORD
+from fedllm.protocol.messages import KEY, RECORD
 
 
 def _context(node: int) -> Context:

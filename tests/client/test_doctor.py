@@ -23,19 +23,20 @@ from client import doctor
 from client.doctor import examine, examine_relay
 from client.office import Office, init_office, install, rotate
 from client.relay import export_relay_folder
-from fedllm import crypto, findings
-from fedllm.cli import app
-from fedllm.crypto import Certificate
+from fedllm.cli.main import app
+from fedllm.crypto import certificates
+from fedllm.crypto.certificates import Certificate
 from fedllm.files import write_secret
+from fedllm.ops import health_checks
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.ledger import PrivacyLedger
-from fedllm.provision import now
+from fedllm.protocol.enrolment import now
 from server import federation
 
 
 @pytest.fixture(autouse=True)
 def synchronised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(findings, "_synchronised", lambda: True)
+    monkeypatch.setattr(health_checks, "_synchronised", lambda: True)
     for name in ("grpc_proxy", "https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -171,12 +172,12 @@ def test_older_tls_is_wrong(head: HeadOffice, folder: Path) -> None:
 
 
 def test_another_authority_is_wrong(head: HeadOffice, folder: Path) -> None:
-    head.serve(crypto.make_server_certificate(crypto.make_ca("x", 365), ["127.0.0.1"], 90))
+    head.serve(certificates.make_server_certificate(certificates.make_ca("x", 365), ["127.0.0.1"], 90))
     assert any("ask head office on the telephone" in text for text in said(folder, "WRONG"))
 
 
 def test_a_certificate_for_another_host_is_wrong(head: HeadOffice, folder: Path) -> None:
-    head.serve(crypto.make_server_certificate(head.authority(), ["other.example.com"], 90))
+    head.serve(certificates.make_server_certificate(head.authority(), ["other.example.com"], 90))
     assert any("not good for 127.0.0.1" in text and "rotate certificate" in text for text in said(folder, "WRONG"))
 
 
@@ -184,14 +185,14 @@ def test_a_certificate_for_another_host_is_wrong(head: HeadOffice, folder: Path)
 def test_a_certificate_out_of_its_time_is_wrong(
     head: HeadOffice, folder: Path, monkeypatch: pytest.MonkeyPatch, begins: int, said_: str
 ) -> None:
-    monkeypatch.setattr(crypto, "_BACKDATE", timedelta(days=-begins))
-    made = crypto.make_server_certificate(head.authority(), ["127.0.0.1"], 90 if begins > 0 else -1)
+    monkeypatch.setattr(certificates, "_BACKDATE", timedelta(days=-begins))
+    made = certificates.make_server_certificate(head.authority(), ["127.0.0.1"], 90 if begins > 0 else -1)
     head.serve(made)
     assert any(said_ in text for text in said(folder, "WRONG"))
 
 
 def test_a_certificate_that_soon_ends_is_seen_from_here(head: HeadOffice, folder: Path) -> None:
-    head.serve(crypto.make_server_certificate(head.authority(), ["127.0.0.1"], 90))
+    head.serve(certificates.make_server_certificate(head.authority(), ["127.0.0.1"], 90))
     assert any(text.startswith("the server certificate ends") for text in said(folder, "ok"))
 
 
@@ -235,13 +236,13 @@ def test_keys_between_two_grants_are_a_warning_with_the_next_step(head: HeadOffi
 
 def test_authorities_other_than_the_grants_are_wrong(head: HeadOffice, folder: Path) -> None:
     head.serve()
-    write_secret(folder / "keys" / "ca.pem", crypto.make_ca("x", 365).certificate)
+    write_secret(folder / "keys" / "ca.pem", certificates.make_ca("x", 365).certificate)
     assert any("not what the grant says" in text and "site install" in text for text in said(folder, "WRONG"))
 
 
 def test_an_authority_that_ends_is_announced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     then = now() + timedelta(days=3640)
-    monkeypatch.setattr(findings, "now", lambda: then)
+    monkeypatch.setattr(health_checks, "now", lambda: then)
     assert any("authority" in text and "ask head office for a new grant" in text for text in said(folder, "WRONG"))
 
 
@@ -282,13 +283,13 @@ def test_a_mistake_in_the_settings_is_named(
 
 
 def test_a_folder_is_for_its_owner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(findings.os, "geteuid", lambda: 4242)
+    monkeypatch.setattr(health_checks.os, "geteuid", lambda: 4242)
     assert any("Run the command as that user: sudo -u" in text for text in said(folder, "WRONG"))
 
 
 def test_a_clock_behind_the_grant_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     then = now() - timedelta(hours=1)
-    monkeypatch.setattr(findings, "now", lambda: then)
+    monkeypatch.setattr(health_checks, "now", lambda: then)
     assert any("the grant at head office was made" in text for text in said(folder, "WRONG"))
 
 
@@ -318,7 +319,7 @@ def test_a_full_disk_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     class Usage:
         free = 1 << 20
 
-    monkeypatch.setattr(findings.shutil, "disk_usage", lambda place: Usage)
+    monkeypatch.setattr(health_checks.shutil, "disk_usage", lambda place: Usage)
     assert any("Free some space" in text for text in said(folder, "WRONG"))
 
 
@@ -418,7 +419,7 @@ def test_a_relay_that_runs_is_seen(relay: Path, listening: Callable[[], Path]) -
 
 def test_a_relays_certificate_for_another_key_is_wrong(head: HeadOffice, relay: Path) -> None:
     head.serve()
-    write_secret(relay / "link", crypto.make_key())
+    write_secret(relay / "link", certificates.make_key())
     found = relay_said(relay, "WRONG")
     assert any("certificate is for another key" in text for text in found)
 
@@ -429,7 +430,7 @@ def test_a_relays_certificate_that_has_ended_is_wrong(
     """The site has installed a new grant, and its relay's folder was not made again."""
     head.serve()
     then = now() + timedelta(days=400)
-    monkeypatch.setattr(findings, "now", lambda: then)
+    monkeypatch.setattr(health_checks, "now", lambda: then)
     assert any("this office's certificate has ended" in text for text in relay_said(relay, "WRONG"))
 
 

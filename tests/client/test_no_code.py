@@ -18,14 +18,14 @@ _CALLS = {
     "fork", "posix_spawn", "create_subprocess_exec", "create_subprocess_shell",
 }  # fmt: skip
 _MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "subprocess", "runpy", "code", "ctypes"}
-_COMMAND = "fedllm/cli_operate.py"  # `site start`: it executes itself anew, with its own arguments
+_COMMAND = "fedllm/cli/runs.py"  # `site start`: it executes itself anew, with its own arguments
 
 
 @pytest.fixture(scope="module", name="loaded")
 def _loaded() -> dict[str, str]:
     """The modules of a site's process, and the files of those that are fedllm's."""
     code = (
-        "import json, sys, fedllm.cli, fedllm.cli_operate, client.service, fedllm.training.workspace\n"
+        "import json, sys, fedllm.cli, fedllm.cli.runs, client.service, fedllm.training.workspace\n"
         "import fedllm.training.trainer, fedllm.training.self_check\n"
         "print(json.dumps({name: getattr(each, '__file__', None) or '' for name, each in sys.modules.items()}))"
     )

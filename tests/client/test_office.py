@@ -23,19 +23,24 @@ from typer.testing import CliRunner, Result
 
 from client import office
 from client.doctor import check
-from client.office import Declaration, Office, SiteFile, init_office, install, needs_fingerprint, retire, rotate
+from client.office import Declaration, Office, init_office, install, needs_fingerprint, retire, rotate
 from client.records import Declared
 from client.service import open_site
-from fedllm import cli_deploy, crypto, files
+from client.site_file import SiteFile
+from fedllm import files, settings_file
 from fedllm.canonical import digest_of
-from fedllm.chain import open_entry
-from fedllm.crypto import Identity, sign_document
+from fedllm.cli import enrolment
+from fedllm.config import ModelConfig, PrivacyConfig
+from fedllm.crypto import certificates
+from fedllm.crypto.hash_chain import open_entry
+from fedllm.crypto.identity import Identity
+from fedllm.crypto.signed_documents import sign_document
 from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, FedllmError, FolderError, ModelError
-from fedllm.plan import ModelConfig, PrivacyConfig, parse
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.elapsed import Period
 from fedllm.privacy.ledger import PrivacyLedger
-from fedllm.provision import Grant
+from fedllm.protocol.enrolment import Grant
+from fedllm.values import parse
 from server import federation
 
 NAME = "서울-강남"
@@ -91,14 +96,14 @@ def test_a_join_request_holds_no_secret(folder: Path) -> None:
     assert secret[:64] not in data
     assert secret[64:] not in data
     assert b"PRIVATE" not in data
-    assert crypto.key_line(site.in_use.link_file.read_bytes()) in data.decode()
+    assert certificates.key_line(site.in_use.link_file.read_bytes()) in data.decode()
 
 
 def test_a_folder_of_the_version_before_says_how_it_is_made_anew(member: Path) -> None:
     keys = member / "keys" / "1"
     for name in ("link", "link.pem", "serving", "serving.pem"):
         (keys / name).unlink()
-    files.write_secret(keys / "node", crypto.make_key())
+    files.write_secret(keys / "node", certificates.make_key())
     files.write_secret(member / "grant.json", sign_document({"kind": "fedllm grant v1"}, Identity.generate()))
     with pytest.raises(FolderError, match=r"earlier version.*fedllm site init.*admitted anew"):
         Office.open(member)
@@ -148,7 +153,7 @@ def test_keys_that_are_gone_are_missed(member: Path) -> None:
         Office.open(member)
     files.write_secret(member / "keys" / "3" / "identity", Identity.generate().to_bytes())
     for name in ("link", "serving"):
-        files.write_secret(member / "keys" / "3" / name, crypto.make_key())
+        files.write_secret(member / "keys" / "3" / name, certificates.make_key())
     with pytest.raises(FolderError, match="lacks the keys that the grant was made for"):
         Office.open(member)
 
@@ -203,7 +208,7 @@ def test_a_grant_brings_certificates_for_the_keys_that_were_made_here(head: Path
     assert grant is not None
     for file, pem in ((site.in_use.link_file, grant.link), (site.in_use.serving_file, grant.serving)):
         assert file.with_suffix(".pem").read_text() == pem
-        assert crypto.certified_key(pem.encode()) == crypto.key_line(file.read_bytes())
+        assert certificates.certified_key(pem.encode()) == certificates.key_line(file.read_bytes())
     again = federation.renew_grant(head, NAME).read_bytes()
     install(member, again)
     assert site.in_use.link_file.with_suffix(".pem").read_text() == Grant.open(again)[0].link != grant.link
@@ -219,7 +224,9 @@ def test_a_grant_with_a_certificate_for_another_key_is_refused_and_changes_nothi
     ledger = PrivacyLedger(old.ledger, 8.0, 1e-5, old.identity)
     rotate(member)
     grant = Grant.open(admit(head, member))[0]
-    other = crypto.certify(office.authorities[0], crypto.key_line(crypto.make_key()), NAME, 9).decode()
+    other = certificates.certify(
+        office.authorities[0], certificates.key_line(certificates.make_key()), NAME, 9
+    ).decode()
     before = {path: path.read_bytes() for path in member.rglob("*") if path.is_file()}
     with pytest.raises(CryptoError, match=rf"certificate for another key than .*/keys/2/{name}\."):
         install(member, grant.model_copy(update={name: other}).sign(office.identities))
@@ -293,7 +300,7 @@ def test_an_office_that_slept_through_a_rotation_needs_the_telephone(head: Path,
 def test_the_bundle_of_authorities_follows_the_grant(head: Path, member: Path) -> None:
     grant = federation.rotate_ca(head, "start")[0]
     site = install(member, grant.read_bytes())
-    assert len(crypto.read_certificates(site.ca_file.read_bytes())) == 2
+    assert len(certificates.read_certificates(site.ca_file.read_bytes())) == 2
 
 
 def test_an_address_of_version_6_is_written_in_brackets(tmp_path: Path, folder: Path) -> None:
@@ -320,8 +327,8 @@ def test_new_keys_are_used_from_their_grant_on_and_old_ones_open_until_retired(h
     assert site.identity.public == new
     assert site.in_use.link_file != before.in_use.link_file
     assert [identity.public for identity in site.identities] == [new, before.identity.public]
-    assert roster.link_key == crypto.key_line(site.in_use.link_file.read_bytes())
-    assert roster.serving_key == crypto.key_line(site.in_use.serving_file.read_bytes())
+    assert roster.link_key == certificates.key_line(site.in_use.link_file.read_bytes())
+    assert roster.serving_key == certificates.key_line(site.in_use.serving_file.read_bytes())
     site = retire(member)
     assert [identity.public for identity in site.identities] == [new]
     assert not before.in_use.folder.exists()
@@ -434,7 +441,7 @@ def test_a_crash_between_the_writes_of_any_step_leaves_a_site_that_opens(
 def edit(folder: Path, changes: dict[str, Any]) -> Office:
     """Set dotted keys of site.yaml; None removes one."""
     path = folder / "site.yaml"
-    values = files.read_settings(path)
+    values = settings_file.read_settings(path)
     for key, value in changes.items():
         *parents, last = key.split(".")
         place = values
@@ -693,7 +700,7 @@ def test_a_dry_run_before_admission_says_so_and_looks_at_the_rest(folder: Path) 
 
 def command(*words: str | Path, said: str | None = None) -> Result:
     app = typer.Typer()
-    cli_deploy.register(app)
+    enrolment.register(app)
     return CliRunner().invoke(app, [str(word) for word in words], input=said)
 
 

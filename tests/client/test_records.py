@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from client.records import Declared, SiteRecords, load_records
+from fedllm.config import ModelConfig, PrivacyConfig, TextConfig
 from fedllm.errors import DataError
-from fedllm.plan import ModelConfig, PrivacyConfig, TextConfig
 from fedllm.training.data import Row, Tokeniser, Tokens, cell, read_rows
 from fedllm.training.model import Reader, load_reader
 from tests.conftest import byte_tokenizer

@@ -13,13 +13,14 @@ from client.link import SiteLink, read_state
 from client.office import Office, install
 from client.service import Endpoint, Replays
 from client.site import Site
-from fedllm import envelope
-from fedllm.crypto import Identity
-from fedllm.envelope import Binding
+from fedllm.crypto.identity import Identity
 from fedllm.errors import Cancelled, CryptoError, FolderError, MessageError
 from fedllm.files import locked
-from fedllm.messages import Declined, Prepare, RoundBegun, TrainRequest
-from fedllm.plan import RunPlan, parse
+from fedllm.plan import RunPlan
+from fedllm.protocol import sealed_envelope
+from fedllm.protocol.messages import Declined, Prepare, RoundBegun, TrainRequest
+from fedllm.protocol.sealed_envelope import Binding
+from fedllm.values import parse
 from server import federation
 from tests.link.conftest import until
 from tests.link.ends import make_head, make_member, short_folder
@@ -72,17 +73,22 @@ def request(
     asked = plan(run)
     message = TrainRequest(plan=asked, round=2, spec_digest="s", head=None, begun=BEGUN, payload=b"adapter").to_bytes()
     values = {"direction": "to-site", "run": run, "plan": asked.digest, "round": round_, "number": number, **binding}
-    return envelope.seal(message if payload is None else payload, Binding(**values), sender, receiver.public)
+    return sealed_envelope.seal(message if payload is None else payload, Binding(**values), sender, receiver.public)
 
 
 def test_the_site_answers_its_head_office_and_the_answer_is_bound_to_the_request(
     endpoint: Endpoint, branch: Branch
 ) -> None:
     sealed = request()
-    binding, answer, sender = envelope.open_sealed(endpoint.handle(sealed), HEAD, [SITE.public])
+    binding, answer, sender = sealed_envelope.open_sealed(endpoint.handle(sealed), HEAD, [SITE.public])
     assert (answer, sender) == (b"answer", SITE.public)
     assert binding == Binding(
-        direction="to-head-office", run="run-1", plan=plan().digest, round=2, number=1, request=envelope.digest(sealed)
+        direction="to-head-office",
+        run="run-1",
+        plan=plan().digest,
+        round=2,
+        number=1,
+        request=sealed_envelope.digest(sealed),
     )
     assert len(branch.asked) == 1
 
@@ -150,7 +156,7 @@ def test_while_keys_are_rotated_both_are_accepted(branch: Branch, tmp_path: Path
     both = Endpoint(branch, [new_site, SITE], [new_head.public, HEAD.public], tmp_path / "seen.json")  # type: ignore[arg-type]
     for number, (sender, receiver) in enumerate([(HEAD, SITE), (new_head, SITE), (HEAD, new_site)], start=1):
         sealed = both.handle(request(number, sender=sender, receiver=receiver))
-        assert envelope.open_sealed(sealed, sender, [new_site.public])[1] == b"answer"
+        assert sealed_envelope.open_sealed(sealed, sender, [new_site.public])[1] == b"answer"
 
 
 # ---- the process -----------------------------------------------------------------------------------------------------

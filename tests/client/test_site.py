@@ -23,12 +23,18 @@ from client.policy import widest
 from client.records import Declared
 from client.site import Site
 from client.unfinished import Unfinished
-from fedllm import codec
-from fedllm.chain import LedgerHead, open_entry
-from fedllm.codec import WireDtype
-from fedllm.crypto import Identity
+from fedllm import adapter_vector
+from fedllm.adapter_vector import WireDtype
+from fedllm.crypto.hash_chain import LedgerHead, open_entry
+from fedllm.crypto.identity import Identity
 from fedllm.errors import Cancelled, ConfigError, DataError, Diverged, Halted, ModelError
-from fedllm.messages import (
+from fedllm.plan import RunPlan
+from fedllm.privacy.accounting import AccountingEvent, spent
+from fedllm.privacy.elapsed import Period
+from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, fingerprint
+from fedllm.privacy.ledger_place import LedgerPlace
+from fedllm.privacy.mechanism import Mechanism
+from fedllm.protocol.messages import (
     MAGIC,
     Declined,
     Message,
@@ -39,16 +45,11 @@ from fedllm.messages import (
     TrainRequest,
     from_bytes,
 )
-from fedllm.plan import RunPlan, parse
-from fedllm.privacy.accounting import AccountingEvent, spent
-from fedllm.privacy.elapsed import Period
-from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, fingerprint
-from fedllm.privacy.ledger_place import LedgerPlace
-from fedllm.privacy.mechanism import Mechanism
-from fedllm.statement import Statement, open_statement, update_digest
+from fedllm.protocol.spending_statement import Statement, open_statement, update_digest
 from fedllm.training import self_check
 from fedllm.training.data import Record, Unit
 from fedllm.training.workspace import Workspace, open_workspace
+from fedllm.values import parse
 from tests.fedllm.privacy.budgets import for_several_plans
 
 SECRET = "Hong-Gildong-8210-4242"  # stands for everything that must not leave a site
@@ -117,7 +118,7 @@ class Office:
             "spec_digest": adapter.spec.digest,
             "head": None,
             "begun": BEGUN,
-            "payload": codec.encode(adapter.initial, "float32"),
+            "payload": adapter_vector.encode(adapter.initial, "float32"),
         }
         return TrainRequest(**{**values, **changes}).to_bytes()
 
@@ -154,7 +155,7 @@ def reason(message: Message) -> str:
 
 def update(message: Message, wire: WireDtype = "float32") -> NDArray[np.float32]:
     assert isinstance(message, TrainReply), f"expected an update, found {message}"
-    return codec.decode(message.payload, wire, len(message.payload) // {"float32": 4, "float16": 2}[wire])
+    return adapter_vector.decode(message.payload, wire, len(message.payload) // {"float32": 4, "float16": 2}[wire])
 
 
 def said(message: Message) -> Statement:
@@ -256,7 +257,7 @@ def test_a_round_gives_an_update_of_the_planned_form(office: Office) -> None:
     assert isinstance(reply, TrainReply)
     adapter = office.workspace().adapter
     assert (said(reply).site, said(reply).round, said(reply).plan) == (NAME, 1, office.plan.digest)
-    delta = codec.decode(reply.payload, "float32", adapter.spec.dimension)
+    delta = adapter_vector.decode(reply.payload, "float32", adapter.spec.dimension)
     assert np.linalg.norm(delta) > 0
 
 
@@ -503,7 +504,7 @@ def test_a_round_is_trained_for_one_request_only(office: Office, make_plan: Make
     first = office.train(1)
     assert isinstance(first, TrainReply)
     dimension = office.workspace().adapter.spec.dimension
-    assert reason(office.train(1, payload=codec.encode(np.ones(dimension, np.float32), "float32"))) == "ledger"
+    assert reason(office.train(1, payload=adapter_vector.encode(np.ones(dimension, np.float32), "float32"))) == "ledger"
     office.plan = make_plan(privacy={"clip_norm": 2.0})  # the same run and round, another plan
     assert reason(office.train(1)) == "ledger"
     assert len(office.events()) == 1
@@ -923,7 +924,7 @@ def test_a_ledger_without_the_entry_that_was_signed_for_is_refused(office: Offic
     office.restart()
     if case == "gone on another way":
         other = office.workspace().adapter.initial + 1
-        office.train(2, payload=codec.encode(other, "float32"))
+        office.train(2, payload=adapter_vector.encode(other, "float32"))
     before, calls = office.events(), office.loader.calls
     assert reason(office.train(3, head=head)) == "ledger"
     assert (office.events(), office.loader.calls) == (before, calls)

@@ -11,7 +11,15 @@ from pathlib import Path
 
 from client.site import Site
 from fedllm import cli
-from fedllm.messages import Prepare, RevealRequest, Secure, ShareRequest, TrainRequest, UnmaskRequest, from_bytes
+from fedllm.protocol.messages import (
+    Prepare,
+    RevealRequest,
+    Secure,
+    ShareRequest,
+    TrainRequest,
+    UnmaskRequest,
+    from_bytes,
+)
 
 _gate = Path(sys.argv.pop(1))
 _handle = Site.handle

@@ -17,17 +17,18 @@ import psutil
 
 from client import office as site_folder
 from client.relay import export_relay_folder
-from fedllm.cli_settings import compose, validate
+from fedllm.cli.hydra_config import compose, validate
+from fedllm.config import DeploymentConfig, ModelConfig
 from fedllm.errors import FederationError
 from fedllm.files import in_use
-from fedllm.plan import DeploymentConfig, ModelConfig, RunPlan
+from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.model import load_reader
 from server import deployment, federation
 from server.checkpoint import CONFIG, SiteState, load_checkpoint, read_as
+from server.events import CHECKPOINT, PLAN, Event, RoundRecord
 from server.grpc_grid import look
-from server.rounds import CHECKPOINT, PLAN, Event, RoundRecord
 
 FEDLLM = [sys.executable, "-m", "fedllm.cli"]
 DELTA = 1e-5

@@ -3,7 +3,7 @@
 import pytest
 
 from fedllm.privacy.ledger import LedgerFile
-from server.heads import HEADS, Heads
+from server.ledger_heads import HEADS, Heads
 from tests.deployment.conftest import Federation
 from tests.deployment.harness import settings
 

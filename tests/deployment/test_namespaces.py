@@ -25,9 +25,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from numpy.typing import NDArray
 
 from fedllm.errors import CheckpointError
-from fedllm.reach import reach
+from fedllm.ops.tls_probe import reach
 from server.checkpoint import load_checkpoint
-from server.rounds import CHECKPOINT, PLAN, RoundRecord
+from server.events import CHECKPOINT, PLAN, RoundRecord
 from tests.deployment.harness import Branch, HeadOffice, fedllm, records_of, settings, stop_all, until
 from tests.deployment.network import HEAD, Network, why_not
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from client import office as site_folder
-from fedllm import crypto
-from fedllm.reach import reach
+from fedllm.crypto import certificates
+from fedllm.ops.tls_probe import reach
 from server import federation as head_folder
 from tests.deployment.conftest import Federation
 from tests.deployment.harness import Branch, HeadOffice, until
@@ -23,7 +23,7 @@ def install(head: HeadOffice, branch: Branch) -> None:
 def shows(head: HeadOffice, ca: Path, fingerprint: str) -> bool:
     """Whether the daemon shows the certificate of this fingerprint, to who believes the authorities in `ca`."""
     try:
-        return crypto.read_certificates(reach("127.0.0.1", head.port, ca))[0].fingerprint == fingerprint
+        return certificates.read_certificates(reach("127.0.0.1", head.port, ca))[0].fingerprint == fingerprint
     except OSError:
         return False
 
@@ -56,7 +56,7 @@ def test_every_key_is_replaced_while_a_run_goes_on(federation: Federation) -> No
     # the daemon shows a certificate of the new authority, and the offices are back by themselves
     after = head_folder.HeadOffice.open(head.home)
     assert after.issuer > 0
-    shown = crypto.read_certificates(after.server.certificate)[0].fingerprint
+    shown = certificates.read_certificates(after.server.certificate)[0].fingerprint
     until(lambda: shows(head, after.ca_file, shown), what="the new certificate")
     federation.ready()
     assert after.identity.public != before.identity.public

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from server import federation as head_folder
-from server.rounds import RoundStarted
+from server.events import RoundStarted
 from tests.deployment.conftest import Federation
 from tests.deployment.harness import ALONE, FEDLLM, Branch, HeadOffice, fedllm, until
 

@@ -152,7 +152,7 @@ def place() -> Iterator[Place]:
         (folder / "stage").mkdir()
         _users(folder)
         made = Place(folder)
-        look = [*made.as_user(RELAY), sys.executable, "-c", "import fedllm.cli, client.relay, torch"]
+        look = [*made.as_user(RELAY), sys.executable, "-c", "import fedllm.cli.main, client.relay, torch"]
         tried = subprocess.run(look, capture_output=True, text=True, check=False, timeout=120)
         if tried.returncode != 0:
             pytest.skip(f"other users cannot run this installation here: {tried.stderr.strip().splitlines()[-1:]}")

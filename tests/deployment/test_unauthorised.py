@@ -22,15 +22,17 @@ import psutil
 import pytest
 
 from client import office as site_folder
-from fedllm import crypto, envelope
-from fedllm.crypto import Certificate, Identity, PublicIdentity
-from fedllm.envelope import Binding
+from fedllm.crypto import certificates
+from fedllm.crypto.certificates import Certificate
+from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import FederationError, MessageError
 from fedllm.files import write_secret
-from fedllm.messages import Declined, Message, Prepare, Ready, RoundBegun, TrainRequest, from_bytes
+from fedllm.ops.tls_probe import reach
+from fedllm.protocol import sealed_envelope
 from fedllm.protocol.link import CONNECT, CONTROL, VERSION, parts, request_id
 from fedllm.protocol.link_pb2 import Answer, FromSite, Hello, Request, ToSite
-from fedllm.reach import reach
+from fedllm.protocol.messages import Declined, Message, Prepare, Ready, RoundBegun, TrainRequest, from_bytes
+from fedllm.protocol.sealed_envelope import Binding
 from server import federation as head_folder
 from server.run import make_plan
 from tests.deployment.conftest import Federation
@@ -81,30 +83,32 @@ def refused(head: HeadOffice, key: bytes | None, certificate: bytes | None) -> t
 
 def certificate_of(head: HeadOffice, key: bytes, name: str) -> bytes:
     """A certificate of head office's authority, as it would have issued one."""
-    return crypto.certify(head.office.authorities[0], crypto.key_line(key), name, 30)
+    return certificates.certify(head.office.authorities[0], certificates.key_line(key), name, 30)
 
 
 def test_who_has_no_certificate_or_one_of_another_authority_or_that_has_ended_is_not_let_in(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head, key = federation.head, crypto.make_key()
-    other: Certificate = crypto.make_ca("한빛은행", 10)
-    line = crypto.key_line(key)
+    head, key = federation.head, certificates.make_key()
+    other: Certificate = certificates.make_ca("한빛은행", 10)
+    line = certificates.key_line(key)
     assert refused(head, None, None)[0] is _Code.UNAVAILABLE
-    assert refused(head, key, crypto.certify(other, line, ALONE, 30))[0] is _Code.UNAVAILABLE
+    assert refused(head, key, certificates.certify(other, line, ALONE, 30))[0] is _Code.UNAVAILABLE
     office_key = federation.branches[ALONE].office.keys[-1].link_file.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(crypto, "_BACKDATE", timedelta(days=3))
-        ended = crypto.certify(head.office.authorities[0], crypto.key_line(office_key), ALONE, -1)
+        patch.setattr(certificates, "_BACKDATE", timedelta(days=3))
+        ended = certificates.certify(head.office.authorities[0], certificates.key_line(office_key), ALONE, -1)
     assert refused(head, office_key, ended)[0] is _Code.UNAVAILABLE
     # nor is one that is good for serving good for connecting
-    serving = crypto.certify(head.office.authorities[0], crypto.key_line(office_key), ALONE, 30, ["localhost"])
+    serving = certificates.certify(
+        head.office.authorities[0], certificates.key_line(office_key), ALONE, 30, ["localhost"]
+    )
     assert refused(head, office_key, serving)[0] is _Code.UNAVAILABLE
 
 
 def test_a_key_that_is_not_in_the_roster_is_refused_by_name_and_takes_nobody_s_place(federation: Federation) -> None:
     federation.ready()
-    head, key = federation.head, crypto.make_key()
+    head, key = federation.head, certificates.make_key()
     code, text = refused(head, key, certificate_of(head, key, ALONE))
     assert (code, "never admitted" in text) == (_Code.UNAUTHENTICATED, True)
     assert "never admitted" in head.refused()[ALONE]
@@ -197,7 +201,7 @@ def test_an_older_version_than_tls_1_3_is_refused(federation: Federation) -> Non
 
 
 def test_an_office_does_not_connect_to_another_server(federation: Federation, tmp_path: Path) -> None:
-    (tmp_path / "ca.pem").write_bytes(crypto.make_ca("한빛은행", 10).certificate)
+    (tmp_path / "ca.pem").write_bytes(certificates.make_ca("한빛은행", 10).certificate)
     with pytest.raises(ssl.SSLCertVerificationError):
         reach("127.0.0.1", federation.head.port, tmp_path / "ca.pem")
     assert reach("127.0.0.1", federation.head.port, federation.head.office.ca_file)
@@ -260,7 +264,7 @@ def _sealed(
     message: Message, site: PublicIdentity, sender: Identity, run: str, plan: str, round_: int = 0, number: int = 0
 ) -> bytes:
     binding = Binding(direction="to-site", run=run, plan=plan, round=round_, number=number or time.time_ns())
-    return envelope.seal(message.to_bytes(), binding, sender, site)
+    return sealed_envelope.seal(message.to_bytes(), binding, sender, site)
 
 
 def test_what_the_pinned_head_office_did_not_ask_is_refused_by_the_office(federation: Federation) -> None:
@@ -286,8 +290,8 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_by_the_office(federa
         "bound to another round": _sealed(train, site, me, **known, round_=2),
     }  # fmt: skip
     answer = _ask(head, branch.name, genuine)
-    binding, payload, _ = envelope.open_sealed(answer, me, [site])
-    assert binding.request == envelope.digest(genuine)
+    binding, payload, _ = sealed_envelope.open_sealed(answer, me, [site])
+    assert binding.request == sealed_envelope.digest(genuine)
     assert isinstance(from_bytes(payload, Ready, Declined), Ready)
     others["a replay"] = genuine
     others["older than the last"] = _sealed(train, site, me, **known, round_=1, number=1)

@@ -3,9 +3,10 @@
 import pytest
 from pydantic import Field
 
-from client.office import SiteFile
+from client.site_file import SiteFile
 from docs.reference import PAGE, docstrings, options, page
-from fedllm.plan import DeploymentConfig, Frozen, SimulationConfig
+from fedllm.config import DeploymentConfig, SimulationConfig
+from fedllm.values import Frozen
 from server.federation import FederationFile
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fedllm.plan import RunPlan, parse
+from fedllm.plan import RunPlan
+from fedllm.values import parse
 
 Values = dict[str, Any]
 

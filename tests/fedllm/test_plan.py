@@ -17,9 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedllm.config import DataConfig, PartitionConfig, PrivacyConfig, SimulationConfig
 from fedllm.errors import ConfigError
-from fedllm.plan import DataConfig, Frozen, PartitionConfig, PrivacyConfig, RunPlan, SimulationConfig, parse
+from fedllm.plan import RunPlan
 from fedllm.privacy.randomness import OsRandomness
+from fedllm.values import Frozen, parse
 from tests.conftest import SHOWN
 
 Values = dict[str, Any]

@@ -19,16 +19,18 @@ import pytest
 os.environ.update({"GRPC_SSL_CIPHER_SUITES": "ECDHE-RSA-AES256-GCM-SHA384"})  # TLS 1.3 alone, as `server start` sets it
 
 from client.link import SiteLink, outside
-from fedllm import crypto
-from fedllm.crypto import Certificate, Identity
+from fedllm.crypto import certificates
+from fedllm.crypto.certificates import Certificate
+from fedllm.crypto.identity import Identity
 from fedllm.files import write_secret
+from fedllm.protocol.enrolment import now
 from fedllm.protocol.link import CONNECT, OPTIONS, VERSION, milliseconds
 from fedllm.protocol.link_pb2 import FromSite, Hello
-from fedllm.provision import now
 from server import daemon as server_daemon
 from server import federation
-from server.federation import HeadOffice, Member, Roster
+from server.federation import HeadOffice
 from server.grpc_grid import look
+from server.roster import Member, Roster
 
 
 def until(come_about: Callable[[], Any], what: str = "it", seconds: float = 60.0) -> Any:
@@ -117,10 +119,10 @@ class House:
 
     def admit(self, site: str, authority: Certificate | None = None, days: int = 30, known: bool = True) -> Path:
         """Return the file of a key that has a certificate, in the roster where it is `known`."""
-        key = crypto.make_key()
-        line, place = crypto.key_line(key), self.folder / f"{site}-{len(list(self.folder.glob(site + '-*.pem')))}"
+        key = certificates.make_key()
+        line, place = certificates.key_line(key), self.folder / f"{site}-{len(list(self.folder.glob(site + '-*.pem')))}"
         write_secret(place, key)
-        issued = crypto.certify(authority or self.office.authorities[-1], line, site, days)
+        issued = certificates.certify(authority or self.office.authorities[-1], line, site, days)
         write_secret(place.with_suffix(".pem"), issued)
         if known:
             member = Member(

@@ -10,10 +10,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from client.link import read_state
 from fedllm.errors import MessageError
-from fedllm.messages import KEY, RECORD
+from fedllm.protocol.enrolment import now
 from fedllm.protocol.link import VERSION
 from fedllm.protocol.link_pb2 import FromSite, Hello, Part, Refusal, ToSite
-from fedllm.provision import now
+from fedllm.protocol.messages import KEY, RECORD
 from server.grpc_grid import GrpcGrid, look, node_of
 from tests.link.conftest import House, Loop, Site, until
 

@@ -12,11 +12,12 @@ import client.link
 import server.doctor
 from client.link import LinkState
 from client.office import Office, rotate
-from fedllm import crypto, findings
-from fedllm.crypto import Certificate
+from fedllm.crypto import certificates
+from fedllm.crypto.certificates import Certificate
 from fedllm.files import write_secret
+from fedllm.ops import health_checks
+from fedllm.protocol.enrolment import Grant
 from fedllm.protocol.link import milliseconds
-from fedllm.provision import Grant
 from server import federation
 from tests.link.conftest import until
 from tests.link.ends import admit, daemon_of, link_of, link_says, make_head, make_member, short_folder
@@ -47,7 +48,7 @@ class Ends:
 
     @property
     def link_key(self) -> str:
-        return crypto.key_line(Office.open(self.site).in_use.link_file.read_bytes())
+        return certificates.key_line(Office.open(self.site).in_use.link_file.read_bytes())
 
     def replace_certificate(self, made: bytes) -> None:
         """Let the site show another certificate, which is in its grant at head office, too."""
@@ -65,7 +66,7 @@ class Ends:
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
-    monkeypatch.setattr(findings, "_synchronised", lambda: True)
+    monkeypatch.setattr(health_checks, "_synchronised", lambda: True)
     monkeypatch.setattr(client.doctor, "_YOUNG", -9.0)  # a connection that is not there yet is one that is missing
     for name in ("grpc_proxy", "https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -92,8 +93,8 @@ def test_an_office_that_is_connected_is_so_at_both_ends(ends: Ends) -> None:
 
 def expired(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> bytes:
     with monkeypatch.context() as past:
-        past.setattr(crypto, "_BACKDATE", timedelta(days=9))
-        return crypto.certify(ends.authority, ends.link_key, NAME, -2)
+        past.setattr(certificates, "_BACKDATE", timedelta(days=9))
+        return certificates.certify(ends.authority, ends.link_key, NAME, -2)
 
 
 def test_a_certificate_that_has_ended(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,11 +110,11 @@ def test_a_certificate_that_has_ended(ends: Ends, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_certificate_that_ends_soon_is_announced(ends: Ends) -> None:
-    ends.replace_certificate(crypto.certify(ends.authority, ends.link_key, NAME, 90))
+    ends.replace_certificate(certificates.certify(ends.authority, ends.link_key, NAME, 90))
     assert "this office's certificate ends on" in ends.at_site("ok")
     with pytest.MonkeyPatch.context() as patch:
-        then = findings.now() + timedelta(days=65)
-        patch.setattr(findings, "now", lambda: then)
+        then = health_checks.now() + timedelta(days=65)
+        patch.setattr(health_checks, "now", lambda: then)
         assert "this office's certificate ends on" in ends.at_site("warning")
         assert f"the certificate of {NAME} ends on" in ends.at_head("warning")
 
@@ -147,7 +148,7 @@ def test_an_office_that_is_unknown(ends: Ends) -> None:
 
 
 def test_a_certificate_of_another_authority(ends: Ends) -> None:
-    ends.replace_certificate(crypto.certify(crypto.make_ca("x", 9), ends.link_key, NAME, 9))
+    ends.replace_certificate(certificates.certify(certificates.make_ca("x", 9), ends.link_key, NAME, 9))
     ends.start(not_connected)
     said = ends.at_site("WRONG")
     for where in ("not connected to head office: ", "way to head office: "):
@@ -194,7 +195,7 @@ def test_a_site_that_is_not_connected_for_long_is_wrong(ends: Ends, monkeypatch:
     assert "is not connected to head office" in ends.at_site("warning")
     until(lambda: file.stat().st_mtime_ns != written)
     link_says(ends.site, lambda state: state.since == first.since)
-    later = findings.now() + timedelta(seconds=30)
+    later = health_checks.now() + timedelta(seconds=30)
     monkeypatch.setattr(client.doctor, "now", lambda: later)
     assert "is not connected to head office" in ends.at_site("WRONG")
 

@@ -11,12 +11,12 @@ import grpc.aio
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedllm import crypto
-from fedllm.messages import KEY, RECORD
+from fedllm.crypto import certificates
+from fedllm.ops.tls_probe import reach, remedy
+from fedllm.protocol.enrolment import now
 from fedllm.protocol.link import PART, request_id
 from fedllm.protocol.link_pb2 import FromSite, Part, Refusal, ToSite
-from fedllm.provision import now
-from fedllm.reach import reach, remedy
+from fedllm.protocol.messages import KEY, RECORD
 from server.grpc_grid import GrpcGrid
 from tests.link.conftest import House, Loop, Peer, until
 
@@ -65,7 +65,7 @@ def test_a_key_that_was_retired_ends_its_stream_and_the_new_one_goes_on(house: H
     old, new = house.admit("busan"), house.admit("busan", known=False)
     [member] = house.office.roster.members
     both = member.model_copy(
-        update={"link_key": crypto.key_line(new.read_bytes()), "previous_link_keys": (member.link_key,)}
+        update={"link_key": certificates.key_line(new.read_bytes()), "previous_link_keys": (member.link_key,)}
     )
     house.change(both)
     first = Peer(house, old, loop)
@@ -180,9 +180,9 @@ def context(house: House, key: Path | None = None) -> ssl.SSLContext:
 def test_a_certificate_that_is_not_believed_is_refused_before_a_frame_and_the_site_learns_why(
     house: House, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stranger = crypto.make_ca("stranger", 30)
+    stranger = certificates.make_ca("stranger", 30)
     if fault == "ended":
-        monkeypatch.setattr(crypto, "_BACKDATE", timedelta(days=2))
+        monkeypatch.setattr(certificates, "_BACKDATE", timedelta(days=2))
     key = house.admit("busan", stranger if fault == "another authority" else None, days=-1 if fault == "ended" else 30)
     if fault == "none shown":
         with raw(house) as plain, context(house).wrap_socket(plain, server_hostname="127.0.0.1") as secured:

@@ -20,14 +20,14 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedllm import crypto
-from fedllm.crypto import Identity
+from fedllm.crypto import certificates
+from fedllm.crypto.identity import Identity
 from fedllm.files import write_secret
-from fedllm.messages import KEY, RECORD
-from fedllm.provision import now
+from fedllm.protocol.enrolment import now
+from fedllm.protocol.messages import KEY, RECORD
 from server import federation
-from server.federation import Member, Roster
 from server.grpc_grid import GrpcGrid, look, node_of
+from server.roster import Member, Roster
 from tests.deployment.harness import HeadOffice, until
 from tests.deployment.network import HEAD, Network, do, why_not
 
@@ -93,9 +93,9 @@ def test_a_round_of_a_million_values_completes_over_a_poor_line(tmp_path: Path) 
         line = PoorLine(network)
         head = HeadOffice(tmp_path, POOR[HEAD], network.prefix(HEAD), port=9092)
         key = tmp_path / "link"
-        write_secret(key, crypto.make_key())
-        own = crypto.key_line(key.read_bytes())
-        issued = crypto.certify(head.office.authorities[0], own, OFFICE, 30)
+        write_secret(key, certificates.make_key())
+        own = certificates.key_line(key.read_bytes())
+        issued = certificates.certify(head.office.authorities[0], own, OFFICE, 30)
         write_secret(key.with_suffix(".pem"), issued)
         identity = Identity.generate().public.to_text()
         member = Member(site=OFFICE, identity=identity, link_key=own, serving_key=own, admitted_at=now())

@@ -12,8 +12,9 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from scipy.stats import binom, chi2, ncx2, norm, poisson
 
-from fedllm.plan import RunPlan, parse
+from fedllm.plan import RunPlan
 from fedllm.training import self_check
+from fedllm.values import parse
 from server.aggregate import (
     _ADAM,
     FALSE_ALARM,

@@ -7,14 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm import crypto, envelope
-from fedllm.crypto import Identity
-from fedllm.envelope import Binding
+from fedllm.crypto import certificates
+from fedllm.crypto.identity import Identity
 from fedllm.errors import CryptoError, FedllmError, MessageError
-from fedllm.plan import RunPlan, parse
-from fedllm.provision import now
+from fedllm.plan import RunPlan
+from fedllm.protocol import sealed_envelope
+from fedllm.protocol.enrolment import now
+from fedllm.protocol.sealed_envelope import Binding
+from fedllm.values import parse
 from server.channel import Opener, PlainChannel, SealedChannel
-from server.federation import Member, Roster
+from server.roster import Member, Roster
 
 HEAD, STRANGER = Identity.generate(), Identity.generate()
 
@@ -32,7 +34,7 @@ class Office:
 
     def __init__(self, name: str, node: int) -> None:
         self.name, self.node, self.identity = name, node, Identity.generate()
-        self._keys = [crypto.key_line(crypto.make_key()) for _ in range(2)]
+        self._keys = [certificates.key_line(certificates.make_key()) for _ in range(2)]
 
     @property
     def member(self) -> Member:
@@ -45,9 +47,9 @@ class Office:
     def answer(
         self, sealed: bytes, payload: bytes = b"answer", signed_by: Identity | None = None, **other: Any
     ) -> bytes:
-        binding, _, sender = envelope.open_sealed(sealed, self.identity, [HEAD.public, STRANGER.public])
-        back = {"direction": "to-head-office", "request": envelope.digest(sealed), **other}
-        return envelope.seal(payload, binding.model_copy(update=back), signed_by or self.identity, sender)
+        binding, _, sender = sealed_envelope.open_sealed(sealed, self.identity, [HEAD.public, STRANGER.public])
+        back = {"direction": "to-head-office", "request": sealed_envelope.digest(sealed), **other}
+        return sealed_envelope.seal(payload, binding.model_copy(update=back), signed_by or self.identity, sender)
 
 
 class Nodes:
@@ -117,18 +119,18 @@ def test_only_the_rosters_sites_take_part(world: World) -> None:
 
 def test_a_request_is_sealed_to_its_site_and_bound_to_run_plan_and_round(world: World) -> None:
     sealed = world.seal(1, 4, b"request")
-    binding, payload, sender = envelope.open_sealed(sealed, world.seoul.identity, [HEAD.public])
+    binding, payload, sender = sealed_envelope.open_sealed(sealed, world.seoul.identity, [HEAD.public])
     assert (payload, sender) == (b"request", HEAD.public)
     assert (binding.direction, binding.run, binding.plan, binding.round) == ("to-site", "run-1", plan().digest, 4)
     with pytest.raises(CryptoError):
-        envelope.open_sealed(sealed, world.busan.identity, [HEAD.public])
+        sealed_envelope.open_sealed(sealed, world.busan.identity, [HEAD.public])
 
 
 def test_numbers_grow_over_messages_channels_and_a_clock_that_stands(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def number(sealed: bytes) -> int:
-        return envelope.open_sealed(sealed, world.seoul.identity, [HEAD.public])[0].number
+        return sealed_envelope.open_sealed(sealed, world.seoul.identity, [HEAD.public])[0].number
 
     first = number(world.seal(1, 0, b""))
     later = world.another()
@@ -150,7 +152,7 @@ def test_the_answer_to_the_last_request_is_opened(world: World) -> None:
     [
         ({"direction": "to-site"}, "direction"), ({"run": "run-2"}, "run"), ({"plan": "0" * 64}, "plan"),
         ({"round": 2}, "round"), ({"number": 1}, "number"), ({"request": ""}, "request"),
-        ({"request": envelope.digest(b"")}, "request"),
+        ({"request": sealed_envelope.digest(b"")}, "request"),
     ],
 )  # fmt: skip
 def test_an_answer_bound_to_anything_else_is_refused_with_what_differs(
@@ -204,7 +206,7 @@ def _the_request_sent_back(world: World) -> bytes:
 def _sealed_to_a_stranger(world: World) -> bytes:
     binding = Binding(direction="to-head-office", run="run-1", plan=plan().digest, round=1, number=1)
     world.seal(1, 1, b"request")
-    return envelope.seal(b"answer", binding, world.seoul.identity, STRANGER.public)
+    return sealed_envelope.seal(b"answer", binding, world.seoul.identity, STRANGER.public)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_while_a_site_rotates_its_keys_answers_of_both_are_used_and_requests_go_
     assert world.open(1, world.seoul.answer(before)) == b"answer"
     sealed = world.seal(1, 2, b"request")
     with pytest.raises(CryptoError):
-        envelope.open_sealed(sealed, old, [HEAD.public])
+        sealed_envelope.open_sealed(sealed, old, [HEAD.public])
     world.seoul.identity = new
     assert world.open(1, world.seoul.answer(sealed)) == b"answer"
 

@@ -5,14 +5,14 @@ from typing import get_args
 
 import pytest
 
-from fedllm import crypto
-from fedllm.crypto import Identity
+from fedllm.crypto import certificates
+from fedllm.crypto.identity import Identity
 from fedllm.errors import FolderError
 from fedllm.files import write_secret
-from fedllm.provision import now
+from fedllm.protocol.enrolment import now
 from server import deployment
-from server.federation import Member, Roster
-from server.rounds import Event, Phase, RoundRecord, RoundStarted, SiteAnswered
+from server.events import Event, Phase, RoundRecord, RoundStarted, SiteAnswered
+from server.roster import Member, Roster
 
 
 def test_every_event_of_a_run_comes_back_from_the_progress_file(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_every_event_of_a_run_comes_back_from_the_progress_file(tmp_path: Path) 
 
 
 def test_a_run_sees_every_roster_at_once_and_says_where_it_is_gone(tmp_path: Path) -> None:
-    file, line = tmp_path / "roster.json", crypto.key_line(crypto.make_key())
+    file, line = tmp_path / "roster.json", certificates.key_line(certificates.make_key())
     member = Member(
         site="busan", identity=Identity.generate().public.to_text(), link_key=line, serving_key=line, admitted_at=now()
     )

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedllm import crypto, findings
-from fedllm.cli import app
-from fedllm.crypto import Certificate
+from fedllm.cli.main import app
+from fedllm.crypto import certificates
+from fedllm.crypto.certificates import Certificate
 from fedllm.files import write_secret
-from fedllm.findings import Finding
+from fedllm.ops import health_checks
+from fedllm.ops.health_checks import Finding
+from fedllm.protocol.enrolment import Grant, now
 from fedllm.protocol.link_pb2 import Connected, Refused, Sites
-from fedllm.provision import Grant, now
 from server import doctor, federation, grpc_grid
 from server.doctor import examine
 from tests.link.ends import daemon_of, free_port
@@ -24,7 +25,7 @@ from tests.server.test_federation import Site
 
 @pytest.fixture(autouse=True)
 def synchronised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(findings, "_synchronised", lambda: True)
+    monkeypatch.setattr(health_checks, "_synchronised", lambda: True)
     for name in ("grpc_proxy", "https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -73,7 +74,7 @@ def test_a_folder_in_order_has_nothing_wrong_and_is_left_as_it_was(folder: Path)
 
 def authority(folder: Path) -> Certificate:
     keys = folder / "keys"
-    return crypto.read_pairs((keys / "ca.pem").read_bytes(), (keys / "ca.key").read_bytes())[0]
+    return certificates.read_pairs((keys / "ca.pem").read_bytes(), (keys / "ca.key").read_bytes())[0]
 
 
 def serve_with(folder: Path, certificate: Certificate) -> None:
@@ -92,7 +93,7 @@ def test_a_certificate_that_ends_is_announced_30_days_before_and_wrong_14_days_b
     folder: Path, monkeypatch: pytest.MonkeyPatch, days_later: int, level: str, text: str
 ) -> None:
     then = now() + timedelta(days=days_later)
-    monkeypatch.setattr(findings, "now", lambda: then)
+    monkeypatch.setattr(health_checks, "now", lambda: then)
     [line] = [finding for finding in examine(folder) if finding.text.startswith(("the server certificate ends",
               "the server certificate has", "the server certificate is valid"))]  # fmt: skip
     assert line.level == level
@@ -104,19 +105,19 @@ def test_an_authority_is_replaced_before_it_is_too_short_for_what_it_issues(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     then = now() + timedelta(days=3650 - 110)
-    monkeypatch.setattr(findings, "now", lambda: then)
+    monkeypatch.setattr(health_checks, "now", lambda: then)
     monkeypatch.setattr(doctor, "now", lambda: then)
     assert any("authority" in text and "fedllm server rotate ca" in text for text in said(folder, "warning"))
 
 
 def test_a_server_certificate_of_another_authority_is_wrong(folder: Path) -> None:
-    serve_with(folder, crypto.make_server_certificate(crypto.make_ca("other", 365), HOSTS, 90))
+    serve_with(folder, certificates.make_server_certificate(certificates.make_ca("other", 365), HOSTS, 90))
     assert any("not issued by this federation's authority" in text for text in said(folder, "WRONG"))
 
 
 def test_a_server_certificate_without_its_own_key_is_wrong(folder: Path) -> None:
-    made = crypto.make_server_certificate(authority(folder), HOSTS, 90)
-    other = crypto.make_server_certificate(authority(folder), HOSTS, 90)
+    made = certificates.make_server_certificate(authority(folder), HOSTS, 90)
+    other = certificates.make_server_certificate(authority(folder), HOSTS, 90)
     serve_with(folder, Certificate(made.certificate, other.key))
     assert any("no private key beside it. Restore" in text for text in said(folder, "WRONG"))
 
@@ -206,18 +207,18 @@ def test_a_file_of_another_user_is_wrong(folder: Path) -> None:
 
 
 def test_a_clock_that_is_behind_or_free_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(findings, "_synchronised", lambda: False)
+    monkeypatch.setattr(health_checks, "_synchronised", lambda: False)
     assert any("not synchronised" in text and "set-ntp" in text for text in said(folder, "warning"))
-    monkeypatch.setattr(findings, "_synchronised", lambda: None)
+    monkeypatch.setattr(health_checks, "_synchronised", lambda: None)
     assert any("Compare it by hand" in text for text in said(folder, "warning"))
     then = now() - timedelta(hours=1)
-    monkeypatch.setattr(findings, "now", lambda: then)
+    monkeypatch.setattr(health_checks, "now", lambda: then)
     assert any(text.startswith("clock: it says") for text in said(folder, "WRONG"))
 
 
 def test_the_kernel_is_asked_about_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert findings._synchronised() in (True, False, None)
+    assert health_checks._synchronised() in (True, False, None)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_a_disk_that_fills_up_is_named(
     class Usage:
         free = int(gib * (1 << 30))
 
-    monkeypatch.setattr(findings.shutil, "disk_usage", lambda place: Usage)
+    monkeypatch.setattr(health_checks.shutil, "disk_usage", lambda place: Usage)
     assert any("disk" in line and text in line for line in said(folder, level))
 
 
@@ -243,9 +244,9 @@ def test_a_log_that_has_grown_is_named(folder: Path) -> None:
 
 def test_a_library_that_is_missing_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
-        raise findings.PackageNotFoundError(name)
+        raise health_checks.PackageNotFoundError(name)
 
-    monkeypatch.setattr(findings, "version", version)
+    monkeypatch.setattr(health_checks, "version", version)
     assert any("not installed" in text and "pip install" in text for text in said(folder, "WRONG"))
 
 
@@ -263,7 +264,7 @@ def test_another_program_on_the_port_is_wrong(folder: Path) -> None:
 def test_a_daemon_that_does_not_answer_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_grid, "_TIMEOUT", 1.0)
     (folder / "run").mkdir(0o700)
-    with findings.locked(folder / "run"):
+    with health_checks.locked(folder / "run"):
         assert any("server.log" in text and "start it anew" in text for text in said(folder, "WRONG"))
 
 
@@ -296,8 +297,8 @@ def test_a_certificate_of_an_office_that_another_authority_issued_is_wrong(folde
     path = folder / "grants" / "서울-강남.grant"
     office = federation.HeadOffice.open(folder)
     grant = Grant.open(path.read_bytes())[0]
-    key = crypto.certified_key(grant.link.encode())
-    other = crypto.certify(crypto.make_ca("other", 9), key, grant.site, 9)
+    key = certificates.certified_key(grant.link.encode())
+    other = certificates.certify(certificates.make_ca("other", 9), key, grant.site, 9)
     write_secret(path, grant.model_copy(update={"link": other.decode()}).sign(office.identities))
     [text] = said(folder, "WRONG")
     assert "the certificate of 서울-강남 is not of this federation's authority" in text
@@ -328,4 +329,4 @@ def test_the_command_finds_out_what_it_looks_at(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_finding_is_said_once() -> None:
-    assert findings.gather(lambda: [Finding("ok", "a")], lambda: [Finding("ok", "a")]) == [Finding("ok", "a")]
+    assert health_checks.gather(lambda: [Finding("ok", "a")], lambda: [Finding("ok", "a")]) == [Finding("ok", "a")]

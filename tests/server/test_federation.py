@@ -14,15 +14,17 @@ import pytest
 from cryptography import x509
 from typer.testing import CliRunner
 
-from fedllm import crypto, files
-from fedllm.chain import LedgerHead
-from fedllm.cli import app
-from fedllm.crypto import Identity
+from fedllm import files
+from fedllm.cli.main import app
+from fedllm.crypto import certificates
+from fedllm.crypto.hash_chain import LedgerHead
+from fedllm.crypto.identity import Identity
 from fedllm.errors import ConfigError, CryptoError, FederationError, FedllmError, FolderError
-from fedllm.provision import Grant, JoinRequest, now
+from fedllm.protocol.enrolment import Grant, JoinRequest, now
 from server import federation
-from server.federation import HeadOffice, Roster, admit, init_federation, retire, revoke
-from server.heads import HEADS, Heads
+from server.federation import HeadOffice, admit, init_federation, retire, revoke
+from server.ledger_heads import HEADS, Heads
+from server.roster import Roster
 
 
 class Site:
@@ -30,7 +32,7 @@ class Site:
 
     def __init__(self, name: str = "서울-강남") -> None:
         self.name, self.identity = name, Identity.generate()
-        self.link_key, self.serving_key = (crypto.key_line(crypto.make_key()) for _ in range(2))
+        self.link_key, self.serving_key = (certificates.key_line(certificates.make_key()) for _ in range(2))
         self.hosts = ("llm.seoul.example.com", "10.9.8.7")
 
     def join(self, *signers: Identity) -> bytes:
@@ -91,10 +93,12 @@ def test_every_file_of_head_office_is_private_and_every_key_its_own(folder: Path
 
 def test_the_server_certificate_is_good_for_every_name_and_for_loopback(folder: Path) -> None:
     office = HeadOffice.open(folder)
-    facts = crypto.read_certificates(office.server_certificate_file.read_bytes())[0]
+    facts = certificates.read_certificates(office.server_certificate_file.read_bytes())[0]
     assert facts.hosts == ("head.example.com", "10.1.2.3", "127.0.0.1", "localhost")
     assert office.warnings() == []
-    assert crypto.read_pairs(office.server_certificate_file.read_bytes(), office.server_certificate_file.read_bytes())
+    assert certificates.read_pairs(
+        office.server_certificate_file.read_bytes(), office.server_certificate_file.read_bytes()
+    )
 
 
 def test_nothing_is_ever_overwritten(folder: Path, settings: Path) -> None:
@@ -150,7 +154,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 
 
 def test_a_server_certificate_of_another_authority_is_found(folder: Path) -> None:
-    other = crypto.make_server_certificate(crypto.make_ca("한국 연합", 9), ("a",), 9)
+    other = certificates.make_server_certificate(certificates.make_ca("한국 연합", 9), ("a",), 9)
     files.write_secret(folder / "keys" / "server.pem", other.certificate + other.key)
     with pytest.raises(CryptoError, match="not issued"):
         HeadOffice.open(folder)
@@ -196,9 +200,9 @@ def test_a_grant_certifies_the_sites_keys_each_for_its_use(folder: Path) -> None
     for pem, key, hosts in (
         (grant.link, site.link_key, ()), (grant.serving, site.serving_key, (*site.hosts, "localhost", "127.0.0.1")),
     ):  # fmt: skip
-        facts = crypto.read_certificates(pem.encode())[0]
-        assert crypto.certified_key(pem.encode()) == key
-        assert crypto.issued_by(pem.encode(), [office.authorities[0].certificate]) == 0
+        facts = certificates.read_certificates(pem.encode())[0]
+        assert certificates.certified_key(pem.encode()) == key
+        assert certificates.issued_by(pem.encode(), [office.authorities[0].certificate]) == 0
         assert facts.subject == f"CN={site.name}"
         assert facts.hosts == hosts
         assert timedelta(days=364) < facts.ends - now() <= timedelta(days=365)
@@ -211,12 +215,12 @@ def test_no_office_gets_a_certificate_for_a_name_of_head_office(tmp_path: Path, 
     folder, site = init_federation(tmp_path / "f.yaml", tmp_path / "h").folder, Site()
     site.hosts = ("Head.example.COM", "10.1.2.3", "2001:db8:0:0::1", "localhost", "own.example.com")
     grant = Grant.open(admit(folder, site.join(), site.fingerprint).read_bytes())[0]
-    hosts = crypto.read_certificates(grant.serving.encode())[0].hosts
+    hosts = certificates.read_certificates(grant.serving.encode())[0].hosts
     assert set(hosts) & set(HeadOffice.open(folder).config.names) == set()
     assert "head.example.com" not in hosts
     assert {"own.example.com", "127.0.0.1"} <= set(hosts)
     assert ("localhost" in hosts) == ("localhost" not in names)
-    assert crypto.read_certificates(grant.link.encode())[0].hosts == ()
+    assert certificates.read_certificates(grant.link.encode())[0].hosts == ()
 
 
 def test_a_serving_certificate_without_any_name_is_still_none_of_a_client(tmp_path: Path) -> None:
@@ -227,7 +231,7 @@ def test_a_serving_certificate_without_any_name_is_still_none_of_a_client(tmp_pa
     found = x509.load_pem_x509_certificate(grant.serving.encode())
     uses = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert list(uses) == [x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]
-    assert crypto.read_certificates(grant.serving.encode())[0].hosts == ()
+    assert certificates.read_certificates(grant.serving.encode())[0].hosts == ()
 
 
 def test_what_offices_are_certified_for_lasts_as_long_as_the_settings_say(folder: Path) -> None:
@@ -236,10 +240,10 @@ def test_what_offices_are_certified_for_lasts_as_long_as_the_settings_say(folder
         file.write("site_days: 3\n")
     path = admit(folder, site.join(), site.fingerprint)
     first = Grant.open(path.read_bytes())[0]
-    assert crypto.read_certificates(first.link.encode())[0].ends - now() <= timedelta(days=3)
+    assert certificates.read_certificates(first.link.encode())[0].ends - now() <= timedelta(days=3)
     again = Grant.open(federation.renew_grant(folder, site.name).read_bytes())[0]
     assert again.link != first.link
-    assert crypto.certified_key(again.link.encode()) == site.link_key
+    assert certificates.certified_key(again.link.encode()) == site.link_key
 
 
 def test_a_folder_of_the_version_before_says_how_it_is_made_anew(folder: Path) -> None:
@@ -379,13 +383,13 @@ def test_while_the_authority_is_replaced_every_grant_in_use_covers_the_server(fo
     def believed(ca: str) -> bool:
         authorities = re.findall(rb"-----BEGIN.*?-----END CERTIFICATE-----\n", ca.encode(), re.DOTALL)
         try:
-            return crypto.issued_by(HeadOffice.open(folder).server.certificate, authorities) >= 0
+            return certificates.issued_by(HeadOffice.open(folder).server.certificate, authorities) >= 0
         except CryptoError:
             return False
 
     assert federation.rotate_ca(folder, "start") == [path]
     grants.append(Grant.open(path.read_bytes())[0].ca)
-    assert len(crypto.read_certificates(grants[1].encode())) == 2
+    assert len(certificates.read_certificates(grants[1].encode())) == 2
     assert HeadOffice.open(folder).server == old.server
     federation.rotate_server_certificate(folder)  # an old one again: not every office knows the new authority
     assert believed(grants[0])

@@ -20,14 +20,17 @@ from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 import server.checkpoint
-import server.record
 import server.rounds
-from fedllm import codec
-from fedllm.chain import Entry, LedgerHead, read_chain
-from fedllm.crypto import Identity
-from fedllm.delta import AdapterSpec, TensorSpec
+import server.run_record
+from fedllm import adapter_vector
+from fedllm.adapter_vector import AdapterSpec, TensorSpec
+from fedllm.config import FederationConfig
+from fedllm.crypto.hash_chain import Entry, LedgerHead, read_chain
+from fedllm.crypto.identity import Identity
 from fedllm.errors import CheckpointError, FederationError, ModelError, QuorumLost
-from fedllm.messages import (
+from fedllm.plan import RunPlan
+from fedllm.privacy.accounting import spent
+from fedllm.protocol.messages import (
     KEY,
     RECORD,
     Declined,
@@ -38,25 +41,15 @@ from fedllm.messages import (
     TrainRequest,
     from_bytes,
 )
-from fedllm.plan import MAX_START, FederationConfig, RunPlan, parse
-from fedllm.privacy.accounting import spent
-from fedllm.statement import Statement, open_statement, roster_digest, sign_statement, update_digest
+from fedllm.protocol.spending_statement import Statement, open_statement, roster_digest, sign_statement, update_digest
 from fedllm.training.server_optimizer import ServerOptimizer
+from fedllm.values import MAX_START, parse
 from server.channel import PlainChannel
 from server.checkpoint import load_checkpoint
-from server.heads import HEADS, Heads
-from server.record import RECORD_FILE, RunRecord, adapter_digest
-from server.rounds import (
-    CHECKPOINT,
-    METRICS,
-    Coordinator,
-    Event,
-    Phase,
-    PublicModel,
-    RoundRecord,
-    RoundStarted,
-    SiteAnswered,
-)
+from server.events import CHECKPOINT, METRICS, Event, Phase, RoundRecord, RoundStarted, SiteAnswered
+from server.ledger_heads import HEADS, Heads
+from server.rounds import Coordinator, PublicModel
+from server.run_record import RECORD_FILE, RunRecord, adapter_digest
 
 DIMENSION = 12
 SPEC = AdapterSpec("base", "frozen", 2.0, (TensorSpec("a", (4, 2)), TensorSpec("b", (4,))))
@@ -136,8 +129,8 @@ class FakeSite:
         draft = Draft(
             self.name, plan.run, plan.digest, message.round, 0.5 * message.round if private else None,
             0.6 * message.round if private else None, plan.privacy.delta,
-            codec.encode(
-                self.delta(message.round, codec.decode(message.payload, "float32", DIMENSION)), plan.training.wire
+            adapter_vector.encode(
+                self.delta(message.round, adapter_vector.decode(message.payload, "float32", DIMENSION)), plan.training.wire
             ),
         )  # fmt: skip
         answer = draft if self.spoil is None else self.spoil(draft)
@@ -423,7 +416,9 @@ MISBEHAVIOURS: dict[str, Callable[[Draft], Any]] = {
     "unknown name": _changed(site="nobody"),
     "another plan": _changed(plan="0" * 64),
     "another run": _changed(run="another"),
-    "another type": lambda reply: replace(reply, payload=codec.encode(np.zeros(DIMENSION, np.float32), "float16")),
+    "another type": lambda reply: replace(
+        reply, payload=adapter_vector.encode(np.zeros(DIMENSION, np.float32), "float16")
+    ),
     "garbage": lambda reply: b"\x00\xff" * 50,
     "empty": lambda reply: b"",
     "cut": lambda reply: TrainReply(statement="x", payload=reply.payload).to_bytes()[:20],
@@ -772,7 +767,7 @@ def test_a_run_killed_before_any_write_resumes_to_the_same_bits(
         with monkeypatch.context() as patch:
             patch.setattr(server.checkpoint, "write_atomically", write)
             patch.setattr(server.rounds, "write_atomically", write)
-            patch.setattr(server.record, "write_atomically", write)
+            patch.setattr(server.run_record, "write_atomically", write)
             with pytest.raises(Killed):
                 federation.run()
         resumed = federation.resume()

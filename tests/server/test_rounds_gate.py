@@ -8,8 +8,8 @@ import pytest
 from fedllm.audit.evidence import _Checks, _read_record
 from fedllm.errors import QuorumLost
 from fedllm.plan import RunPlan
-from server.record import RECORD_FILE, adapter_digest
-from server.rounds import RoundRecord
+from server.events import RoundRecord
+from server.run_record import RECORD_FILE, adapter_digest
 from tests.server.test_rounds import (  # noqa: F401  # one is a fixture
     NAMES,
     START,

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from fedllm.config import DeploymentConfig
 from fedllm.errors import ConfigError
-from fedllm.messages import KEY, RECORD
-from fedllm.plan import DeploymentConfig, parse
+from fedllm.protocol.messages import KEY, RECORD
+from fedllm.values import parse
 from server.aggregate import AGGREGATION, AggregationRule
 from server.grid import OneRunGrid
 from tests.server.test_rounds import (  # noqa: F401  # one is a fixture

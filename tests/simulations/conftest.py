@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 from transformers import BertConfig, BertModel
 
-import fedllm.cli
-from fedllm.plan import SimulationConfig, parse
+import fedllm.cli.main
+from fedllm.config import SimulationConfig
+from fedllm.values import parse
 from tests.conftest import byte_tokenizer
 
 BRANCHES = ("강남", "busan", "daegu", "jeju")
@@ -147,11 +148,11 @@ class CommandsHere:
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(error):
             patch.chdir(cwd or self._folder)
             patch.setenv("COLUMNS", "2000")  # wide: lines as they are written
-            patch.setattr(fedllm.cli, "_console", Console())
-            patch.setattr(fedllm.cli, "_errors", Console(stderr=True))
+            patch.setattr(fedllm.cli.main, "_console", Console())
+            patch.setattr(fedllm.cli.main, "_errors", Console(stderr=True))
             patch.setattr(sys, "argv", ["fedllm", *arguments])
             try:
-                fedllm.cli.main()
+                fedllm.cli.main.main()
             except SystemExit as leaving:
                 code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         return Result(code, output.getvalue(), error.getvalue())

@@ -17,8 +17,8 @@ import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_svg
 import transformers
 
-import fedllm.cli
-import simulations.screen
+import fedllm.cli.live_view
+import fedllm.cli.main
 import simulations.simulate
 
 # What a simulation imports late, from libraries that import late themselves.
@@ -27,7 +27,7 @@ _WARM = (
     dp_accounting.rdp,
     matplotlib.backends.backend_agg,
     matplotlib.backends.backend_svg,
-    simulations.screen,
+    fedllm.cli.live_view,
     simulations.simulate,
     transformers.LlamaForCausalLM,
     transformers.BertForSequenceClassification,
@@ -52,7 +52,7 @@ def start(request: dict[str, Any]) -> int:
         os.chdir(request["cwd"])
         sys.argv = ["fedllm", *request["arguments"]]
         try:
-            fedllm.cli.main()
+            fedllm.cli.main.main()
             code = 0
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)

@@ -16,7 +16,7 @@ import simulations.simulate
 import simulations.sites
 import simulations.workers
 from client.app import Handler
-from fedllm.plan import SimulationConfig
+from fedllm.config import SimulationConfig
 from server.checkpoint import load_checkpoint
 from simulations.grid import InProcessGrid
 from simulations.simulate import simulate

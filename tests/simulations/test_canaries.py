@@ -10,8 +10,8 @@ import pytest
 from flwr.app import Message
 
 from client.site import Site
-from fedllm.messages import KEY, RECORD
-from fedllm.plan import SimulationConfig
+from fedllm.config import SimulationConfig
+from fedllm.protocol.messages import KEY, RECORD
 from simulations.grid import InProcessGrid
 from simulations.simulate import simulate
 

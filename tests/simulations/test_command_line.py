@@ -17,9 +17,9 @@ import yaml
 from typer.testing import CliRunner
 
 import fedllm as package
-from fedllm.cli import _SIMULATE_HELP, app
-from fedllm.cli_settings import compose, validate
-from fedllm.plan import SimulationConfig
+from fedllm.cli.hydra_config import compose, validate
+from fedllm.cli.main import _SIMULATE_HELP, app
+from fedllm.config import SimulationConfig
 from tests.simulations.conftest import CommandsHere
 
 Overrides = Callable[..., list[str]]
@@ -108,7 +108,7 @@ def test_a_mistake_is_told_before_torch_is_imported() -> None:
     """Which takes ten seconds on a small machine."""
     code = (
         "import sys, fedllm.cli\n"
-        "try: fedllm.cli.main()\n"
+        "try: fedllm.cli.main.main()\n"
         "except SystemExit as leaving: assert leaving.code == 1\n"
         "assert 'torch' not in sys.modules\n"
     )
@@ -128,7 +128,7 @@ class Stop(MetaPathFinder):
             print("NOW", name)
             raise SystemExit(3)
 sys.meta_path.insert(0, Stop())
-from fedllm.cli import main
+from fedllm.cli.main import main
 main()
 """
     command = [sys.executable, "-c", code, "simulate", "output=/dev/null"]
@@ -144,7 +144,7 @@ def test_the_last_line_counts_from_the_start_of_the_process(monkeypatch: pytest.
     told: list[float] = []
     monkeypatch.setattr(package, "BEGAN", time.monotonic() - 1_000_000)
     monkeypatch.setattr("simulations.simulate.simulate", lambda *_: SimpleNamespace(stopped=""))
-    monkeypatch.setattr("simulations.screen.Screen.summarise", lambda self, summary, seconds: told.append(seconds))
+    monkeypatch.setattr("fedllm.cli.live_view.Screen.summarise", lambda self, summary, seconds: told.append(seconds))
     done = CliRunner().invoke(app, ["simulate", "federation.processes=1"])  # which starts no process before the run
     assert done.exit_code == 0, done.output
     assert told[0] >= 1_000_000

@@ -10,9 +10,11 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from fedllm.plan import RunPlan, SimulationConfig, parse
+from fedllm.config import SimulationConfig
+from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import LedgerFile
+from fedllm.values import parse
 from server.checkpoint import load_checkpoint
 from tests.simulations.conftest import BRANCHES
 

@@ -11,22 +11,32 @@ from numpy.typing import NDArray
 
 import server.run
 from client.site import Site
-from fedllm import secagg
 from fedllm.audit.bundle import verify, write_audit
-from fedllm.audit.evidence import Trust
 from fedllm.audit.summary import RunSummary
-from fedllm.chain import open_entry
+from fedllm.audit.trust import Trust
+from fedllm.config import SimulationConfig
+from fedllm.crypto.hash_chain import open_entry
 from fedllm.errors import ConfigError
-from fedllm.messages import Declined, Masked, Secure, TrainReply, TrainRequest, UnmaskRequest, from_bytes, unpack
-from fedllm.plan import RunPlan, SimulationConfig
+from fedllm.plan import RunPlan
+from fedllm.privacy.distributed_noise import rounded_normals
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.privacy.randomness import SeededRandomness
-from fedllm.privacy.shared import rounded_normals
+from fedllm.protocol.messages import (
+    Declined,
+    Masked,
+    Secure,
+    TrainReply,
+    TrainRequest,
+    UnmaskRequest,
+    from_bytes,
+    unpack,
+)
+from fedllm.secagg import masking
 from fedllm.training.server_optimizer import ServerOptimizer
 from fedllm.training.workspace import open_workspace
 from server.checkpoint import load_checkpoint
-from server.record import RECORD_FILE, key_in
-from server.rounds import Event
+from server.events import Event
+from server.run_record import RECORD_FILE, key_in
 from simulations.simulate import KEYS, simulate
 from simulations.sites import simulated_data
 from tests.fedllm.audit.test_evidence import failing, lie
@@ -384,7 +394,7 @@ def test_what_a_site_uploads_is_not_its_sum(
 ) -> None:
     """The highest four bits of masked uploads are uniform; without masks they show the small numbers beneath."""
     if not masks:
-        monkeypatch.setattr(secagg, "_add_mask", lambda *_: None)
+        monkeypatch.setattr(masking, "add_mask", lambda *_: None)
     replies = replies_of(monkeypatch, lambda *_: False)
     run(configure(tmp_path, **SHARED))
     assert len(replies) == 2 * len(BRANCHES)

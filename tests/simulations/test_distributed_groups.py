@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import server.run
-from client.masks import Masks
+from client.secagg_client import Masks
 from fedllm.audit.evidence import assess
+from fedllm.config import SimulationConfig
 from fedllm.errors import ConfigError
-from fedllm.messages import TrainRequest, UnmaskRequest
-from fedllm.plan import SimulationConfig
 from fedllm.privacy.ledger import LedgerFile
-from server.record import key_in
+from fedllm.protocol.messages import TrainRequest, UnmaskRequest
+from server.run_record import key_in
 from tests.fedllm.audit.test_evidence import failing, lie
 from tests.simulations.conftest import Configure
 from tests.simulations.test_distributed import StopHereError, replies_of, rounds_of, run, stop_in, verdict

@@ -11,7 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import server.grid
 from client.app import Handler, courier
-from fedllm.messages import KEY, RECORD
+from fedllm.protocol.messages import KEY, RECORD
 from simulations.grid import InProcessGrid
 
 

@@ -9,8 +9,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedllm.config import PartitionConfig
 from fedllm.errors import ConfigError, DataError
-from fedllm.plan import PartitionConfig, parse
+from fedllm.values import parse
 from simulations.partition import partition
 
 _KEYS = st.sampled_from(["서울 강남", "부산", "busan", "a/b", "..", "제주특별자치도", "Ünï", "1", "[/b]"])

@@ -35,20 +35,22 @@ import server.channel
 import server.run
 from client.site import Site
 from fedllm.audit.bundle import verify
-from fedllm.audit.evidence import Trust
 from fedllm.audit.summary import RunSummary
-from fedllm.cli import app
+from fedllm.audit.trust import Trust
+from fedllm.cli.main import app
+from fedllm.config import SimulationConfig
 from fedllm.errors import ConfigError, FedllmError
-from fedllm.messages import Declined, Message, Prepare, TrainReply, TrainRequest, from_bytes
-from fedllm.plan import RunPlan, SimulationConfig, parse
+from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import LedgerFile
-from fedllm.statement import open_statement, sign_statement
+from fedllm.protocol.messages import Declined, Message, Prepare, TrainReply, TrainRequest, from_bytes
+from fedllm.protocol.spending_statement import open_statement, sign_statement
 from fedllm.training.adapter import AdapterModel
+from fedllm.values import parse
 from server.checkpoint import load_checkpoint
-from server.heads import HEADS, Heads
-from server.record import key_in
-from server.rounds import Event, Phase, RoundRecord, SiteAnswered
+from server.events import Event, Phase, RoundRecord, SiteAnswered
+from server.ledger_heads import HEADS, Heads
+from server.run_record import key_in
 from simulations.simulate import KEYS, simulate
 from tests.fedllm.audit.conftest import any_pdf
 from tests.fedllm.privacy.budgets import for_several_plans

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from fedllm.audit.summary import RunSummary
+from fedllm.config import SimulationConfig
 from fedllm.errors import FederationError
-from fedllm.messages import Declined, from_bytes
-from fedllm.plan import SimulationConfig
+from fedllm.protocol.messages import Declined, from_bytes
 from server.checkpoint import load_checkpoint
 from simulations.simulate import simulate
 from simulations.sites import SITE_LOG

@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedllm.audit.evidence import HEAD_OFFICE, Trust, file_name
-from fedllm.chain import START, End, Entry, make_entry, open_entry
-from fedllm.crypto import Identity
+from fedllm.audit.evidence import file_name
+from fedllm.audit.trust import HEAD_OFFICE, Trust
+from fedllm.crypto.hash_chain import START, End, Entry, make_entry, open_entry
+from fedllm.crypto.identity import Identity
 from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace
-from fedllm.statement import Statement, roster_digest, sign_statement, update_digest
+from fedllm.protocol.spending_statement import Statement, roster_digest, sign_statement, update_digest
 
 SITES = ("seoul-gangnam", "부산-해운대", "incheon")
 DELTA = 1e-5
@@ -138,6 +139,6 @@ class Federation:
 
 def resign(line: str, changes: dict[str, Any], signer: Identity) -> str:
     """Return a statement with some fields changed, signed again by who may sign it: a lie, not a forgery."""
-    from fedllm.statement import open_statement
+    from fedllm.protocol.spending_statement import open_statement
 
     return sign_statement(Statement(**{**asdict(open_statement(line)[0]), **changes}), signer)

@@ -11,7 +11,7 @@ from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.bundle import verify, write_audit
 from fedllm.audit.evidence import assess
 from fedllm.audit.model import CrossCheck, Estimate
-from fedllm.cli import app
+from fedllm.cli.main import app
 from fedllm.errors import ChainError
 from fedllm.privacy.accounting import AccountingEvent, spent
 from tests.fedllm.audit.conftest import Audited, any_pdf

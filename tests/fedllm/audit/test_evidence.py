@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedllm.audit.bundle import verify, write_audit
-from fedllm.audit.evidence import Trust, assess, file_name
+from fedllm.audit.evidence import assess, file_name
 from fedllm.audit.model import Audit, Code, json_schema
 from fedllm.audit.risk import risk_of
-from fedllm.crypto import Identity
+from fedllm.audit.trust import Trust
+from fedllm.crypto.identity import Identity
 from fedllm.errors import ChainError, ConfigError, FedllmError
 from fedllm.privacy.accounting import AccountingEvent, counted, deltas, spent
 from tests.fedllm.audit.conftest import Audited, any_pdf
@@ -85,7 +86,7 @@ class Missing:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Missing())
 sys.argv = ["fedllm", "audit", "verify", {str(audited.run / "audit")!r}, "--trust", {str(keys)!r}, "--allow-uncompared"]
-from fedllm.cli import main
+from fedllm.cli.main import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
@@ -284,7 +285,7 @@ def sign_again(folder: Path, signer: Identity) -> None:
 
 def lie(run: Path, head_office: Identity, change: Callable[[list[dict[str, Any]]], None]) -> None:
     """Let head office write another record, with its own good signatures."""
-    from fedllm.chain import open_entry
+    from fedllm.crypto.hash_chain import open_entry
 
     entries = [open_entry(line) for line in (run / "record.jsonl").read_text("utf-8").splitlines()]
     bodies = [{"kind": entry.kind, **entry.body} for entry in entries]

@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 from fedllm.audit import bundle, report
 from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.bundle import Written, write_audit
-from fedllm.audit.evidence import Trust, assess
+from fedllm.audit.evidence import assess
 from fedllm.audit.model import Audit, Point, Utility
 from fedllm.audit.pdf import render_pdf, rendered, renderer
 from fedllm.audit.report import LANGUAGES, Language, Section, render_html
-from fedllm.cli import app
+from fedllm.audit.trust import Trust
+from fedllm.cli.main import app
 from fedllm.errors import FolderError
 from fedllm.files import write_secret
 from tests.fedllm.audit.conftest import Audited, any_pdf
@@ -353,7 +354,7 @@ def test_an_audit_is_verified_without_the_libraries_of_training(audited: Audited
     keys = audited.federation.write_trust(tmp_path / "keys.txt")
     code = """
 import sys
-from fedllm.cli import main
+from fedllm.cli.main import main
 try:
     main()
 finally:

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 import fedllm.audit.summary
 from fedllm.audit.summary import RunSummary, write_outputs
-from fedllm.plan import AdapterConfig, DataConfig, ModelConfig, RunPlan
+from fedllm.config import AdapterConfig, DataConfig, ModelConfig
+from fedllm.plan import RunPlan
 from fedllm.training.adapter import AdapterModel, attach
 from fedllm.training.model import load_base
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.crypto import Identity
+from fedllm.crypto.identity import Identity
 from fedllm.errors import BudgetExceeded, FedllmError, LedgerError
 from fedllm.privacy.accounting import AccountingEvent, overrun, spent
 from fedllm.privacy.ledger import PrivacyLedger, Reservation

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fedllm.privacy.ledger as module
-from fedllm.chain import LedgerHead, make_entry, open_entry, read_chain
-from fedllm.crypto import Identity
+from fedllm.crypto.hash_chain import LedgerHead, make_entry, open_entry, read_chain
+from fedllm.crypto.identity import Identity
 from fedllm.errors import BudgetExceeded, ChainError, LedgerError
 from fedllm.privacy import ledger_place
 from fedllm.privacy.accounting import spent

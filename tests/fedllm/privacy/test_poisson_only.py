@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fedllm.errors import ConfigError
-from fedllm.plan import RunPlan, parse
+from fedllm.plan import RunPlan
+from fedllm.values import parse
 
 ROOT = Path(__file__).parents[3]
 WHERE_RECORDS_ARE = ["fedllm/training", "fedllm/privacy", "client"]

@@ -23,7 +23,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from fedllm.plan import AdapterConfig, ModelConfig
+from fedllm.config import AdapterConfig, ModelConfig
 from fedllm.training.adapter import AdapterModel, attach
 from fedllm.training.data import IGNORE, Record, Unit
 from fedllm.training.model import load_base

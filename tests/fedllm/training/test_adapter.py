@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fedllm.training.adapter
+from fedllm.config import AdapterConfig, ModelConfig
 from fedllm.errors import ModelError, SpecMismatch
-from fedllm.plan import AdapterConfig, ModelConfig
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.training.adapter import AdapterModel, attach, check_saved

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch._dynamo.utils import counters
 
+from fedllm.config import AdapterConfig, ModelConfig, PrivacyConfig, TrainingConfig
 from fedllm.errors import ModelError
-from fedllm.plan import AdapterConfig, ModelConfig, PrivacyConfig, RunPlan, TrainingConfig
+from fedllm.plan import RunPlan
+from fedllm.privacy.distributed_noise import SharedMechanism
 from fedllm.privacy.mechanism import Mechanism
-from fedllm.privacy.shared import SharedMechanism
 from fedllm.training import compiling
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Record, Unit, batches, collate

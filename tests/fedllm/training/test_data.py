@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from fedllm.config import ModelConfig, TextConfig
 from fedllm.errors import ConfigError, DataError
-from fedllm.plan import ModelConfig, TextConfig
 from fedllm.training.data import (
     IGNORE,
     Record,

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedllm.errors import ModelError
+from fedllm.privacy.distributed_noise import SharedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
-from fedllm.privacy.shared import SharedMechanism
 from fedllm.training import losses
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Record, Unit, batches

@@ -10,8 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from fedllm.config import DataConfig, ModelConfig
 from fedllm.errors import ModelError
-from fedllm.plan import DataConfig, ModelConfig
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.training.adapter import AdapterModel

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedllm.config import ModelConfig
 from fedllm.errors import ConfigError, FedllmError, ModelError
-from fedllm.plan import ModelConfig, parse
 from fedllm.training.model import load_base, weights_digest
+from fedllm.values import parse
 
 MakeConfig = Callable[[str], ModelConfig]
 FolderOf = Callable[[str], Path]

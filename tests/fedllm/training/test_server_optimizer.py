@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fedllm.config import ServerOptimizerConfig
 from fedllm.errors import CheckpointError
-from fedllm.plan import ServerOptimizerConfig
 from fedllm.training.server_optimizer import ServerOptimizer
 
 D = 50

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedllm.config import AdapterConfig, ModelConfig
 from fedllm.errors import ModelError
-from fedllm.plan import AdapterConfig, ModelConfig
 from fedllm.training import workspace
 from fedllm.training.workspace import open_workspace
 

@@ -1,0 +1,136 @@
+"""A site's part in secure aggregation over a run: joins, deals, masks and reveals through `fedllm.secagg`."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm.crypto.identity import Identity, PublicIdentity
+from fedllm.errors import ConfigError, CryptoError, MasksError, MessageError, PrivacyError
+from fedllm.plan import RunPlan
+from fedllm.protocol.messages import (
+    MaskRequest,
+    Prepare,
+    RevealRequest,
+    Secure,
+    ShareRequest,
+    Shares,
+    UnmaskRequest,
+    from_bytes,
+)
+from fedllm.secagg import Member, Terms
+
+_RUNS = 8  # at a time
+# ids of this start of the machine, and of the virtual machine where its host gives each copy another one (Xen)
+_IDS = (Path("/proc/sys/kernel/random/boot_id"), Path("/sys/hypervisor/uuid"))
+Peers = Callable[[Mapping[str, str]], Mapping[str, PublicIdentity]]
+
+
+class Masks:
+    """Lives in memory only: a site that was started again has dropped out, and joins anew.
+
+    So has one that finds itself in another process or start of a machine than where its secrets were made: of a running
+    site that was copied, two would mask two vectors alike, whose difference is not masked.
+    """
+
+    def __init__(self, site: str, identity: Callable[[], Identity], peers: Peers) -> None:
+        """`peers` returns those of the sites that head office names whom this site believes to be who they are."""
+        self._site, self._identity, self._peers = site, identity, peers
+        self._members: dict[str, Member] = {}  # by the plan's digest, the least recent first: runs may overlap
+        self._made = incarnation()
+
+    def join(self, request: Prepare) -> bytes:
+        """Return this site's Join for a session of a plan; the same one while the session lasts."""
+        plan = request.plan
+        if request.session is None:
+            raise MessageError("a plan with noise in shares comes with a session of secure aggregation")
+        self._forget_if_copied()
+        circle = plan.circle(self._site)  # which the plan fixes for the whole run: whoever is in no other is no peer
+        with _judged():
+            peers = self._peers(request.roster)
+            terms = Terms(
+                plan.digest,
+                request.session,
+                plan.quorum,
+                plan.privacy.colluding_sites,
+                peers if circle is None else {name: peers[name] for name in circle if name in peers},
+                plan.sites,
+            )
+            member = self._members.pop(plan.digest, None)
+            if member is None or member.terms != terms:
+                member = Member(terms, self._site, self._identity())
+        self._members[plan.digest] = member
+        while len(self._members) > _RUNS:
+            del self._members[next(iter(self._members))]
+        return member.join.to_bytes()
+
+    def answer(self, request: Secure) -> bytes:
+        """Answer a step of secure aggregation that is not an upload."""
+        member = self._of(request.plan)
+        step = from_bytes(request.payload, ShareRequest, UnmaskRequest, RevealRequest)
+        if step.round != request.round or step.round > request.plan.training.rounds:
+            raise MessageError(f"round={step.round} of secure aggregation in a request of round={request.round}")
+        with _judged():
+            if isinstance(step, ShareRequest):
+                return member.share(step).to_bytes()
+            return (member.unmask(step) if isinstance(step, UnmaskRequest) else member.reveal(step)).to_bytes()
+
+    def check(self, plan: RunPlan, request: MaskRequest) -> None:
+        """Raise MasksError where an upload could not be masked as head office asks: before it is paid for."""
+        with _judged():
+            self._of(plan).check(request)
+
+    def mask(
+        self, plan: RunPlan, request: MaskRequest, task: str, vector: NDArray[np.uint32], seeds: Sequence[str]
+    ) -> tuple[bytes, bytes]:
+        """Return the masked vector uint32[d] as a message, and this site's secrets of the next round, dealt out.
+
+        `task` is the digest of what the vector was computed from; `seeds` are of the noise in it that may turn out
+        as surplus.
+        """
+        member, shared = self._of(plan), plan.shared
+        if shared is None:
+            raise MessageError(f"privacy.mode={plan.privacy.mode} has no noise in shares")
+        with _judged():
+            masked = member.mask(request, task, vector, lambda u: tuple(seeds[k] for k in shared.given_away(u)))
+            following: Shares | None = None
+            if request.round < plan.training.rounds:
+                following = member.share(ShareRequest(context=request.context, round=request.round + 1, joins=()))
+        return masked.to_bytes(), following.to_bytes() if following is not None else b""
+
+    def _forget_if_copied(self) -> None:
+        if (now := incarnation()) != self._made:
+            self._members.clear()
+            self._made = now
+
+    def _of(self, plan: RunPlan) -> Member:
+        self._forget_if_copied()
+        member = self._members.get(plan.digest)
+        if member is None:
+            raise MasksError(
+                "this site has not joined secure aggregation for this plan since it was started, or copied"
+            )
+        return member
+
+
+def incarnation() -> str:
+    """Return which process this is, in which start of which machine; two copies with one answer are not told apart."""
+    found = [str(os.getpid())]
+    for path in _IDS:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(path.read_text("ascii").strip())
+    return " ".join(found)
+
+
+@contextlib.contextmanager
+def _judged() -> Iterator[None]:
+    """Turn what secure aggregation refuses into the one error that says so."""
+    try:
+        yield
+    except MasksError:
+        raise
+    except (PrivacyError, MessageError, CryptoError, ConfigError) as error:
+        raise MasksError(str(error)) from error

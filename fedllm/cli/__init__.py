@@ -1,0 +1,1 @@
+"""The command line: entry points, which may import everything and import late."""

@@ -1,0 +1,147 @@
+"""The commands of an audit. An entry point: it may import anything, and imports late so that --help is quick."""
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedllm.errors import ChainError
+from fedllm.shown import escaped
+
+if TYPE_CHECKING:
+    from fedllm.audit.model import Audit, Status
+
+audit_app = typer.Typer(help="The audit of a run: a report for people, and its verification.", no_args_is_help=True)
+
+_RECORD_KEY = "record.key"  # a simulation's own
+
+
+class Lang(Enum):
+    """Languages of a report."""
+
+    ko = "ko"
+    en = "en"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the main command."""
+    app.add_typer(audit_app, name="audit")
+
+
+@audit_app.command("report")
+def report(
+    run: Annotated[Path, typer.Argument(help="The run's folder, or an audit's.", show_default=False)],
+    lang: Annotated[
+        Lang | None, typer.Option(help="Language of audit.html and audit.pdf; without it, both.", show_default=False)
+    ] = None,
+    ledgers: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the sites' ledgers, SITE.jsonl, by fedllm ledger export.", show_default=False),
+    ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(help="Identity file that signs the report, such as keys/identity.", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="RUN/audit")] = None,
+) -> None:
+    """Check a run's evidence and write audit.html, audit.json and audit.pdf."""
+    from fedllm.audit.accountants import CROSS_CHECKS
+    from fedllm.audit.bundle import FOLDER, write_audit
+    from fedllm.crypto.identity import Identity
+
+    own = run / _RECORD_KEY
+    source = key if key is not None else own if own.exists() else None
+    signer = Identity.read(source) if source is not None else None
+    pages = [("audit", lang.value)] if lang is not None else [("audit", "en"), ("audit.ko", "ko")]
+    written = write_audit(run, out or run / FOLDER, pages, ledgers, signer, CROSS_CHECKS)
+    typer.echo(f"{_VERDICTS[written.audit.verdict]}. The report is in {written.folder}")
+    _list(written.audit, "fails")
+    _list(written.audit, "unverified")
+    if signer is None:
+        typer.echo("It is not signed: give --key, or nobody can tell whether its pages were altered.")
+    for problem in written.problems:
+        typer.echo(f"warning: {problem}", err=True)
+
+
+def _list(audit: "Audit", status: "Status") -> bool:
+    """Print the checks of integrity that ended so, and return whether there are any."""
+    from fedllm.audit.model import INTEGRITY
+
+    found = [finding for finding in audit.findings if finding.status == status and finding.code in INTEGRITY]
+    for finding in found:
+        more = len(finding.evidence) - 1 + finding.more
+        first = finding.evidence[0] if finding.evidence else "-"
+        typer.echo(f"{status}: {finding.code}: {escaped(first)}{f' (and {more} more)' if more else ''}")
+    return bool(found)
+
+
+_VERDICTS = {"within": "within budget", "exceeded": "exceeded", "unverifiable": "cannot verify"}
+
+
+@audit_app.command("verify")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="The audit's folder.", show_default=False)],
+    trust: Annotated[
+        Path,
+        typer.Option(
+            help="File of keys that you trust: lines NAME FINGERPRINT, NAME being head-office or a site.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write pages of your own to, from what was verified.")
+    ] = None,
+    absent: Annotated[
+        list[str] | None,
+        typer.Option(help="A site of your file of keys that took no part in this run. May be repeated."),
+    ] = None,
+    allow_uncompared: Annotated[
+        bool, typer.Option("--allow-uncompared", help="What could not be compared is no error.")
+    ] = False,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Gaps in the evidence that are no contradiction are no error.")
+    ] = False,
+) -> None:
+    """Check an audit offline, without believing who made it; ends with 1 at the first contradiction.
+
+    Schema, chains, signatures and co-signatures are checked, every epsilon is computed again from the ledgers' events,
+    and pages are rendered again and compared. Also ends with 1 where a site of the file of keys has signed nothing,
+    where something could not be compared (PDFs never are) or the evidence has gaps, and where the audit is sound, but
+    its verdict is not "within budget".
+    """
+    from fedllm.audit.bundle import verify as check
+    from fedllm.audit.bundle import write_pages
+    from fedllm.audit.trust import Trust
+
+    audit, left = check(folder, Trust.read(trust), absent or [])
+    if out is not None:
+        write_pages(audit, out)
+        typer.echo(f"pages of your own: {out}")
+    for line in left:
+        typer.echo(f"not compared: {escaped(line)}")
+    gaps = _list(audit, "unverified")
+    if audit.verdict != "within":
+        found = [f for f in audit.findings if f.status == "fails"] or [
+            f for f in audit.findings if f.status == "unverified"
+        ]
+        raise ChainError(
+            f"the audit is sound, and its verdict is: {_VERDICTS[audit.verdict]} "
+            f"({found[0].code}: {found[0].evidence[0]})"
+        )
+    if left and not allow_uncompared:
+        raise ChainError(
+            f"the evidence is sound, but nobody has compared it with {', '.join(left)}: whoever signed may have "
+            "written anything there. Read pages of your own (--out FOLDER), or those that were compared; "
+            "--allow-uncompared ends without this error"
+        )
+    if gaps and not allow_unverified:
+        raise ChainError(
+            "what there is of the evidence is sound, but it has gaps: see `unverified` above. Ask for what is missing; "
+            "--allow-unverified ends without this error"
+        )
+    spent = audit.accountants
+    typer.echo(
+        f"verified: {_VERDICTS[audit.verdict]}; {len(audit.sites)} sites, {audit.run.rounds} rounds, epsilon at most "
+        f"{'∞' if spent.pld is None else f'{spent.pld:.4g}'} at delta {spent.delta:g} ({escaped(spent.site)})"
+    )

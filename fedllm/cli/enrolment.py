@@ -1,0 +1,297 @@
+"""The commands of a deployment. An entry point: it may import anything, and imports late so that --help is quick."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+
+import typer
+
+from fedllm.errors import ConfigError, FedllmError
+from fedllm.shown import escaped_lines
+
+if TYPE_CHECKING:
+    from fedllm.ops.health_checks import Finding
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def keep_private() -> None:
+    """Begin a command: nothing that this process makes is open to others."""
+    os.umask(0o077)
+
+
+def private(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Return a command that keeps private what it makes."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        keep_private()
+        return command(*args, **kwargs)
+
+    return run
+
+
+site_app = typer.Typer(help="An office: its folder, keys and grants.", no_args_is_help=True, callback=keep_private)
+server_app = typer.Typer(
+    help="Head office: certificates, identity and offices.", no_args_is_help=True, callback=keep_private
+)
+
+HeadOfficeOption = Annotated[
+    Path,
+    typer.Option("--home", envvar="FEDLLM_HOME", help="Head office's folder.", show_default="~/.fedllm/head-office"),
+]
+OfficeOption = Annotated[
+    Path, typer.Option("--home", envvar="FEDLLM_HOME", help="The site's folder.", show_default="~/.fedllm/site")
+]
+HEAD_OFFICE, OFFICE = Path("~/.fedllm/head-office"), Path("~/.fedllm/site")
+_Fingerprint = Annotated[
+    str | None,
+    typer.Option("--fingerprint", help="What the other side read to you on the telephone.", show_default=False),
+]
+_SiteName = Annotated[str, typer.Argument(help="The site's name.", show_default=False)]
+
+
+class Rotated(Enum):
+    """What head office can replace."""
+
+    certificate = "certificate"
+    ca = "ca"
+    identity = "identity"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of a deployment to the main command."""
+    app.command("init-federation")(private(init_federation))
+    app.command("admit")(private(admit))
+    app.command("revoke")(private(revoke))
+    app.add_typer(site_app, name="site")
+    app.add_typer(server_app, name="server")
+
+
+# ---- head office -----------------------------------------------------------------------------------------------------
+
+
+def init_federation(
+    file: Annotated[Path, typer.Argument(help="federation.yaml: name and host, at the least.", show_default=False)],
+    home: HeadOfficeOption = HEAD_OFFICE,
+) -> None:
+    """Make head office's folder: authority, server certificate, identity, roster."""
+    from server.federation import init_federation as make
+
+    office = make(file, absolute(home))
+    facts = office.config
+    typer.echo(f"Head office of {facts.name}, at {facts.host}:{facts.port}: {office.folder}")
+    typer.echo(f"Its fingerprint, to read to offices on the telephone:\n\n  {office.identity.public.fingerprint}\n")
+    typer.echo("Next, at every office: fedllm site init --name NAME. Then here: fedllm admit NAME.join")
+
+
+def admit(
+    file: Annotated[Path, typer.Argument(help="The join request, NAME.join.", show_default=False)],
+    fingerprint: _Fingerprint = None,
+    home: HeadOfficeOption = HEAD_OFFICE,
+) -> None:
+    """Admit an office, or an office's new keys."""
+    from fedllm.protocol.enrolment import JoinRequest
+    from server import federation
+
+    folder = absolute(home)
+    office = federation.HeadOffice.open(folder)  # before anybody is asked anything
+    join = federation.read_join_request(file)
+    request, _ = JoinRequest.open(join)
+    typer.echo(f"Join request of {request.site}, made {request.made_at:%Y-%m-%d %H:%M} UTC")
+    heard = fingerprint or _ask("Call the office on a number that you know. Its fingerprint, as heard")
+    grant = federation.admit(folder, join, heard)
+    typer.echo(f"{request.site} is admitted: {request.public.fingerprint}")
+    typer.echo(f"Send it this grant: {grant}")
+    typer.echo(f"and read this fingerprint to it on the telephone:\n\n  {office.identity.public.fingerprint}\n")
+
+
+def revoke(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
+    """Accept no key of a site any more."""
+    from server import federation
+
+    member = federation.revoke(absolute(home), site)
+    typer.echo(f"{member.site} is revoked. Its keys cannot be admitted again; new ones of it can.")
+
+
+@server_app.command("grant")
+def server_grant(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
+    """Write a site's grant again."""
+    from server import federation
+
+    typer.echo(f"Send it this grant: {federation.renew_grant(absolute(home), site)}")
+
+
+@server_app.command("new-ledger")
+def server_new_ledger(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
+    """Take whatever ledger a site has from now on: its own was lost, and its people have seen to the budget."""
+    from server.ledger_heads import HEADS, Heads
+
+    folder = absolute(home)
+    Heads(folder / HEADS).forget(site)
+    typer.echo(f"{site}: the next run takes its ledger as it is")
+
+
+@server_app.command("retire")
+def server_retire(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
+    """Accept only the newest keys of a site, after its rotation."""
+    from server import federation
+
+    member = federation.retire(absolute(home), site)
+    typer.echo(f"{member.site} is known by {member.public.fingerprint} alone. There: fedllm site retire")
+
+
+@server_app.command("rotate")
+def server_rotate(
+    what: Annotated[Rotated, typer.Argument(help="What to replace.", show_default=False)],
+    finish: Annotated[bool, typer.Option("--finish", help="ca, identity: second step, use the new one.")] = False,
+    retire: Annotated[bool, typer.Option("--retire", help="ca, identity: last step, forget the old one.")] = False,
+    home: HeadOfficeOption = HEAD_OFFICE,
+) -> None:
+    """Replace a key of head office while rounds go on.
+
+    certificate: one step, and offices need do nothing. ca and identity: three steps, so that every office can install
+    its new grant in between.
+    """
+    from server import federation
+
+    folder = absolute(home)
+    if finish and retire:
+        raise ConfigError("--finish and --retire are two steps. Take one at a time.")
+    if what is Rotated.certificate:
+        if finish or retire:
+            raise ConfigError("rotate certificate is one step; leave out --finish and --retire")
+        federation.rotate_server_certificate(folder)
+        typer.echo("The server has a new certificate; a daemon that runs takes it up by itself")
+        return
+    step: federation.Step = "finish" if finish else "retire" if retire else "start"
+    rotate = federation.rotate_ca if what is Rotated.ca else federation.rotate_identity
+    grants = rotate(folder, step)
+    new = federation.HeadOffice.open(folder).identities[-1 if step == "start" else 0].public.fingerprint
+    said = {
+        "start": f"A new {what.value} stands beside the old one, and every grant names both.",
+        "finish": f"The new {what.value} is in use.",
+        "retire": f"The old {what.value} is forgotten.",
+    }
+    after = {
+        "start": f"When every office has installed its grant: fedllm server rotate {what.value} --finish",
+        "finish": f"When a round went well: fedllm server rotate {what.value} --retire",
+        "retire": "Offices install their grants when it suits them.",
+    }
+    typer.echo(said[step])
+    if what is Rotated.identity:
+        typer.echo(f"The new fingerprint: {new}")
+    for grant in grants:
+        typer.echo(f"  {grant}")
+    typer.echo(after[step])
+
+
+# ---- an office -------------------------------------------------------------------------------------------------------
+
+
+@site_app.command("init")
+def site_init(
+    name: Annotated[str, typer.Option("--name", help="The site's name, such as seoul-gangnam.", show_default=False)],
+    home: OfficeOption = OFFICE,
+) -> None:
+    """Make this office's folder, with its keys, settings and join request."""
+    from client.office import init_office
+
+    office = init_office(absolute(home), name)
+    typer.echo(f"The site {office.name}: {office.folder}")
+    typer.echo(f"Send head office this join request: {office.join_file}")
+    typer.echo(f"and read this fingerprint to them on the telephone:\n\n  {office.identity.public.fingerprint}\n")
+    typer.echo(f"Meanwhile fill in {office.folder / 'site.yaml'}, then: fedllm site check")
+
+
+@site_app.command("install")
+def site_install(
+    file: Annotated[Path, typer.Argument(help="The grant from head office, NAME.grant.", show_default=False)],
+    fingerprint: _Fingerprint = None,
+    home: OfficeOption = OFFICE,
+) -> None:
+    """Install a grant: this head office, and no other, is believed."""
+    from client import office
+
+    folder = absolute(home)
+    grant = office.read_grant(file)
+    if fingerprint is None and office.needs_fingerprint(folder, grant):
+        fingerprint = _ask("Call head office on a number that you know. Its fingerprint, as heard")
+    installed = office.install(folder, grant, fingerprint)
+    known = " and ".join(identity.fingerprint for identity in installed.coordinators)
+    typer.echo(f"{installed.name} takes part at {installed.address}; head office is known by {known}")
+    typer.echo("A site that runs takes it up by itself; else: fedllm site start")
+    if installed.socket is not None:
+        typer.echo("Its relay has a copy of the certificate. Make it again: fedllm site export-relay FOLDER")
+
+
+@site_app.command("rotate")
+def site_rotate(home: OfficeOption = OFFICE) -> None:
+    """Make new keys beside the present ones, and a join request for them."""
+    from client.office import rotate
+
+    office = rotate(absolute(home))
+    typer.echo(f"New keys of {office.name}; the present ones stay in use until the grant for the new is installed.")
+    typer.echo(f"Send head office this join request: {office.join_file}")
+    typer.echo(f"and read this fingerprint to them:\n\n  {office.keys[-1].identity.public.fingerprint}\n")
+
+
+@site_app.command("retire")
+def site_retire(home: OfficeOption = OFFICE) -> None:
+    """Forget keys that are no longer in use."""
+    from client.office import retire
+
+    office = retire(absolute(home))
+    typer.echo(f"{office.name} keeps {len(office.keys)} set of keys; in use: {office.identity.public.fingerprint}")
+
+
+@site_app.command("check")
+def site_check(home: OfficeOption = OFFICE) -> None:
+    """Try all that a run will need, and sign what site.yaml declares of the records; no network, nothing is spent."""
+    from client.doctor import check
+
+    report(check(absolute(home)))
+
+
+@site_app.command("resume")
+def site_resume(home: OfficeOption = OFFICE) -> None:
+    """Let a site answer again that failed, or was killed, while it used records, once you have seen to it."""
+    from client.office import Office
+    from client.unfinished import Unfinished
+
+    left = Unfinished(Office.open(absolute(home)).ledger_file)
+    said = left.read()
+    left.end()
+    typer.echo("nothing to resume" if said is None else f"{said}; the site answers head office again")
+
+
+# ---- common ----------------------------------------------------------------------------------------------------------
+
+
+def absolute(folder: Path) -> Path:
+    """Return the folder, as it is called from everywhere."""
+    try:
+        return folder.expanduser().absolute()
+    except RuntimeError:
+        raise ConfigError(f"--home={folder}: there is no such home folder") from None
+
+
+def report(findings: Sequence["Finding"]) -> None:
+    """Print findings, a line each; raises FedllmError where one is WRONG."""
+    for finding in findings:
+        text = escaped_lines(finding.text)  # it may quote what others wrote
+        typer.echo(f"{finding.level:<7}  {text}")
+    count = sum(not finding.right for finding in findings)
+    if count:
+        raise FedllmError(f"{count} of {len(findings)} findings need to be put right, see above")
+
+
+def _ask(question: str) -> str:
+    try:
+        return str(typer.prompt(question, default="", show_default=False))
+    except typer.Abort:
+        raise ConfigError("nobody answered. Give what you heard on the telephone as --fingerprint.") from None

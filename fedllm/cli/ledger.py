@@ -1,0 +1,383 @@
+"""The commands of a site's privacy ledger. An entry point: it may import anything, and imports late."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedllm.cli.enrolment import OFFICE, OfficeOption, absolute, keep_private
+from fedllm.errors import ConfigError, LedgerError
+from fedllm.shown import escaped
+
+if TYPE_CHECKING:
+    from client.office import Office
+    from client.policy import SitePolicy
+    from fedllm.plan import RunPlan
+    from fedllm.privacy.accounting import AccountingEvent
+    from fedllm.privacy.ledger import LedgerFile, Loss
+
+ledger_app = typer.Typer(
+    help="A site's account of the privacy that was spent.", no_args_is_help=True, callback=keep_private
+)
+_FileOption = Annotated[
+    Path | None, typer.Option("--file", help="A ledger elsewhere, instead of the site's own.", show_default=False)
+]
+_DELTA = 1e-5  # at which a ledger is shown that states none
+_console = Console()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the main command."""
+    app.add_typer(ledger_app, name="ledger")
+
+
+def _office(home: Path) -> "Office":
+    from client.office import Office
+
+    return Office.open(absolute(home))
+
+
+def _of(office: "Office") -> "LedgerFile":
+    from fedllm.privacy.ledger import LedgerFile
+
+    return LedgerFile(office.ledger.file, office.ledger.anchor)
+
+
+def _open(home: Path, file: Path | None) -> "tuple[LedgerFile, Office | None]":
+    from fedllm.privacy.ledger import LedgerFile
+
+    if file is None:
+        office = _office(home)
+        return _of(office), office
+    if not file.exists():
+        raise LedgerError(f"--file={file}: there is no such file")
+    return LedgerFile(file), None
+
+
+@ledger_app.command("show")
+def show(home: OfficeOption = OFFICE, file: _FileOption = None) -> None:
+    """Show what every account has spent, at the site's delta, and what is left of its budget.
+
+    All data sets of a site share one account, but for those that were declared disjoint.
+
+    With `--file` budget and delta are those that the ledger states.
+    """
+    from fedllm.privacy.accounting import counted, spent
+
+    ledger, office = _open(home, file)
+    budget, delta = (office.policy.epsilon, office.policy.delta) if office else ledger.budget() or (math.inf, _DELTA)
+    charges = ledger.charges()
+    limit = "" if budget == math.inf else f", of a budget of {budget:g}"
+    table = Table(title=f"epsilon at delta {delta:g}{limit}")
+    for name in ("account", "spent", "reserved", "by RDP", "left", "runs", "rounds"):
+        table.add_column(name, justify="left" if name in ("account", "rounds") else "right")
+    for name in ledger.accounts():
+        own = [charge for charge in charges if charge.account == name]
+        total = spent(ledger.events(name), delta)
+        reserved = [charge.event for charge in own if charge.state == "RESERVED"]
+        states = Counter(charge.state.lower() for charge in own)
+        # another plan may be next, and then RDP decides, at orders that depend on the budget
+        held = counted(ledger.events(name), delta, budget, one_plan=False)
+        left = "" if budget == math.inf else f"{max(0.0, budget - held):.4g}"
+        table.add_row(
+            name, f"{total.epsilon:.4g}", f"{spent(reserved, delta).epsilon:.4g}", f"{total.epsilon_rdp:.4g}",
+            left, str(len({charge.run for charge in own})), ", ".join(f"{n} {s}" for s, n in sorted(states.items())),
+        )  # fmt: skip
+    _console.print(table)
+    newest = {(charge.run, charge.round): charge.state for charge in charges}
+    for run, round_ in [key for key, state in newest.items() if state == "RESERVED"]:
+        typer.echo(f"open: round {round_} of run {escaped(run)}; it counts as spent until it is released or aborted")
+
+
+@ledger_app.command("verify")
+def verify(
+    home: OfficeOption = OFFICE,
+    file: _FileOption = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option("--key", help="The public identity that must have signed, 128 hex digits.", show_default=False),
+    ] = None,
+) -> None:
+    """Check every signature and link of the chain, and the tables against it; names the first bad entry.
+
+    `--file` may also be an export.
+    """
+    from fedllm.crypto.hash_chain import read_chain
+    from fedllm.crypto.identity import PublicIdentity
+    from fedllm.files import read
+
+    signers: set[PublicIdentity] | None = {PublicIdentity.from_text(text) for text in key} if key else None
+    if file is not None and read(file)[:1] == b"{":
+        entries = read_chain(read(file).decode("utf-8", "replace").splitlines(), str(file), signers)
+        signer: PublicIdentity | None = entries[-1].signer
+        number, digest = entries[-1].number, entries[-1].digest
+    else:
+        ledger, office = _open(home, file)
+        if signers is None and office is not None:
+            signers = {keys.identity.public for keys in office.keys}
+        head = ledger.verify(signers)
+        entries = read_chain(ledger.lines(), str(ledger.path))[-1:] if signers is None else []
+        number, digest = head.number, head.digest
+        signer = entries[-1].signer if entries else None
+    typer.echo(f"sound: {number + 1} entries, head {digest}")
+    if signers is None and signer is not None:
+        typer.echo(f"signed by {signer.fingerprint}; with --key it is also checked that this is the right one")
+
+
+@ledger_app.command("export")
+def export(
+    to: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
+    home: OfficeOption = OFFICE,
+    file: _FileOption = None,
+    end: Annotated[
+        str | None,
+        typer.Option(
+            help="The run that it is for, and the end of its record, RUN:NUMBER:DIGEST: fedllm audit report names it.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write the signed chain as JSON lines, for a privacy officer: no record, and no number of records, is in it.
+
+    With `--end` its last line says, signed, that this is all of it: an audit needs that of every site, or anybody on
+    the way could have cut it.
+    """
+    from fedllm.crypto.hash_chain import End
+    from fedllm.files import write_secret
+
+    ledger, office = _open(home, file)
+    if end is not None and office is None:
+        raise ConfigError("--end is signed with the site's keys, and --file has none: leave one of the two out")
+    ledger.verify()
+    if to.exists():
+        raise ConfigError(f"{to} exists. Nothing was overwritten; choose another file.")
+    lines = ledger.lines() if office is None or end is None else ledger.export(End.parse(end), office.identity)
+    write_secret(to, "".join(line + "\n" for line in lines).encode())
+    typer.echo(f"{len(lines)} entries: {to}")
+
+
+@ledger_app.command("abort")
+def abort(
+    run: Annotated[str, typer.Argument(help="The run.", show_default=False)],
+    round_: Annotated[int, typer.Argument(metavar="ROUND", help="Its round.", show_default=False)],
+    home: OfficeOption = OFFICE,
+) -> None:
+    """Give a reserved round back to the budget. Nothing of it was released, and nothing of it ever will be."""
+    office = _office(home)
+    _of(office).abort(run, round_, office.identity)
+    typer.echo(f"aborted: round {round_} of run {run}")
+
+
+@ledger_app.command("disjoint")
+def disjoint(
+    name: Annotated[
+        str, typer.Argument(help="What the data set is called: data.name in site.yaml.", show_default=False)
+    ],
+    home: OfficeOption = OFFICE,
+) -> None:
+    """Declare that nobody in a data set is in any other of this site: it gets a budget of its own.
+
+    The declaration is signed, and stays. It is the owner's word: what the records share with others is only told.
+    """
+    from client.service import read_data_set
+    from fedllm.canonical import canonical
+    from fedllm.privacy.ledger import LedgerFile
+
+    office, name = _office(home), canonical(name)
+    if office.ledger.data_set != name:
+        raise ConfigError(
+            f"data.name={office.ledger.data_set}: expected {name}. Let site.yaml name this data set and its records "
+            "first, so that they can be compared with what was charged before."
+        )
+    ledger = LedgerFile(office.ledger.file, office.ledger.anchor, create=True)
+    data = read_data_set(office)
+    for account, count in ledger.overlaps(name, data).items():
+        typer.echo(f"WARNING: {count} records, texts or persons of {name} are in what was charged to {account}, too.")
+    typer.echo(
+        f"Nobody in {name}, and no record of it, is in any other data set that this site was or will be trained on."
+    )
+    typer.confirm("Do you declare this?", abort=True)
+    ledger.declare_disjoint(name, data, office.identity)
+    typer.echo(f"declared: {name} has an account of its own from the next plan on")
+
+
+@ledger_app.command("clock")
+def clock(home: OfficeOption = OFFICE) -> None:
+    """Confirm that the clock is right, where the ledger found that it has gone ahead.
+
+    What policy.period frees depends on it.
+    """
+    office = _office(home)
+    ledger = _of(office)
+    ahead = ledger.look_at_clock()
+    ledger.confirm_clock(office.identity)
+    typer.echo(
+        f"confirmed: it is {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC, {ahead / 86_400:.3g} days ahead"
+    )
+
+
+@ledger_app.command("restart")
+def restart(
+    lost: Annotated[
+        list[str],
+        typer.Option("--lost", help="PLAN=ROUNDS for each run that it lacks, or nothing, or everything.",
+                     show_default=False),
+    ],
+    home: OfficeOption = OFFICE,
+) -> None:  # fmt: skip
+    """Go on with an older ledger, or with none: its owner states what is lost, and that counts as spent.
+
+    PLAN is the plan of a run, plan.json in its folder at head office, and ROUNDS how many rounds of it are missing.
+    `nothing` says that this ledger is the newest, `everything` that nobody knows what is lost: nothing more is trained
+    on the records of this account. End the site first.
+    """
+    from fedllm.files import locked
+    from fedllm.privacy.accounting import spent
+    from fedllm.privacy.ledger import restart
+
+    office = _office(home)
+    losses = _losses(lost)
+    office.ledger_file.parent.mkdir(mode=0o700, exist_ok=True)
+    with locked(office.ledger_file.parent):
+        head = restart(office.ledger, office.identity, losses)
+    cost = spent([loss.event for loss in losses], office.policy.delta).epsilon
+    typer.echo(f"restarted at entry {head.number}: epsilon {cost:.4g} at delta {office.policy.delta:g} counts as lost")
+    typer.echo(f"Head office takes it from now on: fedllm server new-ledger {office.name}")
+
+
+def _losses(stated: list[str]) -> "list[Loss]":
+    """Read what the owner states; raises ConfigError."""
+    from fedllm.privacy.accounting import AccountingEvent
+    from fedllm.privacy.ledger import EVERYTHING, Loss
+
+    if stated in (["nothing"], ["everything"]):
+        return [EVERYTHING] if stated == ["everything"] else []
+    found = []
+    for each in stated:
+        path, _, rounds = each.rpartition("=")
+        if not path or not rounds.isascii() or not rounds.isdigit() or not 0 < int(rounds[:9]) == int(rounds):
+            raise ConfigError(
+                f"--lost={each}: expected PLAN=ROUNDS, such as plan.json=30, or nothing, or everything alone"
+            )
+        plan = _read_plan(Path(path))
+        event = plan.mechanism.event(plan.training.local_steps)
+        found.append(
+            Loss(plan.run, AccountingEvent(event.sampling_rate, event.noise_multiplier, event.steps * int(rounds)))
+        )
+    return found
+
+
+def _read_plan(path: Path) -> "RunPlan":
+    from fedllm.plan import RunPlan
+    from fedllm.settings_file import read_settings
+    from fedllm.values import parse
+
+    return parse(RunPlan, {"run": "forecast", **read_settings(path)})
+
+
+@ledger_app.command("forecast")
+def forecast(
+    plan: Annotated[Path, typer.Argument(help="A plan: plan.json of a run, or YAML.", show_default=False)],
+    home: OfficeOption = OFFICE,
+    file: _FileOption = None,
+    policy_file: Annotated[
+        Path | None,
+        typer.Option("--policy", help="YAML of limits, as below `policy` in site.yaml.", show_default=False),
+    ] = None,
+) -> None:
+    """Say what a planned run would spend on this site's records, whether policy admits it, and how many rounds fit.
+
+    With `--file` no site's folder is needed: the costliest account in the ledger is the one that is planned for, and
+    the limits are those that the ledger states, or `--policy`.
+    """
+    from client.office import Office
+    from client.policy import SitePolicy
+    from fedllm.errors import PrivacyError
+    from fedllm.privacy.accounting import spent
+    from fedllm.settings_file import read_settings
+    from fedllm.values import parse
+
+    planned = _read_plan(plan)
+    office = None if file is not None else Office.open(absolute(home))
+    policy = parse(SitePolicy, read_settings(policy_file)) if policy_file is not None else None
+    if office is not None:
+        policy = policy or office.policy
+        past = _past_of(office)
+    else:
+        ledger, _ = _open(home, file)
+        policy, past = policy or _stated(ledger, planned), _past_in(ledger)
+    event = planned.mechanism.event(planned.training.local_steps)
+    before = past(-math.inf)
+    alone = spent([event] * planned.training.rounds, policy.delta)
+    after = spent([*before, *[event] * planned.training.rounds], policy.delta)
+    typer.echo(f"the run alone: epsilon {alone.epsilon:.4g} at delta {policy.delta:g}")
+    typer.echo(f"with all before it: epsilon {after.epsilon:.4g} (by RDP {after.epsilon_rdp:.4g})")
+    rounds = planned.training.rounds
+    whole = _fitting(rounds, event, before, policy.delta, policy.epsilon, one_plan=not before)
+    typer.echo(f"rounds that fit the budget of {policy.epsilon:g}: {whole} of {rounds}")
+    if policy.period is not None:
+        recent = past(time.time() - policy.period.days * 86_400)
+        now = _fitting(rounds, event, recent, policy.delta, policy.period.epsilon, one_plan=False)
+        typer.echo(
+            f"rounds that fit now, with at most {policy.period.epsilon:g} in {policy.period.days:g} days: "
+            f"{min(whole, now)} of {rounds}"
+        )
+    try:
+        policy.admit(planned)
+        if office is not None:
+            office.model(planned.model)
+    except PrivacyError as error:
+        raise PrivacyError(f"policy: refused: {error}") from None
+    known = office is not None or policy_file is not None
+    typer.echo("policy: admits the plan" if known else "policy: not known; --policy FILE checks the plan against one")
+
+
+def _fitting(
+    rounds: int, event: "AccountingEvent", before: "list[AccountingEvent]", delta: float, budget: float, one_plan: bool
+) -> int:
+    """Return how many of `rounds` may follow `before`, by the rule that a ledger decides by."""
+    from fedllm.privacy.accounting import overrun
+
+    low, high = 0, rounds
+    while low < high:
+        middle = (low + high + 1) // 2
+        over = overrun([*before, *[event] * middle], delta, budget, one_plan)
+        low, high = (middle, high) if over is None else (low, middle - 1)
+    return low
+
+
+_Past = Callable[[float], "list[AccountingEvent]"]  # what was charged since a time
+
+
+def _past_of(office: "Office") -> _Past:
+    """Return what an office's records have been charged with."""
+    if office.ledger.is_new():
+        return lambda since: []
+    ledger = _of(office)
+    account = ledger.account_of(office.ledger.data_set)
+    return lambda since: ledger.events(account, since)
+
+
+def _past_in(ledger: "LedgerFile") -> _Past:
+    """Return what the costliest account of a ledger has been charged with."""
+    from fedllm.privacy.accounting import spent
+
+    known = ledger.accounts()
+    if not known:
+        return lambda since: []
+    worst = max(known, key=lambda name: spent(ledger.events(name), _DELTA).epsilon_rdp)
+    return lambda since: ledger.events(worst, since)
+
+
+def _stated(ledger: "LedgerFile", plan: "RunPlan") -> "SitePolicy":
+    """Return the limits that a ledger states; its site may have others, which only the site knows."""
+    from client.policy import widest
+
+    epsilon, delta = ledger.budget() or (math.inf, _DELTA)
+    return widest(epsilon, delta, unit=plan.privacy.unit)

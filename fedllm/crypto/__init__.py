@@ -1,0 +1,1 @@
+"""Cryptography of the federation: identities, signatures, certificates, and the primitives under them."""

@@ -1,0 +1,193 @@
+"""The server's part in secure aggregation."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedllm.crypto import shamir
+from fedllm.crypto.primitives import AgreementKey
+from fedllm.errors import CryptoError, FederationError, MessageError, QuorumLost
+from fedllm.protocol.messages import Consent, Dealing, Masked, MaskRequest, Reveal, RevealRequest, Shares, UnmaskRequest
+from fedllm.secagg.masking import WORD, add_mask, mask_sign, pair_mask_key, seed_commitment, self_mask_key
+from fedllm.secagg.session import SEALED, Circle, Vector, check_claim, check_dealing, check_key, claim_digest
+
+# ---- head office -----------------------------------------------------------------------------------------------------
+
+
+def check_shares(circle: Circle, number: int, shares: Shares) -> None:
+    """Raise MessageError unless these are a site's shares for this round of this circle."""
+    _expect(circle, number, shares, shares.dealing.site)
+    check_dealing(circle, number, shares.dealing)
+    check_key(shares.dealing.site, shares.dealing.key)
+    expected = SEALED * (len(circle.names) - 1)
+    if len(shares.payload) != expected:
+        raise MessageError(
+            f"site={shares.dealing.site!r} sent {len(shares.payload)} bytes of sealed shares, expected {expected}"
+        )
+
+
+def mask_request(circle: Circle, number: int, dealt: Mapping[str, Shares], site: str) -> MaskRequest:
+    """Return what one site needs of all that was dealt (participants by name, checked): O(n) bytes."""
+    names = sorted(dealt)
+    sealed = b"".join(_sealed_to(circle, dealt[name], site) for name in names if name != site)
+    return MaskRequest(
+        context=circle.terms.context, round=number, joins=circle.digest,
+        dealings=tuple(dealt[name].dealing for name in names), payload=sealed,
+    )  # fmt: skip
+
+
+def _sealed_to(circle: Circle, shares: Shares, site: str) -> bytes:
+    index = circle.place[site] - 1 - (circle.place[site] > circle.place[shares.dealing.site])
+    return shares.payload[SEALED * index : SEALED * (index + 1)]
+
+
+def unmask_request(
+    circle: Circle, number: int, common: str, participants: Iterable[str], survivors: Collection[str]
+) -> UnmaskRequest:
+    """Return the round's list, for what was asked (`common_digest`); `check_claim` says whether enough survived."""
+    names = sorted(participants)
+    return UnmaskRequest(
+        context=circle.terms.context, round=number, joins=circle.digest, common=common,
+        survivors=tuple(name for name in names if name in survivors),
+        dropped=tuple(name for name in names if name not in survivors),
+    )  # fmt: skip
+
+
+def reveal_request(claim: UnmaskRequest, consents: Iterable[Consent]) -> RevealRequest:
+    """Return the proof that enough survivors signed the same list."""
+    signed = tuple(consent.consent for consent in consents)
+    return RevealRequest(context=claim.context, round=claim.round, joins=claim.joins, consents=signed)
+
+
+def read_masked(circle: Circle, number: int, masked: Masked, dimension: int) -> Vector:
+    """Return uint32[dimension], still masked; raises MessageError. A site whose upload is refused has dropped out."""
+    _expect(circle, number, masked, masked.site)
+    if len(masked.payload) != WORD.itemsize * dimension:
+        raise MessageError(
+            f"site={masked.site!r} uploaded {len(masked.payload)} bytes, expected {WORD.itemsize * dimension}"
+        )
+    return np.frombuffer(masked.payload, WORD)
+
+
+def check_reveal(circle: Circle, claim: UnmaskRequest, reveal: Reveal) -> None:
+    """Raise MessageError unless a survivor answers this list with a share for every participant."""
+    _expect(circle, claim.round, reveal, reveal.site)
+    expected = shamir.SHARE * (len(claim.survivors) + len(claim.dropped))
+    if reveal.site not in claim.survivors or reveal.claim != claim_digest(circle, claim):
+        raise MessageError(f"round {claim.round}: site={reveal.site!r} reveals for another list of survivors")
+    if len(reveal.payload) != expected:
+        raise MessageError(f"site={reveal.site!r} reveals {len(reveal.payload)} bytes, expected {expected}")
+
+
+def _expect(circle: Circle, number: int, message: Shares | Masked | Reveal, site: str) -> None:
+    if (message.context, message.round, message.joins) != (circle.terms.context, number, circle.digest):
+        raise MessageError(f"site={site!r} answers for another session, round or list of joins than round {number}")
+    if site not in circle.place:
+        raise MessageError(f"site={site!r} has not joined")
+
+
+@dataclass(frozen=True)
+class Unmasked:
+    """The sum of the survivors' vectors, and shares that did not fit."""
+
+    total_d: Vector  # uint32[d], mod 2^32
+    doubtful: tuple[tuple[str, str], ...]  # (holder, dealer): one of the two made a wrong share; the sum is right
+
+
+def unmask(
+    circle: Circle,
+    dealt: Mapping[str, Shares],
+    claim: UnmaskRequest,
+    uploads: Mapping[str, Masked],
+    reveals: Sequence[Reveal],
+    dimension: int,
+) -> Unmasked:
+    """Return the sum of the survivors' vectors from what the sites sent.
+
+    `dealt` holds the participants, `uploads` exactly the survivors. Raises MessageError on an answer that does not
+    belong here (see the `check_` functions, which take answers one by one), QuorumLost on fewer than t reveals, and
+    FederationError where a secret cannot be put together.
+    """
+    threshold, number, common = circle.terms.threshold, claim.round, claim.common
+    check_claim(circle.terms, claim, dealt)
+    if set(uploads) != set(claim.survivors):
+        raise FederationError(f"round {number}: uploads and survivors differ. Only sites that uploaded can survive.")
+    answers = {reveal.site: reveal for reveal in reveals}
+    if len(answers) != len(reveals):
+        raise MessageError(f"round {number}: a site reveals twice")
+    for reveal in reveals:
+        check_reveal(circle, claim, reveal)
+    if len(answers) < threshold:
+        raise QuorumLost(
+            f"round {number}: {len(answers)} sites revealed their shares, expected at least {threshold}. The sum "
+            "cannot be read; the round is lost, and what the sites have spent on it stands."
+        )
+    holders = tuple(sorted(answers, key=circle.place.__getitem__))
+    survivors = set(claim.survivors)
+    doubtful: list[tuple[str, str]] = []
+    total_d = np.zeros(dimension, WORD)
+    for site in claim.survivors:
+        total_d += read_masked(circle, number, uploads[site], dimension)
+    for index, dealer in enumerate(sorted(dealt)):
+        dealing = dealt[dealer].dealing
+        shares = [_share_at(answers[holder], index) for holder in holders]
+        if dealer in survivors:
+            seed, wrong = _recover(circle, holders, shares, dealer, _seed_check(circle, number, dealing))
+            add_mask(total_d, self_mask_key(circle, number, common, dealer, seed), -1)
+        else:
+            scalar, wrong = _recover(circle, holders, shares, dealer, _scalar_check(dealing))
+            key = AgreementKey.from_scalar(scalar)
+            for site in claim.survivors:
+                pair = pair_mask_key(circle, number, common, dealer, key, dealt[site].dealing)
+                add_mask(total_d, pair, -mask_sign(circle, site, dealer))
+        doubtful += [(holder, dealer) for holder in wrong]
+    return Unmasked(total_d, tuple(doubtful))
+
+
+def _share_at(reveal: Reveal, index: int) -> int:
+    return int.from_bytes(reveal.payload[shamir.SHARE * index : shamir.SHARE * (index + 1)], "big")
+
+
+def _seed_check(circle: Circle, number: int, dealing: Dealing) -> Callable[[int], bool]:
+    expected = bytes.fromhex(dealing.commitment)
+    return lambda seed: seed_commitment(circle, number, dealing.site, seed) == expected
+
+
+def _scalar_check(dealing: Dealing) -> Callable[[int], bool]:
+    expected = bytes.fromhex(dealing.key)
+
+    def fits(scalar: int) -> bool:
+        try:
+            return AgreementKey.from_scalar(scalar).public == expected
+        except CryptoError:
+            return False
+
+    return fits
+
+
+def _recover(
+    circle: Circle, holders: tuple[str, ...], shares: list[int], dealer: str, right: Callable[[int], bool]
+) -> tuple[int, list[str]]:
+    """Return a dealer's secret, and the holders whose shares are not on its polynomial.
+
+    A secret can be checked against what its dealer signed, so any t right shares do. They are looked for in runs of t
+    neighbours around the circle of holders: with one wrong share among t + 1 or more, one such run is without it.
+    """
+    threshold, many = circle.terms.threshold, len(holders)
+    points = [circle.place[holder] for holder in holders]
+    for first in range(many if many > threshold else 1):
+        chosen = [(first + k) % many for k in range(threshold)]
+        at = tuple(points[k] for k in chosen)
+        values = [shares[k] for k in chosen]
+        secret = shamir.combine(shamir.weights(at), values)
+        if not right(secret):
+            continue
+        if first == 0:  # nothing is known to be wrong; what was not needed is not looked at
+            return secret, []
+        rest = [k for k in range(many) if k not in chosen]
+        return secret, [holders[k] for k in rest if shamir.combine(shamir.weights(at, points[k]), values) != shares[k]]
+    raise FederationError(
+        f"the secret that site={dealer!r} dealt cannot be put together from the shares of {', '.join(holders)}: that "
+        "site dealt wrong shares, or one of the others gave one back. The round is lost; leave it out of the next."
+    )

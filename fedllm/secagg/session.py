@@ -1,0 +1,222 @@
+"""What all parties of one secure aggregation agree on: parameters, keys, the cohort, and what is signed."""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm.crypto import primitives, shamir
+from fedllm.crypto.identity import PublicIdentity
+from fedllm.errors import ConfigError, CryptoError, MessageError, PrivacyError
+from fedllm.plan import least_quorum
+from fedllm.protocol.messages import Dealing, Signed, SignedKey, UnmaskRequest
+from fedllm.values import MAX_HOLDERS
+
+SEALED = 2 * shamir.SHARE + 16  # bytes: a share of the seed, one of the mask key, and the tag
+_DOMAIN = b"fedllm secure aggregation v2"  # v1 had no `common_digest`
+Vector = NDArray[np.uint32]
+Surplus = Callable[[int], tuple[str, ...]]  # what a site reveals of its own beside shares, by the number of survivors
+
+
+# ---- what all agree on -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a site accepts before it joins. The roster is the site's own: head office cannot add to it."""
+
+    plan: str  # digest of the run's plan, 64 hexadecimal digits
+    session: str  # nonce of this start of the run, 64 hexadecimal digits
+    threshold: int  # t: shares that give a secret, and fewest survivors of a round
+    colluders: int  # c: sites that may collude with head office and with each other
+    roster: Mapping[str, PublicIdentity]
+    sites: int = MAX_HOLDERS  # n: the most that may hold shares, by the plan
+
+    def __post_init__(self) -> None:
+        if not (_is_digest(self.plan) and _is_digest(self.session)):
+            raise ConfigError("secure aggregation: plan and session are 64 hexadecimal digits each")
+        if self.colluders < 0 or self.threshold - self.colluders < 2:
+            raise PrivacyError(
+                f"secagg.threshold={self.threshold} with colluders={self.colluders}: at least 2 honest sites must be "
+                "in every sum, otherwise it shows one site's update. Raise the threshold."
+            )
+        if len({identity.signing for identity in self.roster.values()}) < len(self.roster):
+            raise PrivacyError("the roster has one identity under two names: whoever holds its key would count as two")
+
+    @cached_property
+    def context(self) -> str:
+        """Digest that every message, key and signature carries."""
+        return digest_of_document(_document("terms", self.plan, self.session, self.threshold, self.colluders))
+
+    def check_size(self, holders: int) -> None:
+        """Raise PrivacyError unless a threshold of `holders` leaves no room for two contradictory lists."""
+        most = min(self.sites, MAX_HOLDERS)
+        if holders > most:
+            raise PrivacyError(f"secure aggregation takes {most} sites at most under these terms, found {holders}")
+        if not (self.threshold <= holders and 2 * self.threshold > holders + self.colluders):
+            raise PrivacyError(
+                f"secagg.threshold={self.threshold} for {holders} sites of which {self.colluders} may collude: "
+                f"expected threshold <= sites and 2 * threshold > sites + colluders. {self.advice(holders)}"
+            )
+
+    def advice(self, holders: int) -> str:
+        """Say which thresholds would do."""
+        least = least_quorum(holders, self.colluders)
+        if least > holders:
+            return f"With {holders} sites no threshold does: more sites are needed."
+        return f"With {holders} sites the threshold must be {least} to {holders}."
+
+
+@dataclass(frozen=True)
+class Circle:
+    """The sites that hold shares: a list of joins whose every signature was checked. Made by `make_circle`."""
+
+    terms: Terms
+    joins: tuple[SignedKey, ...]  # by name
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Sites by name; a site's place here, from 1, is where Shamir's polynomials are taken for it."""
+        return tuple(join.site for join in self.joins)
+
+    @cached_property
+    def place(self) -> dict[str, int]:
+        """From 1."""
+        return {name: number for number, name in enumerate(self.names, 1)}
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of names, identities and share keys: who sees another list makes other keys and signatures."""
+        parts = ((join.site, self.terms.roster[join.site].to_text(), join.key) for join in self.joins)
+        return digest_of_document(_document("joins", self.terms.context, *(part for row in parts for part in row)))
+
+    def document(self, label: str, number: int, *parts: str | bytes | int) -> bytes:
+        """Return bytes for one purpose in one round of this circle."""
+        return _document(label, self.terms.context, self.digest, number, *parts)
+
+
+def check_join(terms: Terms, join: SignedKey) -> None:
+    """Raise MessageError unless a site of the roster signed this key, a usable one, under these terms."""
+    _check_signed_key(terms, join)
+    check_key(join.site, join.key)
+
+
+def _check_signed_key(terms: Terms, join: SignedKey) -> None:
+    identity = terms.roster.get(join.site)
+    if identity is None:
+        raise MessageError(
+            f"secure aggregation: site={join.site!r} is not on the roster. Add it there, or leave it out."
+        )
+    try:
+        identity.verify(join_document(terms, join.site, bytes.fromhex(join.key)), bytes.fromhex(join.signature))
+    except CryptoError as error:
+        raise MessageError(
+            f"the join of site={join.site!r} is not its own, or is for another plan or session ({error})"
+        ) from None
+
+
+def check_key(site: str, key: str) -> None:
+    try:
+        primitives.check_agreement(bytes.fromhex(key))
+    except CryptoError as error:
+        raise MessageError(f"site={site!r} sent {error}. Leave it out.") from None
+
+
+def make_circle(terms: Terms, joins: Iterable[SignedKey]) -> Circle:
+    """Check a list of joins, in any order; raises MessageError, and PrivacyError where the threshold does not fit."""
+    ordered = tuple(sorted(joins, key=lambda join: join.site))
+    if len({join.site for join in ordered}) != len(ordered) or len({join.key for join in ordered}) != len(ordered):
+        raise MessageError("the list of joins names a site or a key twice")
+    terms.check_size(len(ordered))
+    for join in ordered:
+        _check_signed_key(terms, join)
+    return Circle(terms, ordered)
+
+
+def check_dealing(circle: Circle, number: int, dealing: Dealing) -> bytes:
+    """Return what was signed; raises MessageError unless a site of the circle signed it for this round."""
+    identity = circle.terms.roster.get(dealing.site)
+    if identity is None or dealing.site not in circle.place:
+        raise MessageError(f"round {number}: shares of site={dealing.site!r}, which has not joined")
+    document = dealing_document(
+        circle, number, dealing.site, bytes.fromhex(dealing.key), bytes.fromhex(dealing.commitment)
+    )
+    try:
+        identity.verify(document, bytes.fromhex(dealing.signature))
+    except CryptoError as error:
+        raise MessageError(
+            f"the shares of site={dealing.site!r} are not its own, or not for round {number} of these sites ({error})"
+        ) from None
+    return document
+
+
+def claim_digest(circle: Circle, request: UnmaskRequest) -> str:
+    """Return the digest of a list of survivors."""
+    return digest_of_document(claim_document(circle, request))
+
+
+def join_document(terms: Terms, site: str, key: bytes) -> bytes:
+    return _document("join", terms.context, site, key)
+
+
+def dealing_document(circle: Circle, number: int, site: str, key: bytes, commitment: bytes) -> bytes:
+    return circle.document("dealing", number, site, key, commitment)
+
+
+def claim_document(circle: Circle, request: UnmaskRequest) -> bytes:
+    listed = request.survivors + request.dropped
+    return circle.document("survivors", request.round, request.common, len(request.survivors), *listed)
+
+
+def _document(label: str, *parts: str | bytes | int) -> bytes:
+    """Join parts so that no two lists of parts read the same."""
+    result = [_DOMAIN]
+    for part in (label, *parts):
+        encoded = part if isinstance(part, bytes) else str(part).encode()
+        result += [len(encoded).to_bytes(4, "big"), encoded]
+    return b"".join(result)
+
+
+def digest_of_document(document: bytes) -> str:
+    return hashlib.sha256(document).hexdigest()
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
+def common_digest(circle: Circle, number: int, task: str, dealings: Iterable[Dealing]) -> str:
+    """Return the digest of what is the same for all sites of a round: `task` is that of what they compute, 64 hex."""
+    dealt = ((each.site, each.key, each.commitment, each.signature) for each in dealings)
+    return digest_of_document(circle.document("common", number, task, *(part for row in dealt for part in row)))
+
+
+def check_claim(terms: Terms, request: UnmaskRequest, participants: Collection[str]) -> None:
+    """Raise MessageError or PrivacyError unless the list divides the participants and leaves enough survivors."""
+    listed = [*request.survivors, *request.dropped]
+    ordered = list(request.survivors) == sorted(request.survivors) and list(request.dropped) == sorted(request.dropped)
+    if not ordered or len(set(listed)) != len(listed) or set(listed) != set(participants):
+        raise MessageError(
+            f"round {request.round}: survivors and dropped sites must be, by name, all {len(participants)} "
+            "participants, each once"
+        )
+    if len(request.survivors) < terms.threshold:
+        raise PrivacyError(
+            f"round {request.round}: {len(request.survivors)} survivors, expected at least the threshold of "
+            f"{terms.threshold}. Give the round up."
+        )
+
+
+def check_consent(circle: Circle, claim: UnmaskRequest, consent: Signed) -> None:
+    """Raise MessageError unless a survivor signed this list."""
+    if consent.site not in claim.survivors:
+        raise MessageError(f"round {claim.round}: site={consent.site!r} signed, but is not a survivor")
+    try:
+        circle.terms.roster[consent.site].verify(claim_document(circle, claim), bytes.fromhex(consent.signature))
+    except CryptoError:
+        raise MessageError(
+            f"round {claim.round}: the signature of site={consent.site!r} is not on this list of survivors"
+        ) from None

@@ -1,0 +1,300 @@
+"""Head office's side of secure aggregation over a run: who joined, what was dealt, and the one sum it may read."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedllm import secagg
+from fedllm.crypto.identity import PublicIdentity
+from fedllm.crypto.primitives import random_bytes
+from fedllm.errors import FedllmError, MessageError, QuorumLost
+from fedllm.plan import RunPlan
+from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.protocol.messages import (
+    Consent,
+    Declined,
+    Join,
+    Masked,
+    Prepare,
+    Reveal,
+    Secure,
+    ShareRequest,
+    Shares,
+    SignedKey,
+    from_bytes,
+)
+from fedllm.secagg import Circle, Terms
+from server.aggregate import bound_of_sum, median
+from server.channel import arrived
+
+# Sends each of these sites a request and returns what they answered: bytes, or text that says why there is nothing.
+# The number is how many answers are enough for others not to be waited for long.
+Ask = Callable[[Mapping[str, bytes], int], Iterable[tuple[str, bytes | str]]]
+
+
+class Masks:
+    """One session. Keeps nothing on disk: head office that was started again opens another, and all sites join anew."""
+
+    def __init__(
+        self, plan: RunPlan, shared: SharedMechanism, dimension: int, roster: Mapping[str, PublicIdentity],
+        session: str = "",
+    ) -> None:  # fmt: skip
+        """`shared` is the plan's; `roster` names the sites that may take part; groups have a session in common."""
+        self._plan, self._shared, self._dimension = plan, shared, dimension
+        self._terms = Terms(
+            plan.digest, session or new_session(), plan.quorum, plan.privacy.colluding_sites, dict(roster), plan.sites
+        )
+        self._joins: dict[str, SignedKey] = {}
+        self._circle: Circle | None = None
+        self._dealt: dict[str, Shares] = {}  # of the round to come, by the circle
+        self._participants: dict[str, Shares] = {}  # of the present round
+
+    @property
+    def question(self) -> bytes:
+        """What announces the plan, and asks a site to join."""
+        return _announced(self._plan, self._terms.session, self._terms.roster)
+
+    def join(self, site: str, payload: bytes) -> None:
+        """Take a site's join, in place of an earlier one; raises MessageError where it is not its own."""
+        join = from_bytes(payload, Join, Join)
+        if join.context != self._terms.context or join.join.site != site:
+            raise MessageError("a join of another site, or to another session")
+        secagg.check_join(self._terms, join.join)
+        if any(other.key == join.join.key for name, other in self._joins.items() if name != site):
+            raise MessageError("a join with the key of another site")
+        if self._joins.get(site) != join.join:
+            self._dealt.pop(site, None)
+        self._joins[site] = join.join
+
+    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
+        """Have secrets of a round dealt among `sites`; return each dealer's MaskRequest, and who did not deal and why.
+
+        Nothing is asked where all have dealt with their last uploads: that is the round of two exchanges. Raises
+        FedllmError where so few have joined that no secrets can be dealt.
+        """
+        failed: dict[str, str] = {}
+        circle = self._circle
+        present = sorted(set(sites) & set(self._joins), key=lambda name: (name not in self._dealt, name))
+        names = sorted(present[: self._plan.sites])
+        failed.update(dict.fromkeys(present[self._plan.sites :], f"the plan is for {self._plan.sites} sites"))
+        dealt = {name: self._dealt[name] for name in names if name in self._dealt}
+        if circle is None or set(dealt) != set(names):
+            circle = self._circle = secagg.make_circle(self._terms, [self._joins[name] for name in names])
+            step = ShareRequest(context=self._terms.context, round=number, joins=circle.joins).to_bytes()
+            dealt = {}
+            for site, data in ask(dict.fromkeys(names, self._secure(number, step)), self._plan.quorum):
+                try:
+                    shares = from_bytes(arrived(data), Shares, Declined)
+                    if isinstance(shares, Declined):
+                        raise MessageError(f"declined to deal ({shares.reason})")
+                    self._check_shares(circle, number, shares, site)
+                    dealt[site] = shares
+                except MessageError as error:
+                    failed[site] = str(error)
+        self._dealt = {}
+        self._participants = dealt
+        return {site: secagg.mask_request(circle, number, dealt, site).to_bytes() for site in dealt}, failed
+
+    def read(self, site: str, number: int, masked: bytes, following: bytes) -> Masked:
+        """Check an upload, and keep what the site dealt for the next round; raises MessageError."""
+        circle = self._at(number)
+        upload = from_bytes(masked, Masked, Masked)
+        if upload.site != site:
+            raise MessageError(f"an upload of site={upload.site}")
+        secagg.read_masked(circle, number, upload, self._dimension)
+        if following:
+            shares = from_bytes(following, Shares, Shares)
+            self._check_shares(circle, number + 1, shares, site)
+            self._dealt[site] = shares
+        return upload
+
+    def step(self, number: int, task: str, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.float32], int]:
+        """Return the step float32[d] that the sum of the uploads says, and from how many sites surplus noise is off.
+
+        `task` is the digest of what all were asked for. The sum is the first thing that can be read; it is divided by
+        public numbers: survivors, and the units that are expected of each. Raises FedllmError where it stays closed,
+        or is none that honest sites send.
+        """
+        total, trimmed = self.unmask(number, task, uploads, ask)
+        return self.step_of(total, len(uploads), trimmed), trimmed
+
+    def step_of(self, total: NDArray[np.uint32], survivors: int, trimmed: int) -> NDArray[np.float32]:
+        """Return the step float32[d] that an opened sum uint32[d] says; raises MessageError beyond its bound."""
+        decoded = self._shared.decode(total)
+        bound_of_sum(self._shared, survivors, trimmed).check(decoded)
+        step = -self._plan.training.learning_rate * decoded / (survivors * self._plan.expected_units)
+        return step.astype(np.float32)
+
+    def noise_multiplier(self, survivors: int, trimmed: int) -> float:
+        """Return that of an opened sum, for head office and the sites that may collude with it."""
+        return self._shared.noise_multiplier(survivors, trimmed, self._plan.privacy.colluding_sites)
+
+    def unmask(self, number: int, task: str, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.uint32], int]:
+        """Return the sum of the uploads, uint32[d], and from how many of them surplus noise was taken off."""
+        circle, threshold = self._at(number), self._plan.quorum
+        dealings = (self._participants[site].dealing for site in sorted(self._participants))
+        common = secagg.common_digest(circle, number, task, dealings)
+        claim = secagg.unmask_request(circle, number, common, self._participants, uploads)
+        secagg.check_claim(self._terms, claim, self._participants)
+        consents: list[Consent] = []
+        reveals: list[Reveal] = []
+        faults: list[str] = []
+        surplus = len(self._shared.given_away(len(uploads)))
+        question: dict[str, bytes] = dict.fromkeys(uploads, self._secure(number, claim.to_bytes()))
+        while question:
+            for site, data in ask(question, threshold):
+                try:
+                    answer = from_bytes(arrived(data), Consent, Reveal, Declined)
+                    if isinstance(answer, Declined):
+                        raise MessageError(f"declined ({answer.reason})")
+                    if isinstance(answer, Consent):
+                        if answer.consent.site != site:
+                            raise MessageError(f"a signature of site={answer.consent.site}")
+                        secagg.check_consent(circle, claim, answer.consent)
+                        consents.append(answer)
+                    else:
+                        if answer.site != site:
+                            raise MessageError(f"shares of site={answer.site}")
+                        secagg.check_reveal(circle, claim, answer)
+                        if len(answer.surplus) != surplus:
+                            raise MessageError(f"{len(answer.surplus)} seeds of surplus noise, expected {surplus}")
+                        reveals.append(answer)
+                except MessageError as error:
+                    faults.append(f"{site}: {error}")
+            question = {}
+            if len(consents) >= threshold and not reveals:
+                step = secagg.reveal_request(claim, consents).to_bytes()
+                question = dict.fromkeys((consent.consent.site for consent in consents), self._secure(number, step))
+                consents = []
+        if len(reveals) < threshold:
+            raise QuorumLost(
+                f"{len(reveals)} of {len(uploads)} sites helped to unmask the sum, at least {threshold} are needed. "
+                f"{'; '.join(faults)}"
+            )
+        total = secagg.unmask(circle, self._participants, claim, uploads, reveals, self._dimension).total_d
+        self._take_off(total, [reveal.surplus for reveal in reveals], len(uploads))
+        return total, len(reveals)
+
+    def _take_off(self, total: NDArray[np.uint32], seeds: Iterable[Sequence[str]], survivors: int) -> None:
+        """Subtract surplus noise, in place; drawing it anew is most of head office's work, hence on all cores."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for off in pool.map(lambda own: self._shared.surplus(own, survivors, self._dimension), seeds):
+                total -= off
+
+    def _secure(self, number: int, step: bytes) -> bytes:
+        return Secure(plan=self._plan, round=number, payload=step).to_bytes()
+
+    def _check_shares(self, circle: Circle, number: int, shares: Shares, site: str) -> None:
+        if shares.dealing.site != site:
+            raise MessageError(f"shares of site={shares.dealing.site}")
+        secagg.check_shares(circle, number, shares)
+
+    def _at(self, number: int) -> Circle:
+        if self._circle is None:
+            raise FedllmError(f"round {number}: nobody has dealt secrets")
+        return self._circle
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What the sums of a round say together; groups by their number in the plan, from 1, as text."""
+
+    step: NDArray[np.float32]  # [d]
+    noise_multiplier: float  # of that of the sums which has the least
+    trimmed: dict[str, int]  # of each sum that was used: from how many sites surplus noise is off
+    refused: dict[str, str]  # of each that opened and is none that honest sites send: why
+    closed: dict[str, str]  # of each that stayed closed: why
+
+
+class Groups:
+    """The sessions of a plan's groups, one after another; outwards much like one."""
+
+    def __init__(
+        self, plan: RunPlan, shared: SharedMechanism, dimension: int, roster: Mapping[str, PublicIdentity]
+    ) -> None:
+        """Take `roster` as it is for all groups; who is in none of them, joins none."""
+        self._plan, self._roster, self._session = plan, dict(roster), new_session()
+        self._of = {
+            group: Masks(plan, shared, dimension, {n: roster[n] for n in group if n in roster}, self._session)
+            for group in plan.groups
+        }
+
+    @property
+    def question(self) -> bytes:
+        """What announces the plan, and asks a site to join."""
+        return _announced(self._plan, self._session, self._roster)
+
+    def join(self, site: str, payload: bytes) -> None:
+        """Take a site's join; raises MessageError where it is not its own."""
+        self._masks_of(site).join(site, payload)
+
+    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
+        """Have secrets dealt in every group; return as `Masks.deal` does. A group below its quorum is left out."""
+        masking, failed, present = dict[str, bytes](), dict[str, str](), set(sites)
+        for group, masks in self._of.items():
+            here = present & set(group)
+            try:
+                asked, undealt = masks.deal(number, here, ask)
+            except FedllmError as error:
+                asked, undealt = {}, dict.fromkeys(here, f"its group cannot deal: {error}")
+            if len(asked) < self._plan.quorum:
+                undealt = {**dict.fromkeys(asked, f"{len(asked)} sites of its group have dealt"), **undealt}
+                asked = {}
+            masking |= asked
+            failed |= undealt
+        return masking, failed
+
+    def read(self, site: str, number: int, masked: bytes, following: bytes) -> Masked:
+        """Check an upload, and keep what the site dealt for the next round; raises MessageError."""
+        return self._masks_of(site).read(site, number, masked, following)
+
+    def step(self, number: int, task: str, uploads: Mapping[str, Masked], ask: Ask) -> Combined:
+        """Return the median of the steps that the groups' sums say.
+
+        Whoever sent a sum that honest sites do not send is counted among the poisoned sites. Raises QuorumLost where
+        the sums that opened are too few for the others.
+        """
+        steps, noises, trimmed = list[NDArray[np.float32]](), list[float](), dict[str, int]()
+        refused, closed = dict[str, str](), dict[str, str]()
+        for index, (group, masks) in enumerate(self._of.items(), start=1):
+            here = {site: upload for site, upload in uploads.items() if site in group}
+            try:
+                if len(here) < self._plan.quorum:
+                    raise QuorumLost(f"{len(here)} sites answered, {self._plan.quorum} are needed")
+                total, off = masks.unmask(number, task, here, ask)
+            except FedllmError as error:
+                closed[str(index)] = str(error)
+                continue
+            try:
+                steps.append(masks.step_of(total, len(here), off))
+                noises.append(masks.noise_multiplier(len(here), off))
+                trimmed[str(index)] = off
+            except MessageError as error:
+                refused[str(index)] = str(error)
+        if not self._plan.outvotes(len(steps), len(refused)):
+            why = "; ".join(f"group {index}: {text}" for index, text in sorted((refused | closed).items()))
+            raise QuorumLost(
+                f"the sums of {len(steps)} groups can be used, and {self._plan.poisoned_sites} sites may be poisoned. "
+                f"{why}"
+            )
+        return Combined(median(steps), min(noises), trimmed, refused, closed)
+
+    def _masks_of(self, site: str) -> Masks:
+        for group, masks in self._of.items():
+            if site in group:
+                return masks
+        raise MessageError(f"site={site!r} is in no group of the plan")
+
+
+def new_session() -> str:
+    """Return a nonce of 64 hexadecimal digits."""
+    return random_bytes(32).hex()
+
+
+def _announced(plan: RunPlan, session: str, roster: Mapping[str, PublicIdentity]) -> bytes:
+    named = {name: identity.to_text() for name, identity in roster.items()}
+    return Prepare(plan=plan, session=session, roster=named).to_bytes()
