@@ -7,7 +7,7 @@ from typing import cast
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 
 WHO = "site"  # key of the question which site a node is of, and of the node's configuration that answers it
 SOCKET = "socket"  # key of the node's configuration: where the site's process makes its connection to
@@ -20,11 +20,11 @@ def courier(connect: Callable[[Context], Handler]) -> ClientApp:
     app = ClientApp()
 
     def carry(message: Message, context: Context) -> Message:
-        record = message.content.config_records[RECORD]
+        record = message.content.config_records[ENVELOPE_RECORD]
         if WHO in record:
-            name = RecordDict({RECORD: ConfigRecord({WHO: str(context.node_config[WHO])})})
+            name = RecordDict({ENVELOPE_RECORD: ConfigRecord({WHO: str(context.node_config[WHO])})})
             return Message(name, reply_to=message)
-        record[KEY] = connect(context)(cast(bytes, record[KEY]), message.metadata.ttl)
+        record[ENVELOPE_KEY] = connect(context)(cast(bytes, record[ENVELOPE_KEY]), message.metadata.ttl)
         return Message(message.content, reply_to=message)
 
     app.query()(carry)

@@ -22,21 +22,21 @@ from fedllm.crypto.certificates import certified_key, key_line, read_certificate
 from fedllm.errors import DataError, FedllmError
 from fedllm.files import check_private, read, read_secret
 from fedllm.ops.health_checks import (
-    Finding,
+    CheckResult,
     access,
     certificate,
     clock,
     disk,
-    gather,
-    held,
+    failure,
+    is_locked,
     ok,
     proxies,
+    run_checks,
     size,
     versions,
     warning,
-    wrong,
 )
-from fedllm.ops.tls_probe import reach, remedy
+from fedllm.ops.tls_probe import explain_failure, probe_tls
 from fedllm.protocol.enrolment import now
 
 if TYPE_CHECKING:
@@ -52,22 +52,22 @@ _LITTLE = 0.9  # of the budget
 # ---- fedllm doctor, of a site's folder -------------------------------------------------------------------------------
 
 
-def examine(folder: Path) -> list[Finding]:
+def examine(folder: Path) -> list[CheckResult]:
     """Look at a site's folder, its processes and the way to head office; changes and spends nothing."""
     secret = [
         folder / name for name in ("site.yaml", "grant.json", "declaration.json", "data", "data/ledger.db", "run")
     ]
     keys = folder / "keys"
     secret += [keys, *sorted(keys.rglob("*"))]
-    found = gather(lambda: access(folder, secret))
+    found = run_checks(lambda: access(folder, secret))
     office: Office | None = None
     try:
         office = Office.open(folder)
     except FedllmError as error:
-        found.append(wrong(str(error)))
+        found.append(failure(str(error)))
     if office is not None:
         known = office
-        found += gather(
+        found += run_checks(
             lambda: [ok(f"settings and keys of {known.name}, {known.identity.public.fingerprint}")],
             lambda: _grant(known),
             lambda: _ledger(known),
@@ -78,7 +78,7 @@ def examine(folder: Path) -> list[Finding]:
             lambda: _outside(known),
             lambda: clock(known.grant.made_at if known.grant else None, "the grant at head office"),
         )
-    found += gather(
+    found += run_checks(
         lambda: [disk("the ledger and logs", folder, 0.1, 1)],
         lambda: size("the log", folder / "log", 1, "see docs/deployment.md, logs"),
         versions,
@@ -86,13 +86,13 @@ def examine(folder: Path) -> list[Finding]:
     return list(dict.fromkeys(found))
 
 
-def _grant(office: Office) -> list[Finding]:
+def _grant(office: Office) -> list[CheckResult]:
     known = ", ".join(identity.fingerprint for identity in office.coordinators)
     found = [ok(f"head office at {office.address}, known by {known}"), *_authorities(office.ca_file)]
     found.append(_own_certificate(office.in_use.link_file))
     if office.grant is not None and office.grant.ca.encode() != read(office.ca_file):
         text = "keys/ca.pem is not what the grant says. Install the grant again: fedllm site install grant.json"
-        found.append(wrong(text))
+        found.append(failure(text))
     if len(office.keys) > 1 and office.keys[-1] is not office.in_use:
         text = f"new keys wait for a grant: send {office.join_file} to head office, then fedllm site install FILE.grant"
         found.append(warning(text))
@@ -102,7 +102,7 @@ def _grant(office: Office) -> list[Finding]:
     return found
 
 
-def _authorities(ca: Path) -> list[Finding]:
+def _authorities(ca: Path) -> list[CheckResult]:
     newest = max(read_certificates(read(ca)), key=lambda facts: facts.ends)
     after = "ask head office for a new grant (there: fedllm server rotate ca)"
     return [certificate("head office's certificate authority", newest, after)]
@@ -119,7 +119,7 @@ def _most_spent(office: Office) -> "PrivacySpent":
     return max(each, key=lambda one: one.epsilon_rdp, default=PrivacySpent(0.0, 0.0, delta))
 
 
-def _ledger(office: Office) -> list[Finding]:
+def _ledger(office: Office) -> list[CheckResult]:
     found = [warning(f"ledger: {text}") for text in office.ledger.warnings()]
     if office.ledger.is_new():
         return [*found, ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
@@ -136,16 +136,16 @@ def _ledger(office: Office) -> list[Finding]:
     return [*found, ok(text)]
 
 
-def _data(office: Office) -> list[Finding]:
+def _data(office: Office) -> list[CheckResult]:
     train = office.data.train
     found = [_check_mode(Path(train))] if not train.startswith("pkg://") else []
     if not office.config.models:
-        found.append(wrong("models: none permitted, so every plan is refused. Name them in site.yaml."))
+        found.append(failure("models: none permitted, so every plan is refused. Name them in site.yaml."))
     for name in office.config.models:
         try:
             office.model(ModelConfig(source=name, max_length=64))
         except FedllmError as error:
-            found.append(wrong(str(error)))
+            found.append(failure(str(error)))
     return (
         [*found, ok("records and models are there; fedllm site check tries them")]
         if all(finding.right for finding in found)
@@ -153,18 +153,18 @@ def _data(office: Office) -> list[Finding]:
     )
 
 
-def _declared(office: Office) -> list[Finding]:
+def _declared(office: Office) -> list[CheckResult]:
     from client.unfinished import Unfinished
 
     made = office.declaration
     found = [ok(f"declaration: of {made.made_at:%Y-%m-%d}, about {made.data.size} units, as site.yaml says")]
     stopped = Unfinished(office.ledger_file).read()
     if stopped is not None:
-        found.append(wrong(f"{stopped}, and the site answers nothing since. See to it, then: fedllm site resume"))
+        found.append(failure(f"{stopped}, and the site answers nothing since. See to it, then: fedllm site resume"))
     return found
 
 
-def _socket(office: Office) -> list[Finding]:
+def _socket(office: Office) -> list[CheckResult]:
     """Look at the way to the relay, where there is one."""
     if office.socket is None:
         return []
@@ -173,26 +173,26 @@ def _socket(office: Office) -> list[Finding]:
         try:
             number = grp.getgrnam(group).gr_gid
         except KeyError:
-            return [wrong(f"socket_group={group}: no such group. Make it: groupadd {group}")]
+            return [failure(f"socket_group={group}: no such group. Make it: groupadd {group}")]
     problem = _silent(office.socket)
     if problem:
-        return [wrong(f"relay: {problem}. Does it run (fedllm site relay), and is this user in its group?")]
+        return [failure(f"relay: {problem}. Does it run (fedllm site relay), and is this user in its group?")]
     state = office.socket.stat()
     if group is not None and (state.st_gid != number or stat.S_IMODE(state.st_mode) != 0o660):
-        return [wrong(f"relay: {office.socket} is not open to the group {group} alone. Start the relay anew.")]
+        return [failure(f"relay: {office.socket} is not open to the group {group} alone. Start the relay anew.")]
     return [ok(f"relay: listens on {office.socket}")]
 
 
-def _link(office: Office) -> list[Finding]:
+def _link(office: Office) -> list[CheckResult]:
     """Look whether the site runs, and what its link says."""
-    if not held(office.ledger_file.parent):
+    if not is_locked(office.ledger_file.parent):
         return [warning("site: it does not run. Start it: fedllm site start")]
     state, log = read_state(office.link_state_file), office.folder / "log" / "site.log"
     if state is None:
         return [warning(f"site: it is starting, reads its records, and connects then. Its log: {log}")]
     if state.state == "connecting":
         young = now().timestamp() - state.since / 1000 < _YOUNG
-        return [(warning if young else wrong)(f"site: it runs, but is not connected to head office: {state.text}")]
+        return [(warning if young else failure)(f"site: it runs, but is not connected to head office: {state.text}")]
     found = [ok("site: connected to head office")]
     if abs(state.ahead) > 1000 * _CLOCK:
         word = "ahead of" if state.ahead > 0 else "behind"
@@ -201,12 +201,12 @@ def _link(office: Office) -> list[Finding]:
     return found
 
 
-def _outside(office: Office) -> list[Finding]:
+def _outside(office: Office) -> list[CheckResult]:
     """Try the way to head office, unless a relay has it."""
     return _way(office.address, office.ca_file, office.in_use.link_file) if office.socket is None else []
 
 
-def _own_certificate(key: Path) -> Finding:
+def _own_certificate(key: Path) -> CheckResult:
     facts = read_certificates(read(key.with_suffix(".pem")))[0]
     after = "install a new grant (at head office: fedllm server grant SITE)"
     return certificate("this office's certificate", facts, after)
@@ -227,14 +227,14 @@ def _silent(socket: Path) -> str:
     return ""
 
 
-def _way(address: str, ca: Path, key: Path) -> list[Finding]:
+def _way(address: str, ca: Path, key: Path) -> list[CheckResult]:
     host, _, number = address.rpartition(":")
     name, port = host.strip("[]"), int(number)
     found = proxies([name])
     try:
-        facts = read_certificates(reach(name, port, ca, own=(key.with_suffix(".pem"), key)))[0]
+        facts = read_certificates(probe_tls(name, port, ca, own=(key.with_suffix(".pem"), key)))[0]
     except OSError as error:
-        return [*found, wrong(f"way to head office: {remedy(name, port, error)}")]
+        return [*found, failure(f"way to head office: {explain_failure(name, port, error)}")]
     text = f"way to head office: {address} speaks TLS 1.3 with the certificate expected, and takes this office's"
     return [
         *found,
@@ -246,25 +246,25 @@ def _way(address: str, ca: Path, key: Path) -> list[Finding]:
 # ---- fedllm doctor, of a relay's folder ------------------------------------------------------------------------------
 
 
-def examine_relay(folder: Path) -> list[Finding]:
+def examine_relay(folder: Path) -> list[CheckResult]:
     """Look at a relay's folder, and at what its user can reach."""
-    found = gather(lambda: access(folder, [folder / name for name in (SETTINGS, KEY, CERTIFICATE, CA)]))
+    found = run_checks(lambda: access(folder, [folder / name for name in (SETTINGS, KEY, CERTIFICATE, CA)]))
     try:
         relay = read_relay(folder)
     except FedllmError as error:
-        return list(dict.fromkeys([*found, wrong(str(error))]))
+        return list(dict.fromkeys([*found, failure(str(error))]))
 
-    def keys() -> list[Finding]:
+    def keys() -> list[CheckResult]:
         if certified_key(read(folder / CERTIFICATE)) != key_line(read_secret(folder / KEY)):
-            return [wrong("the relay's folder: its certificate is for another key. Make the folder again.")]
+            return [failure("the relay's folder: its certificate is for another key. Make the folder again.")]
         return [ok("the relay's folder: settings, key and certificate"), _own_certificate(folder / KEY)]
 
-    def socket() -> list[Finding]:
+    def socket() -> list[CheckResult]:
         problem = _silent(Path(relay.socket))
         start = f"Start it: fedllm site relay {folder}"
         return [warning(f"relay: {problem}. {start}")] if problem else [ok(f"relay: listens on {relay.socket}")]
 
-    found += gather(
+    found += run_checks(
         keys,
         lambda: _authorities(folder / CA),
         socket,
@@ -279,28 +279,28 @@ def examine_relay(folder: Path) -> list[Finding]:
 # ---- a dry run -------------------------------------------------------------------------------------------------------
 
 
-def check(folder: Path) -> list[Finding]:
+def check(folder: Path) -> list[CheckResult]:
     """Try all that a run will need, without a network: settings, keys, records, models, ledger, permissions.
 
     Where nothing is wrong, the office signs what site.yaml declares of the records.
     """
-    findings: list[Finding] = []
+    findings: list[CheckResult] = []
     try:
         office = Office.open(folder)
     except FedllmError as error:
-        return [wrong(str(error))]
+        return [failure(str(error))]
     findings.append(ok(f"{folder}: settings and keys of {office.name}, {office.identity.public.fingerprint}"))
     for look in (_check_grant, _check_ledger, _check_socket, _check_records):
         try:
             findings += look(office)
         except FedllmError as error:
-            findings.append(wrong(str(error)))
+            findings.append(failure(str(error)))
     if all(finding.right for finding in findings):
         findings.append(_declare(office))
     return findings
 
 
-def _declare(office: Office) -> Finding:
+def _declare(office: Office) -> CheckResult:
     """Sign what site.yaml says of the records, now that it was found to hold."""
     from fedllm.training.model import load_reader
 
@@ -311,13 +311,13 @@ def _declare(office: Office) -> Finding:
     return ok(f"declaration: signed by {office.identity.public.fingerprint}; the site starts with it")
 
 
-def _check_grant(office: Office) -> list[Finding]:
+def _check_grant(office: Office) -> list[CheckResult]:
     known = ", ".join(identity.fingerprint for identity in office.coordinators)
     found = [ok(f"head office at {office.address}, known by {known}")]
     ends = max(facts.ends for facts in read_certificates(read(office.ca_file)))
     if ends <= now() + timedelta(days=14):
         text = f"head office's authority ends on {ends:%Y-%m-%d}: ask for a new grant (there: fedllm server rotate ca)"
-        found.append(wrong(text))
+        found.append(failure(text))
     if len(office.keys) > 1:
         newer = office.keys[-1] is not office.in_use
         text = (
@@ -329,7 +329,7 @@ def _check_grant(office: Office) -> list[Finding]:
     return found
 
 
-def _check_ledger(office: Office) -> list[Finding]:
+def _check_ledger(office: Office) -> list[CheckResult]:
     found = [warning(f"ledger: {text}") for text in office.ledger.warnings()]
     if office.ledger.is_new():
         return [*found, ok(f"ledger: nothing spent yet, of epsilon {office.policy.epsilon:g}")]
@@ -340,17 +340,17 @@ def _check_ledger(office: Office) -> list[Finding]:
     return [*found, ok(f"ledger: epsilon {spent.epsilon_rdp:.4g} of {own.epsilon:g} spent, at delta {own.delta:g}")]
 
 
-def _check_socket(office: Office) -> list[Finding]:
+def _check_socket(office: Office) -> list[CheckResult]:
     group = office.config.socket_group
     if group is not None:
         try:
             grp.getgrnam(group)
         except KeyError:
-            return [wrong(f"socket_group={group}: no such group. Make it: groupadd {group}")]
+            return [failure(f"socket_group={group}: no such group. Make it: groupadd {group}")]
     return [] if office.socket is None else [ok(f"relay: on {office.socket}")]
 
 
-def _check_records(office: Office) -> list[Finding]:
+def _check_records(office: Office) -> list[CheckResult]:
     """Compare the records with what site.yaml declares of them: a running site never does."""
     data, own = office.data, office.config.data
     found = [_check_mode(Path(data.train))] if not data.train.startswith("pkg://") else []
@@ -371,35 +371,35 @@ def _check_records(office: Office) -> list[Finding]:
         labels = Counter(cell(row[label]) for row in usable if not is_missing(row.get(label)))
         if len(own.labels) < 2:
             text = f"data.labels: declare every label that a record may have. The records have {len(labels)}"
-            return [*found, wrong(text)]
+            return [*found, failure(text)]
         text = f"records: {len(own.labels)} labels are declared, and a plan must name every one of them"
         found.append(ok(f"{text}; {len(set(own.labels) & set(labels))} of them occur"))
     by_person = office.config.policy.unit == "person" and data.unit is not None
     units = len({person(row.get(data.unit or "")) for row in usable} if by_person else usable)
     found += _size(office, units, "persons" if by_person else "records")
     if not office.config.models:
-        found.append(wrong("models: none permitted, so every plan is refused. Name them in site.yaml."))
+        found.append(failure("models: none permitted, so every plan is refused. Name them in site.yaml."))
     for name in office.config.models:
         try:
             found += _check_model(office, name, rows)
         except FedllmError as error:
-            found.append(wrong(str(error)))
+            found.append(failure(str(error)))
     return found
 
 
-def _size(office: Office, units: int, what: str) -> list[Finding]:
+def _size(office: Office, units: int, what: str) -> list[CheckResult]:
     """Compare the number of privacy units with the one that is declared, and delta with both."""
     size, delta = office.config.data.size, office.policy.delta
     about = int(float(f"{max(1, units):.1g}"))
     if size is None:
         text = f"data.size: declare about how many {what} there are, rounded. There are {units}: size: {about}"
-        return [wrong(text)]
+        return [failure(text)]
     try:
         office.policy.check_units(size)
     except DataError as error:
-        return [wrong(f"data.size={size}: {error} (policy.min_units)")]
+        return [failure(f"data.size={size}: {error} (policy.min_units)")]
     if not units / 2 <= size <= 2 * units:
-        return [wrong(f"data.size={size}, and there are {units} {what}: declare about as many, such as {about}")]
+        return [failure(f"data.size={size}, and there are {units} {what}: declare about as many, such as {about}")]
     found = [ok(f"records: {units} {what} to protect, declared as about {size}; at least {office.policy.min_units:g}")]
     if delta * units > 0.1:
         text = f"policy.delta={delta:g} is weak protection for {units} {what}: {0.1 / units:.1g} or less is usual"
@@ -407,7 +407,7 @@ def _size(office: Office, units: int, what: str) -> list[Finding]:
     return found
 
 
-def _faults(what: str, of: int, faults: Sequence[DataError]) -> list[Finding]:
+def _faults(what: str, of: int, faults: Sequence[DataError]) -> list[CheckResult]:
     """Say which records cannot be used; that takes nothing from the others."""
     if not faults:
         return []
@@ -415,10 +415,10 @@ def _faults(what: str, of: int, faults: Sequence[DataError]) -> list[Finding]:
     first = [re.sub(": label .*", ": its label is not among data.labels", str(fault)) for fault in faults[:3]]
     said = "; ".join(text.partition(", found")[0] for text in first)
     text = f"{what}: {len(faults)} of {of} cannot be used, and contribute nothing. {said}"
-    return [(wrong if len(faults) == of else warning)(text)]
+    return [(failure if len(faults) == of else warning)(text)]
 
 
-def _check_model(office: Office, name: str, rows: "Sequence[Row | DataError]") -> list[Finding]:
+def _check_model(office: Office, name: str, rows: "Sequence[Row | DataError]") -> list[CheckResult]:
     """Load a permitted model, and turn every record into tokens."""
     from client.records import Declared, load_records
     from fedllm.training.model import load_base, load_reader, pick_device
@@ -433,12 +433,12 @@ def _check_model(office: Office, name: str, rows: "Sequence[Row | DataError]") -
     return [ok(f"model {name}: loaded, reads the records"), *_faults(f"model {name}", len(rows), faults)]
 
 
-def _check_mode(path: Path) -> Finding:
+def _check_mode(path: Path) -> CheckResult:
     """Look whether other users of this machine can reach the records."""
     for place in [path, *sorted(path.iterdir())] if path.is_dir() else [path]:
         for bits in (0o070, 0o007):
-            reach = all(parent.stat().st_mode & 0o011 & bits for parent in place.resolve().parents)
-            if reach and place.stat().st_mode & 0o044 & bits:
+            probe_tls = all(parent.stat().st_mode & 0o011 & bits for parent in place.resolve().parents)
+            if probe_tls and place.stat().st_mode & 0o044 & bits:
                 right = "go-rwx"
-                return wrong(f"records: others on this machine can read {place}. Run: chmod {right} '{place}'")
+                return failure(f"records: others on this machine can read {place}. Run: chmod {right} '{place}'")
     return ok(f"records: only their owner can read {path}")

@@ -24,7 +24,7 @@ from fedllm.crypto.primitives import random_bytes
 from fedllm.errors import Cancelled, FedllmError, MessageError
 from fedllm.files import read as read_file
 from fedllm.files import read_secret, write_secret
-from fedllm.ops.tls_probe import reach, remedy
+from fedllm.ops.tls_probe import explain_failure, probe_tls
 from fedllm.protocol.link import (
     AHEAD,
     CONNECT,
@@ -310,9 +310,9 @@ def outside(address: str, ca: Path, key: Path) -> tuple[str, Callable[[], grpc.C
 
     def explain() -> str:
         try:
-            reach(host.strip("[]"), int(port), ca, own=(certificate, key))
+            probe_tls(host.strip("[]"), int(port), ca, own=(certificate, key))
         except OSError as error:
-            return remedy(host.strip("[]"), int(port), error)
+            return explain_failure(host.strip("[]"), int(port), error)
         return ""
 
     return address, credentials, explain

@@ -12,7 +12,7 @@ from fedllm.config import ModelConfig, TextConfig
 from fedllm.errors import DataError
 from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import DataSet, fingerprint
-from fedllm.training.data import Row, Tokeniser, Tokens, Unit, group, members
+from fedllm.training.data import PrivacyUnit, Row, Tokeniser, Tokens, group, members
 from fedllm.training.model import Reader
 
 _LONGEST = 1_000_000  # tokens of a record that are kept at the most
@@ -47,12 +47,12 @@ class SiteRecords:
     groups: Mapping[str, Sequence[Sequence[Tokens]]]  # by the model.source of a plan: the records of every unit
     wrong: Mapping[str, Sequence[DataError]]  # the same: why some contribute nothing. For their owner's eyes
 
-    def units(self, plan: RunPlan) -> Sequence[Unit]:
+    def units(self, plan: RunPlan) -> Sequence[PrivacyUnit]:
         """Return the privacy units as a plan cuts them; each is cut when it is taken."""
         return _Cut(self.groups[plan.model.source], plan)
 
 
-class _Cut(Sequence[Unit]):
+class _Cut(Sequence[PrivacyUnit]):
     """Units of a plan: no more records of a person and no longer ones than it allows."""
 
     def __init__(self, groups: Sequence[Sequence[Tokens]], plan: RunPlan) -> None:
@@ -63,10 +63,10 @@ class _Cut(Sequence[Unit]):
         return len(self._groups)
 
     @overload
-    def __getitem__(self, index: int) -> Unit: ...
+    def __getitem__(self, index: int) -> PrivacyUnit: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Unit]: ...
-    def __getitem__(self, index: int | slice) -> Unit | Sequence[Unit]:
+    def __getitem__(self, index: slice) -> Sequence[PrivacyUnit]: ...
+    def __getitem__(self, index: int | slice) -> PrivacyUnit | Sequence[PrivacyUnit]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return tuple(tokens.record(self._limit, self._labels) for tokens in self._groups[index][: self._cap])

@@ -9,19 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.crypto.identity import Identity, PublicIdentity
-from fedllm.errors import ConfigError, CryptoError, MasksError, MessageError, PrivacyError
+from fedllm.errors import ConfigError, CryptoError, MessageError, PrivacyError, SecAggError
 from fedllm.plan import RunPlan
 from fedllm.protocol.messages import (
-    MaskRequest,
+    ConsistencyCheck,
+    KeyShares,
+    MaskedInputRequest,
     Prepare,
-    RevealRequest,
-    Secure,
-    ShareRequest,
-    Shares,
-    UnmaskRequest,
+    SecAggRequest,
+    ShareKeysRequest,
+    UnmaskingRequest,
     from_bytes,
 )
-from fedllm.secagg import Member, Terms
+from fedllm.secagg import Participant, SessionParams
 
 _RUNS = 8  # at a time
 # ids of this start of the machine, and of the virtual machine where its host gives each copy another one (Xen)
@@ -29,7 +29,7 @@ _IDS = (Path("/proc/sys/kernel/random/boot_id"), Path("/sys/hypervisor/uuid"))
 Peers = Callable[[Mapping[str, str]], Mapping[str, PublicIdentity]]
 
 
-class Masks:
+class SecAggClient:
     """Lives in memory only: a site that was started again has dropped out, and joins anew.
 
     So has one that finds itself in another process or start of a machine than where its secrets were made: of a running
@@ -39,7 +39,7 @@ class Masks:
     def __init__(self, site: str, identity: Callable[[], Identity], peers: Peers) -> None:
         """`peers` returns those of the sites that head office names whom this site believes to be who they are."""
         self._site, self._identity, self._peers = site, identity, peers
-        self._members: dict[str, Member] = {}  # by the plan's digest, the least recent first: runs may overlap
+        self._members: dict[str, Participant] = {}  # by the plan's digest, the least recent first: runs may overlap
         self._made = incarnation()
 
     def join(self, request: Prepare) -> bytes:
@@ -48,57 +48,59 @@ class Masks:
         if request.session is None:
             raise MessageError("a plan with noise in shares comes with a session of secure aggregation")
         self._forget_if_copied()
-        circle = plan.circle(self._site)  # which the plan fixes for the whole run: whoever is in no other is no peer
+        cohort = plan.cohort(self._site)  # which the plan fixes for the whole run: whoever is in no other is no peer
         with _judged():
             peers = self._peers(request.roster)
-            terms = Terms(
+            terms = SessionParams(
                 plan.digest,
                 request.session,
                 plan.quorum,
                 plan.privacy.colluding_sites,
-                peers if circle is None else {name: peers[name] for name in circle if name in peers},
+                peers if cohort is None else {name: peers[name] for name in cohort if name in peers},
                 plan.sites,
             )
             member = self._members.pop(plan.digest, None)
             if member is None or member.terms != terms:
-                member = Member(terms, self._site, self._identity())
+                member = Participant(terms, self._site, self._identity())
         self._members[plan.digest] = member
         while len(self._members) > _RUNS:
             del self._members[next(iter(self._members))]
         return member.join.to_bytes()
 
-    def answer(self, request: Secure) -> bytes:
+    def answer(self, request: SecAggRequest) -> bytes:
         """Answer a step of secure aggregation that is not an upload."""
         member = self._of(request.plan)
-        step = from_bytes(request.payload, ShareRequest, UnmaskRequest, RevealRequest)
+        step = from_bytes(request.payload, ShareKeysRequest, ConsistencyCheck, UnmaskingRequest)
         if step.round != request.round or step.round > request.plan.training.rounds:
             raise MessageError(f"round={step.round} of secure aggregation in a request of round={request.round}")
         with _judged():
-            if isinstance(step, ShareRequest):
+            if isinstance(step, ShareKeysRequest):
                 return member.share(step).to_bytes()
-            return (member.unmask(step) if isinstance(step, UnmaskRequest) else member.reveal(step)).to_bytes()
+            return (member.unmask(step) if isinstance(step, ConsistencyCheck) else member.reveal(step)).to_bytes()
 
-    def check(self, plan: RunPlan, request: MaskRequest) -> None:
+    def check(self, plan: RunPlan, request: MaskedInputRequest) -> None:
         """Raise MasksError where an upload could not be masked as head office asks: before it is paid for."""
         with _judged():
             self._of(plan).check(request)
 
     def mask(
-        self, plan: RunPlan, request: MaskRequest, task: str, vector: NDArray[np.uint32], seeds: Sequence[str]
+        self, plan: RunPlan, request: MaskedInputRequest, task: str, vector: NDArray[np.uint32], seeds: Sequence[str]
     ) -> tuple[bytes, bytes]:
         """Return the masked vector uint32[d] as a message, and this site's secrets of the next round, dealt out.
 
         `task` is the digest of what the vector was computed from; `seeds` are of the noise in it that may turn out
         as surplus.
         """
-        member, shared = self._of(plan), plan.shared
-        if shared is None:
+        member, distributed = self._of(plan), plan.distributed
+        if distributed is None:
             raise MessageError(f"privacy.mode={plan.privacy.mode} has no noise in shares")
         with _judged():
-            masked = member.mask(request, task, vector, lambda u: tuple(seeds[k] for k in shared.given_away(u)))
-            following: Shares | None = None
+            masked = member.mask(
+                request, task, vector, lambda u: tuple(seeds[k] for k in distributed.revealed_seeds(u))
+            )
+            following: KeyShares | None = None
             if request.round < plan.training.rounds:
-                following = member.share(ShareRequest(context=request.context, round=request.round + 1, joins=()))
+                following = member.share(ShareKeysRequest(context=request.context, round=request.round + 1, joins=()))
         return masked.to_bytes(), following.to_bytes() if following is not None else b""
 
     def _forget_if_copied(self) -> None:
@@ -106,11 +108,11 @@ class Masks:
             self._members.clear()
             self._made = now
 
-    def _of(self, plan: RunPlan) -> Member:
+    def _of(self, plan: RunPlan) -> Participant:
         self._forget_if_copied()
         member = self._members.get(plan.digest)
         if member is None:
-            raise MasksError(
+            raise SecAggError(
                 "this site has not joined secure aggregation for this plan since it was started, or copied"
             )
         return member
@@ -130,7 +132,7 @@ def _judged() -> Iterator[None]:
     """Turn what secure aggregation refuses into the one error that says so."""
     try:
         yield
-    except MasksError:
+    except SecAggError:
         raise
     except (PrivacyError, MessageError, CryptoError, ConfigError) as error:
-        raise MasksError(str(error)) from error
+        raise SecAggError(str(error)) from error

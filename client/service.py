@@ -24,11 +24,11 @@ from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import DataSet, LedgerFile
 from fedllm.protocol import sealed_envelope
 from fedllm.protocol.link import told_to_end
-from fedllm.protocol.messages import Prepare, Secure, TrainRequest, from_bytes
+from fedllm.protocol.messages import Prepare, SecAggRequest, TrainRequest, from_bytes
 from fedllm.protocol.sealed_envelope import Binding
 from fedllm.training.data import read_rows
 from fedllm.training.model import load_reader
-from fedllm.training.workspace import Workspace, open_for_training, use_threads
+from fedllm.training.workspace import ModelContext, open_for_training, use_threads
 
 _log = logging.getLogger("fedllm.site")
 _RUNS_KEPT = 1000  # of which the last number is remembered one by one
@@ -37,7 +37,7 @@ _HOUR = 3600.0  # seconds
 _LOOK = 1.0  # seconds between looks whether the folder has changed
 
 
-class Replays:
+class ReplayGuard:
     """The number of the last request of every run, on disk: nothing is answered twice, nor out of order."""
 
     def __init__(self, path: Path) -> None:
@@ -75,7 +75,7 @@ class Endpoint:
     ) -> None:
         """`identities` are the site's own, the present one first; `head_office` holds the pinned ones."""
         self._site, self._identities, self._head_office = site, identities, head_office
-        self._replays = Replays(replays)
+        self._replays = ReplayGuard(replays)
         self._lock = threading.Lock()
 
     def handle(self, sealed: bytes, stop: threading.Event | None = None) -> bytes:
@@ -86,7 +86,7 @@ class Endpoint:
         Cancelled as the site does.
         """
         binding, payload, sender = self._open(sealed)
-        message = from_bytes(payload, Prepare, TrainRequest, Secure)
+        message = from_bytes(payload, Prepare, TrainRequest, SecAggRequest)
         round_ = 0 if isinstance(message, Prepare) else message.round
         said = Binding(
             direction="to-site", run=message.plan.run, plan=message.plan.digest, round=round_, number=binding.number
@@ -137,7 +137,7 @@ def open_site(office: Office) -> Site:
     """Return the site of an office's folder: its records are read and tokenised now, and not again."""
     resources, declared = office.config.resources, office.declaration.files
 
-    def workspace(plan: RunPlan) -> Workspace:
+    def workspace(plan: RunPlan) -> ModelContext:
         # every time: files may be exchanged while the site runs, and a plan may name another revision of them
         if declared.get(plan.model.source) != office.files_digest(plan.model):
             raise ModelError(

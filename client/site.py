@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from client.policy import SitePolicy
 from client.records import Declared
-from client.secagg_client import Masks, Peers
+from client.secagg_client import Peers, SecAggClient
 from client.unfinished import Unfinished
 from fedllm import adapter_vector
 from fedllm.crypto.hash_chain import LedgerHead
@@ -43,10 +43,10 @@ from fedllm.errors import (
     FedllmError,
     Halted,
     LedgerError,
-    MasksError,
     MessageError,
     ModelError,
     PrivacyError,
+    SecAggError,
     SpecMismatch,
 )
 from fedllm.plan import RunPlan
@@ -56,12 +56,12 @@ from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.randomness import KeyedRandomness, OsRandomness, Randomness, SeededRandomness
 from fedllm.protocol.messages import (
     Declined,
-    MaskRequest,
+    MaskedInputRequest,
     Message,
     Prepare,
     Ready,
     Reason,
-    Secure,
+    SecAggRequest,
     TrainReply,
     TrainRequest,
     from_bytes,
@@ -69,10 +69,10 @@ from fedllm.protocol.messages import (
     unpack,
 )
 from fedllm.protocol.spending_statement import Statement, sign_statement, update_digest
-from fedllm.training.data import Unit
+from fedllm.training.data import PrivacyUnit
 from fedllm.training.self_check import Subject, self_check_once
 from fedllm.training.trainer import shared_step, train_round
-from fedllm.training.workspace import Workspace
+from fedllm.training.workspace import ModelContext
 from fedllm.values import MAX_START, check_name
 
 _log = logging.getLogger("fedllm.site")
@@ -81,7 +81,7 @@ _log = logging.getLogger("fedllm.site")
 # them depends on a record: see fedllm.protocol.messages.Reason for what each is a function of.
 _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
     (BudgetExceeded, "budget"),
-    (MasksError, "masks"),
+    (SecAggError, "masks"),
     (PrivacyError, "policy"),
     (DataError, "data"),
     (ConfigError, "data"),
@@ -118,7 +118,7 @@ class Records(Protocol):
         """What they hold, to compare it with other data sets."""
         ...
 
-    def units(self, plan: RunPlan) -> Sequence[Unit]:
+    def units(self, plan: RunPlan) -> Sequence[PrivacyUnit]:
         """Return them by privacy unit, as a plan cuts them; a unit that cannot be used is empty."""
         ...
 
@@ -132,10 +132,10 @@ class PlanSession:
     ledger: PrivacyLedger
     records: Records
     micro_batch: int
-    open_workspace: Callable[[RunPlan], Workspace]
+    open_workspace: Callable[[RunPlan], ModelContext]
 
     @cached_property
-    def workspace(self) -> Workspace:
+    def workspace(self) -> ModelContext:
         """Model, adapter and engine, set up for the plan; raises SpecMismatch where this site does not have them."""
         try:
             return self.open_workspace(self.plan)
@@ -143,7 +143,7 @@ class PlanSession:
             raise SpecMismatch(str(error)) from error
 
     @property
-    def units(self) -> Sequence[Unit]:
+    def units(self) -> Sequence[PrivacyUnit]:
         """The records by privacy unit: for `Site._used` alone."""
         return self.records.units(self.plan)
 
@@ -174,7 +174,7 @@ class Site:
         policy: SitePolicy,
         ledger: LedgerPlace,
         identity: Callable[[], Identity],
-        workspace: Callable[[RunPlan], Workspace],
+        workspace: Callable[[RunPlan], ModelContext],
         records: Records,
         micro_batch: int,
         peers: Peers | None = None,
@@ -191,7 +191,7 @@ class Site:
         self._identity, self._open_workspace, self._records = identity, workspace, records
         self._opened: PrivacyLedger | None = None
         self._unfinished = Unfinished(ledger.file)
-        self._masks = Masks(name, identity, peers) if peers is not None else None
+        self._masks = SecAggClient(name, identity, peers) if peers is not None else None
         self._lock = threading.Lock()
         self._self_check = self_check
 
@@ -216,11 +216,11 @@ class Site:
                 return self._declined(error).to_bytes()
 
     def _answer(self, request: bytes, hold_back: Callable[[float], object], stop: threading.Event | None) -> bytes:
-        message = from_bytes(request, Prepare, TrainRequest, Secure)
+        message = from_bytes(request, Prepare, TrainRequest, SecAggRequest)
         plan = message.plan
         self._admit(plan)
-        if isinstance(message, Secure):
-            return self._shared(plan).answer(message)
+        if isinstance(message, SecAggRequest):
+            return self._distributed(plan).answer(message)
         session = PlanSession(
             self.name, plan, self.open_ledger(), self._records, self._micro_batch, self._open_workspace
         )
@@ -268,9 +268,9 @@ class Site:
         self._check_engine(session, 1)
         spec = session.workspace.adapter.spec
         join = b""
-        if plan.shared is not None:
-            plan.shared.clip_before_rounding(spec.dimension)  # refuses what 32 bits are too few for
-            join = self._shared(plan).join(request)
+        if plan.distributed is not None:
+            plan.distributed.clip_before_rounding(spec.dimension)  # refuses what 32 bits are too few for
+            join = self._distributed(plan).join(request)
         return Ready(site=self.name, plan_digest=plan.digest, spec_digest=spec.digest, payload=join)
 
     def _train(
@@ -288,9 +288,9 @@ class Site:
         if request.spec_digest != spec.digest:
             raise SpecMismatch("head office's adapter is another one. Do base model, seed and versions agree?")
         payload, mask = request.payload, None
-        if plan.shared is not None:
+        if plan.distributed is not None:
             payload, asked = unpack(request.payload, 2)
-            mask = from_bytes(asked, MaskRequest, MaskRequest)
+            mask = from_bytes(asked, MaskedInputRequest, MaskedInputRequest)
             if mask.round != request.round:
                 raise MessageError(f"masks of round={mask.round} in a request of round={request.round}")
         start = adapter_vector.decode(payload, "float32", spec.dimension, MAX_START)
@@ -311,7 +311,7 @@ class Site:
         if not ledger.answered(plan.run, request.round):
             ledger.spent(plan.privacy.delta, [event])  # what cannot be computed is not charged either
             if mask is not None:
-                self._shared(plan).check(plan, mask)
+                self._distributed(plan).check(plan, mask)
         reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
         if reservation.reply is not None:
             return reservation.reply
@@ -337,7 +337,7 @@ class Site:
         request: TrainRequest,
         session: PlanSession,
         start: NDArray[np.float32],
-        mask: MaskRequest | None,
+        mask: MaskedInputRequest | None,
         coins: bytes,
         stop: threading.Event | None,
     ) -> bytes | Declined:
@@ -353,13 +353,13 @@ class Site:
         try:
             if mask is not None:
                 task = request.task(adapter_vector.encode(start, "float32"))
-                return pack(*self._shared(plan).mask(plan, mask, task, *shared_step(*parts, own_coins)))
+                return pack(*self._distributed(plan).mask(plan, mask, task, *shared_step(*parts, own_coins)))
             delta = train_round(*parts, stop, own_coins)
             try:
                 return adapter_vector.encode(delta.astype(np.float32), plan.training.wire)
             except MessageError as error:
                 raise Diverged(f"the update cannot be sent: {error}") from None
-        except (Diverged, MasksError) as error:
+        except (Diverged, SecAggError) as error:
             return self._declined(error)
 
     def _reply(self, request: TrainRequest, payload: bytes, spent: PrivacySpent, head: LedgerHead) -> TrainReply:
@@ -382,8 +382,8 @@ class Site:
         )
         return TrainReply(statement=sign_statement(statement, self._identity()), payload=payload)
 
-    def _shared(self, plan: RunPlan) -> Masks:
-        if self._masks is None or plan.shared is None:
+    def _distributed(self, plan: RunPlan) -> SecAggClient:
+        if self._masks is None or plan.distributed is None:
             raise PrivacyError(
                 f"privacy.mode={plan.privacy.mode}: this site has no list of the other sites' identities to aggregate "
                 "with (policy.peers)"

@@ -57,7 +57,7 @@ class BudgetExceeded(PrivacyError):
     """The site's privacy budget does not admit the request."""
 
 
-class MasksError(PrivacyError):
+class SecAggError(PrivacyError):
     """A step of secure aggregation does not fit what this site joined, dealt, uploaded or revealed before."""
 
 

@@ -110,7 +110,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def taking_turns(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path) -> Iterator[None]:
     """Let processes change the file at `path` one after the other; a file beside it carries the lock."""
     try:
         opened = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
@@ -123,7 +123,7 @@ def taking_turns(path: Path) -> Iterator[None]:
         os.close(opened)
 
 
-def take(file: IO[str]) -> bool:
+def try_lock(file: IO[str]) -> bool:
     """Take an open file's lock, until it is closed or the process ends; False where another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,11 +132,11 @@ def take(file: IO[str]) -> bool:
     return True
 
 
-def in_use(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a process has taken the lock of a folder's LOCK file: it is at work there."""
     try:
         with (folder / LOCK).open("r") as file:
-            return not take(file)
+            return not try_lock(file)
     except OSError:
         return False
 

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from fedllm.canonical import digest_of
 from fedllm.config import AdapterConfig, ModelConfig, PrivacyConfig, TrainingConfig, check_groups
 from fedllm.errors import ConfigError, PrivacyError
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.values import MAX_HOLDERS, MAX_SITES, Frozen, Names, Printable, Seed
 
@@ -49,9 +49,9 @@ class RunPlan(Frozen):
         if self.groups:
             self._check_members()
         if self.privacy.mode == "distributed":
-            check_shared(self.privacy, self.training, self.sites, self.quorum)
+            check_distributed(self.privacy, self.training, self.sites, self.quorum)
             try:
-                _ = self.shared
+                _ = self.distributed
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return self
@@ -66,7 +66,7 @@ class RunPlan(Frozen):
                 f"each needs its quorum of {self.quorum}. Choose fewer groups, or admit more sites"
             )
 
-    def circle(self, site: str) -> Names | None:
+    def cohort(self, site: str) -> Names | None:
         """Return who is in one sum with a site: its group, or None, all; raises PrivacyError where it is in none."""
         if not self.groups:
             return None
@@ -112,12 +112,12 @@ class RunPlan(Frozen):
         return self.privacy.sampling_rate * (self.privacy.units_per_site or 0)
 
     @property
-    def shared(self) -> SharedMechanism | None:
+    def distributed(self) -> DistributedMechanism | None:
         """The mechanism in shares, in mode distributed; raises ConfigError where 32 bits are too few for it."""
         if self.privacy.mode != "distributed":
             return None
         colluding = self.privacy.colluding_sites
-        return SharedMechanism(self.mechanism, self.sites, self.quorum, colluding, self.expected_units)
+        return DistributedMechanism(self.mechanism, self.sites, self.quorum, colluding, self.expected_units)
 
     def noise_std(self, shares: Collection[float], trimmed: int) -> float:
         """Return the deviation of the noise in each coordinate of a round's averaged delta.
@@ -127,8 +127,8 @@ class RunPlan(Frozen):
         surplus noise was taken off.
         """
         one = self.training.learning_rate * self.privacy.clip_norm / self.expected_units
-        if (shared := self.shared) is not None:
-            return one * shared.noise_multiplier(len(shares), trimmed, known=0) / len(shares)
+        if (distributed := self.distributed) is not None:
+            return one * distributed.noise_multiplier(len(shares), trimmed, known=0) / len(shares)
         return (
             one
             * self.mechanism.noise_multiplier
@@ -141,7 +141,7 @@ def least_quorum(sites: int, colluding: int) -> int:
     return max((sites + colluding) // 2 + 1, colluding + 2)
 
 
-def check_shared(privacy: PrivacyConfig, training: TrainingConfig, sites: int, quorum: int) -> None:
+def check_distributed(privacy: PrivacyConfig, training: TrainingConfig, sites: int, quorum: int) -> None:
     """Raise ValueError where noise in shares cannot protect what a plan asks for.
 
     `quorum` of the sites are in every sum that head office can read, and `privacy.colluding_sites` of those may have

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedllm.config import QuorumConfig, TrainingConfig
 from fedllm.errors import ConfigError, MessageError
 from fedllm.plan import RunPlan
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 
 FALSE_ALARM = 1e-9  # probability, of each of three bounds: number of units, length, largest coordinate
 TIMES_NOMINAL = 2  # so many times the nominal number of units there may be, all pulling one way
@@ -20,7 +20,7 @@ _RELATIVE, _ABSOLUTE = 2.0**-11, 2.0**-25  # by which a value is rounded at most
 _ADAM = (1 - 0.9) / math.sqrt((1 - 0.999) * (1 - 0.9**2 / 0.999))
 
 
-def public_shares(names: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
+def public_weights(names: Iterable[str], weights: Mapping[str, float]) -> dict[str, float]:
     """Return what each of these sites counts in their mean, in the order of names; one not in `weights` weighs 1."""
     found = {name: weights.get(name, 1.0) for name in sorted(names)}
     total = sum(found.values())
@@ -28,12 +28,12 @@ def public_shares(names: Iterable[str], weights: Mapping[str, float]) -> dict[st
 
 
 def weighted_mean(updates: Mapping[str, NDArray[np.float32]], weights: Mapping[str, float]) -> NDArray[np.float32]:
-    """Return the mean of the sites' updates, float32[d], by `public_shares`.
+    """Return the mean of the sites' updates, float32[d], by `public_weights`.
 
     FedAvg (McMahan et al. 2017) with public weights instead of record counts. Summed in float64 in the order of the
     sites' names, so that the result does not depend on who answered first.
     """
-    shares = public_shares(updates, weights)
+    shares = public_weights(updates, weights)
     return np.asarray(sum(share * updates[name].astype(np.float64) for name, share in shares.items()), dtype=np.float32)
 
 
@@ -42,7 +42,7 @@ class AggregationRule:
     """How the updates of a round become one.
 
     `combine` takes the sites' updates float32[d] and their public weights, and returns float32[d]. What it reads was
-    released, so it costs no budget. `is_mean` says that it is the mean by `public_shares`, whose noise is known.
+    released, so it costs no budget. `is_mean` says that it is the mean by `public_weights`, whose noise is known.
     """
 
     combine: Callable[[Mapping[str, NDArray[np.float32]], Mapping[str, float]], NDArray[np.float32]]
@@ -134,12 +134,14 @@ def bound_of_update(plan: RunPlan, dimension: int) -> Bound | None:
     return Bound(length, length, one * plan.mechanism.noise_multiplier * float(np.linalg.norm(weights)))
 
 
-def bound_of_sum(shared: SharedMechanism, survivors: int, trimmed: int) -> Bound:
+def bound_of_sum(distributed: DistributedMechanism, survivors: int, trimmed: int) -> Bound:
     """Return what the sum of so many sites, in gradient units, is bound by; surplus noise is off `trimmed` of them."""
-    clip = shared.mechanism.clip_norm
-    length = clip * _most_units(shared.expected_units * survivors)
-    noise = clip * shared.noise_multiplier(survivors, trimmed, known=0)
-    return Bound(length, min(length, survivors * shared.most), math.hypot(noise, shared.rounding_std(survivors)))
+    clip = distributed.mechanism.clip_norm
+    length = clip * _most_units(distributed.expected_units * survivors)
+    noise = clip * distributed.noise_multiplier(survivors, trimmed, known=0)
+    return Bound(
+        length, min(length, survivors * distributed.most), math.hypot(noise, distributed.rounding_std(survivors))
+    )
 
 
 def _most_units(nominal: float) -> float:

@@ -9,9 +9,9 @@ from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import CryptoError, MessageError
 from fedllm.plan import RunPlan
 from fedllm.protocol import sealed_envelope
-from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 from fedllm.protocol.sealed_envelope import Binding
-from server.roster import Member
+from server.roster import RosterEntry
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
@@ -70,7 +70,7 @@ class Channel(ABC):
             except MessageError as error:  # revoked a moment ago
                 silent[node] = str(error)
                 continue
-            content = RecordDict({RECORD: ConfigRecord({KEY: data})})
+            content = RecordDict({ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: data})})
             message = Message(content, node, kind, ttl=self._timeout)
             waiting.update(dict.fromkeys(self._grid.push_messages([message]), node))
         deadline, pause = time.monotonic() + self._timeout, _POLL
@@ -92,8 +92,8 @@ class Channel(ABC):
 
 def _open(opener: Opener, content: "RecordDict") -> bytes | str:
     """Return the answer in a transport's envelope; text says why it cannot be used."""
-    record = content.config_records.get(RECORD)
-    value = record.get(KEY) if record is not None else None
+    record = content.config_records.get(ENVELOPE_RECORD)
+    value = record.get(ENVELOPE_KEY) if record is not None else None
     try:
         return opener(value if isinstance(value, bytes) else b"")
     except (MessageError, CryptoError) as error:
@@ -127,7 +127,7 @@ class SealedChannel(Channel):
 
     def __init__(
         self, grid: "Grid", timeout: float, expected_sites: int, online: Callable[[], dict[int, str]],
-        identity: Identity, member_of: Callable[[str], Member | None], plan: RunPlan,
+        identity: Identity, member_of: Callable[[str], RosterEntry | None], plan: RunPlan,
     ) -> None:  # fmt: skip
         """`online` returns the nodes that are there with the names of their sites.
 
@@ -168,7 +168,7 @@ class SealedChannel(Channel):
 
         return sealed, opened
 
-    def _member(self, node: int) -> Member:
+    def _member(self, node: int) -> RosterEntry:
         member = self._member_of(self._sites[node])
         if member is None:
             raise MessageError("the site was revoked")

@@ -52,7 +52,7 @@ from fedllm.protocol.link_pb2 import (
     Welcome,
 )
 from server.federation import HeadOffice
-from server.roster import Member, Roster
+from server.roster import Roster, RosterEntry
 
 _log = logging.getLogger("fedllm.server")
 _LOOK = 1.0  # seconds between looks at roster and certificates
@@ -76,7 +76,7 @@ class _Over(Exception):
 class _Link:
     """One site's stream."""
 
-    def __init__(self, member: Member, key: str, address: str) -> None:
+    def __init__(self, member: RosterEntry, key: str, address: str) -> None:
         self.site, self.key, self.address = member.site, key, address
         self.since, self.software, self.ahead = milliseconds(), "", 0
         self.outgoing: asyncio.Queue[ToSite] = asyncio.Queue(AHEAD)
@@ -205,7 +205,7 @@ class Daemon:
                     pass
         await context.abort(code, text)
 
-    async def _admit(self, context: _Context) -> tuple[Member, str]:
+    async def _admit(self, context: _Context) -> tuple[RosterEntry, str]:
         """Return the member of the roster that a connection's certificate is of, and its key; or end the connection."""
         shown: dict[str, Any] = dict(context.auth_context())  # property -> values, bytes
         name = plain(shown.get("x509_common_name", (b"?",))[0].decode("utf-8", "replace"))
@@ -307,7 +307,7 @@ class Daemon:
         self._runs = [each for each in self._runs if each.poll() is None]
 
 
-def _revoked(member: Member) -> str:
+def _revoked(member: RosterEntry) -> str:
     return f"{member.site} was revoked on {member.revoked_at:%Y-%m-%d}; head office may admit it anew, with new keys"
 
 

@@ -19,24 +19,24 @@ from pydantic import Field
 
 from fedllm.config import DeploymentConfig
 from fedllm.errors import CheckpointError, ConfigError, FederationError, FedllmError, QuorumLost
-from fedllm.files import in_use, stamp, write_secret
+from fedllm.files import is_locked, stamp, write_secret
 from fedllm.plan import RunPlan
 from fedllm.values import Frozen
 from server.channel import SealedChannel
 from server.checkpoint import CONFIG, has_checkpoint, read_as, writing
-from server.events import CHECKPOINT, PLAN, Event, Phase, RoundRecord, RoundStarted, SiteAnswered
+from server.events import CHECKPOINT, PLAN, Event, Phase, RoundMetrics, RoundStarted, SiteAnswered
 from server.federation import HeadOffice
 from server.grpc_grid import GrpcGrid, start
-from server.ledger_heads import HEADS, Heads
-from server.roster import Member, Roster
-from server.run_record import RECORD_FILE, RunRecord
+from server.ledger_heads import HEADS, LedgerHeads
+from server.roster import Roster, RosterEntry
+from server.run_record import RECORD_FILE, RunLog
 
 RUNS = "runs"  # folder of the runs' folders
 _STARTS = 180.0  # seconds in which a run's process begins, on a machine that is busy
 _ENDS, _POLL = 60.0, 0.2  # seconds in which it ends, and between looks at it
 _OVERHEAD = 64 << 20  # bytes of a site's answer beside its vector
 STATUS, PROGRESS, ERROR = "status.json", "progress.jsonl", "error.txt"
-_KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Phase, RoundStarted, SiteAnswered, RoundRecord)}
+_KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Phase, RoundStarted, SiteAnswered, RoundMetrics)}
 
 
 class Status(Frozen):
@@ -74,9 +74,9 @@ def known_runs(home: Path) -> list[Path]:
     return sorted(found.parent for found in place.glob(f"*/{STATUS}")) if place.is_dir() else []
 
 
-def last_round(folder: Path) -> RoundRecord | None:
+def last_round(folder: Path) -> RoundMetrics | None:
     """Return the record of the last completed round."""
-    found = [event for event in events(folder / PROGRESS, 0)[0] if isinstance(event, RoundRecord)]
+    found = [event for event in events(folder / PROGRESS, 0)[0] if isinstance(event, RoundMetrics)]
     return found[-1] if found else None
 
 
@@ -84,7 +84,7 @@ def settle(folder: Path) -> Status:
     """Return what became of a run, after a look whether its process still lives."""
     status = read_status(folder)
     young = status.state == "submitted" and time.time() - status.at < _STARTS
-    if not status.open or young or in_use(folder):
+    if not status.open or young or is_locked(folder):
         return status
     status = read_status(folder)  # it may have ended in good order meanwhile
     if status.open:
@@ -150,7 +150,7 @@ def end(folder: Path) -> Status:
         raise ConfigError(f"run {folder.name} has ended already ({status.state})")
     deadline = time.monotonic() + _ENDS
     told = False
-    while (in_use(folder) or not told) and time.monotonic() < deadline:  # until then it cannot be resumed
+    while (is_locked(folder) or not told) and time.monotonic() < deadline:  # until then it cannot be resumed
         status = read_status(folder)
         if status.process and not told:
             with contextlib.suppress(ProcessLookupError):
@@ -187,8 +187,8 @@ def run(home: Path, name: str, by: tuple[Grid, Callable[[], dict[int, str]]] | N
             office = HeadOffice.open(home)
             head_office = HeadOfficeRun(config)
             members = office.roster.active
-            record = RunRecord(folder / RECORD_FILE, office.identities, {each.site: each.identity for each in members})
-            heads = Heads(home / HEADS)
+            record = RunLog(folder / RECORD_FILE, office.identities, {each.site: each.identity for each in members})
+            heads = LedgerHeads(home / HEADS)
             roster = {each.site: each.public for each in members}
             stopped = ""
             with contextlib.ExitStack() as stack:
@@ -222,11 +222,11 @@ def _why(folder: Path, error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _member(file: Path) -> Callable[[str], Member | None]:
+def _member(file: Path) -> Callable[[str], RosterEntry | None]:
     """Return a function that looks a site up in the roster as it is now; it is read again when it was replaced."""
-    seen, members = list[tuple[int, int]](), dict[str, Member]()
+    seen, members = list[tuple[int, int]](), dict[str, RosterEntry]()
 
-    def find(site: str) -> Member | None:
+    def find(site: str) -> RosterEntry | None:
         nonlocal seen, members
         if (now := stamp(file)) != seen:
             members, seen = {member.site: member for member in Roster.load(file).active}, now

@@ -12,20 +12,20 @@ from fedllm.crypto.certificates import CertificateFacts
 from fedllm.errors import CryptoError, FederationError, FedllmError
 from fedllm.files import read
 from fedllm.ops.health_checks import (
-    Finding,
+    CheckResult,
     access,
     certificate,
     clock,
     disk,
-    gather,
-    held,
+    failure,
+    is_locked,
     ok,
+    run_checks,
     size,
     versions,
     warning,
-    wrong,
 )
-from fedllm.ops.tls_probe import reach, remedy
+from fedllm.ops.tls_probe import explain_failure, probe_tls
 from fedllm.protocol.enrolment import Grant, now, read_config
 from fedllm.protocol.link_pb2 import Sites
 from server.federation import FederationFile, HeadOffice
@@ -38,27 +38,27 @@ _CLOCK = 30.0  # seconds by which clocks may differ
 _OVERLAP = timedelta(days=30)  # for offices to install what names the next authority
 
 
-def examine(folder: Path) -> list[Finding]:
+def examine(folder: Path) -> list[CheckResult]:
     """Look at head office's folder, its daemon and the offices."""
     keys = folder / "keys"
     secret = [folder / name for name in ("federation.yaml", "roster.json", "run")]
     secret += [keys, *sorted(keys.glob("*"))]
-    found = gather(lambda: access(folder, secret), lambda: _certificates(folder))
+    found = run_checks(lambda: access(folder, secret), lambda: _certificates(folder))
     office: HeadOffice | None = None
     try:
         office = HeadOffice.open(folder)
     except FedllmError as error:
-        found.append(wrong(str(error)))
+        found.append(failure(str(error)))
     if office is not None:
         known = office
-        found += gather(
+        found += run_checks(
             lambda: _keys(known),
             lambda: _roster(known.roster),
             lambda: _offices_certificates(known),
             lambda: _daemon(known),
             lambda: clock(max((m.admitted_at for m in known.roster.members), default=None), "the last admission"),
         )
-    found += gather(
+    found += run_checks(
         lambda: [disk("checkpoints", folder)],
         lambda: size("the log", folder / "log", 1, "see docs/deployment.md, logs"),
         lambda: size("all runs together", folder / "runs", 100, f"remove folders of old runs from {folder / 'runs'}"),
@@ -70,7 +70,7 @@ def examine(folder: Path) -> list[Finding]:
 # ---- certificates ----------------------------------------------------------------------------------------------------
 
 
-def _certificates(folder: Path) -> list[Finding]:
+def _certificates(folder: Path) -> list[CheckResult]:
     """Look at the certificates one by one, also where the folder cannot be opened because of them."""
     config, keys = read_config(FederationFile, folder / "federation.yaml"), folder / "keys"
     server = certificates.read_certificates(read(keys / "server.pem"))[0]
@@ -78,7 +78,7 @@ def _certificates(folder: Path) -> list[Finding]:
     found = [certificate("the server certificate", server, _ROTATE), *_names(config, server)]
     if _elsewhere(config):
         found.append(
-            wrong(f"listen={config.listen}: only this machine can connect, and offices look for {config.host}. Edit "
+            failure(f"listen={config.listen}: only this machine can connect, and offices look for {config.host}. Edit "
                   "federation.yaml (listen: 0.0.0.0), then start the server anew.")
         )  # fmt: skip
     newest = certificates.read_certificates(authorities[-1].certificate)[0]
@@ -91,11 +91,11 @@ def _certificates(folder: Path) -> list[Finding]:
     return [*found, finding]
 
 
-def _names(config: FederationFile, server: CertificateFacts) -> list[Finding]:
+def _names(config: FederationFile, server: CertificateFacts) -> list[CheckResult]:
     missing = [host for host in config.hosts if host not in server.hosts]
     if config.host in missing:
         return [
-            wrong(f"the server certificate is not good for {config.host}, where offices connect. Remedy: {_ROTATE}")
+            failure(f"the server certificate is not good for {config.host}, where offices connect. Remedy: {_ROTATE}")
         ]
     if missing:
         return [warning(f"the server certificate is not good for {', '.join(missing)}. Remedy: {_ROTATE}")]
@@ -116,7 +116,7 @@ def _is_loopback(host: str) -> bool:
     return bool((mapped or address).is_loopback)
 
 
-def _keys(office: HeadOffice) -> list[Finding]:
+def _keys(office: HeadOffice) -> list[CheckResult]:
     found = [ok(f"settings and keys of {office.config.name}, {office.identity.public.fingerprint}")]
     if len(office.authorities) == 2:
         found.append(_half_done("ca", office.issuer > 0))
@@ -125,7 +125,7 @@ def _keys(office: HeadOffice) -> list[Finding]:
     return found
 
 
-def _half_done(what: str, switched: bool) -> Finding:
+def _half_done(what: str, switched: bool) -> CheckResult:
     if switched:
         return warning(
             f"the old {what} is still accepted. When a round went well: fedllm server rotate {what} --retire"
@@ -135,7 +135,7 @@ def _half_done(what: str, switched: bool) -> Finding:
     )
 
 
-def _roster(roster: Roster) -> list[Finding]:
+def _roster(roster: Roster) -> list[CheckResult]:
     if not roster.active:
         return [warning("roster: no office is admitted yet. Remedy: fedllm admit NAME.join")]
     found = [ok(f"roster: {', '.join(member.site for member in roster.active)}")]
@@ -146,7 +146,7 @@ def _roster(roster: Roster) -> list[Finding]:
     return found
 
 
-def _offices_certificates(office: HeadOffice) -> list[Finding]:
+def _offices_certificates(office: HeadOffice) -> list[CheckResult]:
     """Look whose the certificates are that the offices' newest grants have, and how long they hold."""
     found, authorities = [], [pair.certificate for pair in office.authorities]
     for member in office.roster.active:
@@ -162,26 +162,26 @@ def _offices_certificates(office: HeadOffice) -> list[Finding]:
                 certificates.issued_by(issued, authorities)
             except CryptoError:
                 text = f"the certificate of {member.site} is not of this federation's authority. Remedy: {remedy_}"
-                found.append(wrong(text))
+                found.append(failure(text))
     return found
 
 
 # ---- the daemon ------------------------------------------------------------------------------------------------------
 
 
-def _daemon(office: HeadOffice) -> list[Finding]:
+def _daemon(office: HeadOffice) -> list[CheckResult]:
     config = office.config
-    if not held(office.folder / "run"):
+    if not is_locked(office.folder / "run"):
         strangers = [pid for _, pid in _listeners().get(config.port, []) if pid is not None]
         if strangers:
             text = f"ports: {_program(strangers[0])} listens on port {config.port}. End it, or choose another port in"
-            return [wrong(f"{text} federation.yaml.")]
+            return [failure(f"{text} federation.yaml.")]
         return [warning(f"daemon: it does not run. Start it: {_START}")]
     try:
         sites = look(office.socket)
     except FederationError:
         text = f"daemon: it runs, but does not answer on {office.socket}. See {office.folder / 'log' / 'server.log'}"
-        return [wrong(f"{text}; end it, and start it anew: {_START}")]
+        return [failure(f"{text}; end it, and start it anew: {_START}")]
     return [*_way(office), *_offices(office, sites)]
 
 
@@ -201,29 +201,29 @@ def _program(pid: int) -> str:
         return f"process {pid}"
 
 
-def _way(office: HeadOffice) -> list[Finding]:
+def _way(office: HeadOffice) -> list[CheckResult]:
     config = office.config
     near = "127.0.0.1" if config.listen in ("0.0.0.0", "::") else config.listen  # noqa: S104  # compares
     try:
-        shown = reach(config.host, config.port, office.ca_file, near)
+        shown = probe_tls(config.host, config.port, office.ca_file, near)
     except OSError as error:
-        text = f"ports: the port is not served: {remedy(near, config.port, error)}"
-        return [wrong(text)]
+        text = f"ports: the port is not served: {explain_failure(near, config.port, error)}"
+        return [failure(text)]
     found = []
     if certificates.read_certificates(shown)[0] != certificates.read_certificates(office.server.certificate)[0]:
         text = "the daemon still shows its former certificate. It takes the new one within seconds; else"
         found.append(warning(f"{text}: {_START}"))
     try:
-        reach(config.host, config.port, office.ca_file)
+        probe_tls(config.host, config.port, office.ca_file)
     except socket.gaierror as error:
-        return [*found, wrong(f"ports: {remedy(config.host, config.port, error)}")]
+        return [*found, failure(f"ports: {explain_failure(config.host, config.port, error)}")]
     except OSError as error:
-        text = f"ports: from this machine, {remedy(config.host, config.port, error)}"
+        text = f"ports: from this machine, {explain_failure(config.host, config.port, error)}"
         return [*found, warning(f"{text} Offices may come by another way: look at one with fedllm doctor.")]
     return [*found, ok(f"ports: offices reach {config.host}:{config.port}, TLS 1.3 and gRPC, as seen from here")]
 
 
-def _offices(office: HeadOffice, sites: Sites) -> list[Finding]:
+def _offices(office: HeadOffice, sites: Sites) -> list[CheckResult]:
     """Look who is connected, and who tried to."""
     online = {each.site: each for each in sites.connected}
     refused = {each.site: each for each in sites.refused}
@@ -237,7 +237,7 @@ def _offices(office: HeadOffice, sites: Sites) -> list[Finding]:
                 text = f"clock: that of {site} is {abs(online[site].ahead) / 1000:.0f} s {word} this one."
                 found.append(warning(f"{text} Set the one that is wrong: timedatectl set-ntp true"))
         elif site in refused:
-            found.append(wrong(f"{site} was refused at {_time(refused[site].at)}: {refused[site].text}"))
+            found.append(failure(f"{site} was refused at {_time(refused[site].at)}: {refused[site].text}"))
         else:
             found.append(warning(f"{site} is not connected. There: fedllm doctor"))
     for name in sorted(set(refused) - {member.site for member in office.roster.active}):

@@ -12,7 +12,7 @@ CHECKPOINT, METRICS, PLAN = "checkpoint.safetensors", "metrics.jsonl", "plan.jso
 
 
 @dataclass(frozen=True)
-class RoundRecord:
+class RoundMetrics:
     """What one round did; everything in it is public. Round 0 is the base model."""
 
     round: int
@@ -60,10 +60,10 @@ class Phase:
     text: str
 
 
-Event = Phase | RoundStarted | SiteAnswered | RoundRecord
+Event = Phase | RoundStarted | SiteAnswered | RoundMetrics
 
 
-def read_records(path: Path) -> list[RoundRecord]:
+def read_records(path: Path) -> list[RoundMetrics]:
     """Read metrics, leaving out a last line that was cut short; raises CheckpointError where another is damaged."""
     records = []
     try:
@@ -72,13 +72,13 @@ def read_records(path: Path) -> list[RoundRecord]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Restore it from a backup.") from error
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(RoundRecord(**json.loads(line.decode())))
+            records.append(RoundMetrics(**json.loads(line.decode())))
         except (ValueError, TypeError):
             if number < len(lines):
                 raise CheckpointError(f"{path}, line {number}: damaged. Restore it from a backup.") from None
     return records
 
 
-def write_records(path: Path, records: list[RoundRecord]) -> None:
+def write_records(path: Path, records: list[RoundMetrics]) -> None:
     lines = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
     write_atomically(path, lines.encode())

@@ -36,7 +36,7 @@ from fedllm.errors import CryptoError, FederationError, FolderError
 from fedllm.files import check_private, check_socket, locked, new_folder, read, read_secret, write_secret
 from fedllm.protocol.enrolment import MAX_DOCUMENT, Grant, Host, JoinRequest, Port, now, read_config, same_fingerprint
 from fedllm.values import Frozen, check_site_name
-from server.roster import Member, Roster
+from server.roster import Roster, RosterEntry
 
 Step = Literal["start", "finish", "retire"]
 _WARN = timedelta(days=14)
@@ -149,7 +149,7 @@ class HeadOffice:
                 found.append(f"the certificate authority ends on {ends:%Y-%m-%d}: fedllm server rotate ca")
         return found
 
-    def grant(self, member: Member) -> bytes:
+    def grant(self, member: RosterEntry) -> bytes:
         """Return the document by which an office knows head office, and is known by it."""
         newest, days, site = self.authorities[-1], self.config.site_days, member.site
         # never a name by which offices find head office: with that certificate an office could pass for it
@@ -211,7 +211,9 @@ def admit(folder: Path, join: bytes, heard: str) -> Path:
         return _write_grant(folder, request.site)
 
 
-def _admitted(roster: Roster, member: Member | None, request: JoinRequest, signers: list[PublicIdentity]) -> Roster:
+def _admitted(
+    roster: Roster, member: RosterEntry | None, request: JoinRequest, signers: list[PublicIdentity]
+) -> Roster:
     for known in roster.members:
         if request.public in known.identities or {request.link_key, request.serving_key} & {
             *known.link_keys,
@@ -222,7 +224,7 @@ def _admitted(roster: Roster, member: Member | None, request: JoinRequest, signe
                 f"these keys {state}, as those of {known.site}. The office makes new ones: fedllm site rotate, or "
                 "fedllm site init in a new folder."
             )
-    fresh = Member(**request.model_dump(exclude={"kind", "made_at"}), admitted_at=now())
+    fresh = RosterEntry(**request.model_dump(exclude={"kind", "made_at"}), admitted_at=now())
     if member is None:
         return Roster(members=(*roster.members, fresh))
     if member.public not in signers:
@@ -244,7 +246,7 @@ def renew_grant(folder: Path, site: str) -> Path:
         return _write_grant(folder, _member(office, site).site)
 
 
-def retire(folder: Path, site: str) -> Member:
+def retire(folder: Path, site: str) -> RosterEntry:
     """Accept only the present keys of a site; raises FederationError where the site is not in the roster."""
     with _changing(folder) as office:
         member = _member(office, site)
@@ -253,7 +255,7 @@ def retire(folder: Path, site: str) -> Member:
         return only
 
 
-def revoke(folder: Path, site: str) -> Member:
+def revoke(folder: Path, site: str) -> RosterEntry:
     """Accept no key of a site any more; raises FederationError where the site is not in the roster."""
     with _changing(folder) as office:
         member = _member(office, site)
@@ -264,7 +266,7 @@ def revoke(folder: Path, site: str) -> Member:
         return revoked
 
 
-def _member(office: HeadOffice, site: str) -> Member:
+def _member(office: HeadOffice, site: str) -> RosterEntry:
     member = office.roster.find(check_site_name(site))
     if member is None:
         known = ", ".join(found.site for found in office.roster.active) or "nobody yet"
@@ -272,7 +274,7 @@ def _member(office: HeadOffice, site: str) -> Member:
     return member
 
 
-def _replaced(roster: Roster, old: Member, new: Member) -> Roster:
+def _replaced(roster: Roster, old: RosterEntry, new: RosterEntry) -> Roster:
     return Roster(members=tuple(new if member is old else member for member in roster.members))
 
 

@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedllm.errors import ConfigError
-from fedllm.protocol.messages import RECORD
+from fedllm.protocol.messages import ENVELOPE_RECORD
 from server import deployment
 
 _HOME, _RUN, _WHO = "FEDLLM_HOME", "run", "site"
@@ -35,10 +35,10 @@ class Nodes:
     def sites(self) -> dict[int, str]:
         """Return the nodes that are online and their sites."""
         online = set(self._grid.get_node_ids())
-        question = RecordDict({RECORD: ConfigRecord({_WHO: ""})})
+        question = RecordDict({ENVELOPE_RECORD: ConfigRecord({_WHO: ""})})
         asked = [Message(question, node, "query", ttl=_PATIENCE) for node in online - set(self._known)]
         for reply in self._grid.send_and_receive(asked, timeout=_PATIENCE) if asked else ():
-            record = None if reply.has_error() else reply.content.config_records.get(RECORD)
+            record = None if reply.has_error() else reply.content.config_records.get(ENVELOPE_RECORD)
             if record is not None and _WHO in record:
                 self._known[reply.metadata.src_node_id] = str(record[_WHO])
         return {node: site for node, site in self._known.items() if node in online}

@@ -20,7 +20,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from fedllm.errors import FederationError, MessageError
 from fedllm.protocol.link import CONTROL, OPTIONS, Payload, parts, request_id
 from fedllm.protocol.link_pb2 import Answer, Nothing, Request, Run, Sites
-from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 from server.grid import OneRunGrid
 
 _AGAIN = (0.1, 1.0)  # seconds until a request is made again: at random between these
@@ -109,12 +109,16 @@ class GrpcGrid(OneRunGrid):
     async def _carry(self, message: Message) -> None:
         """Make a request until there is an answer, or its time is up; then there is none."""
         metadata = message.metadata
-        data: Any = message.content.config_records[RECORD][KEY]
+        data: Any = message.content.config_records[ENVELOPE_RECORD][ENVELOPE_KEY]
         site = self._sites[metadata.dst_node_id]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(metadata.ttl):
                 reply = await self._answer(site, data)
-                content = reply if isinstance(reply, Error) else RecordDict({RECORD: ConfigRecord({KEY: reply})})
+                content = (
+                    reply
+                    if isinstance(reply, Error)
+                    else RecordDict({ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: reply})})
+                )
                 self._replied(message, Message(content, reply_to=message))
 
     async def _answer(self, site: str, data: bytes) -> bytes | Error:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from fedllm.crypto.hash_chain import LedgerHead
 from fedllm.errors import CheckpointError, FederationError
-from fedllm.files import replace_file, taking_turns
+from fedllm.files import exclusive_lock, replace_file
 from fedllm.protocol.messages import SeenHead
 from server.checkpoint import cannot_write
 
@@ -21,7 +21,7 @@ HEADS = "heads.json"
 _FILE = TypeAdapter(dict[str, SeenHead], config=ConfigDict(strict=True, extra="forbid"))
 
 
-class Heads:
+class LedgerHeads:
     """The file; several runs may use it at once. Raises CheckpointError where it cannot be read or written."""
 
     def __init__(self, path: Path, prefix: str = "") -> None:
@@ -36,14 +36,14 @@ class Heads:
 
     def note(self, seen: Mapping[str, LedgerHead]) -> None:
         """Keep what was seen, where it is newer; on return it is on disk."""
-        with taking_turns(self._path):
+        with exclusive_lock(self._path):
             known = self._load()
             newer = {self._prefix + site: head for site, head in seen.items()}
             self._save(known | {k: h for k, h in newer.items() if k not in known or h.number > known[k].number})
 
     def forget(self, site: str) -> None:
         """Take whatever ledger a site has from now on: a person at head office has decided so."""
-        with taking_turns(self._path):
+        with exclusive_lock(self._path):
             known = self._load()
             if known.pop(self._prefix + site, None) is None:
                 raise FederationError(f"nothing was seen yet of a ledger of {site}; there is nothing to forget")

@@ -11,7 +11,7 @@ from fedllm.protocol.enrolment import Host, IdentityText, KeyLine
 from fedllm.values import Frozen, SiteName
 
 
-class Member(Frozen):
+class RosterEntry(Frozen):
     """One admission of an office."""
 
     site: SiteName
@@ -43,7 +43,7 @@ class Member(Frozen):
 class Roster(Frozen):
     """Every admission there was; of one site at most one is in force."""
 
-    members: tuple[Member, ...] = ()
+    members: tuple[RosterEntry, ...] = ()
 
     @classmethod
     def load(cls, path: Path) -> "Roster":
@@ -59,18 +59,18 @@ class Roster(Frozen):
             raise FolderError(f"{path} is damaged ({error}). Restore it from a backup.") from None
 
     @property
-    def active(self) -> tuple[Member, ...]:
+    def active(self) -> tuple[RosterEntry, ...]:
         """Members that may take part."""
         return tuple(member for member in self.members if member.revoked_at is None)
 
-    def find(self, site: str) -> Member | None:
+    def find(self, site: str) -> RosterEntry | None:
         """Return the admission of a site that is in force."""
         return next((member for member in self.active if member.site == site), None)
 
-    def of_link_key(self, line: str) -> Member | None:
+    def of_link_key(self, line: str) -> RosterEntry | None:
         """Return the newest admission that a key belongs to, also one that was revoked."""
         return next((member for member in reversed(self.members) if line in member.link_keys), None)
 
-    def site_of_identity(self, identity: PublicIdentity) -> Member | None:
+    def site_of_identity(self, identity: PublicIdentity) -> RosterEntry | None:
         """Return the member that an identity belongs to, unless it was revoked."""
         return next((member for member in self.active if identity in member.identities), None)

@@ -19,7 +19,7 @@ from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.protocol.messages import (
     Declined,
-    Masked,
+    MaskedInput,
     Prepare,
     Ready,
     Reason,
@@ -31,7 +31,7 @@ from fedllm.protocol.messages import (
 )
 from fedllm.protocol.spending_statement import Statement, open_statement, update_digest
 from fedllm.values import MAX_START
-from server.aggregate import aggregation_rule, bound_of_update, public_shares
+from server.aggregate import aggregation_rule, bound_of_update, public_weights
 from server.channel import PATIENCE, Channel, arrived
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint
 from server.events import (
@@ -39,15 +39,15 @@ from server.events import (
     METRICS,
     Event,
     Phase,
-    RoundRecord,
+    RoundMetrics,
     RoundStarted,
     SiteAnswered,
     read_records,
     write_records,
 )
-from server.ledger_heads import Heads
-from server.run_record import RunRecord, adapter_digest
-from server.secagg_server import Ask, Groups, Masks
+from server.ledger_heads import LedgerHeads
+from server.run_record import RunLog, adapter_digest
+from server.secagg_server import Ask, Groups, SecAggServer
 
 if TYPE_CHECKING:
     from fedllm.training.server_optimizer import ServerOptimizer
@@ -68,7 +68,7 @@ _PAUSE, _PAUSE_MAX = 0.005, 5.0  # seconds between looks for sites that may come
 class _Answer:
     """A site's update, checked with what the site signed of it."""
 
-    update: NDArray[np.float32] | Masked
+    update: NDArray[np.float32] | MaskedInput
     line: str  # the statement, as it was signed
     statement: Statement
     signer: str
@@ -145,9 +145,9 @@ class Coordinator:
         federation: QuorumConfig,
         model: PublicModel,
         channel: Channel,
-        record: RunRecord,
+        record: RunLog,
         observe: Callable[[Event], None],
-        heads: Heads | None = None,
+        heads: LedgerHeads | None = None,
         roster: Mapping[str, PublicIdentity] | None = None,
     ) -> None:
         """Keep checkpoints and metrics beside the run's `record`.
@@ -164,15 +164,15 @@ class Coordinator:
         self._repeated = 0  # up to this round, a site may answer as it did before a crash
         self._optimizer = self._optimizer_from(model.start)
         self.sites: dict[str, SiteState] = {}
-        self.records: list[RoundRecord] = []
+        self.records: list[RoundMetrics] = []
         self._site_of_node: dict[int, str] = {}
         self._dropped: set[int] = set()
         self._forgotten: set[int] = set()  # nodes whose sites lost their secrets, and are to join anew
         self._evaluation = ThreadPoolExecutor(1, "evaluation")
         self._evaluating: tuple[int, Future[Mapping[str, float | None]]] | None = None  # of records[that]
-        shared = plan.shared
-        kind = Groups if plan.groups else Masks
-        self._masks = kind(plan, shared, model.spec.dimension, roster or {}) if shared is not None else None
+        distributed = plan.distributed
+        kind = Groups if plan.groups else SecAggServer
+        self._masks = kind(plan, distributed, model.spec.dimension, roster or {}) if distributed is not None else None
         self._bound = bound_of_update(plan, model.spec.dimension)
         self._rule = aggregation_rule(federation, plan.training)
 
@@ -231,7 +231,7 @@ class Coordinator:
         if not self.records:
             epsilon = 0.0 if self.plan.mechanism.private else None
             self._record.begin(self.plan, self._spec.digest, self.adapter)
-            self._finish(RoundRecord(0, self.plan.privacy.protects, epsilon))
+            self._finish(RoundMetrics(0, self.plan.privacy.protects, epsilon))
         elif self.records[-1].loss is None:  # it ended before this was known
             self._evaluate()
         self.observe(Phase("waiting for the sites"))
@@ -305,7 +305,7 @@ class Coordinator:
                 "Lower the learning rates."
             )
         self._finish(
-            RoundRecord(
+            RoundMetrics(
                 round=number,
                 private=self.plan.privacy.protects,
                 epsilon=self._epsilon(),
@@ -410,17 +410,17 @@ class Coordinator:
             bytes_down=sum(map(len, requests.values())),
         )  # fmt: skip
 
-    def _aggregate(self, common: TrainRequest, updates: Mapping[str, NDArray[np.float32] | Masked]) -> _Sum:
+    def _aggregate(self, common: TrainRequest, updates: Mapping[str, NDArray[np.float32] | MaskedInput]) -> _Sum:
         """Return what the updates say together."""
         plan, masks, number = self.plan, self._masks, common.round
         if not self._enough(updates):
             return _Sum(lost=f"{len(updates)} sites answered, {self._needed}." if masks is not None else "")
-        shares = public_shares(updates, self._federation.weights)
+        shares = public_weights(updates, self._federation.weights)
         if masks is None:
             plain = cast(Mapping[str, NDArray[np.float32]], updates)
             noise = plan.noise_std(shares.values(), 0) if self._rule.is_mean else 0.0
             return _Sum(self._rule.combine(plain, self._federation.weights), noise_std=noise)
-        uploads, task = cast(Mapping[str, Masked], updates), common.task(common.payload)
+        uploads, task = cast(Mapping[str, MaskedInput], updates), common.task(common.payload)
         try:
             if isinstance(masks, Groups):
                 together = masks.step(number, task, uploads, self._asker(number))
@@ -545,7 +545,7 @@ class Coordinator:
                 self.sites.setdefault(reply.site, SiteState())
         return declined, failed
 
-    def _update(self, reply: TrainReply, site: str, number: int) -> NDArray[np.float32] | Masked:
+    def _update(self, reply: TrainReply, site: str, number: int) -> NDArray[np.float32] | MaskedInput:
         """Return the update float32[d] or the masked upload; raises MessageError where it is none of the plan."""
         if self._masks is not None:
             return self._masks.read(site, number, *unpack(reply.payload, 2))
@@ -680,7 +680,7 @@ class Coordinator:
             f"{'; '.join(reasons) or 'no site answered'}. The adapter of round {self.round} is kept.{hint}"
         )
 
-    def _finish(self, record: RoundRecord, entry: dict[str, Any] | None = None) -> None:
+    def _finish(self, record: RoundMetrics, entry: dict[str, Any] | None = None) -> None:
         """Make the round durable: metrics and run record first, so that a checkpoint never runs ahead of them."""
         self._note_scores()
         self.records.append(record)

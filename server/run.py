@@ -18,22 +18,22 @@ from fedllm.audit.summary import RunSummary, write_outputs
 from fedllm.config import RunConfig
 from fedllm.crypto.identity import PublicIdentity
 from fedllm.errors import CheckpointError, ConfigError, FedllmError
-from fedllm.files import LOCK, take
+from fedllm.files import LOCK, try_lock
 from fedllm.plan import RunPlan, default_quorum
 from fedllm.privacy.accounting import calibrate, overrun
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
-from fedllm.training.workspace import Workspace, open_workspace, use_threads
+from fedllm.training.workspace import ModelContext, open_workspace, use_threads
 from fedllm.values import parse
 from server.aggregate import aggregation_rule
 from server.channel import Channel
 from server.checkpoint import CONFIG, has_checkpoint, write_atomically, writing
 from server.events import CHECKPOINT, PLAN, Event, Phase
-from server.ledger_heads import Heads
+from server.ledger_heads import LedgerHeads
 from server.rounds import Coordinator, PublicModel
-from server.run_record import RunRecord
+from server.run_record import RunLog
 
 _LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a moment
 
@@ -64,7 +64,7 @@ def alone_in(folder: Path, config: RunConfig) -> Iterator[None]:
         raise _no_place(folder, error) from None
     with file:
         for _ in range(_LOCK_TRIES):
-            if take(file):
+            if try_lock(file):
                 break
             time.sleep(_LOCK_PAUSE)
         else:
@@ -149,8 +149,8 @@ class HeadOfficeRun:
         return self._workspace.adapter.spec.dimension
 
     def coordinator(
-        self, plan: RunPlan, channel: Channel, record: RunRecord, observe: Callable[[Event], None],
-        heads: Heads | None = None, roster: Mapping[str, PublicIdentity] | None = None,
+        self, plan: RunPlan, channel: Channel, record: RunLog, observe: Callable[[Event], None],
+        heads: LedgerHeads | None = None, roster: Mapping[str, PublicIdentity] | None = None,
     ) -> Coordinator:  # fmt: skip
         """Return the coordinator of a run, resumed where the configuration says so.
 
@@ -158,8 +158,8 @@ class HeadOfficeRun:
         sites' ledgers; `roster` names who takes part where noise comes in shares.
         """
         adapter = self._workspace.adapter
-        if plan.shared is not None:
-            plan.shared.clip_before_rounding(adapter.spec.dimension)  # says here what every site would decline for
+        if plan.distributed is not None:
+            plan.distributed.clip_before_rounding(adapter.spec.dimension)  # says here what every site would decline for
         score = partial(_score, self._evaluator, self._workspace.engine, plan.mechanism)
         model = PublicModel(adapter.spec, adapter.initial, score)
         coordinator = Coordinator(plan, self._config.federation, model, channel, record, observe, heads, roster)
@@ -207,7 +207,7 @@ class HeadOfficeRun:
         return summary
 
 
-def _evaluator(config: RunConfig, workspace: Workspace) -> Evaluator | None:
+def _evaluator(config: RunConfig, workspace: ModelContext) -> Evaluator | None:
     data = config.data
     if data.heldout is None:
         return None

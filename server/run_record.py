@@ -69,10 +69,10 @@ def adapter_digest(adapter: NDArray[np.float32]) -> str:
 
 def key_in(folder: Path) -> Identity:
     """Return the key that signs the record of a simulation, made on first use in the run's folder."""
-    return Identity.kept(folder / RECORD_KEY)
+    return Identity.load_or_create(folder / RECORD_KEY)
 
 
-class RunRecord:
+class RunLog:
     """One run's record file; raises CheckpointError where it cannot be written, read or believed."""
 
     def __init__(self, path: Path, signers: Sequence[Identity], roster: Mapping[str, str] | None = None) -> None:

@@ -13,21 +13,21 @@ from fedllm.crypto.identity import PublicIdentity
 from fedllm.crypto.primitives import random_bytes
 from fedllm.errors import FedllmError, MessageError, QuorumLost
 from fedllm.plan import RunPlan
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.protocol.messages import (
-    Consent,
+    AdvertisedKey,
+    AdvertiseKeys,
+    ConsistencySignature,
     Declined,
-    Join,
-    Masked,
+    KeyShares,
+    MaskedInput,
     Prepare,
-    Reveal,
-    Secure,
-    ShareRequest,
-    Shares,
-    SignedKey,
+    SecAggRequest,
+    ShareKeysRequest,
+    UnmaskingShares,
     from_bytes,
 )
-from fedllm.secagg import Circle, Terms
+from fedllm.secagg import Cohort, SessionParams
 from server.aggregate import bound_of_sum, median
 from server.channel import arrived
 
@@ -36,22 +36,22 @@ from server.channel import arrived
 Ask = Callable[[Mapping[str, bytes], int], Iterable[tuple[str, bytes | str]]]
 
 
-class Masks:
+class SecAggServer:
     """One session. Keeps nothing on disk: head office that was started again opens another, and all sites join anew."""
 
     def __init__(
-        self, plan: RunPlan, shared: SharedMechanism, dimension: int, roster: Mapping[str, PublicIdentity],
+        self, plan: RunPlan, distributed: DistributedMechanism, dimension: int, roster: Mapping[str, PublicIdentity],
         session: str = "",
     ) -> None:  # fmt: skip
-        """`shared` is the plan's; `roster` names the sites that may take part; groups have a session in common."""
-        self._plan, self._shared, self._dimension = plan, shared, dimension
-        self._terms = Terms(
+        """`distributed` is the plan's; `roster` names the sites that may take part; groups have a session in common."""
+        self._plan, self._distributed, self._dimension = plan, distributed, dimension
+        self._terms = SessionParams(
             plan.digest, session or new_session(), plan.quorum, plan.privacy.colluding_sites, dict(roster), plan.sites
         )
-        self._joins: dict[str, SignedKey] = {}
-        self._circle: Circle | None = None
-        self._dealt: dict[str, Shares] = {}  # of the round to come, by the circle
-        self._participants: dict[str, Shares] = {}  # of the present round
+        self._joins: dict[str, AdvertisedKey] = {}
+        self._cohort: Cohort | None = None
+        self._dealt: dict[str, KeyShares] = {}  # of the round to come, by the circle
+        self._participants: dict[str, KeyShares] = {}  # of the present round
 
     @property
     def question(self) -> bytes:
@@ -60,7 +60,7 @@ class Masks:
 
     def join(self, site: str, payload: bytes) -> None:
         """Take a site's join, in place of an earlier one; raises MessageError where it is not its own."""
-        join = from_bytes(payload, Join, Join)
+        join = from_bytes(payload, AdvertiseKeys, AdvertiseKeys)
         if join.context != self._terms.context or join.join.site != site:
             raise MessageError("a join of another site, or to another session")
         secagg.check_join(self._terms, join.join)
@@ -77,42 +77,44 @@ class Masks:
         FedllmError where so few have joined that no secrets can be dealt.
         """
         failed: dict[str, str] = {}
-        circle = self._circle
+        cohort = self._cohort
         present = sorted(set(sites) & set(self._joins), key=lambda name: (name not in self._dealt, name))
         names = sorted(present[: self._plan.sites])
         failed.update(dict.fromkeys(present[self._plan.sites :], f"the plan is for {self._plan.sites} sites"))
         dealt = {name: self._dealt[name] for name in names if name in self._dealt}
-        if circle is None or set(dealt) != set(names):
-            circle = self._circle = secagg.make_circle(self._terms, [self._joins[name] for name in names])
-            step = ShareRequest(context=self._terms.context, round=number, joins=circle.joins).to_bytes()
+        if cohort is None or set(dealt) != set(names):
+            cohort = self._cohort = secagg.make_cohort(self._terms, [self._joins[name] for name in names])
+            step = ShareKeysRequest(context=self._terms.context, round=number, joins=cohort.joins).to_bytes()
             dealt = {}
             for site, data in ask(dict.fromkeys(names, self._secure(number, step)), self._plan.quorum):
                 try:
-                    shares = from_bytes(arrived(data), Shares, Declined)
+                    shares = from_bytes(arrived(data), KeyShares, Declined)
                     if isinstance(shares, Declined):
                         raise MessageError(f"declined to deal ({shares.reason})")
-                    self._check_shares(circle, number, shares, site)
+                    self._check_shares(cohort, number, shares, site)
                     dealt[site] = shares
                 except MessageError as error:
                     failed[site] = str(error)
         self._dealt = {}
         self._participants = dealt
-        return {site: secagg.mask_request(circle, number, dealt, site).to_bytes() for site in dealt}, failed
+        return {site: secagg.mask_request(cohort, number, dealt, site).to_bytes() for site in dealt}, failed
 
-    def read(self, site: str, number: int, masked: bytes, following: bytes) -> Masked:
+    def read(self, site: str, number: int, masked: bytes, following: bytes) -> MaskedInput:
         """Check an upload, and keep what the site dealt for the next round; raises MessageError."""
-        circle = self._at(number)
-        upload = from_bytes(masked, Masked, Masked)
+        cohort = self._at(number)
+        upload = from_bytes(masked, MaskedInput, MaskedInput)
         if upload.site != site:
             raise MessageError(f"an upload of site={upload.site}")
-        secagg.read_masked(circle, number, upload, self._dimension)
+        secagg.read_masked(cohort, number, upload, self._dimension)
         if following:
-            shares = from_bytes(following, Shares, Shares)
-            self._check_shares(circle, number + 1, shares, site)
+            shares = from_bytes(following, KeyShares, KeyShares)
+            self._check_shares(cohort, number + 1, shares, site)
             self._dealt[site] = shares
         return upload
 
-    def step(self, number: int, task: str, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.float32], int]:
+    def step(
+        self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask
+    ) -> tuple[NDArray[np.float32], int]:
         """Return the step float32[d] that the sum of the uploads says, and from how many sites surplus noise is off.
 
         `task` is the digest of what all were asked for. The sum is the first thing that can be read; it is divided by
@@ -124,42 +126,44 @@ class Masks:
 
     def step_of(self, total: NDArray[np.uint32], survivors: int, trimmed: int) -> NDArray[np.float32]:
         """Return the step float32[d] that an opened sum uint32[d] says; raises MessageError beyond its bound."""
-        decoded = self._shared.decode(total)
-        bound_of_sum(self._shared, survivors, trimmed).check(decoded)
+        decoded = self._distributed.decode(total)
+        bound_of_sum(self._distributed, survivors, trimmed).check(decoded)
         step = -self._plan.training.learning_rate * decoded / (survivors * self._plan.expected_units)
         return step.astype(np.float32)
 
     def noise_multiplier(self, survivors: int, trimmed: int) -> float:
         """Return that of an opened sum, for head office and the sites that may collude with it."""
-        return self._shared.noise_multiplier(survivors, trimmed, self._plan.privacy.colluding_sites)
+        return self._distributed.noise_multiplier(survivors, trimmed, self._plan.privacy.colluding_sites)
 
-    def unmask(self, number: int, task: str, uploads: Mapping[str, Masked], ask: Ask) -> tuple[NDArray[np.uint32], int]:
+    def unmask(
+        self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask
+    ) -> tuple[NDArray[np.uint32], int]:
         """Return the sum of the uploads, uint32[d], and from how many of them surplus noise was taken off."""
-        circle, threshold = self._at(number), self._plan.quorum
+        cohort, threshold = self._at(number), self._plan.quorum
         dealings = (self._participants[site].dealing for site in sorted(self._participants))
-        common = secagg.common_digest(circle, number, task, dealings)
-        claim = secagg.unmask_request(circle, number, common, self._participants, uploads)
+        common = secagg.common_digest(cohort, number, task, dealings)
+        claim = secagg.unmask_request(cohort, number, common, self._participants, uploads)
         secagg.check_claim(self._terms, claim, self._participants)
-        consents: list[Consent] = []
-        reveals: list[Reveal] = []
+        consents: list[ConsistencySignature] = []
+        reveals: list[UnmaskingShares] = []
         faults: list[str] = []
-        surplus = len(self._shared.given_away(len(uploads)))
+        surplus = len(self._distributed.revealed_seeds(len(uploads)))
         question: dict[str, bytes] = dict.fromkeys(uploads, self._secure(number, claim.to_bytes()))
         while question:
             for site, data in ask(question, threshold):
                 try:
-                    answer = from_bytes(arrived(data), Consent, Reveal, Declined)
+                    answer = from_bytes(arrived(data), ConsistencySignature, UnmaskingShares, Declined)
                     if isinstance(answer, Declined):
                         raise MessageError(f"declined ({answer.reason})")
-                    if isinstance(answer, Consent):
+                    if isinstance(answer, ConsistencySignature):
                         if answer.consent.site != site:
                             raise MessageError(f"a signature of site={answer.consent.site}")
-                        secagg.check_consent(circle, claim, answer.consent)
+                        secagg.check_consent(cohort, claim, answer.consent)
                         consents.append(answer)
                     else:
                         if answer.site != site:
                             raise MessageError(f"shares of site={answer.site}")
-                        secagg.check_reveal(circle, claim, answer)
+                        secagg.check_reveal(cohort, claim, answer)
                         if len(answer.surplus) != surplus:
                             raise MessageError(f"{len(answer.surplus)} seeds of surplus noise, expected {surplus}")
                         reveals.append(answer)
@@ -175,28 +179,28 @@ class Masks:
                 f"{len(reveals)} of {len(uploads)} sites helped to unmask the sum, at least {threshold} are needed. "
                 f"{'; '.join(faults)}"
             )
-        total = secagg.unmask(circle, self._participants, claim, uploads, reveals, self._dimension).total_d
+        total = secagg.unmask(cohort, self._participants, claim, uploads, reveals, self._dimension).total_d
         self._take_off(total, [reveal.surplus for reveal in reveals], len(uploads))
         return total, len(reveals)
 
     def _take_off(self, total: NDArray[np.uint32], seeds: Iterable[Sequence[str]], survivors: int) -> None:
         """Subtract surplus noise, in place; drawing it anew is most of head office's work, hence on all cores."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for off in pool.map(lambda own: self._shared.surplus(own, survivors, self._dimension), seeds):
+            for off in pool.map(lambda own: self._distributed.surplus(own, survivors, self._dimension), seeds):
                 total -= off
 
     def _secure(self, number: int, step: bytes) -> bytes:
-        return Secure(plan=self._plan, round=number, payload=step).to_bytes()
+        return SecAggRequest(plan=self._plan, round=number, payload=step).to_bytes()
 
-    def _check_shares(self, circle: Circle, number: int, shares: Shares, site: str) -> None:
+    def _check_shares(self, cohort: Cohort, number: int, shares: KeyShares, site: str) -> None:
         if shares.dealing.site != site:
             raise MessageError(f"shares of site={shares.dealing.site}")
-        secagg.check_shares(circle, number, shares)
+        secagg.check_shares(cohort, number, shares)
 
-    def _at(self, number: int) -> Circle:
-        if self._circle is None:
+    def _at(self, number: int) -> Cohort:
+        if self._cohort is None:
             raise FedllmError(f"round {number}: nobody has dealt secrets")
-        return self._circle
+        return self._cohort
 
 
 @dataclass(frozen=True)
@@ -214,12 +218,14 @@ class Groups:
     """The sessions of a plan's groups, one after another; outwards much like one."""
 
     def __init__(
-        self, plan: RunPlan, shared: SharedMechanism, dimension: int, roster: Mapping[str, PublicIdentity]
+        self, plan: RunPlan, distributed: DistributedMechanism, dimension: int, roster: Mapping[str, PublicIdentity]
     ) -> None:
         """Take `roster` as it is for all groups; who is in none of them, joins none."""
         self._plan, self._roster, self._session = plan, dict(roster), new_session()
         self._of = {
-            group: Masks(plan, shared, dimension, {n: roster[n] for n in group if n in roster}, self._session)
+            group: SecAggServer(
+                plan, distributed, dimension, {n: roster[n] for n in group if n in roster}, self._session
+            )
             for group in plan.groups
         }
 
@@ -248,11 +254,11 @@ class Groups:
             failed |= undealt
         return masking, failed
 
-    def read(self, site: str, number: int, masked: bytes, following: bytes) -> Masked:
+    def read(self, site: str, number: int, masked: bytes, following: bytes) -> MaskedInput:
         """Check an upload, and keep what the site dealt for the next round; raises MessageError."""
         return self._masks_of(site).read(site, number, masked, following)
 
-    def step(self, number: int, task: str, uploads: Mapping[str, Masked], ask: Ask) -> Combined:
+    def step(self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask) -> Combined:
         """Return the median of the steps that the groups' sums say.
 
         Whoever sent a sum that honest sites do not send is counted among the poisoned sites. Raises QuorumLost where
@@ -283,7 +289,7 @@ class Groups:
             )
         return Combined(median(steps), min(noises), trimmed, refused, closed)
 
-    def _masks_of(self, site: str) -> Masks:
+    def _masks_of(self, site: str) -> SecAggServer:
         for group, masks in self._of.items():
             if site in group:
                 return masks

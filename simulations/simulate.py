@@ -29,10 +29,10 @@ from fedllm.values import check_name, parse
 from server.channel import PlainChannel
 from server.checkpoint import CONFIG, read_as, write_atomically, writing
 from server.events import PLAN, Event, Phase
-from server.ledger_heads import HEADS, Heads
+from server.ledger_heads import HEADS, LedgerHeads
 from server.rounds import Coordinator
 from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
-from server.run_record import RECORD_FILE, RunRecord, key_in
+from server.run_record import RECORD_FILE, RunLog, key_in
 from simulations.grid import InProcessGrid, run_ray
 from simulations.sites import (
     SITE_LOG,
@@ -88,8 +88,8 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
             plan = _as_before(plan, config, folder)
         if not config.resume:
             write_plan(folder, plan, config)
-        record = RunRecord(folder / RECORD_FILE, [key_in(folder)])
-        roster = roster_of(config, data.names, folder) if plan.shared is not None else None
+        record = RunLog(folder / RECORD_FILE, [key_in(folder)])
+        roster = roster_of(config, data.names, folder) if plan.distributed is not None else None
 
         def begin(grid: Grid) -> Coordinator:
             channel = PlainChannel(grid, config.federation.round_timeout, len(data.names))
@@ -126,10 +126,10 @@ def _with_place(config: SimulationConfig) -> SimulationConfig:
     return config.model_copy(update={"site": config.site.model_copy(update={"folder": place})})
 
 
-def _heads(config: SimulationConfig) -> Heads | None:
+def _heads(config: SimulationConfig) -> LedgerHeads | None:
     """Return what this output's head office knows of ledgers that outlive a run."""
     folder = config.site.folder
-    return Heads(Path(config.output) / HEADS, f"{folder}/") if folder is not None else None
+    return LedgerHeads(Path(config.output) / HEADS, f"{folder}/") if folder is not None else None
 
 
 def _export_ledgers(config: SimulationConfig, names: list[str], folder: Path, run: str) -> None:
@@ -142,7 +142,8 @@ def _export_ledgers(config: SimulationConfig, names: list[str], folder: Path, ru
         place = folder_of(config, folder) / file_name(name)
         if (place / "ledger.db").exists():
             lines = "".join(
-                f"{line}\n" for line in LedgerFile(place / "ledger.db").export(end, Identity.kept(place / "identity"))
+                f"{line}\n"
+                for line in LedgerFile(place / "ledger.db").export(end, Identity.load_or_create(place / "identity"))
             )
             write_atomically(folder / LEDGERS / f"{file_name(name)}.jsonl", lines.encode())
 

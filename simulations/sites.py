@@ -145,7 +145,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         name=name,
         policy=policy,
         ledger=LedgerPlace(place / "ledger.db", place / "ledger.anchor"),
-        identity=partial(Identity.kept, place / "identity"),
+        identity=partial(Identity.load_or_create, place / "identity"),
         workspace=lambda plan: open_for_training(plan, plan.model, site.device, site.checkpointing),
         records=data.records(name, config.model),
         micro_batch=site.micro_batch,
@@ -163,7 +163,7 @@ def resume_sites(config: SimulationConfig, names: list[str], folder: Path) -> No
 def roster_of(config: SimulationConfig, names: list[str], folder: Path) -> dict[str, PublicIdentity]:
     """Return who the sites are; in a simulation all of them can look at one another's keys."""
     place = folder_of(config, folder)
-    return {name: Identity.kept(place / file_name(name) / "identity").public for name in names}
+    return {name: Identity.load_or_create(place / file_name(name) / "identity").public for name in names}
 
 
 def site_in(config_json: str, folder: str, number: int) -> Site:

@@ -50,7 +50,7 @@ from fedllm.errors import ChainError, CryptoError, PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, PrivacySpent, spent
 from fedllm.privacy.accounting import counted as counted_by
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.ledger_place import SITE
 from fedllm.processes import without_main
 from fedllm.protocol.spending_statement import Statement, open_statement, roster_digest
@@ -361,8 +361,8 @@ def _add_round(record: _Record, entry: Entry, where: str, checks: _Checks) -> No
     checks.note("rounds", right, f"{where}: {done} → {step.round}, {step.adapter_before[:16]}…")
     if step.counts and not plan.enough(step.answered, plan.quorum):  # as the sites were promised
         checks.note("rounds", False, f"{where}: {len(step.answered)} < {plan.quorum}")
-    if step.counts and plan.shared is not None:
-        _check_noise(step, plan, plan.shared, where, checks)
+    if step.counts and plan.distributed is not None:
+        _check_noise(step, plan, plan.distributed, where, checks)
     if step.counts or step.lost:
         record.rounds.append(step)
         record.done = step.round
@@ -382,7 +382,9 @@ def _add_mark(record: _Record, entry: Entry, where: str, checks: _Checks) -> Non
         record.rounds = [step for step in record.rounds if step.round <= back]
 
 
-def _check_noise(step: _RoundBody, plan: RunPlan, shared: SharedMechanism, where: str, checks: _Checks) -> None:
+def _check_noise(
+    step: _RoundBody, plan: RunPlan, distributed: DistributedMechanism, where: str, checks: _Checks
+) -> None:
     """Compare the noise that a round of noise in shares is said to have had with what its answers make of it."""
     groups = {str(k): len(set(group) & set(step.answered)) for k, group in enumerate(plan.groups, start=1)}
     sums = {k: (groups[k], trimmed) for k, trimmed in step.sums.items() if k in groups}
@@ -396,7 +398,7 @@ def _check_noise(step: _RoundBody, plan: RunPlan, shared: SharedMechanism, where
     # a sum opens with as many reveals as the quorum, and every one that counts has its seeds
     known = bool(sums) and all(plan.quorum <= trimmed <= many for many, trimmed in sums.values())
     fits = [(many, trimmed if known else many) for many, trimmed in sums.values() if many >= plan.quorum]
-    noise = min((shared.noise_multiplier(*sum_, plan.privacy.colluding_sites) for sum_ in fits), default=math.inf)
+    noise = min((distributed.noise_multiplier(*sum_, plan.privacy.colluding_sites) for sum_ in fits), default=math.inf)
     stated = step.noise_multiplier if known else None
     right = stated is not None and abs(stated - noise) < _SAME * noise
     checks.note("rounds", right, f"{where}: {_text(step.noise_multiplier)} = {noise:.4g}")
@@ -627,7 +629,7 @@ _Signed = list[tuple[Statement, PublicIdentity]]
 
 
 @dataclass(frozen=True)
-class _Papers:
+class _SiteEvidence:
     """All that is needed to examine one site."""
 
     name: str
@@ -642,7 +644,7 @@ class _Papers:
 
 
 @dataclass(frozen=True)
-class _Examined:
+class _SiteChecks:
     """What was found of one site."""
 
     name: str
@@ -652,7 +654,7 @@ class _Examined:
     checks: _Checks
 
 
-def _examined(folder: Path, record: _Record, absent: Collection[str]) -> list[_Examined]:
+def _examined(folder: Path, record: _Record, absent: Collection[str]) -> list[_SiteChecks]:
     """Examine every site; where there are many signatures to check, on all cores."""
     answers: dict[str, list[tuple[int, int, str]]] = {name: [] for name in record.sites}
     for number, step in record.attempts:
@@ -664,7 +666,7 @@ def _examined(folder: Path, record: _Record, absent: Collection[str]) -> list[_E
     for name, own in answers.items():
         asked = {number: said for number, said in begun.items() if name in asks[number]}
         path, listed = folder / LEDGERS / f"{file_name(name)}.jsonl", record.body.sites.get(name)
-        papers.append(_Papers(name, path, listed, record.plan, name in absent, record.last, tuple(own), asked))
+        papers.append(_SiteEvidence(name, path, listed, record.plan, name in absent, record.last, tuple(own), asked))
     workers = min(len(os.sched_getaffinity(0)), len(papers))
     if workers < 2 or sum(len(own) for own in answers.values()) < _MANY:
         return [_examine(each) for each in papers]
@@ -673,7 +675,7 @@ def _examined(folder: Path, record: _Record, absent: Collection[str]) -> list[_E
         return list(pool.map(_examine, papers))
 
 
-def _examine(papers: _Papers) -> _Examined:
+def _examine(papers: _SiteEvidence) -> _SiteChecks:
     """Check everything that a site has signed."""
     checks = _Checks()
     exported = papers.path.exists()
@@ -690,10 +692,10 @@ def _examine(papers: _Papers) -> _Examined:
         except PrivacyError as error:
             checks.note("epsilon", False, f"{LEDGERS}/{papers.path.name}: {error}")
             ledger = None
-    return _Examined(papers.name, exported, ledger, statements, checks)
+    return _SiteChecks(papers.name, exported, ledger, statements, checks)
 
 
-def _check_statements(papers: _Papers, checks: _Checks) -> _Signed:
+def _check_statements(papers: _SiteEvidence, checks: _Checks) -> _Signed:
     """Open a site's statements; those that are not about their round, or not signed, are left out and noted."""
     found: _Signed = []
     plan, digest = papers.plan, papers.plan.digest
@@ -717,7 +719,7 @@ def _check_statements(papers: _Papers, checks: _Checks) -> _Signed:
     return found
 
 
-def _check_site(ledger: _Ledger, papers: _Papers, statements: _Signed, checks: _Checks) -> None:
+def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, checks: _Checks) -> None:
     """Compare a site's ledger with what it signed: nothing missing, paid before release, all of it in the record."""
     plan = papers.plan
     event = plan.mechanism.event(plan.training.local_steps)
@@ -1029,7 +1031,7 @@ def _accountants(
             several_sites=tuple((k, _finite(_spent(_of_sites(own, k, plan), delta).epsilon)) for k in several),
             coalitions=tuple((k, _finite(_spent(_weaker(own, plan, k), delta).epsilon)) for k in _coalitions(plan)),
             share_alone=_finite(_spent(_left(own, 1 / (plan.sites - plan.privacy.colluding_sites)), delta).epsilon)
-            if plan.shared is not None
+            if plan.distributed is not None
             else None,
         ),
         events,
@@ -1043,14 +1045,14 @@ def _of_sites(events: Sequence[AccountingEvent], k: int, plan: RunPlan) -> list[
     unless no site drew them: as if drawn with probability 1 - (1 - q)^k, and the noise k times smaller. A mixture of
     shifts is no further from no shift than its longest (joint convexity of the hockey-stick divergence).
     """
-    if plan.shared is None:
+    if plan.distributed is None:
         return list(events) * k
     return [AccountingEvent(1 - (1 - e.sampling_rate) ** k, e.noise_multiplier / k, e.steps) for e in events]
 
 
 def _coalitions(plan: RunPlan) -> list[int]:
     """Return the sizes of coalitions larger than named for which the masks still hold: 2 t > n + k."""
-    if plan.shared is None:
+    if plan.distributed is None:
         return []
     most = min(plan.quorum - 2, 2 * plan.quorum - plan.sites - 1)
     sizes = list(range(plan.privacy.colluding_sites + 1, most + 1))

@@ -13,7 +13,7 @@ from fedllm.errors import ConfigError, FedllmError
 from fedllm.shown import escaped_lines
 
 if TYPE_CHECKING:
-    from fedllm.ops.health_checks import Finding
+    from fedllm.ops.health_checks import CheckResult
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -129,10 +129,10 @@ def server_grant(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
 @server_app.command("new-ledger")
 def server_new_ledger(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
     """Take whatever ledger a site has from now on: its own was lost, and its people have seen to the budget."""
-    from server.ledger_heads import HEADS, Heads
+    from server.ledger_heads import HEADS, LedgerHeads
 
     folder = absolute(home)
-    Heads(folder / HEADS).forget(site)
+    LedgerHeads(folder / HEADS).forget(site)
     typer.echo(f"{site}: the next run takes its ledger as it is")
 
 
@@ -280,8 +280,8 @@ def absolute(folder: Path) -> Path:
         raise ConfigError(f"--home={folder}: there is no such home folder") from None
 
 
-def report(findings: Sequence["Finding"]) -> None:
-    """Print findings, a line each; raises FedllmError where one is WRONG."""
+def report(findings: Sequence["CheckResult"]) -> None:
+    """Print findings, a line each; raises FedllmError where one is ERROR."""
     for finding in findings:
         text = escaped_lines(finding.text)  # it may quote what others wrote
         typer.echo(f"{finding.level:<7}  {text}")

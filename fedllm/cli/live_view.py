@@ -18,7 +18,7 @@ from fedllm.shown import escaped_lines
 if TYPE_CHECKING:
     from fedllm.audit.summary import RunSummary
     from fedllm.plan import RunPlan
-    from server.events import Event, RoundRecord
+    from server.events import Event, RoundMetrics
 
 _site_logger = logging.getLogger("fedllm.site")
 
@@ -140,7 +140,7 @@ class Screen:
             if not self._console.is_terminal:
                 self._console.print(line, highlight=False, soft_wrap=True)
 
-    def _line(self, record: "RoundRecord") -> str:
+    def _line(self, record: "RoundMetrics") -> str:
         total = self._plan.training.rounds if self._plan else 0
         parts = [f"round {record.round}/{total}"]
         if record.perplexity is not None:

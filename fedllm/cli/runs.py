@@ -30,8 +30,8 @@ from fedllm.shown import LogLines
 
 if TYPE_CHECKING:
     from client.office import Office
-    from fedllm.ops.health_checks import Finding
-    from fedllm.ops.service_files import Unit
+    from fedllm.ops.health_checks import CheckResult
+    from fedllm.ops.service_files import ServiceSpec
 
 _console = Console()
 _POLL = 0.5  # seconds between looks at a run's progress
@@ -322,7 +322,7 @@ def server_units(folder: _UnitsFolder = _UNITS, home: HeadOfficeOption = HEAD_OF
     home = absolute(home)
     office = HeadOffice.open(home)
     user = service_files.owner(home)
-    server = service_files.Unit(
+    server = service_files.ServiceSpec(
         "fedllm-server", f"Head office of {office.config.name}", ("server", "start", "--home", str(home)), user,
         (home,), leaves=True,
     )  # fmt: skip
@@ -353,7 +353,7 @@ def site_units(
     device = office.config.resources.device
     gpu = device.startswith("cuda") or (device == "auto" and Path("/dev/nvidiactl").exists())
     reads = tuple(place for place in office.reads if not place.is_relative_to(home))
-    site = service_files.Unit(
+    site = service_files.ServiceSpec(
         "fedllm-site", f"Site {office.name}: records, keys, ledger, model", ("site", "start", "--home", str(home)),
         user, (home,), reads, group=group, network=one_user, devices=gpu,
     )  # fmt: skip
@@ -369,7 +369,7 @@ def site_units(
     service_files.check_account(relay_user, group)
     place = office.socket.parent
     runtime = str(place.relative_to("/run")) if place.parent == Path("/run") else None
-    relay_unit = service_files.Unit(
+    relay_unit = service_files.ServiceSpec(
         "fedllm-relay", f"Relay of {office.name}: carries sealed bytes", ("site", "relay", str(relay)), relay_user,
         (relay,) if runtime else (relay, place), hidden=(home, *reads), group=group, runtime=runtime,
     )  # fmt: skip
@@ -379,7 +379,7 @@ def site_units(
 
 
 def _write_units(
-    folder: Path, all_units: "list[Unit]", logs: list[Path], composed: str | None, relay: Path | None = None
+    folder: Path, all_units: "list[ServiceSpec]", logs: list[Path], composed: str | None, relay: Path | None = None
 ) -> None:
     """Write the files and say what comes next."""
     from fedllm.ops import service_files
@@ -411,7 +411,7 @@ def doctor(
         ),
     ] = None,
 ) -> None:  # fmt: skip
-    """Look for what is wrong here, and say what to do. Changes nothing; ends with exit code 1 if anything is WRONG.
+    """Look for what is wrong here, and say what to do. Changes nothing; ends with exit code 1 if anything is ERROR.
 
     Looks at certificates, keys, permissions, clock, ports, disk, versions, the ledger, the running processes and the
     way to the other end.
@@ -426,7 +426,7 @@ def doctor(
     report([finding for place in found for finding in _examine(place)])
 
 
-def _examine(folder: Path) -> "list[Finding]":
+def _examine(folder: Path) -> "list[CheckResult]":
     """Find out what kind of folder it is, and look at it."""
     if (folder / "federation.yaml").exists() or (folder / "roster.json").exists():
         from server.doctor import examine

@@ -99,7 +99,7 @@ class Identity:
             raise CryptoError(f"{path}: {error}") from None
 
     @classmethod
-    def kept(cls, path: Path) -> "Identity":
+    def load_or_create(cls, path: Path) -> "Identity":
         """Read a file that is made, with new keys, on first use."""
         if not path.exists():
             write_secret(path, cls.generate().to_bytes())

@@ -23,75 +23,75 @@ _UNSYNCHRONISED = 16_000_000  # microseconds; at this possible error the kernel 
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One thing that was looked at."""
 
-    level: Literal["ok", "warning", "WRONG"]
+    level: Literal["ok", "warning", "ERROR"]
     text: str  # what was found; where it is not ok, what to do. Never a record's content
 
     @property
     def right(self) -> bool:
         """Whether nothing has to be put right before a run."""
-        return self.level != "WRONG"
+        return self.level != "ERROR"
 
 
-def ok(text: str) -> Finding:
+def ok(text: str) -> CheckResult:
     """Nothing to do."""
-    return Finding("ok", text)
+    return CheckResult("ok", text)
 
 
-def warning(text: str) -> Finding:
+def warning(text: str) -> CheckResult:
     """Works, but is to be seen to."""
-    return Finding("warning", text)
+    return CheckResult("warning", text)
 
 
-def wrong(text: str) -> Finding:
+def failure(text: str) -> CheckResult:
     """Does not work, or is not safe."""
-    return Finding("WRONG", text)
+    return CheckResult("ERROR", text)
 
 
-Look = Callable[[], list[Finding]]
+Check = Callable[[], list[CheckResult]]
 
 
-def gather(*looks: Look) -> list[Finding]:
+def run_checks(*looks: Check) -> list[CheckResult]:
     """Return what all looks find; an error of one is its finding, and the same thing is said once."""
-    found: list[Finding] = []
+    found: list[CheckResult] = []
     for look in looks:
         try:
             found += look()
         except FedllmError as error:
-            found.append(wrong(str(error)))
+            found.append(failure(str(error)))
         except OSError as error:
-            found.append(wrong(f"{error}. Run fedllm doctor as the owner of the folder."))
+            found.append(failure(f"{error}. Run fedllm doctor as the owner of the folder."))
     return list(dict.fromkeys(found))
 
 
 # ---- certificates and clocks -----------------------------------------------------------------------------------------
 
 
-def certificate(what: str, facts: CertificateFacts, remedy: str) -> Finding:
+def certificate(what: str, facts: CertificateFacts, remedy: str) -> CheckResult:
     """Look how long a certificate holds; of a short-lived one the last third and sixth are what 30 and 14 days are."""
     left, life = facts.ends - now(), facts.ends - facts.begins
     if facts.begins > now():
-        return wrong(
+        return failure(
             f"{what} is valid from {facts.begins:%Y-%m-%d %H:%M} UTC, and the clock here says {now():%Y-%m-%d %H:%M}. "
             f"Set the clock: timedatectl set-ntp true. If it is right: {remedy}"
         )
     if left <= timedelta(0):
-        return wrong(f"{what} has ended on {facts.ends:%Y-%m-%d}. Remedy: {remedy}")
+        return failure(f"{what} has ended on {facts.ends:%Y-%m-%d}. Remedy: {remedy}")
     text = f"{what} ends on {facts.ends:%Y-%m-%d}, in {left.days} days"
     if left <= min(_URGENT, life / 6):
-        return wrong(f"{text}. Remedy: {remedy}")
+        return failure(f"{text}. Remedy: {remedy}")
     if left <= min(_WARN, life / 3):
         return warning(f"{text}. Remedy: {remedy}")
     return ok(text)
 
 
-def clock(last: datetime | None, what: str) -> list[Finding]:
+def clock(last: datetime | None, what: str) -> list[CheckResult]:
     """Look whether this clock is kept right, and not behind `last`, the newest time at which `what` was made."""
     if last is not None and last > now() + timedelta(seconds=60):
         return [
-            wrong(
+            failure(
                 f"clock: it says {now():%Y-%m-%d %H:%M:%S} UTC, but {what} was made on {last:%Y-%m-%d %H:%M:%S}. Set "
                 "the clock here, or there: timedatectl set-ntp true"
             )
@@ -117,42 +117,44 @@ def _synchronised() -> bool | None:
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
-def versions() -> list[Finding]:
+def versions() -> list[CheckResult]:
     """Look whether the libraries are those that fedllm works with."""
     have = {}
     for name in ("fedllm", "flwr", "torch", "cryptography", "grpcio"):
         try:
             have[name] = version(name)
         except PackageNotFoundError:
-            return [wrong(f"versions: {name} is not installed. Remedy: pip install -c constraints.txt fedllm")]
+            return [failure(f"versions: {name} is not installed. Remedy: pip install -c constraints.txt fedllm")]
     shown = ", ".join(f"{name} {number}" for name, number in {**have, "Python": platform.python_version()}.items())
     return [ok(f"versions: {shown}; the same fedllm belongs at the other end")]
 
 
-def disk(what: str, place: Path, least: float = 1.0, better: float = 5.0) -> Finding:
-    """Look whether there is room where `what` is written, in GiB: WRONG below `least`, a warning below `better`."""
+def disk(what: str, place: Path, least: float = 1.0, better: float = 5.0) -> CheckResult:
+    """Look whether there is room where `what` is written, in GiB: ERROR below `least`, a warning below `better`."""
     while not place.exists():
         place = place.parent
     usage, inodes = shutil.disk_usage(place), os.statvfs(place)
     free = usage.free / _GIB
     text = f"disk: {free:.1f} GiB free for {what} ({place})"
     if free < least:
-        return wrong(f"{text}, and {least:g} are needed. Free some space: a full disk ends the run.")
+        return failure(f"{text}, and {least:g} are needed. Free some space: a full disk ends the run.")
     if inodes.f_files and inodes.f_favail < 1000:
-        return wrong(f"disk: only {inodes.f_favail} more files fit for {what} ({place}). Remove files: df -i '{place}'")
+        return failure(
+            f"disk: only {inodes.f_favail} more files fit for {what} ({place}). Remove files: df -i '{place}'"
+        )
     if free < better:
         return warning(f"{text}; {better:g} are better. Free some space.")
     return ok(text)
 
 
-def size(what: str, place: Path, most: float, remedy: str) -> list[Finding]:
+def size(what: str, place: Path, most: float, remedy: str) -> list[CheckResult]:
     """Warn where a file, or all files of a folder, have grown over `most` GiB."""
     files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
     gib = sum(file.lstat().st_size for file in files) / _GIB
     return [] if gib <= most else [warning(f"disk: {what} has grown to {gib:.1f} GiB ({place}). Remedy: {remedy}")]
 
 
-def proxies(hosts: Sequence[str]) -> list[Finding]:
+def proxies(hosts: Sequence[str]) -> list[CheckResult]:
     """Look for variables that would send connections to `hosts` through a proxy."""
     spared = {name.strip() for key in ("no_proxy", "NO_PROXY") for name in os.environ.get(key, "").split(",")}
     for name in ("grpc_proxy", "https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -170,14 +172,16 @@ def proxies(hosts: Sequence[str]) -> list[Finding]:
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def access(folder: Path, secret: Sequence[Path]) -> list[Finding]:
+def access(folder: Path, secret: Sequence[Path]) -> list[CheckResult]:
     """Look whether anybody but the folder's owner can read or change something in it.
 
     `secret` are the files and folders in it without whose privacy no command works.
     """
     owner = folder.stat().st_uid
     if os.geteuid() not in (0, owner):
-        return [wrong(f"{folder} belongs to {_user(owner)}. Run the command as that user: sudo -u {_user(owner)} ...")]
+        return [
+            failure(f"{folder} belongs to {_user(owner)}. Run the command as that user: sudo -u {_user(owner)} ...")
+        ]
     found = list(_refused([folder, *secret]))
     known = {folder, *secret}
     inside = [place for place in sorted(folder.rglob("*")) if not place.is_symlink() and not place.is_socket()]
@@ -190,7 +194,7 @@ def access(folder: Path, secret: Sequence[Path]) -> list[Finding]:
     foreign = [place for place in inside if place.stat().st_uid != owner]
     if foreign:
         found.append(
-            wrong(
+            failure(
                 f"access: {foreign[0]} belongs to {_user(foreign[0].stat().st_uid)}, the folder to {_user(owner)}: a "
                 f"command was run as another user. Run: chown -R {_user(owner)} '{folder}'"
             )
@@ -199,7 +203,7 @@ def access(folder: Path, secret: Sequence[Path]) -> list[Finding]:
         mode = parent.stat().st_mode
         if mode & 0o002 and not mode & stat.S_ISVTX:
             found.append(
-                wrong(
+                failure(
                     f"access: everybody may write to {parent}, and could put another folder in the place of {folder}. "
                     f"Run: chmod o-w '{parent}'"
                 )
@@ -207,13 +211,13 @@ def access(folder: Path, secret: Sequence[Path]) -> list[Finding]:
     return found or [ok(f"access: {folder} is {_user(owner)}'s alone; what fedllm writes is made with umask 077")]
 
 
-def _refused(places: Sequence[Path]) -> Iterator[Finding]:
+def _refused(places: Sequence[Path]) -> Iterator[CheckResult]:
     for place in places:
         try:
             if place.exists():
                 check_private(place)
         except FolderError as error:
-            yield wrong(str(error))
+            yield failure(str(error))
 
 
 def _user(number: int) -> str:
@@ -225,7 +229,7 @@ def _user(number: int) -> str:
         return str(number)
 
 
-def held(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a long-running command holds this folder."""
     if not folder.is_dir():
         return False

@@ -23,7 +23,7 @@ _TEMPORARY = ("/tmp", "/var/tmp")  # noqa: S108  # what PrivateTmp= exchanges
 
 
 @dataclass(frozen=True)
-class Unit:
+class ServiceSpec:
     """One long-running command and what it may use."""
 
     name: str  # of the service
@@ -94,7 +94,7 @@ _NETWORK = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"
 _NO_NETWORK = "PrivateNetwork=yes\nIPAddressDeny=any\nRestrictAddressFamilies=AF_UNIX"
 
 
-def service(unit: Unit) -> str:
+def service(unit: ServiceSpec) -> str:
     """Return a systemd unit."""
     program = Path(sys.executable).parent / "fedllm"
     start = [str(program)] if program.exists() else [sys.executable, "-m", "fedllm.cli"]
@@ -188,20 +188,20 @@ $more    volumes: $volumes
 """)
 
 
-def compose(units: Sequence[Unit], ports: Mapping[str, int], socket: Path | None = None) -> str:
+def compose(units: Sequence[ServiceSpec], ports: Mapping[str, int], socket: Path | None = None) -> str:
     """Return a compose file; `ports` are published, `socket` lies in a volume that all share and the last one makes.
 
     Folders are mounted where they are on this machine, since settings name them by their paths.
     """
     parts = ["# Written by fedllm. Start it: docker compose up --build --detach", "services:"]
-    shared = socket.parent if socket is not None else None
+    distributed = socket.parent if socket is not None else None
     for unit in units:
         user = pwd.getpwnam(unit.user)
-        volumes = [f"{place}:{place}" for place in unit.writes if place != shared]
+        volumes = [f"{place}:{place}" for place in unit.writes if place != distributed]
         volumes += [f"{place}:{place}:ro" for place in unit.reads]
         more = ""
-        if shared is not None:
-            volumes.append(f"socket:{shared}")
+        if distributed is not None:
+            volumes.append(f"socket:{distributed}")
         if unit.group is not None:
             more += f"    group_add: {_json([str(grp.getgrnam(unit.group).gr_gid)])}\n"
         if not unit.network:
@@ -220,7 +220,7 @@ def compose(units: Sequence[Unit], ports: Mapping[str, int], socket: Path | None
                 volumes=_json(volumes),
             ).rstrip("\n")
         )
-    if shared is not None:
+    if distributed is not None:
         owner = pwd.getpwnam(units[-1].user)  # of the relay
         group = grp.getgrnam(units[-1].group or "").gr_gid
         options = f"uid={owner.pw_uid},gid={group},mode=0710"
@@ -231,7 +231,7 @@ def compose(units: Sequence[Unit], ports: Mapping[str, int], socket: Path | None
     return "\n".join(parts) + "\n"
 
 
-def dockerfile(folder: Path, units: Sequence[Unit]) -> str:
+def dockerfile(folder: Path, units: Sequence[ServiceSpec]) -> str:
     """Return the Dockerfile of the image that `compose` uses, with this machine's users and groups."""
     lines, groups = [], {}
     for unit in units:

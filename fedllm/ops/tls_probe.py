@@ -22,11 +22,11 @@ class _NotBelieved(OSError):
     """The other end refused the certificate that it was shown."""
 
 
-def reach(host: str, port: int, ca: Path, at: str | None = None, own: tuple[Path, Path] | None = None) -> bytes:
+def probe_tls(host: str, port: int, ca: Path, at: str | None = None, own: tuple[Path, Path] | None = None) -> bytes:
     """Shake hands, TLS 1.3 and gRPC's protocol, believing the authorities in `ca` alone.
 
     `at` is another address at which `host` is to be found; `own` are the files of a certificate and its key, PEM, to
-    show, and whether they are believed. Returns the other end's certificate, PEM; raises OSError, which `remedy`
+    show, and whether they are believed. Returns the other end's certificate, PEM; raises OSError, which `explain_failure`
     explains.
     """
     context = ssl.create_default_context(cafile=str(ca))
@@ -60,8 +60,8 @@ def _be_believed(secured: ssl.SSLSocket, own: CertificateFacts) -> None:
     )
 
 
-def remedy(host: str, port: int, error: OSError) -> str:
-    """Return why `reach` failed, and what to do about it."""
+def explain_failure(host: str, port: int, error: OSError) -> str:
+    """Return why `probe_tls` failed, and what to do about it."""
     there = f"{host}:{port}"
     if isinstance(error, _NotBelieved):
         return f"{error}. Install a new grant; at head office: fedllm server grant SITE"

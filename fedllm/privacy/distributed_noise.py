@@ -124,7 +124,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class SharedMechanism:
+class DistributedMechanism:
     """A `Mechanism` whose noise comes in shares of `sites`, of which `quorum` are in every sum that can be read."""
 
     mechanism: Mechanism  # what the shares of quorum - colluding sites amount to
@@ -233,7 +233,7 @@ class SharedMechanism:
         share = self.share(clipped_sum.size, source)
         return self.noised(clipped_sum, share), share.seeds
 
-    def given_away(self, survivors: int) -> tuple[int, ...]:
+    def revealed_seeds(self, survivors: int) -> tuple[int, ...]:
         """Return which of a share's seeds are not needed where so many sites are in a sum; raises PrivacyError."""
         left = survivors - self.quorum
         if not 0 <= left <= self.sites - self.quorum:
@@ -248,7 +248,7 @@ class SharedMechanism:
     def surplus(self, seeds: Sequence[str], survivors: int, dimension: int) -> NDArray[np.uint32]:
         """Return uint32[d], modulo 2^32: what the parts that a site has given away amount to."""
         total = np.zeros(dimension, np.int64)
-        for seed, index in zip(seeds, self.given_away(survivors), strict=True):
+        for seed, index in zip(seeds, self.revealed_seeds(survivors), strict=True):
             total += rounded_normals(_keyed(seed), dimension, self._std(self._parts[1 + index]))
         return (total % 2**32).astype(np.uint32)
 

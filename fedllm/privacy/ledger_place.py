@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedllm.crypto.hash_chain import START, LedgerHead
 from fedllm.errors import FolderError, LedgerError
-from fedllm.files import read_secret, taking_turns, write_secret
+from fedllm.files import exclusive_lock, read_secret, write_secret
 
 SITE = "site"  # the account that all data sets of a site share, but for those that its owner declared disjoint
 BEFORE = LedgerHead(-1, START)  # of a ledger without entries
@@ -112,7 +112,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     """Let processes look at the anchor and change it one after the other; raises LedgerError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with taking_turns(path):
+        with exclusive_lock(path):
             yield
     except (OSError, FolderError) as error:
         raise LedgerError(f"cannot use the privacy ledger's anchor {path}: {error} Check its permissions.") from error

@@ -18,7 +18,7 @@ from fedllm.shown import shows
 from fedllm.values import MAX_HOLDERS, MAX_ROUNDS, MAX_SITES, Frozen, Name, Names, Printable
 
 MAGIC = b"FLM1"
-RECORD, KEY = "fedllm", "message"  # where the transport's envelope holds a message: record and key
+ENVELOPE_RECORD, ENVELOPE_KEY = "fedllm", "message"  # where the transport's envelope holds a message: record and key
 MAX_STATEMENT = 16_384  # characters
 _MAX_HEADER = 1 << 20
 _NOTHING, _LITTLE = 0, 1 << 20  # bytes of a payload: none; secrets of secure aggregation, and requests for them
@@ -130,7 +130,7 @@ class TrainReply(Message):
     statement: Printable = Field(max_length=MAX_STATEMENT)  # fedllm.protocol.spending_statement
 
 
-class Secure(Message):
+class SecAggRequest(Message):
     """A request of secure aggregation, in the payload, in the run of a plan: the answer is a message of its own."""
 
     KIND: ClassVar[str] = "secure"
@@ -150,7 +150,7 @@ class Declined(Message):
 # ---- secure aggregation (fedllm.secagg): keys, digests and signatures in hexadecimal, bulk in the payload ------------
 
 
-class SignedKey(Frozen):
+class AdvertisedKey(Frozen):
     """The X25519 key that a site takes shares with, for as long as its process lives."""
 
     site: Name
@@ -158,7 +158,7 @@ class SignedKey(Frozen):
     signature: Hex64
 
 
-class Dealing(Frozen):
+class SignedMaskKey(Frozen):
     """The public part of what a site deals out for one round."""
 
     site: Name
@@ -187,38 +187,38 @@ class _OfRound(_UnderTerms):
     joins: Hex32  # digest of the list of joins
 
 
-class Join(_UnderTerms):
+class AdvertiseKeys(_UnderTerms):
     """Site: takes part in secure aggregation under these terms."""
 
     KIND: ClassVar[str] = "secagg-join"
-    join: SignedKey
+    join: AdvertisedKey
 
 
-class ShareRequest(_UnderTerms):
+class ShareKeysRequest(_UnderTerms):
     """Head office: deal out secrets for a round among these sites."""
 
     KIND: ClassVar[str] = "secagg-share"
     round: Round
-    joins: Annotated[tuple[SignedKey, ...], Field(max_length=MAX_HOLDERS)]  # none: those of the request before
+    joins: Annotated[tuple[AdvertisedKey, ...], Field(max_length=MAX_HOLDERS)]  # none: those of the request before
 
 
-class Shares(_OfRound):
+class KeyShares(_OfRound):
     """Site: the public part of its secrets; the payload seals a pair of shares to every other site, by their order."""
 
     KIND: ClassVar[str] = "secagg-shares"
     LONGEST = _LITTLE
-    dealing: Dealing
+    dealing: SignedMaskKey
 
 
-class MaskRequest(_OfRound):
+class MaskedInputRequest(_OfRound):
     """Head office: these sites dealt; the payload is what they sealed to the receiver, by their order."""
 
     KIND: ClassVar[str] = "secagg-mask"
     LONGEST = _LITTLE
-    dealings: Annotated[tuple[Dealing, ...], Field(max_length=MAX_HOLDERS)]
+    dealings: Annotated[tuple[SignedMaskKey, ...], Field(max_length=MAX_HOLDERS)]
 
 
-class Masked(_OfRound):
+class MaskedInput(_OfRound):
     """Site: its masked vector, uint32[d], little-endian."""
 
     KIND: ClassVar[str] = "secagg-masked"
@@ -226,7 +226,7 @@ class Masked(_OfRound):
     site: Name
 
 
-class UnmaskRequest(_OfRound):
+class ConsistencyCheck(_OfRound):
     """Head office: these sites uploaded, and those that dealt but did not upload dropped out."""
 
     KIND: ClassVar[str] = "secagg-unmask"
@@ -235,21 +235,21 @@ class UnmaskRequest(_OfRound):
     dropped: Names
 
 
-class Consent(_OfRound):
+class ConsistencySignature(_OfRound):
     """Site: will reveal shares for this list of survivors, and in this round for no other."""
 
     KIND: ClassVar[str] = "secagg-consent"
     consent: Signed
 
 
-class RevealRequest(_OfRound):
+class UnmaskingRequest(_OfRound):
     """Head office: enough survivors have signed the list."""
 
     KIND: ClassVar[str] = "secagg-reveal"
     consents: Annotated[tuple[Signed, ...], Field(max_length=MAX_HOLDERS)]
 
 
-class Reveal(_OfRound):
+class UnmaskingShares(_OfRound):
     """Site: one share of 32 bytes for every participant, by their order."""
 
     KIND: ClassVar[str] = "secagg-revealed"
@@ -265,8 +265,8 @@ _C = TypeVar("_C", bound=Message)
 _KINDS: dict[str, type[Message]] = {
     kind.KIND: kind
     for kind in (
-        Prepare, Ready, TrainRequest, TrainReply, Secure, Declined,
-        Join, ShareRequest, Shares, MaskRequest, Masked, UnmaskRequest, Consent, RevealRequest, Reveal,
+        Prepare, Ready, TrainRequest, TrainReply, SecAggRequest, Declined,
+        AdvertiseKeys, ShareKeysRequest, KeyShares, MaskedInputRequest, MaskedInput, ConsistencyCheck, ConsistencySignature, UnmaskingRequest, UnmaskingShares,
     )
 }  # fmt: skip
 

@@ -61,22 +61,22 @@ from fedllm.secagg.aggregator import (
     unmask,
     unmask_request,
 )
-from fedllm.secagg.participant import Member
+from fedllm.secagg.participant import Participant
 from fedllm.secagg.session import (
-    Circle,
-    Terms,
+    Cohort,
+    SessionParams,
     Vector,
     check_claim,
     check_consent,
     check_join,
     common_digest,
-    make_circle,
+    make_cohort,
 )
 
 __all__ = [
-    "Circle",
-    "Member",
-    "Terms",
+    "Cohort",
+    "Participant",
+    "SessionParams",
     "Vector",
     "check_claim",
     "check_consent",
@@ -84,7 +84,7 @@ __all__ = [
     "check_reveal",
     "check_shares",
     "common_digest",
-    "make_circle",
+    "make_cohort",
     "mask_request",
     "read_masked",
     "reveal_request",

@@ -8,61 +8,70 @@ import numpy as np
 from fedllm.crypto import shamir
 from fedllm.crypto.primitives import AgreementKey
 from fedllm.errors import CryptoError, FederationError, MessageError, QuorumLost
-from fedllm.protocol.messages import Consent, Dealing, Masked, MaskRequest, Reveal, RevealRequest, Shares, UnmaskRequest
+from fedllm.protocol.messages import (
+    ConsistencyCheck,
+    ConsistencySignature,
+    KeyShares,
+    MaskedInput,
+    MaskedInputRequest,
+    SignedMaskKey,
+    UnmaskingRequest,
+    UnmaskingShares,
+)
 from fedllm.secagg.masking import WORD, add_mask, mask_sign, pair_mask_key, seed_commitment, self_mask_key
-from fedllm.secagg.session import SEALED, Circle, Vector, check_claim, check_dealing, check_key, claim_digest
+from fedllm.secagg.session import SEALED, Cohort, Vector, check_claim, check_dealing, check_key, claim_digest
 
 # ---- head office -----------------------------------------------------------------------------------------------------
 
 
-def check_shares(circle: Circle, number: int, shares: Shares) -> None:
+def check_shares(cohort: Cohort, number: int, shares: KeyShares) -> None:
     """Raise MessageError unless these are a site's shares for this round of this circle."""
-    _expect(circle, number, shares, shares.dealing.site)
-    check_dealing(circle, number, shares.dealing)
+    _expect(cohort, number, shares, shares.dealing.site)
+    check_dealing(cohort, number, shares.dealing)
     check_key(shares.dealing.site, shares.dealing.key)
-    expected = SEALED * (len(circle.names) - 1)
+    expected = SEALED * (len(cohort.names) - 1)
     if len(shares.payload) != expected:
         raise MessageError(
             f"site={shares.dealing.site!r} sent {len(shares.payload)} bytes of sealed shares, expected {expected}"
         )
 
 
-def mask_request(circle: Circle, number: int, dealt: Mapping[str, Shares], site: str) -> MaskRequest:
+def mask_request(cohort: Cohort, number: int, dealt: Mapping[str, KeyShares], site: str) -> MaskedInputRequest:
     """Return what one site needs of all that was dealt (participants by name, checked): O(n) bytes."""
     names = sorted(dealt)
-    sealed = b"".join(_sealed_to(circle, dealt[name], site) for name in names if name != site)
-    return MaskRequest(
-        context=circle.terms.context, round=number, joins=circle.digest,
+    sealed = b"".join(_sealed_to(cohort, dealt[name], site) for name in names if name != site)
+    return MaskedInputRequest(
+        context=cohort.terms.context, round=number, joins=cohort.digest,
         dealings=tuple(dealt[name].dealing for name in names), payload=sealed,
     )  # fmt: skip
 
 
-def _sealed_to(circle: Circle, shares: Shares, site: str) -> bytes:
-    index = circle.place[site] - 1 - (circle.place[site] > circle.place[shares.dealing.site])
+def _sealed_to(cohort: Cohort, shares: KeyShares, site: str) -> bytes:
+    index = cohort.place[site] - 1 - (cohort.place[site] > cohort.place[shares.dealing.site])
     return shares.payload[SEALED * index : SEALED * (index + 1)]
 
 
 def unmask_request(
-    circle: Circle, number: int, common: str, participants: Iterable[str], survivors: Collection[str]
-) -> UnmaskRequest:
+    cohort: Cohort, number: int, common: str, participants: Iterable[str], survivors: Collection[str]
+) -> ConsistencyCheck:
     """Return the round's list, for what was asked (`common_digest`); `check_claim` says whether enough survived."""
     names = sorted(participants)
-    return UnmaskRequest(
-        context=circle.terms.context, round=number, joins=circle.digest, common=common,
+    return ConsistencyCheck(
+        context=cohort.terms.context, round=number, joins=cohort.digest, common=common,
         survivors=tuple(name for name in names if name in survivors),
         dropped=tuple(name for name in names if name not in survivors),
     )  # fmt: skip
 
 
-def reveal_request(claim: UnmaskRequest, consents: Iterable[Consent]) -> RevealRequest:
+def reveal_request(claim: ConsistencyCheck, consents: Iterable[ConsistencySignature]) -> UnmaskingRequest:
     """Return the proof that enough survivors signed the same list."""
     signed = tuple(consent.consent for consent in consents)
-    return RevealRequest(context=claim.context, round=claim.round, joins=claim.joins, consents=signed)
+    return UnmaskingRequest(context=claim.context, round=claim.round, joins=claim.joins, consents=signed)
 
 
-def read_masked(circle: Circle, number: int, masked: Masked, dimension: int) -> Vector:
+def read_masked(cohort: Cohort, number: int, masked: MaskedInput, dimension: int) -> Vector:
     """Return uint32[dimension], still masked; raises MessageError. A site whose upload is refused has dropped out."""
-    _expect(circle, number, masked, masked.site)
+    _expect(cohort, number, masked, masked.site)
     if len(masked.payload) != WORD.itemsize * dimension:
         raise MessageError(
             f"site={masked.site!r} uploaded {len(masked.payload)} bytes, expected {WORD.itemsize * dimension}"
@@ -70,20 +79,20 @@ def read_masked(circle: Circle, number: int, masked: Masked, dimension: int) -> 
     return np.frombuffer(masked.payload, WORD)
 
 
-def check_reveal(circle: Circle, claim: UnmaskRequest, reveal: Reveal) -> None:
+def check_reveal(cohort: Cohort, claim: ConsistencyCheck, reveal: UnmaskingShares) -> None:
     """Raise MessageError unless a survivor answers this list with a share for every participant."""
-    _expect(circle, claim.round, reveal, reveal.site)
+    _expect(cohort, claim.round, reveal, reveal.site)
     expected = shamir.SHARE * (len(claim.survivors) + len(claim.dropped))
-    if reveal.site not in claim.survivors or reveal.claim != claim_digest(circle, claim):
+    if reveal.site not in claim.survivors or reveal.claim != claim_digest(cohort, claim):
         raise MessageError(f"round {claim.round}: site={reveal.site!r} reveals for another list of survivors")
     if len(reveal.payload) != expected:
         raise MessageError(f"site={reveal.site!r} reveals {len(reveal.payload)} bytes, expected {expected}")
 
 
-def _expect(circle: Circle, number: int, message: Shares | Masked | Reveal, site: str) -> None:
-    if (message.context, message.round, message.joins) != (circle.terms.context, number, circle.digest):
+def _expect(cohort: Cohort, number: int, message: KeyShares | MaskedInput | UnmaskingShares, site: str) -> None:
+    if (message.context, message.round, message.joins) != (cohort.terms.context, number, cohort.digest):
         raise MessageError(f"site={site!r} answers for another session, round or list of joins than round {number}")
-    if site not in circle.place:
+    if site not in cohort.place:
         raise MessageError(f"site={site!r} has not joined")
 
 
@@ -96,11 +105,11 @@ class Unmasked:
 
 
 def unmask(
-    circle: Circle,
-    dealt: Mapping[str, Shares],
-    claim: UnmaskRequest,
-    uploads: Mapping[str, Masked],
-    reveals: Sequence[Reveal],
+    cohort: Cohort,
+    dealt: Mapping[str, KeyShares],
+    claim: ConsistencyCheck,
+    uploads: Mapping[str, MaskedInput],
+    reveals: Sequence[UnmaskingShares],
     dimension: int,
 ) -> Unmasked:
     """Return the sum of the survivors' vectors from what the sites sent.
@@ -109,52 +118,52 @@ def unmask(
     belong here (see the `check_` functions, which take answers one by one), QuorumLost on fewer than t reveals, and
     FederationError where a secret cannot be put together.
     """
-    threshold, number, common = circle.terms.threshold, claim.round, claim.common
-    check_claim(circle.terms, claim, dealt)
+    threshold, number, common = cohort.terms.threshold, claim.round, claim.common
+    check_claim(cohort.terms, claim, dealt)
     if set(uploads) != set(claim.survivors):
         raise FederationError(f"round {number}: uploads and survivors differ. Only sites that uploaded can survive.")
     answers = {reveal.site: reveal for reveal in reveals}
     if len(answers) != len(reveals):
         raise MessageError(f"round {number}: a site reveals twice")
     for reveal in reveals:
-        check_reveal(circle, claim, reveal)
+        check_reveal(cohort, claim, reveal)
     if len(answers) < threshold:
         raise QuorumLost(
             f"round {number}: {len(answers)} sites revealed their shares, expected at least {threshold}. The sum "
             "cannot be read; the round is lost, and what the sites have spent on it stands."
         )
-    holders = tuple(sorted(answers, key=circle.place.__getitem__))
+    holders = tuple(sorted(answers, key=cohort.place.__getitem__))
     survivors = set(claim.survivors)
     doubtful: list[tuple[str, str]] = []
     total_d = np.zeros(dimension, WORD)
     for site in claim.survivors:
-        total_d += read_masked(circle, number, uploads[site], dimension)
+        total_d += read_masked(cohort, number, uploads[site], dimension)
     for index, dealer in enumerate(sorted(dealt)):
         dealing = dealt[dealer].dealing
         shares = [_share_at(answers[holder], index) for holder in holders]
         if dealer in survivors:
-            seed, wrong = _recover(circle, holders, shares, dealer, _seed_check(circle, number, dealing))
-            add_mask(total_d, self_mask_key(circle, number, common, dealer, seed), -1)
+            seed, wrong = _recover(cohort, holders, shares, dealer, _seed_check(cohort, number, dealing))
+            add_mask(total_d, self_mask_key(cohort, number, common, dealer, seed), -1)
         else:
-            scalar, wrong = _recover(circle, holders, shares, dealer, _scalar_check(dealing))
+            scalar, wrong = _recover(cohort, holders, shares, dealer, _scalar_check(dealing))
             key = AgreementKey.from_scalar(scalar)
             for site in claim.survivors:
-                pair = pair_mask_key(circle, number, common, dealer, key, dealt[site].dealing)
-                add_mask(total_d, pair, -mask_sign(circle, site, dealer))
+                pair = pair_mask_key(cohort, number, common, dealer, key, dealt[site].dealing)
+                add_mask(total_d, pair, -mask_sign(cohort, site, dealer))
         doubtful += [(holder, dealer) for holder in wrong]
     return Unmasked(total_d, tuple(doubtful))
 
 
-def _share_at(reveal: Reveal, index: int) -> int:
+def _share_at(reveal: UnmaskingShares, index: int) -> int:
     return int.from_bytes(reveal.payload[shamir.SHARE * index : shamir.SHARE * (index + 1)], "big")
 
 
-def _seed_check(circle: Circle, number: int, dealing: Dealing) -> Callable[[int], bool]:
+def _seed_check(cohort: Cohort, number: int, dealing: SignedMaskKey) -> Callable[[int], bool]:
     expected = bytes.fromhex(dealing.commitment)
-    return lambda seed: seed_commitment(circle, number, dealing.site, seed) == expected
+    return lambda seed: seed_commitment(cohort, number, dealing.site, seed) == expected
 
 
-def _scalar_check(dealing: Dealing) -> Callable[[int], bool]:
+def _scalar_check(dealing: SignedMaskKey) -> Callable[[int], bool]:
     expected = bytes.fromhex(dealing.key)
 
     def fits(scalar: int) -> bool:
@@ -167,15 +176,15 @@ def _scalar_check(dealing: Dealing) -> Callable[[int], bool]:
 
 
 def _recover(
-    circle: Circle, holders: tuple[str, ...], shares: list[int], dealer: str, right: Callable[[int], bool]
+    cohort: Cohort, holders: tuple[str, ...], shares: list[int], dealer: str, right: Callable[[int], bool]
 ) -> tuple[int, list[str]]:
     """Return a dealer's secret, and the holders whose shares are not on its polynomial.
 
     A secret can be checked against what its dealer signed, so any t right shares do. They are looked for in runs of t
     neighbours around the circle of holders: with one wrong share among t + 1 or more, one such run is without it.
     """
-    threshold, many = circle.terms.threshold, len(holders)
-    points = [circle.place[holder] for holder in holders]
+    threshold, many = cohort.terms.threshold, len(holders)
+    points = [cohort.place[holder] for holder in holders]
     for first in range(many if many > threshold else 1):
         chosen = [(first + k) % many for k in range(threshold)]
         at = tuple(points[k] for k in chosen)

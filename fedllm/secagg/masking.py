@@ -4,8 +4,8 @@ import numpy as np
 
 from fedllm.crypto import primitives
 from fedllm.crypto.primitives import AgreementKey
-from fedllm.protocol.messages import Dealing
-from fedllm.secagg.session import Circle, Vector
+from fedllm.protocol.messages import SignedMaskKey
+from fedllm.secagg.session import Cohort, Vector
 
 WORD = np.dtype("<u4")
 
@@ -13,24 +13,24 @@ WORD = np.dtype("<u4")
 # ---- masks: the same for both ends -----------------------------------------------------------------------------------
 
 
-def seed_commitment(circle: Circle, number: int, site: str, seed: int) -> bytes:
+def seed_commitment(cohort: Cohort, number: int, site: str, seed: int) -> bytes:
     """Commit to a seed: it has 256 random bits, so its image under HKDF gives nothing away."""
-    return primitives.derive(seed.to_bytes(32, "big"), circle.document("commitment", number, site))
+    return primitives.derive(seed.to_bytes(32, "big"), cohort.document("commitment", number, site))
 
 
-def self_mask_key(circle: Circle, number: int, common: str, site: str, seed: int) -> bytes:
-    return primitives.derive(seed.to_bytes(32, "big"), circle.document("self mask", number, common, site))
+def self_mask_key(cohort: Cohort, number: int, common: str, site: str, seed: int) -> bytes:
+    return primitives.derive(seed.to_bytes(32, "big"), cohort.document("self mask", number, common, site))
 
 
-def pair_mask_key(circle: Circle, number: int, common: str, own: str, key: AgreementKey, peer: Dealing) -> bytes:
+def pair_mask_key(cohort: Cohort, number: int, common: str, own: str, key: AgreementKey, peer: SignedMaskKey) -> bytes:
     """Return the key of the mask between two sites; raises CryptoError on a peer's key of small order."""
     secret = key.agree(bytes.fromhex(peer.key))
-    return primitives.derive(secret, circle.document("pair mask", number, common, *sorted((own, peer.site))))
+    return primitives.derive(secret, cohort.document("pair mask", number, common, *sorted((own, peer.site))))
 
 
-def share_key(circle: Circle, number: int, agreed: bytes, sender: str, receiver: str, dealing: bytes) -> bytes:
+def share_key(cohort: Cohort, number: int, agreed: bytes, sender: str, receiver: str, dealing: bytes) -> bytes:
     """Return a key for one pair of shares: `dealing` is what was signed of them, with keys drawn for them alone."""
-    return primitives.derive(agreed, circle.document("sealed shares", number, sender, receiver, dealing))
+    return primitives.derive(agreed, cohort.document("sealed shares", number, sender, receiver, dealing))
 
 
 def add_mask(total_d: Vector, key: bytes, sign: int) -> None:
@@ -43,6 +43,6 @@ def add_mask(total_d: Vector, key: bytes, sign: int) -> None:
         start += len(words)
 
 
-def mask_sign(circle: Circle, site: str, peer: str) -> int:
+def mask_sign(cohort: Cohort, site: str, peer: str) -> int:
     """Return what `site` multiplies the mask that it shares with `peer` by."""
-    return 1 if circle.place[site] < circle.place[peer] else -1
+    return 1 if cohort.place[site] < cohort.place[peer] else -1

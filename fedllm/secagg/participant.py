@@ -10,25 +10,25 @@ from fedllm.crypto.identity import Identity
 from fedllm.crypto.primitives import AgreementKey
 from fedllm.errors import ConfigError, CryptoError, MessageError, PrivacyError
 from fedllm.protocol.messages import (
-    Consent,
-    Dealing,
-    Join,
-    Masked,
-    MaskRequest,
-    Reveal,
-    RevealRequest,
-    ShareRequest,
-    Shares,
+    AdvertisedKey,
+    AdvertiseKeys,
+    ConsistencyCheck,
+    ConsistencySignature,
+    KeyShares,
+    MaskedInput,
+    MaskedInputRequest,
+    ShareKeysRequest,
     Signed,
-    SignedKey,
-    UnmaskRequest,
+    SignedMaskKey,
+    UnmaskingRequest,
+    UnmaskingShares,
 )
 from fedllm.secagg.masking import WORD, add_mask, mask_sign, pair_mask_key, seed_commitment, self_mask_key, share_key
 from fedllm.secagg.session import (
     SEALED,
-    Circle,
-    Surplus,
-    Terms,
+    Cohort,
+    RevealedSeeds,
+    SessionParams,
     Vector,
     check_claim,
     check_consent,
@@ -39,7 +39,7 @@ from fedllm.secagg.session import (
     dealing_document,
     digest_of_document,
     join_document,
-    make_circle,
+    make_cohort,
 )
 
 # ---- the site --------------------------------------------------------------------------------------------------------
@@ -49,47 +49,47 @@ from fedllm.secagg.session import (
 class _Round:
     """What a site holds for one round; the fields below only ever go from None to their one value."""
 
-    circle: Circle
+    cohort: Cohort
     agreed: dict[str, bytes]  # what each peer's share key gives with one's own
     number: int
     seed: int
     key: AgreementKey
-    shares: Shares  # as sent
+    shares: KeyShares  # as sent
     own: tuple[bytes, bytes]  # its own shares of seed and mask key
     asked: str | None = None  # digest of the one vector, task and participants that were masked
     common: str = ""  # `common_digest` of that
     held: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # every participant's shares of seed and key
     pair_keys: dict[str, bytes] = field(default_factory=dict)  # of the masks shared with every other participant
-    claim: UnmaskRequest | None = None  # the one list of survivors
-    surplus: Surplus = lambda _: ()
+    claim: ConsistencyCheck | None = None  # the one list of survivors
+    surplus: RevealedSeeds = lambda _: ()
 
 
-class Member:
+class Participant:
     """A site's part in secure aggregation for one session; one thread at a time."""
 
-    def __init__(self, terms: Terms, site: str, identity: Identity) -> None:
+    def __init__(self, terms: SessionParams, site: str, identity: Identity) -> None:
         """Draw the share key and sign it. Raises ConfigError where the roster has another identity for this site."""
         if terms.roster.get(site) != identity.public:
             raise ConfigError(f"site={site!r} is not on its own roster with its present identity. Renew the roster.")
         self.terms, self.site, self._identity = terms, site, identity
         self._key = AgreementKey.generate()
         signature = identity.sign(join_document(terms, site, self._key.public))
-        self.join = Join(
+        self.join = AdvertiseKeys(
             context=terms.context,
-            join=SignedKey(site=site, key=self._key.public.hex(), signature=signature.hex()),
+            join=AdvertisedKey(site=site, key=self._key.public.hex(), signature=signature.hex()),
         )
         self._rounds: dict[int, _Round] = {}  # the newest and the one before
 
-    def share(self, request: ShareRequest) -> Shares:
+    def share(self, request: ShareKeysRequest) -> KeyShares:
         """Draw this round's secrets and deal them out. Raises MessageError and PrivacyError.
 
         Before anything is masked with them, others may be dealt in their place to another list of sites.
         """
         self._expect(request.context)
-        circle, agreed = self._circle_of(request)
+        cohort, agreed = self._cohort_of(request)
         number, newest = request.round, max(self._rounds, default=0)
         done = self._rounds.get(number)
-        if done is not None and done.circle.digest == circle.digest:
+        if done is not None and done.cohort.digest == cohort.digest:
             return done.shares
         unused = number == newest and done is not None and done.asked is None  # another site came or went
         if number <= newest and not unused:
@@ -97,12 +97,14 @@ class Member:
                 f"round {number}: site={self.site!r} has dealt round {newest} already, and deals a round out "
                 "once. Go on with the next round."
             )
-        state = self._deal(circle, agreed, number)
+        state = self._deal(cohort, agreed, number)
         self._rounds = {k: v for k, v in self._rounds.items() if k >= number - 1}
         self._rounds[number] = state
         return state.shares
 
-    def mask(self, request: MaskRequest, task: str, vector_d: Vector, surplus: Surplus = lambda _: ()) -> Masked:
+    def mask(
+        self, request: MaskedInputRequest, task: str, vector_d: Vector, surplus: RevealedSeeds = lambda _: ()
+    ) -> MaskedInput:
         """Open the shares that are meant for this site, and mask uint32[d]. Raises MessageError and PrivacyError.
 
         `task` is the digest of what the vector was computed from, 64 hex: masks cancel among sites with the same.
@@ -115,7 +117,7 @@ class Member:
         if vector_d.dtype != np.uint32 or vector_d.ndim != 1:
             raise ConfigError(f"expected a flat vector of uint32, found {vector_d.dtype} of shape={vector_d.shape}")
         total_d = np.array(vector_d, WORD)
-        common = common_digest(state.circle, state.number, task, request.dealings)
+        common = common_digest(state.cohort, state.number, task, request.dealings)
         asked = digest_of_document(common.encode() + request.to_bytes() + hashlib.sha256(total_d.data).digest())
         if state.asked is None:
             state.held, state.pair_keys = self._open(state, request, common)
@@ -125,22 +127,22 @@ class Member:
                 f"round {request.round}: site={self.site!r} has masked another vector, or for other sites or another "
                 "request. A round has one upload: go on with the next round."
             )
-        circle, number = state.circle, state.number
-        add_mask(total_d, self_mask_key(circle, number, state.common, self.site, state.seed), 1)
+        cohort, number = state.cohort, state.number
+        add_mask(total_d, self_mask_key(cohort, number, state.common, self.site, state.seed), 1)
         for peer, key in state.pair_keys.items():
-            add_mask(total_d, key, mask_sign(circle, self.site, peer))
-        return Masked(
-            context=request.context, round=number, joins=circle.digest, site=self.site, payload=total_d.tobytes()
+            add_mask(total_d, key, mask_sign(cohort, self.site, peer))
+        return MaskedInput(
+            context=request.context, round=number, joins=cohort.digest, site=self.site, payload=total_d.tobytes()
         )
 
-    def check(self, request: MaskRequest) -> None:
+    def check(self, request: MaskedInputRequest) -> None:
         """Raise what `mask` would raise of this request and a new vector. Nothing changes."""
         state = self._state(request)
         if state.asked is not None:
             raise PrivacyError(f"round {request.round}: site={self.site!r} has masked a vector already")
         self._open(state, request, "")
 
-    def unmask(self, request: UnmaskRequest) -> Consent | Reveal:
+    def unmask(self, request: ConsistencyCheck) -> ConsistencySignature | UnmaskingShares:
         """Answer the round's list of survivors: with shares of seeds where nobody dropped out, or with a signature.
 
         From here on this site answers no other list in this round. Raises MessageError and PrivacyError.
@@ -165,13 +167,13 @@ class Member:
         state.claim = request
         if answer is not None:
             return answer
-        signature = self._identity.sign(claim_document(state.circle, request))
-        return Consent(
+        signature = self._identity.sign(claim_document(state.cohort, request))
+        return ConsistencySignature(
             context=request.context, round=request.round, joins=request.joins,
             consent=Signed(site=self.site, signature=signature.hex()),
         )  # fmt: skip
 
-    def reveal(self, request: RevealRequest) -> Reveal:
+    def reveal(self, request: UnmaskingRequest) -> UnmaskingShares:
         """Reveal shares of survivors' seeds and of dropped sites' mask keys, for the list that this site signed.
 
         Raises MessageError and PrivacyError unless at least the threshold of survivors signed the same list.
@@ -183,7 +185,7 @@ class Member:
                 f"round {request.round}: site={self.site!r} has signed no list of survivors to reveal for"
             )
         for consent in request.consents:
-            check_consent(state.circle, claim, consent)
+            check_consent(state.cohort, claim, consent)
         signers = {consent.site for consent in request.consents}
         if len(signers) != len(request.consents):
             raise MessageError(f"round {request.round}: a survivor's signature comes twice")
@@ -200,7 +202,7 @@ class Member:
                 f"a request of secure aggregation for another plan, session or threshold than site={self.site!r} joined"
             )
 
-    def _state(self, request: MaskRequest | UnmaskRequest | RevealRequest) -> _Round:
+    def _state(self, request: MaskedInputRequest | ConsistencyCheck | UnmaskingRequest) -> _Round:
         self._expect(request.context)
         state = self._rounds.get(request.round)
         if state is None:
@@ -208,36 +210,36 @@ class Member:
                 f"round {request.round}: site={self.site!r} holds no secrets for it: it was not asked to deal, or the "
                 "round is over, or its process is a new one. Leave the site out of this round."
             )
-        if request.joins != state.circle.digest:
+        if request.joins != state.cohort.digest:
             raise MessageError(
                 f"round {request.round}: a request for other joins than those site={self.site!r} dealt to"
             )
         return state
 
-    def _circle_of(self, request: ShareRequest) -> tuple[Circle, dict[str, bytes]]:
+    def _cohort_of(self, request: ShareKeysRequest) -> tuple[Cohort, dict[str, bytes]]:
         """Return the checked circle and what its keys give; both stay as long as the list does."""
         known = self._rounds[max(self._rounds)] if self._rounds else None
         if known is None and not request.joins:
             raise MessageError(f"round {request.round}: no joins were sent to site={self.site!r} yet")
-        if known is not None and (not request.joins or known.circle.joins == request.joins):
-            return known.circle, known.agreed
-        circle = make_circle(self.terms, request.joins)
-        if self.join.join not in circle.joins:
+        if known is not None and (not request.joins or known.cohort.joins == request.joins):
+            return known.cohort, known.agreed
+        cohort = make_cohort(self.terms, request.joins)
+        if self.join.join not in cohort.joins:
             raise MessageError(
                 f"round {request.round}: the join of site={self.site!r} is missing from the list, or is not the one "
                 "that it sent. If the site was started again, send it the list with its new join."
             )
-        return circle, {join.site: self._agree(join) for join in circle.joins if join.site != self.site}
+        return cohort, {join.site: self._agree(join) for join in cohort.joins if join.site != self.site}
 
-    def _agree(self, join: SignedKey) -> bytes:
+    def _agree(self, join: AdvertisedKey) -> bytes:
         try:
             return self._key.agree(bytes.fromhex(join.key))
         except CryptoError as error:
             raise MessageError(f"site={join.site!r} joined with {error}. Leave it out.") from None
 
-    def _deal(self, circle: Circle, agreed: dict[str, bytes], number: int) -> _Round:
+    def _deal(self, cohort: Cohort, agreed: dict[str, bytes], number: int) -> _Round:
         seed, key = shamir.random_number(), AgreementKey.generate()
-        holders = len(circle.names)
+        holders = len(cohort.names)
         pairs = [
             tuple(share.to_bytes(shamir.SHARE, "big") for share in pair)
             for pair in zip(
@@ -246,28 +248,30 @@ class Member:
                 strict=True,
             )
         ]
-        commitment = seed_commitment(circle, number, self.site, seed)
-        signed = dealing_document(circle, number, self.site, key.public, commitment)
-        dealing = Dealing(
+        commitment = seed_commitment(cohort, number, self.site, seed)
+        signed = dealing_document(cohort, number, self.site, key.public, commitment)
+        dealing = SignedMaskKey(
             site=self.site, key=key.public.hex(), commitment=commitment.hex(),
             signature=self._identity.sign(signed).hex(),
         )  # fmt: skip
         sealed = b"".join(
             primitives.seal_once(
-                share_key(circle, number, agreed[peer], self.site, peer, signed), b"".join(pair), signed
+                share_key(cohort, number, agreed[peer], self.site, peer, signed), b"".join(pair), signed
             )
-            for peer, pair in zip(circle.names, pairs, strict=True)
+            for peer, pair in zip(cohort.names, pairs, strict=True)
             if peer != self.site
         )
-        shares = Shares(context=self.terms.context, round=number, joins=circle.digest, dealing=dealing, payload=sealed)
-        seed_share, key_share = pairs[circle.place[self.site] - 1]
-        return _Round(circle, agreed, number, seed, key, shares, (seed_share, key_share))
+        shares = KeyShares(
+            context=self.terms.context, round=number, joins=cohort.digest, dealing=dealing, payload=sealed
+        )
+        seed_share, key_share = pairs[cohort.place[self.site] - 1]
+        return _Round(cohort, agreed, number, seed, key, shares, (seed_share, key_share))
 
     def _open(
-        self, state: _Round, request: MaskRequest, common: str
+        self, state: _Round, request: MaskedInputRequest, common: str
     ) -> tuple[dict[str, tuple[bytes, bytes]], dict[str, bytes]]:
         """Check what the participants dealt; return the shares for this site, and the keys of pairwise masks."""
-        circle, number = state.circle, state.number
+        cohort, number = state.cohort, state.number
         dealings = {dealing.site: dealing for dealing in request.dealings}
         names = [dealing.site for dealing in request.dealings]
         if names != sorted(dealings) or len({dealing.key for dealing in request.dealings}) != len(names):
@@ -284,13 +288,13 @@ class Member:
             )
         held, pair_keys = {self.site: state.own}, {}
         for index, (name, dealing) in enumerate(dealings.items()):
-            signed = check_dealing(circle, number, dealing)
+            signed = check_dealing(cohort, number, dealing)
             sealed = request.payload[SEALED * index : SEALED * (index + 1)]
             try:
                 pair = primitives.open_once(
-                    share_key(circle, number, state.agreed[name], name, self.site, signed), sealed, signed
+                    share_key(cohort, number, state.agreed[name], name, self.site, signed), sealed, signed
                 )
-                pair_keys[name] = pair_mask_key(circle, number, common, self.site, state.key, dealing)
+                pair_keys[name] = pair_mask_key(cohort, number, common, self.site, state.key, dealing)
             except CryptoError as error:
                 raise MessageError(
                     f"round {number}: what site={name!r} dealt to site={self.site!r} cannot be used ({error}): that "
@@ -300,11 +304,11 @@ class Member:
         return held, pair_keys
 
 
-def _reveal(state: _Round, site: str, claim: UnmaskRequest) -> Reveal:
+def _reveal(state: _Round, site: str, claim: ConsistencyCheck) -> UnmaskingShares:
     """One share for each participant. Which one depends on nothing but the round's only list."""
     survivors = set(claim.survivors)
     payload = b"".join(state.held[name][0 if name in survivors else 1] for name in sorted(state.held))
-    return Reveal(
+    return UnmaskingShares(
         context=claim.context, round=claim.round, joins=claim.joins, site=site,
-        claim=claim_digest(state.circle, claim), surplus=state.surplus(len(survivors)), payload=payload,
+        claim=claim_digest(state.cohort, claim), surplus=state.surplus(len(survivors)), payload=payload,
     )  # fmt: skip

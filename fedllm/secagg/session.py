@@ -12,20 +12,22 @@ from fedllm.crypto import primitives, shamir
 from fedllm.crypto.identity import PublicIdentity
 from fedllm.errors import ConfigError, CryptoError, MessageError, PrivacyError
 from fedllm.plan import least_quorum
-from fedllm.protocol.messages import Dealing, Signed, SignedKey, UnmaskRequest
+from fedllm.protocol.messages import AdvertisedKey, ConsistencyCheck, Signed, SignedMaskKey
 from fedllm.values import MAX_HOLDERS
 
 SEALED = 2 * shamir.SHARE + 16  # bytes: a share of the seed, one of the mask key, and the tag
 _DOMAIN = b"fedllm secure aggregation v2"  # v1 had no `common_digest`
 Vector = NDArray[np.uint32]
-Surplus = Callable[[int], tuple[str, ...]]  # what a site reveals of its own beside shares, by the number of survivors
+RevealedSeeds = Callable[
+    [int], tuple[str, ...]
+]  # what a site reveals of its own beside shares, by the number of survivors
 
 
 # ---- what all agree on -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Terms:
+class SessionParams:
     """What a site accepts before it joins. The roster is the site's own: head office cannot add to it."""
 
     plan: str  # digest of the run's plan, 64 hexadecimal digits
@@ -71,11 +73,11 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Circle:
-    """The sites that hold shares: a list of joins whose every signature was checked. Made by `make_circle`."""
+class Cohort:
+    """The sites that hold shares: a list of joins whose every signature was checked. Made by `make_cohort`."""
 
-    terms: Terms
-    joins: tuple[SignedKey, ...]  # by name
+    terms: SessionParams
+    joins: tuple[AdvertisedKey, ...]  # by name
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -98,13 +100,13 @@ class Circle:
         return _document(label, self.terms.context, self.digest, number, *parts)
 
 
-def check_join(terms: Terms, join: SignedKey) -> None:
+def check_join(terms: SessionParams, join: AdvertisedKey) -> None:
     """Raise MessageError unless a site of the roster signed this key, a usable one, under these terms."""
     _check_signed_key(terms, join)
     check_key(join.site, join.key)
 
 
-def _check_signed_key(terms: Terms, join: SignedKey) -> None:
+def _check_signed_key(terms: SessionParams, join: AdvertisedKey) -> None:
     identity = terms.roster.get(join.site)
     if identity is None:
         raise MessageError(
@@ -125,7 +127,7 @@ def check_key(site: str, key: str) -> None:
         raise MessageError(f"site={site!r} sent {error}. Leave it out.") from None
 
 
-def make_circle(terms: Terms, joins: Iterable[SignedKey]) -> Circle:
+def make_cohort(terms: SessionParams, joins: Iterable[AdvertisedKey]) -> Cohort:
     """Check a list of joins, in any order; raises MessageError, and PrivacyError where the threshold does not fit."""
     ordered = tuple(sorted(joins, key=lambda join: join.site))
     if len({join.site for join in ordered}) != len(ordered) or len({join.key for join in ordered}) != len(ordered):
@@ -133,16 +135,16 @@ def make_circle(terms: Terms, joins: Iterable[SignedKey]) -> Circle:
     terms.check_size(len(ordered))
     for join in ordered:
         _check_signed_key(terms, join)
-    return Circle(terms, ordered)
+    return Cohort(terms, ordered)
 
 
-def check_dealing(circle: Circle, number: int, dealing: Dealing) -> bytes:
+def check_dealing(cohort: Cohort, number: int, dealing: SignedMaskKey) -> bytes:
     """Return what was signed; raises MessageError unless a site of the circle signed it for this round."""
-    identity = circle.terms.roster.get(dealing.site)
-    if identity is None or dealing.site not in circle.place:
+    identity = cohort.terms.roster.get(dealing.site)
+    if identity is None or dealing.site not in cohort.place:
         raise MessageError(f"round {number}: shares of site={dealing.site!r}, which has not joined")
     document = dealing_document(
-        circle, number, dealing.site, bytes.fromhex(dealing.key), bytes.fromhex(dealing.commitment)
+        cohort, number, dealing.site, bytes.fromhex(dealing.key), bytes.fromhex(dealing.commitment)
     )
     try:
         identity.verify(document, bytes.fromhex(dealing.signature))
@@ -153,22 +155,22 @@ def check_dealing(circle: Circle, number: int, dealing: Dealing) -> bytes:
     return document
 
 
-def claim_digest(circle: Circle, request: UnmaskRequest) -> str:
+def claim_digest(cohort: Cohort, request: ConsistencyCheck) -> str:
     """Return the digest of a list of survivors."""
-    return digest_of_document(claim_document(circle, request))
+    return digest_of_document(claim_document(cohort, request))
 
 
-def join_document(terms: Terms, site: str, key: bytes) -> bytes:
+def join_document(terms: SessionParams, site: str, key: bytes) -> bytes:
     return _document("join", terms.context, site, key)
 
 
-def dealing_document(circle: Circle, number: int, site: str, key: bytes, commitment: bytes) -> bytes:
-    return circle.document("dealing", number, site, key, commitment)
+def dealing_document(cohort: Cohort, number: int, site: str, key: bytes, commitment: bytes) -> bytes:
+    return cohort.document("dealing", number, site, key, commitment)
 
 
-def claim_document(circle: Circle, request: UnmaskRequest) -> bytes:
+def claim_document(cohort: Cohort, request: ConsistencyCheck) -> bytes:
     listed = request.survivors + request.dropped
-    return circle.document("survivors", request.round, request.common, len(request.survivors), *listed)
+    return cohort.document("survivors", request.round, request.common, len(request.survivors), *listed)
 
 
 def _document(label: str, *parts: str | bytes | int) -> bytes:
@@ -188,13 +190,13 @@ def _is_digest(text: str) -> bool:
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
-def common_digest(circle: Circle, number: int, task: str, dealings: Iterable[Dealing]) -> str:
+def common_digest(cohort: Cohort, number: int, task: str, dealings: Iterable[SignedMaskKey]) -> str:
     """Return the digest of what is the same for all sites of a round: `task` is that of what they compute, 64 hex."""
     dealt = ((each.site, each.key, each.commitment, each.signature) for each in dealings)
-    return digest_of_document(circle.document("common", number, task, *(part for row in dealt for part in row)))
+    return digest_of_document(cohort.document("common", number, task, *(part for row in dealt for part in row)))
 
 
-def check_claim(terms: Terms, request: UnmaskRequest, participants: Collection[str]) -> None:
+def check_claim(terms: SessionParams, request: ConsistencyCheck, participants: Collection[str]) -> None:
     """Raise MessageError or PrivacyError unless the list divides the participants and leaves enough survivors."""
     listed = [*request.survivors, *request.dropped]
     ordered = list(request.survivors) == sorted(request.survivors) and list(request.dropped) == sorted(request.dropped)
@@ -210,12 +212,12 @@ def check_claim(terms: Terms, request: UnmaskRequest, participants: Collection[s
         )
 
 
-def check_consent(circle: Circle, claim: UnmaskRequest, consent: Signed) -> None:
+def check_consent(cohort: Cohort, claim: ConsistencyCheck, consent: Signed) -> None:
     """Raise MessageError unless a survivor signed this list."""
     if consent.site not in claim.survivors:
         raise MessageError(f"round {claim.round}: site={consent.site!r} signed, but is not a survivor")
     try:
-        circle.terms.roster[consent.site].verify(claim_document(circle, claim), bytes.fromhex(consent.signature))
+        cohort.terms.roster[consent.site].verify(claim_document(cohort, claim), bytes.fromhex(consent.signature))
     except CryptoError:
         raise MessageError(
             f"round {claim.round}: the signature of site={consent.site!r} is not on this list of survivors"

@@ -45,14 +45,14 @@ _AT_ONCE = 1024  # records that are tokenised together
 
 
 @dataclass(frozen=True)
-class Record:
+class Example:
     """One tokenised record."""
 
     input_ids: NDArray[np.int64]  # [T]
     labels: NDArray[np.int64]  # [T], IGNORE where no loss falls; [] holds the class for classification
 
 
-Unit = tuple[Record, ...]  # the records of one privacy unit; none where none of them can be used
+PrivacyUnit = tuple[Example, ...]  # the records of one privacy unit; none where none of them can be used
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Tokens:
     label: str | None = None  # of classification
     ends: tuple[int, int] = (0, 0)  # classification: special tokens before and after the text, which no cut takes
 
-    def record(self, limit: int, labels: Sequence[str]) -> Record:
+    def record(self, limit: int, labels: Sequence[str]) -> Example:
         """Return the record of at most `limit` tokens: the answer is kept before the prompt, its beginning first.
 
         `labels` hold `label`; its place among them is the class.
@@ -73,11 +73,11 @@ class Tokens:
             first, last = self.ends
             text, end = self.given[: len(self.given) - last], self.given[len(self.given) - last :]
             ids = np.concatenate([text[: max(first, limit - last)], end])
-            return Record(ids.astype(np.int64), np.asarray(labels.index(self.label)))
+            return Example(ids.astype(np.int64), np.asarray(labels.index(self.label)))
         learned = self.learned[: limit - 1]
         given = self.given[max(0, len(self.given) - (limit - len(learned))) :]
         ids = np.concatenate([given, learned]).astype(np.int64)
-        return Record(ids, np.where(np.arange(len(ids)) < len(given), IGNORE, ids))
+        return Example(ids, np.where(np.arange(len(ids)) < len(given), IGNORE, ids))
 
 
 @dataclass(frozen=True)
@@ -424,14 +424,14 @@ class Tokeniser:
         answer, closed = self._answer(row, number)
         return self._closed(self._code(answer), closed)
 
-    def __call__(self, row: Row, number: int) -> Record:
+    def __call__(self, row: Row, number: int) -> Example:
         """Tokenise one row, at most max_length tokens; raises DataError where it cannot be used."""
         (found,) = self.read([row], number)
         if isinstance(found, DataError):
             raise found
         return self.cut(found)
 
-    def cut(self, tokens: Tokens) -> Record:
+    def cut(self, tokens: Tokens) -> Example:
         """Return a record of at most max_length tokens."""
         return tokens.record(self._model.max_length, self._model.labels)
 
@@ -570,7 +570,7 @@ def group(
     return list(groups.values()), wrong
 
 
-def build_units(table: Table, tokeniser: Tokeniser, unit: str | None, cap: int) -> tuple[Unit, ...]:
+def build_units(table: Table, tokeniser: Tokeniser, unit: str | None, cap: int) -> tuple[PrivacyUnit, ...]:
     """Tokenise a table and group its records by privacy unit, at most the first `cap` records a unit.
 
     `unit=None` makes every record a unit of its own. Raises DataError with the first record that cannot be used.
@@ -615,35 +615,35 @@ def person(value: object) -> str:
 
 
 def batches(
-    units: Sequence[Unit], micro_batch: int, pad_id: int, device: torch.device, longest: int | None = None
+    units: Sequence[PrivacyUnit], micro_batch: int, pad_id: int, device: torch.device, longest: int | None = None
 ) -> Iterator[Batch]:
     """Cut units as `passes` does, and pad them."""
     for some, width in passes(units, lambda _: micro_batch, longest):
         yield collate(some, pad_id, device, width)
 
 
-class Drawn(Sequence[Unit]):
+class Drawn(Sequence[PrivacyUnit]):
     """Some of many units, each made when it is looked at: a sample takes no memory of its own."""
 
-    def __init__(self, units: Sequence[Unit], indices: Sequence[int] | NDArray[np.int64]) -> None:
+    def __init__(self, units: Sequence[PrivacyUnit], indices: Sequence[int] | NDArray[np.int64]) -> None:
         self._units, self._indices = units, indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
     @overload
-    def __getitem__(self, index: int) -> Unit: ...
+    def __getitem__(self, index: int) -> PrivacyUnit: ...
     @overload
     def __getitem__(self, index: slice) -> "Drawn": ...
-    def __getitem__(self, index: int | slice) -> "Unit | Drawn":
+    def __getitem__(self, index: int | slice) -> "PrivacyUnit | Drawn":
         if isinstance(index, slice):
             return Drawn(self._units, self._indices[index])
         return self._units[int(self._indices[index])]
 
 
 def passes(
-    units: Sequence[Unit], rows: Callable[[int], int], longest: int | None = None
-) -> Iterator[tuple[list[Unit], int]]:
+    units: Sequence[PrivacyUnit], rows: Callable[[int], int], longest: int | None = None
+) -> Iterator[tuple[list[PrivacyUnit], int]]:
     """Cut units, none of them in two, into passes of at most `rows(width)` records of one width, and that width.
 
     A unit of more records is a pass of its own, and one without records is in none.
@@ -653,7 +653,7 @@ def passes(
     Without it, units of similar length share a pass, and a width.
     """
 
-    def shape(unit: Unit) -> tuple[int, bool]:
+    def shape(unit: PrivacyUnit) -> tuple[int, bool]:
         lengths = [len(record.input_ids) for record in unit]
         if longest is None:
             return max(lengths), False
@@ -661,7 +661,7 @@ def passes(
         return width, min(lengths) == width
 
     order = sorted((*shape(unit), number) for number, unit in enumerate(units) if unit)
-    pending: list[Unit] = []
+    pending: list[PrivacyUnit] = []
     here = (0, False)
     for width, full, number in order:
         unit = units[number]
@@ -681,7 +681,7 @@ def padded(length: int, longest: int) -> int:
     return max(length, min(-(-length // step) * step, longest))
 
 
-def collate(units: Sequence[Unit], pad_id: int, device: torch.device, width: int, rows: int = 0) -> Batch:
+def collate(units: Sequence[PrivacyUnit], pad_id: int, device: torch.device, width: int, rows: int = 0) -> Batch:
     """Return the records of units in one tensor, padded on the right to `width` tokens.
 
     Filled to `rows` records with units of nobody, which come last: as long as the tensor is wide, and without a label.

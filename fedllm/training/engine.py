@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 from fedllm.errors import Diverged, ModelError, first_line
 from fedllm.plan import RunPlan
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness, SeededRandomness, normals
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.compiling import Blocks, pays
-from fedllm.training.data import Batch, Record, Unit, batches, collate, padded, passes
+from fedllm.training.data import Batch, Example, PrivacyUnit, batches, collate, padded, passes
 from fedllm.training.losses import unit_losses
 
 _log = logging.getLogger("fedllm.site")
@@ -99,14 +99,14 @@ class _PerUnitLinear(nn.Module):
         return y_NTO.reshape(*x.shape[:-1], self.out_features)
 
 
-def clip_and_sum(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None = None) -> Tensor:
+def clip_and_sum(gradients: Tensor, mechanism: Mechanism, distributed: DistributedMechanism | None = None) -> Tensor:
     """Scale every row of float32[units, d] as the mechanism clips, and add the rows up: float64[d].
 
     The norm is over everything trainable together, in float64: in float32 that of a very long row comes out too small,
     so the clip too weak. The mechanism without privacy clips nothing.
 
     Every row is rounded to quanta, so shortened that it is within the clip afterwards, and the sum is one of int64, in
-    any order: what a row adds to it is a function of that row alone, to the last bit. The quanta are those of `shared`,
+    any order: what a row adds to it is a function of that row alone, to the last bit. The quanta are those of `distributed`,
     in which the sum is returned, or about 2^-42 of the clip norm.
 
     **This is where the sensitivity is made, so here it is measured**: a row that is not within the clip as it enters
@@ -114,9 +114,9 @@ def clip_and_sum(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanis
     """
     d = gradients.shape[1]
     quantum, limit, times = 0.0, math.inf, 1.0  # limit in quanta; times: to a row within the clip, in quanta
-    if shared is not None:
-        quantum, limit = shared.quantum, float(shared.scale)
-        times = shared.clip_before_rounding(d) / mechanism.clip_norm / quantum
+    if distributed is not None:
+        quantum, limit = distributed.quantum, float(distributed.scale)
+        times = distributed.clip_before_rounding(d) / mechanism.clip_norm / quantum
     elif mechanism.private:
         quantum = math.ldexp(1.0, math.frexp(mechanism.clip_norm)[1] - _QUANTUM)
         limit = mechanism.clip_norm / quantum
@@ -130,7 +130,7 @@ def clip_and_sum(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanis
             own.round_()
         if bool(torch.linalg.vector_norm(own) <= limit):  # NaN is not
             total += own.to(total.dtype)
-    return total.double() * (1.0 if shared is not None or not quantum else quantum)
+    return total.double() * (1.0 if distributed is not None or not quantum else quantum)
 
 
 def _finite(gradients: Tensor, private: bool) -> Tensor:
@@ -281,7 +281,7 @@ class Engine:
                 try:
                     for length in sorted({shortest, min(width, longest)}):  # padded, and not
                         ids = 3 + np.arange(length) % 16
-                        unit = (Record(ids, np.asarray(0) if self._adapter.classifies else ids),)
+                        unit = (Example(ids, np.asarray(0) if self._adapter.classifies else ids),)
                         self.pass_gradients([unit] * records, width, micro_batch)
                 except Exception as error:  # MemoryError, and what torch raises in its place
                     raise ModelError(
@@ -317,7 +317,7 @@ class Engine:
         """Wrap a torch optimiser of `adapter.flat`; `source` gives the noise."""
         return _Optimizer(optimizer, mechanism, expected_units, source)
 
-    def step(self, optimizer: DPOptimizer, units: Sequence[Unit], micro_batch: int) -> None:
+    def step(self, optimizer: DPOptimizer, units: Sequence[PrivacyUnit], micro_batch: int) -> None:
         """Take one step on the Poisson-sampled `units`; an empty batch is a step of noise alone."""
         optimizer.zero_grad(set_to_none=True)
         (flat,) = optimizer.params
@@ -328,11 +328,15 @@ class Engine:
         optimizer.zero_grad(set_to_none=True)
 
     def clipped_sum(
-        self, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int, shared: SharedMechanism | None = None
+        self,
+        units: Sequence[PrivacyUnit],
+        mechanism: Mechanism,
+        micro_batch: int,
+        distributed: DistributedMechanism | None = None,
     ) -> Tensor:
         """Return the sum of the units' clipped gradients, float64[d]: all that a step needs to know of the records.
 
-        With `shared`, it is in whole quanta.
+        With `distributed`, it is in whole quanta.
 
         `micro_batch` bounds the records of one forward pass and does not change the result. Units are cut, computed,
         clipped and added pass by pass, in constant memory. What a unit adds is a function of that unit alone, to the
@@ -342,7 +346,7 @@ class Engine:
         total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
         for some, width in passes(units, lambda width: self.rows(width, micro_batch), self._longest):
             try:
-                part = self._clipped(some, width, mechanism, micro_batch, shared)
+                part = self._clipped(some, width, mechanism, micro_batch, distributed)
             except ModelError:  # it is the model, and would be so for any record
                 raise
             except Exception as error:  # of torch or of the machine
@@ -350,13 +354,18 @@ class Engine:
                     raise
                 part, why = None, first_line(error)
             if part is None:
-                part = self._one_by_one(some, width, mechanism, micro_batch, shared, why)
+                part = self._one_by_one(some, width, mechanism, micro_batch, distributed, why)
             total += part
         self.seconds += time.perf_counter() - began
         return total
 
     def _clipped(
-        self, units: Sequence[Unit], width: int, mechanism: Mechanism, micro_batch: int, shared: SharedMechanism | None
+        self,
+        units: Sequence[PrivacyUnit],
+        width: int,
+        mechanism: Mechanism,
+        micro_batch: int,
+        distributed: DistributedMechanism | None,
     ) -> Tensor:
         """Return the clipped sum of the units of one pass, or of one unit that takes several."""
         gradients: Tensor | None = None
@@ -369,23 +378,23 @@ class Engine:
             own = own if records == whole else own * (records / whole)
             gradients = own if gradients is None else gradients + own
             self.tokens += sum(len(record.input_ids) for unit in piece for record in unit)
-        return clip_and_sum(_finite(cast(Tensor, gradients), mechanism.private), mechanism, shared)
+        return clip_and_sum(_finite(cast(Tensor, gradients), mechanism.private), mechanism, distributed)
 
     def _one_by_one(
-        self, units: Sequence[Unit], width: int, mechanism: Mechanism, micro_batch: int,
-        shared: SharedMechanism | None, why: str,
+        self, units: Sequence[PrivacyUnit], width: int, mechanism: Mechanism, micro_batch: int,
+        distributed: DistributedMechanism | None, why: str,
     ) -> Tensor:  # fmt: skip
         """Return the clipped sum of those units that do not fail by themselves."""
         _log.warning("a pass of %d units failed (%s); they are computed one by one", len(units), why)
         total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
         for unit in units:
             try:
-                total += self._clipped([unit], width, mechanism, micro_batch, shared)
+                total += self._clipped([unit], width, mechanism, micro_batch, distributed)
             except Exception as error:
                 _log.warning("a unit contributes nothing: %s", first_line(error))
         return total
 
-    def clipped_share(self, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int) -> float | None:
+    def clipped_share(self, units: Sequence[PrivacyUnit], mechanism: Mechanism, micro_batch: int) -> float | None:
         """Return how many of PUBLIC units have a gradient longer than clip_norm, 0 to 1; None where nothing is clipped.
 
         Never of a site's records: of them even a share would have to be accounted for.
@@ -404,7 +413,7 @@ class Engine:
         """
         return _finite(self._gradients(batch), private)
 
-    def pass_gradients(self, units: Sequence[Unit], width: int, micro_batch: int) -> Tensor:
+    def pass_gradients(self, units: Sequence[PrivacyUnit], width: int, micro_batch: int) -> Tensor:
         """Return the gradient of each unit's own loss, finite or not, float32[units, d]: of what fits one pass.
 
         Last bits depend on the shapes of tensors, on the number of threads and, with several threads, on a record's

@@ -14,7 +14,7 @@ from fedllm.config import HeldoutConfig
 from fedllm.errors import ModelError
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.adapter import AdapterModel
-from fedllm.training.data import Table, Tokeniser, Unit, batches, build_units, render
+from fedllm.training.data import PrivacyUnit, Table, Tokeniser, batches, build_units, render
 from fedllm.training.engine import Engine
 from fedllm.training.losses import logits, token_losses
 
@@ -48,7 +48,7 @@ class Evaluator:
     ):
         self._adapter, self._table, self._tokeniser, self._data = adapter, table, tokeniser, data
         self._micro_batch = micro_batch
-        self._units: tuple[Unit, ...] = build_units(table, tokeniser, None, 1)
+        self._units: tuple[PrivacyUnit, ...] = build_units(table, tokeniser, None, 1)
         self._classification = not self._units[0][0].labels.ndim
         self.generates = not self._classification and data.prompt is not None
 

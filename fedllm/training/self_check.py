@@ -25,12 +25,12 @@ from fedllm.canonical import digest_of
 from fedllm.errors import Cancelled, PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, overrun
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import Randomness, SeededRandomness, normals, uniforms
 from fedllm.training import engine, trainer
 from fedllm.training.adapter import AdapterModel
-from fedllm.training.data import IGNORE, Record, Unit
+from fedllm.training.data import IGNORE, Example, PrivacyUnit
 from fedllm.training.engine import Engine
 from fedllm.training.precision import SAME_SUM
 
@@ -85,10 +85,10 @@ class _Listener:
         self.given: tuple[Mechanism, float] | None = None
 
     def clipped_sum(
-        self, units: Sequence[int], mechanism: Mechanism, _: int, shared: SharedMechanism | None = None
+        self, units: Sequence[int], mechanism: Mechanism, _: int, distributed: DistributedMechanism | None = None
     ) -> Tensor:
         self.batches.append(list(units))
-        self.given = (mechanism, shared.expected_units if shared is not None else math.nan)
+        self.given = (mechanism, distributed.expected_units if distributed is not None else math.nan)
         raise Cancelled("all that matters of a step was heard")
 
     def optimizer(self, _: object, mechanism: Mechanism, expected_units: float, __: object) -> "_Listener":
@@ -146,15 +146,15 @@ class Subject:
         return embedding.num_embeddings if embedding is not None else 19
 
     @cached_property
-    def units(self) -> list[Unit]:
+    def units(self) -> list[PrivacyUnit]:
         """Units of one and of several records of made-up tokens: all of one batch but the last, which is longer."""
         drawn = self._drawn
 
-        def record(longest: int) -> Record:
+        def record(longest: int) -> Example:
             ids = drawn(_FIRST, self._vocabulary, int(drawn(longest - 3, longest + 1, 1)[0]))
             if self.adapter.classifies:
-                return Record(ids, drawn(0, len(self.plan.model.labels), 1).reshape(()))
-            return Record(ids, np.where(np.arange(len(ids)) < len(ids) // 3, IGNORE, ids))
+                return Example(ids, drawn(0, len(self.plan.model.labels), 1).reshape(()))
+            return Example(ids, np.where(np.arange(len(ids)) < len(ids) // 3, IGNORE, ids))
 
         return [tuple(record(longest) for _ in range(size)) for size, longest in zip(_SIZES, _LONGEST, strict=True)]
 
@@ -164,7 +164,7 @@ class Subject:
         self.adapter.load(self.start)
         return [self._gradient(unit) for unit in self.units]
 
-    def _gradient(self, unit: Unit) -> Tensor:
+    def _gradient(self, unit: PrivacyUnit) -> Tensor:
         parameters = list(self.adapter.trainable.values())
         total = torch.zeros_like(self.adapter.flat, requires_grad=False)
         for record in unit:
@@ -196,13 +196,13 @@ class Subject:
         """The engine's sum over all units, tightly clipped, float64[d]."""
         return self.sum(self.units, self.tight)
 
-    def sum(self, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int | None = None) -> Tensor:
+    def sum(self, units: Sequence[PrivacyUnit], mechanism: Mechanism, micro_batch: int | None = None) -> Tensor:
         """The engine's clipped sum at `start`, float64[d]."""
         self.adapter.load(self.start)
         return self.engine.clipped_sum(units, mechanism, micro_batch or self.micro_batch)
 
     def step(
-        self, units: Sequence[Unit], mechanism: Mechanism, source: Randomness, expected: float = 1.0,
+        self, units: Sequence[PrivacyUnit], mechanism: Mechanism, source: Randomness, expected: float = 1.0,
         micro_batch: int | None = None,
     ) -> Tensor:  # fmt: skip
         """What a step of the engine at `start` hands to the optimiser, float64[d]."""
@@ -212,14 +212,14 @@ class Subject:
         self.engine.step(optimizer, units, micro_batch or self.micro_batch)
         return witness.seen[0] if len(witness.seen) == 1 else torch.full_like(self.adapter.flat.detach(), math.nan)
 
-    def alike(self, width: int, shortest: int, number: int) -> list[Unit]:
+    def alike(self, width: int, shortest: int, number: int) -> list[PrivacyUnit]:
         """Return made-up units of one record each: of `shortest` to `width` tokens, but of `width` only if all are."""
-        classes, units = len(self.plan.model.labels), list[Unit]()
+        classes, units = len(self.plan.model.labels), list[PrivacyUnit]()
         for k in range(number):
             length = shortest + k % max(1, width - shortest)
             ids = self._drawn(_FIRST, self._vocabulary, length)
             labels = np.where(np.arange(length) < min(1 + k, length - 1), IGNORE, ids)
-            units.append((Record(ids, np.asarray(k % classes) if self.adapter.classifies else labels),))
+            units.append((Example(ids, np.asarray(k % classes) if self.adapter.classifies else labels),))
         return units
 
     @cached_property
@@ -261,12 +261,12 @@ def clip_bounds_every_unit(s: Subject) -> str:
 
 def clip_holds_at_every_length(s: Subject) -> str:
     """Rows of no length to the longest, and such as are not finite: none enters a sum longer than the plan's clip."""
-    clip, shared = s.plan.privacy.clip_norm, s.plan.shared  # by the plan, not by the mechanism
+    clip, distributed = s.plan.privacy.clip_norm, s.plan.distributed  # by the plan, not by the mechanism
     direction = normals(SeededRandomness(3, "public"), s.adapter.spec.dimension)
     direction /= np.linalg.norm(direction)
     for length in (0.0, 1e-30, clip / 2, clip, 2 * clip, 1e30, math.inf, math.nan):
         row = torch.from_numpy((direction * length).astype(np.float32)).to(s.adapter.device)[None]
-        for kind in (None,) if shared is None else (None, shared):
+        for kind in (None,) if distributed is None else (None, distributed):
             entered = engine.clip_and_sum(row, s.mechanism, kind)
             found = float(entered.norm()) / (clip if kind is None else kind.scale)
             if not found <= 1:
@@ -324,7 +324,7 @@ def company_changes_no_bit(s: Subject) -> str:
     return ""
 
 
-def _keeps_bits(s: Subject, units: list[Unit], width: int, thorough: bool) -> bool:
+def _keeps_bits(s: Subject, units: list[PrivacyUnit], width: int, thorough: bool) -> bool:
     """Whether every unit has the same gradient alone, in every place, and with 1, 2, 3, half or all of the others."""
     many = len(units)
     expected = s.engine.pass_gradients(units, width, s.micro_batch).nan_to_num()
@@ -513,43 +513,49 @@ Check = Callable[[Subject], str]  # returns what is wrong, or ""
 
 def sum_in_quanta_is_within_the_clip(s: Subject) -> str:
     """With noise in shares: whole numbers, near the plain sum, and moved by one unit no further than the clip norm."""
-    if s.plan.shared is None:
+    if s.plan.distributed is None:
         return ""
 
-    def in_quanta(units: Sequence[Unit], shared: SharedMechanism) -> Tensor:
+    def in_quanta(units: Sequence[PrivacyUnit], distributed: DistributedMechanism) -> Tensor:
         s.adapter.load(s.start)
-        return s.engine.clipped_sum(units, shared.mechanism, s.micro_batch, shared)
+        return s.engine.clipped_sum(units, distributed.mechanism, s.micro_batch, distributed)
 
     for plain, mechanism in ((s.whole, s.tight), (s.sum(s.units, s.mechanism), s.mechanism)):
-        shared = replace(s.plan.shared, mechanism=mechanism)
-        whole = in_quanta(s.units, shared)
+        distributed = replace(s.plan.distributed, mechanism=mechanism)
+        whole = in_quanta(s.units, distributed)
         if not torch.equal(whole, whole.round()):
             return "the sum is not one of whole quanta"
-        apart = float((whole * shared.quantum - plain).norm())
+        apart = float((whole * distributed.quantum - plain).norm())
         most = s.bound * float(plain.norm()) + _ROUNDED * len(s.units) * mechanism.clip_norm
         if not apart <= most:
             return f"in quanta the sum differs by {apart:.3g}, expected at most {most:.3g}"
         for absent in range(len(s.units)):
-            moved = float((whole - in_quanta(s.units[:absent] + s.units[absent + 1 :], shared)).norm())
-            if not moved <= shared.scale * (1 + len(s.units) * s.bound):
-                return f"one unit moves the sum in quanta by {moved / shared.scale:.6g} clip norms, expected at most 1"
+            moved = float((whole - in_quanta(s.units[:absent] + s.units[absent + 1 :], distributed)).norm())
+            if not moved <= distributed.scale * (1 + len(s.units) * s.bound):
+                return f"one unit moves the sum in quanta by {moved / distributed.scale:.6g} clip norms, expected at most 1"
     return ""
 
 
 def share_has_its_deviation(s: Subject) -> str:
     """With noise in shares: those of the fewest honest sites add up to what is charged for, and none comes twice."""
-    shared, privacy = s.plan.shared, s.plan.privacy
-    if shared is None:
+    distributed, privacy = s.plan.distributed, s.plan.privacy
+    if distributed is None:
         return ""
     sites, quorum, colluding = s.plan.sites, s.plan.quorum, privacy.colluding_sites  # by the plan, not the mechanism
     source, d = s.randomness(), s.adapter.spec.dimension
     times = min(32, max(2, math.ceil(_DRAWS / d)))
-    shares = [shared.upload(np.zeros(d), origin) for origin in (*[source] * times, s.randomness())]
-    one = float(privacy.noise_multiplier or 0.0) * shared.scale / math.sqrt((sites - colluding) * (quorum - colluding))
+    shares = [distributed.upload(np.zeros(d), origin) for origin in (*[source] * times, s.randomness())]
+    one = (
+        float(privacy.noise_multiplier or 0.0)
+        * distributed.scale
+        / math.sqrt((sites - colluding) * (quorum - colluding))
+    )
     for present in sorted({quorum, quorum + 1, (quorum + sites) // 2, sites - 1, sites}):
         if not quorum <= present <= sites:
             continue
-        surplus = np.stack([shared.surplus([x[k] for k in shared.given_away(present)], present, d) for _, x in shares])
+        surplus = np.stack(
+            [distributed.surplus([x[k] for k in distributed.revealed_seeds(present)], present, d) for _, x in shares]
+        )
         parts = [
             ("is left", np.stack([upload for upload, _ in shares]) - surplus, sites - colluding - present + quorum)
         ]
@@ -568,19 +574,19 @@ def share_has_its_deviation(s: Subject) -> str:
 
 def upload_is_a_sum_with_its_share(s: Subject) -> str:
     """With noise in shares: a step uploads the sum over those it drew, and its share; by other coins, another."""
-    shared = s.plan.shared
-    if shared is None:
+    distributed = s.plan.distributed
+    if distributed is None:
         return ""
     uploads = []
     for _ in range(2):
         source = _Recorded(s.randomness())
         uploads.append(trainer.shared_step(s.adapter, s.engine, s.units, s.plan, s.start, source, s.micro_batch))
         source.replay = True
-        share = shared.share(s.adapter.spec.dimension, source)
-        drawn = [s.units[i] for i in shared.mechanism.sample(len(s.units), source)]
+        share = distributed.share(s.adapter.spec.dimension, source)
+        drawn = [s.units[i] for i in distributed.mechanism.sample(len(s.units), source)]
         s.adapter.load(s.start)
-        total = s.engine.clipped_sum(drawn, s.mechanism, s.micro_batch, shared).cpu().numpy()
-        expected, seeds = shared.noised(total, share), share.seeds
+        total = s.engine.clipped_sum(drawn, s.mechanism, s.micro_batch, distributed).cpu().numpy()
+        expected, seeds = distributed.noised(total, share), share.seeds
         if not np.array_equal(uploads[-1][0], expected) or uploads[-1][1] != seeds:
             return "what a step uploads is not the sum over the units it drew, with its share of the noise"
     if s.plan.privacy.protects and np.array_equal(uploads[0][0], uploads[1][0]):
@@ -684,7 +690,7 @@ def _listen(s: Subject, units: int, steps: int) -> _Listener:
     """Return what the real training loop asks of an engine in `steps` steps over units 0, 1, 2 ..."""
     listener, source = _Listener(), s.randomness()
     engine, numbers = cast(Engine, listener), cast(Any, range(units))
-    if s.plan.shared is None:
+    if s.plan.distributed is None:
         plan = _with(s.plan, local_steps=steps)
         trainer.train_round(s.adapter, engine, numbers, plan, s.start, source, s.micro_batch)
         return listener

@@ -11,14 +11,14 @@ from fedllm.errors import Cancelled, ConfigError, Diverged
 from fedllm.plan import RunPlan
 from fedllm.privacy.randomness import Randomness
 from fedllm.training.adapter import AdapterModel
-from fedllm.training.data import Drawn, Unit
+from fedllm.training.data import Drawn, PrivacyUnit
 from fedllm.training.engine import Engine
 
 
 def train_round(
     adapter: AdapterModel,
     engine: Engine,
-    units: Sequence[Unit],
+    units: Sequence[PrivacyUnit],
     plan: RunPlan,
     start: NDArray[np.float32],
     source: Randomness,
@@ -51,7 +51,7 @@ def train_round(
 def shared_step(
     adapter: AdapterModel,
     engine: Engine,
-    units: Sequence[Unit],
+    units: Sequence[PrivacyUnit],
     plan: RunPlan,
     start: NDArray[np.float32],
     source: Randomness,
@@ -64,15 +64,15 @@ def shared_step(
     surplus. The share alone protects less than was promised: the result must be masked before it leaves the site.
     Raises ConfigError where the plan has no room for such sums.
     """
-    shared = plan.shared
-    if shared is None:
+    distributed = plan.distributed
+    if distributed is None:
         raise ConfigError(f"privacy.mode={plan.privacy.mode} has no noise in shares")
     with adapter.lock:
         adapter.load(start)
-        share = shared.share(len(start), source)
-        drawn = shared.mechanism.sample(len(units), source if coins is None else coins)
-        total = engine.clipped_sum(Drawn(units, drawn), shared.mechanism, micro_batch, shared)
-    return shared.noised(total.cpu().numpy(), share), share.seeds
+        share = distributed.share(len(start), source)
+        drawn = distributed.mechanism.sample(len(units), source if coins is None else coins)
+        total = engine.clipped_sum(Drawn(units, drawn), distributed.mechanism, micro_batch, distributed)
+    return distributed.noised(total.cpu().numpy(), share), share.seeds
 
 
 def _optimizer(adapter: AdapterModel, plan: RunPlan) -> torch.optim.Optimizer:

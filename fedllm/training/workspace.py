@@ -13,7 +13,7 @@ from fedllm.training.model import load_base, pick_device
 
 
 @dataclass(frozen=True)
-class Workspace:
+class ModelContext:
     """A base model with its adapter and the engine that trains it; the adapter's lock guards all three."""
 
     adapter: AdapterModel
@@ -27,11 +27,11 @@ def use_threads(threads: int | None) -> None:
 
 
 _Key = tuple[ModelConfig, AdapterConfig, int, str]
-_open: dict[_Key, Workspace] = {}
+_open: dict[_Key, ModelContext] = {}
 _opening = threading.Lock()
 
 
-def open_workspace(model: ModelConfig, adapter: AdapterConfig, seed: int, device: str) -> Workspace:
+def open_workspace(model: ModelConfig, adapter: AdapterConfig, seed: int, device: str) -> ModelContext:
     """Return the process's workspace for these values, loading the base only if it is not there yet.
 
     One is kept: opening another frees the memory of the last.
@@ -41,11 +41,11 @@ def open_workspace(model: ModelConfig, adapter: AdapterConfig, seed: int, device
         if key not in _open:
             _open.clear()
             attached = attach(load_base(model, key[3]), model, adapter, seed)
-            _open[key] = Workspace(attached, Engine(attached))
+            _open[key] = ModelContext(attached, Engine(attached))
         return _open[key]
 
 
-def open_for_training(plan: RunPlan, model: ModelConfig, device: str, checkpointing: bool) -> Workspace:
+def open_for_training(plan: RunPlan, model: ModelConfig, device: str, checkpointing: bool) -> ModelContext:
     """Return the workspace of a plan, its engine set up; `model` is the plan's, as this site has it."""
     workspace = open_workspace(model, plan.adapter, plan.seed, device)
     with workspace.adapter.lock:

@@ -32,10 +32,10 @@ from fedllm.crypto.identity import Identity
 from fedllm.files import write_secret
 from fedllm.ops.tls_probe import ONLY_TLS_1_3
 from fedllm.protocol.enrolment import now
-from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 from server import federation
 from server.grpc_grid import GrpcGrid, node_of
-from server.roster import Member, Roster
+from server.roster import Roster, RosterEntry
 
 _EXCHANGES, _IDLE = 15, 30.0  # how many are timed; seconds of watching idle links
 _LINKS_A_PROCESS = 250
@@ -57,7 +57,7 @@ def make(folder: Path, sites: int) -> Path:
         line, place = certificates.key_line(key), folder / f"{number}"
         write_secret(place, key)
         write_secret(place.with_suffix(".pem"), certificates.certify(office.authorities[0], line, f"site-{number}", 30))
-        members.append(Member(
+        members.append(RosterEntry(
             site=f"site-{number}", identity=identity.public.to_text(), link_key=line, serving_key=line,
             admitted_at=now(),
         ))  # fmt: skip
@@ -134,7 +134,10 @@ def measure(sites: int, size: int) -> dict[str, float]:
             return {"daemon, share of a core": core, "daemon, MB": daemon.memory_info().rss / 1e6}
         seconds, daemon_s, run_s = [], [], []
         for _ in range(_EXCHANGES):
-            content = [RecordDict({RECORD: ConfigRecord({KEY: secrets.token_bytes(size)})}) for _ in range(sites)]
+            content = [
+                RecordDict({ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: secrets.token_bytes(size)})})
+                for _ in range(sites)
+            ]
             messages = [Message(each, node_of(f"site-{n}"), "query", ttl=600) for n, each in enumerate(content)]
             began, before, mine = time.monotonic(), used(daemon), used(me)
             replies = list(grid.send_and_receive(messages))

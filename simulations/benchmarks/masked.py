@@ -24,7 +24,7 @@ import psutil
 import typer
 
 import server.channel
-from client.secagg_client import Masks
+from client.secagg_client import SecAggClient
 from client.service import Endpoint
 from client.site import Site
 from fedllm.adapter_vector import AdapterSpec, TensorSpec
@@ -34,10 +34,10 @@ from fedllm.ops.tls_probe import ONLY_TLS_1_3
 from fedllm.plan import RunPlan, default_quorum
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.protocol.messages import (
-    MaskRequest,
+    MaskedInputRequest,
     Prepare,
     Ready,
-    Secure,
+    SecAggRequest,
     TrainReply,
     TrainRequest,
     from_bytes,
@@ -48,11 +48,11 @@ from fedllm.protocol.spending_statement import Statement, sign_statement, update
 from fedllm.values import parse
 from server import deployment
 from server.channel import SealedChannel
-from server.events import Event, RoundRecord
+from server.events import Event, RoundMetrics
 from server.federation import HeadOffice
 from server.grpc_grid import GrpcGrid
 from server.rounds import Coordinator, PublicModel
-from server.run_record import RECORD_FILE, RunRecord
+from server.run_record import RECORD_FILE, RunLog
 from simulations.benchmarks.link import Answer, answering, connected, running, used
 
 _PROCESSES = 2  # of the sites
@@ -69,22 +69,22 @@ class _Untrained:
 
     def __init__(self, name: str, identity: Identity) -> None:
         self._name, self._identity = name, identity
-        self._masks = Masks(name, lambda: identity, _peers)
+        self._masks = SecAggClient(name, lambda: identity, _peers)
 
     def handle(self, request: bytes, stop: threading.Event | None = None) -> bytes:
         del stop
-        message = from_bytes(request, Prepare, TrainRequest, Secure)
+        message = from_bytes(request, Prepare, TrainRequest, SecAggRequest)
         plan = message.plan
-        if isinstance(message, Secure):
+        if isinstance(message, SecAggRequest):
             return self._masks.answer(message)
         if isinstance(message, Prepare):
             join = self._masks.join(message)
             return Ready(site=self._name, plan_digest=plan.digest, spec_digest=plan.adapter.targets[0],
                          payload=join).to_bytes()  # fmt: skip
         start, asked = unpack(message.payload, 2)
-        mask = from_bytes(asked, MaskRequest, MaskRequest)
+        mask = from_bytes(asked, MaskedInputRequest, MaskedInputRequest)
         self._masks.check(plan, mask)
-        upload = cast(Any, plan.shared).upload(np.zeros(len(start) // 4), OsRandomness())
+        upload = cast(Any, plan.distributed).upload(np.zeros(len(start) // 4), OsRandomness())
         payload = pack(*self._masks.mask(plan, mask, message.task(start), *upload))
         said = Statement(
             site=self._name, run=plan.run, plan=plan.digest, round=message.round, epsilon=1.0, epsilon_rdp=1.0,
@@ -133,11 +133,11 @@ def measure(sites: int, values: int, rounds: int = 4) -> None:
         office = made.office
         connected(grid, sites)
         members = office.roster.active
-        record = RunRecord(Path(name) / RECORD_FILE, office.identities, {each.site: each.identity for each in members})
+        record = RunLog(Path(name) / RECORD_FILE, office.identities, {each.site: each.identity for each in members})
         marks = [(time.monotonic(), used(me), used(made.daemon), used(*made.links))]
 
         def observe(event: Event) -> None:
-            if isinstance(event, RoundRecord) and event.round:
+            if isinstance(event, RoundMetrics) and event.round:
                 marks.append((time.monotonic(), used(me), used(made.daemon), used(*made.links)))
                 spent = [now - before for now, before in zip(marks[-1], marks[-2], strict=True)]
                 rows.append((*spent, event.bytes_up / sites, event.bytes_down / sites))

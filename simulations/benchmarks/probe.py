@@ -27,7 +27,7 @@ from rich.console import Console
 from fedllm.config import ModelConfig, PrivacyConfig
 from fedllm.plan import default_quorum
 from fedllm.privacy.accounting import calibrate
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.training.data import read_table
@@ -81,9 +81,9 @@ class _Probe:
     def clipped_sum(self, rows: NDArray[np.int64], w_CD: Array) -> Array:
         return np.asarray(self.residuals(rows, w_CD).T @ self.x_ND[rows])
 
-    def sum_in_quanta(self, rows: NDArray[np.int64], w_CD: Array, shared: SharedMechanism) -> Array:
+    def sum_in_quanta(self, rows: NDArray[np.int64], w_CD: Array, distributed: DistributedMechanism) -> Array:
         """Return the sum of the records' rounded gradients, float64[C D] of whole numbers."""
-        factor = shared.clip_before_rounding(w_CD.size) / _CLIP / shared.quantum
+        factor = distributed.clip_before_rounding(w_CD.size) / _CLIP / distributed.quantum
         total, one = np.zeros(w_CD.shape), np.empty(w_CD.shape)
         for r_C, x_D in zip(self.residuals(rows, w_CD) * factor, self.x_ND[rows], strict=True):
             np.multiply(r_C[:, None], x_D, out=one)
@@ -121,15 +121,15 @@ def _noise(mode: str, probe: _Probe, sites: int, expected: float, mechanism: Mec
         return pooled
     colluding = 1 if sites > 2 else 0
     quorum = default_quorum(PrivacyConfig(mode="distributed", colluding_sites=colluding), sites)
-    shared = SharedMechanism(mechanism, sites, quorum, colluding, expected)
+    distributed = DistributedMechanism(mechanism, sites, quorum, colluding, expected)
 
     def together(drawn: Sequence[NDArray[np.int64]], w_CD: Array) -> Array:
-        uploads = [shared.upload(probe.sum_in_quanta(rows, w_CD, shared), source) for rows in drawn]
+        uploads = [distributed.upload(probe.sum_in_quanta(rows, w_CD, distributed), source) for rows in drawn]
         total = np.zeros(w_CD.size, np.uint32)
-        kept = shared.given_away(sites)
+        kept = distributed.revealed_seeds(sites)
         for upload, seeds in uploads:
-            total += upload - shared.surplus([seeds[k] for k in kept], sites, total.size)
-        return shared.decode(total)
+            total += upload - distributed.surplus([seeds[k] for k in kept], sites, total.size)
+        return distributed.decode(total)
 
     return together
 

@@ -50,10 +50,17 @@ from rich.table import Table
 
 from fedllm import secagg
 from fedllm.crypto.identity import Identity
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
-from fedllm.protocol.messages import Consent, Masked, Message, Reveal, ShareRequest, from_bytes
+from fedllm.protocol.messages import (
+    ConsistencySignature,
+    MaskedInput,
+    Message,
+    ShareKeysRequest,
+    UnmaskingShares,
+    from_bytes,
+)
 from simulations.benchmarks.bench import machine
 
 _MODULUS = 1 << 32
@@ -92,13 +99,14 @@ class Federation:
     def __init__(self, sites: int, threshold: int) -> None:
         identities = {f"site-{number:03}": Identity.generate() for number in range(sites)}
         roster = {name: identity.public for name, identity in identities.items()}
-        self.terms = secagg.Terms(os.urandom(32).hex(), os.urandom(32).hex(), threshold, 0, roster)
+        self.terms = secagg.SessionParams(os.urandom(32).hex(), os.urandom(32).hex(), threshold, 0, roster)
         self.once = _Clock()  # of all sites
         self.members = {
-            name: self.once(partial(secagg.Member, self.terms, name, identity)) for name, identity in identities.items()
+            name: self.once(partial(secagg.Participant, self.terms, name, identity))
+            for name, identity in identities.items()
         }
-        self.circle = secagg.make_circle(self.terms, [member.join.join for member in self.members.values()])
-        request = ShareRequest(context=self.terms.context, round=1, joins=self.circle.joins)
+        self.cohort = secagg.make_cohort(self.terms, [member.join.join for member in self.members.values()])
+        request = ShareKeysRequest(context=self.terms.context, round=1, joins=self.cohort.joins)
         for member in self.members.values():
             self.once(partial(member.share, request))
         self.once_bytes = len(request.to_bytes())
@@ -110,7 +118,7 @@ class Federation:
         client, server, up, down = _Clock(), _Clock(), 0, 0
         stay = [name for name in self.members if name not in gone]
 
-        def ask(member: secagg.Member, request: Message, step: Callable[[Any], Message]) -> Message:
+        def ask(member: secagg.Participant, request: Message, step: Callable[[Any], Message]) -> Message:
             nonlocal up, down
             counts = member.site not in gone
             sent = server(request.to_bytes)
@@ -119,29 +127,29 @@ class Federation:
             up, down = up + counts * len(answer), down + counts * len(sent)
             return server(lambda: from_bytes(answer, Message, Message))
 
-        request = ShareRequest(context=self.terms.context, round=self.round, joins=())
+        request = ShareKeysRequest(context=self.terms.context, round=self.round, joins=())
         dealt: dict[str, Any] = {name: ask(member, request, member.share) for name, member in self.members.items()}
         for shares in dealt.values():
-            server(partial(secagg.check_shares, self.circle, self.round, shares))
+            server(partial(secagg.check_shares, self.cohort, self.round, shares))
         uploads: dict[str, Any] = {}
         for name in stay:
             member = self.members[name]
-            asked = server(partial(secagg.mask_request, self.circle, self.round, dealt, name))
+            asked = server(partial(secagg.mask_request, self.cohort, self.round, dealt, name))
             uploads[name] = ask(member, asked, partial(member.mask, task=self.terms.plan, vector_d=inputs[name]))
         dealings = [dealt[name].dealing for name in sorted(dealt)]
-        common = server(partial(secagg.common_digest, self.circle, self.round, self.terms.plan, dealings))
-        claim = secagg.unmask_request(self.circle, self.round, common, dealt, uploads)
+        common = server(partial(secagg.common_digest, self.cohort, self.round, self.terms.plan, dealings))
+        claim = secagg.unmask_request(self.cohort, self.round, common, dealt, uploads)
         answers: list[Any] = [ask(self.members[name], claim, self.members[name].unmask) for name in stay]
         if gone:
-            consents = [answer for answer in answers if isinstance(answer, Consent)]
+            consents = [answer for answer in answers if isinstance(answer, ConsistencySignature)]
             for consent in consents:
-                server(partial(secagg.check_consent, self.circle, claim, consent.consent))
+                server(partial(secagg.check_consent, self.cohort, claim, consent.consent))
             proof = secagg.reveal_request(claim, consents[: self.terms.threshold])
             answers = [ask(self.members[name], proof, self.members[name].reveal) for name in stay]
-        reveals = [answer for answer in answers if isinstance(answer, Reveal)]
-        masked = {name: upload for name, upload in uploads.items() if isinstance(upload, Masked)}
+        reveals = [answer for answer in answers if isinstance(answer, UnmaskingShares)]
+        masked = {name: upload for name, upload in uploads.items() if isinstance(upload, MaskedInput)}
         dimension = len(inputs[stay[0]])
-        result = server(lambda: secagg.unmask(self.circle, dealt, claim, masked, reveals, dimension))
+        result = server(lambda: secagg.unmask(self.cohort, dealt, claim, masked, reveals, dimension))
         expected = np.zeros(dimension, np.uint32)
         for name in stay:
             expected += inputs[name]
@@ -256,12 +264,12 @@ def _spread(values: Sequence[float], form: str) -> str:
 
 def _noise(sites: int, threshold: int, parameters: int) -> str:
     """Time what privacy=distributed adds to a round in which nobody drops out, on one core."""
-    shared = SharedMechanism(Mechanism(1.0, 1.0, 0.1), sites, threshold, 1, 10.0)
+    distributed = DistributedMechanism(Mechanism(1.0, 1.0, 0.1), sites, threshold, 1, 10.0)
     zeros, source = np.zeros(parameters), OsRandomness()
-    given = shared.given_away(sites)
-    share = _mean(lambda: shared.upload(zeros, source), 3)
-    _, seeds = shared.upload(zeros, source)
-    off = _mean(lambda: shared.surplus([seeds[k] for k in given], sites, parameters), 3)
+    given = distributed.revealed_seeds(sites)
+    share = _mean(lambda: distributed.upload(zeros, source), 3)
+    _, seeds = distributed.upload(zeros, source)
+    off = _mean(lambda: distributed.surplus([seeds[k] for k in given], sites, parameters), 3)
     return (
         f"{sites} sites, noise of privacy=distributed: {share:.3f} s at each site; to take the surplus off again "
         f"{sites} x {off:.3f} s at head office, over its cores"

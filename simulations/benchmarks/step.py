@@ -42,7 +42,7 @@ from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.training.adapter import attach
 from fedllm.training.compiling import use_private_cache
-from fedllm.training.data import IGNORE, Record
+from fedllm.training.data import IGNORE, Example
 from fedllm.training.engine import Engine
 from fedllm.training.model import BaseModel
 from simulations.benchmarks.bench import machine
@@ -169,7 +169,7 @@ def fedllm_step(
     optimizer = engine.optimizer(
         torch.optim.AdamW([adapter.flat], lr=1e-4), _MECHANISM, float(len(ids)), OsRandomness()
     )
-    units = [(Record(i.numpy(), target.numpy()),) for i, target in zip(ids, labels, strict=True)]
+    units = [(Example(i.numpy(), target.numpy()),) for i, target in zip(ids, labels, strict=True)]
     return lambda: engine.step(optimizer, units, micro_batch or len(units))
 
 

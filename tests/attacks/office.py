@@ -23,7 +23,7 @@ from fedllm.privacy.randomness import SeededRandomness
 from fedllm.protocol.messages import Message, Prepare, RoundBegun, TrainRequest, from_bytes
 from fedllm.training.data import Row
 from fedllm.training.model import Reader, load_reader
-from fedllm.training.workspace import Workspace, open_workspace
+from fedllm.training.workspace import ModelContext, open_workspace
 from fedllm.values import parse
 
 BEGUN = RoundBegun(roster="a" * 64, number=1, digest="b" * 64)
@@ -60,7 +60,7 @@ class Victim:
     declared: Declared
     policy: Mapping[str, Any] = field(default_factory=dict)
     template: str | None = None  # of chat
-    open_workspace: Callable[[RunPlan], Workspace] | None = None
+    open_workspace: Callable[[RunPlan], ModelContext] | None = None
     self_check: bool = False
     records: SiteRecords = field(init=False)
     site: Site = field(init=False)
@@ -91,7 +91,7 @@ class Victim:
         return self.site.handle(request(plan, round_, **changes))
 
 
-def workspace(plan: RunPlan) -> Workspace:
+def workspace(plan: RunPlan) -> ModelContext:
     return open_workspace(plan.model, plan.adapter, plan.seed, "cpu")
 
 

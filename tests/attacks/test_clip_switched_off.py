@@ -103,16 +103,16 @@ def expect_refused_or_within_the_clip(frame: bytes) -> bool:
     mechanism.event(plan.steps).check()
     for row in ROWS.split(1):
         assert float(clip_and_sum(row, mechanism).norm()) <= plan.privacy.clip_norm
-    if (shared := plan.shared) is not None:
+    if (distributed := plan.distributed) is not None:
         try:
-            shared.clip_before_rounding(33)
+            distributed.clip_before_rounding(33)
         except ConfigError:
             return False  # before anything is charged
-        assert sys.float_info.min < shared.quantum < math.inf
+        assert sys.float_info.min < distributed.quantum < math.inf
         for row in ROWS.split(1):
-            entered = clip_and_sum(row, mechanism, shared)
+            entered = clip_and_sum(row, mechanism, distributed)
             assert torch.equal(entered, entered.round())
-            assert float(entered.norm()) <= shared.scale, "quanta in a clip norm"
+            assert float(entered.norm()) <= distributed.scale, "quanta in a clip norm"
     return True
 
 
@@ -217,22 +217,22 @@ def test_where_factors_are_wrong_a_row_beyond_the_clip_enters_as_zeros_and_the_o
     rows = torch.randn(20, 33, generator=torch.Generator().manual_seed(0)) * 5
     honest = plan.mechanism.factors(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
     others = torch.arange(20) != 11
-    expected = clip_and_sum(rows[others], plan.mechanism, plan.shared)
+    expected = clip_and_sum(rows[others], plan.mechanism, plan.distributed)
 
     def faulty(self: Mechanism, norms: torch.Tensor) -> torch.Tensor:
         return torch.where(others, honest, honest * wrong)
 
     monkeypatch.setattr(Mechanism, "factors", faulty)
-    found = clip_and_sum(rows, plan.mechanism, plan.shared)
+    found = clip_and_sum(rows, plan.mechanism, plan.distributed)
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 0.5])
 def test_a_sum_that_is_not_of_whole_quanta_is_not_uploaded(value: float) -> None:
-    shared = parse(RunPlan, SHARED).shared
-    assert shared is not None
+    distributed = parse(RunPlan, SHARED).distributed
+    assert distributed is not None
     with pytest.raises(PrivacyError, match="whole quanta"):
-        shared.upload(np.array([1.0, value, 3.0]), self_check._Zeros())
+        distributed.upload(np.array([1.0, value, 3.0]), self_check._Zeros())
 
 
 def test_events_of_equal_numbers_cost_the_same_however_they_are_written() -> None:

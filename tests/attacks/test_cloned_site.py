@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 
 import client.secagg_client
-from client.secagg_client import Masks, incarnation
+from client.secagg_client import SecAggClient, incarnation
 from fedllm.crypto.hash_chain import LedgerHead
-from fedllm.errors import MasksError
+from fedllm.errors import SecAggError
 from fedllm.plan import RunPlan
 from fedllm.protocol.messages import (
+    AdvertiseKeys,
     Declined,
-    Join,
+    KeyShares,
     Prepare,
-    Secure,
-    ShareRequest,
-    Shares,
+    SecAggRequest,
+    ShareKeysRequest,
     TrainReply,
     from_bytes,
 )
 from fedllm.protocol.spending_statement import open_statement
-from fedllm.secagg import Terms, make_circle, mask_request
+from fedllm.secagg import SessionParams, make_cohort, mask_request
 from fedllm.values import parse
 from tests.attacks.test_clip_switched_off import SHARED
 from tests.bug_zoo.invariants import office_of
@@ -42,14 +42,16 @@ class Running:
     def __init__(self) -> None:
         roster = {name: identity_of(name).public for name in names(4)}
         self.prepare = Prepare(plan=PLAN, session=SESSION, roster={k: v.to_text() for k, v in roster.items()})
-        self.sites = {name: Masks(name, lambda name=name: identity_of(name), lambda _: roster) for name in roster}
-        joins = [from_bytes(site.join(self.prepare), Join, Join) for site in self.sites.values()]
-        terms = Terms(PLAN.digest, SESSION, PLAN.quorum, PLAN.privacy.colluding_sites, roster, PLAN.sites)
-        circle = make_circle(terms, [join.join for join in joins])
-        request = ShareRequest(context=terms.context, round=1, joins=circle.joins)
-        self.step = Secure(plan=PLAN, round=1, payload=request.to_bytes())
-        dealt = {name: from_bytes(site.answer(self.step), Shares, Shares) for name, site in self.sites.items()}
-        self.site, self.request = self.sites[names(4)[0]], mask_request(circle, 1, dealt, names(4)[0])
+        self.sites = {
+            name: SecAggClient(name, lambda name=name: identity_of(name), lambda _: roster) for name in roster
+        }
+        joins = [from_bytes(site.join(self.prepare), AdvertiseKeys, AdvertiseKeys) for site in self.sites.values()]
+        terms = SessionParams(PLAN.digest, SESSION, PLAN.quorum, PLAN.privacy.colluding_sites, roster, PLAN.sites)
+        cohort = make_cohort(terms, [join.join for join in joins])
+        request = ShareKeysRequest(context=terms.context, round=1, joins=cohort.joins)
+        self.step = SecAggRequest(plan=PLAN, round=1, payload=request.to_bytes())
+        dealt = {name: from_bytes(site.answer(self.step), KeyShares, KeyShares) for name, site in self.sites.items()}
+        self.site, self.request = self.sites[names(4)[0]], mask_request(cohort, 1, dealt, names(4)[0])
 
     def mask(self, value: int) -> bytes:
         """Return one site's upload."""
@@ -76,11 +78,11 @@ def test_a_site_in_another_start_of_the_machine_has_forgotten_its_secrets(ids: t
     running = Running()
     ids[changed].write_text("second\n")
     for _ in range(2):
-        with pytest.raises(MasksError, match="has not joined"):
+        with pytest.raises(SecAggError, match="has not joined"):
             running.mask(1)
-    with pytest.raises(MasksError, match="has not joined"):
+    with pytest.raises(SecAggError, match="has not joined"):
         running.site.check(PLAN, running.request)
-    with pytest.raises(MasksError, match="has not joined"):
+    with pytest.raises(SecAggError, match="has not joined"):
         running.site.answer(running.step)
 
 
@@ -91,7 +93,7 @@ def test_a_site_that_joins_in_another_start_of_the_machine_has_other_keys(
     assert running.site.join(running.prepare) == before
     ids[0].write_text("second\n")
     assert running.site.join(running.prepare) != before
-    with pytest.raises(MasksError, match="holds no secrets"):
+    with pytest.raises(SecAggError, match="holds no secrets"):
         running.mask(1)
 
 
@@ -106,7 +108,7 @@ def test_a_forked_site_has_forgotten_its_secrets(running: Running) -> None:
         said = b"masked"
         try:
             running.mask(2)
-        except MasksError:
+        except SecAggError:
             said = b"forgotten"
         finally:
             os.write(write, said)

@@ -46,26 +46,26 @@ from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
 from fedllm.protocol.messages import (
     _KINDS,
     MAGIC,
-    Consent,
+    AdvertiseKeys,
+    ConsistencySignature,
     Declined,
-    Join,
-    Masked,
+    KeyShares,
+    MaskedInput,
     Message,
     Prepare,
     Ready,
-    Reveal,
-    Secure,
-    ShareRequest,
-    Shares,
+    SecAggRequest,
+    ShareKeysRequest,
     TrainReply,
     TrainRequest,
+    UnmaskingShares,
     from_bytes,
     pack,
     unpack,
 )
 from fedllm.protocol.spending_statement import open_statement
-from fedllm.training.data import Unit
-from fedllm.training.workspace import Workspace, open_for_training
+from fedllm.training.data import PrivacyUnit
+from fedllm.training.workspace import ModelContext, open_for_training
 from tests.attacks.office import BEGUN, IDENTITY, LABELS, Victim, plan_of, read
 from tests.attacks.test_clip_switched_off import EXTREMES
 from tests.attacks.test_refusals import KINDS, ROWS, TEMPLATE, TROUBLE, USABLE
@@ -276,7 +276,7 @@ class Watched:
         self._records, self._ledger, self._draws = records, ledger, draws
         self.used, self.unpaid = list[RunPlan](), list[RunPlan]()
 
-    def units(self, plan: RunPlan) -> Sequence[Unit]:
+    def units(self, plan: RunPlan) -> Sequence[PrivacyUnit]:
         self.used.append(plan)
         self._draws.begin_noise()
         if not any(row[:1] + row[3:7] == (plan.run, *paid(plan), "RESERVED") for row in charges(self._ledger)):
@@ -320,7 +320,7 @@ def told(reply: bytes) -> tuple[object, ...]:
     rest: tuple[object, ...] = (len(message.payload),)
     if masked(message):
         sent, following = unpack(message.payload, 2)
-        upload = from_bytes(sent, Masked, Masked)
+        upload = from_bytes(sent, MaskedInput, MaskedInput)
         rest = (len(upload.payload), upload.model_copy(update={"payload": b""}).to_bytes(), following)
     return (
         message.model_copy(update={"payload": b"", "statement": ""}).to_bytes(), len(reply), *rest, signer,
@@ -378,7 +378,7 @@ class Twins:
             self.victims.append(victim)
             self.watched.append(watched)
 
-    def workspace(self, plan: RunPlan) -> Workspace:
+    def workspace(self, plan: RunPlan) -> ModelContext:
         """As an office opens it; compiling, which takes a minute and looks at no record, has tests of its own."""
         if plan.model.source != str(self._base):
             raise ModelError("site.yaml permits only one model")
@@ -446,7 +446,7 @@ class Twins:
                 raise self._fault(f"records were used, and that is not charged: {after[-3:]}", frame)
             if reply and (watched.used or isinstance(message, TrainReply)):
                 self._check_released(place, from_bytes(own, TrainRequest, TrainRequest), reply, frame)
-            if isinstance(message, Reveal) and not any(
+            if isinstance(message, UnmaskingShares) and not any(
                 row[1] == message.round and row[6] == "RELEASED" for row in after
             ):
                 raise self._fault("shares of a round that is not charged", frame)
@@ -488,9 +488,9 @@ class Twins:
         if self.world[1] not in USABLE:
             if payloads[0] != payloads[1]:
                 raise self._fault("a record that cannot be used changes the update", request.to_bytes())
-        elif plan.shared is not None:
+        elif plan.distributed is not None:
             one, other = (np.frombuffer(read(unpack(each, 2)[0]).payload, "<u4") for each in payloads)
-            moved = float(np.linalg.norm((one - other).view(np.int32).astype(float))) / plan.shared.scale
+            moved = float(np.linalg.norm((one - other).view(np.int32).astype(float))) / plan.distributed.scale
             self.furthest = max(self.furthest, moved)
             if not moved <= 1:
                 raise self._fault(f"one record moves a sum by {moved} clip norms", request.to_bytes())
@@ -557,7 +557,7 @@ def shared_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
 
     def secure(message: Message) -> Ask:
         def wrap(inner: bytes) -> bytes:
-            return Secure(plan=plan, round=number, payload=inner).to_bytes()
+            return SecAggRequest(plan=plan, round=number, payload=inner).to_bytes()
 
         return Ask(wrap(message.to_bytes()), message.to_bytes(), wrap)
 
@@ -568,20 +568,23 @@ def shared_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
     if not isinstance(ready, Ready):
         return
     twins.draws.begin(f"peers {session}")
-    terms = secagg.Terms(plan.digest, session, plan.quorum, plan.privacy.colluding_sites, roster, plan.sites)
-    members = {name: secagg.Member(terms, name, identity) for name, identity in PEERS.items()}
-    joins = [from_bytes(ready.payload, Join, Join).join, *(member.join.join for member in members.values())]
-    circle = secagg.make_circle(terms, joins)
+    terms = secagg.SessionParams(plan.digest, session, plan.quorum, plan.privacy.colluding_sites, roster, plan.sites)
+    members = {name: secagg.Participant(terms, name, identity) for name, identity in PEERS.items()}
+    joins = [
+        from_bytes(ready.payload, AdvertiseKeys, AdvertiseKeys).join,
+        *(member.join.join for member in members.values()),
+    ]
+    cohort = secagg.make_cohort(terms, joins)
     for number in range(first, plan.training.rounds + 1):
         twins.draws.begin(f"peers {session} {number}")
-        asked = ShareRequest(context=terms.context, round=number, joins=circle.joins)
+        asked = ShareKeysRequest(context=terms.context, round=number, joins=cohort.joins)
         dealt = {name: member.share(asked) for name, member in members.items()}
         answer = read((yield secure(asked)))
-        if not isinstance(answer, Shares):
+        if not isinstance(answer, KeyShares):
             return
         dealt["victim"] = answer
         task = task_of(twins, plan, number)
-        start, masking = task.payload, secagg.mask_request(circle, number, dealt, "victim").to_bytes()
+        start, masking = task.payload, secagg.mask_request(cohort, number, dealt, "victim").to_bytes()
 
         def wrap(inner: bytes, task: TrainRequest = task, start: bytes = start) -> bytes:
             return task.model_copy(update={"payload": pack(start, inner)}).to_bytes()
@@ -590,14 +593,14 @@ def shared_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
             return
         nothing = np.zeros(len(start) // 4, np.uint32)
         for name, member in members.items():
-            member.mask(secagg.mask_request(circle, number, dealt, name), task.task(start), nothing)
-        common = secagg.common_digest(circle, number, task.task(start), (dealt[name].dealing for name in sorted(dealt)))
+            member.mask(secagg.mask_request(cohort, number, dealt, name), task.task(start), nothing)
+        common = secagg.common_digest(cohort, number, task.task(start), (dealt[name].dealing for name in sorted(dealt)))
         survivors = sorted(set(dealt) - {"peer 3"} if number % 2 else dealt)
-        claim = secagg.unmask_request(circle, number, common, dealt, survivors)
+        claim = secagg.unmask_request(cohort, number, common, dealt, survivors)
         consents = [members[name].unmask(claim) for name in survivors if name != "victim"]
         answer = read((yield secure(claim)))
-        if isinstance(answer, Consent):
-            signed = [each for each in (answer, *consents) if isinstance(each, Consent)]
+        if isinstance(answer, ConsistencySignature):
+            signed = [each for each in (answer, *consents) if isinstance(each, ConsistencySignature)]
             yield secure(secagg.reveal_request(claim, signed))
 
 
@@ -728,7 +731,7 @@ class Fuzz:
                 if wanted(name):
                     altered = with_text(frame, path, self.text(name, path, schema, 0.5))
                     self.ask(altered)
-                    self.ask(Secure(plan=plan, round=1, payload=altered).to_bytes())
+                    self.ask(SecAggRequest(plan=plan, round=1, payload=altered).to_bytes())
 
     def out_of_order(self, steps: int) -> None:
         """Mix two runs, or two plans of one run: early, late, twice, in another round, with the other's plan.
@@ -907,7 +910,7 @@ def free_rounds(self: PrivacyLedger, run: str, round: int, *_: object) -> Reserv
     return Reservation(run, round, None, bytes(32))
 
 
-def long_records_fail(self: Watched, plan: RunPlan) -> Sequence[Unit]:
+def long_records_fail(self: Watched, plan: RunPlan) -> Sequence[PrivacyUnit]:
     found = UNITS(self, plan)
     if any(len(record.input_ids) == plan.model.max_length for unit in found for record in unit):
         raise MemoryError
@@ -918,7 +921,7 @@ def unclipped(gradients: torch.Tensor, *_: object) -> torch.Tensor:
     return gradients.double().sum(0)
 
 
-def reversed_where_one_more(self: Watched, plan: RunPlan) -> Sequence[Unit]:
+def reversed_where_one_more(self: Watched, plan: RunPlan) -> Sequence[PrivacyUnit]:
     found = UNITS(self, plan)
     return found[::-1] if any(self._records.wrong.values()) else found
 

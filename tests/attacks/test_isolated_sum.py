@@ -23,25 +23,25 @@ from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.protocol.messages import (
-    Consent,
+    ConsistencyCheck,
+    ConsistencySignature,
     Declined,
-    Masked,
+    MaskedInput,
     Message,
     Ready,
-    Reveal,
     Signed,
     TrainReply,
     TrainRequest,
-    UnmaskRequest,
+    UnmaskingShares,
     from_bytes,
     pack,
     unpack,
 )
 from fedllm.secagg import aggregator, session
 from fedllm.secagg.masking import add_mask, mask_sign, pair_mask_key, self_mask_key
-from fedllm.training.workspace import Workspace, open_workspace
+from fedllm.training.workspace import ModelContext, open_workspace
 from fedllm.values import MAX_START
-from server.secagg_server import Masks
+from server.secagg_server import SecAggServer
 from tests.bug_zoo.invariants import plan_of
 from tests.client.test_site import BEGUN, Loader
 from tests.fedllm.secagg.secagg_federation import TASK, Federation, Vector, names, random_vectors, total
@@ -61,7 +61,7 @@ class HeadOffice:
         self.dealt = federation.share(1)
         self.views = {site: frozenset(self.dealt) for site in self.dealt}  # the participants each is shown
         self.vectors = random_vectors(self.dealt, DIMENSION)
-        self.uploads: dict[str, Masked] = {}
+        self.uploads: dict[str, MaskedInput] = {}
         self.shares: dict[tuple[str, bool], dict[str, int]] = {}  # of a dealer's seed, or else mask key; by holder
 
     def collect(self, gone: Collection[str] = ()) -> None:
@@ -79,7 +79,7 @@ class HeadOffice:
         """Play a list of survivors to these sites, the colluding ones signing it too; return how many reveal."""
         claim = self.federation.claim(1, view or self.dealt, survivors, task)
         consents, revealed = [], 0
-        document = session.claim_document(self.federation.circle, claim)
+        document = session.claim_document(self.federation.cohort, claim)
         for name in set(self.colluding) & set(survivors):
             signature = self.federation.identities[name].sign(document).hex()
             consents.append(Signed(site=name, signature=signature))
@@ -89,7 +89,7 @@ class HeadOffice:
                 answer = self.federation.members[site].unmask(claim)
             except FedllmError:
                 continue
-            if isinstance(answer, Consent):
+            if isinstance(answer, ConsistencySignature):
                 consents.append(answer.consent)
             else:
                 revealed += self._note(claim, answer)
@@ -101,7 +101,7 @@ class HeadOffice:
                 continue
         return revealed
 
-    def _note(self, claim: UnmaskRequest, reveal: Reveal) -> int:
+    def _note(self, claim: ConsistencyCheck, reveal: UnmaskingShares) -> int:
         for index, dealer in enumerate(sorted([*claim.survivors, *claim.dropped])):
             found = self.shares.setdefault((dealer, dealer in claim.survivors), {})
             found[reveal.site] = aggregator._share_at(reveal, index)
@@ -114,25 +114,25 @@ class HeadOffice:
             return state.seed if of_seed else state.key.scalar
         if len(found) < self.federation.terms.threshold:
             return None
-        place = self.federation.circle.place
+        place = self.federation.cohort.place
         holders = sorted(found, key=place.__getitem__)[: self.federation.terms.threshold]
         points = tuple(place[holder] for holder in holders)
         return shamir.combine(shamir.weights(points), [found[holder] for holder in holders])
 
     def opened(self) -> list[frozenset[str]]:
         """Return every group of sites whose sum it can read, the colluding sites' own vectors left out."""
-        circle, bare = self.federation.circle, dict[str, Vector]()
+        cohort, bare = self.federation.cohort, dict[str, Vector]()
         for site, upload in self.uploads.items():
             common = self.federation.common(1, self.views[site], self.federation.tasks[site])
             bare[site] = np.frombuffer(upload.payload, "<u4").copy()
             if (seed := self._secret(site, True)) is not None:
-                add_mask(bare[site], self_mask_key(circle, 1, common, site, seed), -1)
+                add_mask(bare[site], self_mask_key(cohort, 1, common, site, seed), -1)
             for peer in self.views[site] - {site}:
                 for own, other in ((site, peer), (peer, site)):
                     if (scalar := self._secret(own, False)) is not None:
                         key = AgreementKey.from_scalar(scalar)
-                        mask = pair_mask_key(circle, 1, common, own, key, self.dealt[other].dealing)
-                        add_mask(bare[site], mask, -mask_sign(circle, site, peer))
+                        mask = pair_mask_key(cohort, 1, common, own, key, self.dealt[other].dealing)
+                        add_mask(bare[site], mask, -mask_sign(cohort, site, peer))
                         break
         honest = [site for site in self.uploads if site not in self.colluding]
         groups = itertools.chain.from_iterable(
@@ -250,9 +250,9 @@ class Offices:
     """Five real sites under one plan, and head office's script; one base model serves them all."""
 
     def __init__(self, folder: Path, base: Path) -> None:
-        values = plan_of(base, shared=True, insecure_seed=None).model_dump() | {"sites": 5, "quorum": 4}
+        values = plan_of(base, distributed=True, insecure_seed=None).model_dump() | {"sites": 5, "quorum": 4}
         self.plan = RunPlan.model_validate(values)
-        self.workspace: Workspace = open_workspace(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
+        self.workspace: ModelContext = open_workspace(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
         self.identities = {name: Identity.generate() for name in names(5)}
         self.roster: dict[str, PublicIdentity] = {k: v.public for k, v in self.identities.items()}
         self.ledgers = {
@@ -274,8 +274,8 @@ class Offices:
 
     def begin(self) -> None:
         """Start head office, again: a session, which all sites join."""
-        assert self.plan.shared is not None
-        self.masks = Masks(self.plan, self.plan.shared, self.workspace.adapter.spec.dimension, self.roster)
+        assert self.plan.distributed is not None
+        self.masks = SecAggServer(self.plan, self.plan.distributed, self.workspace.adapter.spec.dimension, self.roster)
         for name, site in self.sites.items():
             ready = from_bytes(site.handle(self.masks.question), Ready, Declined)
             assert isinstance(ready, Ready)
@@ -303,7 +303,7 @@ class Offices:
             name: from_bytes(data, Message, Message) for name, data in self.ask(questions) if isinstance(data, bytes)
         }
 
-    def uploads(self, number: int, answers: Mapping[str, Message]) -> dict[str, Masked]:
+    def uploads(self, number: int, answers: Mapping[str, Message]) -> dict[str, MaskedInput]:
         found = {}
         for name, answer in answers.items():
             assert isinstance(answer, TrainReply)

@@ -17,7 +17,7 @@ from fedllm.adapter_vector import AdapterSpec
 from fedllm.config import AdapterConfig, ModelConfig
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.adapter import attach
-from fedllm.training.data import IGNORE, Record, Unit
+from fedllm.training.data import IGNORE, Example, PrivacyUnit
 from fedllm.training.engine import Engine
 from fedllm.training.model import load_base
 from tests.sharing import once
@@ -83,13 +83,13 @@ def test_one_unit_more_moves_the_sum_by_its_own_part_and_not_by_the_last_bits_of
     adapter = attach(load_base(model, "cpu"), model, config, 0)
     engine, rng = Engine(adapter), np.random.default_rng(0)
 
-    def record() -> Record:
+    def record() -> Example:
         ids = rng.integers(3, VOCABULARY, int(rng.integers(longest - 4, longest + 1)))
         if labels:
-            return Record(ids, np.asarray(int(rng.integers(0, 3))))
-        return Record(ids, np.where(np.arange(len(ids)) < rng.integers(1, len(ids)), IGNORE, ids))
+            return Example(ids, np.asarray(int(rng.integers(0, 3))))
+        return Example(ids, np.where(np.arange(len(ids)) < rng.integers(1, len(ids)), IGNORE, ids))
 
-    def unit() -> Unit:
+    def unit() -> PrivacyUnit:
         return tuple(record() for _ in range(int(rng.integers(1, 4)) if persons else 1))
 
     units, mechanism = [unit() for _ in range(12)], Mechanism(1.0, 1.0, 0.5)
@@ -102,7 +102,7 @@ def test_one_unit_more_moves_the_sum_by_its_own_part_and_not_by_the_last_bits_of
         torch.set_num_threads(before)
 
 
-def _each_adds_its_own(total: Callable[[list[Unit]], torch.Tensor], units: list[Unit]) -> None:
+def _each_adds_its_own(total: Callable[[list[PrivacyUnit]], torch.Tensor], units: list[PrivacyUnit]) -> None:
     alone = [total([unit]) for unit in units]
     assert all(0.5 < float(part.norm()) <= 1 for part in alone)
     for first, last in ((0, len(units)), (1, len(units)), (0, 2), (0, 3), (0, 5), (3, 4)):

@@ -7,11 +7,19 @@ from collections.abc import Mapping
 
 import pytest
 
-from client.secagg_client import Masks
+from client.secagg_client import SecAggClient
 from fedllm.crypto.identity import Identity, PublicIdentity
-from fedllm.errors import ConfigError, MasksError, MessageError, PrivacyError
+from fedllm.errors import ConfigError, MessageError, PrivacyError, SecAggError
 from fedllm.plan import RunPlan
-from fedllm.protocol.messages import Join, Prepare, Secure, ShareRequest, Shares, SignedKey, from_bytes
+from fedllm.protocol.messages import (
+    AdvertisedKey,
+    AdvertiseKeys,
+    KeyShares,
+    Prepare,
+    SecAggRequest,
+    ShareKeysRequest,
+    from_bytes,
+)
 from fedllm.values import parse
 from server.secagg_server import Groups
 
@@ -34,10 +42,10 @@ class Offices:
         self.plan = plan
         self.identities = {name: Identity.generate() for name in NAMES}
         self.roster: dict[str, PublicIdentity] = {name: each.public for name, each in self.identities.items()}
-        self.masks = {name: Masks(name, self.identity_of(name), lambda _: self.roster) for name in NAMES}
-        assert plan.shared is not None
-        self.head = Groups(plan, plan.shared, 16, self.roster)
-        self.joins: dict[str, SignedKey] = {}
+        self.masks = {name: SecAggClient(name, self.identity_of(name), lambda _: self.roster) for name in NAMES}
+        assert plan.distributed is not None
+        self.head = Groups(plan, plan.distributed, 16, self.roster)
+        self.joins: dict[str, AdvertisedKey] = {}
         self.context = ""
         for name in NAMES:
             self.join(name)
@@ -48,17 +56,20 @@ class Offices:
     def join(self, name: str) -> None:
         data = self.masks[name].join(from_bytes(self.head.question, Prepare, Prepare))
         self.head.join(name, data)
-        join = from_bytes(data, Join, Join)
+        join = from_bytes(data, AdvertiseKeys, AdvertiseKeys)
         self.joins[name], self.context = join.join, join.context
 
     def ask(self, questions: Mapping[str, bytes], _: int = 0) -> list[tuple[str, bytes | str]]:
-        return [(name, self.masks[name].answer(from_bytes(data, Secure, Secure))) for name, data in questions.items()]
+        return [
+            (name, self.masks[name].answer(from_bytes(data, SecAggRequest, SecAggRequest)))
+            for name, data in questions.items()
+        ]
 
-    def deal(self, name: str, among: list[str]) -> Shares:
+    def deal(self, name: str, among: list[str]) -> KeyShares:
         joins = tuple(self.joins[each] for each in sorted(among))
-        step = ShareRequest(context=self.context, round=1, joins=joins)
-        answer = self.masks[name].answer(Secure(plan=self.plan, round=1, payload=step.to_bytes()))
-        return from_bytes(answer, Shares, Shares)
+        step = ShareKeysRequest(context=self.context, round=1, joins=joins)
+        answer = self.masks[name].answer(SecAggRequest(plan=self.plan, round=1, payload=step.to_bytes()))
+        return from_bytes(answer, KeyShares, KeyShares)
 
 
 def test_in_its_own_group_a_site_deals() -> None:
@@ -75,13 +86,13 @@ def test_in_its_own_group_a_site_deals() -> None:
     NAMES,  # all as one
 ])  # fmt: skip
 def test_a_site_deals_to_nobody_of_another_group(among: list[str]) -> None:
-    with pytest.raises(MasksError):
+    with pytest.raises(SecAggError):
         Offices(plan_of(GROUPS)).deal("a1", among)
 
 
 def test_a_site_that_no_group_names_takes_no_part() -> None:
     offices = Offices(plan_of(GROUPS))
-    stranger = Masks("d1", offices.identity_of("a1"), lambda _: offices.roster)
+    stranger = SecAggClient("d1", offices.identity_of("a1"), lambda _: offices.roster)
     with pytest.raises(PrivacyError, match="in none of them"):  # a site says "policy"
         stranger.join(from_bytes(offices.head.question, Prepare, Prepare))
     with pytest.raises(MessageError, match="in no group"):
@@ -92,9 +103,9 @@ def test_other_groups_are_another_plan_which_knows_nothing_of_what_was_dealt() -
     offices = Offices(plan_of(GROUPS))
     moved = plan_of((("b1", "a2", "a3"), ("a1", "b2", "b3"), GROUPS[2]))
     assert moved.digest != offices.plan.digest
-    step = ShareRequest(context=offices.context, round=2, joins=())
-    with pytest.raises(MasksError, match="not joined"):
-        offices.masks["a1"].answer(Secure(plan=moved, round=2, payload=step.to_bytes()))
+    step = ShareKeysRequest(context=offices.context, round=2, joins=())
+    with pytest.raises(SecAggError, match="not joined"):
+        offices.masks["a1"].answer(SecAggRequest(plan=moved, round=2, payload=step.to_bytes()))
 
 
 @pytest.mark.parametrize("groups", [

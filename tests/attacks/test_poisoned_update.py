@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import client.site
 from fedllm.errors import MessageError
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
 from server.aggregate import Bound, bound_of_sum, median
@@ -24,7 +24,7 @@ from tests.attacks.test_isolated_sum import Offices
 from tests.server.test_rounds import FakeSite, Federation, Vector, make_plan, task_identity  # noqa: F401  # a fixture
 
 SITES, UNITS, D = 12, 40.0, 2000
-SHARED = SharedMechanism(Mechanism(0.5, 1.0, 0.1), SITES, 8, 1, UNITS)
+SHARED = DistributedMechanism(Mechanism(0.5, 1.0, 0.1), SITES, 8, 1, UNITS)
 POISONS = {"scaled": 200.0, "sign-flipped": -1.0, "label-flipped": 0.0}
 
 
@@ -42,7 +42,7 @@ def opened(sums: list[NDArray[np.float64]]) -> NDArray[np.float64]:
     for clipped in honest:
         upload, seeds = SHARED.upload(clipped, OsRandomness())
         total += upload
-        total -= SHARED.surplus([seeds[k] for k in SHARED.given_away(SITES)], SITES, D)
+        total -= SHARED.surplus([seeds[k] for k in SHARED.revealed_seeds(SITES)], SITES, D)
     return SHARED.decode(total)
 
 
@@ -129,9 +129,9 @@ class Training:
     sites: int = SITES
 
     @property
-    def shared(self) -> SharedMechanism:
+    def distributed(self) -> DistributedMechanism:
         size = self.sites // self.groups
-        return SharedMechanism(Mechanism(CLIP, NOISE, 0.1), size, -(-3 * size // 4), 1, UNITS)
+        return DistributedMechanism(Mechanism(CLIP, NOISE, 0.1), size, -(-3 * size // 4), 1, UNITS)
 
     def loss(self, w: Sum) -> float:
         return float(np.sum((w - TARGET) ** 2))
@@ -149,26 +149,28 @@ class Training:
         if self.poison == "label-flipped":
             return self.learned(w, -TARGET, rng)
         if self.poison == "as far as the bound lets":  # by its guess of the others' sum
-            others = (self.shared.sites - 1) * float(np.linalg.norm(self.learned(w, TARGET, rng)))
+            others = (self.distributed.sites - 1) * float(np.linalg.norm(self.learned(w, TARGET, rng)))
             return TARGET * (0.9 * bound.length + others)
         return self.learned(w, TARGET, rng) * {"scaled": 200.0, "sign-flipped": -1.0}[self.poison]
 
     def opened(self, w: Sum, rng: np.random.Generator) -> list[Sum]:
         """Return the steps that the sums of the groups say, those left out that are beyond the bound."""
-        shared, steps = self.shared, []
-        bound = bound_of_sum(shared, shared.sites, shared.sites)
+        distributed, steps = self.distributed, []
+        bound = bound_of_sum(distributed, distributed.sites, distributed.sites)
         for group in range(self.groups):
             total = np.zeros(DIM, np.uint32)
             for site in range(group, self.sites, self.groups):
-                clipped = np.rint(self.sent(w, site, rng, bound) / shared.quantum)
+                clipped = np.rint(self.sent(w, site, rng, bound) / distributed.quantum)
                 if site == self.sites - 1 and self.poison != "none":
                     total += (clipped.astype(np.int64) % 2**32).astype(np.uint32)
                     continue
-                upload, seeds = shared.upload(clipped, OsRandomness())
-                total += upload - shared.surplus([seeds[k] for k in shared.given_away(shared.sites)], shared.sites, DIM)
+                upload, seeds = distributed.upload(clipped, OsRandomness())
+                total += upload - distributed.surplus(
+                    [seeds[k] for k in distributed.revealed_seeds(distributed.sites)], distributed.sites, DIM
+                )
             try:
-                bound.check(decoded := shared.decode(total))
-                steps.append(-RATE * decoded / (shared.sites * UNITS))
+                bound.check(decoded := distributed.decode(total))
+                steps.append(-RATE * decoded / (distributed.sites * UNITS))
             except MessageError:
                 continue
         return steps
@@ -214,13 +216,15 @@ def test_what_groups_cost_in_noise(groups: int, sites: int, times: float) -> Non
     """
 
     def noise(many: int) -> float:
-        shared, steps = Training(many, False, "none", sites).shared, []
+        distributed, steps = Training(many, False, "none", sites).distributed, []
         for _ in range(many):
             total = np.zeros(D, np.uint32)
-            for _ in range(shared.sites):
-                upload, seeds = shared.upload(np.zeros(D), OsRandomness())
-                total += upload - shared.surplus([seeds[k] for k in shared.given_away(shared.sites)], shared.sites, D)
-            steps.append((shared.decode(total) / shared.sites).astype(np.float32))
+            for _ in range(distributed.sites):
+                upload, seeds = distributed.upload(np.zeros(D), OsRandomness())
+                total += upload - distributed.surplus(
+                    [seeds[k] for k in distributed.revealed_seeds(distributed.sites)], distributed.sites, D
+                )
+            steps.append((distributed.decode(total) / distributed.sites).astype(np.float32))
         return float(np.std(median(steps)))
 
     assert noise(groups) / noise(1) == pytest.approx(times, rel=0.1)

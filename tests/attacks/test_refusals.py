@@ -20,18 +20,18 @@ from fedllm.errors import DataError
 from fedllm.plan import RunPlan
 from fedllm.protocol.messages import (
     Declined,
-    MaskRequest,
+    MaskedInputRequest,
     Message,
     Ready,
     Reason,
-    Secure,
-    ShareRequest,
+    SecAggRequest,
+    ShareKeysRequest,
     TrainReply,
     pack,
 )
 from fedllm.protocol.spending_statement import open_statement
 from fedllm.training.data import Row, Tokeniser
-from fedllm.training.workspace import Workspace
+from fedllm.training.workspace import ModelContext
 from tests.attacks.office import LABELS, Victim, fix_randomness, plan_of, read, workspace
 
 PHRASE = "please raise"
@@ -71,13 +71,13 @@ WORST = {
 Ask = Callable[[Victim, RunPlan], bytes]
 
 
-def failing(_: RunPlan) -> Workspace:
+def failing(_: RunPlan) -> ModelContext:
     raise RuntimeError("a fault in the software")
 
 
 def masks(victim: Victim, plan: RunPlan) -> bytes:
     digest = "0" * 64
-    asked = MaskRequest(context=digest, round=1, joins=digest, dealings=()).to_bytes()
+    asked = MaskedInputRequest(context=digest, round=1, joins=digest, dealings=()).to_bytes()
     start = adapter_vector.encode(workspace(plan).adapter.initial, "float32")
     return victim.train(plan, payload=pack(start, asked))
 
@@ -101,7 +101,7 @@ def with_(plan: RunPlan, **changes: Any) -> RunPlan:
 
 
 OTHER = {"record": "person", "person": "record"}
-SHARE = ShareRequest(context="0" * 64, round=1, joins=()).to_bytes()
+SHARE = ShareKeysRequest(context="0" * 64, round=1, joins=()).to_bytes()
 # what is asked, of a victim with this policy; and how it is refused, "" where it is not
 QUESTIONS: dict[str, tuple[Ask, dict[str, Any], str]] = {
     "prepare": (lambda v, p: v.prepare(p), {}, ""),
@@ -132,7 +132,7 @@ QUESTIONS: dict[str, tuple[Ask, dict[str, Any], str]] = {
         {}, "masks",
     ),
     "shares for who has not joined": (
-        lambda v, p: v.site.handle(Secure(plan=p, round=1, payload=SHARE).to_bytes()), {}, "policy",
+        lambda v, p: v.site.handle(SecAggRequest(plan=p, round=1, payload=SHARE).to_bytes()), {}, "policy",
     ),
     "software": (lambda v, p: v.prepare(p), {"open_workspace": failing}, "internal"),
 }  # fmt: skip

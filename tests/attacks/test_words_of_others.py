@@ -19,7 +19,7 @@ from fedllm.canonical import read_json
 from fedllm.cli.enrolment import report
 from fedllm.cli.main import main
 from fedllm.errors import ChainError, FedllmError
-from fedllm.ops.health_checks import Finding
+from fedllm.ops.health_checks import CheckResult
 from fedllm.shown import escaped
 from tests.attacks.audits import federation_of, hand_in, rewrite, sign
 from tests.fedllm.audit.evidence import Federation
@@ -52,7 +52,7 @@ def test_an_entry_does_not_rewrite_the_officers_screen(
 
 def test_a_finding_of_the_doctor_does_not_either(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FedllmError):
-        report([Finding("WRONG", f"head office calls itself {PAINT}")])
+        report([CheckResult("ERROR", f"head office calls itself {PAINT}")])
     assert "\x1b" not in capsys.readouterr().out
 
 

@@ -22,13 +22,13 @@ import fedllm.training.data
 import server.checkpoint
 from fedllm.privacy import distributed_noise as shared_noise
 from fedllm.privacy.accounting import AccountingEvent, calibrate
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.training import engine, losses, self_check, trainer
-from fedllm.training.data import IGNORE, Batch, Unit
+from fedllm.training.data import IGNORE, Batch, PrivacyUnit
 from fedllm.training.engine import Engine
 from fedllm.training.self_check import Subject
 
@@ -44,7 +44,7 @@ class Fault:
     inject: Callable[[Patch], None] = lambda patch: None
     spoil: Callable[[Subject], None] = lambda subject: None
     classifies: bool = False  # shows on a model with a classification head
-    shared: bool = False  # shows where noise comes in shares
+    distributed: bool = False  # shows where noise comes in shares
 
 
 # ---- the clip --------------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def _clip(vector: Tensor, norm: float) -> Tensor:
 
 
 def clip_of_the_mean(patch: Patch) -> None:
-    def faulty(gradients: Tensor, mechanism: Mechanism, shared: object) -> Tensor:
+    def faulty(gradients: Tensor, mechanism: Mechanism, distributed: object) -> Tensor:
         return _clip(gradients.double().mean(0), mechanism.clip_norm) * len(gradients)
 
     patch.setattr(engine, "clip_and_sum", faulty)
@@ -70,7 +70,7 @@ def _clip_in_parts(patch: Patch, cut: Callable[[list[str]], list[list[int]]]) ->
         create(self, adapter)
         shapes[:] = [(name, p.numel()) for name, p in adapter.trainable.items()]
 
-    def faulty(gradients: Tensor, mechanism: Mechanism, shared: object) -> Tensor:
+    def faulty(gradients: Tensor, mechanism: Mechanism, distributed: object) -> Tensor:
         total = torch.zeros(gradients.shape[1], dtype=torch.float64)
         starts = np.cumsum([0, *(size for _, size in shapes)])
         for group in cut([name for name, _ in shapes]):
@@ -98,32 +98,34 @@ def head_clipped_apart(patch: Patch) -> None:
 def clip_per_record(patch: Patch) -> None:
     honest = Engine.clipped_sum
 
-    def faulty(self: Engine, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int) -> Tensor:
+    def faulty(self: Engine, units: Sequence[PrivacyUnit], mechanism: Mechanism, micro_batch: int) -> Tensor:
         return honest(self, [(record,) for unit in units for record in unit], mechanism, micro_batch)
 
     patch.setattr(Engine, "clipped_sum", faulty)
 
 
-def _clip_unmeasured(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None, factor: float) -> Tensor:
+def _clip_unmeasured(
+    gradients: Tensor, mechanism: Mechanism, distributed: DistributedMechanism | None, factor: float
+) -> Tensor:
     """The clipped sum whose rows nobody measures as they enter it."""
     own = mechanism.factors(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)) * factor
     rows = own[:, None] * gradients.double()
-    return rows.sum(0) if shared is None else (rows / shared.quantum).round().sum(0)
+    return rows.sum(0) if distributed is None else (rows / distributed.quantum).round().sum(0)
 
 
 def nan_through_the_clip(patch: Patch) -> None:
     patch.setattr(torch.Tensor, "isfinite", lambda self: torch.ones_like(self, dtype=torch.bool))
-    patch.setattr(engine, "clip_and_sum", lambda gradients, mechanism, shared=None: _clip_unmeasured(
-        gradients, mechanism, shared, 1.0))  # fmt: skip
+    patch.setattr(engine, "clip_and_sum", lambda gradients, mechanism, distributed=None: _clip_unmeasured(
+        gradients, mechanism, distributed, 1.0))  # fmt: skip
 
 
 def factor_that_overflows(patch: Patch) -> None:
     """At the plan's own clip norm, in quanta; every other mechanism that a check may try is clipped as it should be."""
 
-    def faulty(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None = None) -> Tensor:
-        over = shared is not None and mechanism.clip_norm == 0.4
+    def faulty(gradients: Tensor, mechanism: Mechanism, distributed: DistributedMechanism | None = None) -> Tensor:
+        over = distributed is not None and mechanism.clip_norm == 0.4
         # room for rounding is left as it should be
-        return _clip_unmeasured(gradients, mechanism, shared, math.inf if over else 0.98)
+        return _clip_unmeasured(gradients, mechanism, distributed, math.inf if over else 0.98)
 
     patch.setattr(engine, "clip_and_sum", faulty)
 
@@ -131,7 +133,7 @@ def factor_that_overflows(patch: Patch) -> None:
 def last_micro_batch_twice(patch: Patch) -> None:
     honest = Engine.clipped_sum
 
-    def faulty(self: Engine, units: Sequence[Unit], mechanism: Mechanism, micro_batch: int) -> Tensor:
+    def faulty(self: Engine, units: Sequence[PrivacyUnit], mechanism: Mechanism, micro_batch: int) -> Tensor:
         total = honest(self, units, mechanism, micro_batch)
         if sum(map(len, units)) > micro_batch:
             total = total + honest(self, units[-1:], mechanism, micro_batch)
@@ -187,7 +189,7 @@ def uncompiled_after_a_failure(patch: Patch) -> None:
     """As if one unit made everybody's gradients another code's."""
     honest = Engine.clipped_sum
 
-    def faulty(self: Engine, units: Sequence[Unit], *others: Any) -> Tensor:
+    def faulty(self: Engine, units: Sequence[PrivacyUnit], *others: Any) -> Tensor:
         total = honest(self, units, *others)
         return total if len(units) < 2 else total * (1 + 2.0**-22)
 
@@ -197,8 +199,8 @@ def uncompiled_after_a_failure(patch: Patch) -> None:
 def sum_in_float32(patch: Patch) -> None:
     honest = engine.clip_and_sum
 
-    def faulty(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None = None) -> Tensor:
-        return honest(gradients, mechanism, shared).float().double()
+    def faulty(gradients: Tensor, mechanism: Mechanism, distributed: DistributedMechanism | None = None) -> Tensor:
+        return honest(gradients, mechanism, distributed).float().double()
 
     patch.setattr(engine, "clip_and_sum", faulty)
 
@@ -226,10 +228,10 @@ def no_noise(patch: Patch) -> None:
     patch.setattr(engine._Optimizer, "add_noise", faulty)
 
 
-def _noise_in_step(patch: Patch, factor: Callable[[Any, Sequence[Unit], int], float]) -> None:
+def _noise_in_step(patch: Patch, factor: Callable[[Any, Sequence[PrivacyUnit], int], float]) -> None:
     honest = Engine.step
 
-    def faulty(self: Engine, optimizer: Any, units: Sequence[Unit], micro_batch: int) -> None:
+    def faulty(self: Engine, optimizer: Any, units: Sequence[PrivacyUnit], micro_batch: int) -> None:
         right = optimizer.mechanism
         scaled = right.noise_multiplier * factor(optimizer, units, micro_batch)
         optimizer.mechanism = replace(right, noise_multiplier=scaled)
@@ -240,7 +242,7 @@ def _noise_in_step(patch: Patch, factor: Callable[[Any, Sequence[Unit], int], fl
 
 
 def noise_once_per_micro_batch(patch: Patch) -> None:
-    def factor(_: Any, units: Sequence[Unit], micro_batch: int) -> float:
+    def factor(_: Any, units: Sequence[PrivacyUnit], micro_batch: int) -> float:
         return math.sqrt(max(1, math.ceil(sum(map(len, units)) / micro_batch)))
 
     _noise_in_step(patch, factor)
@@ -290,7 +292,7 @@ def generator_restored_on_resume(patch: Patch) -> None:
 def empty_batches_skipped(patch: Patch) -> None:
     honest = Engine.step
 
-    def faulty(self: Engine, optimizer: Any, units: Sequence[Unit], micro_batch: int) -> None:
+    def faulty(self: Engine, optimizer: Any, units: Sequence[PrivacyUnit], micro_batch: int) -> None:
         if units:
             honest(self, optimizer, units, micro_batch)
 
@@ -355,7 +357,7 @@ def one_batch_for_the_whole_round(patch: Patch) -> None:
 def divided_by_the_actual_batch(patch: Patch) -> None:
     honest = Engine.step
 
-    def faulty(self: Engine, optimizer: Any, units: Sequence[Unit], micro_batch: int) -> None:
+    def faulty(self: Engine, optimizer: Any, units: Sequence[PrivacyUnit], micro_batch: int) -> None:
         optimizer.expected_batch_size = max(1, len(units))
         honest(self, optimizer, units, micro_batch)
 
@@ -393,7 +395,7 @@ def optimiser_outlives_the_round(patch: Patch) -> None:
 def momentum_of_gradients_without_noise(patch: Patch) -> None:
     honest = Engine.step
 
-    def faulty(self: Engine, optimizer: Any, units: Sequence[Unit], micro_batch: int) -> None:
+    def faulty(self: Engine, optimizer: Any, units: Sequence[PrivacyUnit], micro_batch: int) -> None:
         bare = self.clipped_sum(units, optimizer.mechanism, micro_batch)
         honest(self, optimizer, units, micro_batch)
         for p, state in optimizer.original_optimizer.state.items():
@@ -417,7 +419,7 @@ def one_layer_detached_by_wrapping(subject: Subject) -> None:
 def frozen_part_trained_without_noise(patch: Patch) -> None:
     honest = Engine.step
 
-    def faulty(self: Engine, optimizer: Any, units: Sequence[Unit], micro_batch: int) -> None:
+    def faulty(self: Engine, optimizer: Any, units: Sequence[PrivacyUnit], micro_batch: int) -> None:
         honest(self, optimizer, units, micro_batch)
         with torch.no_grad():
             for name, p in self._adapter.model.named_parameters():
@@ -544,18 +546,18 @@ def cap_on_records_ignored(patch: Patch) -> None:
 
 def shares_for_all_sites(patch: Patch) -> None:
     """Then the sum of the survivors has too little, as soon as somebody drops out or colludes."""
-    patch.setattr(SharedMechanism, "_parts", property(lambda self: (self.quorum - self.colluding,)))
+    patch.setattr(DistributedMechanism, "_parts", property(lambda self: (self.quorum - self.colluding,)))
 
 
 def more_given_away_than_surplus(patch: Patch) -> None:
     """As if nobody had dropped out; head office takes it off."""
-    patch.setattr(SharedMechanism, "given_away", lambda self, survivors: tuple(range(len(self._parts) - 1)))
+    patch.setattr(DistributedMechanism, "given_away", lambda self, survivors: tuple(range(len(self._parts) - 1)))
 
 
 def one_site_more_than_there_is(patch: Patch) -> None:
-    honest = SharedMechanism.given_away
+    honest = DistributedMechanism.revealed_seeds
     patch.setattr(
-        SharedMechanism, "given_away",
+        DistributedMechanism, "given_away",
         lambda self, u: honest(self, min(self.sites, u + 1) if u > self.quorum else u),
     )  # fmt: skip
 
@@ -573,23 +575,23 @@ def shares_from_a_seed(patch: Patch) -> None:
 def quanta_without_a_clip(patch: Patch) -> None:
     honest = engine.clip_and_sum
 
-    def faulty(gradients: Tensor, mechanism: Mechanism, shared: SharedMechanism | None = None) -> Tensor:
-        if shared is None:
+    def faulty(gradients: Tensor, mechanism: Mechanism, distributed: DistributedMechanism | None = None) -> Tensor:
+        if distributed is None:
             return honest(gradients, mechanism)
-        return (gradients.double() / shared.quantum).round().sum(0)
+        return (gradients.double() / distributed.quantum).round().sum(0)
 
     patch.setattr(engine, "clip_and_sum", faulty)
 
 
 def _shared_step(draw: Callable[[int, float, Randomness], Any], with_share: bool) -> Callable[..., Any]:
     def step(adapter: Any, engine: Engine, units: Any, plan: Any, start: Any, source: Randomness, size: int) -> Any:
-        shared = plan.shared
+        distributed = plan.distributed
         with adapter.lock:
             adapter.load(start)
-            share = shared.share(len(start), source)
+            share = distributed.share(len(start), source)
             drawn = [units[i] for i in draw(len(units), plan.privacy.sampling_rate, source)]
-            total = engine.clipped_sum(drawn, shared.mechanism, size, shared).numpy()
-        return shared.noised(total, share if with_share else replace(share, noise=0 * share.noise)), share.seeds
+            total = engine.clipped_sum(drawn, distributed.mechanism, size, distributed).numpy()
+        return distributed.noised(total, share if with_share else replace(share, noise=0 * share.noise)), share.seeds
 
     return step
 
@@ -626,7 +628,7 @@ SELF_CHECK = [
     Fault("adapter and head are clipped apart", "clip-bounds-every-unit", head_clipped_apart, classifies=True),
     Fault("a person's records are clipped one by one", "clip-bounds-every-unit", clip_per_record),
     Fault("automatic clipping forgets the clip norm", "sum-equals-the-slow-loop", automatic_clip_without_its_bound),
-    Fault("a factor of the clip overflows", "clip-holds-at-every-length", factor_that_overflows, shared=True),
+    Fault("a factor of the clip overflows", "clip-holds-at-every-length", factor_that_overflows, distributed=True),
     Fault("NaN goes through the clip", "unit-that-is-not-finite-counts-zero", nan_through_the_clip),
     Fault("the last micro-batch counts twice", "micro-batch-changes-nothing", last_micro_batch_twice),
     Fault("the head's slices hold everybody's tokens", "company-changes-no-bit", slices_over_everybodys_tokens),
@@ -663,14 +665,14 @@ SELF_CHECK = [
     Fault("wrapping detaches one layer", "weights-change-as-the-optimiser-says", spoil=one_layer_detached_by_wrapping),
     Fault("a frozen part is trained without noise", "weights-change-as-the-optimiser-says",
           frozen_part_trained_without_noise),
-    Fault("sums in quanta are not clipped", "sum-in-quanta-is-within-the-clip", quanta_without_a_clip, shared=True),
-    Fault("shares are sized for all sites", "share-has-its-deviation", shares_for_all_sites, shared=True),
-    Fault("a site gives away too much noise", "share-has-its-deviation", more_given_away_than_surplus, shared=True),
-    Fault("a site gives noise for one too many", "share-has-its-deviation", one_site_more_than_there_is, shared=True),
-    Fault("surplus parts have the same seeds", "share-has-its-deviation", surplus_from_the_same_seeds, shared=True),
-    Fault("shares come from a seed", "share-has-its-deviation", shares_from_a_seed, shared=True),
-    Fault("a shared step draws a fixed size", "coins-are-poisson", shared_step_of_a_fixed_size, shared=True),
-    Fault("a shared step sends no noise", "upload-is-a-sum-with-its-share", shared_step_without_its_share, shared=True),
+    Fault("sums in quanta are not clipped", "sum-in-quanta-is-within-the-clip", quanta_without_a_clip, distributed=True),
+    Fault("shares are sized for all sites", "share-has-its-deviation", shares_for_all_sites, distributed=True),
+    Fault("a site gives away too much noise", "share-has-its-deviation", more_given_away_than_surplus, distributed=True),
+    Fault("a site gives noise for one too many", "share-has-its-deviation", one_site_more_than_there_is, distributed=True),
+    Fault("surplus parts have the same seeds", "share-has-its-deviation", surplus_from_the_same_seeds, distributed=True),
+    Fault("shares come from a seed", "share-has-its-deviation", shares_from_a_seed, distributed=True),
+    Fault("a shared step draws a fixed size", "coins-are-poisson", shared_step_of_a_fixed_size, distributed=True),
+    Fault("a shared step sends no noise", "upload-is-a-sum-with-its-share", shared_step_without_its_share, distributed=True),
 ]  # fmt: skip
 
 TESTS_ONLY = [

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import Handler, courier
-from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 
 
 def _context(node: int) -> Context:
@@ -34,13 +34,13 @@ def test_the_courier_carries_bytes_both_ways(message_type: str, payload: bytes) 
 
         return handle
 
-    content = RecordDict({RECORD: ConfigRecord({KEY: payload})})
+    content = RecordDict({ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: payload})})
     reply = courier(connect)(Message(content, 7, message_type), _context(7))
     assert asked == [(7, payload)]
     assert not reply.has_error()
-    record = reply.content.config_records[RECORD]
-    assert dict(record) == {KEY: b"answer:" + payload[::-1]}
-    assert list(reply.content) == [RECORD], "nothing else travels back"
+    record = reply.content.config_records[ENVELOPE_RECORD]
+    assert dict(record) == {ENVELOPE_KEY: b"answer:" + payload[::-1]}
+    assert list(reply.content) == [ENVELOPE_RECORD], "nothing else travels back"
 
 
 def test_the_courier_imports_nothing_that_trains() -> None:

@@ -136,7 +136,7 @@ def said(folder: Path, level: str) -> list[str]:
 
 def test_an_office_in_order_has_nothing_wrong_and_spends_nothing(head: HeadOffice, folder: Path) -> None:
     head.serve()
-    assert said(folder, "WRONG") == []
+    assert said(folder, "ERROR") == []
     assert [text.partition(":")[0] for text in said(folder, "warning")] == ["site"]
     fine = said(folder, "ok")
     for word in (
@@ -155,7 +155,7 @@ def test_an_office_in_order_has_nothing_wrong_and_spends_nothing(head: HeadOffic
 
 
 def test_a_head_office_that_does_not_run_is_wrong(folder: Path) -> None:
-    [text] = said(folder, "WRONG")
+    [text] = said(folder, "ERROR")
     assert "refuses" in text
     assert "fedllm server start" in text
 
@@ -163,22 +163,22 @@ def test_a_head_office_that_does_not_run_is_wrong(folder: Path) -> None:
 @pytest.mark.parametrize(("alpn", "said_"), [("", "does not speak TLS 1.3"), ("http/1.1", "gRPC")])
 def test_another_program_in_head_offices_place_is_wrong(head: HeadOffice, folder: Path, alpn: str, said_: str) -> None:
     head.serve(alpn=alpn)
-    assert any(said_ in text for text in said(folder, "WRONG"))
+    assert any(said_ in text for text in said(folder, "ERROR"))
 
 
 def test_older_tls_is_wrong(head: HeadOffice, folder: Path) -> None:
     head.serve(newest=ssl.TLSVersion.TLSv1_2)
-    assert any("does not speak TLS 1.3" in text for text in said(folder, "WRONG"))
+    assert any("does not speak TLS 1.3" in text for text in said(folder, "ERROR"))
 
 
 def test_another_authority_is_wrong(head: HeadOffice, folder: Path) -> None:
     head.serve(certificates.make_server_certificate(certificates.make_ca("x", 365), ["127.0.0.1"], 90))
-    assert any("ask head office on the telephone" in text for text in said(folder, "WRONG"))
+    assert any("ask head office on the telephone" in text for text in said(folder, "ERROR"))
 
 
 def test_a_certificate_for_another_host_is_wrong(head: HeadOffice, folder: Path) -> None:
     head.serve(certificates.make_server_certificate(head.authority(), ["other.example.com"], 90))
-    assert any("not good for 127.0.0.1" in text and "rotate certificate" in text for text in said(folder, "WRONG"))
+    assert any("not good for 127.0.0.1" in text and "rotate certificate" in text for text in said(folder, "ERROR"))
 
 
 @pytest.mark.parametrize(("begins", "said_"), [(1, "the clock here is behind"), (-100, "has ended, or the clock")])
@@ -188,7 +188,7 @@ def test_a_certificate_out_of_its_time_is_wrong(
     monkeypatch.setattr(certificates, "_BACKDATE", timedelta(days=-begins))
     made = certificates.make_server_certificate(head.authority(), ["127.0.0.1"], 90 if begins > 0 else -1)
     head.serve(made)
-    assert any(said_ in text for text in said(folder, "WRONG"))
+    assert any(said_ in text for text in said(folder, "ERROR"))
 
 
 def test_a_certificate_that_soon_ends_is_seen_from_here(head: HeadOffice, folder: Path) -> None:
@@ -208,7 +208,7 @@ def test_what_the_network_says_is_explained(
         raise error
 
     monkeypatch.setattr(doctor, "reach", fail)
-    assert any(said_ in text for text in said(folder, "WRONG"))
+    assert any(said_ in text for text in said(folder, "ERROR"))
 
 
 def test_a_proxy_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_a_proxy_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_an_office_without_a_grant_is_told_what_comes_next(tmp_path: Path) -> None:
     made = init_office(tmp_path / "site", "a").folder
-    assert any("fedllm site install" in text for text in said(made, "WRONG"))
+    assert any("fedllm site install" in text for text in said(made, "ERROR"))
 
 
 def test_keys_between_two_grants_are_a_warning_with_the_next_step(head: HeadOffice, folder: Path) -> None:
@@ -237,13 +237,13 @@ def test_keys_between_two_grants_are_a_warning_with_the_next_step(head: HeadOffi
 def test_authorities_other_than_the_grants_are_wrong(head: HeadOffice, folder: Path) -> None:
     head.serve()
     write_secret(folder / "keys" / "ca.pem", certificates.make_ca("x", 365).certificate)
-    assert any("not what the grant says" in text and "site install" in text for text in said(folder, "WRONG"))
+    assert any("not what the grant says" in text and "site install" in text for text in said(folder, "ERROR"))
 
 
 def test_an_authority_that_ends_is_announced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     then = now() + timedelta(days=3640)
     monkeypatch.setattr(health_checks, "now", lambda: then)
-    assert any("authority" in text and "ask head office for a new grant" in text for text in said(folder, "WRONG"))
+    assert any("authority" in text and "ask head office for a new grant" in text for text in said(folder, "ERROR"))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_what_others_may_use_is_wrong(head: HeadOffice, folder: Path, name: str)
     head.serve()
     path = folder / name
     path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o040)
-    found = said(folder, "WRONG")
+    found = said(folder, "ERROR")
     assert any(f"chmod {'700' if path.is_dir() else '600'} '{path}'" in text for text in found)
 
 
@@ -264,7 +264,7 @@ def test_records_that_others_can_read_are_wrong(head: HeadOffice, folder: Path) 
     (place / "r.jsonl").write_text("{}")
     (place / "r.jsonl").chmod(0o644)
     edit(folder, data={"train": str(place / "r.jsonl"), "text": "{answer}"})
-    assert any("others on this machine can read" in text and "chmod" in text for text in said(folder, "WRONG"))
+    assert any("others on this machine can read" in text and "chmod" in text for text in said(folder, "ERROR"))
     shutil.rmtree(place)
 
 
@@ -279,18 +279,18 @@ def test_a_mistake_in_the_settings_is_named(
 ) -> None:
     head.serve()
     edit(folder, **changes)
-    assert any(said_ in text for text in said(folder, "WRONG"))
+    assert any(said_ in text for text in said(folder, "ERROR"))
 
 
 def test_a_folder_is_for_its_owner(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health_checks.os, "geteuid", lambda: 4242)
-    assert any("Run the command as that user: sudo -u" in text for text in said(folder, "WRONG"))
+    assert any("Run the command as that user: sudo -u" in text for text in said(folder, "ERROR"))
 
 
 def test_a_clock_behind_the_grant_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     then = now() - timedelta(hours=1)
     monkeypatch.setattr(health_checks, "now", lambda: then)
-    assert any("the grant at head office was made" in text for text in said(folder, "WRONG"))
+    assert any("the grant at head office was made" in text for text in said(folder, "ERROR"))
 
 
 # ---- the ledger ------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_a_damaged_ledger_is_wrong_and_a_backup_is_warned_of(folder: Path) -> No
     office = Office.open(folder)
     PrivacyLedger(office.ledger, 8.0, 1e-5, office.identity)
     write_secret(office.ledger.file, b"x" * 4096)
-    assert any("a backup may lack the latest charges" in text for text in said(folder, "WRONG"))
+    assert any("a backup may lack the latest charges" in text for text in said(folder, "ERROR"))
 
 
 def test_a_full_disk_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ def test_a_full_disk_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         free = 1 << 20
 
     monkeypatch.setattr(health_checks.shutil, "disk_usage", lambda place: Usage)
-    assert any("Free some space" in text for text in said(folder, "WRONG"))
+    assert any("Free some space" in text for text in said(folder, "ERROR"))
 
 
 # ---- the relay -------------------------------------------------------------------------------------------------------
@@ -353,26 +353,26 @@ def listening(folder: Path) -> Iterator[Callable[[], Path]]:
 
 def test_a_site_behind_a_relay_tries_no_way_of_its_own(relayed: Path, listening: Callable[[], Path]) -> None:
     path = listening()
-    assert said(relayed, "WRONG") == []
+    assert said(relayed, "ERROR") == []
     assert f"relay: listens on {path}" in said(relayed, "ok")
 
 
 def test_a_relay_that_is_not_there_or_does_not_answer_is_wrong(relayed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_PATIENCE", 0.5)
     path = relayed.parent / "run" / "link.sock"
-    [text] = said(relayed, "WRONG")
+    [text] = said(relayed, "ERROR")
     assert f"{path} is not there" in text
     assert "fedllm site relay" in text
     path.parent.mkdir()
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
-    [text] = said(relayed, "WRONG")
+    [text] = said(relayed, "ERROR")
     assert f"nothing answers on {path}" in text
 
 
 def test_a_socket_that_is_not_the_groups_alone_is_wrong(relayed: Path, listening: Callable[[], Path]) -> None:
     listening().chmod(0o666)
-    [text] = said(relayed, "WRONG")
+    [text] = said(relayed, "ERROR")
     assert "not open to the group" in text
     assert "Start the relay anew" in text
 
@@ -404,7 +404,7 @@ def relay_said(folder: Path, level: str) -> list[str]:
 
 def test_a_relays_folder_in_order_has_nothing_wrong_and_opens_no_message(head: HeadOffice, relay: Path) -> None:
     head.serve()
-    assert relay_said(relay, "WRONG") == []
+    assert relay_said(relay, "ERROR") == []
     assert any("fedllm site relay" in text for text in relay_said(relay, "warning"))
     fine = relay_said(relay, "ok")
     for word in ("settings, key and certificate", "this office's certificate ends", "speaks TLS 1.3", "GiB free"):
@@ -420,7 +420,7 @@ def test_a_relay_that_runs_is_seen(relay: Path, listening: Callable[[], Path]) -
 def test_a_relays_certificate_for_another_key_is_wrong(head: HeadOffice, relay: Path) -> None:
     head.serve()
     write_secret(relay / "link", certificates.make_key())
-    found = relay_said(relay, "WRONG")
+    found = relay_said(relay, "ERROR")
     assert any("certificate is for another key" in text for text in found)
 
 
@@ -431,7 +431,7 @@ def test_a_relays_certificate_that_has_ended_is_wrong(
     head.serve()
     then = now() + timedelta(days=400)
     monkeypatch.setattr(health_checks, "now", lambda: then)
-    assert any("this office's certificate has ended" in text for text in relay_said(relay, "WRONG"))
+    assert any("this office's certificate has ended" in text for text in relay_said(relay, "ERROR"))
 
 
 @pytest.mark.parametrize("name", ["relay.json", "link", "link.pem", "ca.pem"])
@@ -444,7 +444,7 @@ def test_a_relays_damaged_or_missing_file_is_wrong(
         (relay / name).unlink()
     else:
         write_secret(relay / name, damage)
-    assert any(name in text or "PEM" in text for text in relay_said(relay, "WRONG"))
+    assert any(name in text or "PEM" in text for text in relay_said(relay, "ERROR"))
 
 
 def test_the_command_knows_every_kind_of_folder(head: HeadOffice, folder: Path, relay: Path) -> None:

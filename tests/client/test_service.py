@@ -11,7 +11,7 @@ import pytest
 from client import service
 from client.link import SiteLink, read_state
 from client.office import Office, install
-from client.service import Endpoint, Replays
+from client.service import Endpoint, ReplayGuard
 from client.site import Site
 from fedllm.crypto.identity import Identity
 from fedllm.errors import Cancelled, CryptoError, FolderError, MessageError
@@ -136,7 +136,7 @@ def test_a_replay_and_an_older_request_are_refused_also_after_a_restart(
 
 def test_runs_that_were_forgotten_cannot_be_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.service._RUNS_KEPT", 2)
-    replays = Replays(tmp_path / "seen.json")
+    replays = ReplayGuard(tmp_path / "seen.json")
     for number, run in enumerate(("a", "b", "c"), start=1):
         replays.check(run, 10 * number)
     with pytest.raises(MessageError, match="replay"):
@@ -148,7 +148,7 @@ def test_runs_that_were_forgotten_cannot_be_replayed(tmp_path: Path, monkeypatch
 def test_a_damaged_memory_of_requests_is_refused_with_a_remedy(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "seen.json").write_bytes(content)
     with pytest.raises(MessageError, match="Restore it from a backup"):
-        Replays(tmp_path / "seen.json")
+        ReplayGuard(tmp_path / "seen.json")
 
 
 def test_while_keys_are_rotated_both_are_accepted(branch: Branch, tmp_path: Path) -> None:

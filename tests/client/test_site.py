@@ -47,8 +47,8 @@ from fedllm.protocol.messages import (
 )
 from fedllm.protocol.spending_statement import Statement, open_statement, update_digest
 from fedllm.training import self_check
-from fedllm.training.data import Record, Unit
-from fedllm.training.workspace import Workspace, open_workspace
+from fedllm.training.data import Example, PrivacyUnit
+from fedllm.training.workspace import ModelContext, open_workspace
 from fedllm.values import parse
 from tests.fedllm.privacy.budgets import for_several_plans
 
@@ -70,16 +70,16 @@ class Loader:
         self.size, self.error, self.calls = units, error, 0
         self.data_set, self.declared = DATA, Declared(units if declared is None else declared, "record")
 
-    def units(self, plan: RunPlan) -> tuple[Unit, ...]:
+    def units(self, plan: RunPlan) -> tuple[PrivacyUnit, ...]:
         return self(plan)
 
-    def __call__(self, plan: RunPlan) -> tuple[Unit, ...]:
+    def __call__(self, plan: RunPlan) -> tuple[PrivacyUnit, ...]:
         self.calls += 1
         if self.error is not None:
             raise self.error
         generator = np.random.default_rng(7)
         return tuple(
-            (Record(ids := generator.integers(3, 259, size=12), np.where(np.arange(12) < 4, -100, ids)),)
+            (Example(ids := generator.integers(3, 259, size=12), np.where(np.arange(12) < 4, -100, ids)),)
             for _ in range(self.size)
         )
 
@@ -102,12 +102,12 @@ class Office:
         self.site = self.make(lambda plan: open_workspace(plan.model, plan.adapter, plan.seed, "cpu"))
         return self.site
 
-    def make(self, workspace: Callable[[RunPlan], Workspace]) -> Site:
+    def make(self, workspace: Callable[[RunPlan], ModelContext]) -> Site:
         return Site(
             NAME, self.policy, self.ledger, lambda: IDENTITY, workspace, self.loader, 8, self_check=self.self_check
         )
 
-    def workspace(self) -> Workspace:
+    def workspace(self) -> ModelContext:
         return open_workspace(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
 
     def request(self, round_: int = 1, **changes: Any) -> bytes:
@@ -202,7 +202,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan) -> Off
     office = Office(tmp_path_factory.mktemp("fuzzed"), make_plan())
     workspace = office.workspace()
 
-    def open_only(plan: RunPlan) -> Workspace:
+    def open_only(plan: RunPlan) -> ModelContext:
         if (plan.model, plan.adapter, plan.seed) != (office.plan.model, office.plan.adapter, office.plan.seed):
             raise ModelError("another model")
         return workspace
@@ -547,7 +547,7 @@ def test_a_refusal_tells_a_code_and_the_log_tells_why(
     office = Office(tmp_path, make_plan())
     request = Prepare(plan=office.plan).to_bytes() if step == "prepare" else office.request()
 
-    def fail(_: RunPlan) -> Workspace:
+    def fail(_: RunPlan) -> ModelContext:
         raise error
 
     reply = office.make(fail).handle(request)

@@ -12,12 +12,12 @@ from pathlib import Path
 from client.site import Site
 from fedllm import cli
 from fedllm.protocol.messages import (
+    ConsistencyCheck,
     Prepare,
-    RevealRequest,
-    Secure,
-    ShareRequest,
+    SecAggRequest,
+    ShareKeysRequest,
     TrainRequest,
-    UnmaskRequest,
+    UnmaskingRequest,
     from_bytes,
 )
 
@@ -26,10 +26,10 @@ _handle = Site.handle
 
 
 def _phase(request: bytes) -> str:
-    message = from_bytes(request, Prepare, TrainRequest, Secure)
-    if isinstance(message, Secure):
-        step = from_bytes(message.payload, ShareRequest, UnmaskRequest, RevealRequest)
-        return "deal" if isinstance(step, ShareRequest) else "reveal"
+    message = from_bytes(request, Prepare, TrainRequest, SecAggRequest)
+    if isinstance(message, SecAggRequest):
+        step = from_bytes(message.payload, ShareKeysRequest, ConsistencyCheck, UnmaskingRequest)
+        return "deal" if isinstance(step, ShareKeysRequest) else "reveal"
     return "prepare" if isinstance(message, Prepare) else "train"
 
 

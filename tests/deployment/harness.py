@@ -20,14 +20,14 @@ from client.relay import export_relay_folder
 from fedllm.cli.hydra_config import compose, validate
 from fedllm.config import DeploymentConfig, ModelConfig
 from fedllm.errors import FederationError
-from fedllm.files import in_use
+from fedllm.files import is_locked
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.model import load_reader
 from server import deployment, federation
 from server.checkpoint import CONFIG, SiteState, load_checkpoint, read_as
-from server.events import CHECKPOINT, PLAN, Event, RoundRecord
+from server.events import CHECKPOINT, PLAN, Event, RoundMetrics
 from server.grpc_grid import look
 
 FEDLLM = [sys.executable, "-m", "fedllm.cli"]
@@ -195,7 +195,7 @@ class HeadOffice:
         """End the daemon and what runs are left."""
         self.program.stop()
         for folder in deployment.known_runs(self.home):
-            if in_use(folder) and (number := deployment.read_status(folder).process):
+            if is_locked(folder) and (number := deployment.read_status(folder).process):
                 with contextlib.suppress(psutil.Error):
                     psutil.Process(number).kill()
 
@@ -226,7 +226,7 @@ class HeadOffice:
         """Wait until a run is over and its process gone, and return what became of it."""
 
         def over() -> bool:
-            return not in_use(self.run(name)) and not deployment.settle(self.run(name)).open
+            return not is_locked(self.run(name)) and not deployment.settle(self.run(name)).open
 
         until(over, seconds, f"the end of {name}", pause=0.3)
         return self.status(name)
@@ -251,11 +251,11 @@ class HeadOffice:
     def run(self, name: str) -> Path:
         return deployment.runs(self.home) / name
 
-    def rounds(self, name: str) -> list[RoundRecord]:
+    def rounds(self, name: str) -> list[RoundMetrics]:
         """The rounds that have been completed, round 0 being the base model."""
         path = self.run(name) / "metrics.jsonl"
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        return [RoundRecord(**json.loads(line)) for line in lines]
+        return [RoundMetrics(**json.loads(line)) for line in lines]
 
     def status(self, name: str) -> deployment.Status:
         return deployment.read_status(self.run(name))

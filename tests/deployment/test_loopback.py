@@ -3,7 +3,7 @@
 import pytest
 
 from fedllm.privacy.ledger import LedgerFile
-from server.ledger_heads import HEADS, Heads
+from server.ledger_heads import HEADS, LedgerHeads
 from tests.deployment.conftest import Federation
 from tests.deployment.harness import settings
 
@@ -26,7 +26,7 @@ def test_a_run_of_three_offices_completes_and_every_ledger_is_right(federation: 
     assert all((record.noise_multiplier is not None) == (mode == "distributed") for record in head.rounds(mode)[1:])
     assert {n: len(b.charged()) - before[n] for n, b in federation.branches.items()} == dict.fromkeys(before, 2)
     assert (head.run(mode) / "adapter" / "adapter_model.safetensors").exists()
-    seen = Heads(head.home / HEADS).read()
+    seen = LedgerHeads(head.home / HEADS).read()
     assert sorted(seen) == sorted(federation.branches)
     for name, branch in federation.branches.items():  # the next run will ask for these
         assert LedgerFile(branch.home / "data" / "ledger.db").knows(seen[name])

@@ -25,9 +25,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from numpy.typing import NDArray
 
 from fedllm.errors import CheckpointError
-from fedllm.ops.tls_probe import reach
+from fedllm.ops.tls_probe import probe_tls
 from server.checkpoint import load_checkpoint
-from server.events import CHECKPOINT, PLAN, RoundRecord
+from server.events import CHECKPOINT, PLAN, RoundMetrics
 from tests.deployment.harness import Branch, HeadOffice, fedllm, records_of, settings, stop_all, until
 from tests.deployment.network import HEAD, Network, why_not
 
@@ -169,7 +169,7 @@ class Story:
     adapters: list[NDArray[np.float32]] = field(default_factory=list)  # as head office had them during the run
     listening: dict[str, set[str]] = field(default_factory=dict)
 
-    def rounds(self) -> list[RoundRecord]:
+    def rounds(self) -> list[RoundMetrics]:
         return self.head.rounds(RUN)
 
     def round(self) -> int:
@@ -315,7 +315,7 @@ def test_every_connection_is_tls_1_3_with_alpn_h2_and_carries_nothing_else(story
 
 def test_head_office_answers_nothing_older_than_tls_1_3_and_chooses_h2(story: Story) -> None:
     ca = story.head.office.ca_file
-    story.network.inside(SLOW, lambda: reach(ADDRESS[HEAD], 9092, ca))  # raises where h2 is not chosen
+    story.network.inside(SLOW, lambda: probe_tls(ADDRESS[HEAD], 9092, ca))  # raises where h2 is not chosen
 
     def old() -> None:
         context = ssl.create_default_context(cafile=str(ca))

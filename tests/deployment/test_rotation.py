@@ -6,7 +6,7 @@ import pytest
 
 from client import office as site_folder
 from fedllm.crypto import certificates
-from fedllm.ops.tls_probe import reach
+from fedllm.ops.tls_probe import probe_tls
 from server import federation as head_folder
 from tests.deployment.conftest import Federation
 from tests.deployment.harness import Branch, HeadOffice, until
@@ -23,7 +23,7 @@ def install(head: HeadOffice, branch: Branch) -> None:
 def shows(head: HeadOffice, ca: Path, fingerprint: str) -> bool:
     """Whether the daemon shows the certificate of this fingerprint, to who believes the authorities in `ca`."""
     try:
-        return certificates.read_certificates(reach("127.0.0.1", head.port, ca))[0].fingerprint == fingerprint
+        return certificates.read_certificates(probe_tls("127.0.0.1", head.port, ca))[0].fingerprint == fingerprint
     except OSError:
         return False
 

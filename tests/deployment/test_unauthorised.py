@@ -27,7 +27,7 @@ from fedllm.crypto.certificates import Certificate
 from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import FederationError, MessageError
 from fedllm.files import write_secret
-from fedllm.ops.tls_probe import reach
+from fedllm.ops.tls_probe import probe_tls
 from fedllm.protocol import sealed_envelope
 from fedllm.protocol.link import CONNECT, CONTROL, VERSION, parts, request_id
 from fedllm.protocol.link_pb2 import Answer, FromSite, Hello, Request, ToSite
@@ -203,8 +203,8 @@ def test_an_older_version_than_tls_1_3_is_refused(federation: Federation) -> Non
 def test_an_office_does_not_connect_to_another_server(federation: Federation, tmp_path: Path) -> None:
     (tmp_path / "ca.pem").write_bytes(certificates.make_ca("한빛은행", 10).certificate)
     with pytest.raises(ssl.SSLCertVerificationError):
-        reach("127.0.0.1", federation.head.port, tmp_path / "ca.pem")
-    assert reach("127.0.0.1", federation.head.port, federation.head.office.ca_file)
+        probe_tls("127.0.0.1", federation.head.port, tmp_path / "ca.pem")
+    assert probe_tls("127.0.0.1", federation.head.port, federation.head.office.ca_file)
 
 
 def test_one_port_listens_at_head_office_and_none_at_an_office(federation: Federation) -> None:

@@ -443,18 +443,18 @@ def test_the_noise_of_an_averaged_update_is_known(make_plan: Make) -> None:
     )
     assert plan.noise_std(shares, 0) == pytest.approx(np.std(drawn), rel=0.05)
 
-    shared = {"privacy.mode": "distributed", "training.local_steps": 1, "sites": 5, "quorum": 4, **training}
-    plan = make_plan(shared)
-    assert plan.shared is not None
+    distributed = {"privacy.mode": "distributed", "training.local_steps": 1, "sites": 5, "quorum": 4, **training}
+    plan = make_plan(distributed)
+    assert plan.distributed is not None
     for survivors, trimmed in ((4, 4), (5, 5), (5, 4), (5, 0)):
         total = np.zeros(zero.size, np.uint32)
         for site in range(survivors):
-            upload, seeds = plan.shared.upload(zero, source)
+            upload, seeds = plan.distributed.upload(zero, source)
             total += upload
             if site < trimmed:
-                given = [seeds[k] for k in plan.shared.given_away(survivors)]
-                total -= plan.shared.surplus(given, survivors, zero.size)
-        found = rate * np.std(plan.shared.decode(total)) / survivors
+                given = [seeds[k] for k in plan.distributed.revealed_seeds(survivors)]
+                total -= plan.distributed.surplus(given, survivors, zero.size)
+        found = rate * np.std(plan.distributed.decode(total)) / survivors
         assert plan.noise_std([1 / survivors] * survivors, trimmed) == pytest.approx(found, rel=0.05)
 
     assert make_plan({"privacy.mode": "off", **training}).noise_std([1.0], 0) == 0

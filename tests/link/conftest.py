@@ -30,7 +30,7 @@ from server import daemon as server_daemon
 from server import federation
 from server.federation import HeadOffice
 from server.grpc_grid import look
-from server.roster import Member, Roster
+from server.roster import Roster, RosterEntry
 
 
 def until(come_about: Callable[[], Any], what: str = "it", seconds: float = 60.0) -> Any:
@@ -125,14 +125,14 @@ class House:
         issued = certificates.certify(authority or self.office.authorities[-1], line, site, days)
         write_secret(place.with_suffix(".pem"), issued)
         if known:
-            member = Member(
+            member = RosterEntry(
                 site=site, identity=Identity.generate().public.to_text(), link_key=line, serving_key=line,
                 admitted_at=now(),
             )  # fmt: skip
             self.change(*self.office.roster.members, member)
         return place
 
-    def change(self, *members: Member) -> None:
+    def change(self, *members: RosterEntry) -> None:
         write_secret(self.office.roster_file, Roster(members=members).model_dump_json().encode())
         if hasattr(self, "daemon"):
             self.loops[0].loop.call_soon_threadsafe(self.daemon.look_at_roster)

@@ -13,7 +13,7 @@ from fedllm.errors import MessageError
 from fedllm.protocol.enrolment import now
 from fedllm.protocol.link import VERSION
 from fedllm.protocol.link_pb2 import FromSite, Hello, Part, Refusal, ToSite
-from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 from server.grpc_grid import GrpcGrid, look, node_of
 from tests.link.conftest import House, Loop, Site, until
 
@@ -42,7 +42,7 @@ def grid(house: House) -> Iterator[GrpcGrid]:
 
 
 def message(site: str, data: bytes, ttl: float = 60) -> Message:
-    return Message(RecordDict({RECORD: ConfigRecord({KEY: data})}), node_of(site), "query", ttl=ttl)
+    return Message(RecordDict({ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: data})}), node_of(site), "query", ttl=ttl)
 
 
 def reply(grid: GrpcGrid, id_: str) -> bytes | str:
@@ -50,7 +50,7 @@ def reply(grid: GrpcGrid, id_: str) -> bytes | str:
     [found] = until(lambda: list(grid.pull_messages([id_])), "an answer")
     if found.has_error():
         return str(found.error.reason)
-    data = found.content.config_records[RECORD][KEY]
+    data = found.content.config_records[ENVELOPE_RECORD][ENVELOPE_KEY]
     assert isinstance(data, bytes)
     return data
 

@@ -88,7 +88,7 @@ def test_an_office_that_is_connected_is_so_at_both_ends(ends: Ends) -> None:
     assert "takes this office's" in ends.at_site("ok")
     assert f"{NAME} is connected from ipv4:127.0.0.1:" in ends.at_head("ok")
     assert "offices reach 127.0.0.1" in ends.at_head("ok")
-    assert ends.at_head("WRONG") == ""
+    assert ends.at_head("ERROR") == ""
 
 
 def expired(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> bytes:
@@ -100,12 +100,12 @@ def expired(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> bytes:
 def test_a_certificate_that_has_ended(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     ends.replace_certificate(expired(ends, monkeypatch))
     ends.start(not_connected)
-    said = ends.at_site("WRONG")
+    said = ends.at_site("ERROR")
     assert "this office's certificate has ended on" in said
     assert "not connected to head office: this office's certificate has ended on" in said
     assert "fedllm server grant SITE" in said
-    assert f"the certificate of {NAME} has ended on" in ends.at_head("WRONG")
-    assert f"fedllm server grant {NAME}, and send it" in ends.at_head("WRONG")
+    assert f"the certificate of {NAME} has ended on" in ends.at_head("ERROR")
+    assert f"fedllm server grant {NAME}, and send it" in ends.at_head("ERROR")
     assert f"{NAME} is not connected. There: fedllm doctor" in ends.at_head("warning")
 
 
@@ -126,16 +126,16 @@ def test_keys_that_were_retired(ends: Ends) -> None:
     federation.admit(ends.head, waiting.join_file.read_bytes(), heard)
     federation.retire(ends.head, NAME)  # too early: the office has not installed its grant
     ends.start(not_connected)
-    assert "no office of the roster has this certificate's key: it was retired" in ends.at_site("WRONG")
-    assert f"{NAME} was refused at" in ends.at_head("WRONG")
-    assert "it was retired, or never admitted" in ends.at_head("WRONG")
+    assert "no office of the roster has this certificate's key: it was retired" in ends.at_site("ERROR")
+    assert f"{NAME} was refused at" in ends.at_head("ERROR")
+    assert "it was retired, or never admitted" in ends.at_head("ERROR")
 
 
 def test_an_office_that_was_revoked_is_cut_off_and_told(ends: Ends) -> None:
     ends.start(connected)
     federation.revoke(ends.head, NAME)
     link_says(ends.site, lambda state: "revoked" in state.text)
-    assert f"not connected to head office: {NAME} was revoked on" in ends.at_site("WRONG")
+    assert f"not connected to head office: {NAME} was revoked on" in ends.at_site("ERROR")
     until(lambda: f"{NAME}, which is not in the roster, was refused at" in ends.at_head("warning"))
     assert f"{NAME} was revoked on" in ends.at_head("warning")
 
@@ -143,26 +143,26 @@ def test_an_office_that_was_revoked_is_cut_off_and_told(ends: Ends) -> None:
 def test_an_office_that_is_unknown(ends: Ends) -> None:
     write_secret(ends.head / "roster.json", b'{"members": []}')  # as of a backup of before
     ends.start(not_connected)
-    assert "never admitted" in ends.at_site("WRONG")
+    assert "never admitted" in ends.at_site("ERROR")
     assert f"{NAME}, which is not in the roster, was refused at" in ends.at_head("warning")
 
 
 def test_a_certificate_of_another_authority(ends: Ends) -> None:
     ends.replace_certificate(certificates.certify(certificates.make_ca("x", 9), ends.link_key, NAME, 9))
     ends.start(not_connected)
-    said = ends.at_site("WRONG")
+    said = ends.at_site("ERROR")
     for where in ("not connected to head office: ", "way to head office: "):
         assert f"{where}head office does not believe this office's certificate" in said
     assert "it is of another authority" in said
     assert f"{NAME} is not connected. There: fedllm doctor" in ends.at_head("warning")
-    assert f"the certificate of {NAME} is not of this federation's authority" in ends.at_head("WRONG")
+    assert f"the certificate of {NAME} is not of this federation's authority" in ends.at_head("ERROR")
 
 
 def test_a_head_office_of_another_authority(ends: Ends) -> None:
     for step in ("start", "finish", "retire"):  # the office has slept through it
         federation.rotate_ca(ends.head, step)  # type: ignore[arg-type]
     ends.start(not_connected)
-    said = ends.at_site("WRONG")
+    said = ends.at_site("ERROR")
     assert "not connected to head office: the server certificate is not of the authority that the grant names" in said
     assert "way to head office: the server certificate is not of the authority" in said
     assert f"{NAME} is not connected" in ends.at_head("warning")
@@ -181,7 +181,7 @@ def test_a_clock_that_is_off(ends: Ends, monkeypatch: pytest.MonkeyPatch, second
 
 def test_a_head_office_that_does_not_run(ends: Ends) -> None:
     ends.start_site(not_connected)
-    assert "refuses. At head office: fedllm server start" in ends.at_site("WRONG")
+    assert "refuses. At head office: fedllm server start" in ends.at_site("ERROR")
     assert "daemon: it does not run. Start it: fedllm server start" in ends.at_head("warning")
 
 
@@ -197,7 +197,7 @@ def test_a_site_that_is_not_connected_for_long_is_wrong(ends: Ends, monkeypatch:
     link_says(ends.site, lambda state: state.since == first.since)
     later = health_checks.now() + timedelta(seconds=30)
     monkeypatch.setattr(client.doctor, "now", lambda: later)
-    assert "is not connected to head office" in ends.at_site("WRONG")
+    assert "is not connected to head office" in ends.at_site("ERROR")
 
 
 def test_a_site_that_does_not_run(ends: Ends) -> None:
@@ -210,7 +210,7 @@ def test_a_relay_that_is_missing(ends: Ends) -> None:
     values = (ends.site / "site.yaml").read_text("utf-8") + f"socket: {ends.site / 'relay.sock'}\n"
     write_secret(ends.site / "site.yaml", values.encode())
     ends.start(not_connected)
-    said = ends.at_site("WRONG")
+    said = ends.at_site("ERROR")
     assert f"not connected to head office: no relay listens on {ends.site / 'relay.sock'}" in said
     assert "Does it run (fedllm site relay)" in said
     assert f"{NAME} is not connected" in ends.at_head("warning")

@@ -12,11 +12,11 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedllm.crypto import certificates
-from fedllm.ops.tls_probe import reach, remedy
+from fedllm.ops.tls_probe import explain_failure, probe_tls
 from fedllm.protocol.enrolment import now
 from fedllm.protocol.link import PART, request_id
 from fedllm.protocol.link_pb2 import FromSite, Part, Refusal, ToSite
-from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 from server.grpc_grid import GrpcGrid
 from tests.link.conftest import House, Loop, Peer, until
 
@@ -189,8 +189,8 @@ def test_a_certificate_that_is_not_believed_is_refused_before_a_frame_and_the_si
             assert secured.recv(100) == b""
         return
     with pytest.raises(OSError) as found:  # noqa: PT011
-        reach("127.0.0.1", house.port, house.office.ca_file, own=(key.with_suffix(".pem"), key))
-    text = remedy("127.0.0.1", house.port, found.value)
+        probe_tls("127.0.0.1", house.port, house.office.ca_file, own=(key.with_suffix(".pem"), key))
+    text = explain_failure("127.0.0.1", house.port, found.value)
     assert ("has ended on" if fault == "ended" else "does not believe this office's certificate") in text
     assert "fedllm server grant SITE" in text
     assert house.connected() == []
@@ -206,7 +206,9 @@ def test_a_site_that_sends_parts_that_do_not_fit_gets_its_answer_refused(house: 
             ([Part(size=10, data=b"x"), Part(size=11, data=b"y")], "do not fit together"),
             ([Part(size=2, data=b"xyz")], "do not fit together"),
         ):
-            message = Message(RecordDict({RECORD: ConfigRecord({KEY: reason.encode()})}), node, "query", ttl=60)
+            message = Message(
+                RecordDict({ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: reason.encode()})}), node, "query", ttl=60
+            )
             [id_] = grid.push_messages([message])
             frame = ToSite.FromString(peer.read() or b"")
             assert frame.request.id == request_id(reason.encode())

@@ -24,10 +24,10 @@ from fedllm.crypto import certificates
 from fedllm.crypto.identity import Identity
 from fedllm.files import write_secret
 from fedllm.protocol.enrolment import now
-from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 from server import federation
 from server.grpc_grid import GrpcGrid, look, node_of
-from server.roster import Member, Roster
+from server.roster import Roster, RosterEntry
 from tests.deployment.harness import HeadOffice, until
 from tests.deployment.network import HEAD, Network, do, why_not
 
@@ -98,7 +98,7 @@ def test_a_round_of_a_million_values_completes_over_a_poor_line(tmp_path: Path) 
         issued = certificates.certify(head.office.authorities[0], own, OFFICE, 30)
         write_secret(key.with_suffix(".pem"), issued)
         identity = Identity.generate().public.to_text()
-        member = Member(site=OFFICE, identity=identity, link_key=own, serving_key=own, admitted_at=now())
+        member = RosterEntry(site=OFFICE, identity=identity, link_key=own, serving_key=own, admitted_at=now())
         federation._write_roster(head.home, Roster(members=(member,)))
         site = [*network.prefix(OFFICE), sys.executable, "-m", "tests.link.poor_site"]
         place = [f"{POOR[HEAD]}:9092", str(head.office.ca_file), str(key)]
@@ -112,10 +112,10 @@ def test_a_round_of_a_million_values_completes_over_a_poor_line(tmp_path: Path) 
                 began = time.monotonic()
                 for down, up in EXCHANGES:
                     data = up.to_bytes(8, "big") + secrets.token_bytes(down - 8)
-                    record = RecordDict({RECORD: ConfigRecord({KEY: data})})
+                    record = RecordDict({ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: data})})
                     [reply] = grid.send_and_receive([Message(record, node_of(OFFICE), "query", ttl=1200)], timeout=1200)
                     assert not reply.has_error()
-                    found = reply.content.config_records[RECORD][KEY]
+                    found = reply.content.config_records[ENVELOPE_RECORD][ENVELOPE_KEY]
                     assert isinstance(found, bytes)
                     assert found == (data[8:] * 2)[:up]
                 seconds = time.monotonic() - began

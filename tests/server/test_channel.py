@@ -16,7 +16,7 @@ from fedllm.protocol.enrolment import now
 from fedllm.protocol.sealed_envelope import Binding
 from fedllm.values import parse
 from server.channel import Opener, PlainChannel, SealedChannel
-from server.roster import Member, Roster
+from server.roster import Roster, RosterEntry
 
 HEAD, STRANGER = Identity.generate(), Identity.generate()
 
@@ -37,9 +37,9 @@ class Office:
         self._keys = [certificates.key_line(certificates.make_key()) for _ in range(2)]
 
     @property
-    def member(self) -> Member:
+    def member(self) -> RosterEntry:
         link, serving = self._keys
-        return Member(
+        return RosterEntry(
             site=self.name, identity=self.identity.public.to_text(), link_key=link, serving_key=serving,
             admitted_at=now(),
         )  # fmt: skip

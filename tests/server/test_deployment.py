@@ -11,8 +11,8 @@ from fedllm.errors import FolderError
 from fedllm.files import write_secret
 from fedllm.protocol.enrolment import now
 from server import deployment
-from server.events import Event, Phase, RoundRecord, RoundStarted, SiteAnswered
-from server.roster import Member, Roster
+from server.events import Event, Phase, RoundMetrics, RoundStarted, SiteAnswered
+from server.roster import Roster, RosterEntry
 
 
 def test_every_event_of_a_run_comes_back_from_the_progress_file(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_every_event_of_a_run_comes_back_from_the_progress_file(tmp_path: Path) 
         Phase("evaluating the base model"),
         RoundStarted(1, ["서울"]),
         SiteAnswered(1, "서울", False, "policy"),
-        RoundRecord(1, True, 1.5, 0.9, 2.5, None, answered=["서울"]),
+        RoundMetrics(1, True, 1.5, 0.9, 2.5, None, answered=["서울"]),
     ]
     assert {type(event) for event in told} == set(get_args(Event))
     for event in told:
@@ -32,7 +32,7 @@ def test_every_event_of_a_run_comes_back_from_the_progress_file(tmp_path: Path) 
 
 def test_a_run_sees_every_roster_at_once_and_says_where_it_is_gone(tmp_path: Path) -> None:
     file, line = tmp_path / "roster.json", certificates.key_line(certificates.make_key())
-    member = Member(
+    member = RosterEntry(
         site="busan", identity=Identity.generate().public.to_text(), link_key=line, serving_key=line, admitted_at=now()
     )
     revoked = member.model_copy(update={"revoked_at": now()})

@@ -14,7 +14,7 @@ from fedllm.crypto import certificates
 from fedllm.crypto.certificates import Certificate
 from fedllm.files import write_secret
 from fedllm.ops import health_checks
-from fedllm.ops.health_checks import Finding
+from fedllm.ops.health_checks import CheckResult
 from fedllm.protocol.enrolment import Grant, now
 from fedllm.protocol.link_pb2 import Connected, Refused, Sites
 from server import doctor, federation, grpc_grid
@@ -53,7 +53,7 @@ def edit(folder: Path, **values: object) -> None:
 def test_a_folder_in_order_has_nothing_wrong_and_is_left_as_it_was(folder: Path) -> None:
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     found = examine(folder)
-    assert [finding for finding in found if finding.level == "WRONG"] == []
+    assert [finding for finding in found if finding.level == "ERROR"] == []
     assert [finding.text for finding in found if finding.level == "warning"] == [
         "daemon: it does not run. Start it: fedllm server start"
     ]
@@ -86,8 +86,8 @@ HOSTS = ("127.0.0.1", "localhost")
 
 @pytest.mark.parametrize(
     ("days_later", "level", "text"),
-    [(0, "ok", "ends on"), (55, "ok", "ends on"), (61, "warning", "days. Remedy"), (77, "WRONG", "days. Remedy"),
-     (91, "WRONG", "has ended"), (-1, "WRONG", "Set the clock")],
+    [(0, "ok", "ends on"), (55, "ok", "ends on"), (61, "warning", "days. Remedy"), (77, "ERROR", "days. Remedy"),
+     (91, "ERROR", "has ended"), (-1, "ERROR", "Set the clock")],
 )  # fmt: skip
 def test_a_certificate_that_ends_is_announced_30_days_before_and_wrong_14_days_before(
     folder: Path, monkeypatch: pytest.MonkeyPatch, days_later: int, level: str, text: str
@@ -112,43 +112,43 @@ def test_an_authority_is_replaced_before_it_is_too_short_for_what_it_issues(
 
 def test_a_server_certificate_of_another_authority_is_wrong(folder: Path) -> None:
     serve_with(folder, certificates.make_server_certificate(certificates.make_ca("other", 365), HOSTS, 90))
-    assert any("not issued by this federation's authority" in text for text in said(folder, "WRONG"))
+    assert any("not issued by this federation's authority" in text for text in said(folder, "ERROR"))
 
 
 def test_a_server_certificate_without_its_own_key_is_wrong(folder: Path) -> None:
     made = certificates.make_server_certificate(authority(folder), HOSTS, 90)
     other = certificates.make_server_certificate(authority(folder), HOSTS, 90)
     serve_with(folder, Certificate(made.certificate, other.key))
-    assert any("no private key beside it. Restore" in text for text in said(folder, "WRONG"))
+    assert any("no private key beside it. Restore" in text for text in said(folder, "ERROR"))
 
 
 def test_a_host_that_the_certificate_does_not_cover_is_wrong(folder: Path) -> None:
     edit(folder, host="head.example.com", listen="0.0.0.0")
-    [text] = said(folder, "WRONG")
+    [text] = said(folder, "ERROR")
     assert "not good for head.example.com" in text
     assert "fedllm server rotate certificate" in text
     federation.rotate_server_certificate(folder)
-    assert said(folder, "WRONG") == []
+    assert said(folder, "ERROR") == []
     edit(folder, names="[10.1.2.3]")
     assert any("not good for 10.1.2.3" in text for text in said(folder, "warning"))
 
 
 def test_a_port_that_offices_cannot_reach_by_design_is_wrong(folder: Path) -> None:
     edit(folder, host="head.example.com")
-    assert any("listen: 0.0.0.0" in text for text in said(folder, "WRONG"))
+    assert any("listen: 0.0.0.0" in text for text in said(folder, "ERROR"))
 
 
 @pytest.mark.parametrize("name", ["keys/identity", "keys/ca.key", "keys/ca.pem", "keys/server.pem", "roster.json"])
 def test_a_file_that_is_lost_or_damaged_is_named(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"x")
-    assert said(folder, "WRONG")
+    assert said(folder, "ERROR")
     (folder / name).unlink()
-    assert any(name in text and "backup" in text for text in said(folder, "WRONG"))
+    assert any(name in text and "backup" in text for text in said(folder, "ERROR"))
 
 
 def test_a_mistake_in_the_settings_is_named(folder: Path) -> None:
     edit(folder, prt=1)
-    assert any("did you mean port" in text for text in said(folder, "WRONG"))
+    assert any("did you mean port" in text for text in said(folder, "ERROR"))
 
 
 @pytest.mark.parametrize("what", ["ca", "identity"])
@@ -179,7 +179,7 @@ def test_the_roster_is_looked_at(folder: Path) -> None:
 def test_what_others_may_use_is_wrong(folder: Path, name: str) -> None:
     path = folder / name
     path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o004)
-    [text] = said(folder, "WRONG")
+    [text] = said(folder, "ERROR")
     assert f"'{path}'" in text
     assert "chmod" in text
 
@@ -192,7 +192,7 @@ def test_loose_files_inside_a_private_folder_are_a_warning(folder: Path) -> None
 def test_a_folder_that_everybody_may_exchange_is_wrong(folder: Path) -> None:
     folder.parent.chmod(0o777)
     try:
-        assert any("another folder in the place" in text and "chmod o-w" in text for text in said(folder, "WRONG"))
+        assert any("another folder in the place" in text and "chmod o-w" in text for text in said(folder, "ERROR"))
     finally:
         folder.parent.chmod(0o700)
 
@@ -200,7 +200,7 @@ def test_a_folder_that_everybody_may_exchange_is_wrong(folder: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 def test_a_file_of_another_user_is_wrong(folder: Path) -> None:
     os.chown(folder / "roster.json", 65534, -1)
-    assert any("chown -R" in text and "roster.json" in text for text in said(folder, "WRONG"))
+    assert any("chown -R" in text and "roster.json" in text for text in said(folder, "ERROR"))
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_a_clock_that_is_behind_or_free_is_named(folder: Path, monkeypatch: pyte
     assert any("Compare it by hand" in text for text in said(folder, "warning"))
     then = now() - timedelta(hours=1)
     monkeypatch.setattr(health_checks, "now", lambda: then)
-    assert any(text.startswith("clock: it says") for text in said(folder, "WRONG"))
+    assert any(text.startswith("clock: it says") for text in said(folder, "ERROR"))
 
 
 def test_the_kernel_is_asked_about_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_the_kernel_is_asked_about_its_clock(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("gib", "level", "text"), [(0.5, "WRONG", "Free some space"), (3, "warning", "Free"), (9, "ok", "9.0 GiB")]
+    ("gib", "level", "text"), [(0.5, "ERROR", "Free some space"), (3, "warning", "Free"), (9, "ok", "9.0 GiB")]
 )
 def test_a_disk_that_fills_up_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch, gib: float, level: str, text: str
@@ -247,7 +247,7 @@ def test_a_library_that_is_missing_is_wrong(folder: Path, monkeypatch: pytest.Mo
         raise health_checks.PackageNotFoundError(name)
 
     monkeypatch.setattr(health_checks, "version", version)
-    assert any("not installed" in text and "pip install" in text for text in said(folder, "WRONG"))
+    assert any("not installed" in text and "pip install" in text for text in said(folder, "ERROR"))
 
 
 # ---- ports -----------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_a_library_that_is_missing_is_wrong(folder: Path, monkeypatch: pytest.Mo
 def test_another_program_on_the_port_is_wrong(folder: Path) -> None:
     config = federation.HeadOffice.open(folder).config
     with socket.create_server(("127.0.0.1", config.port)):
-        [text] = said(folder, "WRONG")
+        [text] = said(folder, "ERROR")
     assert f"process {os.getpid()}" in text
     assert "choose another port" in text
 
@@ -265,16 +265,16 @@ def test_a_daemon_that_does_not_answer_is_wrong(folder: Path, monkeypatch: pytes
     monkeypatch.setattr(grpc_grid, "_TIMEOUT", 1.0)
     (folder / "run").mkdir(0o700)
     with health_checks.locked(folder / "run"):
-        assert any("server.log" in text and "start it anew" in text for text in said(folder, "WRONG"))
+        assert any("server.log" in text and "start it anew" in text for text in said(folder, "ERROR"))
 
 
 def test_a_daemon_whose_port_is_not_served_or_shows_another_certificate_is_named(folder: Path) -> None:
     with daemon_of(folder):
-        assert said(folder, "WRONG") == []
+        assert said(folder, "ERROR") == []
         federation.rotate_server_certificate(folder)  # this daemon does not look for a new one
         assert any("former certificate" in text for text in said(folder, "warning"))
         edit(folder, port=free_port())
-        assert any("the port is not served" in text and "refuses" in text for text in said(folder, "WRONG"))
+        assert any("the port is not served" in text and "refuses" in text for text in said(folder, "ERROR"))
 
 
 def test_offices_that_are_connected_away_or_refused_are_told_apart(folder: Path) -> None:
@@ -285,7 +285,7 @@ def test_offices_that_are_connected_away_or_refused_are_told_apart(folder: Path)
         (Sites(connected=[there]), "ok", "is connected from ipv4:10.0.0.1:5, fedllm 0.1.0"),
         (Sites(connected=[there], refused=[refused]), "ok", "is connected"),
         (Sites(), "warning", "There: fedllm doctor"),
-        (Sites(refused=[refused]), "WRONG", "no hello"),
+        (Sites(refused=[refused]), "ERROR", "no hello"),
         (Sites(refused=[Refused(site="stranger", text="never")]), "warning", "stranger, which is not in the roster"),
     ):
         found = doctor._offices(office, sites)
@@ -300,7 +300,7 @@ def test_a_certificate_of_an_office_that_another_authority_issued_is_wrong(folde
     key = certificates.certified_key(grant.link.encode())
     other = certificates.certify(certificates.make_ca("other", 9), key, grant.site, 9)
     write_secret(path, grant.model_copy(update={"link": other.decode()}).sign(office.identities))
-    [text] = said(folder, "WRONG")
+    [text] = said(folder, "ERROR")
     assert "the certificate of 서울-강남 is not of this federation's authority" in text
     assert "fedllm server grant 서울-강남" in text
 
@@ -315,7 +315,7 @@ def test_the_command_ends_with_1_where_something_is_wrong_and_says_which(folder:
     (folder / "keys" / "identity").chmod(0o644)
     done = CliRunner().invoke(app, ["doctor", "--home", str(folder)])
     assert done.exit_code == 1
-    assert "WRONG    " in done.output
+    assert "ERROR    " in done.output
     assert "need to be put right" in str(done.exception)
 
 
@@ -329,4 +329,6 @@ def test_the_command_finds_out_what_it_looks_at(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_finding_is_said_once() -> None:
-    assert health_checks.gather(lambda: [Finding("ok", "a")], lambda: [Finding("ok", "a")]) == [Finding("ok", "a")]
+    assert health_checks.run_checks(lambda: [CheckResult("ok", "a")], lambda: [CheckResult("ok", "a")]) == [
+        CheckResult("ok", "a")
+    ]

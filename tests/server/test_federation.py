@@ -23,7 +23,7 @@ from fedllm.errors import ConfigError, CryptoError, FederationError, FedllmError
 from fedllm.protocol.enrolment import Grant, JoinRequest, now
 from server import federation
 from server.federation import HeadOffice, admit, init_federation, retire, revoke
-from server.ledger_heads import HEADS, Heads
+from server.ledger_heads import HEADS, LedgerHeads
 from server.roster import Roster
 
 
@@ -67,7 +67,7 @@ def modes(folder: Path) -> dict[str, int]:
 
 
 def test_head_office_takes_a_new_ledger_of_a_site_by_a_command_of_its_own(folder: Path) -> None:
-    heads = Heads(folder / HEADS)
+    heads = LedgerHeads(folder / HEADS)
     heads.note({name: LedgerHead(7, "seven") for name in ("busan", "jeju")})
     assert modes(folder)[HEADS] == 0o600
     done = CliRunner().invoke(app, ["server", "new-ledger", "jeju", "--home", str(folder)])

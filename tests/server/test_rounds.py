@@ -31,8 +31,8 @@ from fedllm.errors import CheckpointError, FederationError, ModelError, QuorumLo
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.protocol.messages import (
-    KEY,
-    RECORD,
+    ENVELOPE_KEY,
+    ENVELOPE_RECORD,
     Declined,
     Prepare,
     Ready,
@@ -46,10 +46,10 @@ from fedllm.training.server_optimizer import ServerOptimizer
 from fedllm.values import MAX_START, parse
 from server.channel import PlainChannel
 from server.checkpoint import load_checkpoint
-from server.events import CHECKPOINT, METRICS, Event, Phase, RoundRecord, RoundStarted, SiteAnswered
-from server.ledger_heads import HEADS, Heads
+from server.events import CHECKPOINT, METRICS, Event, Phase, RoundMetrics, RoundStarted, SiteAnswered
+from server.ledger_heads import HEADS, LedgerHeads
 from server.rounds import Coordinator, PublicModel
-from server.run_record import RECORD_FILE, RunRecord, adapter_digest
+from server.run_record import RECORD_FILE, RunLog, adapter_digest
 
 DIMENSION = 12
 SPEC = AdapterSpec("base", "frozen", 2.0, (TensorSpec("a", (4, 2)), TensorSpec("b", (4,))))
@@ -176,7 +176,7 @@ class FakeGrid(Grid):
             if message_id not in self._waiting:
                 continue
             message = self._waiting.pop(message_id)
-            payload = message.content.config_records[RECORD][KEY]
+            payload = message.content.config_records[ENVELOPE_RECORD][ENVELOPE_KEY]
             assert isinstance(payload, bytes)
             try:
                 answer = self.nodes[message.metadata.dst_node_id](payload)
@@ -190,7 +190,7 @@ class FakeGrid(Grid):
 
 
 def _envelope(value: Any) -> RecordDict:
-    return RecordDict({RECORD: ConfigRecord({KEY: value})})
+    return RecordDict({ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: value})})
 
 
 @pytest.fixture(autouse=True)
@@ -230,7 +230,7 @@ class Federation:
         self.sites = {name: FakeSite(name) for name in NAMES}
         self.grid = FakeGrid(dict(enumerate(self.sites.values(), start=1)))
         self.events: list[Event] = []
-        self.heads: Heads | None = None
+        self.heads: LedgerHeads | None = None
 
     def heads_seen(self) -> dict[str, LedgerHead]:
         assert self.heads is not None
@@ -238,7 +238,7 @@ class Federation:
 
     def coordinator(self, observe: Callable[[Event], None] | None = None) -> Coordinator:
         channel = PlainChannel(self.grid, self.config.round_timeout, len(self.sites))
-        record = RunRecord(self.folder / RECORD_FILE, HEAD_OFFICE, {"jeju": "its identity"})
+        record = RunLog(self.folder / RECORD_FILE, HEAD_OFFICE, {"jeju": "its identity"})
         model = PublicModel(SPEC, START, score)
         return Coordinator(self.plan, self.config, model, channel, record, observe or self.events.append, self.heads)
 
@@ -267,11 +267,11 @@ def expected_adapters(federation: Federation, absent: Mapping[int, set[str]] | N
     return adapters
 
 
-def untimed(records: Iterable[RoundRecord]) -> list[dict[str, Any]]:
+def untimed(records: Iterable[RoundMetrics]) -> list[dict[str, Any]]:
     return [{k: v for k, v in vars(record).items() if k != "seconds"} for record in records]
 
 
-def unweighed(records: Iterable[RoundRecord]) -> list[dict[str, Any]]:
+def unweighed(records: Iterable[RoundMetrics]) -> list[dict[str, Any]]:
     """Leave out sizes as well: after a resume the record's entries have longer numbers."""
     return [{k: v for k, v in each.items() if not k.startswith("bytes_")} for each in untimed(records)]
 
@@ -317,7 +317,7 @@ def test_every_round_is_on_disk_before_it_is_announced(federation: Federation) -
     seen = []
 
     def observe(event: Event) -> None:
-        if isinstance(event, RoundRecord):
+        if isinstance(event, RoundMetrics):
             assert load_checkpoint(federation.folder / CHECKPOINT).round == event.round
             assert federation.metrics()[-1]["round"] == event.round
             seen.append(event.round)
@@ -980,8 +980,8 @@ def test_every_site_hears_what_it_signed_for_last(federation: Federation) -> Non
 # ---- what other runs saw of a ledger ---------------------------------------------------------------------------------
 
 
-def heads_in(folder: Path) -> Heads:
-    return Heads(folder / HEADS)
+def heads_in(folder: Path) -> LedgerHeads:
+    return LedgerHeads(folder / HEADS)
 
 
 def next_run(federation: Federation, run: str) -> Federation:
@@ -1060,7 +1060,7 @@ def test_runs_at_once_never_replace_a_newer_head_by_an_older_one(tmp_path: Path)
     first.note({"a": LedgerHead(5, "five"), "b": LedgerHead(1, "one")})
     second.note({"a": LedgerHead(4, "four")})
     assert first.read() == {"a": LedgerHead(5, "five"), "b": LedgerHead(1, "one")}
-    other = Heads(tmp_path / HEADS, "elsewhere/")
+    other = LedgerHeads(tmp_path / HEADS, "elsewhere/")
     other.note({"a": LedgerHead(0, "zero")})
     assert other.read() == {"a": LedgerHead(0, "zero")}
     assert first.read()["a"].number == 5

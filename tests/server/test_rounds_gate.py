@@ -8,7 +8,7 @@ import pytest
 from fedllm.audit.evidence import _Checks, _read_record
 from fedllm.errors import QuorumLost
 from fedllm.plan import RunPlan
-from server.events import RoundRecord
+from server.events import RoundMetrics
 from server.run_record import RECORD_FILE, adapter_digest
 from tests.server.test_rounds import (  # noqa: F401  # one is a fixture
     NAMES,
@@ -73,7 +73,7 @@ def test_a_round_beyond_the_gate_leaves_adapter_and_optimiser_as_they_were(
     before: list[tuple[bytes, dict[str, bytes]]] = []
 
     def observe(event: object) -> None:
-        if isinstance(event, RoundRecord):
+        if isinstance(event, RoundMetrics):
             state = {name: array.tobytes() for name, array in coordinator._optimizer.state().items()}
             before.append((coordinator.adapter.tobytes(), state))
 
@@ -115,7 +115,7 @@ def test_a_run_with_a_gate_is_resumed_from_any_round(tmp_path: Path, ended: int)
     federation = poisoned(tmp_path / "run")
 
     def die(event: object) -> None:
-        if isinstance(event, RoundRecord) and event.round == ended:
+        if isinstance(event, RoundMetrics) and event.round == ended:
             raise Killed
 
     coordinator = federation.coordinator(die)

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedllm.config import DeploymentConfig
 from fedllm.errors import ConfigError
-from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 from fedllm.values import parse
 from server.aggregate import AGGREGATION, AggregationRule
 from server.grid import OneRunGrid
@@ -82,9 +82,11 @@ class Direct(OneRunGrid):
         return list(self._sites)
 
     def _send(self, message: Message) -> bool:
-        asked = message.content.config_records[RECORD][KEY]
+        asked = message.content.config_records[ENVELOPE_RECORD][ENVELOPE_KEY]
         assert isinstance(asked, bytes)
-        answer = RecordDict({RECORD: ConfigRecord({KEY: self._sites[message.metadata.dst_node_id](asked)})})
+        answer = RecordDict(
+            {ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: self._sites[message.metadata.dst_node_id](asked)})}
+        )
         self._replied(message, Message(answer, reply_to=message))
         return True
 

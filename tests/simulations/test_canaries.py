@@ -11,7 +11,7 @@ from flwr.app import Message
 
 from client.site import Site
 from fedllm.config import SimulationConfig
-from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 from simulations.grid import InProcessGrid
 from simulations.simulate import simulate
 
@@ -65,7 +65,7 @@ def test_nothing_of_a_record_crosses_the_grid(
             crossed.append(str(message.error).encode())
         else:
             crossed.append(str(dict(message.content)).encode())
-            value = message.content.config_records[RECORD][KEY]
+            value = message.content.config_records[ENVELOPE_RECORD][ENVELOPE_KEY]
             assert isinstance(value, bytes)
             crossed.append(value)
 

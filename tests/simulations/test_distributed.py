@@ -22,12 +22,12 @@ from fedllm.privacy.distributed_noise import rounded_normals
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.privacy.randomness import SeededRandomness
 from fedllm.protocol.messages import (
+    ConsistencyCheck,
     Declined,
-    Masked,
-    Secure,
+    MaskedInput,
+    SecAggRequest,
     TrainReply,
     TrainRequest,
-    UnmaskRequest,
     from_bytes,
     unpack,
 )
@@ -89,8 +89,8 @@ def pooled(config: SimulationConfig, plan: RunPlan) -> tuple[NDArray[np.float32]
     Returns the adapter and the largest that rounding to quanta may have moved a coordinate of one step's gradient.
     """
     workspace = open_workspace(plan.model, plan.adapter, plan.seed, "cpu")
-    engine, adapter, shared, data = workspace.engine, workspace.adapter, plan.shared, simulated_data(config)
-    assert shared is not None
+    engine, adapter, distributed, data = workspace.engine, workspace.adapter, plan.distributed, simulated_data(config)
+    assert distributed is not None
     optimizer = ServerOptimizer(plan.training.server, adapter.initial)
     worst = 0.0
     for number in range(1, plan.training.rounds + 1):
@@ -99,15 +99,15 @@ def pooled(config: SimulationConfig, plan: RunPlan) -> tuple[NDArray[np.float32]
         for name in data.names:
             units = data.records(name, plan.model).units(plan)
             source = SeededRandomness(plan.privacy.insecure_seed or 0, name, number)
-            noise = rounded_normals(source, total.size, shared._std(shared._parts[0]))
-            source.words(4 * len(shared._parts[1:]))  # the seeds of the others
-            drawn = shared.mechanism.sample(len(units), source)
+            noise = rounded_normals(source, total.size, distributed._std(distributed._parts[0]))
+            source.words(4 * len(distributed._parts[1:]))  # the seeds of the others
+            drawn = distributed.mechanism.sample(len(units), source)
             adapter.load(optimizer.value)
-            total += engine.clipped_sum([units[i] for i in drawn], shared.mechanism, 8).numpy()
-            total += noise * shared.quantum
+            total += engine.clipped_sum([units[i] for i in drawn], distributed.mechanism, 8).numpy()
+            total += noise * distributed.quantum
             drawn_units += len(drawn)
-        lost = np.sqrt(total.size) / 2 / shared.scale * plan.privacy.clip_norm
-        worst = max(worst, drawn_units * (shared.quantum / 2 + lost) / (len(data.names) * plan.expected_units))
+        lost = np.sqrt(total.size) / 2 / distributed.scale * plan.privacy.clip_norm
+        worst = max(worst, drawn_units * (distributed.quantum / 2 + lost) / (len(data.names) * plan.expected_units))
         gradient = total / (len(data.names) * plan.expected_units)
         delta = -(plan.training.learning_rate * gradient).astype(np.float32)
         optimizer.step(delta, (number - 1) / plan.training.rounds)
@@ -154,8 +154,8 @@ def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, mon
     for language, word in (("", "masks its sum"), (".ko", "가립니다")):
         assert word in (done.folder / "audit" / f"audit{language}.html").read_text("utf-8")
 
-    head_office, shared = key_in(done.folder), done.plan.shared
-    assert shared is not None
+    head_office, distributed = key_in(done.folder), done.plan.distributed
+    assert distributed is not None
     for trimmed in (None, -1, 2, 5):  # fewer than the quorum, or more than answered: the sum could not have been read
 
         def overstate(bodies: list[dict[str, Any]], trimmed: int | None = trimmed) -> None:
@@ -163,7 +163,7 @@ def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, mon
                 if body["kind"] == "round":
                     body |= {
                         "trimmed": trimmed,
-                        "noise_multiplier": shared.noise_multiplier(4, max(trimmed or 0, 0), 1),
+                        "noise_multiplier": distributed.noise_multiplier(4, max(trimmed or 0, 0), 1),
                     }
 
         lie(done.folder, head_office, overstate)
@@ -177,12 +177,12 @@ def replies_of(monkeypatch: pytest.MonkeyPatch, fail: Callable[[str, object], bo
 
     def handle(self: Site, request: bytes, *rest: Any) -> bytes:
         try:
-            message: Any = from_bytes(request, TrainRequest, Secure)
+            message: Any = from_bytes(request, TrainRequest, SecAggRequest)
         except Exception:
             message = None
-        if isinstance(message, Secure):
+        if isinstance(message, SecAggRequest):
             try:
-                message = from_bytes(message.payload, UnmaskRequest, UnmaskRequest)
+                message = from_bytes(message.payload, ConsistencyCheck, ConsistencyCheck)
             except Exception:
                 message = None
         if fail(self.name, message):
@@ -198,7 +198,7 @@ def replies_of(monkeypatch: pytest.MonkeyPatch, fail: Callable[[str, object], bo
     return replies
 
 
-@pytest.mark.parametrize("kind", [TrainRequest, UnmaskRequest])
+@pytest.mark.parametrize("kind", [TrainRequest, ConsistencyCheck])
 def test_sites_may_vanish_down_to_the_quorum(
     tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, kind: type
 ) -> None:
@@ -208,7 +208,7 @@ def test_sites_may_vanish_down_to_the_quorum(
     bodies = rounds_of(done.folder)
     for body in bodies:
         assert body["counts"]
-        assert ("jeju" in body["answered"]) == (kind is UnmaskRequest)
+        assert ("jeju" in body["answered"]) == (kind is ConsistencyCheck)
     # a share has 3 units of noise, 2 where all four survive; one may collude, with a share of the most
     assert [body["trimmed"] for body in bodies] == [3, 3]
     kept = 3 + 3 if kind is TrainRequest else 2 + 2 + 2
@@ -220,7 +220,7 @@ def test_below_the_quorum_the_sum_stays_closed_and_the_spend_stands(
     tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(name: str, message: object) -> bool:
-        return isinstance(message, UnmaskRequest) and message.round == 1 and name in ("jeju", "busan")
+        return isinstance(message, ConsistencyCheck) and message.round == 1 and name in ("jeju", "busan")
 
     replies_of(monkeypatch, fail)
     done = run(configure(tmp_path, **SHARED))
@@ -239,7 +239,7 @@ def test_below_the_quorum_the_sum_stays_closed_and_the_spend_stands(
 def test_a_run_ends_before_all_is_spent_for_nothing(
     tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replies_of(monkeypatch, lambda name, message: isinstance(message, UnmaskRequest) and name in ("jeju", "busan"))
+    replies_of(monkeypatch, lambda name, message: isinstance(message, ConsistencyCheck) and name in ("jeju", "busan"))
     done = run(configure(tmp_path, **changed(training={"rounds": 6})))
     assert "3 rounds in a row were lost" in done.stopped
     assert [body["counts"] for body in rounds_of(done.folder)] == [False] * 3
@@ -304,7 +304,7 @@ def test_a_run_outlives_lost_rounds_and_many_ends_of_head_office(
     tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(name: str, message: object) -> bool:
-        return isinstance(message, UnmaskRequest) and message.round == 3 and name in ("jeju", "busan")
+        return isinstance(message, ConsistencyCheck) and message.round == 3 and name in ("jeju", "busan")
 
     replies_of(monkeypatch, fail)
     changes = changed(training={"rounds": 6})
@@ -338,7 +338,7 @@ def test_a_run_that_lost_three_rounds_goes_on_when_resumed(
     tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     away = {"jeju", "busan"}
-    replies_of(monkeypatch, lambda name, message: isinstance(message, UnmaskRequest) and name in away)
+    replies_of(monkeypatch, lambda name, message: isinstance(message, ConsistencyCheck) and name in away)
     changes = changed(training={"rounds": 5})
     assert "in a row" in run(configure(tmp_path, **changes)).stopped
     away.clear()
@@ -398,7 +398,7 @@ def test_what_a_site_uploads_is_not_its_sum(
     replies = replies_of(monkeypatch, lambda *_: False)
     run(configure(tmp_path, **SHARED))
     assert len(replies) == 2 * len(BRANCHES)
-    uploads = [from_bytes(unpack(reply.payload, 2)[0], Masked, Masked).payload for _, reply in replies]
+    uploads = [from_bytes(unpack(reply.payload, 2)[0], MaskedInput, MaskedInput).payload for _, reply in replies]
     seen = np.bincount(np.frombuffer(b"".join(uploads), "<u4") >> 28, minlength=16)
     expected = seen.sum() / 16
     assert expected > 20

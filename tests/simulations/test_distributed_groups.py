@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import server.run
-from client.secagg_client import Masks
+from client.secagg_client import SecAggClient
 from fedllm.audit.evidence import assess
 from fedllm.config import SimulationConfig
 from fedllm.errors import ConfigError
 from fedllm.privacy.ledger import LedgerFile
-from fedllm.protocol.messages import TrainRequest, UnmaskRequest
+from fedllm.protocol.messages import ConsistencyCheck, TrainRequest
 from server.run_record import key_in
 from tests.fedllm.audit.test_evidence import failing, lie
 from tests.simulations.conftest import Configure
@@ -45,12 +45,12 @@ def grouped(configure: Configure, output: Path, groups: int | None = 3, **change
 
 def poison(monkeypatch: pytest.MonkeyPatch, sites: set[str]) -> None:
     """Let these sites upload what no training gives."""
-    honest = Masks.mask
+    honest = SecAggClient.mask
 
-    def mask(self: Masks, plan: Any, request: Any, task: str, vector: Any, seeds: Any) -> tuple[bytes, bytes]:
+    def mask(self: SecAggClient, plan: Any, request: Any, task: str, vector: Any, seeds: Any) -> tuple[bytes, bytes]:
         return honest(self, plan, request, task, vector + np.uint32(2**27 * (self._site in sites)), seeds)
 
-    monkeypatch.setattr(Masks, "mask", mask)
+    monkeypatch.setattr(SecAggClient, "mask", mask)
 
 
 def test_every_group_has_a_sum_and_a_noise_of_its_own(tmp_path: Path, configure: Configure) -> None:
@@ -119,7 +119,7 @@ def test_a_group_that_stays_closed_is_missed_where_enough_are_left(
     tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(name: str, message: object) -> bool:
-        return isinstance(message, UnmaskRequest) and message.round == 1 and name in ("site-00", "site-04")
+        return isinstance(message, ConsistencyCheck) and message.round == 1 and name in ("site-00", "site-04")
 
     replies_of(monkeypatch, fail)
     done = run(grouped(configure, tmp_path, groups=4, privacy={

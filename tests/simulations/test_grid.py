@@ -11,7 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import server.grid
 from client.app import Handler, courier
-from fedllm.protocol.messages import KEY, RECORD
+from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 from simulations.grid import InProcessGrid
 
 
@@ -23,11 +23,11 @@ def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def message(node: int, payload: bytes, ttl: float = 60.0) -> Message:
-    return Message(RecordDict({RECORD: ConfigRecord({KEY: payload})}), node, "train", ttl=ttl)
+    return Message(RecordDict({ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: payload})}), node, "train", ttl=ttl)
 
 
 def payload(reply: Message) -> bytes:
-    value = reply.content.config_records[RECORD][KEY]
+    value = reply.content.config_records[ENVELOPE_RECORD][ENVELOPE_KEY]
     assert isinstance(value, bytes)
     return value
 

@@ -48,8 +48,8 @@ from fedllm.protocol.spending_statement import open_statement, sign_statement
 from fedllm.training.adapter import AdapterModel
 from fedllm.values import parse
 from server.checkpoint import load_checkpoint
-from server.events import Event, Phase, RoundRecord, SiteAnswered
-from server.ledger_heads import HEADS, Heads
+from server.events import Event, Phase, RoundMetrics, SiteAnswered
+from server.ledger_heads import HEADS, LedgerHeads
 from server.run_record import key_in
 from simulations.simulate import KEYS, simulate
 from tests.fedllm.audit.conftest import any_pdf
@@ -205,10 +205,10 @@ def test_all_planned_rounds_were_run_by_all_sites(variants: Callable[[str], Run]
     done = variants(name)
     assert not done.summary.stopped
     assert [record["round"] for record in done.summary.records] == [0, 1, 2, 3]
-    assert [e.round for e in done.events if isinstance(e, RoundRecord)] == [0, 1, 2, 3]
+    assert [e.round for e in done.events if isinstance(e, RoundMetrics)] == [0, 1, 2, 3]
     assert {n: s["rounds"] for n, s in done.summary.sites.items()} == dict.fromkeys(done.names, 3)
     phases = [(i, e.text) for i, e in enumerate(done.events) if isinstance(e, Phase)]
-    last = max(i for i, e in enumerate(done.events) if isinstance(e, RoundRecord))
+    last = max(i for i, e in enumerate(done.events) if isinstance(e, RoundMetrics))
     assert [text.split(":")[0] for i, text in phases if i > last][:2] == [
         "closing evaluation", "writing adapter, plots and summaries",
     ], "nobody waits before a silent screen"  # fmt: skip
@@ -897,7 +897,7 @@ def test_a_ledger_put_back_from_an_old_backup_is_refused_by_the_next_run(
     assert "fedllm server new-ledger" in log
     elsewhere = lasting("busan", "fourth", 1)  # another head office has seen nothing of it yet
     assert not elsewhere.metrics()[1]["declined"]
-    Heads(tmp_path / "seoul" / HEADS, f"{tmp_path / 'offices'}/").forget("jeju")
+    LedgerHeads(tmp_path / "seoul" / HEADS, f"{tmp_path / 'offices'}/").forget("jeju")
     assert not lasting("seoul", "fifth", 1).metrics()[1]["declined"]
 
 

@@ -15,7 +15,7 @@ from client.office import init_office
 from fedllm.cli.main import app
 from fedllm.files import write_secret
 from fedllm.ops import service_files
-from fedllm.ops.service_files import Unit
+from fedllm.ops.service_files import ServiceSpec
 from server.federation import init_federation
 
 ME = pwd.getpwuid(os.geteuid()).pw_name
@@ -183,14 +183,14 @@ def test_nothing_is_overwritten_and_mistakes_are_named(site: Path, tmp_path: Pat
     ("word", "quoted"), [("/a/b", "/a/b"), ("/a b", '"/a b"'), ("/100%", "/100%%"), ('/"', '"/\\""'), ("/$x", "/$$x")]
 )
 def test_paths_are_quoted_as_systemd_reads_them(word: str, quoted: str) -> None:
-    text = service_files.service(Unit("n", "w", ("--home", word), ME, (Path("/x"),)))
+    text = service_files.service(ServiceSpec("n", "w", ("--home", word), ME, (Path("/x"),)))
     assert f"--home {quoted}\n" in text
 
 
 def test_homes_and_temporary_folders_stay_reachable_where_they_are_used() -> None:
-    text = service_files.service(Unit("n", "w", (), ME, (Path("/home/x"),)))
+    text = service_files.service(ServiceSpec("n", "w", (), ME, (Path("/home/x"),)))
     assert "ProtectHome=read-only" in text
-    text = service_files.service(Unit("n", "w", (), ME, (Path("/tmp/x"),)))
+    text = service_files.service(ServiceSpec("n", "w", (), ME, (Path("/tmp/x"),)))
     assert "PrivateTmp=no" in text
-    assert "PrivateTmp=yes" in service_files.service(Unit("n", "w", (), ME, (Path("/srv/x"),)))
-    assert "PrivateDevices=no" in service_files.service(Unit("n", "w", (), ME, (Path("/srv/x"),), devices=True))
+    assert "PrivateTmp=yes" in service_files.service(ServiceSpec("n", "w", (), ME, (Path("/srv/x"),)))
+    assert "PrivateDevices=no" in service_files.service(ServiceSpec("n", "w", (), ME, (Path("/srv/x"),), devices=True))

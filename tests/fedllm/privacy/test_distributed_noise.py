@@ -12,11 +12,11 @@ from scipy import stats
 
 from fedllm.errors import ConfigError, PrivacyError
 from fedllm.plan import least_quorum
-from fedllm.privacy import distributed_noise as shared
-from fedllm.privacy.distributed_noise import SharedMechanism, rounded_normals
+from fedllm.privacy import distributed_noise as distributed
+from fedllm.privacy.distributed_noise import DistributedMechanism, rounded_normals
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, SeededRandomness
-from fedllm.protocol.messages import Reveal
+from fedllm.protocol.messages import UnmaskingShares
 from fedllm.values import MAX_HOLDERS
 
 FALSE_ALARM = 1e-9  # of every statistical test here
@@ -54,7 +54,7 @@ def test_the_error_bound_of_the_quick_path_holds_with_room_to_spare(std: float) 
     drawn = SeededRandomness(1).words(2_000)
     radius_words = np.concatenate([np.repeat(np.array(edges, np.uint64), len(edges)), drawn[:1000]])
     angle_words = np.concatenate([np.tile(np.array(edges, np.uint64), len(edges)), drawn[1000:]])
-    draws, errors = shared._quickly(radius_words, angle_words, std)
+    draws, errors = distributed._quickly(radius_words, angle_words, std)
     closest = 0.0
     with mpmath.workprec(300):
         for i, (radius_word, angle_word) in enumerate(zip(radius_words, angle_words, strict=True)):
@@ -74,7 +74,7 @@ def test_quick_draws_are_the_exact_ones() -> None:
     words = SeededRandomness(1).words(1000)
     quick = rounded_normals(source, 1000, std)
     for i in range(500):
-        exact = shared._exactly(int(words[i]), int(words[500 + i]), OsRandomness(), std)
+        exact = distributed._exactly(int(words[i]), int(words[500 + i]), OsRandomness(), std)
         assert exact == (quick[i], quick[500 + i])
 
 
@@ -129,7 +129,7 @@ def test_no_sum_of_all_sites_wraps_around(
     colluding = min(colluding, sites - 1)
     quorum = max(colluding + 1, sites - dropped)
     try:
-        mechanism = SharedMechanism(Mechanism(1.0, sigma, 0.1), sites, quorum, colluding, expected)
+        mechanism = DistributedMechanism(Mechanism(1.0, sigma, 0.1), sites, quorum, colluding, expected)
     except ConfigError:
         return  # too coarse, and says so
     huge = np.array([1e18, -1e18, 2.0**31, 0.0])
@@ -150,13 +150,13 @@ def test_no_sum_of_all_sites_wraps_around(
 )
 def test_the_sum_of_noise_shares_has_full_variance(present: int, trimmed: int, known: int) -> None:
     """With a quorum of 6 of 8 sites, 1 of which colludes: never less than the mechanism's, and with all hardly more."""
-    mechanism = SharedMechanism(MECHANISM, sites=8, quorum=6, colluding=1, expected_units=100.0)
+    mechanism = DistributedMechanism(MECHANISM, sites=8, quorum=6, colluding=1, expected_units=100.0)
     d, total = 100_000, np.zeros(100_000, np.uint32)
     for site in range(known, present):
         upload, seeds = mechanism.upload(np.zeros(d), OsRandomness())
         total += upload
         if site >= present - trimmed:  # what colluding sites know are the shares with the most noise
-            total -= mechanism.surplus([seeds[k] for k in mechanism.given_away(present)], present, d)
+            total -= mechanism.surplus([seeds[k] for k in mechanism.revealed_seeds(present)], present, d)
     noise, multiplier = mechanism.decode(total), mechanism.noise_multiplier(present, trimmed, known)
     assert multiplier > MECHANISM.noise_multiplier * (1 - 1e-12)
     if trimmed == present:
@@ -168,8 +168,8 @@ def test_the_sum_of_noise_shares_has_full_variance(present: int, trimmed: int, k
     assert stats.kstest(noise / std, "norm").pvalue > FALSE_ALARM
 
 
-def shared_of(sites: int, quorum: int, colluding: int) -> SharedMechanism:
-    return SharedMechanism(MECHANISM, sites, quorum, colluding, 10.0)
+def shared_of(sites: int, quorum: int, colluding: int) -> DistributedMechanism:
+    return DistributedMechanism(MECHANISM, sites, quorum, colluding, 10.0)
 
 
 @given(sites=st.integers(3, 128), data=st.data())
@@ -178,15 +178,15 @@ def test_enough_noise_stays_in_the_worst_cases(sites: int, data: st.DataObject) 
     colluding = data.draw(st.integers(0, (sites - 2) // 2))
     least = max((sites + colluding) // 2 + 1, colluding + 2)
     quorum = data.draw(st.integers(min(least, sites), sites))
-    shared = shared_of(sites, quorum, colluding)
+    distributed = shared_of(sites, quorum, colluding)
     needed = (sites - colluding) * (quorum - colluding)
 
     def kept(survivors: int) -> int:
-        gone = sum(shared._parts[1 + k] for k in shared.given_away(survivors))
+        gone = sum(distributed._parts[1 + k] for k in distributed.revealed_seeds(survivors))
         assert gone == survivors - quorum
-        return sum(shared._parts) - gone
+        return sum(distributed._parts) - gone
 
-    assert sum(shared._parts) == sites - colluding
+    assert sum(distributed._parts) == sites - colluding
     # one list with dropouts: a quorum answered it, the other honest survivors were shown whatever costs most
     survivors = data.draw(st.integers(quorum, sites))
     others = survivors - quorum
@@ -206,9 +206,9 @@ def least_noise(sites: int, quorum: int, colluding: int) -> int:
     colluding sites sign and reveal whatever helps. It can read the sum of a set of uploads if it has the seed of each,
     and of each pairwise mask in one of them that no other cancels a key.
     """
-    shared, everybody = shared_of(sites, quorum, colluding), frozenset(range(sites))
-    honest, units = range(sites - colluding), sum(shared._parts)
-    gone = {u: sum(shared._parts[1 + k] for k in shared.given_away(u)) for u in range(quorum, sites + 1)}
+    distributed, everybody = shared_of(sites, quorum, colluding), frozenset(range(sites))
+    honest, units = range(sites - colluding), sum(distributed._parts)
+    gone = {u: sum(distributed._parts[1 + k] for k in distributed.revealed_seeds(u)) for u in range(quorum, sites + 1)}
 
     def subsets(of: frozenset[int], least: int) -> list[frozenset[int]]:
         return [frozenset(x) for n in range(least, len(of) + 1) for x in itertools.combinations(sorted(of), n)]
@@ -247,22 +247,22 @@ def test_the_model_of_head_office_finds_what_the_bound_on_the_quorum_forbids() -
 
 
 def test_a_reveal_has_room_for_the_seeds_of_the_largest_plan() -> None:
-    room = next(m.max_length for m in Reveal.model_fields["surplus"].metadata if hasattr(m, "max_length"))
+    room = next(m.max_length for m in UnmaskingShares.model_fields["surplus"].metadata if hasattr(m, "max_length"))
     for colluding in (0, 1, 2):
-        shared = SharedMechanism(
+        distributed = DistributedMechanism(
             Mechanism(1.0, 8.0, 0.1), MAX_HOLDERS, least_quorum(MAX_HOLDERS, colluding), colluding, 5.0
         )
-        assert len(shared.given_away(MAX_HOLDERS)) == len(shared._parts) - 1 <= room
+        assert len(distributed.revealed_seeds(MAX_HOLDERS)) == len(distributed._parts) - 1 <= room
 
 
 def test_what_a_site_gives_away_is_what_head_office_takes_off() -> None:
-    shared = shared_of(8, 6, 1)
-    upload, seeds = shared.upload(np.zeros(1000), OsRandomness())
+    distributed = shared_of(8, 6, 1)
+    upload, seeds = distributed.upload(np.zeros(1000), OsRandomness())
     assert len(set(seeds)) == len(seeds) == 2
-    assert shared.given_away(6) == ()
-    assert not shared.surplus([], 6, 1000).any()
-    one, both = (shared.surplus([seeds[k] for k in shared.given_away(u)], u, 1000) for u in (7, 8))
-    again = shared.surplus([seeds[k] for k in shared.given_away(8)], 8, 1000)
+    assert distributed.revealed_seeds(6) == ()
+    assert not distributed.surplus([], 6, 1000).any()
+    one, both = (distributed.surplus([seeds[k] for k in distributed.revealed_seeds(u)], u, 1000) for u in (7, 8))
+    again = distributed.surplus([seeds[k] for k in distributed.revealed_seeds(8)], 8, 1000)
     assert np.array_equal(both, again)
     assert one.any()
     assert not np.array_equal(one, both)
@@ -271,12 +271,12 @@ def test_what_a_site_gives_away_is_what_head_office_takes_off() -> None:
     assert abs(np.corrcoef(left, both.view(np.int32))[0, 1]) < limit, "what stays has nothing to do with what went"
     for survivors in (5, 9):
         with pytest.raises(PrivacyError, match="survivors, expected 6 to 8"):
-            shared.given_away(survivors)
+            distributed.revealed_seeds(survivors)
 
 
 @given(dimension=st.integers(1, 400), seed=st.integers(0, 2**32), lengths=st.floats(0.5, 100))
 def test_a_rounded_unit_never_passes_the_clip(dimension: int, seed: int, lengths: float) -> None:
-    mechanism = SharedMechanism(MECHANISM, 8, 6, 1, 100.0)
+    mechanism = DistributedMechanism(MECHANISM, 8, 6, 1, 100.0)
     vector = np.random.default_rng(seed).standard_normal(dimension) * lengths
     limit = mechanism.clip_before_rounding(dimension)
     vector *= min(1.0, limit / np.linalg.norm(vector))
@@ -286,18 +286,18 @@ def test_a_rounded_unit_never_passes_the_clip(dimension: int, seed: int, lengths
 
 def test_a_sum_that_is_not_whole_is_refused() -> None:
     with pytest.raises(PrivacyError, match="whole quanta"):
-        SharedMechanism(MECHANISM, 8, 6, 1, 100.0).upload(np.array([0.5]), OsRandomness())
+        DistributedMechanism(MECHANISM, 8, 6, 1, 100.0).upload(np.array([0.5]), OsRandomness())
     with pytest.raises(PrivacyError, match="whole quanta"):
-        SharedMechanism(MECHANISM, 8, 6, 1, 100.0).upload(np.array([math.nan]), OsRandomness())
+        DistributedMechanism(MECHANISM, 8, 6, 1, 100.0).upload(np.array([math.nan]), OsRandomness())
 
 
 def test_too_little_room_is_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match="Use fewer"):
-        SharedMechanism(Mechanism(1.0, 0.3, 0.1), 1000, 900, 0, 1e5)
+        DistributedMechanism(Mechanism(1.0, 0.3, 0.1), 1000, 900, 0, 1e5)
     with pytest.raises(ConfigError, match="smaller adapter"):
-        SharedMechanism(MECHANISM, 128, 80, 0, 1000.0).clip_before_rounding(100_000_000)
+        DistributedMechanism(MECHANISM, 128, 80, 0, 1000.0).clip_before_rounding(100_000_000)
     with pytest.raises(PrivacyError, match="colluding < quorum"):
-        SharedMechanism(MECHANISM, 8, 1, 1, 100.0)
+        DistributedMechanism(MECHANISM, 8, 1, 1, 100.0)
 
 
 def test_the_law_of_a_sum_of_shares_is_that_of_the_rounded_gaussian() -> None:

@@ -409,8 +409,8 @@ def killed_at(path: Path, number: int) -> bytes:
 @pytest.fixture
 def memory() -> Iterator[Path]:
     """A folder in memory: a process is killed here, not the machine, so nothing has to wait for a disk."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
+    distributed = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=distributed if os.access(distributed, os.W_OK) else None) as folder:
         yield Path(folder)
 
 

@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from fedllm import secagg
 from fedllm.crypto.identity import Identity
 from fedllm.protocol.messages import (
-    Consent,
-    Dealing,
-    Join,
-    Masked,
-    MaskRequest,
+    AdvertiseKeys,
+    ConsistencyCheck,
+    ConsistencySignature,
+    KeyShares,
+    MaskedInput,
+    MaskedInputRequest,
     Message,
-    Reveal,
-    RevealRequest,
-    ShareRequest,
-    Shares,
-    UnmaskRequest,
+    ShareKeysRequest,
+    SignedMaskKey,
+    UnmaskingRequest,
+    UnmaskingShares,
     from_bytes,
 )
 from fedllm.secagg import aggregator
@@ -37,7 +37,7 @@ from fedllm.secagg import aggregator
 PLAN, SESSION, TASK = "a1" * 32, "b2" * 32, "c3" * 32
 VECTORS = Path(__file__).parents[1] / "vectors" / "secagg.json"
 KINDS: tuple[type[Message], ...] = (
-    Join, ShareRequest, Shares, MaskRequest, Masked, UnmaskRequest, Consent, RevealRequest, Reveal,
+    AdvertiseKeys, ShareKeysRequest, KeyShares, MaskedInputRequest, MaskedInput, ConsistencyCheck, ConsistencySignature, UnmaskingRequest, UnmaskingShares,
 )  # fmt: skip
 Vector = NDArray[np.uint32]
 M = TypeVar("M", bound=Message)
@@ -79,36 +79,38 @@ class Federation:
     ) -> None:  # fmt: skip
         least = max((n + colluders) // 2 + 1, colluders + 2)
         self.identities = {name: identity_of(name) for name in names(roster or n)}
-        self.terms = secagg.Terms(
+        self.terms = secagg.SessionParams(
             plan, session, threshold or least, colluders, {k: v.public for k, v in self.identities.items()}
         )
-        self.members = {name: secagg.Member(self.terms, name, self.identities[name]) for name in names(n)}
-        self.circle = secagg.make_circle(self.terms, [wire(m.join).join for m in self.members.values()])
+        self.members = {name: secagg.Participant(self.terms, name, self.identities[name]) for name in names(n)}
+        self.cohort = secagg.make_cohort(self.terms, [wire(m.join).join for m in self.members.values()])
         self.tasks = dict.fromkeys(self.members, TASK)  # what each site is asked to compute
-        self._dealt: dict[tuple[int, str], Dealing] = {}  # the newest, by round and site
+        self._dealt: dict[tuple[int, str], SignedMaskKey] = {}  # the newest, by round and site
 
-    def share_request(self, number: int, *, repeat: bool = False) -> ShareRequest:
-        joins = () if repeat else self.circle.joins
-        return ShareRequest(context=self.terms.context, round=number, joins=joins)
+    def share_request(self, number: int, *, repeat: bool = False) -> ShareKeysRequest:
+        joins = () if repeat else self.cohort.joins
+        return ShareKeysRequest(context=self.terms.context, round=number, joins=joins)
 
-    def share(self, number: int, sites: Collection[str] | None = None) -> dict[str, Shares]:
+    def share(self, number: int, sites: Collection[str] | None = None) -> dict[str, KeyShares]:
         """Return what the sites deal, checked."""
         dealt = {}
         for site in self.members if sites is None else sites:
             dealt[site] = wire(self.members[site].share(wire(self.share_request(number))))
-            secagg.check_shares(self.circle, number, dealt[site])
+            secagg.check_shares(self.cohort, number, dealt[site])
             self._dealt[number, site] = dealt[site].dealing
         return dealt
 
     def common(self, number: int, participants: Collection[str], task: str = TASK) -> str:
         """Return the digest of what is common to participants, those left out that never dealt."""
         dealings = [self._dealt[number, site] for site in sorted(participants) if (number, site) in self._dealt]
-        return secagg.common_digest(self.circle, number, task, dealings)
+        return secagg.common_digest(self.cohort, number, task, dealings)
 
-    def mask_request(self, number: int, dealt: Mapping[str, Shares], site: str) -> MaskRequest:
-        return wire(secagg.mask_request(self.circle, number, dealt, site))
+    def mask_request(self, number: int, dealt: Mapping[str, KeyShares], site: str) -> MaskedInputRequest:
+        return wire(secagg.mask_request(self.cohort, number, dealt, site))
 
-    def mask(self, number: int, dealt: Mapping[str, Shares], vectors: Mapping[str, Vector]) -> dict[str, Masked]:
+    def mask(
+        self, number: int, dealt: Mapping[str, KeyShares], vectors: Mapping[str, Vector]
+    ) -> dict[str, MaskedInput]:
         """Return the uploads of the sites in `vectors`."""
         return {
             site: wire(self.members[site].mask(self.mask_request(number, dealt, site), self.tasks[site], vector))
@@ -117,32 +119,34 @@ class Federation:
 
     def claim(
         self, number: int, participants: Collection[str], survivors: Collection[str], task: str = TASK
-    ) -> UnmaskRequest:
+    ) -> ConsistencyCheck:
         common = self.common(number, participants, task)
-        return wire(secagg.unmask_request(self.circle, number, common, participants, survivors))
+        return wire(secagg.unmask_request(self.cohort, number, common, participants, survivors))
 
-    def consents(self, claim: UnmaskRequest, sites: Collection[str]) -> list[Consent]:
+    def consents(self, claim: ConsistencyCheck, sites: Collection[str]) -> list[ConsistencySignature]:
         answers = [wire(self.members[site].unmask(claim)) for site in sites]
-        assert all(isinstance(answer, Consent) for answer in answers)
-        return [answer for answer in answers if isinstance(answer, Consent)]
+        assert all(isinstance(answer, ConsistencySignature) for answer in answers)
+        return [answer for answer in answers if isinstance(answer, ConsistencySignature)]
 
-    def reveals(self, claim: UnmaskRequest, signers: Collection[str], sites: Collection[str]) -> list[Reveal]:
+    def reveals(
+        self, claim: ConsistencyCheck, signers: Collection[str], sites: Collection[str]
+    ) -> list[UnmaskingShares]:
         """Return the answers of `sites`, after `signers` have signed where that is needed."""
         if not claim.dropped:
             answers = [wire(self.members[site].unmask(claim)) for site in sites]
-            return [answer for answer in answers if isinstance(answer, Reveal)]
+            return [answer for answer in answers if isinstance(answer, UnmaskingShares)]
         proof = wire(secagg.reveal_request(claim, self.consents(claim, signers)))
         return [wire(self.members[site].reveal(proof)) for site in sites]
 
     def run(
-        self, number: int, vectors: Mapping[str, Vector], dealt: Mapping[str, Shares] | None = None
+        self, number: int, vectors: Mapping[str, Vector], dealt: Mapping[str, KeyShares] | None = None
     ) -> aggregator.Unmasked:
         """Play a round in which the sites outside `vectors` drop out after they have dealt."""
         dealt = self.share(number) if dealt is None else dealt
         uploads = self.mask(number, dealt, vectors)
         claim = self.claim(number, dealt, uploads)
         reveals = self.reveals(claim, list(uploads), list(uploads))
-        return secagg.unmask(self.circle, dealt, claim, uploads, reveals, len(next(iter(vectors.values()))))
+        return secagg.unmask(self.cohort, dealt, claim, uploads, reveals, len(next(iter(vectors.values()))))
 
 
 def random_vectors(sites: Collection[str], dimension: int, seed: int = 0) -> dict[str, Vector]:
@@ -176,7 +180,7 @@ def make_vectors() -> dict[str, Any]:
                 consents = federation.consents(claim, survivors)
                 messages += [*consents, secagg.reveal_request(claim, consents)]
             reveals = federation.reveals(claim, survivors, survivors)
-            unmasked = secagg.unmask(federation.circle, dealt, claim, uploads, reveals, 5)
+            unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, 5)
             messages += reveals
             rounds.append({"survivors": survivors, "sum": unmasked.total_d.tolist()})
     first = {kind: next(m for m in messages if isinstance(m, kind)) for kind in KINDS}

@@ -17,7 +17,7 @@ from scipy.stats import chi2
 from fedllm import secagg
 from fedllm.crypto import identity, primitives
 from fedllm.errors import FederationError, FedllmError, MessageError, PrivacyError, QuorumLost
-from fedllm.protocol.messages import Masked, Reveal, Signed
+from fedllm.protocol.messages import MaskedInput, Signed, UnmaskingShares
 from fedllm.secagg import masking, session
 from tests.fedllm.secagg.secagg_federation import TASK, Federation, identity_of, random_vectors, total, wire
 
@@ -80,9 +80,9 @@ def finish(federation, number, dealt, uploads, when, vectors) -> None:  # type: 
     dimension = len(next(iter(vectors.values())))
     if len(reveals) < threshold:
         with pytest.raises(QuorumLost, match=f"round {number}"):
-            secagg.unmask(federation.circle, dealt, claim, uploads, reveals, dimension)
+            secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, dimension)
         return
-    unmasked = secagg.unmask(federation.circle, dealt, claim, uploads, reveals, dimension)
+    unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, dimension)
     assert unmasked.doubtful == ()
     assert unmasked.total_d.dtype == np.uint32
     assert unmasked.total_d.tolist() == total({site: vectors[site] for site in uploads}).tolist()
@@ -120,7 +120,7 @@ def test_a_site_that_was_started_again_is_a_dropout_and_then_takes_part_again() 
     vectors = random_vectors(federation.members, 8)
     dealt = federation.share(1)
     uploads = federation.mask(1, dealt, vectors)
-    reborn = secagg.Member(federation.terms, site, federation.identities[site])
+    reborn = secagg.Participant(federation.terms, site, federation.identities[site])
     federation.members[site] = reborn
     claim = federation.claim(1, dealt, uploads)
     with pytest.raises(PrivacyError, match="its process is a new one"):
@@ -129,9 +129,9 @@ def test_a_site_that_was_started_again_is_a_dropout_and_then_takes_part_again() 
         reborn.share(federation.share_request(2))
     others = [name for name in uploads if name != site]
     reveals = federation.reveals(claim, (), others)  # it uploaded: its vector is in the sum
-    unmasked = secagg.unmask(federation.circle, dealt, claim, uploads, reveals, 8)
+    unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, 8)
     assert unmasked.total_d.tolist() == total(vectors).tolist()
-    federation.circle = secagg.make_circle(federation.terms, [m.join.join for m in federation.members.values()])
+    federation.cohort = secagg.make_cohort(federation.terms, [m.join.join for m in federation.members.values()])
     assert federation.run(2, vectors).total_d.tolist() == total(vectors).tolist()
 
 
@@ -139,15 +139,15 @@ def test_rounds_overlap_while_joins_change() -> None:
     """Shares of round 2 go to a new list of joins before round 1 is masked with the old one."""
     federation = Federation(4)
     vectors = random_vectors(federation.members, 8)
-    dealt, old = federation.share(1), federation.circle
+    dealt, old = federation.share(1), federation.cohort
     keep = [name for name in federation.members if name != "지점-004"]
-    federation.circle = secagg.make_circle(
+    federation.cohort = secagg.make_cohort(
         federation.terms, [member.join.join for name, member in federation.members.items() if name in keep]
     )
     following = federation.share(2, keep)
-    new, federation.circle = federation.circle, old
+    new, federation.cohort = federation.cohort, old
     assert federation.run(1, vectors, dealt).total_d.tolist() == total(vectors).tolist()
-    federation.circle = new
+    federation.cohort = new
     vectors = {name: vectors[name] for name in keep}
     assert federation.run(2, vectors, following).total_d.tolist() == total(vectors).tolist()
 
@@ -184,7 +184,7 @@ def test_many_sites_work(sites: int, threshold: int) -> None:
 # ---- wrong shares ----------------------------------------------------------------------------------------------------
 
 
-def spoil(reveal: Reveal, index: int) -> Reveal:
+def spoil(reveal: UnmaskingShares, index: int) -> UnmaskingShares:
     """Change the share of one dealer, by the order of participants."""
     payload = bytearray(reveal.payload)
     payload[32 * index + 31] ^= 1
@@ -204,7 +204,7 @@ def test_one_wrong_share_is_found_and_the_sum_is_still_right(holder: int, dealer
     claim = federation.claim(1, dealt, uploads)
     reveals = federation.reveals(claim, list(uploads), list(uploads))
     reveals = [spoil(r, dealer) if r.site == sites[holder] else r for r in reveals]
-    unmasked = secagg.unmask(federation.circle, dealt, claim, uploads, reveals, 8)
+    unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, 8)
     assert unmasked.total_d.tolist() == total(vectors).tolist()
     assert unmasked.doubtful in ((), ((sites[holder], sites[dealer]),))  # nobody who is not concerned
     needed = [site for site in sites if site in uploads][:4]
@@ -221,7 +221,7 @@ def test_a_wrong_share_that_changes_only_bits_without_meaning_is_found_too() -> 
     claim = federation.claim(1, dealt, uploads)
     reveals = federation.reveals(claim, list(uploads), list(uploads))
     reveals = [spoil(r, 0) if r.site == "지점-005" else r for r in reveals]
-    unmasked = secagg.unmask(federation.circle, dealt, claim, uploads, reveals, 8)
+    unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, 8)
     assert unmasked.doubtful == (("지점-005", "지점-001"),)
     assert unmasked.total_d.tolist() == total(vectors).tolist()
 
@@ -234,7 +234,7 @@ def test_where_no_share_is_to_spare_the_round_ends_and_names_all_who_may_be_at_f
     claim = federation.claim(1, dealt, uploads)
     reveals = federation.reveals(claim, (), ["지점-001", "지점-003", "지점-004"])
     with pytest.raises(FederationError, match=r"지점-002.*지점-001, 지점-003, 지점-004.*or one of the others"):
-        secagg.unmask(federation.circle, dealt, claim, uploads, [spoil(reveals[0], 1), *reveals[1:]], 8)
+        secagg.unmask(federation.cohort, dealt, claim, uploads, [spoil(reveals[0], 1), *reveals[1:]], 8)
 
 
 # ---- what an upload says ---------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def looks_uniform(words: NDArray[np.uint32]) -> bool:
     return bool(chi2.ppf(FALSE_ALARM / 2, 255) < statistic < chi2.isf(FALSE_ALARM / 2, 255))
 
 
-def words_of(masked: Masked) -> NDArray[np.uint32]:
+def words_of(masked: MaskedInput) -> NDArray[np.uint32]:
     return np.frombuffer(masked.payload, "<u4")
 
 
@@ -268,7 +268,7 @@ def test_an_upload_and_every_partial_sum_are_uniform() -> None:
     without_pairs, without_own = uploads[sites[0]].copy(), uploads[sites[0]].copy()
     for peer, key in state.pair_keys.items():
         masking.add_mask(without_pairs, key, -1 if sites[0] < peer else 1)
-    own = masking.self_mask_key(federation.circle, 1, state.common, sites[0], state.seed)
+    own = masking.self_mask_key(federation.cohort, 1, state.common, sites[0], state.seed)
     masking.add_mask(without_own, own, -1)
     assert looks_uniform(without_pairs)
     assert looks_uniform(without_own)
@@ -336,11 +336,11 @@ def test_a_site_never_reveals_both_secrets_of_a_peer(data: st.DataObject) -> Non
                 claim = federation.claim(number, everybody, data.draw(st.sampled_from([present, everybody])))
                 claims.append(claim)
                 answer = member.unmask(claim)
-                if isinstance(answer, Reveal):
+                if isinstance(answer, UnmaskingShares):
                     note(revealed, answer, sorted(everybody))
             elif claims:
                 claim = data.draw(st.sampled_from(claims))
-                document = session.claim_document(federation.circle, claim)
+                document = session.claim_document(federation.cohort, claim)
                 signed = [
                     Signed(site=site, signature=identity_of(site).sign(document).hex()) for site in claim.survivors
                 ]
@@ -355,7 +355,7 @@ def test_a_site_never_reveals_both_secrets_of_a_peer(data: st.DataObject) -> Non
     assert all(len(shares) == 1 for shares in revealed.values())
 
 
-def note(revealed: dict[tuple[int, str], set[bytes]], reveal: Reveal, participants: list[str]) -> None:
+def note(revealed: dict[tuple[int, str], set[bytes]], reveal: UnmaskingShares, participants: list[str]) -> None:
     assert len(reveal.payload) == 32 * len(participants)
     for index, name in enumerate(participants):
         revealed[reveal.round, name].add(reveal.payload[32 * index : 32 * index + 32])
@@ -383,11 +383,11 @@ def test_the_search_above_does_reach_reveals_by_both_paths() -> None:
 def test_every_secret_comes_from_the_operating_system() -> None:
     federation = Federation(5, 3)
     with mock.patch("fedllm.crypto.os.urandom", side_effect=os.urandom) as drawn:
-        member = secagg.Member(federation.terms, "지점-001", identity_of("지점-001"))
+        member = secagg.Participant(federation.terms, "지점-001", identity_of("지점-001"))
         assert drawn.call_count == 1  # the share key
         assert member.join != federation.members["지점-001"].join
         federation.members["지점-001"] = member
-        federation.circle = secagg.make_circle(federation.terms, [m.join.join for m in federation.members.values()])
+        federation.cohort = secagg.make_cohort(federation.terms, [m.join.join for m in federation.members.values()])
         federation.share(1, ["지점-001"])
     assert drawn.call_count == 3 + 2 * 2  # and seed, mask key, two coefficients for each
 

@@ -11,9 +11,9 @@ from fedllm import secagg
 from fedllm.crypto import primitives
 from fedllm.crypto.identity import Identity
 from fedllm.errors import ConfigError, FederationError, FedllmError, MessageError, PrivacyError, QuorumLost
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
-from fedllm.protocol.messages import Dealing, Reveal, ShareRequest, SignedKey
+from fedllm.protocol.messages import AdvertisedKey, ShareKeysRequest, SignedMaskKey, UnmaskingShares
 from fedllm.secagg import masking, session
 from tests.fedllm.secagg.secagg_federation import (
     PLAN,
@@ -40,12 +40,12 @@ def vectors_of(federation: Federation) -> dict[str, Vector]:
     return random_vectors(federation.members, DIMENSION)
 
 
-def with_joins(federation: Federation, joins: tuple[SignedKey, ...], site: str = A) -> None:
+def with_joins(federation: Federation, joins: tuple[AdvertisedKey, ...], site: str = A) -> None:
     """Ask a site to deal to this list."""
     federation.members[site].share(federation.share_request(1).model_copy(update={"joins": joins}))
 
 
-def replace(joins: tuple[SignedKey, ...], new: SignedKey) -> tuple[SignedKey, ...]:
+def replace(joins: tuple[AdvertisedKey, ...], new: AdvertisedKey) -> tuple[AdvertisedKey, ...]:
     return tuple(new if join.site == new.site else join for join in joins)
 
 
@@ -53,30 +53,30 @@ def replace(joins: tuple[SignedKey, ...], new: SignedKey) -> tuple[SignedKey, ..
 
 
 def test_forged_share_key_without_a_signature(five: Federation) -> None:
-    forged = five.circle.joins[1].model_copy(update={"key": "ab" * 32})
+    forged = five.cohort.joins[1].model_copy(update={"key": "ab" * 32})
     with pytest.raises(MessageError, match=f"{B}.*not its own"):
-        with_joins(five, replace(five.circle.joins, forged))
+        with_joins(five, replace(five.cohort.joins, forged))
 
 
 @pytest.mark.parametrize("signer", ["outsider", C])
 def test_forged_share_key_signed_by_somebody_else(five: Federation, signer: str) -> None:
     imposter = identity_of(signer)
     others = {name: public for name, public in five.terms.roster.items() if public != imposter.public}
-    terms = secagg.Terms(PLAN, SESSION, 3, 0, {**others, B: imposter.public})
-    forged = secagg.Member(terms, B, imposter).join.join
+    terms = secagg.SessionParams(PLAN, SESSION, 3, 0, {**others, B: imposter.public})
+    forged = secagg.Participant(terms, B, imposter).join.join
     with pytest.raises(MessageError, match=f"{B}.*not its own"):
-        with_joins(five, replace(five.circle.joins, forged))
+        with_joins(five, replace(five.cohort.joins, forged))
 
 
 def test_own_share_key_substituted(five: Federation) -> None:
-    other = secagg.Member(five.terms, A, five.identities[A]).join.join  # validly signed, of a process that is gone
+    other = secagg.Participant(five.terms, A, five.identities[A]).join.join  # validly signed, of a process that is gone
     with pytest.raises(MessageError, match=f"{A}.*missing from the list, or is not the one"):
-        with_joins(five, replace(five.circle.joins, other))
+        with_joins(five, replace(five.cohort.joins, other))
     with pytest.raises(MessageError, match=f"{A}.*missing"):
-        with_joins(five, five.circle.joins[1:])
+        with_joins(five, five.cohort.joins[1:])
 
 
-def dealing_request(federation: Federation, new: Dealing, site: str = A):  # type: ignore[no-untyped-def]
+def dealing_request(federation: Federation, new: SignedMaskKey, site: str = A):  # type: ignore[no-untyped-def]
     dealt = federation.share(1)
     request = federation.mask_request(1, dealt, site)
     return request.model_copy(update={"dealings": tuple(new if d.site == new.site else d for d in request.dealings)})
@@ -92,8 +92,8 @@ def test_forged_mask_key_without_a_signature(five: Federation) -> None:
 @pytest.mark.parametrize("signer", ["outsider", C])
 def test_forged_mask_key_signed_by_somebody_else(five: Federation, signer: str) -> None:
     key, commitment = b"\xab" * 32, b"\xcd" * 32
-    document = session.dealing_document(five.circle, 1, B, key, commitment)
-    forged = Dealing(
+    document = session.dealing_document(five.cohort, 1, B, key, commitment)
+    forged = SignedMaskKey(
         site=B, key=key.hex(), commitment=commitment.hex(), signature=identity_of(signer).sign(document).hex()
     )
     with pytest.raises(MessageError, match=f"{B}.*not its own"):
@@ -101,8 +101,8 @@ def test_forged_mask_key_signed_by_somebody_else(five: Federation, signer: str) 
 
 
 def test_own_mask_key_substituted(five: Federation) -> None:
-    document = session.dealing_document(five.circle, 1, A, b"\xab" * 32, b"\xcd" * 32)
-    forged = Dealing(
+    document = session.dealing_document(five.cohort, 1, A, b"\xab" * 32, b"\xcd" * 32)
+    forged = SignedMaskKey(
         site=A, key="ab" * 32, commitment="cd" * 32, signature=five.identities[A].sign(document).hex()
     )  # as if the site's signing key had leaked
     with pytest.raises(MessageError, match=f"{A}.*missing, or was altered"):
@@ -110,18 +110,18 @@ def test_own_mask_key_substituted(five: Federation) -> None:
 
 
 def test_one_key_for_two_sites(five: Federation) -> None:
-    join = five.circle.joins[1]
+    join = five.cohort.joins[1]
     document = session.join_document(five.terms, C, bytes.fromhex(join.key))
-    copied = SignedKey(site=C, key=join.key, signature=five.identities[C].sign(document).hex())
+    copied = AdvertisedKey(site=C, key=join.key, signature=five.identities[C].sign(document).hex())
     with pytest.raises(MessageError, match="a key twice"):
-        with_joins(five, replace(five.circle.joins, copied))
+        with_joins(five, replace(five.cohort.joins, copied))
 
 
 def test_one_mask_key_for_two_sites(five: Federation) -> None:
     """A colluding site announces the mask key of another one as its own."""
     key, commitment = bytes.fromhex(five.share(1)[B].dealing.key), b"\xcd" * 32
-    document = session.dealing_document(five.circle, 1, C, key, commitment)
-    copied = Dealing(
+    document = session.dealing_document(five.cohort, 1, C, key, commitment)
+    copied = SignedMaskKey(
         site=C, key=key.hex(), commitment=commitment.hex(), signature=five.identities[C].sign(document).hex()
     )
     with pytest.raises(MessageError, match="or a site or key twice"):
@@ -130,41 +130,41 @@ def test_one_mask_key_for_two_sites(five: Federation) -> None:
 
 def test_sites_with_different_rosters_do_not_aggregate_together(five: Federation) -> None:
     """Two rosters give one name two identities, which sign the same share key."""
-    key, digests = bytes.fromhex(five.circle.joins[4].key), []
+    key, digests = bytes.fromhex(five.cohort.joins[4].key), []
     for identity in (five.identities[E], identity_of("outsider")):
-        terms = secagg.Terms(PLAN, SESSION, 3, 0, {**five.terms.roster, E: identity.public})
+        terms = secagg.SessionParams(PLAN, SESSION, 3, 0, {**five.terms.roster, E: identity.public})
         signature = identity.sign(session.join_document(terms, E, key)).hex()
-        joins = (*five.circle.joins[:4], SignedKey(site=E, key=key.hex(), signature=signature))
-        digests.append(secagg.make_circle(terms, joins).digest)
-    assert digests[0] == five.circle.digest != digests[1]
-    member = secagg.Member(terms, A, five.identities[A])  # knows the outsider as E, and is shown the other E
-    joins = (member.join.join, *five.circle.joins[1:])
+        joins = (*five.cohort.joins[:4], AdvertisedKey(site=E, key=key.hex(), signature=signature))
+        digests.append(secagg.make_cohort(terms, joins).digest)
+    assert digests[0] == five.cohort.digest != digests[1]
+    member = secagg.Participant(terms, A, five.identities[A])  # knows the outsider as E, and is shown the other E
+    joins = (member.join.join, *five.cohort.joins[1:])
     with pytest.raises(MessageError, match=E):
-        member.share(ShareRequest(context=terms.context, round=1, joins=joins))
+        member.share(ShareKeysRequest(context=terms.context, round=1, joins=joins))
 
 
 def test_one_identity_under_two_names(five: Federation) -> None:
     """Whoever holds its key would hold two shares of every secret, and count as one who may collude."""
     with pytest.raises(PrivacyError, match="two names"):
-        secagg.Terms(PLAN, SESSION, 3, 0, {**five.terms.roster, E: five.identities[A].public})
+        secagg.SessionParams(PLAN, SESSION, 3, 0, {**five.terms.roster, E: five.identities[A].public})
 
 
 def test_a_mask_key_that_protects_nothing(five: Federation) -> None:
     """A colluding site announces the point of order one; every site would share the mask zero with it."""
-    document = session.dealing_document(five.circle, 1, B, bytes(32), b"\xcd" * 32)
-    weak = Dealing(site=B, key="00" * 32, commitment="cd" * 32, signature=five.identities[B].sign(document).hex())
+    document = session.dealing_document(five.cohort, 1, B, bytes(32), b"\xcd" * 32)
+    weak = SignedMaskKey(site=B, key="00" * 32, commitment="cd" * 32, signature=five.identities[B].sign(document).hex())
     with pytest.raises(MessageError, match=B):
         five.members[A].mask(dealing_request(five, weak), TASK, np.zeros(4, np.uint32))
     shares = five.share(1)[B].model_copy(update={"dealing": weak})
     with pytest.raises(MessageError, match=f"{B}.*small order"):
-        secagg.check_shares(five.circle, 1, shares)
+        secagg.check_shares(five.cohort, 1, shares)
 
 
 def test_a_share_key_that_protects_nothing(five: Federation) -> None:
     document = session.join_document(five.terms, B, bytes(32))
-    weak = SignedKey(site=B, key="00" * 32, signature=five.identities[B].sign(document).hex())
+    weak = AdvertisedKey(site=B, key="00" * 32, signature=five.identities[B].sign(document).hex())
     with pytest.raises(MessageError, match=f"{B}.*small order"):
-        with_joins(five, replace(five.circle.joins, weak))
+        with_joins(five, replace(five.cohort.joins, weak))
     with pytest.raises(MessageError, match=f"{B}.*small order"):
         secagg.check_join(five.terms, weak)
 
@@ -174,10 +174,10 @@ def test_a_share_key_that_protects_nothing(five: Federation) -> None:
 
 def test_sybils_that_are_not_on_the_roster(five: Federation) -> None:
     sybil, name = Identity.generate(), "지점-999"
-    terms = secagg.Terms(PLAN, SESSION, 3, 0, {**five.terms.roster, name: sybil.public})
-    join = secagg.Member(terms, name, sybil).join.join
+    terms = secagg.SessionParams(PLAN, SESSION, 3, 0, {**five.terms.roster, name: sybil.public})
+    join = secagg.Participant(terms, name, sybil).join.join
     with pytest.raises(MessageError, match=f"{name}.*not on the roster"):
-        with_joins(five, (*five.circle.joins[:4], join))
+        with_joins(five, (*five.cohort.joins[:4], join))
 
 
 def test_a_participant_that_has_not_joined() -> None:
@@ -193,9 +193,9 @@ def test_a_participant_that_has_not_joined() -> None:
 
 
 def test_the_same_site_twice(five: Federation) -> None:
-    twice = secagg.Member(five.terms, B, five.identities[B]).join.join
+    twice = secagg.Participant(five.terms, B, five.identities[B]).join.join
     with pytest.raises(MessageError, match="a site or a key twice"):
-        with_joins(five, (*five.circle.joins, twice))
+        with_joins(five, (*five.cohort.joins, twice))
 
 
 @pytest.mark.parametrize(("n", "threshold", "colluders"), [(5, 2, 0), (6, 3, 0), (5, 3, 1), (10, 6, 2), (3, 4, 0)])
@@ -207,14 +207,14 @@ def test_a_threshold_that_leaves_room_for_two_lists(n: int, threshold: int, coll
 @pytest.mark.parametrize(("threshold", "colluders"), [(1, 0), (0, 0), (3, 2), (2, 1), (2, -1)])
 def test_a_sum_with_a_single_honest_site(threshold: int, colluders: int) -> None:
     with pytest.raises(PrivacyError, match="at least 2 honest sites"):
-        secagg.Terms(PLAN, SESSION, threshold, colluders, {})
+        secagg.SessionParams(PLAN, SESSION, threshold, colluders, {})
 
 
 def test_too_small_a_federation(five: Federation) -> None:
     with pytest.raises(PrivacyError, match="With 2 sites the threshold must be 2 to 2"):
-        with_joins(five, five.circle.joins[:2])
+        with_joins(five, five.cohort.joins[:2])
     with pytest.raises(PrivacyError, match="With 1 sites no threshold does"):
-        with_joins(five, five.circle.joins[:1])
+        with_joins(five, five.cohort.joins[:1])
 
 
 def test_too_few_participants(five: Federation) -> None:
@@ -226,7 +226,7 @@ def test_too_few_participants(five: Federation) -> None:
 
 def test_a_site_whose_identity_is_not_the_one_on_its_roster(five: Federation) -> None:
     with pytest.raises(ConfigError, match="Renew the roster"):
-        secagg.Member(five.terms, A, five.identities[B])
+        secagg.Participant(five.terms, A, five.identities[B])
 
 
 # ---- replay ----------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_shares_of_an_earlier_round(five: Federation) -> None:
     with pytest.raises(MessageError, match=f"{B}.*not for round 2"):
         five.members[A].mask(mixed, TASK, np.zeros(4, np.uint32))
     with pytest.raises(MessageError, match="another session, round"):
-        secagg.check_shares(five.circle, 2, old[B])
+        secagg.check_shares(five.cohort, 2, old[B])
 
 
 def test_sealed_shares_of_an_earlier_round(five: Federation) -> None:
@@ -260,7 +260,7 @@ def test_a_round_cannot_be_dealt_again(five: Federation) -> None:
         with pytest.raises(PrivacyError, match="deals a round out once"):
             five.members[A].share(five.share_request(number))
     assert five.members[A].share(five.share_request(5)) == five.share(5)[A]
-    fewer = five.share_request(5).model_copy(update={"joins": five.circle.joins[:4]})
+    fewer = five.share_request(5).model_copy(update={"joins": five.cohort.joins[:4]})
     again = five.members[A].share(fewer)
     back = five.members[A].share(five.share_request(5))
     assert len({back.payload, again.payload, dealt[A].payload}) == 3
@@ -287,7 +287,7 @@ def test_no_key_seals_twice(five: Federation, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(primitives, "seal_once", noting)
     whole = five.share_request(1)
-    fewer = whole.model_copy(update={"joins": five.circle.joins[:4]})
+    fewer = whole.model_copy(update={"joins": five.cohort.joins[:4]})
     for _ in range(5):
         for request in (whole, fewer):
             five.members[A].share(request)
@@ -310,9 +310,9 @@ def test_messages_of_another_session_plan_or_threshold(five: Federation, other: 
     elsewhere = Federation(5, **{"threshold": 3, **other})  # type: ignore[arg-type]
     with pytest.raises(MessageError, match="another plan, session or threshold"):
         five.members[A].share(elsewhere.share_request(1))
-    replayed = elsewhere.circle.joins[1]
+    replayed = elsewhere.cohort.joins[1]
     with pytest.raises(MessageError, match=f"{B}.*another plan or session"):
-        with_joins(five, replace(five.circle.joins, replayed))
+        with_joins(five, replace(five.cohort.joins, replayed))
     dealt = five.share(1)
     foreign = elsewhere.share(1)
     with pytest.raises(MessageError, match="another plan"):
@@ -324,11 +324,11 @@ def test_messages_of_another_session_plan_or_threshold(five: Federation, other: 
 
 def test_two_lists_of_joins(five: Federation) -> None:
     """Some sites see all five, the others four: what one group deals, the other does not accept."""
-    fewer = five.circle.joins[:4]
+    fewer = five.cohort.joins[:4]
     for site in (A, B):
         with_joins(five, fewer, site)
     dealt = {site: five.members[site].share(five.share_request(1)) for site in (C, D, E)}
-    small = secagg.make_circle(five.terms, fewer)
+    small = secagg.make_cohort(five.terms, fewer)
     theirs = {
         site: five.members[site].share(five.share_request(1).model_copy(update={"joins": fewer})) for site in (A, B)
     }
@@ -374,9 +374,9 @@ def test_a_masked_upload_of_another_length(five: Federation) -> None:
     for payload in (uploads[B].payload[:-4], uploads[B].payload + bytes(4), uploads[B].payload[:-1], b""):
         spoiled = uploads[B].model_copy(update={"payload": payload})
         with pytest.raises(MessageError, match=f"{B}.*expected {4 * DIMENSION}"):
-            secagg.read_masked(five.circle, 1, spoiled, DIMENSION)
+            secagg.read_masked(five.cohort, 1, spoiled, DIMENSION)
     with pytest.raises(MessageError, match="another session, round"):
-        secagg.read_masked(five.circle, 2, uploads[B], DIMENSION)
+        secagg.read_masked(five.cohort, 2, uploads[B], DIMENSION)
 
 
 # ---- repeated requests -----------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ def test_lists_that_no_site_answers(
     claim = five.claim(1, dealt, dealt).model_copy(update={"survivors": survivors, "dropped": dropped})
     with pytest.raises(error, match=text):
         five.members[A].unmask(claim)
-    assert isinstance(five.members[A].unmask(five.claim(1, dealt, dealt)), Reveal)  # nothing was used up
+    assert isinstance(five.members[A].unmask(five.claim(1, dealt, dealt)), UnmaskingShares)  # nothing was used up
 
 
 def test_two_different_lists_to_one_site(five: Federation) -> None:
@@ -469,7 +469,7 @@ def test_signatures_that_do_not_count(five: Federation) -> None:
     dealt, uploads, _ = uploaded(five, gone=(E,))
     claim = five.claim(1, dealt, uploads)
     a, b, c, _ = five.consents(claim, [A, B, C, D])
-    document = session.claim_document(five.circle, claim)
+    document = session.claim_document(five.cohort, claim)
 
     def request(*consents: object):  # type: ignore[no-untyped-def]
         return secagg.reveal_request(claim, (a, b)).model_copy(update={"consents": (a.consent, b.consent, *consents)})
@@ -515,7 +515,7 @@ def test_both_shares_of_one_peer_in_every_order() -> None:
         member, answers, reveals = federation.members[A], 0, 0
         for survivors in order:
             claim = federation.claim(1, dealt, survivors)
-            document = session.claim_document(federation.circle, claim)
+            document = session.claim_document(federation.cohort, claim)
             signed = tuple(
                 secagg.Signed(site=site, signature=federation.identities[site].sign(document).hex())
                 for site in claim.survivors
@@ -528,7 +528,7 @@ def test_both_shares_of_one_peer_in_every_order() -> None:
                 except FedllmError:
                     continue
                 answers += 1
-                reveals += isinstance(answer, Reveal)
+                reveals += isinstance(answer, UnmaskingShares)
         assert reveals == 1
         assert answers == (1 if order[0] == everybody else 2)
 
@@ -539,7 +539,7 @@ def test_fast_path_while_somebody_dropped_out(five: Federation) -> None:
     lie = five.claim(1, dealt, dealt)
     reveals = five.reveals(lie, (), [A, B, C, D])
     with pytest.raises(FederationError, match="uploads and survivors differ"):
-        secagg.unmask(five.circle, dealt, lie, uploads, reveals, DIMENSION)
+        secagg.unmask(five.cohort, dealt, lie, uploads, reveals, DIMENSION)
     honest = five.claim(1, dealt, uploads)
     for site in (A, B, C, D):
         with pytest.raises(PrivacyError, match="two lists of survivors"):
@@ -548,7 +548,7 @@ def test_fast_path_while_somebody_dropped_out(five: Federation) -> None:
     for site in uploads:  # all that it can take off
         seed = five.members[site]._rounds[1].seed
         masking.add_mask(
-            seen, masking.self_mask_key(five.circle, 1, five.members[site]._rounds[1].common, site, seed), -1
+            seen, masking.self_mask_key(five.cohort, 1, five.members[site]._rounds[1].common, site, seed), -1
         )
     assert (seen != total(vectors)).all()  # E's pairwise masks are still there
 
@@ -556,12 +556,12 @@ def test_fast_path_while_somebody_dropped_out(five: Federation) -> None:
 def test_surplus_noise_fetched_with_one_list_and_the_sum_read_with_another() -> None:
     """Head office and H tell A that all are there, the others that G dropped out. What stays is what was promised."""
     federation = Federation(8, 6, 1)
-    shared = SharedMechanism(Mechanism(1.0, 1.0, 0.1), 8, 6, 1, 10.0)
+    distributed = DistributedMechanism(Mechanism(1.0, 1.0, 0.1), 8, 6, 1, 10.0)
     given: dict[str, tuple[int, ...]] = {}
 
     def surplus(site: str, survivors: int) -> tuple[str, ...]:
         assert site not in given, "once a round"
-        given[site] = shared.given_away(survivors)
+        given[site] = distributed.revealed_seeds(survivors)
         return tuple(f"{k:064x}" for k in given[site])
 
     *honest, dropped, colluder = names(8)
@@ -574,16 +574,16 @@ def test_surplus_noise_fetched_with_one_list_and_the_sum_read_with_another() -> 
     everybody = federation.claim(1, dealt, dealt)
     without = federation.claim(1, dealt, [*honest, colluder])
     first = federation.members[honest[0]].unmask(everybody)
-    assert isinstance(first, Reveal)
+    assert isinstance(first, UnmaskingShares)
     assert len(first.surplus) == 2
     with pytest.raises(PrivacyError, match="two lists"):
         federation.members[honest[0]].unmask(without)
     signers = [*honest[1:], colluder]
     reveals = federation.reveals(without, signers, signers)
     del uploads[dropped]
-    read = secagg.unmask(federation.circle, dealt, without, uploads, reveals, DIMENSION).total_d
+    read = secagg.unmask(federation.cohort, dealt, without, uploads, reveals, DIMENSION).total_d
     assert np.array_equal(read, total({site: vectors[site] for site in uploads})), "the sum can be read"
-    units = sum(sum(shared._parts) - sum(shared._parts[1 + k] for k in given[site]) for site in honest)
+    units = sum(sum(distributed._parts) - sum(distributed._parts[1 + k] for k in given[site]) for site in honest)
     assert units == (8 - 1) * (6 - 1), "with the mechanism's variance, to the unit"
 
 
@@ -599,7 +599,7 @@ def test_different_participants_to_different_sites(five: Federation) -> None:
         opened[site] = np.frombuffer(five.members[site].mask(request, TASK, vectors[site]).payload, "<u4").copy()
         seed = five.members[site]._rounds[1].seed
         masking.add_mask(
-            opened[site], masking.self_mask_key(five.circle, 1, five.members[site]._rounds[1].common, site, seed), -1
+            opened[site], masking.self_mask_key(five.cohort, 1, five.members[site]._rounds[1].common, site, seed), -1
         )
     for size in range(1, 6):
         for chosen in itertools.combinations(views, size):
@@ -622,7 +622,7 @@ def test_answers_that_do_not_belong_to_the_round(five: Federation) -> None:
     claim = five.claim(1, dealt, uploads)
     reveals = five.reveals(claim, (), list(uploads))
     first, *rest = reveals
-    spoiled: list[tuple[list[Reveal], str]] = [
+    spoiled: list[tuple[list[UnmaskingShares], str]] = [
         ([first, first, *rest], "reveals twice"),
         ([first.model_copy(update={"payload": first.payload[:-1]}), *rest], f"{A}.*expected 160"),
         ([first.model_copy(update={"claim": "0" * 64}), *rest], f"{A}.*another list"),
@@ -631,9 +631,9 @@ def test_answers_that_do_not_belong_to_the_round(five: Federation) -> None:
     ]
     for answers, text in spoiled:
         with pytest.raises(MessageError, match=text):
-            secagg.unmask(five.circle, dealt, claim, uploads, answers, DIMENSION)
+            secagg.unmask(five.cohort, dealt, claim, uploads, answers, DIMENSION)
     with pytest.raises(QuorumLost, match="2 sites revealed their shares, expected at least 3"):
-        secagg.unmask(five.circle, dealt, claim, uploads, reveals[:2], DIMENSION)
+        secagg.unmask(five.cohort, dealt, claim, uploads, reveals[:2], DIMENSION)
 
 
 def test_shares_that_head_office_refuses(five: Federation) -> None:
@@ -644,4 +644,4 @@ def test_shares_that_head_office_refuses(five: Federation) -> None:
         (shares.model_copy(update={"dealing": shares.dealing.model_copy(update={"site": C})}), f"{C}.*not its own"),
     ):
         with pytest.raises(MessageError, match=text):
-            secagg.check_shares(five.circle, 1, wrong)
+            secagg.check_shares(five.cohort, 1, wrong)

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.errors import FedllmError, MessageError
-from fedllm.protocol.messages import MAX_HOLDERS, MaskRequest, Message, ShareRequest, UnmaskRequest, from_bytes
+from fedllm.protocol.messages import (
+    MAX_HOLDERS,
+    ConsistencyCheck,
+    MaskedInputRequest,
+    Message,
+    ShareKeysRequest,
+    from_bytes,
+)
 from fedllm.secagg import unmask
 from tests.fedllm.secagg.secagg_federation import KINDS, TASK, VECTORS, Federation, make_vectors, random_vectors, total
 
@@ -103,26 +110,26 @@ def test_a_refused_request_changes_nothing(data: st.DataObject) -> None:
     with pytest.raises(FedllmError):
         member.unmask(claim.model_copy(update={**changed, "dropped": ("x",)}))
     reveals = federation.reveals(claim, (), list(uploads))
-    unmasked = unmask(federation.circle, dealt, claim, uploads, reveals, 3)
+    unmasked = unmask(federation.cohort, dealt, claim, uploads, reveals, 3)
     assert unmasked.total_d.tolist() == total(vectors).tolist()
 
 
 def test_lists_have_a_limit() -> None:
     names = tuple(f"{i}" for i in range(MAX_HOLDERS + 1))
     with pytest.raises(ValueError, match="at most"):
-        UnmaskRequest(context="a" * 64, round=1, joins="b" * 64, common="c" * 64, survivors=names, dropped=())
+        ConsistencyCheck(context="a" * 64, round=1, joins="b" * 64, common="c" * 64, survivors=names, dropped=())
 
 
 def test_the_longest_lists_fit_the_header() -> None:
     """Names of 200 characters of three bytes each, at the limit of holders."""
     federation = Federation(2)
-    join, dealing = federation.circle.joins[0], federation.share(1)["지점-001"].dealing
+    join, dealing = federation.cohort.joins[0], federation.share(1)["지점-001"].dealing
     long = "가" * 197
     joins = tuple(join.model_copy(update={"site": f"{long}{i:03}"}) for i in range(MAX_HOLDERS))
     dealings = tuple(dealing.model_copy(update={"site": f"{long}{i:03}"}) for i in range(MAX_HOLDERS))
     context = federation.terms.context
     for message in (
-        ShareRequest(context=context, round=1, joins=joins),
-        MaskRequest(context=context, round=1, joins=context, dealings=dealings),
+        ShareKeysRequest(context=context, round=1, joins=joins),
+        MaskedInputRequest(context=context, round=1, joins=context, dealings=dealings),
     ):
         assert parse(message.to_bytes()) == message

@@ -25,7 +25,7 @@ from transformers import (
 
 from fedllm.config import AdapterConfig, ModelConfig
 from fedllm.training.adapter import AdapterModel, attach
-from fedllm.training.data import IGNORE, Record, Unit
+from fedllm.training.data import IGNORE, Example, PrivacyUnit
 from fedllm.training.model import load_base
 
 conv1d = pytest.mark.filterwarnings(  # PEFT turns the flag round for GPT-2's layers, as it must, and warns of it
@@ -107,12 +107,12 @@ def open_adapter(model_config: Callable[[str], ModelConfig]) -> Callable[..., Ad
 
 
 @pytest.fixture(scope="session")
-def make_units() -> Callable[..., list[Unit]]:
+def make_units() -> Callable[..., list[PrivacyUnit]]:
     """Return a function that gives units of random records; `sizes` are records a unit."""
 
     def make(
         case: str = "llama", sizes: tuple[int, ...] = (1, 3, 1, 2, 1), seed: int = 0, low: int = 3, high: int = 250
-    ) -> list[Unit]:
+    ) -> list[PrivacyUnit]:
         generator = np.random.default_rng(seed)
         units = []
         for size in sizes:
@@ -122,7 +122,7 @@ def make_units() -> Callable[..., list[Unit]]:
                 labels = np.where(np.arange(len(ids)) < len(ids) // 3, IGNORE, ids)
                 if case.endswith(("-native", "-mean")):
                     labels = np.asarray(int(generator.integers(0, len(LABELS))))
-                records.append(Record(ids, labels))
+                records.append(Example(ids, labels))
             units.append(tuple(records))
         return units
 

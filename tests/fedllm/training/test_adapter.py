@@ -19,14 +19,14 @@ from fedllm.errors import ModelError, SpecMismatch
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.training.adapter import AdapterModel, attach, check_saved
-from fedllm.training.data import Unit
+from fedllm.training.data import PrivacyUnit
 from fedllm.training.engine import Engine
 from fedllm.training.model import load_base
 from tests.fedllm.training.conftest import conv1d
 
 Open = Callable[..., AdapterModel]
 MakeConfig = Callable[[str], ModelConfig]
-MakeUnits = Callable[..., list[Unit]]
+MakeUnits = Callable[..., list[PrivacyUnit]]
 RandomVector = Callable[[AdapterModel], NDArray[np.float32]]
 CASES = ["llama", "qwen2", "bert-native", "bert-mean", "llama-native"]
 

@@ -16,16 +16,16 @@ from torch._dynamo.utils import counters
 from fedllm.config import AdapterConfig, ModelConfig, PrivacyConfig, TrainingConfig
 from fedllm.errors import ModelError
 from fedllm.plan import RunPlan
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training import compiling
 from fedllm.training.adapter import AdapterModel
-from fedllm.training.data import Batch, Record, Unit, batches, collate
+from fedllm.training.data import Batch, Example, PrivacyUnit, batches, collate
 from fedllm.training.engine import Engine
 from tests.fedllm.training.conftest import conv1d
 
 Open = Callable[..., AdapterModel]
-MakeUnits = Callable[..., list[Unit]]
+MakeUnits = Callable[..., list[PrivacyUnit]]
 RandomVector = Callable[[AdapterModel], NDArray[np.float32]]
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
@@ -69,7 +69,7 @@ def some_batches(make_units: MakeUnits, case: str, sizes: tuple[int, ...]) -> li
     units.append(units[0][:1])
     records = [unit[0] for unit in units[1]]
     width = min(len(record.input_ids) for record in records)
-    cut = [Record(r.input_ids[:width], r.labels[:width] if r.labels.ndim else r.labels) for r in records]
+    cut = [Example(r.input_ids[:width], r.labels[:width] if r.labels.ndim else r.labels) for r in records]
     units.append([(record,) for record in cut])
     return [batch for some in units for batch in batches(some, 10_000, 0, device)]
 
@@ -149,9 +149,9 @@ def test_compiled_gradients_are_those_of_the_model(
         assert_same(fast.unit_gradients(batch), plain.unit_gradients(batch))
     # and company changes not the last bit of them
     units, mechanism = make_units("llama", sizes=(1,) * 6), Mechanism(0.1, 1.0, 0.5)
-    shared = SharedMechanism(mechanism, 2, 2, 0, 1.0)  # sums in quanta are exact
-    alone = sum(fast.clipped_sum([unit], mechanism, 64, shared) for unit in units)
-    assert torch.equal(fast.clipped_sum(units, mechanism, 64, shared), torch.as_tensor(alone))
+    distributed = DistributedMechanism(mechanism, 2, 2, 0, 1.0)  # sums in quanta are exact
+    alone = sum(fast.clipped_sum([unit], mechanism, 64, distributed) for unit in units)
+    assert torch.equal(fast.clipped_sum(units, mechanism, 64, distributed), torch.as_tensor(alone))
     assert fast.compiled
 
 

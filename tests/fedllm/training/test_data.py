@@ -26,10 +26,10 @@ from fedllm.config import ModelConfig, TextConfig
 from fedllm.errors import ConfigError, DataError
 from fedllm.training.data import (
     IGNORE,
-    Record,
+    Example,
+    PrivacyUnit,
     Table,
     Tokeniser,
-    Unit,
     batches,
     build_units,
     check_columns,
@@ -516,7 +516,7 @@ def people(*names: object) -> Table:
     return table_of([{"question": f"q{i}", "answer": f"a{i}", "who": name} for i, name in enumerate(names)])
 
 
-def answers(tokenizer: PreTrainedTokenizerFast, units: Sequence[Unit]) -> list[list[str]]:
+def answers(tokenizer: PreTrainedTokenizerFast, units: Sequence[PrivacyUnit]) -> list[list[str]]:
     return [
         [tokenizer.decode([t for t in record.labels.tolist() if t not in (IGNORE, EOS)]) for record in unit]
         for unit in units
@@ -572,12 +572,12 @@ def test_a_record_that_gives_no_token_at_all_is_refused(tokenizer: PreTrainedTok
 
 # Batches
 
-RECORDS = st.integers(1, 12).map(lambda n: Record(np.arange(n) + 3, np.arange(n) + 3))
+RECORDS = st.integers(1, 12).map(lambda n: Example(np.arange(n) + 3, np.arange(n) + 3))
 UNITS = st.lists(st.lists(RECORDS, min_size=1, max_size=5).map(tuple), max_size=10)
 
 
 @given(units=UNITS, micro_batch=st.integers(1, 20))
-def test_batches_hold_every_record_once_and_split_no_unit(units: list[Unit], micro_batch: int) -> None:
+def test_batches_hold_every_record_once_and_split_no_unit(units: list[PrivacyUnit], micro_batch: int) -> None:
     seen: list[tuple[int, ...]] = []
     for batch in batches(units, micro_batch, PAD, torch.device("cpu")):
         owners = batch.unit_of_row.tolist()
@@ -591,7 +591,7 @@ def test_batches_hold_every_record_once_and_split_no_unit(units: list[Unit], mic
 
 
 @given(units=UNITS.filter(bool))
-def test_a_batch_is_padded_on_the_right_and_padding_carries_no_loss(units: list[Unit]) -> None:
+def test_a_batch_is_padded_on_the_right_and_padding_carries_no_loss(units: list[PrivacyUnit]) -> None:
     for batch in batches(units, 4, PAD, torch.device("cpu")):
         for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
             length = int(mask.sum())
@@ -602,7 +602,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_carries_no_loss(units: list[
 
 @given(sizes=st.lists(st.integers(1, 3), min_size=1, max_size=6), micro_batch=st.integers(1, 8))
 def test_batches_of_a_classifier_carry_one_label_a_record(sizes: list[int], micro_batch: int) -> None:
-    units = [tuple(Record(np.arange(3 + i), np.asarray(i % 2)) for _ in range(size)) for i, size in enumerate(sizes)]
+    units = [tuple(Example(np.arange(3 + i), np.asarray(i % 2)) for _ in range(size)) for i, size in enumerate(sizes)]
     found = list(batches(units, micro_batch, PAD, torch.device("cpu")))
     assert [label for batch in found for label in batch.labels.tolist()] == [
         int(record.labels) for unit in units for record in unit
@@ -610,8 +610,10 @@ def test_batches_of_a_classifier_carry_one_label_a_record(sizes: list[int], micr
 
 
 @given(units=UNITS.filter(bool), longest=st.integers(12, 40), micro_batch=st.integers(1, 8))
-def test_the_shape_of_a_unit_depends_on_the_unit_alone(units: list[Unit], longest: int, micro_batch: int) -> None:
-    def shapes(some: list[Unit]) -> dict[tuple[int, ...], tuple[int, bool]]:
+def test_the_shape_of_a_unit_depends_on_the_unit_alone(
+    units: list[PrivacyUnit], longest: int, micro_batch: int
+) -> None:
+    def shapes(some: list[PrivacyUnit]) -> dict[tuple[int, ...], tuple[int, bool]]:
         found = {}
         for batch in batches(some, micro_batch, PAD, torch.device("cpu"), longest):
             width = batch.input_ids.shape[1]

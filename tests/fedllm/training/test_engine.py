@@ -15,12 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedllm.errors import ModelError
-from fedllm.privacy.distributed_noise import SharedMechanism
+from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.training import losses
 from fedllm.training.adapter import AdapterModel
-from fedllm.training.data import Batch, Record, Unit, batches
+from fedllm.training.data import Batch, Example, PrivacyUnit, batches
 from fedllm.training.engine import Engine, clip_and_sum
 from tests.fedllm.training.conftest import conv1d
 
@@ -29,7 +29,7 @@ CASES = ["llama", "gpt2", "qwen2", "gemma2", "untied", "bert-native", "bert-mean
 CLIP = 0.05
 
 Open = Callable[..., AdapterModel]
-MakeUnits = Callable[..., list[Unit]]
+MakeUnits = Callable[..., list[PrivacyUnit]]
 RandomVector = Callable[[AdapterModel], NDArray[np.float32]]
 
 
@@ -58,7 +58,7 @@ class Recorder(torch.optim.SGD):
 def released(
     adapter: AdapterModel,
     engine: Engine,
-    units: Sequence[Unit],
+    units: Sequence[PrivacyUnit],
     mechanism: Mechanism | None = None,
     expected_units: float = 1.0,
     source: Randomness | None = None,
@@ -75,17 +75,17 @@ def released(
     return recorder.seen[0]
 
 
-def one_batch(units: Sequence[Unit]) -> Batch:
+def one_batch(units: Sequence[PrivacyUnit]) -> Batch:
     (batch,) = batches(units, 10_000, 0, torch.device("cpu"))
     return batch
 
 
-def by_length(units: Sequence[Unit]) -> list[Unit]:
+def by_length(units: Sequence[PrivacyUnit]) -> list[PrivacyUnit]:
     """Return units in the order in which they are batched."""
     return sorted(units, key=lambda unit: max(len(record.input_ids) for record in unit))
 
 
-def slow_gradient(adapter: AdapterModel, unit: Unit) -> NDArray[np.float64]:
+def slow_gradient(adapter: AdapterModel, unit: PrivacyUnit) -> NDArray[np.float64]:
     """Return a unit's gradient, float64[d]: record by record, unpadded, by plain autograd and the model's own loss."""
     for p in adapter.trainable.values():
         p.grad = None
@@ -295,13 +295,13 @@ def test_a_units_part_of_the_sum_is_the_same_to_the_last_bit_whoever_else_is_dra
     adapter = open_adapter(case, dtype=dtype)
     adapter.load(random_vector(adapter))
     engine, units = Engine(adapter), make_units(case, sizes=sizes)
-    full = Record(np.arange(3, 19), np.asarray(1) if adapter.classifies else np.arange(3, 19))
-    units += [(full,), (Record(full.input_ids[:-1], full.labels if adapter.classifies else full.labels[:-1]),)]
+    full = Example(np.arange(3, 19), np.asarray(1) if adapter.classifies else np.arange(3, 19))
+    units += [(full,), (Example(full.input_ids[:-1], full.labels if adapter.classifies else full.labels[:-1]),)]
     mechanism = Mechanism(CLIP, 1.0, 0.5)
-    shared = SharedMechanism(mechanism, 2, 2, 0, 1.0)
+    distributed = DistributedMechanism(mechanism, 2, 2, 0, 1.0)
 
-    def parts(drawn: Sequence[Unit], micro_batch: int) -> torch.Tensor:
-        return engine.clipped_sum(drawn, mechanism, micro_batch, shared)
+    def parts(drawn: Sequence[PrivacyUnit], micro_batch: int) -> torch.Tensor:
+        return engine.clipped_sum(drawn, mechanism, micro_batch, distributed)
 
     for micro_batch in (4, 64):
         alone = [parts([unit], micro_batch) for unit in units]
@@ -397,7 +397,7 @@ def test_a_unit_whose_gradient_is_not_finite_contributes_nothing_and_spoils_no_o
     engine = Engine(adapter)
     healthy = make_units(sizes=(1, 2, 1))
     record = healthy[0][0]
-    sick = Record(np.where(np.arange(len(record.input_ids)) == 1, 255, record.input_ids), record.labels)
+    sick = Example(np.where(np.arange(len(record.input_ids)) == 1, 255, record.input_ids), record.labels)
     expected = released(adapter, engine, healthy)
     assert np.linalg.norm(expected) > 0
     for bad in ((sick,), (record, sick)):

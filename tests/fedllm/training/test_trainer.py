@@ -13,14 +13,14 @@ from fedllm.plan import RunPlan
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, SeededRandomness
 from fedllm.training.adapter import AdapterModel
-from fedllm.training.data import Unit, batches
+from fedllm.training.data import PrivacyUnit, batches
 from fedllm.training.engine import Engine
 from fedllm.training.trainer import train_round
 
 FALSE_ALARM = 1e-6
 Open = Callable[..., AdapterModel]
 Make = Callable[..., RunPlan]
-MakeUnits = Callable[..., list[Unit]]
+MakeUnits = Callable[..., list[PrivacyUnit]]
 RandomVector = Callable[[AdapterModel], NDArray[np.float32]]
 
 SGD = {"training.optimizer": "sgd", "training.momentum": 0.0, "training.learning_rate": 0.5, "training.local_steps": 1}
@@ -96,7 +96,7 @@ def test_every_step_draws_a_poisson_batch_of_its_own(
     units = make_units(sizes=(1,) * 8)
     drawn: list[tuple[int, ...]] = []
 
-    def keep(_: object, batch: Sequence[Unit], __: int) -> None:
+    def keep(_: object, batch: Sequence[PrivacyUnit], __: int) -> None:
         drawn.append(tuple(next(i for i, unit in enumerate(units) if unit is member) for member in batch))
 
     monkeypatch.setattr(engine, "step", keep)
