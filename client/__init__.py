@@ -1,1 +1,1 @@
-"""The branch office: the site that owns records and budget, and what connects it to head office."""
+"""The site: the site that owns records and budget, and what connects it to the server."""

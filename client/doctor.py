@@ -1,4 +1,4 @@
-"""Looks at an office: `check` tries all that a run will need, without a network; `examine` is `fedllm doctor`."""
+"""Looks at a site: `check` tries all that a run will need, without a network; `examine` is `fedllm doctor`."""
 
 import contextlib
 import grp
@@ -53,7 +53,7 @@ _LITTLE = 0.9  # of the budget
 
 
 def examine(folder: Path) -> list[CheckResult]:
-    """Look at a site's folder, its processes and the way to head office; changes and spends nothing."""
+    """Look at a site's folder, its processes and the way to the server; changes and spends nothing."""
     secret = [
         folder / name for name in ("site.yaml", "grant.json", "declaration.json", "data", "data/ledger.db", "run")
     ]
@@ -76,7 +76,7 @@ def examine(folder: Path) -> list[CheckResult]:
             lambda: _socket(known),
             lambda: _link(known),
             lambda: _outside(known),
-            lambda: clock(known.grant.made_at if known.grant else None, "the grant at head office"),
+            lambda: clock(known.grant.made_at if known.grant else None, "the grant at the server"),
         )
     found += run_checks(
         lambda: [disk("the ledger and logs", folder, 0.1, 1)],
@@ -88,24 +88,24 @@ def examine(folder: Path) -> list[CheckResult]:
 
 def _grant(office: Office) -> list[CheckResult]:
     known = ", ".join(identity.fingerprint for identity in office.coordinators)
-    found = [ok(f"head office at {office.address}, known by {known}"), *_authorities(office.ca_file)]
+    found = [ok(f"the server at {office.address}, known by {known}"), *_authorities(office.ca_file)]
     found.append(_own_certificate(office.in_use.link_file))
     if office.grant is not None and office.grant.ca.encode() != read(office.ca_file):
         text = "keys/ca.pem is not what the grant says. Install the grant again: fedllm site install grant.json"
         found.append(failure(text))
     if len(office.keys) > 1 and office.keys[-1] is not office.in_use:
-        text = f"new keys wait for a grant: send {office.join_file} to head office, then fedllm site install FILE.grant"
+        text = f"new keys wait for a grant: send {office.join_file} to the server, then fedllm site install FILE.grant"
         found.append(warning(text))
     elif len(office.keys) > 1:
-        text = "old keys are still there. When head office has retired them (fedllm server retire): fedllm site retire"
+        text = "old keys are still there. When the server has retired them (fedllm server retire): fedllm site retire"
         found.append(warning(text))
     return found
 
 
 def _authorities(ca: Path) -> list[CheckResult]:
     newest = max(read_certificates(read(ca)), key=lambda facts: facts.ends)
-    after = "ask head office for a new grant (there: fedllm server rotate ca)"
-    return [certificate("head office's certificate authority", newest, after)]
+    after = "ask the server for a new grant (there: fedllm server rotate ca)"
+    return [certificate("the server's certificate authority", newest, after)]
 
 
 def _most_spent(office: Office) -> "PrivacySpent":
@@ -192,23 +192,23 @@ def _link(office: Office) -> list[CheckResult]:
         return [warning(f"site: it is starting, reads its records, and connects then. Its log: {log}")]
     if state.state == "connecting":
         young = now().timestamp() - state.since / 1000 < _YOUNG
-        return [(warning if young else failure)(f"site: it runs, but is not connected to head office: {state.text}")]
-    found = [ok("site: connected to head office")]
+        return [(warning if young else failure)(f"site: it runs, but is not connected to the server: {state.text}")]
+    found = [ok("site: connected to the server")]
     if abs(state.ahead) > 1000 * _CLOCK:
         word = "ahead of" if state.ahead > 0 else "behind"
-        text = f"clock: it is {abs(state.ahead) / 1000:.0f} s {word} head office's. Set the one that is wrong:"
+        text = f"clock: it is {abs(state.ahead) / 1000:.0f} s {word} the server's. Set the one that is wrong:"
         found.append(warning(f"{text} timedatectl set-ntp true"))
     return found
 
 
 def _outside(office: Office) -> list[CheckResult]:
-    """Try the way to head office, unless a relay has it."""
+    """Try the way to the server, unless a relay has it."""
     return _way(office.address, office.ca_file, office.in_use.link_file) if office.socket is None else []
 
 
 def _own_certificate(key: Path) -> CheckResult:
     facts = read_certificates(read(key.with_suffix(".pem")))[0]
-    after = "install a new grant (at head office: fedllm server grant SITE)"
+    after = "install a new grant (at the server: fedllm server grant SITE)"
     return certificate("this office's certificate", facts, after)
 
 
@@ -234,12 +234,12 @@ def _way(address: str, ca: Path, key: Path) -> list[CheckResult]:
     try:
         facts = read_certificates(probe_tls(name, port, ca, own=(key.with_suffix(".pem"), key)))[0]
     except OSError as error:
-        return [*found, failure(f"way to head office: {explain_failure(name, port, error)}")]
-    text = f"way to head office: {address} speaks TLS 1.3 with the certificate expected, and takes this office's"
+        return [*found, failure(f"way to the server: {explain_failure(name, port, error)}")]
+    text = f"way to the server: {address} speaks TLS 1.3 with the certificate expected, and takes this office's"
     return [
         *found,
         ok(text),
-        certificate("the server certificate", facts, "at head office: fedllm server rotate certificate"),
+        certificate("the server certificate", facts, "at the server: fedllm server rotate certificate"),
     ]
 
 
@@ -282,7 +282,7 @@ def examine_relay(folder: Path) -> list[CheckResult]:
 def check(folder: Path) -> list[CheckResult]:
     """Try all that a run will need, without a network: settings, keys, records, models, ledger, permissions.
 
-    Where nothing is wrong, the office signs what site.yaml declares of the records.
+    Where nothing is wrong, the site signs what site.yaml declares of the records.
     """
     findings: list[CheckResult] = []
     try:
@@ -313,17 +313,17 @@ def _declare(office: Office) -> CheckResult:
 
 def _check_grant(office: Office) -> list[CheckResult]:
     known = ", ".join(identity.fingerprint for identity in office.coordinators)
-    found = [ok(f"head office at {office.address}, known by {known}")]
+    found = [ok(f"the server at {office.address}, known by {known}")]
     ends = max(facts.ends for facts in read_certificates(read(office.ca_file)))
     if ends <= now() + timedelta(days=14):
-        text = f"head office's authority ends on {ends:%Y-%m-%d}: ask for a new grant (there: fedllm server rotate ca)"
+        text = f"the server's authority ends on {ends:%Y-%m-%d}: ask for a new grant (there: fedllm server rotate ca)"
         found.append(failure(text))
     if len(office.keys) > 1:
         newer = office.keys[-1] is not office.in_use
         text = (
-            f"new keys wait for a grant: send {office.join_file} to head office, then fedllm site install"
+            f"new keys wait for a grant: send {office.join_file} to the server, then fedllm site install"
             if newer
-            else "old keys are still there: fedllm site retire, when head office has heard from this office"
+            else "old keys are still there: fedllm site retire, when the server has heard from this office"
         )
         found.append(ok(text))
     return found

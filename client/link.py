@@ -1,4 +1,4 @@
-"""A site's stream to head office: it dials out, takes requests in, and sends answers back. Runs nothing it is sent.
+"""A site's stream to the server: it dials out, takes requests in, and sends answers back. Runs nothing it is sent.
 
 Every request has an id, the digest of its bytes. The same request, asked again after a connection was lost, gets the
 answer that is under way, or that was given; it is handed to the site once.
@@ -64,7 +64,7 @@ class LinkState(Frozen):
     state: Literal["connecting", "connected"]
     since: int  # milliseconds since 1970 UTC
     text: str = ""  # why it is not connected
-    ahead: int = 0  # by how many milliseconds this clock is ahead of head office's
+    ahead: int = 0  # by how many milliseconds this clock is ahead of the server's
 
 
 def read_state(path: Path) -> LinkState | None:
@@ -143,13 +143,13 @@ class SiteLink:
 
     async def _why(self, connection: "asyncio.Task[None]") -> float:
         """Note why a connection has ended; returns the least pause until the next."""
-        error, text = connection.exception(), "head office has ended the connection"
+        error, text = connection.exception(), "the server has ended the connection"
         if isinstance(error, grpc.aio.AioRpcError):
             text = plain(error.details() or error.code().name)
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 text = await asyncio.to_thread(self._explain) or text
         elif isinstance(error, FedllmError | TimeoutError):
-            text = str(error) or f"head office says nothing for {HELLO:.0f} s"
+            text = str(error) or f"the server says nothing for {HELLO:.0f} s"
         elif error is not None:
             raise error
         if text != self._said:
@@ -180,18 +180,16 @@ class SiteLink:
             async with asyncio.timeout(HELLO):  # not wait_for: it may overlook that this is to end (Python 3.11)
                 first = await stream.read()
             if not isinstance(first, bytes):
-                raise MessageError("head office has ended the connection")
+                raise MessageError("the server has ended the connection")
             welcome = read(ToSite, first)
             if welcome.WhichOneof("frame") != "welcome":
-                raise MessageError("head office does not speak this version of the link")
+                raise MessageError("the server does not speak this version of the link")
             ahead = milliseconds() - welcome.welcome.clock
             if abs(ahead) > _CLOCK:
-                _log.warning(
-                    "this clock and head office's differ by %d s: timedatectl set-ntp true", abs(ahead) // 1000
-                )
+                _log.warning("this clock and the server's differ by %d s: timedatectl set-ntp true", abs(ahead) // 1000)
             self._said, self._away = "", 0
             self._note(LinkState(state="connected", since=milliseconds(), ahead=ahead))
-            _log.info("connected to head office")
+            _log.info("connected to the server")
             self._outgoing = outgoing = asyncio.Queue[FromSite](AHEAD)
             writing = asyncio.create_task(_write(outgoing, stream))
             try:
@@ -301,7 +299,7 @@ class SiteLink:
 
 
 def outside(address: str, ca: Path, key: Path) -> tuple[str, Callable[[], grpc.ChannelCredentials], Callable[[], str]]:
-    """Return, for SiteLink, how to connect to head office's port, from files: of authorities and of the site's key."""
+    """Return, for SiteLink, how to connect to the server's port, from files: of authorities and of the site's key."""
     certificate = key.with_suffix(".pem")
     host, _, port = address.rpartition(":")
 

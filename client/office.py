@@ -1,8 +1,8 @@
-"""An office's folder: its keys, its settings, and what it knows of head office.
+"""A site's folder: its keys, its settings, and what it knows of the server.
 
-    site.yaml          records, policy, models, resources: yours to edit, and never changed by head office
-    NAME.join          what head office is asked with; holds no secret
-    grant.json         head office's answer, as installed: its address and the keys that are believed
+    site.yaml          records, policy, models, resources: yours to edit, and never changed by the server
+    NAME.join          what the server is asked with; holds no secret
+    grant.json         the server's answer, as installed: its address and the keys that are believed
     keys/1/            `identity`, `link` and `serving`, and the certificates of the last two, link.pem and serving.pem;
                        after a rotation keys/2/, and so on, until the old are retired
     keys/ca.pem        the certificate authorities that are believed
@@ -95,7 +95,7 @@ class KeySet:
 
 @dataclass(frozen=True)
 class Office:
-    """An office's folder, read and checked."""
+    """A site's folder, read and checked."""
 
     folder: Path
     config: SiteFile
@@ -114,9 +114,7 @@ class Office:
         grant_file = folder / "grant.json"
         grant = Grant.open(read_secret(grant_file))[0] if grant_file.exists() else None
         if grant is not None and grant.site != config.name:
-            raise ConfigError(
-                f"name={config.name}: head office admitted this office as {grant.site}. Restore the name."
-            )
+            raise ConfigError(f"name={config.name}: the server admitted this site as {grant.site}. Restore the name.")
         office = cls(folder, config, keys, grant)
         check_private(office.in_use.link_file)
         if grant is not None:
@@ -147,10 +145,10 @@ class Office:
         return self.in_use.identity
 
     def peers(self, named: Mapping[str, str]) -> dict[str, PublicIdentity]:
-        """Return those of the offices that head office names whose fingerprints this office has pinned, and itself."""
+        """Return those of the sites that the server names whose fingerprints this site has pinned, and itself."""
         known = {self.name: self.identity.public}
         for name, fingerprint in self.config.policy.peers.items():
-            with contextlib.suppress(CryptoError):  # head office may send anything
+            with contextlib.suppress(CryptoError):  # the server may send anything
                 identity = PublicIdentity.from_text(named.get(name, ""))
                 if name != self.name and same_fingerprint(fingerprint, identity.fingerprint):
                     known[name] = identity
@@ -163,12 +161,12 @@ class Office:
 
     @property
     def coordinators(self) -> tuple[PublicIdentity, ...]:
-        """Every identity by which head office is known; raises FederationError before a grant is installed."""
+        """Every identity by which the server is known; raises FederationError before a grant is installed."""
         return self._granted.identities
 
     @property
     def address(self) -> str:
-        """HOST:PORT of head office; raises FederationError before a grant is installed."""
+        """HOST:PORT of the server; raises FederationError before a grant is installed."""
         host = self._granted.host
         return f"[{host}]:{self._granted.port}" if ":" in host else f"{host}:{self._granted.port}"
 
@@ -176,14 +174,14 @@ class Office:
     def _granted(self) -> Grant:
         if self.grant is None:
             raise FederationError(
-                f"{self.name} has no grant yet. Send {self.join_file} to head office, read the fingerprint "
+                f"{self.name} has no grant yet. Send {self.join_file} to the server, read the fingerprint "
                 f"{self.identity.public.fingerprint} to them on the telephone, and: fedllm site install FILE.grant"
             )
         return self.grant
 
     @property
     def ca_file(self) -> Path:
-        """PEM, the authorities by which head office is believed."""
+        """PEM, the authorities by which the server is believed."""
         return self.folder / "keys" / "ca.pem"
 
     @property
@@ -205,7 +203,7 @@ class Office:
         content, signers = open_document(read_secret(path))
         found = parse(Declaration, content)
         if not set(signers) & {keys.identity.public for keys in self.keys}:
-            raise ConfigError(f"{path} is not signed by this office. {CHECK}")
+            raise ConfigError(f"{path} is not signed by this site. {CHECK}")
         own = self.config
         if (found.site, found.data, found.unit, found.models) != (own.name, own.data, own.policy.unit, own.models):
             raise ConfigError(f"site.yaml says something else of records or models than when it was checked. {CHECK}")
@@ -239,7 +237,7 @@ class Office:
 
     @property
     def policy(self) -> SitePolicy:
-        """What the office permits."""
+        """What the site permits."""
         return self.config.policy
 
     @property
@@ -252,7 +250,7 @@ class Office:
         return own.model_copy(update={"train": train})
 
     def model(self, planned: ModelConfig) -> ModelConfig:
-        """Return where this office has the model of a plan; raises ModelError where the owner put none there."""
+        """Return where this site has the model of a plan; raises ModelError where the owner put none there."""
         source = self.config.models.get(planned.source)
         if source is None:
             known = ", ".join(sorted(self.config.models)) or "none"
@@ -272,7 +270,7 @@ class Office:
         return planned.model_copy(update={"source": where})
 
     def files_digest(self, planned: ModelConfig) -> str:
-        """Return the digest of the files of a plan's model, as this office has it; raises ModelError."""
+        """Return the digest of the files of a plan's model, as this site has it; raises ModelError."""
         from fedllm.training.model import files_digest
 
         path, known = self.folder / "data" / "models.json", dict[str, Any]()
@@ -309,7 +307,7 @@ class Office:
 
 
 def init_office(folder: Path, name: str) -> Office:
-    """Make an office's folder with its first keys and join request. Raises ConfigError, FolderError where it exists."""
+    """Make a site's folder with its first keys and join request. Raises ConfigError, FolderError where it exists."""
     name = check_site_name(name)
     with new_folder(folder) as place:
         keys = _write_keys(place / "keys" / "1")
@@ -325,24 +323,24 @@ def read_grant(path: Path) -> bytes:
 
 
 def needs_fingerprint(folder: Path, data: bytes) -> bool:
-    """Whether a grant can be believed only on the telephone: nobody that this office knows has signed it."""
+    """Whether a grant can be believed only on the telephone: nobody that this site knows has signed it."""
     office, (_, signers) = Office.open(folder), Grant.open(data)
     return office.grant is None or not set(office.grant.identities) & set(signers)
 
 
 def install(folder: Path, data: bytes, heard: str | None = None) -> Office:
-    """Install a grant: from now on this head office, and no other, is believed.
+    """Install a grant: from now on this server, and no other, is believed.
 
     `heard` is the fingerprint that was told on the telephone; a later grant needs none where it is signed by an
-    identity of head office that is known. Raises CryptoError where the grant is not to be believed, or for others.
+    identity of the server that is known. Raises CryptoError where the grant is not to be believed, or for others.
     """
     grant, _ = Grant.open(data)
     with _changing(folder) as office:
         if grant.site != office.name:
-            raise CryptoError(f"this grant is for {grant.site}, and this office is {office.name}.")
+            raise CryptoError(f"this grant is for {grant.site}, and this site is {office.name}.")
         if all(keys.identity.public.fingerprint != grant.site_fingerprint for keys in office.keys):
             raise CryptoError(
-                f"this grant was made for other keys of {grant.site} ({grant.site_fingerprint}). Send head office "
+                f"this grant was made for other keys of {grant.site} ({grant.site_fingerprint}). Send the server "
                 f"{office.join_file}, and install the grant that they make of it."
             )
         if heard is not None:
@@ -353,7 +351,7 @@ def install(folder: Path, data: bytes, heard: str | None = None) -> Office:
                 )
         elif needs_fingerprint(folder, data):
             raise CryptoError(
-                "nobody that this office knows has signed this grant. Hear head office's fingerprint on the telephone "
+                "nobody that this site knows has signed this grant. Hear the server's fingerprint on the telephone "
                 "and give it as --fingerprint."
             )
         if grant.made_at > now() + timedelta(days=1):  # it would make every later one look old
@@ -396,11 +394,11 @@ def rotate(folder: Path) -> Office:
     """Make new keys beside those in use and a join request for them, signed by both.
 
     They are used when the grant for them is installed. Where new keys are waiting already, their join request is
-    made again. Raises FederationError where the office was not admitted yet.
+    made again. Raises FederationError where the site was not admitted yet.
     """
     with _changing(folder) as office:
         if office.grant is None:
-            raise FederationError(f"{office.name} was not admitted yet. Send {office.join_file} to head office first.")
+            raise FederationError(f"{office.name} was not admitted yet. Send {office.join_file} to the server first.")
         newest = office.keys[-1]
         if newest is office.in_use:
             newest = _write_keys(folder / "keys" / str(newest.number + 1))

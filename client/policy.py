@@ -1,4 +1,4 @@
-"""What an office permits. Never sent by, or to, head office."""
+"""What a site permits. Never sent by, or to, the server."""
 
 import math
 import re
@@ -73,7 +73,7 @@ class SitePolicy(Frozen):
             if not re.fullmatch("[0-9a-f]{40}", found):
                 raise ValueError(f"the fingerprint of {name} has 40 hexadecimal digits, found {found!r}")
         if len(set(digits.values())) < len(digits):
-            raise ValueError("two offices have one fingerprint; whoever holds that key would count as two")
+            raise ValueError("two sites have one fingerprint; whoever holds that key would count as two")
         return peers
 
     def admit(self, plan: RunPlan) -> None:
@@ -90,7 +90,7 @@ class SitePolicy(Frozen):
             raise PrivacyError("the plan is NOT PRIVATE (no noise, or seeded noise), and the policy permits none such")
         if plan.privacy.unit != self.unit:
             raise PrivacyError(
-                f"privacy.unit={plan.privacy.unit}; this office protects each {self.unit} (policy.unit), which costs "
+                f"privacy.unit={plan.privacy.unit}; this site protects each {self.unit} (policy.unit), which costs "
                 "something else"
             )
         if plan.privacy.delta > self.delta:

@@ -42,9 +42,9 @@ _DISPLACED = "the site has connected to the relay again: the newest connection c
 
 
 class RelaySettings(Frozen):
-    """What the relay's side of an office knows."""
+    """What the relay's side of a site knows."""
 
-    address: str  # HOST:PORT of head office
+    address: str  # HOST:PORT of the server
     socket: str  # where the site process comes in
     group: str | None = None  # that may, beside the relay's user
 
@@ -73,7 +73,7 @@ def read_relay(folder: Path) -> RelaySettings:
 
 
 class _Relay:
-    """One connection of the site process, and one to head office, at a time."""
+    """One connection of the site process, and one to the server, at a time."""
 
     def __init__(self, folder: Path, settings: RelaySettings) -> None:
         self._address, self._credentials, self._explain = outside(settings.address, folder / CA, folder / KEY)
@@ -114,7 +114,7 @@ class _Relay:
 
 
 def ask(socket: Path, group: str | None, request: bytes, seconds: float) -> bytes:
-    """Hand one request to the site's process, as head office's end of the link, and return the answer.
+    """Hand one request to the site's process, as the server's end of the link, and return the answer.
 
     For a Flower ClientApp, in whose place a relay would be. Raises MessageError where the site gives no answer, and
     TimeoutError where it does not connect or answer in time.

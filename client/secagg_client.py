@@ -37,7 +37,7 @@ class SecAggClient:
     """
 
     def __init__(self, site: str, identity: Callable[[], Identity], peers: Peers) -> None:
-        """`peers` returns those of the sites that head office names whom this site believes to be who they are."""
+        """`peers` returns those of the sites that the server names whom this site believes to be who they are."""
         self._site, self._identity, self._peers = site, identity, peers
         self._members: dict[str, Participant] = {}  # by the plan's digest, the least recent first: runs may overlap
         self._made = incarnation()
@@ -79,7 +79,7 @@ class SecAggClient:
             return (member.unmask(step) if isinstance(step, ConsistencyCheck) else member.reveal(step)).to_bytes()
 
     def check(self, plan: RunPlan, request: MaskedInputRequest) -> None:
-        """Raise MasksError where an upload could not be masked as head office asks: before it is paid for."""
+        """Raise MasksError where an upload could not be masked as the server asks: before it is paid for."""
         with _judged():
             self._of(plan).check(request)
 

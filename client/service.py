@@ -68,7 +68,7 @@ class ReplayGuard:
 
 
 class Endpoint:
-    """Between socket and site: opens what the pinned head office sealed to this site, and seals the site's answer."""
+    """Between socket and site: opens what the pinned the server sealed to this site, and seals the site's answer."""
 
     def __init__(
         self, site: Site, identities: Sequence[Identity], head_office: Sequence[PublicIdentity], replays: Path
@@ -82,7 +82,7 @@ class Endpoint:
         """Answer one sealed request.
 
         Raises CryptoError or MessageError, and asks the site nothing, where the request was not sealed to this site by
-        the pinned head office, is not newer than the last of its run, or says outside what it does not say inside;
+        the pinned the server, is not newer than the last of its run, or says outside what it does not say inside;
         Cancelled as the site does.
         """
         binding, payload, sender = self._open(sealed)
@@ -109,13 +109,13 @@ class Endpoint:
 
 
 def read_data_set(office: Office) -> DataSet:
-    """Return the fingerprint of an office's records as they are now; raises DataError where there are none."""
+    """Return the fingerprint of a site's records as they are now; raises DataError where there are none."""
     data = office.data
     return load_records(read_rows(data.train, data.train_split), data, data.unit, Declared(1, "record"), {}).data_set
 
 
 def read_records(office: Office) -> SiteRecords:
-    """Read and tokenise an office's records as they are now, for every model that plans may name.
+    """Read and tokenise a site's records as they are now, for every model that plans may name.
 
     Raises ConfigError where their owner has not declared what they are, or something else was declared than is found.
     """
@@ -134,7 +134,7 @@ def read_records(office: Office) -> SiteRecords:
 
 
 def open_site(office: Office) -> Site:
-    """Return the site of an office's folder: its records are read and tokenised now, and not again."""
+    """Return the site of a site's folder: its records are read and tokenised now, and not again."""
     resources, declared = office.config.resources, office.declaration.files
 
     def workspace(plan: RunPlan) -> ModelContext:
@@ -153,7 +153,7 @@ def open_site(office: Office) -> Site:
 
 
 def run(office: Office) -> bool:
-    """Answer head office until SIGTERM or SIGINT; True where the folder has changed, and it is to be opened anew.
+    """Answer the server until SIGTERM or SIGINT; True where the folder has changed, and it is to be opened anew.
 
     Raises FedllmError where the site cannot start.
     """
@@ -204,7 +204,7 @@ async def _keep_time(ledger: LedgerFile) -> None:
 def way(
     office: Office,
 ) -> tuple[str, Callable[[], grpc.ChannelCredentials | None], Callable[[], str]]:
-    """Return how an office connects: where to, with which credentials, and what explains that it does not."""
+    """Return how a site connects: where to, with which credentials, and what explains that it does not."""
     if office.socket is not None:
         socket = office.socket
         return f"unix:{socket}", lambda: None, lambda: "" if socket.exists() else f"no relay listens on {socket}"

@@ -77,7 +77,7 @@ from fedllm.values import MAX_START, check_name
 
 _log = logging.getLogger("fedllm.site")
 
-# Head office learns the code on the right and nothing else; the text of the error stays in the site's log. None of
+# The server learns the code on the right and nothing else; the text of the error stays in the site's log. None of
 # them depends on a record: see fedllm.protocol.messages.Reason for what each is a function of.
 _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
     (BudgetExceeded, "budget"),
@@ -166,7 +166,7 @@ class PlanSession:
 
 
 class Site:
-    """One branch office. Safe to call from several threads; requests are handled one at a time."""
+    """One site. Safe to call from several threads; requests are handled one at a time."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class Site:
         self._self_check = self_check
 
     def handle(self, request: bytes, stop: threading.Event | None = None) -> bytes:
-        """Answer one message from head office; whatever goes wrong becomes a Declined reply.
+        """Answer one message from the server; whatever goes wrong becomes a Declined reply.
 
         Raises Cancelled, where `stop` was set before there was an answer: the round stays charged, nothing has been
         released, and the same request may be made again; and Halted, where the site failed while it used records.
@@ -286,7 +286,7 @@ class Site:
             raise MessageError(f"round={request.round} of a plan of {plan.training.rounds} rounds")
         spec = session.workspace.adapter.spec
         if request.spec_digest != spec.digest:
-            raise SpecMismatch("head office's adapter is another one. Do base model, seed and versions agree?")
+            raise SpecMismatch("the server's adapter is another one. Do base model, seed and versions agree?")
         payload, mask = request.payload, None
         if plan.distributed is not None:
             payload, asked = unpack(request.payload, 2)
@@ -301,10 +301,10 @@ class Site:
         event = plan.mechanism.event(plan.training.local_steps)
         if request.head is not None and not ledger.file.knows(request.head):
             raise LedgerError(
-                f"the ledger lacks entry {request.head.number}, which it had signed for head office. Was it restored "
+                f"the ledger lacks entry {request.head.number}, which it had signed for the server. Was it restored "
                 "from an old backup? What was spent since is not in it, so no round is trained on these records. Put "
                 "back the newest ledger there is. If all of them lack the entry: state what the runs since then have "
-                "spent (`fedllm ledger restart --help`), and head office runs `fedllm server new-ledger` (or, in a "
+                "spent (`fedllm ledger restart --help`), and the server runs `fedllm server new-ledger` (or, in a "
                 "simulation, removes heads.json)."
             )
         self._check_engine(session, request.round)  # before the charge: an engine that fails it costs nothing
@@ -391,6 +391,6 @@ class Site:
         return self._masks
 
     def _check_engine(self, session: PlanSession, round_: int) -> None:
-        """Head office may ask for the check; it cannot spare an office what the office's own settings ask for."""
+        """The server may ask for the check; it cannot spare a site what the office's own settings ask for."""
         if session.plan.privacy.self_check or self._self_check:
             session.self_check(round_)

@@ -36,7 +36,7 @@ class SiteData(RecordsConfig):
 
 
 class Resources(ComputeConfig):
-    """What the office lends to training."""
+    """What the site lends to training."""
 
     max_message_mb: int = Field(512, ge=1, le=65536)
     """The largest message that the site accepts, MB."""
@@ -71,10 +71,10 @@ class SiteFile(Frozen):
 
 
 TEMPLATE = """\
-# The settings of this office. Head office never sees this file and cannot change it.
+# The settings of this site. The server never sees this file and cannot change it.
 # After a change: fedllm site check, which signs what it says of the records, and start the site anew.
 
-name: {name}            # as in the roster of head office; after admission it stays
+name: {name}            # as in the roster of the server; after admission it stays
 
 data:
   train: records.jsonl   # .jsonl, .json, .csv or .parquet, or a folder of them; from this file's folder, or absolute
@@ -91,7 +91,7 @@ policy:
   epsilon: 8.0           # the most privacy that these records may ever cost, over all runs
   delta: 1e-5            # the largest that a plan may promise: a tenth of 1 / the number of records, or less
   unit: record           # what is protected, and plans must: record, or person (needs data.unit)
-  min_units: 100         # with a data.size below this, the office takes no part
+  min_units: 100         # with a data.size below this, the site takes no part
   allow_unprotected: false  # true: also plans that are NOT PRIVATE
   # run_epsilon: 4.0      # the most that one run may cost
   # reply_quantum: 5     # seconds; updates leave at multiples of it, lest they tell how long training took
@@ -107,12 +107,12 @@ policy:
   # max_noise_multiplier: 10
   # train: [B]            # parts of an adapter that a plan may train
   # modes: [local]        # of privacy
-  # min_sites: 3         # decline plans whose rounds count with fewer offices than this
-  # colluding_sites: 1   # privacy.mode=distributed: decline plans that count with fewer offices on head office's side
-  # peers:               # offices to share noise with (privacy.mode=distributed), and the fingerprints of their keys,
-  #   busan: 1a2b 3c4d ...   # as each of them tells you itself: not as head office says
+  # min_sites: 3         # decline plans whose rounds count with fewer sites than this
+  # colluding_sites: 1   # privacy.mode=distributed: decline plans that count with fewer sites on the server's side
+  # peers:               # sites to share noise with (privacy.mode=distributed), and the fingerprints of their keys,
+  #   busan: 1a2b 3c4d ...   # as each of them tells you itself: not as the server says
 
-# The models that plans may name, and where this office has them. A plan that names another one is refused.
+# The models that plans may name, and where this site has them. A plan that names another one is refused.
 models: {{}}
 #  Qwen/Qwen2.5-0.5B: /srv/models/qwen2.5-0.5b
 # model_cache: /srv/huggingface   # for models that are given by their hub name; nothing is ever downloaded

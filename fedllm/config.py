@@ -128,7 +128,7 @@ class PrivacyConfig(Frozen):
 
 
 class ServerOptimizerConfig(Frozen):
-    """How head office applies the averaged delta; sgd with learning_rate=1 and no momentum is FedAvg."""
+    """How the server applies the averaged delta; sgd with learning_rate=1 and no momentum is FedAvg."""
 
     name: Literal["sgd", "adam"] = "sgd"
     """How the server applies the averaged update. `sgd` with learning rate 1 and no momentum is FedAvg."""
@@ -225,7 +225,7 @@ class TextConfig(Frozen):
 
 
 class HeldoutConfig(TextConfig):
-    """The public held-out set, on which head office evaluates, and what reports say of the data."""
+    """The public held-out set, on which the server evaluates, and what reports say of the data."""
 
     heldout: str | None = None
     """PUBLIC held-out records: a .jsonl, .json, .csv or .parquet file, a folder of them, a hub name, or `pkg://`. Null:
@@ -281,7 +281,7 @@ class PartitionConfig(Frozen):
 
 
 class QuorumConfig(Frozen):
-    """What head office does when some sites do not answer, and what the others weigh."""
+    """What the server does when some sites do not answer, and what the others weigh."""
 
     quorum: int | None = Field(None, ge=1)
     """Answers without which a round does not count; with groups, of each group. Null: half of the sites; two thirds in
@@ -409,14 +409,14 @@ class RunConfig(Frozen):
 
 
 class DeploymentConfig(RunConfig):
-    """A run of a deployed federation; `site` says with what head office evaluates."""
+    """A run of a deployed federation; `site` says with what the server evaluates."""
 
     @model_validator(mode="after")
     def _validate(self) -> "DeploymentConfig":
         if self.privacy.units_per_site is None:
             raise ValueError(
                 "privacy.units_per_site: give the nominal number of privacy units a site. It is public, and the same "
-                "for all: head office does not know what the sites hold"
+                "for all: the server does not know what the sites hold"
             )
         return self
 

@@ -1,9 +1,9 @@
-"""Frozen, validated values: what a user configures, and the plan that head office sends to every site.
+"""Frozen, validated values: what a user configures, and the plan that the server sends to every site.
 
 Everything here is public. A value that is unknown, ill-typed or impossible raises ConfigError before anything loads.
 
 **Every number of a plan has a bound on both sides, and every text and list a greatest length**: a plan comes from
-whoever runs head office, and a number at the edge of the floats would switch off what is computed with it. Within the
+whoever runs the server, and a number at the edge of the floats would switch off what is computed with it. Within the
 bounds, no product or quotient of a plan's numbers that training takes leaves the normal float32 (1e-38 to 3e38): the
 noise of a step, learning_rate * clip_norm * noise_multiplier / (sampling_rate * units_per_site), lies between 1e-26 and
 1e24, and a million steps of it with momentum below 1e37. The texts of a plan fit the header of a message.
@@ -23,7 +23,7 @@ from fedllm.values import MAX_HOLDERS, MAX_SITES, Frozen, Names, Printable, Seed
 
 
 class RunPlan(Frozen):
-    """Everything that head office asks of a site, for a whole run; frozen, hashed, public."""
+    """Everything that the server asks of a site, for a whole run; frozen, hashed, public."""
 
     run: Printable = Field(min_length=1, max_length=500)  # unique
     seed: Seed  # public: initial adapter values
@@ -144,13 +144,13 @@ def least_quorum(sites: int, colluding: int) -> int:
 def check_distributed(privacy: PrivacyConfig, training: TrainingConfig, sites: int, quorum: int) -> None:
     """Raise ValueError where noise in shares cannot protect what a plan asks for.
 
-    `quorum` of the sites are in every sum that head office can read, and `privacy.colluding_sites` of those may have
+    `quorum` of the sites are in every sum that the server can read, and `privacy.colluding_sites` of those may have
     told it their noise. The bound on the quorum is that of secure aggregation (fedllm.secagg).
     """
     if training.local_steps != 1 or training.optimizer != "sgd" or training.momentum:
         raise ValueError(
             "privacy.mode=distributed sums gradients, once a round: it needs training.local_steps=1, "
-            "training.optimizer=sgd and training.momentum=0. Momentum and Adam are head office's (training.server)"
+            "training.optimizer=sgd and training.momentum=0. Momentum and Adam are the server's (training.server)"
         )
     least = least_quorum(sites, privacy.colluding_sites)
     if sites > MAX_HOLDERS:
@@ -158,12 +158,12 @@ def check_distributed(privacy: PrivacyConfig, training: TrainingConfig, sites: i
     if least > sites:
         raise ValueError(
             f"privacy.mode=distributed: {sites} sites are too few where {privacy.colluding_sites} of them may collude "
-            f"with head office (privacy.colluding_sites). It takes at least {privacy.colluding_sites + 2}"
+            f"with the server (privacy.colluding_sites). It takes at least {privacy.colluding_sites + 2}"
         )
     if not least <= quorum <= sites:
         raise ValueError(
             f"federation.quorum={quorum}: privacy.mode=distributed with {sites} sites, of which "
-            f"{privacy.colluding_sites} may collude with head office, needs a quorum of {least} to {sites}"
+            f"{privacy.colluding_sites} may collude with the server, needs a quorum of {least} to {sites}"
         )
 
 

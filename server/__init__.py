@@ -1,1 +1,1 @@
-"""Head office: the Flower ServerApp with its round loop, aggregation and checkpoints."""
+"""The server: the Flower ServerApp with its round loop, aggregation and checkpoints."""

@@ -101,7 +101,7 @@ def _open(opener: Opener, content: "RecordDict") -> bytes | str:
 
 
 class PlainChannel(Channel):
-    """Bytes as they are, every node welcome: for sites in head office's own process."""
+    """Bytes as they are, every node welcome: for sites in the server's own process."""
 
     sites_may_come_back = False
 
@@ -150,7 +150,7 @@ class SealedChannel(Channel):
 
     def seal(self, node: int, round_: int, payload: bytes) -> tuple[bytes, Opener]:
         """Seal `payload` to the site behind a node; only what that site answers to it is opened."""
-        # grows over restarts of head office too: sites refuse a number that does not
+        # grows over restarts of the server too: sites refuse a number that does not
         self._number = max(self._number + 1, time.time_ns())
         binding = Binding(
             direction="to-site", run=self._plan.run, plan=self._plan.digest, round=round_, number=self._number

@@ -28,7 +28,7 @@ _ADAPTER, _STATE = "adapter", "optimizer."
 
 @dataclass(frozen=True)
 class SiteState:
-    """What head office knows of one site: the accountant's state and how it took part."""
+    """What the server knows of one site: the accountant's state and how it took part."""
 
     rounds: int = 0  # rounds whose update was used
     charged: int = 0  # rounds that the site may have paid for, used or not: the accountant's state

@@ -1,6 +1,6 @@
-"""Head office's daemon: keeps the sites' streams, carries over them what runs ask, and starts the runs' processes.
+"""The server's daemon: keeps the sites' streams, carries over them what runs ask, and starts the runs' processes.
 
-It opens no message and loads no model. Sites come in at one port, over mutual TLS 1.3; head office's own commands and
+It opens no message and loads no model. Sites come in at one port, over mutual TLS 1.3; the server's own commands and
 runs by a unix socket that its user alone may open. What it holds in memory is bounded, whatever a peer does: a few
 parts of a megabyte for each connection.
 """
@@ -163,7 +163,7 @@ class Daemon:
         except MessageError as error:
             await self._refuse(context, member.site, _Code.INVALID_ARGUMENT, str(error))
         if hello.version != VERSION:
-            text = f"version {hello.version} of the link, and head office speaks {VERSION}. Install the same fedllm"
+            text = f"version {hello.version} of the link, and the server speaks {VERSION}. Install the same fedllm"
             await self._refuse(context, member.site, _Code.FAILED_PRECONDITION, text)
         link = _Link(member, key, context.peer())
         link.software, link.ahead = plain(hello.software)[:40], hello.clock - link.since
@@ -215,7 +215,7 @@ class Daemon:
             key = ""
         member = self._roster.of_link_key(key)
         if member is None:
-            text = "no office of the roster has this certificate's key: it was retired, or never admitted"
+            text = "no site of the roster has this certificate's key: it was retired, or never admitted"
             await self._refuse(context, name, _Code.UNAUTHENTICATED, text)
         if member.revoked_at is not None:
             await self._refuse(context, member.site, _Code.PERMISSION_DENIED, _revoked(member))
@@ -237,7 +237,7 @@ class Daemon:
         for link in list(self._links.values()):
             member = self._roster.of_link_key(link.key)
             if member is None:
-                link.end(_Code.UNAUTHENTICATED, "this key of the office was retired")
+                link.end(_Code.UNAUTHENTICATED, "this key of the site was retired")
             elif member.revoked_at is not None:
                 link.end(_Code.PERMISSION_DENIED, _revoked(member))
 
@@ -308,7 +308,7 @@ class Daemon:
 
 
 def _revoked(member: RosterEntry) -> str:
-    return f"{member.site} was revoked on {member.revoked_at:%Y-%m-%d}; head office may admit it anew, with new keys"
+    return f"{member.site} was revoked on {member.revoked_at:%Y-%m-%d}; the server may admit it anew, with new keys"
 
 
 async def _say_last(context: _Context, frame: Answer) -> None:
@@ -383,7 +383,7 @@ async def serve(home: Path, say: Callable[[str], None]) -> None:
     socket = office.socket
     control, port = await _open_socket(daemon, socket), await _open_port(daemon, office)
     said = ""
-    say(f"ready: offices connect to {office.config.host}:{office.config.port}")
+    say(f"ready: sites connect to {office.config.host}:{office.config.port}")
     try:
         while not stop.is_set():
             with contextlib.suppress(TimeoutError):

@@ -88,7 +88,7 @@ def settle(folder: Path) -> Status:
         return status
     status = read_status(folder)  # it may have ended in good order meanwhile
     if status.open:
-        text = f"its process at head office was ended from outside; see {folder.parents[1] / 'log' / 'runs.log'}."
+        text = f"its process at the server was ended from outside; see {folder.parents[1] / 'log' / 'runs.log'}."
         status = status.model_copy(update={"state": "stopped", "text": text})
         write_status(folder, status)
     return status
@@ -217,7 +217,7 @@ def _why(folder: Path, error: BaseException) -> str:
     if isinstance(error, FedllmError):
         return str(error)
     if not isinstance(error, Exception):
-        return "its process at head office was told to end."
+        return "its process at the server was told to end."
     write_secret(folder / ERROR, "".join(traceback.format_exception(error)).encode())
     return f"{type(error).__name__}: {error}"
 

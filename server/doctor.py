@@ -1,4 +1,4 @@
-"""Looks at head office for `fedllm doctor`: changes nothing, and each finding says what to do."""
+"""Looks at the server for `fedllm doctor`: changes nothing, and each finding says what to do."""
 
 import ipaddress
 import socket
@@ -35,11 +35,11 @@ from server.roster import Roster
 _ROTATE = "fedllm server rotate certificate"
 _START = "fedllm server start"
 _CLOCK = 30.0  # seconds by which clocks may differ
-_OVERLAP = timedelta(days=30)  # for offices to install what names the next authority
+_OVERLAP = timedelta(days=30)  # for sites to install what names the next authority
 
 
 def examine(folder: Path) -> list[CheckResult]:
-    """Look at head office's folder, its daemon and the offices."""
+    """Look at the server's folder, its daemon and the sites."""
     keys = folder / "keys"
     secret = [folder / name for name in ("federation.yaml", "roster.json", "run")]
     secret += [keys, *sorted(keys.glob("*"))]
@@ -78,11 +78,11 @@ def _certificates(folder: Path) -> list[CheckResult]:
     found = [certificate("the server certificate", server, _ROTATE), *_names(config, server)]
     if _elsewhere(config):
         found.append(
-            failure(f"listen={config.listen}: only this machine can connect, and offices look for {config.host}. Edit "
+            failure(f"listen={config.listen}: only this machine can connect, and sites look for {config.host}. Edit "
                   "federation.yaml (listen: 0.0.0.0), then start the server anew.")
         )  # fmt: skip
     newest = certificates.read_certificates(authorities[-1].certificate)[0]
-    # what it issues may not outlive it, and offices need time to install what names the next one
+    # what it issues may not outlive it, and sites need time to install what names the next one
     needed = timedelta(days=config.server_days) + _OVERLAP
     finding = certificate("the certificate authority", newest, "fedllm server rotate ca")
     if finding.level == "ok" and newest.ends - now() <= needed < newest.ends - newest.begins:
@@ -95,7 +95,7 @@ def _names(config: FederationFile, server: CertificateFacts) -> list[CheckResult
     missing = [host for host in config.hosts if host not in server.hosts]
     if config.host in missing:
         return [
-            failure(f"the server certificate is not good for {config.host}, where offices connect. Remedy: {_ROTATE}")
+            failure(f"the server certificate is not good for {config.host}, where sites connect. Remedy: {_ROTATE}")
         ]
     if missing:
         return [warning(f"the server certificate is not good for {', '.join(missing)}. Remedy: {_ROTATE}")]
@@ -103,7 +103,7 @@ def _names(config: FederationFile, server: CertificateFacts) -> list[CheckResult
 
 
 def _elsewhere(config: FederationFile) -> bool:
-    """Whether the port listens on loopback, and offices are told another place."""
+    """Whether the port listens on loopback, and sites are told another place."""
     return _is_loopback(config.listen) and not _is_loopback(config.host)
 
 
@@ -131,13 +131,13 @@ def _half_done(what: str, switched: bool) -> CheckResult:
             f"the old {what} is still accepted. When a round went well: fedllm server rotate {what} --retire"
         )
     return warning(
-        f"a new {what} is announced. When every office has installed its grant: fedllm server rotate {what} --finish"
+        f"a new {what} is announced. When every site has installed its grant: fedllm server rotate {what} --finish"
     )
 
 
 def _roster(roster: Roster) -> list[CheckResult]:
     if not roster.active:
-        return [warning("roster: no office is admitted yet. Remedy: fedllm admit NAME.join")]
+        return [warning("roster: no site is admitted yet. Remedy: fedllm admit NAME.join")]
     found = [ok(f"roster: {', '.join(member.site for member in roster.active)}")]
     for member in roster.active:
         if len(member.identities) > 1:
@@ -219,8 +219,8 @@ def _way(office: HeadOffice) -> list[CheckResult]:
         return [*found, failure(f"ports: {explain_failure(config.host, config.port, error)}")]
     except OSError as error:
         text = f"ports: from this machine, {explain_failure(config.host, config.port, error)}"
-        return [*found, warning(f"{text} Offices may come by another way: look at one with fedllm doctor.")]
-    return [*found, ok(f"ports: offices reach {config.host}:{config.port}, TLS 1.3 and gRPC, as seen from here")]
+        return [*found, warning(f"{text} Sites may come by another way: look at one with fedllm doctor.")]
+    return [*found, ok(f"ports: sites reach {config.host}:{config.port}, TLS 1.3 and gRPC, as seen from here")]
 
 
 def _offices(office: HeadOffice, sites: Sites) -> list[CheckResult]:

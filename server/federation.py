@@ -1,12 +1,12 @@
-"""Head office's folder: its keys and certificates, and the roster of the offices that it has admitted.
+"""The server's folder: its keys and certificates, and the roster of the sites that it has admitted.
 
     federation.yaml            name, addresses, ports, lifetimes; yours to edit
     roster.json                who may take part, with public keys, and who no longer may
-    grants/SITE.grant          what each office installs; holds no secret
+    grants/SITE.grant          what each site installs; holds no secret
     keys/identity              the keys that sign and open messages; two sets while one replaces the other
     keys/ca.pem  keys/ca.key   the certificate authorities and their keys; two while one replaces the other
     keys/server.pem            the daemon's certificate and its key, in one file so that they cannot disagree
-    run/daemon.sock            where head office's own commands and runs reach the daemon
+    run/daemon.sock            where the server's own commands and runs reach the daemon
 
 Every step is one atomic write, or a few in an order in which the folder can be opened, and the step repeated, after a
 crash between any two. Functions take the folder and not an opened HeadOffice: they must see its present state.
@@ -51,7 +51,7 @@ class FederationFile(Frozen):
     """Host name or address that sites connect to."""
     names: tuple[Host, ...] = ()
     """Further names and addresses that the server certificate is valid for."""
-    listen: str = "0.0.0.0"  # noqa: S104  # offices come from outside; what else listens, listens on 127.0.0.1
+    listen: str = "0.0.0.0"  # noqa: S104  # sites come from outside; what else listens, listens on 127.0.0.1
     """Address at which the daemon listens for sites."""
     port: Port = 9092
     """Port at which the daemon listens for sites."""
@@ -72,7 +72,7 @@ class FederationFile(Frozen):
 
 @dataclass(frozen=True)
 class HeadOffice:
-    """Head office's folder, read and checked."""
+    """The server's folder, read and checked."""
 
     folder: Path
     config: FederationFile
@@ -123,7 +123,7 @@ class HeadOffice:
 
     @property
     def socket(self) -> Path:
-        """Where the daemon listens for head office's own; raises ConfigError where the path is too long."""
+        """Where the daemon listens for the server's own; raises ConfigError where the path is too long."""
         own = self.config.socket
         return check_socket(Path(own) if own else self.folder / "run" / "daemon.sock", "federation.yaml")
 
@@ -144,15 +144,15 @@ class HeadOffice:
         for number, pair in enumerate(self.authorities):
             ends = read_certificates(pair.certificate)[0].ends
             newest = number == len(self.authorities) - 1
-            # an authority must outlive what it issues, and offices need time to install what names the next one
+            # an authority must outlive what it issues, and sites need time to install what names the next one
             if newest and ends <= soon + timedelta(days=self.config.server_days):
                 found.append(f"the certificate authority ends on {ends:%Y-%m-%d}: fedllm server rotate ca")
         return found
 
     def grant(self, member: RosterEntry) -> bytes:
-        """Return the document by which an office knows head office, and is known by it."""
+        """Return the document by which a site knows the server, and is known by it."""
         newest, days, site = self.authorities[-1], self.config.site_days, member.site
-        # never a name by which offices find head office: with that certificate an office could pass for it
+        # never a name by which sites find the server: with that certificate a site could pass for it
         head = (self.config.host, *self.config.names)
         serves = [host for host in dict.fromkeys((*member.hosts, "localhost", "127.0.0.1")) if host not in head]
         return Grant(
@@ -170,7 +170,7 @@ class HeadOffice:
 
 
 def init_federation(settings: Path, folder: Path) -> HeadOffice:
-    """Make head office's folder from a federation.yaml. Raises ConfigError, or FolderError where it exists."""
+    """Make the server's folder from a federation.yaml. Raises ConfigError, or FolderError where it exists."""
     config, text = read_config(FederationFile, settings), read(settings)
     with new_folder(folder) as place:
         authority = make_ca(config.name, config.ca_days)
@@ -182,7 +182,7 @@ def init_federation(settings: Path, folder: Path) -> HeadOffice:
     return HeadOffice.open(folder)
 
 
-# ---- offices ---------------------------------------------------------------------------------------------------------
+# ---- sites ---------------------------------------------------------------------------------------------------------
 
 
 def read_join_request(path: Path) -> bytes:
@@ -191,7 +191,7 @@ def read_join_request(path: Path) -> bytes:
 
 
 def admit(folder: Path, join: bytes, heard: str) -> Path:
-    """Admit the office that made a join request, or its new keys, and return the path of its grant.
+    """Admit the site that made a join request, or its new keys, and return the path of its grant.
 
     `heard` is the fingerprint that the operator was told on the telephone. A name that is in the roster is admitted
     again only where its present keys signed the request; both sets are then accepted until the old is retired.
@@ -201,7 +201,7 @@ def admit(folder: Path, join: bytes, heard: str) -> Path:
     if not same_fingerprint(heard, request.public.fingerprint):
         raise CryptoError(
             f"the fingerprint does not fit this join request of {request.site}. Hear it once more on a number that you "
-            "know, from the person at the office; if it still differs, the file was exchanged on its way: ask for it "
+            "know, from the person at the site; if it still differs, the file was exchanged on its way: ask for it "
             "again by another way."
         )
     with _changing(folder) as office:
@@ -221,7 +221,7 @@ def _admitted(
         }:
             state = "were revoked" if known.revoked_at else "are in the roster"
             raise FederationError(
-                f"these keys {state}, as those of {known.site}. The office makes new ones: fedllm site rotate, or "
+                f"these keys {state}, as those of {known.site}. The site makes new ones: fedllm site rotate, or "
                 "fedllm site init in a new folder."
             )
     fresh = RosterEntry(**request.model_dump(exclude={"kind", "made_at"}), admitted_at=now())
@@ -230,7 +230,7 @@ def _admitted(
     if member.public not in signers:
         raise FederationError(
             f"site {member.site} is in the roster, and its present keys did not sign this request. If it is another "
-            f"office, it takes another name. If it is the same one and has lost its keys: fedllm revoke {member.site}, "
+            f"site, it takes another name. If it is the same one and has lost its keys: fedllm revoke {member.site}, "
             "then admit it again."
         )
     overlap = {
@@ -278,20 +278,20 @@ def _replaced(roster: Roster, old: RosterEntry, new: RosterEntry) -> Roster:
     return Roster(members=tuple(new if member is old else member for member in roster.members))
 
 
-# ---- head office's own keys ------------------------------------------------------------------------------------------
+# ---- the server's own keys ------------------------------------------------------------------------------------------
 
 
 def rotate_server_certificate(folder: Path) -> HeadOffice:
-    """Make a new server certificate, from the authority of the present one; offices need do nothing."""
+    """Make a new server certificate, from the authority of the present one; sites need do nothing."""
     with _changing(folder) as office:
         _write_server(folder, _server_certificate(office, office.issuer))
     return HeadOffice.open(folder)
 
 
 def rotate_ca(folder: Path, step: Step) -> list[Path]:
-    """Replace the certificate authority, in three steps, and return the grants that offices must install after it.
+    """Replace the certificate authority, in three steps, and return the grants that sites must install after it.
 
-    start: a new authority stands beside the old one, and grants carry both. finish, when every office has installed
+    start: a new authority stands beside the old one, and grants carry both. finish, when every site has installed
     its grant: the server's certificate comes from the new one. retire: the old one is forgotten. A step that was taken
     may be repeated; raises FederationError where it is not its turn.
     """
@@ -308,9 +308,9 @@ def rotate_ca(folder: Path, step: Step) -> list[Path]:
 
 
 def rotate_identity(folder: Path, step: Step) -> list[Path]:
-    """Replace head office's identity, in three steps, and return the grants that offices must install after it.
+    """Replace the server's identity, in three steps, and return the grants that sites must install after it.
 
-    start: grants announce a new identity beside the present one. finish, when every office has installed its grant:
+    start: grants announce a new identity beside the present one. finish, when every site has installed its grant:
     the new one signs. retire: the old one is forgotten. A step that was taken may be repeated; raises FederationError
     where it is not its turn.
     """
@@ -334,7 +334,7 @@ def _check_turn(what: str, step: Step, two: bool, switched: bool) -> None:
         raise FederationError(f"no rotation has begun. First: fedllm server rotate {what}")
     if step == "retire" and two and not switched:
         raise FederationError(
-            f"the new {what} is announced, but not in use. First, when every office has installed its new grant: "
+            f"the new {what} is announced, but not in use. First, when every site has installed its new grant: "
             f"fedllm server rotate {what} --finish"
         )
 
@@ -381,7 +381,7 @@ def _read_identities(path: Path) -> tuple[tuple[Identity, ...], bool]:
     """Return the identities, the one that signs first, and whether the second is the one that leaves."""
     lines = [line.partition(b" ") for line in read_secret(path).splitlines()]
     if [role for role, _, _ in lines] not in ([b"signs"], [b"signs", b"announced"], [b"signs", b"leaving"]):
-        raise CryptoError(f"{path} is not head office's identity. Restore it from a backup.")
+        raise CryptoError(f"{path} is not the server's identity. Restore it from a backup.")
     try:
         return tuple(Identity.from_bytes(key) for _, _, key in lines), lines[-1][0] == b"leaving"
     except CryptoError as error:

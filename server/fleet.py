@@ -18,7 +18,7 @@ app = ServerApp()
 
 @app.main()
 def on_a_fleet(grid: Grid, context: Context) -> None:
-    """Run what `fedllm submit --prepare` prepared in head office's folder, over Flower's own SuperLink."""
+    """Run what `fedllm submit --prepare` prepared in the server's folder, over Flower's own SuperLink."""
     home, name = os.environ.get(_HOME), str(context.run_config.get(_RUN, ""))
     if not home or not name:
         raise ConfigError(f"set {_HOME} for the SuperLink, and name a prepared run: --run-config '{_RUN}=\"first\"'")

@@ -25,7 +25,7 @@ from server.grid import OneRunGrid
 
 _AGAIN = (0.1, 1.0)  # seconds until a request is made again: at random between these
 _TIMEOUT = 20.0  # seconds for the daemon to answer by itself
-_NO_DAEMON = "head office's daemon does not answer. Is it running? fedllm server start"
+_NO_DAEMON = "the server's daemon does not answer. Is it running? fedllm server start"
 
 
 class _Gone(Exception):

@@ -1,4 +1,4 @@
-"""The newest entry that head office has seen of every site's ledger, over all runs: `heads.json`, beside the runs.
+"""The newest entry that the server has seen of every site's ledger, over all runs: `heads.json`, beside the runs.
 
 A site signs, with every update, where its ledger stands. A ledger that lacks such an entry later was cut, or put back
 from an old backup that does not know what was spent since: it is refused, in whatever run.
@@ -42,7 +42,7 @@ class LedgerHeads:
             self._save(known | {k: h for k, h in newer.items() if k not in known or h.number > known[k].number})
 
     def forget(self, site: str) -> None:
-        """Take whatever ledger a site has from now on: a person at head office has decided so."""
+        """Take whatever ledger a site has from now on: a person at the server has decided so."""
         with exclusive_lock(self._path):
             known = self._load()
             if known.pop(self._prefix + site, None) is None:

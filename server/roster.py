@@ -12,7 +12,7 @@ from fedllm.values import Frozen, SiteName
 
 
 class RosterEntry(Frozen):
-    """One admission of an office."""
+    """One admission of a site."""
 
     site: SiteName
     identity: IdentityText
@@ -54,7 +54,7 @@ class Roster(Frozen):
             if isinstance(error, ValidationError) and any("node_key" in each["loc"] for each in error.errors()):
                 raise FolderError(
                     f"{path} is of an earlier version of fedllm. Make a new folder (fedllm init-federation), and have "
-                    "every office make one (fedllm site init) and be admitted anew."
+                    "every site make one (fedllm site init) and be admitted anew."
                 ) from None
             raise FolderError(f"{path} is damaged ({error}). Restore it from a backup.") from None
 

@@ -129,7 +129,7 @@ Score = Callable[[NDArray[np.float32]], Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class PublicModel:
-    """What head office has of the model: the adapter that a run starts from, and how good one is on public data."""
+    """What the server has of the model: the adapter that a run starts from, and how good one is on public data."""
 
     spec: AdapterSpec
     start: NDArray[np.float32]  # [d]
@@ -244,7 +244,7 @@ class Coordinator:
                     self.sites.setdefault(site, SiteState())
                 outcome = RoundOutcome(number, sorted(asked))
                 self._charge(outcome, counts=False)
-                self._lose(outcome, "head office was started again", time.monotonic())
+                self._lose(outcome, "the server was started again", time.monotonic())
             for number in range(self.round + 1, self.plan.training.rounds + 1):
                 self._round(number)
         except QuorumLost as error:

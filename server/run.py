@@ -1,4 +1,4 @@
-"""A run at head office, whatever carries its messages: its folder, its plan, its coordinator, its outputs."""
+"""A run at the server, whatever carries its messages: its folder, its plan, its coordinator, its outputs."""
 
 import contextlib
 import resource

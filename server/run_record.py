@@ -1,11 +1,11 @@
-"""The run record: what head office can show of a run, hash-chained and signed (fedllm.crypto.hash_chain), in `record.jsonl`.
+"""The run record: what the server can show of a run, hash-chained and signed (fedllm.crypto.hash_chain), in `record.jsonl`.
 
-One entry a line, signed by head office's identity; in a simulation by a key made in the run's folder (`record.key`).
+One entry a line, signed by the server's identity; in a simulation by a key made in the run's folder (`record.key`).
 Bodies, by the entry's kind:
 
     plan     plan           the RunPlan, as JSON, and so is
              plan_digest    its digest; `spec_digest` is that of the adapter's shape
-             versions       {package: version} at head office
+             versions       {package: version} at the server
              sites          {name: public identity, 128 hex digits} of the roster; {} in a simulation
              adapter        digest of the adapter that the run starts from
     round    round          1, 2, ...
@@ -16,19 +16,19 @@ Bodies, by the entry's kind:
              lost           why it was not applied, though the sites have paid; the round is over all the same. Noise in
                             shares: the sum stayed closed, or was none that honest sites send; or federation.gate
              noise_multiplier                noise in shares: of the sum, without as many sites as may collude
-             trimmed        noise in shares: sites whose surplus noise was taken off, by head office's own count
+             trimmed        noise in shares: sites whose surplus noise was taken off, by the server's own count
              sums           with groups: {number of a group, from 1: that of it}, of each whose sum was used; the
                             round's noise_multiplier is that of the sum with the least
              refused, closed                 with groups: {number: why}, of each whose sum was none that honest sites
                             send, or did not open
              adapter_before, adapter_after   digests; equal where the round does not count
              bytes_up, bytes_down            of updates and of requests
-    begun    round, sites   the sites are asked now, and may pay; each signs for this entry, as head office named it in
+    begun    round, sites   the sites are asked now, and may pay; each signs for this entry, as the server named it in
                             its request. With noise in shares the round is not asked for again
     resumed  round          the last completed round, from which the run goes on; later `round` entries before this one
                             are superseded: those rounds are repeated, and have entries of their own further on
              adapter        digest of the adapter it goes on with
-    key      identity       head office's new identity, signed by the one before: both hold from here on
+    key      identity       the server's new identity, signed by the one before: both hold from here on
     end      round          the last completed round
              stopped        why the run ended early, or ""
              adapter        digest of the final adapter

@@ -1,4 +1,4 @@
-"""Head office's side of secure aggregation over a run: who joined, what was dealt, and the one sum it may read."""
+"""The server's side of secure aggregation over a run: who joined, what was dealt, and the one sum it may read."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,7 +37,7 @@ Ask = Callable[[Mapping[str, bytes], int], Iterable[tuple[str, bytes | str]]]
 
 
 class SecAggServer:
-    """One session. Keeps nothing on disk: head office that was started again opens another, and all sites join anew."""
+    """One session. Keeps nothing on disk: the server that was started again opens another, and all sites join anew."""
 
     def __init__(
         self, plan: RunPlan, distributed: DistributedMechanism, dimension: int, roster: Mapping[str, PublicIdentity],
@@ -132,7 +132,7 @@ class SecAggServer:
         return step.astype(np.float32)
 
     def noise_multiplier(self, survivors: int, trimmed: int) -> float:
-        """Return that of an opened sum, for head office and the sites that may collude with it."""
+        """Return that of an opened sum, for the server and the sites that may collude with it."""
         return self._distributed.noise_multiplier(survivors, trimmed, self._plan.privacy.colluding_sites)
 
     def unmask(
@@ -184,7 +184,7 @@ class SecAggServer:
         return total, len(reveals)
 
     def _take_off(self, total: NDArray[np.uint32], seeds: Iterable[Sequence[str]], survivors: int) -> None:
-        """Subtract surplus noise, in place; drawing it anew is most of head office's work, hence on all cores."""
+        """Subtract surplus noise, in place; drawing it anew is most of the server's work, hence on all cores."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for off in pool.map(lambda own: self._distributed.surplus(own, survivors, self._dimension), seeds):
                 total -= off

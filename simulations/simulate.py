@@ -127,7 +127,7 @@ def _with_place(config: SimulationConfig) -> SimulationConfig:
 
 
 def _heads(config: SimulationConfig) -> LedgerHeads | None:
-    """Return what this output's head office knows of ledgers that outlive a run."""
+    """Return what this output's the server knows of ledgers that outlive a run."""
     folder = config.site.folder
     return LedgerHeads(Path(config.output) / HEADS, f"{folder}/") if folder is not None else None
 
@@ -230,7 +230,7 @@ def _audit(folder: Path, observe: Callable[[Event], None]) -> None:
     )
     known = {HEAD_OFFICE: signer.public.fingerprint, **{s.name: s.fingerprint for s in written.audit.sites}}
     lines = [f"{name} {fingerprint}" for name, fingerprint in known.items() if fingerprint]
-    heading = "# In a deployment every office tells its own fingerprint; here one process plays all of them."
+    heading = "# In a deployment every site tells its own fingerprint; here one process plays all of them."
     write_atomically(folder / KEYS, ("\n".join([heading, *lines]) + "\n").encode())
     for problem in written.problems:
         logging.getLogger("fedllm").warning(problem)

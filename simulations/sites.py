@@ -87,7 +87,7 @@ class _SiteLog(logging.FileHandler):
 
 
 def log_to(folder: Path) -> logging.Handler:
-    """Send what sites say of themselves, which may tell more than head office may know, to the run's folder alone.
+    """Send what sites say of themselves, which may tell more than the server may know, to the run's folder alone.
 
     Raises CheckpointError where the file cannot be opened.
     """

@@ -326,7 +326,7 @@ def test_what_only_carries_bytes_loads_neither_model_nor_flower(module: str) -> 
 
 
 def test_a_sites_process_knows_no_flower_and_no_tables() -> None:
-    """Nothing that head office sends is run there: what could run it is not even loaded. Tables take 100 MB."""
+    """Nothing that the server sends is run there: what could run it is not even loaded. Tables take 100 MB."""
     loaded = loaded_by("import client.service, client.link, client.office, client.site")
     assert {"grpc", "torch"} <= loaded
     assert not loaded & {"flwr", "ray", "hydra", "flwr_datasets", "datasets", "pandas", "pyarrow"}

@@ -1,8 +1,8 @@
 """From a folder of evidence to an audit: every signature, chain and epsilon is checked again. Needs no torch.
 
-record.jsonl          head office's run record (server.run_record says what is in it)
+record.jsonl          the server's run record (server.run_record says what is in it)
 plan.json             the plan that the sites were sent
-metrics.jsonl         what head office measured after each round, on public data
+metrics.jsonl         what the server measured after each round, on public data
 ledgers/SITE.jsonl    a site's ledger, by `fedllm ledger export`
 """
 
@@ -227,7 +227,7 @@ class _Checks:
 
 @dataclass
 class _Record:
-    """Head office's record."""
+    """The server's record."""
 
     entries: list[Entry]
     plan: RunPlan
@@ -407,7 +407,7 @@ def _check_noise(
 def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> _Ledger | None:
     """Read a site's export; None, and a finding that fails, where it cannot be used.
 
-    `listed` is the identity that head office's roster names; in a simulation there is no roster.
+    `listed` is the identity that the server's roster names; in a simulation there is no roster.
     """
     file = f"{LEDGERS}/{path.name}"
     try:
@@ -634,7 +634,7 @@ class _SiteEvidence:
 
     name: str
     path: Path  # of its ledger's export
-    listed: str | None  # the identity that head office's roster names; in a simulation there is no roster
+    listed: str | None  # the identity that the server's roster names; in a simulation there is no roster
     plan: RunPlan
     absent: bool  # as the reader knows
     last: End  # of the record
@@ -727,7 +727,7 @@ def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, che
     for number in ledger.restarts:  # what was lost is its owner's word
         checks.note("ledger_complete", "unverified", f"{ledger.name}, #{number}: restarted")
     # nobody but the site can say that its ledger has no more entries: an export without that, or an older one, may be
-    # cut, where head office holds no statement on what it lacks
+    # cut, where the server holds no statement on what it lacks
     whole = ledger.export is not None and ledger.export.body == asdict(papers.last)
     checks.note(
         "ledger_complete", "holds" if whole else "unverified",
@@ -862,7 +862,7 @@ def _check_rosters(record: _Record, checks: _Checks) -> None:
     for number, step in record.attempts:
         begun, named = ended.get(number), {*step.answered, *step.declined, *step.failed}
         if begun is None:
-            # head office was started again, and does not know; an earlier version kept no record of whom a round asks
+            # the server was started again, and does not know; an earlier version kept no record of whom a round asks
             if named or not step.lost:
                 checks.note("countersigned", "unverified", f"{RECORD} #{number}")
             continue
@@ -876,7 +876,7 @@ def _check_rosters(record: _Record, checks: _Checks) -> None:
 
 
 def _asked_again(record: _Record, number: int, begun: _BegunBody) -> bool:
-    """Whether a later round speaks of everybody whom a round asked that head office did not end.
+    """Whether a later round speaks of everybody whom a round asked that the server did not end.
 
     With noise in shares a round that nobody knows the end of is lost, and names nobody.
     """
@@ -1060,7 +1060,7 @@ def _coalitions(plan: RunPlan) -> list[int]:
 
 
 def _weaker(events: Sequence[AccountingEvent], plan: RunPlan, colluding: int) -> list[AccountingEvent]:
-    """Return the events as head office and so many sites see them, who know their own shares of the noise."""
+    """Return the events as the server and so many sites see them, who know their own shares of the noise."""
     return _left(events, (plan.quorum - colluding) / (plan.quorum - plan.privacy.colluding_sites))
 
 

@@ -13,7 +13,7 @@ Status = Literal["holds", "fails", "unverified"]
 Verdict = Literal["within", "exceeded", "unverifiable"]
 # What is checked, in the order in which a contradiction is reported. `Finding.code` is one of these.
 Code = Literal[
-    "record_chain",  # head office's record is unbroken, and signed by one that is trusted
+    "record_chain",  # the server's record is unbroken, and signed by one that is trusted
     "plan",  # the plan in the record, plan.json and every digest of it agree
     "rounds",  # rounds follow one another, and each starts from the adapter that the one before left
     "statements",  # every statement is signed by its site, and is about this run, plan and round
@@ -27,7 +27,7 @@ Code = Literal[
     "protected",  # noise is added, and nobody can predict it
     "plan_target",  # the run cost each site at most what the plan announced
     "budget",  # everything charged is within what the site permits
-    "metrics",  # head office's measurements are about the rounds in the record
+    "metrics",  # the server's measurements are about the rounds in the record
     "keys",  # the keys were compared with ones that the reader holds
     "site_software",  # sites really draw their coins and noise as the plan says
     "unit",  # records are grouped by privacy unit as the plan says
@@ -57,14 +57,14 @@ class Run(Frozen):
     name: str  # the plan's id of the run
     plan_digest: str
     head_office: str  # fingerprint of the identity that signed last
-    began: str  # UTC, by head office's clock
+    began: str  # UTC, by the server's clock
     ended: str | None  # None where the record has no end
     stopped: str  # why it ended early, or ""
     rounds: int
     rounds_planned: int
     entries: int  # of the record
     head: str  # digest of the record's last entry
-    versions: dict[str, str]  # of the software at head office
+    versions: dict[str, str]  # of the software at the server
 
 
 class Claim(Frozen):
@@ -81,7 +81,7 @@ class Claim(Frozen):
     noise_multiplier: float  # mode distributed: of a sum of the fewest sites, without the shares of those that collude
     sites: int  # that may take part; with groups, in the largest of them
     quorum: int  # fewest in a sum that can be read
-    colluding_sites: int  # mode distributed: so many may tell head office their share of the noise
+    colluding_sites: int  # mode distributed: so many may tell the server their share of the noise
     groups: int = 0  # mode distributed: each with a sum and noise of its own, 0 where all sites have one
     poisoned_sites: int = 0  # with groups: so many may send what they like
     local_steps: int
@@ -171,7 +171,7 @@ class Accountants(Frozen):
     )
     planned: float | None  # PLD of the whole plan
     several_sites: tuple[tuple[int, float | None], ...]  # a person in k sites, this run: (k, PLD)
-    coalitions: tuple[tuple[int, float | None], ...]  # mode distributed: head office with k sites, more than named: PLD
+    coalitions: tuple[tuple[int, float | None], ...]  # mode distributed: the server with k sites, more than named: PLD
     share_alone: float | None  # mode distributed: PLD of what always stays of one share, where the masks are broken
 
     @property
@@ -189,7 +189,7 @@ class Risk(Frozen):
 
 
 class Utility(Frozen):
-    """Head office's measurement on the public held-out set after a round; round 0 is the base model."""
+    """The server's measurement on the public held-out set after a round; round 0 is the base model."""
 
     round: int
     loss: float | None

@@ -117,7 +117,7 @@ def _words() -> dict[str, tuple[str, str]]:
 
 
 def text_of(language: Language, key: str, **values: object) -> str:
-    """Return a text; `values` fill it in. A `key` with an unknown end, as head office may send, is "other"."""
+    """Return a text; `values` fill it in. A `key` with an unknown end, as the server may send, is "other"."""
     texts = _words().get(key) or _words()[f"{key.partition('.')[0]}.other"]
     return texts[LANGUAGES.index(language)].format(**values)
 
@@ -199,7 +199,7 @@ def _several(audit: Audit, say: partial[str]) -> str:
 
 
 def _coalition(audit: Audit, say: partial[str]) -> str:
-    """Say what head office can bound with the help of more sites than the plan names."""
+    """Say what the server can bound with the help of more sites than the plan names."""
     accountants = audit.accountants
     figures = "; ".join(say("claim.coalition.figure", k=k, epsilon=number(e)) for k, e in accountants.coalitions)
     most = accountants.coalitions[-1][0] if figures else audit.claim.colluding_sites

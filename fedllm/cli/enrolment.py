@@ -35,14 +35,14 @@ def private(command: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-site_app = typer.Typer(help="An office: its folder, keys and grants.", no_args_is_help=True, callback=keep_private)
+site_app = typer.Typer(help="A site: its folder, keys and grants.", no_args_is_help=True, callback=keep_private)
 server_app = typer.Typer(
-    help="Head office: certificates, identity and offices.", no_args_is_help=True, callback=keep_private
+    help="The server: certificates, identity and sites.", no_args_is_help=True, callback=keep_private
 )
 
 HeadOfficeOption = Annotated[
     Path,
-    typer.Option("--home", envvar="FEDLLM_HOME", help="Head office's folder.", show_default="~/.fedllm/head-office"),
+    typer.Option("--home", envvar="FEDLLM_HOME", help="The server's folder.", show_default="~/.fedllm/head-office"),
 ]
 OfficeOption = Annotated[
     Path, typer.Option("--home", envvar="FEDLLM_HOME", help="The site's folder.", show_default="~/.fedllm/site")
@@ -56,7 +56,7 @@ _SiteName = Annotated[str, typer.Argument(help="The site's name.", show_default=
 
 
 class Rotated(Enum):
-    """What head office can replace."""
+    """What the server can replace."""
 
     certificate = "certificate"
     ca = "ca"
@@ -72,21 +72,21 @@ def register(app: typer.Typer) -> None:
     app.add_typer(server_app, name="server")
 
 
-# ---- head office -----------------------------------------------------------------------------------------------------
+# ---- the server -----------------------------------------------------------------------------------------------------
 
 
 def init_federation(
     file: Annotated[Path, typer.Argument(help="federation.yaml: name and host, at the least.", show_default=False)],
     home: HeadOfficeOption = HEAD_OFFICE,
 ) -> None:
-    """Make head office's folder: authority, server certificate, identity, roster."""
+    """Make the server's folder: authority, server certificate, identity, roster."""
     from server.federation import init_federation as make
 
     office = make(file, absolute(home))
     facts = office.config
-    typer.echo(f"Head office of {facts.name}, at {facts.host}:{facts.port}: {office.folder}")
-    typer.echo(f"Its fingerprint, to read to offices on the telephone:\n\n  {office.identity.public.fingerprint}\n")
-    typer.echo("Next, at every office: fedllm site init --name NAME. Then here: fedllm admit NAME.join")
+    typer.echo(f"The server of {facts.name}, at {facts.host}:{facts.port}: {office.folder}")
+    typer.echo(f"Its fingerprint, to read to sites on the telephone:\n\n  {office.identity.public.fingerprint}\n")
+    typer.echo("Next, at every site: fedllm site init --name NAME. Then here: fedllm admit NAME.join")
 
 
 def admit(
@@ -94,7 +94,7 @@ def admit(
     fingerprint: _Fingerprint = None,
     home: HeadOfficeOption = HEAD_OFFICE,
 ) -> None:
-    """Admit an office, or an office's new keys."""
+    """Admit a site, or a site's new keys."""
     from fedllm.protocol.enrolment import JoinRequest
     from server import federation
 
@@ -103,7 +103,7 @@ def admit(
     join = federation.read_join_request(file)
     request, _ = JoinRequest.open(join)
     typer.echo(f"Join request of {request.site}, made {request.made_at:%Y-%m-%d %H:%M} UTC")
-    heard = fingerprint or _ask("Call the office on a number that you know. Its fingerprint, as heard")
+    heard = fingerprint or _ask("Call the site on a number that you know. Its fingerprint, as heard")
     grant = federation.admit(folder, join, heard)
     typer.echo(f"{request.site} is admitted: {request.public.fingerprint}")
     typer.echo(f"Send it this grant: {grant}")
@@ -152,9 +152,9 @@ def server_rotate(
     retire: Annotated[bool, typer.Option("--retire", help="ca, identity: last step, forget the old one.")] = False,
     home: HeadOfficeOption = HEAD_OFFICE,
 ) -> None:
-    """Replace a key of head office while rounds go on.
+    """Replace a key of the server while rounds go on.
 
-    certificate: one step, and offices need do nothing. ca and identity: three steps, so that every office can install
+    certificate: one step, and sites need do nothing. ca and identity: three steps, so that every site can install
     its new grant in between.
     """
     from server import federation
@@ -178,9 +178,9 @@ def server_rotate(
         "retire": f"The old {what.value} is forgotten.",
     }
     after = {
-        "start": f"When every office has installed its grant: fedllm server rotate {what.value} --finish",
+        "start": f"When every site has installed its grant: fedllm server rotate {what.value} --finish",
         "finish": f"When a round went well: fedllm server rotate {what.value} --retire",
-        "retire": "Offices install their grants when it suits them.",
+        "retire": "Sites install their grants when it suits them.",
     }
     typer.echo(said[step])
     if what is Rotated.identity:
@@ -190,7 +190,7 @@ def server_rotate(
     typer.echo(after[step])
 
 
-# ---- an office -------------------------------------------------------------------------------------------------------
+# ---- a site -------------------------------------------------------------------------------------------------------
 
 
 @site_app.command("init")
@@ -203,27 +203,27 @@ def site_init(
 
     office = init_office(absolute(home), name)
     typer.echo(f"The site {office.name}: {office.folder}")
-    typer.echo(f"Send head office this join request: {office.join_file}")
+    typer.echo(f"Send the server this join request: {office.join_file}")
     typer.echo(f"and read this fingerprint to them on the telephone:\n\n  {office.identity.public.fingerprint}\n")
     typer.echo(f"Meanwhile fill in {office.folder / 'site.yaml'}, then: fedllm site check")
 
 
 @site_app.command("install")
 def site_install(
-    file: Annotated[Path, typer.Argument(help="The grant from head office, NAME.grant.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="The grant from the server, NAME.grant.", show_default=False)],
     fingerprint: _Fingerprint = None,
     home: OfficeOption = OFFICE,
 ) -> None:
-    """Install a grant: this head office, and no other, is believed."""
+    """Install a grant: this server, and no other, is believed."""
     from client import office
 
     folder = absolute(home)
     grant = office.read_grant(file)
     if fingerprint is None and office.needs_fingerprint(folder, grant):
-        fingerprint = _ask("Call head office on a number that you know. Its fingerprint, as heard")
+        fingerprint = _ask("Call the server on a number that you know. Its fingerprint, as heard")
     installed = office.install(folder, grant, fingerprint)
     known = " and ".join(identity.fingerprint for identity in installed.coordinators)
-    typer.echo(f"{installed.name} takes part at {installed.address}; head office is known by {known}")
+    typer.echo(f"{installed.name} takes part at {installed.address}; the server is known by {known}")
     typer.echo("A site that runs takes it up by itself; else: fedllm site start")
     if installed.socket is not None:
         typer.echo("Its relay has a copy of the certificate. Make it again: fedllm site export-relay FOLDER")
@@ -236,7 +236,7 @@ def site_rotate(home: OfficeOption = OFFICE) -> None:
 
     office = rotate(absolute(home))
     typer.echo(f"New keys of {office.name}; the present ones stay in use until the grant for the new is installed.")
-    typer.echo(f"Send head office this join request: {office.join_file}")
+    typer.echo(f"Send the server this join request: {office.join_file}")
     typer.echo(f"and read this fingerprint to them:\n\n  {office.keys[-1].identity.public.fingerprint}\n")
 
 
@@ -266,7 +266,7 @@ def site_resume(home: OfficeOption = OFFICE) -> None:
     left = Unfinished(Office.open(absolute(home)).ledger_file)
     said = left.read()
     left.end()
-    typer.echo("nothing to resume" if said is None else f"{said}; the site answers head office again")
+    typer.echo("nothing to resume" if said is None else f"{said}; the site answers the server again")
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def restart(
 ) -> None:  # fmt: skip
     """Go on with an older ledger, or with none: its owner states what is lost, and that counts as spent.
 
-    PLAN is the plan of a run, plan.json in its folder at head office, and ROUNDS how many rounds of it are missing.
+    PLAN is the plan of a run, plan.json in its folder at the server, and ROUNDS how many rounds of it are missing.
     `nothing` says that this ledger is the newest, `everything` that nobody knows what is lost: nothing more is trained
     on the records of this account. End the site first.
     """
@@ -248,7 +248,7 @@ def restart(
         head = restart(office.ledger, office.identity, losses)
     cost = spent([loss.event for loss in losses], office.policy.delta).epsilon
     typer.echo(f"restarted at entry {head.number}: epsilon {cost:.4g} at delta {office.policy.delta:g} counts as lost")
-    typer.echo(f"Head office takes it from now on: fedllm server new-ledger {office.name}")
+    typer.echo(f"The server takes it from now on: fedllm server new-ledger {office.name}")
 
 
 def _losses(stated: list[str]) -> "list[Loss]":
@@ -356,7 +356,7 @@ _Past = Callable[[float], "list[AccountingEvent]"]  # what was charged since a t
 
 
 def _past_of(office: "Office") -> _Past:
-    """Return what an office's records have been charged with."""
+    """Return what a site's records have been charged with."""
     if office.ledger.is_new():
         return lambda since: []
     ledger = _of(office)

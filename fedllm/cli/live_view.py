@@ -24,7 +24,7 @@ _site_logger = logging.getLogger("fedllm.site")
 
 
 class _ConsoleHandler(logging.Handler):
-    """Shows why a site declines. In a simulation the sites are the researcher's own; head office never sees this."""
+    """Shows why a site declines. In a simulation the sites are the researcher's own; the server never sees this."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.WARNING)
@@ -101,7 +101,7 @@ class Screen:
             )
             if privacy.mode == "distributed":
                 lines.add_row(
-                    "", f"shared noise: head office sees the sum of at least {plan.quorum} sites, and "
+                    "", f"shared noise: the server sees the sum of at least {plan.quorum} sites, and "
                     f"{privacy.colluding_sites} of them may help it to see more"
                 )  # fmt: skip
             if plan.groups:

@@ -16,7 +16,7 @@ from fedllm.errors import FedllmError
 from fedllm.shown import escaped_lines
 
 app = typer.Typer(
-    help="Fine-tune one language model across branch offices, under differential privacy.",
+    help="Fine-tune one language model across sites, under differential privacy.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,  # `main` prints one line; a traceback may quote a record
@@ -27,7 +27,7 @@ _errors = Console(stderr=True)
 
 _SIMULATE_HELP = """Run a whole federation on this machine.
 
-Without arguments: eight branch offices, a small Korean and English model and a service-desk corpus that ship with
+Without arguments: eight sites, a small Korean and English model and a service-desk corpus that ship with
 fedllm, epsilon 8. Everything is a setting; OVERRIDES are Hydra's KEY=VALUE.
 
 [bold]Examples[/bold]

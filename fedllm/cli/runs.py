@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _console = Console()
 _POLL = 0.5  # seconds between looks at a run's progress
 
-_SUBMIT_HELP = """Start a run of the admitted offices and follow it.
+_SUBMIT_HELP = """Start a run of the admitted sites and follow it.
 
 OVERRIDES are Hydra's KEY=VALUE, as for simulate, on conf/deployment.yaml; `fedllm submit --cfg` prints every key. The
 offices' records, templates and policies are their own; what is public and the same for all is set here.
@@ -70,7 +70,7 @@ def _say(line: str) -> None:
 
 @server_app.command("start")
 def server_start(home: HeadOfficeOption = HEAD_OFFICE) -> None:
-    """Run head office's daemon, to which offices connect and which starts runs, until stopped.
+    """Run the server's daemon, to which sites connect and which starts runs, until stopped.
 
     Runs that are under way go on without it, and find it again.
     """
@@ -106,7 +106,7 @@ def server_run(
 
 @site_app.command("start")
 def site_start(home: OfficeOption = OFFICE) -> None:
-    """Run the site until stopped: connect to head office and answer it, within what site.yaml permits."""
+    """Run the site until stopped: connect to the server and answer it, within what site.yaml permits."""
     os.environ.update(ONLY_TLS_1_3)
     folder = absolute(home)
     office = _open_office(folder)
@@ -157,7 +157,7 @@ def _log_to(file: Path) -> None:
 
 
 def _open_office(folder: Path) -> "Office":
-    """Open an office that has its grant, with the environment that its libraries need."""
+    """Open a site that has its grant, with the environment that its libraries need."""
     from client.office import Office
 
     office = Office.open(folder)
@@ -315,7 +315,7 @@ _UNITS = Path("fedllm-units")
 
 @server_app.command("units")
 def server_units(folder: _UnitsFolder = _UNITS, home: HeadOfficeOption = HEAD_OFFICE) -> None:
-    """Write systemd units, a compose file and rotation of logs for head office."""
+    """Write systemd units, a compose file and rotation of logs for the server."""
     from fedllm.ops import service_files
     from server.federation import HeadOffice
 
@@ -323,7 +323,7 @@ def server_units(folder: _UnitsFolder = _UNITS, home: HeadOfficeOption = HEAD_OF
     office = HeadOffice.open(home)
     user = service_files.owner(home)
     server = service_files.ServiceSpec(
-        "fedllm-server", f"Head office of {office.config.name}", ("server", "start", "--home", str(home)), user,
+        "fedllm-server", f"The server of {office.config.name}", ("server", "start", "--home", str(home)), user,
         (home,), leaves=True,
     )  # fmt: skip
     _write_units(
@@ -343,7 +343,7 @@ def site_units(
     ),
     home: OfficeOption = OFFICE,
 ) -> None:
-    """Write systemd units, a compose file and rotation of logs for an office: a site without network, and its relay."""
+    """Write systemd units, a compose file and rotation of logs for a site: a site without network, and its relay."""
     from client.office import Office
     from fedllm.ops import service_files
 
@@ -406,7 +406,7 @@ def doctor(
     home: Annotated[
         Path | None,
         typer.Option(
-            "--home", envvar="FEDLLM_HOME", help="Head office's, a site's or a relay's folder.",
+            "--home", envvar="FEDLLM_HOME", help="The server's, a site's or a relay's folder.",
             show_default="both that ~/.fedllm may hold",
         ),
     ] = None,
@@ -441,6 +441,6 @@ def _examine(folder: Path) -> "list[CheckResult]":
 
         return examine_relay(folder)
     raise ConfigError(
-        f"{folder} is neither head office's folder (federation.yaml), nor a site's (site.yaml), nor a relay's "
+        f"{folder} is neither the server's folder (federation.yaml), nor a site's (site.yaml), nor a relay's "
         "(relay.json), or it may not be read by this user"
     )

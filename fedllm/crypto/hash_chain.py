@@ -1,4 +1,4 @@
-"""Hash-chained, signed entries: what a site's ledger and head office's run record are made of.
+"""Hash-chained, signed entries: what a site's ledger and the server's run record are made of.
 
 An entry is one DSSE envelope on one line. Its payload is canonical JSON: its number (0, 1, 2 ...), the digest of the
 entry before it, a kind, a time, a body, and its signer's public identity. Whoever holds a later digest notices every
@@ -33,7 +33,7 @@ class LedgerHead:
 
 @dataclass(frozen=True)
 class End:
-    """Where head office's record of a run ends: what the sites are to hand in their ledgers for."""
+    """Where the server's record of a run ends: what the sites are to hand in their ledgers for."""
 
     run: str
     number: int

@@ -1,4 +1,4 @@
-"""A handshake with head office, as a site makes it, and what is wrong where it fails."""
+"""A handshake with the server, as a site makes it, and what is wrong where it fails."""
 
 import contextlib
 import errno
@@ -55,7 +55,7 @@ def _be_believed(secured: ssl.SSLSocket, own: CertificateFacts) -> None:
     if own.ends < datetime.now(UTC):
         raise _NotBelieved(f"this office's certificate has ended on {own.ends:%Y-%m-%d %H:%M} UTC")
     raise _NotBelieved(
-        f"head office does not believe this office's certificate, which ends on {own.ends:%Y-%m-%d}: it is of another "
+        f"the server does not believe this office's certificate, which ends on {own.ends:%Y-%m-%d}: it is of another "
         "authority, or the clock there is wrong"
     )
 
@@ -64,14 +64,14 @@ def explain_failure(host: str, port: int, error: OSError) -> str:
     """Return why `probe_tls` failed, and what to do about it."""
     there = f"{host}:{port}"
     if isinstance(error, _NotBelieved):
-        return f"{error}. Install a new grant; at head office: fedllm server grant SITE"
+        return f"{error}. Install a new grant; at the server: fedllm server grant SITE"
     if isinstance(error, ssl.SSLCertVerificationError):
         return _certificate(host, error)
     known: list[tuple[type[OSError], str]] = [
         (socket.gaierror, f"the name {host} is not known here (DNS). Check it: getent hosts {host}"),
-        (ssl.SSLError, f"{there} does not speak TLS 1.3 as head office does. Is another program, or a proxy, there?"),
+        (ssl.SSLError, f"{there} does not speak TLS 1.3 as the server does. Is another program, or a proxy, there?"),
         (TimeoutError, f"{there} does not answer in {_PATIENCE:.0f} s. A firewall on the way? See docs/firewall.md"),
-        (ConnectionRefusedError, f"{there} refuses. At head office: fedllm server start; and is the port right?"),
+        (ConnectionRefusedError, f"{there} refuses. At the server: fedllm server start; and is the port right?"),
         (ConnectionError, f"{there} breaks off the connection. A firewall or a proxy on the way?"),
     ]
     if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
@@ -84,14 +84,14 @@ def _certificate(host: str, error: ssl.SSLCertVerificationError) -> str:
         return "the server certificate is not valid yet: the clock here is behind. Set it: timedatectl set-ntp true"
     if error.verify_code in _ENDED:
         return (
-            "the server certificate has ended, or the clock here is ahead. Compare: date. At head office: "
+            "the server certificate has ended, or the clock here is ahead. Compare: date. At the server: "
             "fedllm server rotate certificate"
         )
     if error.verify_code in _OTHER_HOST:
-        return f"the server certificate is not good for {host}. At head office: fedllm server rotate certificate"
+        return f"the server certificate is not good for {host}. At the server: fedllm server rotate certificate"
     if error.verify_code in _UNKNOWN:
         return (
             "the server certificate is not of the authority that the grant names. Somebody in between, or a new "
-            "authority: ask head office on the telephone, and for a new grant (there: fedllm server grant SITE)"
+            "authority: ask the server on the telephone, and for a new grant (there: fedllm server grant SITE)"
         )
-    return f"the server certificate is refused ({error.verify_message}). Ask head office: fedllm doctor"
+    return f"the server certificate is refused ({error.verify_message}). Ask the server: fedllm doctor"

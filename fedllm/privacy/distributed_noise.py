@@ -21,11 +21,11 @@ clipped so that they are within the clip after rounding: the sensitivity is the 
 
 **Surplus.** N sites may take part, t are promised to be in every sum, c of them may collude. Were every share sized for
 t, the sum of all N would carry more noise than was asked for. So a share comes in parts, and once it is settled that
-u >= t sites are in the sum, each gives away the seeds of parts that are not needed, which head office takes off again
+u >= t sites are in the sum, each gives away the seeds of parts that are not needed, which the server takes off again
 (after Jiang, Wang and Chen, "Dordis", EuroSys 2024, XNoise). In units of the mechanism's variance over (N - c)(t - c),
 a share has N - c, of which t - c have no seed; with u survivors each gives away u - t of the others.
 
-Why enough stays, also against a head office that tells sites different things. A site gives parts away once a round,
+Why enough stays, also against a server that tells sites different things. A site gives parts away once a round,
 with the shares it reveals for the one list that it answers; whatever that says, t - c units stay. Let S be the honest
 sites whose sum is read. A list with dropouts is answered only where t sites have signed it, and there is one at most.
 
@@ -130,7 +130,7 @@ class DistributedMechanism:
     mechanism: Mechanism  # what the shares of quorum - colluding sites amount to
     sites: int  # N: that may take part
     quorum: int  # t
-    colluding: int  # c: sites that may tell head office their shares
+    colluding: int  # c: sites that may tell the server their shares
     expected_units: float  # at one site, in one round; public
 
     def __post_init__(self) -> None:
@@ -268,8 +268,8 @@ class DistributedMechanism:
     def noise_multiplier(self, survivors: int, trimmed: int, known: int) -> float:
         """Return the noise multiplier of a sum for those who know the noise of `known` of its sites.
 
-        Of the `survivors` in it, surplus noise was taken off `trimmed`; known are those with the most noise. Head
-        office may have seeds that came too late to be used: against it, count all as trimmed.
+        Of the `survivors` in it, surplus noise was taken off `trimmed`; known are those with the most noise. The
+        server may have seeds that came too late to be used: against it, count all as trimmed.
         """
         full = self.sites - self.colluding
         kept = sorted([full - (survivors - self.quorum)] * trimmed + [full] * (survivors - trimmed))

@@ -521,7 +521,7 @@ class PrivacyLedger:
                 if state == "RELEASED" and reply is None:
                     raise LedgerError(
                         f"round={round} of run={run} was answered, and later rounds too, so its reply is no longer "
-                        "kept. Head office must resume from a later checkpoint, or start a new run."
+                        "kept. The server must resume from a later checkpoint, or start a new run."
                     )
                 if state == "RELEASED":
                     return Reservation(run, round, reply)
@@ -531,7 +531,7 @@ class PrivacyLedger:
                     return Reservation(run, round, None, coins)
                 db.execute("UPDATE entry SET coins = NULL WHERE id = ?", (number,))
             self._check(db, run, event)
-            # head office may go back one round, to the checkpoint before a damaged one: two replies are kept
+            # the server may go back one round, to the checkpoint before a damaged one: two replies are kept
             db.execute("UPDATE entry SET reply = NULL WHERE run = ? AND round < ?", (run, round - 1))
             return Reservation(run, round, None, self.charge(db, run, round, request, event))
 
@@ -613,7 +613,7 @@ class PrivacyLedger:
             db.execute("UPDATE entry SET state = 'RELEASED', coins = NULL, reply = ? WHERE id = ?", (reply, row[0]))
             answer = hashlib.sha256(reply).hexdigest()
             which = {"account": row[1], "run": reservation.run, "round": reservation.round, "charge": row[2]}
-            # the time of the reservation, not the present one: head office sees digests of entries, and would learn
+            # the time of the reservation, not the present one: the server sees digests of entries, and would learn
             # from them when training ended
             _note(db, "released", {**which, "reply": answer}, self._signer, at=row[4])
 

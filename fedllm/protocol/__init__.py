@@ -1,1 +1,1 @@
-"""What travels between head office and the sites."""
+"""What travels between the server and the sites."""

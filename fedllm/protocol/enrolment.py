@@ -1,4 +1,4 @@
-"""Join requests and grants: the two signed documents that people carry between an office and head office.
+"""Join requests and grants: the two signed documents that people carry between a site and the server.
 
 Neither holds a secret. What protects them is the fingerprint that one person reads to the other on the telephone.
 """
@@ -81,12 +81,12 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class JoinRequest(Frozen):
-    """What an office asks head office with: its name and its public keys."""
+    """What a site asks the server with: its name and its public keys."""
 
     kind: Literal["fedllm join request v2"] = "fedllm join request v2"
     site: SiteName
     identity: IdentityText
-    link_key: KeyLine  # to be certified: the site's as a client of head office
+    link_key: KeyLine  # to be certified: the site's as a client of the server
     serving_key: KeyLine  # to be certified: the site's as a server in its own house
     hosts: tuple[Host, ...] = Field((), max_length=16)  # that it serves at
     made_at: AwareDatetime
@@ -105,12 +105,12 @@ class JoinRequest(Frozen):
         """Return the request and everyone who signed it, the identity in it among them; raises CryptoError."""
         request, signers = _open(cls, data, "join request")
         if request.public not in signers:
-            raise CryptoError("the join request is not signed by the identity in it. Ask the office to make it again.")
+            raise CryptoError("the join request is not signed by the identity in it. Ask the site to make it again.")
         return request, signers
 
 
 class Grant(Frozen):
-    """Head office's answer: where it is to be found, and by which keys it is known."""
+    """The server's answer: where it is to be found, and by which keys it is known."""
 
     kind: Literal["fedllm grant v2"] = "fedllm grant v2"
     federation: Printable = Field(min_length=1, max_length=64)
@@ -119,18 +119,18 @@ class Grant(Frozen):
     host: Host
     port: Port
     ca: Certificates  # PEM; two authorities while one replaces the other
-    link: Certificates  # PEM: the site's certificate as a client of head office
+    link: Certificates  # PEM: the site's certificate as a client of the server
     serving: Certificates  # PEM: its certificate as a server
     coordinators: tuple[IdentityText, ...] = Field(min_length=1, max_length=8)  # the first one signs and seals now
     made_at: AwareDatetime
 
     @property
     def identities(self) -> tuple[PublicIdentity, ...]:
-        """Every identity by which head office may be known."""
+        """Every identity by which the server may be known."""
         return tuple(map(PublicIdentity.from_text, self.coordinators))
 
     def sign(self, signers: Sequence[Identity]) -> bytes:
-        """Return the document, signed by every identity of head office."""
+        """Return the document, signed by every identity of the server."""
         return sign_document(self.model_dump(mode="json"), *signers)
 
     @classmethod
@@ -138,7 +138,7 @@ class Grant(Frozen):
         """Return the grant and everyone who signed it, all identities in it among them; raises CryptoError."""
         grant, signers = _open(cls, data, "grant")
         if not set(grant.identities) <= set(signers):
-            raise CryptoError("the grant is not signed by every identity in it. Ask head office to make it again.")
+            raise CryptoError("the grant is not signed by every identity in it. Ask the server to make it again.")
         return grant, signers
 
 

@@ -22,7 +22,7 @@ AHEAD = 4  # parts that may wait for a slow reader before gRPC's own flow contro
 
 # A peer that is gone without a word is noticed in the sum of both, in seconds; also while nothing is sent.
 _PING, _PATIENCE = 10, 8
-# From which a request was read may be any office: HELLO is the time in which it must say so.
+# From which a request was read may be any site: HELLO is the time in which it must say so.
 HELLO = 20.0  # seconds
 
 OPTIONS: list[tuple[str, int]] = [

@@ -1,4 +1,4 @@
-"""The messages between head office and a site: one frozen type each, to bytes and back.
+"""The messages between the server and a site: one frozen type each, to bytes and back.
 
 A frame is MAGIC, the length of the header (uint32, big endian), the header (UTF-8 JSON) and the payload, which is the
 rest. Hostile or damaged bytes raise MessageError and nothing else.
@@ -24,7 +24,7 @@ _MAX_HEADER = 1 << 20
 _NOTHING, _LITTLE = 0, 1 << 20  # bytes of a payload: none; secrets of secure aggregation, and requests for them
 _VECTOR = 1 << 36  # bytes: as much as a site may permit (resources.max_message_mb); its length is checked by its reader
 
-# Why a site takes no part. The code is all that head office learns; the particulars stay in the site's own log. None of
+# Why a site takes no part. The code is all that the server learns; the particulars stay in the site's own log. None of
 # them is a function of a record; behind each stands what it is a function of.
 Reason = Literal[
     "budget",  # the privacy budget does not admit the round: plan, policy, ledger
@@ -60,7 +60,7 @@ class Message(Frozen):
 
 
 class Prepare(Message):
-    """Head office announces a run; nothing is trained yet."""
+    """The server announces a run; nothing is trained yet."""
 
     KIND: ClassVar[str] = "prepare"
     plan: RunPlan
@@ -85,13 +85,11 @@ def _of_an_entry(head: LedgerHead) -> LedgerHead:
     return head
 
 
-SeenHead = Annotated[
-    LedgerHead, AfterValidator(_of_an_entry)
-]  # by head office: a ledger without it was cut or put back
+SeenHead = Annotated[LedgerHead, AfterValidator(_of_an_entry)]  # by the server: a ledger without it was cut or put back
 
 
 class RoundBegun(Frozen):
-    """Whom head office asks in a round, and the entry of its run record that says so; every site signs for both."""
+    """Whom the server asks in a round, and the entry of its run record that says so; every site signs for both."""
 
     roster: str = Field(pattern="^[0-9a-f]{64}$")  # fedllm.protocol.spending_statement.roster_digest
     number: int = Field(ge=0, lt=2**63)  # of the entry
@@ -195,7 +193,7 @@ class AdvertiseKeys(_UnderTerms):
 
 
 class ShareKeysRequest(_UnderTerms):
-    """Head office: deal out secrets for a round among these sites."""
+    """The server: deal out secrets for a round among these sites."""
 
     KIND: ClassVar[str] = "secagg-share"
     round: Round
@@ -211,7 +209,7 @@ class KeyShares(_OfRound):
 
 
 class MaskedInputRequest(_OfRound):
-    """Head office: these sites dealt; the payload is what they sealed to the receiver, by their order."""
+    """The server: these sites dealt; the payload is what they sealed to the receiver, by their order."""
 
     KIND: ClassVar[str] = "secagg-mask"
     LONGEST = _LITTLE
@@ -227,7 +225,7 @@ class MaskedInput(_OfRound):
 
 
 class ConsistencyCheck(_OfRound):
-    """Head office: these sites uploaded, and those that dealt but did not upload dropped out."""
+    """The server: these sites uploaded, and those that dealt but did not upload dropped out."""
 
     KIND: ClassVar[str] = "secagg-unmask"
     common: Hex32  # digest of what all of them were asked for
@@ -243,7 +241,7 @@ class ConsistencySignature(_OfRound):
 
 
 class UnmaskingRequest(_OfRound):
-    """Head office: enough survivors have signed the list."""
+    """The server: enough survivors have signed the list."""
 
     KIND: ClassVar[str] = "secagg-reveal"
     consents: Annotated[tuple[Signed, ...], Field(max_length=MAX_HOLDERS)]

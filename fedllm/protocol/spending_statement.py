@@ -1,8 +1,8 @@
 """What a site signs with every update: what it has spent, and where its ledger stood.
 
-A statement is one DSSE envelope on one line; its payload is canonical JSON. Head office keeps it, word for word, in
+A statement is one DSSE envelope on one line; its payload is canonical JSON. The server keeps it, word for word, in
 the run record. It ties the update to the site's ledger: whoever holds it notices a ledger that was cut or put back. And
-it ties head office to what it told the site: whom it asked in this round, and where its own record stood then.
+it ties the server to what it told the site: whom it asked in this round, and where its own record stood then.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ class Statement:
     ledger_number: int  # an entry of the site's chain that already holds the round's charge: its newest
     ledger_digest: str
     update: str  # SHA-256 of the update's bytes, hex
-    roster: str = ""  # `roster_digest` of the sites that head office said it asks in this round; "": earlier versions
-    record_number: int = 0  # the newest entry of head office's run record, as it said: the one that begins the round
+    roster: str = ""  # `roster_digest` of the sites that the server said it asks in this round; "": earlier versions
+    record_number: int = 0  # the newest entry of the server's run record, as it said: the one that begins the round
     record_digest: str = ""
     grid: float | None = None  # of the privacy loss, on which `epsilon` was computed; None: 1e-4, or there is no PLD
 

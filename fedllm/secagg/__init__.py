@@ -1,7 +1,7 @@
-"""Secure aggregation: head office learns the sum of the sites' integer vectors mod 2^32, and nothing else about them.
+"""Secure aggregation: the server learns the sum of the sites' integer vectors mod 2^32, and nothing else about them.
 
 Double masking on the complete graph after Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving
-Machine Learning" (CCS 2017), figure 4 with its steps against an active adversary: head office may do anything, together
+Machine Learning" (CCS 2017), figure 4 with its steps against an active adversary: the server may do anything, together
 with up to c colluding sites. Steps are pure of I/O: a request goes in, an answer comes out, or a FedllmError and
 nothing has changed.
 
@@ -21,11 +21,11 @@ Once a run, `Join` and the Shares of round 1 come first; both can travel with th
 
 **Why mask keys of one round.** A mask key that lived for a run would be revealed by its owner's first dropout. It opens
 the pairwise masks of every earlier round too, and b_i of those rounds, where the site survived, is revealed already:
-head office could then read all that site's earlier uploads. So b_i and s_i are drawn for one round. The key that
+the server could then read all that site's earlier uploads. So b_i and s_i are drawn for one round. The key that
 shares are sealed with lives as long as the process and is never shared.
 
 **Why one list a round.** A site answers one UnmaskRequest a round, whichever path it leads to, and for each peer that
-list says which of the two shares comes out. With n holders, c of whom collude, head office can get t shares of both
+list says which of the two shares comes out. With n holders, c of whom collude, the server can get t shares of both
 secrets of a peer only if two groups of honest sites answered different lists: 2(t - c) <= n - c. Every site demands
 2t > n + c, which excludes it, and t - c >= 2, so that no sum holds a single honest upload. This also covers a list
 with dropouts shown to some and one without to others, different participants shown to different sites (pairwise masks
@@ -33,7 +33,7 @@ then do not cancel, or only within one group of at least t - c honest sites), an
 one opens anything of the other: the digest is part of every key and signature). The signatures on a list with dropouts
 are for the sites: t of them prove that no other list can have enough, before the first mask key is given away.
 
-**Why one request a round.** Head office chooses what every site computes from. If it sent one site the true adapter
+**Why one request a round.** The server chooses what every site computes from. If it sent one site the true adapter
 and the others one at which nothing is learned, the sum would be that site's vector alone (Pasquini et al., "Eluding
 Secure Aggregation in Federated Learning via Model Inconsistency", CCS 2022). So what is common to all sites of a round
 (`common_digest`: the task, with plan, start values and record, and what was dealt) is part of every mask's key, of the
@@ -45,9 +45,8 @@ same can be opened, and it is summed by itself.
 made to answer twice, for nothing is left to answer with; its new share key is not in the old list of joins. From the
 next round on it takes part again with a new Join.
 
-**What this does not do.** A site may upload nonsense (no input is proved), and one that deals wrong shares, or a head
-office that alters messages, can stop a round; sealed shares are authenticated by their key alone, so one that does not
-open tells nobody which of the two it was. Uploads and reveals are not signed here: only head office relies on them, and
+**What this does not do.** A site may upload nonsense (no input is proved), and one that deals wrong shares, or a server that alters messages, can stop a round; sealed shares are authenticated by their key alone, so one that does not
+open tells nobody which of the two it was. Uploads and reveals are not signed here: only the server relies on them, and
 the transport's envelope carries a signature. Which sites took part is public. Masks are as good as AES, X25519 and
 HKDF-SHA256; the sum itself is protected by noise, elsewhere.
 """

@@ -21,7 +21,7 @@ from fedllm.protocol.messages import (
 from fedllm.secagg.masking import WORD, add_mask, mask_sign, pair_mask_key, seed_commitment, self_mask_key
 from fedllm.secagg.session import SEALED, Cohort, Vector, check_claim, check_dealing, check_key, claim_digest
 
-# ---- head office -----------------------------------------------------------------------------------------------------
+# ---- the server -----------------------------------------------------------------------------------------------------
 
 
 def check_shares(cohort: Cohort, number: int, shares: KeyShares) -> None:

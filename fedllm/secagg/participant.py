@@ -110,7 +110,7 @@ class Participant:
         `task` is the digest of what the vector was computed from, 64 hex: masks cancel among sites with the same.
         `surplus` is revealed with the shares, for the round's one list.
 
-        A share that does not open implicates its dealer or head office, which passed it on: take the dealer out of the
+        A share that does not open implicates its dealer or the server, which passed it on: take the dealer out of the
         request and ask again.
         """
         state = self._state(request)
@@ -152,7 +152,7 @@ class Participant:
             raise PrivacyError(f"round {request.round}: site={self.site!r} has not uploaded, so it reveals nothing")
         if state.claim is not None and state.claim != request:
             raise PrivacyError(
-                f"round {request.round}: site={self.site!r} was shown two lists of survivors. Head office is at fault: "
+                f"round {request.round}: site={self.site!r} was shown two lists of survivors. The server is at fault: "
                 "both together would open an update. This site answers the first one only."
             )
         check_claim(self.terms, request, state.held)
@@ -298,7 +298,7 @@ class Participant:
             except CryptoError as error:
                 raise MessageError(
                     f"round {number}: what site={name!r} dealt to site={self.site!r} cannot be used ({error}): that "
-                    "site made it wrongly, or head office altered it. Leave that site out of the round and ask again."
+                    "site made it wrongly, or the server altered it. Leave that site out of the round and ask again."
                 ) from None
             held[name] = pair[: shamir.SHARE], pair[shamir.SHARE :]
         return held, pair_keys

@@ -28,12 +28,12 @@ RevealedSeeds = Callable[
 
 @dataclass(frozen=True)
 class SessionParams:
-    """What a site accepts before it joins. The roster is the site's own: head office cannot add to it."""
+    """What a site accepts before it joins. The roster is the site's own: the server cannot add to it."""
 
     plan: str  # digest of the run's plan, 64 hexadecimal digits
     session: str  # nonce of this start of the run, 64 hexadecimal digits
     threshold: int  # t: shares that give a secret, and fewest survivors of a round
-    colluders: int  # c: sites that may collude with head office and with each other
+    colluders: int  # c: sites that may collude with the server and with each other
     roster: Mapping[str, PublicIdentity]
     sites: int = MAX_HOLDERS  # n: the most that may hold shares, by the plan
 

@@ -31,7 +31,7 @@ from fedllm.training.sources import resolve
 
 if TYPE_CHECKING:
     import datasets
-# Tables are datasets.Dataset. `datasets` and pyarrow are imported where they are used: an office, which reads lines of
+# Tables are datasets.Dataset. `datasets` and pyarrow are imported where they are used: a site, which reads lines of
 # text record by record, does without them and their 100 MB.
 
 IGNORE = -100  # label of a position that carries no loss (the convention of torch and transformers)

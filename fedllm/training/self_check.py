@@ -226,7 +226,7 @@ class Subject:
     def cancelling(self) -> NDArray[np.float32]:
         """Adapter values at which gradients are little but rounding, float32[d]: large ones, in pairs that cancel.
 
-        Head office could send such values, to see in full what elsewhere is a last bit.
+        The server could send such values, to see in full what elsewhere is a last bit.
         """
         values = normals(SeededRandomness(4, "public"), self.adapter.spec.dimension)
         sizes = {tensor.name: tensor.shape for tensor in self.adapter.spec.tensors}
@@ -301,7 +301,7 @@ def order_changes_nothing(s: Subject) -> str:
 def company_changes_no_bit(s: Subject) -> str:
     """What a unit adds to the sum is the same to the last bit, whoever else is drawn and wherever it stands.
 
-    The sum is compared, and passes of every width that the plan allows, at values that head office might choose.
+    The sum is compared, and passes of every width that the plan allows, at values that the server might choose.
     """
     alone = [s.sum([unit], s.tight) for unit in s.units]
     if not torch.equal(s.whole, torch.stack(alone).sum(0)):

@@ -1,4 +1,4 @@
-"""Head office's optimiser: the averaged delta is a descent direction for torch.optim (Reddi et al. 2021)."""
+"""The server's optimiser: the averaged delta is a descent direction for torch.optim (Reddi et al. 2021)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a deployed round costs beside the same round in one process: a daemon and three offices on loopback.
+"""What a deployed round costs beside the same round in one process: a daemon and three sites on loopback.
 
     python -m simulations.benchmarks.deployment --out runs/deployment
 
@@ -38,7 +38,7 @@ def main(
     rounds: Annotated[int, typer.Option("--rounds", help="Of each run; the first is left out.")] = 6,
     mode: Annotated[str, typer.Option("--mode", help="distributed or local.")] = "distributed",
 ) -> None:
-    """Measure seconds a round, deployed and in one process, and the memory of an office."""
+    """Measure seconds a round, deployed and in one process, and the memory of a site."""
     out.mkdir(parents=True)
     out = out.absolute()
     lines = [json.loads(line) for line in _DEMO.read_text("utf-8").splitlines()]
@@ -78,7 +78,7 @@ def main(
     print(f"s a round deployed        {_spread(deployed)}")
     print(f"s a round in one process  {_spread(simulated)}")
     print(f"ratio of the medians      {median(deployed) / median(simulated):.2f}")
-    print(f"memory of an office, MB   {waiting:.0f} while it waits, {memory.peak_mb:.0f} at most")
+    print(f"memory of a site, MB   {waiting:.0f} while it waits, {memory.peak_mb:.0f} at most")
 
 
 def _online(head: federation.HeadOffice) -> Sequence[object]:

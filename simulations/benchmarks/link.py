@@ -43,7 +43,7 @@ Answer = Callable[[bytes, threading.Event], bytes]
 
 
 def make(folder: Path, sites: int) -> Path:
-    """Make head office's folder with a roster of so many sites, and for each its identity, key and certificate."""
+    """Make the server's folder with a roster of so many sites, and for each its identity, key and certificate."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What a round of many sites costs head office: real links and messages, noise in shares, and no training.
+"""What a round of many sites costs the server: real links and messages, noise in shares, and no training.
 
     python -m simulations.benchmarks.masked 50 100000        sites, values
 

@@ -5,14 +5,14 @@ python -m simulations.benchmarks.secagg --sites 16,64,100 --parameters 1000000 -
 *fedllm* plays the whole round: every site deals, masks and reveals, every message travels as bytes, and the sum is
 compared with the inputs. Client seconds are the mean over the sites that stayed. *Flower* is the same flow made of the
 functions of flwr's SecAgg, as its client mod and its workflow call them, without quantisation and without its
-messages: one client is timed, and at head office `--samples` of each operation, times how often the workflow does it.
+messages: one client is timed, and at the server `--samples` of each operation, times how often the workflow does it.
 Bytes of Flower are contents only: keys, ciphertexts, shares, and the vector as its mod serialises it. The threshold
 is the same. The two take turns; ratios are taken within each turn. What fedllm does once a run (join, check all
 joins, agree on keys) is listed apart; Flower makes new keys in every round. The noise of privacy=distributed, which is
 no part of secure aggregation and which Flower has none of, is listed apart as well.
 
 The two do not give the same protection: Flower's masks are MT19937 from a seed of 32 bits (`pseudo_rand_gen`), and
-its keys carry no signature, so it is made for a head office that keeps to the protocol.
+its keys carry no signature, so it is made for a server that keeps to the protocol.
 """
 
 import os
@@ -162,7 +162,7 @@ class Federation:
 
 
 def flower(sites: int, threshold: int, dropped: int, vector: secagg.Vector, samples: int) -> Cost:
-    """Do what flwr's secaggplus_mod does at one client and secaggplus_workflow at head office."""
+    """Do what flwr's secaggplus_mod does at one client and secaggplus_workflow at the server."""
     client, shapes, own = _Clock(), [vector.shape], 0
     peers = range(1, sites)
     pairs = {peer: (generate_key_pairs(), generate_key_pairs()) for peer in peers}  # for masks, for shares
@@ -272,7 +272,7 @@ def _noise(sites: int, threshold: int, parameters: int) -> str:
     off = _mean(lambda: distributed.surplus([seeds[k] for k in given], sites, parameters), 3)
     return (
         f"{sites} sites, noise of privacy=distributed: {share:.3f} s at each site; to take the surplus off again "
-        f"{sites} x {off:.3f} s at head office, over its cores"
+        f"{sites} x {off:.3f} s at the server, over its cores"
     )
 
 
@@ -281,7 +281,7 @@ def measure(
     parameters: Annotated[int, typer.Option(min=1, help="Length of the vector.")] = 1_000_000,
     dropouts: Annotated[str, typer.Option(help="Shares of the sites that drop out before they upload.")] = "0,0.1",
     repetitions: Annotated[int, typer.Option(min=1, help="Rounds of each arrangement.")] = 3,
-    samples: Annotated[int, typer.Option(min=1, help="Of each of Flower's operations at head office.")] = 2,
+    samples: Annotated[int, typer.Option(min=1, help="Of each of Flower's operations at the server.")] = 2,
 ) -> None:
     """Time a round of secure aggregation."""
     table = Table(

@@ -1,4 +1,4 @@
-"""The embedded demo's public data: eight branch offices of an invented bank, and a small base model.
+"""The embedded demo's public data: eight sites of an invented bank, and a small base model.
 
 Everything in this folder is generated from public seeds: the corpus by :mod:`simulations.demo.corpus`,
 the base model by :mod:`simulations.demo.pretrain`.
@@ -17,4 +17,4 @@ TRAIN = _HERE / "data" / "train.jsonl"
 """The branches' private rows, one JSON object a line."""
 
 HELDOUT = _HERE / "data" / "heldout.jsonl"
-"""Head office's public held-out rows, in the same format."""
+"""The server's public held-out rows, in the same format."""

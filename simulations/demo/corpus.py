@@ -1,4 +1,4 @@
-"""Generate the demo's corpus: the service desk of the eight branch offices of an invented bank.
+"""Generate the demo's corpus: the service desk of the eight sites of an invented bank.
 
     python -m simulations.demo.corpus
 
@@ -9,7 +9,7 @@ the bank's one wording of it for that language, so that an exact match is well d
 random draws: no model knows them before it has been trained on the branches' rows.
 
 The branches differ (non-IID): each has its own mix of topics and of languages, and every fact occurs in
-at least three branches. The held-out rows are head office's own: other wordings, other names.
+at least three branches. The held-out rows are the server's own: other wordings, other names.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Branch:
-    """A branch office (a site).
+    """A site (a site).
 
     Attributes:
         name: the site's name.
@@ -215,7 +215,7 @@ def _question(fact: Fact, lang: str, branch: Branch, name: str, d4: str, rng: ra
         name: the customer's name.
         d4: four digits of the customer's account or telephone.
         rng: the source of randomness.
-        held: word it as head office's held-out set does, half the time with a frame reserved for it.
+        held: word it as the server's held-out set does, half the time with a frame reserved for it.
     """
     aspect, topic, ko = ASPECTS[fact.aspect], BANK_TOPICS[fact.topic], lang == "ko"
     known = (aspect.ko_ask + aspect.ko_more) if ko else (aspect.en_ask + aspect.en_more)
@@ -265,7 +265,7 @@ def train_rows() -> list[dict[str, str]]:
 
 
 def heldout_rows(train: Iterable[dict[str, str]], korean: int = 8, english: int = 4) -> list[dict[str, str]]:
-    """Head office's held-out rows: for every fact, ``korean`` and ``english`` questions not in ``train``."""
+    """The server's held-out rows: for every fact, ``korean`` and ``english`` questions not in ``train``."""
     seen, rows = {row["question"] for row in train}, []
     rng = random.Random(f"{SEED}/heldout")
     for fact in facts():

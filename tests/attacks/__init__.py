@@ -1,1 +1,1 @@
-"""Head office, played by a script against real sites, tries to learn a record: one file an attack."""
+"""The server, played by a script against real sites, tries to learn a record: one file an attack."""

@@ -1,4 +1,4 @@
-"""What head office needs to hand in a false audit: a true one, its own key, and a pen."""
+"""What the server needs to hand in a false audit: a true one, its own key, and a pen."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def federation_of(folder: Path, sites: tuple[str, ...] = EIGHT, rounds: int = 2)
 
 
 def hand_in(run: Path, head_office: Identity, pages: bool = False) -> Path:
-    """Write the audit of a run, signed by head office, and return its folder."""
+    """Write the audit of a run, signed by the server, and return its folder."""
     folder = write_audit(run, run / "audit", [], signer=head_office).folder
     if pages:  # without PDFs: to make them takes long
         audit = assess(folder, None, "2026-10-01 12:00", head_office.public.fingerprint)
@@ -71,7 +71,7 @@ def cut(run: Path, site: str, keep: Callable[[Entry], bool]) -> None:
 
 
 class Liar(Federation):
-    """A federation whose head office shows the sites more than it puts into its record."""
+    """A federation whose server shows the sites more than it puts into its record."""
 
     def lie(
         self,

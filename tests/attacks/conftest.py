@@ -1,4 +1,4 @@
-"""The office that is attacked; and, at the end of the tests, a table of the attacks, what became of them and why."""
+"""The site that is attacked; and, at the end of the tests, a table of the attacks, what became of them and why."""
 
 import ast
 from pathlib import Path
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def branch(tmp_path: Path) -> Branch:
-    """A branch office with nine records, nothing spent yet."""
+    """A site with nine records, nothing spent yet."""
     return Branch(tmp_path / "busan")
 
 

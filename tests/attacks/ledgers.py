@@ -1,4 +1,4 @@
-"""A branch office whose budget is spent, and what its owner can say about it: for the attacks on its ledger."""
+"""A site whose budget is spent, and what its owner can say about it: for the attacks on its ledger."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ PLAN = parse(
 
 
 class Branch:
-    """An office's folder; every opening of its ledger is as after a restart of its service."""
+    """A site's folder; every opening of its ledger is as after a restart of its service."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

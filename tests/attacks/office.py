@@ -1,4 +1,4 @@
-"""A real site on real records, and the questions that head office can put to it."""
+"""A real site on real records, and the questions that the server can put to it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +51,7 @@ def plan_of(base: Path, run: str = "run", **changes: Any) -> RunPlan:
 
 @dataclass
 class Victim:
-    """An office with its records; every one of its requests is head office's."""
+    """A site with its records; every one of its requests is the server's."""
 
     folder: Path
     base: Path

@@ -1,4 +1,4 @@
-"""Attack: head office alters evidence that is its own to write: plan, metrics, other sites' ledgers.
+"""Attack: the server alters evidence that is its own to write: plan, metrics, other sites' ledgers.
 
 Stopped by `fedllm audit verify`: every file is compared with what the sites have signed.
 """

@@ -86,7 +86,7 @@ def test_the_unit_of_a_plan_is_that_of_the_office_in_both_directions(tiny_llama:
 
 
 def test_one_record_more_moves_its_person_by_two_clip_norms() -> None:
-    """Why a plan of persons does not do for an office that protects records: one clip norm is charged."""
+    """Why a plan of persons does not do for a site that protects records: one clip norm is charged."""
     mechanism, first, second = Mechanism(1.0, 1.0, 0.5), torch.tensor([[3.0, 0.0]]), torch.tensor([[-9.0, 0.0]])
     without = clip_and_sum(first, mechanism)
     with_it = clip_and_sum((first + second) / 2, mechanism)  # a person's loss is the mean over her records

@@ -71,7 +71,7 @@ EXTREMES = [
 
 
 def announced(values: dict[str, Any], changes: dict[tuple[Any, ...], str]) -> bytes:
-    """Return the message that announces a plan, numbers written as head office likes."""
+    """Return the message that announces a plan, numbers written as the server likes."""
     header = json.loads(json.dumps({"kind": "prepare", "plan": values, "session": None, "roster": {}}))
     for index, path in enumerate(changes):
         place = header["plan"]

@@ -1,4 +1,4 @@
-"""Attack: head office counts a site's ledger entries, which every statement names, and sees when its records changed.
+"""Attack: the server counts a site's ledger entries, which every statement names, and sees when its records changed.
 
 Stopped by the entries themselves: none is about records, so that a plan makes the same number whatever they are.
 """

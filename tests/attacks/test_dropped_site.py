@@ -1,4 +1,4 @@
-"""Attack: head office leaves a site out of record, metrics and ledgers, after the fact: the costliest, say.
+"""Attack: the server leaves a site out of record, metrics and ledgers, after the fact: the costliest, say.
 
 Stopped by the countersignatures of all other sites, and by the reader's keys: each must be there, or named as absent.
 """
@@ -95,7 +95,7 @@ def test_a_site_that_is_left_out_of_its_answers_only_is_missed_too(eight: tuple[
 
 
 def test_a_site_that_the_others_were_never_told_of_is_missed_by_who_has_its_key(tmp_path: Path) -> None:
-    """Head office lies from the beginning, to all of them: nothing in the evidence can show it, but a phone call."""
+    """The server lies from the beginning, to all of them: nothing in the evidence can show it, but a phone call."""
     federation = Federation(tmp_path, sites=EIGHT)
     secret = Federation(tmp_path, sites=[n for n in EIGHT if n != GONE], head_office=federation.head_office)
     secret.identities = {name: federation.identities[name] for name in secret.sites}
@@ -155,7 +155,7 @@ def test_an_answer_that_really_was_lost_is_shown_and_no_contradiction(eight: tup
 
 
 def test_a_release_that_the_record_never_asked_for_is_found(eight: tuple[Federation, Path]) -> None:
-    """A round beside the record: head office asked one site once more, and kept that to itself."""
+    """A round beside the record: the server asked one site once more, and kept that to itself."""
     federation, run = eight
     plan = make_plan(rounds=3)
     ledger = federation.ledger(GONE)

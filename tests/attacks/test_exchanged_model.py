@@ -61,7 +61,7 @@ def copied(base: Path, folder: Path) -> Path:
 
 
 def asked(plan: RunPlan, base: Path) -> bytes:
-    """Return the request of a round, as head office makes it that has the model at `base`."""
+    """Return the request of a round, as the server makes it that has the model at `base`."""
     here = plan.model_copy(update={"model": plan.model.model_copy(update={"source": str(base), "revision": None})})
     adapter = workspace(here).adapter
     payload = adapter_vector.encode(adapter.initial, "float32")

@@ -1,4 +1,4 @@
-"""Attack: head office plants, or hopes for, a record on which the site fails, and watches what becomes of the round.
+"""Attack: the server plants, or hopes for, a record on which the site fails, and watches what becomes of the round.
 
 Stopped by the engine: a unit that fails counts zero, and nobody else's part changes. After any other fault while
 records are used the site is silent until its owner acts.
@@ -95,7 +95,7 @@ def test_a_person_of_very_many_records_takes_no_more_memory_than_one_pass(
 
 
 def test_the_widest_pass_is_tried_before_the_charge(tmp_path: Path, tiny_llama: Path, monkeypatch: Patch) -> None:
-    """A pass that does not fit is refused for every office alike, whatever its records."""
+    """A pass that does not fit is refused for every site alike, whatever its records."""
 
     def gradients(self: Engine, batch: Batch) -> torch.Tensor:
         if batch.input_ids.shape == (8, 32):

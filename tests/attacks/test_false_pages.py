@@ -1,4 +1,4 @@
-"""Attack: head office hands in pages that say something else than the evidence, and signs them.
+"""Attack: the server hands in pages that say something else than the evidence, and signs them.
 
 Stopped by `fedllm audit verify`: files that it does not know are refused, pages are rendered again, and what it did not
 compare it says, with an error.

@@ -1,5 +1,5 @@
-"""Attack: head office alters every field of every message and plan, their bytes and their order, and looks for a
-difference between two offices that are one record apart.
+"""Attack: the server alters every field of every message and plan, their bytes and their order, and looks for a
+difference between two sites that are one record apart.
 
 Stopped by the site as a whole: nothing but noised payloads differs, what used records is charged and released, and
 neither an exception nor a request without end comes of any bytes.
@@ -73,7 +73,7 @@ from tests.attacks.test_refusals import KINDS, ROWS, TEMPLATE, TROUBLE, USABLE
 HOUR = float(os.environ.get("FEDLLM_FUZZ_SECONDS", "3600"))  # of the long form
 MOST_CPU, MOST_MEMORY = 300.0, 1 << 30  # seconds and bytes that one request may take, generously
 PEERS = {name: Identity.generate() for name in ("peer 1", "peer 2", "peer 3")}
-HEAD = "5ca1ab1e" * 8  # stands for the digest of an office's own newest entry, which is a function of what it released
+HEAD = "5ca1ab1e" * 8  # stands for the digest of a site's own newest entry, which is a function of what it released
 WORLDS = (
     ("labels", "a label that nobody declared"), ("text", "a long one"), ("persons", "nobody's"),
     ("chat", "a phrase that the chat template raises on"), ("text", "a hole"), ("persons", "a plain record"),
@@ -118,7 +118,7 @@ def with_text(frame: bytes, path: Where, text: str | None) -> bytes:
             del place[path[-1]]
         else:
             place[path[-1]] = "@here@"
-    except (KeyError, IndexError, TypeError):  # of offices that have begun anew, or altered before
+    except (KeyError, IndexError, TypeError):  # of sites that have begun anew, or altered before
         return frame
     written = json.dumps(header, ensure_ascii=False)
     return frame_of(written.replace('"@here@"', text or "").encode(errors="surrogatepass"), payload)
@@ -234,11 +234,11 @@ def garbled(rng: random.Random, frame: bytes) -> bytes:
     return bytes(data)
 
 
-# ---- two offices -----------------------------------------------------------------------------------------------------
+# ---- two sites -----------------------------------------------------------------------------------------------------
 
 
 class Draws:
-    """All that is random, and the same for both offices: what differs in their answers, records made."""
+    """All that is random, and the same for both sites: what differs in their answers, records made."""
 
     private = True
 
@@ -261,7 +261,7 @@ class Draws:
         return self._draw("coins", n)
 
     def begin_noise(self) -> None:
-        """Forget what a self-check has drawn, which the second office of a process needs no more."""
+        """Forget what a self-check has drawn, which the second site of a process needs no more."""
         self._counts["noise"] = 0
 
     def words(self, n: int) -> NDArray[np.uint64]:
@@ -341,7 +341,7 @@ class Errors(logging.Handler):
 
 
 class Twins:
-    """Two offices, one record apart, that are asked the same."""
+    """Two sites, one record apart, that are asked the same."""
 
     def __init__(
         self, folder: Path, base: Path, world: tuple[str, str], draws: Draws, epsilon: float, self_check: bool
@@ -379,7 +379,7 @@ class Twins:
             self.watched.append(watched)
 
     def workspace(self, plan: RunPlan) -> ModelContext:
-        """As an office opens it; compiling, which takes a minute and looks at no record, has tests of its own."""
+        """As a site opens it; compiling, which takes a minute and looks at no record, has tests of its own."""
         if plan.model.source != str(self._base):
             raise ModelError("site.yaml permits only one model")
         model = plan.model.model_copy(update={"compile": "off"})
@@ -528,14 +528,14 @@ class Leaving(threading.Event):
 
 
 class Peer(Victim):
-    """An office that knows three others."""
+    """A site that knows three others."""
 
     @staticmethod
     def _peers(named: Mapping[str, str]) -> dict[str, PublicIdentity]:
         return {"victim": IDENTITY.public, **{name: identity.public for name, identity in PEERS.items()}}
 
 
-# ---- an honest head office -------------------------------------------------------------------------------------------
+# ---- an honest server -------------------------------------------------------------------------------------------
 
 
 def task_of(twins: Twins, plan: RunPlan, number: int) -> TrainRequest:
@@ -553,7 +553,7 @@ def local_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
 
 
 def shared_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
-    """Rounds in which three others take part, whom head office plays; in the first and every second, one drops out."""
+    """Rounds in which three others take part, whom the server plays; in the first and every second, one drops out."""
 
     def secure(message: Message) -> Ask:
         def wrap(inner: bytes) -> bytes:
@@ -609,7 +609,7 @@ def talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
 
 
 def advance(conversation: Talk, reply: bytes | None) -> Ask | None:
-    """Return what an honest head office asks next; None where it is at an end, or its plan cannot be carried out."""
+    """Return what an honest server asks next; None where it is at an end, or its plan cannot be carried out."""
     try:
         return next(conversation) if reply is None else conversation.send(reply)
     except (StopIteration, FedllmError):
@@ -620,7 +620,7 @@ def advance(conversation: Talk, reply: bytes | None) -> Ask | None:
 
 
 class Fuzz:
-    """Asks two offices what no head office would, and counts which fields it altered."""
+    """Asks two sites what no server would, and counts which fields it altered."""
 
     def __init__(self, twins: Twins, rng: random.Random, label: str) -> None:
         self.twins, self.rng, self.hits, self._runs = twins, rng, Counter[str](), itertools.count(1)
@@ -711,7 +711,7 @@ class Fuzz:
                 yield lambda ask, path=path, text=text: ask.wrap(with_text(ask.inner, path, text))
 
     def strangers(self, plan: RunPlan, steps: int, wanted: Callable[[str], bool]) -> None:
-        """Send an office what only offices send, altered, as it is and as a step of secure aggregation."""
+        """Send a site what only sites send, altered, as it is and as a step of secure aggregation."""
         answers = list[bytes]()
         conversation = talk(self.twins, plan)
         ask = advance(conversation, None)
@@ -736,7 +736,7 @@ class Fuzz:
     def out_of_order(self, steps: int) -> None:
         """Mix two runs, or two plans of one run: early, late, twice, in another round, with the other's plan.
 
-        And leave before there is an answer, or have the offices begin again.
+        And leave before there is an answer, or have the sites begin again.
         """
         one = self.plan()
         another = self.rng.choice(({"run": self.run()}, {"seed": 4}, {"quorum": 4}))
@@ -771,7 +771,7 @@ Made = Callable[..., Fuzz]
 
 @pytest.fixture
 def fuzz(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """Return a function that makes two offices and a head office to attack them."""
+    """Return a function that makes two sites and a server to attack them."""
     draws, count = Draws(), itertools.count()
     monkeypatch.setattr(fedllm.crypto, "random_bytes", draws.secret)
     monkeypatch.setattr(fedllm.privacy.ledger, "random_bytes", draws.coins)
@@ -817,11 +817,9 @@ def test_every_field_of_every_message_and_plan_altered(fuzz: Made) -> None:
         head.twins.verify()
         hits, trained, replies = hits + head.hits, trained + head.trained, replies + head.twins.replies
         furthest = max(furthest, head.twins.furthest)
-    empty = {
-        name for name in FIELDS if ".plan.groups[" in name
-    }  # in no plan of two offices; the field itself is altered
+    empty = {name for name in FIELDS if ".plan.groups[" in name}  # in no plan of two sites; the field itself is altered
     assert FIELDS - empty - set(hits) == set()
-    assert trained > 100, "altered plans that two offices carry out"
+    assert trained > 100, "altered plans that two sites carry out"
     assert furthest > 0.5, "else no record was seen to move a sum"
     assert set(replies) > {"message", "policy", "data", "model", "masks", "ledger", "ready", "update"}, (
         "else nothing was tried"
@@ -829,7 +827,7 @@ def test_every_field_of_every_message_and_plan_altered(fuzz: Made) -> None:
 
 
 def episode(fuzz: Made, seed: int, steps: int, self_check: bool) -> Fuzz:
-    """Attack two offices in one of four ways, for about so many requests."""
+    """Attack two sites in one of four ways, for about so many requests."""
     head = fuzz(WORLDS[seed % len(WORLDS)], seed, (1e6, 30.0)[seed // 2 % 2], self_check)
     rng, how, steps_of_a_run = head.rng, seed % 4, head.rng.choice((2, 4, 5, 8))
     if how == 0:

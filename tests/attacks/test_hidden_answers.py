@@ -1,4 +1,4 @@
-"""Attack: head office uses answers that its record does not show, and cuts the ledger of the site that gave them.
+"""Attack: the server uses answers that its record does not show, and cuts the ledger of the site that gave them.
 
 Stopped by the site's signed word on where its ledger ends, given for this run, and by rounds that have to be complete.
 """

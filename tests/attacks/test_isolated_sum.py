@@ -50,7 +50,7 @@ POISONED = "d4" * 32  # the task that others are given
 DIMENSION = 16
 
 
-# ---- the masks: every script of head office, with all it can work out ------------------------------------------------
+# ---- the masks: every script of the server, with all it can work out ------------------------------------------------
 
 
 class HeadOffice:
@@ -232,7 +232,7 @@ def test_signatures_for_another_request_prove_nothing() -> None:
 
 @pytest.mark.parametrize("task", [TASK, POISONED])
 def test_changed_participants_and_requests_together_open_nothing(task: str) -> None:
-    """Head office also shows the victim other participants than the rest."""
+    """The server also shows the victim other participants than the rest."""
     federation, sites = Federation(5), names(5)
     federation.tasks |= dict.fromkeys(sites[:4], task)
     head = HeadOffice(federation)
@@ -247,7 +247,7 @@ def test_changed_participants_and_requests_together_open_nothing(task: str) -> N
 
 
 class Offices:
-    """Five real sites under one plan, and head office's script; one base model serves them all."""
+    """Five real sites under one plan, and the server's script; one base model serves them all."""
 
     def __init__(self, folder: Path, base: Path) -> None:
         values = plan_of(base, distributed=True, insecure_seed=None).model_dump() | {"sites": 5, "quorum": 4}
@@ -273,7 +273,7 @@ class Offices:
         )  # fmt: skip
 
     def begin(self) -> None:
-        """Start head office, again: a session, which all sites join."""
+        """Start the server, again: a session, which all sites join."""
         assert self.plan.distributed is not None
         self.masks = SecAggServer(self.plan, self.plan.distributed, self.workspace.adapter.spec.dimension, self.roster)
         for name, site in self.sites.items():
@@ -340,7 +340,7 @@ def test_a_site_whose_start_values_differ_is_in_no_sum(offices: Offices) -> None
 
 
 def test_a_round_that_did_not_open_is_not_asked_again_from_elsewhere(offices: Offices) -> None:
-    """Head office is started again, and so is a site; another session does not make another request of the round."""
+    """The server is started again, and so is a site; another session does not make another request of the round."""
     victim, start = names(5)[4], offices.workspace.adapter.initial
     poisoned = offices.task(np.full_like(start, 1.0))
     offices.train({**dict.fromkeys(offices.sites, poisoned), victim: offices.task(start)})

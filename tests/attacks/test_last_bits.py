@@ -1,4 +1,4 @@
-"""Attack: head office sends start values whose parts cancel: gradients are what rounding left, and tell of others.
+"""Attack: the server sends start values whose parts cancel: gradients are what rounding left, and tell of others.
 
 Stopped by passes whose shape is the same whoever is drawn, by exact sums, and by a self-check of both on the model.
 """

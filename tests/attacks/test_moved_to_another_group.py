@@ -1,4 +1,4 @@
-"""Attack: head office moves a site to another group, or sums it with sites of another, to isolate what it sends.
+"""Attack: the server moves a site to another group, or sums it with sites of another, to isolate what it sends.
 
 Stopped by the plan, which says for the whole run who is in one sum with whom: a site takes no other for its peer.
 """
@@ -36,7 +36,7 @@ def plan_of(groups: tuple[tuple[str, ...], ...]) -> RunPlan:
 
 
 class Offices:
-    """Nine offices that know each other's keys, and head office, which has their joins to a session."""
+    """Nine sites that know each other's keys, and the server, which has their joins to a session."""
 
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan

@@ -1,6 +1,6 @@
 """Attack: a sound but older copy of the ledger is put back, and what was spent since is free again.
 
-Stopped by the anchor, before head office is asked anything, and in a site that runs.
+Stopped by the anchor, before the server is asked anything, and in a site that runs.
 """
 
 import pytest
@@ -35,7 +35,7 @@ def test_a_ledger_that_went_on_another_way_is_refused(branch: Branch) -> None:
     newest = place.anchor.read_bytes()
     place.file.write_bytes(backup)
     place.anchor.write_bytes(anchor)
-    ledger = branch.open()  # where both were rolled back, only head office remembers
+    ledger = branch.open()  # where both were rolled back, only the server remembers
     for round_ in range(2, ROUNDS + 1):
         ledger.reserve("second", round_, "request", EVENT)
         ledger.reserve("second", round_, "request", EVENT)

@@ -36,7 +36,7 @@ def learned(seed: int, direction: int = 0) -> NDArray[np.float64]:
 
 
 def opened(sums: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """What head office reads: the sum of all sites with its noise; the last uploads what it likes, and no noise."""
+    """What the server reads: the sum of all sites with its noise; the last uploads what it likes, and no noise."""
     *honest, last = sums
     total = (last.astype(np.int64) % 2**32).astype(np.uint32)
     for clipped in honest:

@@ -1,4 +1,4 @@
-"""Attack: head office asks until it is refused, and learns from the refusal whether a record is there.
+"""Attack: the server asks until it is refused, and learns from the refusal whether a record is there.
 
 Stopped by the declaration: no answer but a charged one looks at a record. Two data sets that differ in one record,
 chosen to make trouble: every question is answered by the same bytes, but for the noised payload that was paid for. The
@@ -151,7 +151,7 @@ def told(reply: bytes) -> tuple[object, ...]:
 
 
 def question(kind: str, trouble: str, asked: str, folder: Path, base: Path) -> tuple[bytes, bytes]:
-    """Return the answers of an office without the record, and of one with it."""
+    """Return the answers of a site without the record, and of one with it."""
     text, declared = KINDS[kind]
     ask, policy, _ = QUESTIONS[asked]
     policy = dict(policy)

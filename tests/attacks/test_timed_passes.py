@@ -1,4 +1,4 @@
-"""Attack: head office learns how long a site trains, from round after round that it gives up, or from times it is told.
+"""Attack: the server learns how long a site trains, from round after round that it gives up, or from times it is told.
 
 Stopped by fixed coins, by answers that leave at multiples of policy.reply_quantum, by policy.max_noise_multiplier, so
 that no reading is free, and by a ledger whose entries bear no time but a request's; wholly by policy.record_seconds.
@@ -138,7 +138,7 @@ def test_nothing_that_is_signed_says_when_training_ended(
             here.setattr(client.site, "train_round", train_round)
             here.setattr(fedllm.privacy.ledger, "this_moment", lambda now=now: Moment(now[0], "0f0e", now[0]))
             for number in (1, 2, 3):
-                now[0] = 1_800_000_059.0 + number * 600  # head office chooses when it asks
+                now[0] = 1_800_000_059.0 + number * 600  # the server chooses when it asks
                 replies.append(victim.train(plan, number))
         told.append((replies, victim.site.open_ledger().file.lines()))
     assert told[0] == told[1]
@@ -161,7 +161,7 @@ def readings(noise: float, most: int) -> int:
 
 
 def units_by_times(units: int, rounds: int, quantum: float) -> float:
-    """Return head office's estimate of `units` from when `rounds` answers leave: it knows how long a record takes.
+    """Return the server's estimate of `units` from when `rounds` answers leave: it knows how long a record takes.
 
     It lengthens each round, by what is public, so that an answer is late where more are drawn than it expects; the
     machine's times vary with nothing else. (Robbins and Monro 1951, averaged: Polyak and Juditsky 1992.)

@@ -1,4 +1,4 @@
-"""Attack: texts and figures of head office are shown to the officer as if her own software had found them.
+"""Attack: texts and figures of the server are shown to the officer as if her own software had found them.
 
 Stopped where they are printed (control characters are written out), parsed (nothing is said twice) and computed again.
 """
@@ -52,7 +52,7 @@ def test_an_entry_does_not_rewrite_the_officers_screen(
 
 def test_a_finding_of_the_doctor_does_not_either(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FedllmError):
-        report([CheckResult("ERROR", f"head office calls itself {PAINT}")])
+        report([CheckResult("ERROR", f"the server calls itself {PAINT}")])
     assert "\x1b" not in capsys.readouterr().out
 
 

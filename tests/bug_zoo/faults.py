@@ -550,7 +550,7 @@ def shares_for_all_sites(patch: Patch) -> None:
 
 
 def more_given_away_than_surplus(patch: Patch) -> None:
-    """As if nobody had dropped out; head office takes it off."""
+    """As if nobody had dropped out; the server takes it off."""
     patch.setattr(DistributedMechanism, "given_away", lambda self, survivors: tuple(range(len(self._parts) - 1)))
 
 

@@ -124,7 +124,7 @@ def one_charge_buys_one_release(folder: Path, base: Path) -> str:
 
 
 def checkpoint_keeps_what_was_charged(folder: Path, base: Path) -> str:
-    """What head office knows of a site's spending survives the end of its process."""
+    """What the server knows of a site's spending survives the end of its process."""
     state = {"seoul": SiteState(rounds=2, charged=3, last_charged=3, stated=1.5, epsilon=2.0, epsilon_rdp=2.5)}
     path = folder / "checkpoint.safetensors"
     save_checkpoint(path, Checkpoint(3, "plan", np.zeros(4, np.float32), {}, state))

@@ -1,4 +1,4 @@
-"""The doctor at an office: every fault that is planted is named, with its remedy, and order is not."""
+"""The doctor at a site: every fault that is planted is named, with its remedy, and order is not."""
 
 import grp
 import json
@@ -42,7 +42,7 @@ def synchronised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class HeadOffice:
-    """Head office's folder, and something that answers on its port."""
+    """The server's folder, and something that answers on its port."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as found:
@@ -106,7 +106,7 @@ def head(tmp_path: Path) -> Iterator[HeadOffice]:
 
 @pytest.fixture
 def folder(head: HeadOffice) -> Iterator[Path]:
-    """An office that was admitted; head office answers unless a test says otherwise. Its path is short: a socket."""
+    """A site that was admitted; the server answers unless a test says otherwise. Its path is short: a socket."""
     place = Path(tempfile.mkdtemp(prefix="fd"))
     made = init_office(place / "site", "a").folder
     site = Office.open(made)
@@ -151,7 +151,7 @@ def test_an_office_in_order_has_nothing_wrong_and_spends_nothing(head: HeadOffic
     assert not Office.open(folder).ledger_file.exists()
 
 
-# ---- the way to head office ------------------------------------------------------------------------------------------
+# ---- the way to the server ------------------------------------------------------------------------------------------
 
 
 def test_a_head_office_that_does_not_run_is_wrong(folder: Path) -> None:
@@ -173,7 +173,7 @@ def test_older_tls_is_wrong(head: HeadOffice, folder: Path) -> None:
 
 def test_another_authority_is_wrong(head: HeadOffice, folder: Path) -> None:
     head.serve(certificates.make_server_certificate(certificates.make_ca("x", 365), ["127.0.0.1"], 90))
-    assert any("ask head office on the telephone" in text for text in said(folder, "ERROR"))
+    assert any("ask the server on the telephone" in text for text in said(folder, "ERROR"))
 
 
 def test_a_certificate_for_another_host_is_wrong(head: HeadOffice, folder: Path) -> None:
@@ -243,7 +243,7 @@ def test_authorities_other_than_the_grants_are_wrong(head: HeadOffice, folder: P
 def test_an_authority_that_ends_is_announced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     then = now() + timedelta(days=3640)
     monkeypatch.setattr(health_checks, "now", lambda: then)
-    assert any("authority" in text and "ask head office for a new grant" in text for text in said(folder, "ERROR"))
+    assert any("authority" in text and "ask the server for a new grant" in text for text in said(folder, "ERROR"))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_folder_is_for_its_owner(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_clock_behind_the_grant_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     then = now() - timedelta(hours=1)
     monkeypatch.setattr(health_checks, "now", lambda: then)
-    assert any("the grant at head office was made" in text for text in said(folder, "ERROR"))
+    assert any("the grant at the server was made" in text for text in said(folder, "ERROR"))
 
 
 # ---- the ledger ------------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_a_full_disk_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def relayed(folder: Path) -> Path:
-    """The same office behind a relay, of a group that this user is in."""
+    """The same site behind a relay, of a group that this user is in."""
     group = grp.getgrgid(os.getegid()).gr_name
     edit(folder, socket=str(folder.parent / "run" / "link.sock"), socket_group=group)
     return folder

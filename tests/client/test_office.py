@@ -1,4 +1,4 @@
-"""An office's folder: whom it believes, which keys it uses, and that no step or crash loses either."""
+"""A site's folder: whom it believes, which keys it uses, and that no step or crash loses either."""
 
 import itertools
 import json
@@ -62,7 +62,7 @@ def head_fingerprint(head: Path) -> str:
 
 
 def admit(head: Path, folder: Path) -> bytes:
-    """Carry the join request that was made last to head office; return the grant."""
+    """Carry the join request that was made last to the server; return the grant."""
     site = Office.open(folder)
     return federation.admit(head, site.join_file.read_bytes(), site.keys[-1].identity.public.fingerprint).read_bytes()
 
@@ -240,7 +240,7 @@ def test_a_grant_of_another_head_office_is_refused_unless_the_telephone_says_so(
 ) -> None:
     second = federation.init_federation(head / "federation.yaml", tmp_path / "second").folder
     grant = admit(second, member)
-    with pytest.raises(CryptoError, match="nobody that this office knows"):
+    with pytest.raises(CryptoError, match="nobody that this site knows"):
         install(member, grant)
     with pytest.raises(CryptoError, match="does not fit"):
         install(member, grant, head_fingerprint(head))
@@ -318,7 +318,7 @@ def test_new_keys_are_used_from_their_grant_on_and_old_ones_open_until_retired(h
     assert waiting.identity.public == before.identity.public
     assert waiting.in_use.link_file == before.in_use.link_file
     new = waiting.keys[-1].identity.public
-    assert new in [identity.public for identity in waiting.identities]  # head office may seal to it already
+    assert new in [identity.public for identity in waiting.identities]  # the server may seal to it already
     grant = admit(head, member)
     roster = federation.HeadOffice.open(head).roster.find(NAME)
     assert roster is not None
@@ -498,7 +498,7 @@ def test_a_mistake_in_site_yaml_is_named(folder: Path, changes: dict[str, Any], 
 
 
 def test_the_name_stays_as_it_was_admitted(member: Path) -> None:
-    with pytest.raises(ConfigError, match=f"admitted this office as {NAME}"):
+    with pytest.raises(ConfigError, match=f"admitted this site as {NAME}"):
         edit(member, {"name": "부산"})
 
 

@@ -1,4 +1,4 @@
-"""A site's process: it answers the pinned head office, once, and nobody else; and starts anew when it has to."""
+"""A site's process: it answers the pinned the server, once, and nobody else; and starts anew when it has to."""
 
 import os
 import signal

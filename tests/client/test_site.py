@@ -1,4 +1,4 @@
-"""What a branch office promises: its records, its budget and its secrets stay where they are."""
+"""What a site promises: its records, its budget and its secrets stay where they are."""
 
 import json
 import logging
@@ -85,7 +85,7 @@ class Loader:
 
 
 class Office:
-    """A site with its ledger and records, and head office's side of the talk."""
+    """A site with its ledger and records, and the server's side of the talk."""
 
     def __init__(self, folder: Path, plan: RunPlan, **changes: Any) -> None:
         self.plan = plan
@@ -198,7 +198,7 @@ def office(tmp_path: Path, make_plan: MakePlan) -> Office:
 
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan) -> Office:
-    """One office for all fuzzed bytes, with a fixed workspace: what a hostile plan may load is not the question."""
+    """One site for all fuzzed bytes, with a fixed workspace: what a hostile plan may load is not the question."""
     office = Office(tmp_path_factory.mktemp("fuzzed"), make_plan())
     workspace = office.workspace()
 
@@ -426,7 +426,7 @@ def test_an_engine_that_fails_the_self_check_is_declined_before_a_charge_and_bef
     tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, site_log: list[logging.LogRecord],
     step: str, asked: bool,
 ) -> None:  # fmt: skip
-    """Whatever the plan says: head office cannot spare an office the check."""
+    """Whatever the plan says: the server cannot spare a site the check."""
     monkeypatch.setattr(Mechanism, "noise_std", 1.0)
     office = Office(tmp_path, make_plan(privacy={"clip_norm": 0.3, "self_check": asked}))
     assert reason(office.prepare() if step == "prepare" else office.train()) == "policy"
@@ -639,7 +639,7 @@ def test_what_a_reply_says_beside_the_update_does_not_depend_on_the_records(
 def test_an_update_that_cannot_be_sent_is_a_failure_of_training(
     tmp_path: Path, make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch, wire: str, value: float
 ) -> None:
-    """Not of the message that asked for it: head office must not look for the fault on its own side."""
+    """Not of the message that asked for it: the server must not look for the fault on its own side."""
     office = Office(tmp_path, make_plan(training={"wire": wire}))
     dimension = office.workspace().adapter.spec.dimension
     monkeypatch.setattr(client.site, "train_round", lambda *_: np.full(dimension, value, np.float32))

@@ -1,4 +1,4 @@
-"""One federation for many tests: of three offices in the soak, of one in the suite. Others make their own."""
+"""One federation for many tests: of three sites in the soak, of one in the suite. Others make their own."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from tests.deployment.harness import ALONE, BRANCHES, Branch, HeadOffice, record
 
 @dataclass
 class Federation:
-    """Head office and three offices. Only those of `admitted` take part: all of them, or one."""
+    """The server and three sites. Only those of `admitted` take part: all of them, or one."""
 
     head: HeadOffice
     branches: dict[str, Branch]
     admitted: dict[str, Branch]
 
     def ready(self) -> None:
-        """Wait until every office is connected."""
+        """Wait until every site is connected."""
         until(lambda: self.head.connected() == set(self.admitted), 600, "the connection of every office")
 
 
@@ -32,10 +32,10 @@ def found_federation(folder: Path, admitted: Sequence[str]) -> Federation:
         branches[name] = Branch(folder, name, records_of(branch, folder / f"{branch}.jsonl"), relayed=name == ALONE)
         if name in admitted:
             branches[name].join(head)
-    for branch in branches.values():  # as the offices told each other
+    for branch in branches.values():  # as the sites told each other
         others = (each for each in branches.values() if each is not branch)
         branch.settings["policy"]["peers"] = {each.name: each.office.identity.public.fingerprint for each in others}
-        branch.settings["policy"]["colluding_sites"] = 0  # of three offices one may drop out only if none colludes
+        branch.settings["policy"]["colluding_sites"] = 0  # of three sites one may drop out only if none colludes
         branch.write_settings()
     return Federation(head, branches, {name: branches[name] for name in admitted})
 

@@ -1,4 +1,4 @@
-"""A head office and offices as real processes: `fedllm server start`, `fedllm site start`, `fedllm submit`."""
+"""A server and sites as real processes: `fedllm server start`, `fedllm site start`, `fedllm submit`."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ FEDLLM = [sys.executable, "-m", "fedllm.cli"]
 DELTA = 1e-5
 _DEMO = Path(__file__).parents[2] / "simulations" / "demo" / "data" / "train.jsonl"
 BRANCHES = {"seoul-gangnam": "seoul-gangnam", "busan-haeundae": "busan-haeundae", "서울-마포": "seoul-mapo"}
-ALONE = "busan-haeundae"  # the one office that takes part in the suite
+ALONE = "busan-haeundae"  # the one site that takes part in the suite
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -163,7 +163,7 @@ def fedllm(*arguments: str, prefix: Sequence[str] = (), timeout: float = 600) ->
 
 
 class HeadOffice:
-    """Head office: its folder and its long-running program."""
+    """The server: its folder and its long-running program."""
 
     def __init__(self, folder: Path, host: str = "127.0.0.1", prefix: Sequence[str] = (), **settings: Any) -> None:
         self.home, self.host, self._prefix = folder / "head-office", host, prefix
@@ -179,7 +179,7 @@ class HeadOffice:
         return self.office.identity.public.fingerprint
 
     def start(self) -> None:
-        self.program.started("ready: offices connect")
+        self.program.started("ready: sites connect")
 
     def connected(self) -> set[str]:
         """The sites that are connected, as the daemon says."""
@@ -209,7 +209,7 @@ class HeadOffice:
         self._hand_over(config_of(name, rounds, **more))
 
     def resume(self, name: str, **federation_settings: Any) -> None:
-        """What `fedllm submit --resume NAME --detach` does, and head office may wait longer or shorter."""
+        """What `fedllm submit --resume NAME --detach` does, and the server may wait longer or shorter."""
         config = read_as(self.run(name) / CONFIG, DeploymentConfig)
         federated = config.federation.model_copy(update=federation_settings)
         self._hand_over(config.model_copy(update={"resume": True, "federation": federated}))
@@ -235,7 +235,7 @@ class HeadOffice:
         return read_as(self.run(name) / PLAN, RunPlan)
 
     def sites(self, name: str) -> dict[str, SiteState]:
-        """What head office knows of the sites, from its last checkpoint."""
+        """What the server knows of the sites, from its last checkpoint."""
         return load_checkpoint(self.run(name) / CHECKPOINT).sites
 
     def follow(self, name: str) -> "subprocess.Popen[str]":
@@ -262,7 +262,7 @@ class HeadOffice:
 
 
 class Branch:
-    """An office: its folder and its long-running program, or two where a relay makes the connection."""
+    """A site: its folder and its long-running program, or two where a relay makes the connection."""
 
     def __init__(
         self, folder: Path, name: str, records: Path, prefix: Sequence[str] = (), model: Path | None = None,

@@ -81,7 +81,7 @@ class Network:
         return True
 
     def forget(self, name: str) -> bool:
-        """Drop at head office, for ever, what belongs to an office's present connections, as a firewall does that has
+        """Drop at the server, for ever, what belongs to a site's present connections, as a firewall does that has
         forgotten them; new ones pass. False where there is no nft."""
         if shutil.which("nft") is None:
             return False
@@ -97,7 +97,7 @@ class Network:
         return do(*self.prefix(name), "ss", *options).splitlines()
 
     def ports_to_head(self, name: str) -> set[int]:
-        """The local ports of an office's connections to head office."""
+        """The local ports of a site's connections to the server."""
         lines = [line.split() for line in self.sockets(name, "-Htn")]
         return {
             int(line[3].rpartition(":")[2]) for line in lines if self.addresses[HEAD] in line[4]

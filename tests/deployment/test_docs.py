@@ -29,13 +29,13 @@ pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.timeout(1800
 ROOT = Path(__file__).parents[2]
 DOC = ROOT / "docs" / "deployment.md"
 FINGERPRINT = re.compile(r"\b(?:[0-9a-f]{4}-){9}[0-9a-f]{4}\b")
-READY = {"fedllm server start": "ready: offices connect", "fedllm site start": "connected to head office"}
+READY = {"fedllm server start": "ready: sites connect", "fedllm site start": "connected to the server"}
 LONG = "second"  # what the soak alone does: a run that is stopped and resumed
 QUICK = "privacy.sampling_rate=0.02 privacy.noise_multiplier=4.0 data.heldout_limit=20 data.samples=1"
 # What is said where a change of keys or certificates has been noticed, and is in use.
 NOTICED = {
     "fedllm server start": "the port shows its new certificate",
-    "fedllm site start": "connected to head office",
+    "fedllm site start": "connected to the server",
 }
 VARIABLES = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
@@ -152,7 +152,7 @@ class Person:
 
 @dataclass
 class Two:
-    """Head office and the office, and the mail between them."""
+    """The server and the site, and the mail between them."""
 
     head: Person
     office: Person
@@ -169,7 +169,7 @@ class Two:
         """Wait until all changes have been noticed."""
         if self.held:
             self.held = False
-            for person in (self.head, self.office):  # one after the other: the port is there when the office comes
+            for person in (self.head, self.office):  # one after the other: the port is there when the site comes
                 before = {line: person.count(NOTICED[line]) for line in person.running}
                 person.send(signal.SIGCONT)
                 for line, count in before.items():
@@ -217,7 +217,7 @@ def test_two_people_come_from_nothing_to_a_report_and_through_every_rotation(two
                 two.hold()
             if line == "fedllm doctor":
                 two.release()
-                seen = "is connected" if me is two.head else "connected to head office"
+                seen = "is connected" if me is two.head else "connected to the server"
                 until(lambda m=me, s=seen: m.type("fedllm doctor") == 0 and s in m.output, what="all ok", pause=2.0)
                 continue
             me.do(f"{line} {QUICK}" if line.startswith("fedllm submit name=") else line, other.said)
@@ -264,7 +264,7 @@ until_said() { for i in $(seq 300); do "${@:2}" | grep -q "$1" && return 0; slee
 
 CONNECTED = """
 until_said "seoul-gangnam is connected" runuser -u fedllm -- fedllm doctor --home /var/lib/fedllm
-until_said "site: connected to head office" runuser -u fedllm-site -- fedllm doctor --home /var/lib/fedllm-site
+until_said "site: connected to the server" runuser -u fedllm-site -- fedllm doctor --home /var/lib/fedllm-site
 until_said "relay: listens on" runuser -u fedllm-relay -- fedllm doctor --home /var/lib/fedllm-relay
 """
 CLOSED = """
@@ -291,7 +291,7 @@ def can_have_a_namespace() -> bool:
 @pytest.mark.parametrize(
     ("started", "checks"),
     [
-        ("fedllm-server", ""),  # head office's commands alone
+        ("fedllm-server", ""),  # the server's commands alone
         pytest.param("fedllm-server fedllm-relay fedllm-site", CONNECTED + CLOSED, marks=pytest.mark.soak),
     ],
 )

@@ -1,8 +1,8 @@
-"""A deployment over real links: a network namespace for every office, links that fail, and a look at the wire.
+"""A deployment over real links: a network namespace for every site, links that fail, and a look at the wire.
 
-Head office and three offices each live in a namespace of their own, joined by a bridge in one more. While a run goes
+The server and three sites each live in a namespace of their own, joined by a bridge in one more. While a run goes
 on, one office's cable is pulled, another's packets vanish without a word and its connection is forgotten by a
-firewall, and a third has a slow link. All that passes head office's link is captured.
+firewall, and a third has a slow link. All that passes the server's link is captured.
 """
 
 import base64
@@ -37,7 +37,7 @@ PULLED, SILENT, SLOW = "pulled", "silent", "slow"
 OFFICES = {PULLED: "seoul-gangnam", SILENT: "busan-haeundae", SLOW: "seoul-mapo"}
 ADDRESS = {HEAD: "10.77.0.1", PULLED: "10.77.0.2", SILENT: "10.77.0.3", SLOW: "10.77.0.4"}
 ROUNDS = 40  # more than there is time for: it is stopped when all has been seen
-ROUND_TIMEOUT = 30  # seconds: what a round waits for an office that is away
+ROUND_TIMEOUT = 30  # seconds: what a round waits for a site that is away
 RUN = "over-links"
 CANARIES = {  # planted in every office's records
     "question": "CANARY-QUESTION-8f1e 카나리아 질문", "answer": "CANARY-ANSWER-52ac 카나리아 답",
@@ -164,9 +164,9 @@ class Story:
     capture: Capture
     slowed: bool = False
     forgotten: bool = False
-    before: int = 0  # the last round before two offices were cut off
+    before: int = 0  # the last round before two sites were cut off
     healed: int = 0  # the last round before they could come back
-    adapters: list[NDArray[np.float32]] = field(default_factory=list)  # as head office had them during the run
+    adapters: list[NDArray[np.float32]] = field(default_factory=list)  # as the server had them during the run
     listening: dict[str, set[str]] = field(default_factory=dict)
 
     def rounds(self) -> list[RoundMetrics]:
@@ -275,8 +275,8 @@ def test_offices_that_were_cut_off_come_back_by_themselves_and_their_ledgers_are
 def test_a_connection_that_a_firewall_has_forgotten_is_given_up(story: Story) -> None:
     if not story.forgotten:
         pytest.skip("nft is not installed (package nftables)")
-    assert story.branches[SILENT].log.count("connected to head office") >= 2
-    assert story.branches[SLOW].log.count("connected to head office") == 1
+    assert story.branches[SILENT].log.count("connected to the server") >= 2
+    assert story.branches[SLOW].log.count("connected to the server") == 1
 
 
 def test_an_office_with_a_slow_link_takes_part(story: Story) -> None:

@@ -1,4 +1,4 @@
-"""Every key is replaced while offices are connected and a run goes on; no round is lost and nothing is paid twice."""
+"""Every key is replaced while sites are connected and a run goes on; no round is lost and nothing is paid twice."""
 
 from pathlib import Path
 
@@ -38,14 +38,14 @@ def test_every_key_is_replaced_while_a_run_goes_on(federation: Federation) -> No
     head.begin("rotation", 4, **SLOW_ROUNDS, **{"federation.round_timeout": 240, "federation.quorum": 3})
     run = head.plan("rotation").run
     begun(head, "rotation", 1)
-    # both ends announce what is to come, and every office installs its new grant
+    # both ends announce what is to come, and every site installs its new grant
     head_folder.rotate_ca(head.home, "start")
     head_folder.rotate_identity(head.home, "start")
     new = site_folder.rotate(mapo.home)
     head_folder.admit(head.home, new.join_file.read_bytes(), new.keys[-1].identity.public.fingerprint)
     for branch in branches.values():
         install(head, branch)
-    # and head office begins to use it: the daemon at once, the identity with the next run
+    # and the server begins to use it: the daemon at once, the identity with the next run
     head_folder.rotate_ca(head.home, "finish")
     head_folder.rotate_identity(head.home, "finish")
     assert head.ended("rotation").state == "completed"
@@ -53,7 +53,7 @@ def test_every_key_is_replaced_while_a_run_goes_on(federation: Federation) -> No
     assert all(record.answered == everyone for record in head.rounds("rotation")[1:])
     assert all(sorted(branch.ledger(run)) == [1, 2, 3, 4] for branch in branches.values())
 
-    # the daemon shows a certificate of the new authority, and the offices are back by themselves
+    # the daemon shows a certificate of the new authority, and the sites are back by themselves
     after = head_folder.HeadOffice.open(head.home)
     assert after.issuer > 0
     shown = certificates.read_certificates(after.server.certificate)[0].fingerprint

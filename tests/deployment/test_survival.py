@@ -45,7 +45,7 @@ def test_a_run_survives_kill_9_of_every_process_and_every_round_is_paid_for_once
     with office.program.held():
         head.program.kill()
         head.start()
-    # round 2: the relay, and head office's certificate is exchanged
+    # round 2: the relay, and the server's certificate is exchanged
     office.caught(run, 2)
     with office.program.held():
         office.relay.kill()
@@ -77,7 +77,7 @@ def test_a_run_survives_kill_9_of_every_process_and_every_round_is_paid_for_once
 
 
 def pin_present_keys(branches: dict[str, Branch]) -> None:
-    """Let the offices pin each other's keys anew where some were replaced, as their people would."""
+    """Let the sites pin each other's keys anew where some were replaced, as their people would."""
     keys = {name: branch.office.identity.public.fingerprint for name, branch in branches.items()}
     for name, branch in branches.items():
         peers = {other: key for other, key in keys.items() if other != name}
@@ -90,7 +90,7 @@ def pin_present_keys(branches: dict[str, Branch]) -> None:
 
 @pytest.fixture(scope="module", name="gate")
 def _gate(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where one of the offices can be held: it is started so that it can."""
+    """Where one of the sites can be held: it is started so that it can."""
     federation.ready()
     pin_present_keys(federation.branches)
     place, program = tmp_path_factory.mktemp("gate"), federation.branches[ALONE].program

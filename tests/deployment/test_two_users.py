@@ -1,4 +1,4 @@
-"""An office of two system users: site and relay share a socket and nothing else, and the site has no network.
+"""A site of two system users: site and relay share a socket and nothing else, and the site has no network.
 
 The users exist only for the processes of this test: each gets a mount namespace in which /etc/passwd and /etc/group
 name them, and in which interpreter and source can be read where root's own folders would hide them.
@@ -71,7 +71,7 @@ attempt("trace", trace)
 attempt("signal", lambda: os.kill(task["pid"], 0))
 attempt("replace the socket", lambda: os.rename(task["socket"], task["socket"] + ".old"))
 attempt("connect", connect)
-attempt("reach head office", lambda: socket.create_connection(("127.0.0.1", task["port"]), 10).close())
+attempt("reach the server", lambda: socket.create_connection(("127.0.0.1", task["port"]), 10).close())
 json.dump(found, sys.stdout)
 """
 
@@ -163,7 +163,7 @@ def place() -> Iterator[Place]:
 
 @dataclass
 class TwoUsers:
-    """Head office, and an office of two users."""
+    """The server, and a site of two users."""
 
     place: Place
     head: HeadOffice
@@ -234,7 +234,7 @@ def _capabilities(process: psutil.Process) -> int:
 
 def test_the_relays_user_can_open_nothing_of_the_sites_and_not_look_into_its_process(office: TwoUsers) -> None:
     found = office.place.attempt(RELAY, office.task(SITE) | {"socket": str(office.socket) + ".none"})
-    assert found.pop("reach head office") == "done"  # this is what it is for
+    assert found.pop("reach the server") == "done"  # this is what it is for
     assert found.pop("replace the socket") == found.pop("connect") == errno.errorcode[errno.ENOENT]  # it is its own
     assert set(found.values()) <= CLOSED, found
     assert len(found) > 20
@@ -243,14 +243,14 @@ def test_the_relays_user_can_open_nothing_of_the_sites_and_not_look_into_its_pro
 def test_the_sites_user_has_no_network_and_nothing_of_the_relays_but_its_socket(office: TwoUsers) -> None:
     found = office.place.attempt(SITE, office.task(RELAY))
     assert found.pop("connect") == "done"
-    assert found.pop("reach head office") in ("ENETUNREACH", "ECONNREFUSED")  # not even loopback
+    assert found.pop("reach the server") in ("ENETUNREACH", "ECONNREFUSED")  # not even loopback
     assert set(found.values()) <= CLOSED, found
 
 
 def test_a_third_user_cannot_even_open_the_socket(office: TwoUsers) -> None:
     for whose in (SITE, RELAY):
         found = office.place.attempt(STRANGER, office.task(whose))
-        assert found.pop("reach head office") == "done"  # its port, where it has no certificate to show
+        assert found.pop("reach the server") == "done"  # its port, where it has no certificate to show
         assert set(found.values()) <= CLOSED, found
 
 
@@ -259,7 +259,7 @@ def test_the_attempts_succeed_where_they_are_permitted(office: TwoUsers) -> None
     task = office.task(SITE) | {"folders": [], "files": [str(office.records), str(site)]}
     task["socket"] = str(office.socket) + ".none"  # it would replace it
     found = office.place.attempt(SITE, task)
-    found.pop("reach head office")
+    found.pop("reach the server")
     assert found.pop("connect") == errno.errorcode[errno.ENOENT]
     assert found.pop("replace the socket") in CLOSED | {errno.errorcode[errno.ENOENT]}
     assert found.pop("trace") in ("done", errno.errorcode[errno.EPERM])  # Yama's ptrace_scope may forbid it to all

@@ -1,6 +1,6 @@
 """Who may not take part is refused by the running processes, and nothing is charged for it.
 
-What a hostile peer sends at the port is in tests/server/test_daemon.py. The last tests of the soak revoke an office of
+What a hostile peer sends at the port is in tests/server/test_daemon.py. The last tests of the soak revoke a site of
 the session's federation and take the others off the network, so they come last.
 """
 
@@ -57,7 +57,7 @@ class Stream:
         self._call = open_(iter(self._out.get, b""), timeout=120)
 
     def frame(self) -> ToSite:
-        """The next frame from head office; raises grpc.RpcError where the stream has ended."""
+        """The next frame from the server; raises grpc.RpcError where the stream has ended."""
         return ToSite.FromString(next(self._call))
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Stream:
         self._channel.close()
 
     def ended(self) -> tuple[grpc.StatusCode, str]:
-        """Wait for the stream's end, and return how head office has ended it."""
+        """Wait for the stream's end, and return how the server has ended it."""
         try:
             while True:
                 self.frame()
@@ -77,12 +77,12 @@ class Stream:
 
 
 def refused(head: HeadOffice, key: bytes | None, certificate: bytes | None) -> tuple[grpc.StatusCode, str]:
-    """Return how head office ends the stream of somebody whom it does not let in."""
+    """Return how the server ends the stream of somebody whom it does not let in."""
     return Stream(head.port, head.office.ca_file.read_bytes(), key, certificate).ended()
 
 
 def certificate_of(head: HeadOffice, key: bytes, name: str) -> bytes:
-    """A certificate of head office's authority, as it would have issued one."""
+    """A certificate of the server's authority, as it would have issued one."""
     return certificates.certify(head.office.authorities[0], certificates.key_line(key), name, 30)
 
 
@@ -152,7 +152,7 @@ def test_an_office_is_let_in_until_its_key_is_retired_or_it_is_revoked_which_end
         second = admitted(site_folder.rotate(home)).in_use
         assert second.number == 2
         head_folder.retire(head.home, "일시")
-        assert old.ended() == (_Code.UNAUTHENTICATED, "this key of the office was retired")
+        assert old.ended() == (_Code.UNAUTHENTICATED, "this key of the site was retired")
         assert stream(first).ended()[0] is _Code.UNAUTHENTICATED
 
         present = let_in(second)
@@ -224,7 +224,7 @@ def test_one_port_listens_at_head_office_and_none_at_an_office(federation: Feder
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
-@pytest.mark.parametrize("which", ["head office's daemon", "the relay"])
+@pytest.mark.parametrize("which", ["the server's daemon", "the relay"])
 def test_another_system_user_cannot_open_the_socket(federation: Federation, which: str) -> None:
     relay = federation.branches[ALONE].office.socket
     assert relay is not None
@@ -308,7 +308,7 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_by_the_office(federa
 
 @contextmanager
 def _identity(head: HeadOffice, identity: Identity) -> Iterator[None]:
-    """Head office with another identity, as of somebody who took over its machine's place."""
+    """The server with another identity, as of somebody who took over its machine's place."""
     file = head.home / "keys" / "identity"
     before = file.read_bytes()
     head_folder._write_identities(head.home, [("signs", identity)])
@@ -323,7 +323,7 @@ def test_a_stranger_at_head_office_is_refused_and_so_is_a_revoked_office(federat
     head, branches = federation.head, federation.branches
     mapo = branches["서울-마포"]
     federation.ready()
-    # somebody who has the daemon, certificates and all, but not the identity that the offices have pinned
+    # somebody who has the daemon, certificates and all, but not the identity that the sites have pinned
     refusals = {name: branch.log.count("not signed by anyone") for name, branch in branches.items()}
     with _identity(head, Identity.generate()):
         head.begin("stranger", 1, **{"federation.round_timeout": 15})
@@ -334,7 +334,7 @@ def test_a_stranger_at_head_office_is_refused_and_so_is_a_revoked_office(federat
     assert all(branch.ledger(head.plan("stranger").run) == {} for branch in branches.values())
     assert any(branch.log.count("not signed by anyone") > refusals[n] for n, branch in branches.items())
 
-    # head office itself; its operator stops the run in a round that an office has paid for already
+    # the server itself; its operator stops the run in a round that a site has paid for already
     head.begin("trust", 2, **{
         "federation.round_timeout": 180, "training.local_steps": 12, "privacy.noise_multiplier": 4.0,
     })  # fmt: skip
@@ -346,7 +346,7 @@ def test_a_stranger_at_head_office_is_refused_and_so_is_a_revoked_office(federat
     assert stopped.returncode == 0, stopped.stderr
     assert (head.status("trust").state, head.status("trust").text) == ("stopped", "ended by the operator.")
 
-    # the round is repeated, and in the next one an office is revoked before it has answered
+    # the round is repeated, and in the next one a site is revoked before it has answered
     head.resume("trust")
     begun(head, "trust", 2)
     mapo.caught(run, 2)

@@ -71,7 +71,7 @@ class Loop:
 
 @dataclass
 class House:
-    """Head office: its folder, its daemon, and the files of sites' keys."""
+    """The server: its folder, its daemon, and the files of sites' keys."""
 
     folder: Path
     loops: list[Loop] = field(default_factory=list)
@@ -187,7 +187,7 @@ class Peer:
         return self.read()
 
     def end(self) -> tuple[grpc.StatusCode, str]:
-        """Return how head office ended the stream."""
+        """Return how the server ended the stream."""
 
         async def over() -> tuple[grpc.StatusCode, str]:
             with contextlib.suppress(grpc.aio.AioRpcError):

@@ -1,4 +1,4 @@
-"""Both ends with their folders: head office's daemon and a site's link, as threads of a test."""
+"""Both ends with their folders: the server's daemon and a site's link, as threads of a test."""
 
 import asyncio
 import shutil
@@ -35,7 +35,7 @@ def short_folder() -> Iterator[Path]:
 
 
 def make_head(place: Path, **more: object) -> Path:
-    """Make head office's folder, on loopback."""
+    """Make the server's folder, on loopback."""
     values = {"name": "x", "host": "127.0.0.1", "listen": "127.0.0.1", "port": free_port(), **more}
     (place / "federation.yaml").write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
     return federation.init_federation(place / "federation.yaml", place / "head").folder
@@ -67,7 +67,7 @@ def _looping() -> Iterator[Loop]:
 
 @contextmanager
 def daemon_of(head: Path) -> Iterator[None]:
-    """Serve head office's port and socket, look at its roster, and hold its folder as the daemon does."""
+    """Serve the server's port and socket, look at its roster, and hold its folder as the daemon does."""
     office, made = federation.HeadOffice.open(head), daemon.Daemon(head)
 
     async def begin() -> tuple[Any, Any]:

@@ -216,7 +216,7 @@ def test_a_site_that_cannot_connect_says_why_and_tries_on(house: House, loop: Lo
     busan.start()
     state = until(lambda: read_state(busan.state), "a state")
     assert state.state == "connecting"
-    assert "no office of the roster has this certificate's key" in state.text
+    assert "no site of the roster has this certificate's key" in state.text
     busan.stop()
 
 

@@ -1,4 +1,4 @@
-"""Whatever keeps an office from being connected is named by the doctor at both ends, with what to do."""
+"""Whatever keeps a site from being connected is named by the doctor at both ends, with what to do."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -26,7 +26,7 @@ NAME = "서울-강남"
 
 
 class Ends:
-    """An admitted office and its head office."""
+    """An admitted site and its server."""
 
     def __init__(self, place: Path, ends: ExitStack) -> None:
         self.head = make_head(place)
@@ -51,7 +51,7 @@ class Ends:
         return certificates.key_line(Office.open(self.site).in_use.link_file.read_bytes())
 
     def replace_certificate(self, made: bytes) -> None:
-        """Let the site show another certificate, which is in its grant at head office, too."""
+        """Let the site show another certificate, which is in its grant at the server, too."""
         write_secret(Office.open(self.site).in_use.link_file.with_suffix(".pem"), made)
         path = self.head / "grants" / f"{NAME}.grant"
         grant = Grant.open(path.read_bytes())[0].model_copy(update={"link": made.decode()})
@@ -84,10 +84,10 @@ def connected(state: LinkState) -> bool:
 
 def test_an_office_that_is_connected_is_so_at_both_ends(ends: Ends) -> None:
     ends.start(connected)
-    assert "site: connected to head office" in ends.at_site("ok")
+    assert "site: connected to the server" in ends.at_site("ok")
     assert "takes this office's" in ends.at_site("ok")
     assert f"{NAME} is connected from ipv4:127.0.0.1:" in ends.at_head("ok")
-    assert "offices reach 127.0.0.1" in ends.at_head("ok")
+    assert "sites reach 127.0.0.1" in ends.at_head("ok")
     assert ends.at_head("ERROR") == ""
 
 
@@ -102,7 +102,7 @@ def test_a_certificate_that_has_ended(ends: Ends, monkeypatch: pytest.MonkeyPatc
     ends.start(not_connected)
     said = ends.at_site("ERROR")
     assert "this office's certificate has ended on" in said
-    assert "not connected to head office: this office's certificate has ended on" in said
+    assert "not connected to the server: this office's certificate has ended on" in said
     assert "fedllm server grant SITE" in said
     assert f"the certificate of {NAME} has ended on" in ends.at_head("ERROR")
     assert f"fedllm server grant {NAME}, and send it" in ends.at_head("ERROR")
@@ -124,9 +124,9 @@ def test_keys_that_were_retired(ends: Ends) -> None:
     waiting = Office.open(ends.site)
     heard = waiting.keys[-1].identity.public.fingerprint
     federation.admit(ends.head, waiting.join_file.read_bytes(), heard)
-    federation.retire(ends.head, NAME)  # too early: the office has not installed its grant
+    federation.retire(ends.head, NAME)  # too early: the site has not installed its grant
     ends.start(not_connected)
-    assert "no office of the roster has this certificate's key: it was retired" in ends.at_site("ERROR")
+    assert "no site of the roster has this certificate's key: it was retired" in ends.at_site("ERROR")
     assert f"{NAME} was refused at" in ends.at_head("ERROR")
     assert "it was retired, or never admitted" in ends.at_head("ERROR")
 
@@ -135,7 +135,7 @@ def test_an_office_that_was_revoked_is_cut_off_and_told(ends: Ends) -> None:
     ends.start(connected)
     federation.revoke(ends.head, NAME)
     link_says(ends.site, lambda state: "revoked" in state.text)
-    assert f"not connected to head office: {NAME} was revoked on" in ends.at_site("ERROR")
+    assert f"not connected to the server: {NAME} was revoked on" in ends.at_site("ERROR")
     until(lambda: f"{NAME}, which is not in the roster, was refused at" in ends.at_head("warning"))
     assert f"{NAME} was revoked on" in ends.at_head("warning")
 
@@ -151,20 +151,20 @@ def test_a_certificate_of_another_authority(ends: Ends) -> None:
     ends.replace_certificate(certificates.certify(certificates.make_ca("x", 9), ends.link_key, NAME, 9))
     ends.start(not_connected)
     said = ends.at_site("ERROR")
-    for where in ("not connected to head office: ", "way to head office: "):
-        assert f"{where}head office does not believe this office's certificate" in said
+    for where in ("not connected to the server: ", "way to the server: "):
+        assert f"{where}the server does not believe this office's certificate" in said
     assert "it is of another authority" in said
     assert f"{NAME} is not connected. There: fedllm doctor" in ends.at_head("warning")
     assert f"the certificate of {NAME} is not of this federation's authority" in ends.at_head("ERROR")
 
 
 def test_a_head_office_of_another_authority(ends: Ends) -> None:
-    for step in ("start", "finish", "retire"):  # the office has slept through it
+    for step in ("start", "finish", "retire"):  # the site has slept through it
         federation.rotate_ca(ends.head, step)  # type: ignore[arg-type]
     ends.start(not_connected)
     said = ends.at_site("ERROR")
-    assert "not connected to head office: the server certificate is not of the authority that the grant names" in said
-    assert "way to head office: the server certificate is not of the authority" in said
+    assert "not connected to the server: the server certificate is not of the authority that the grant names" in said
+    assert "way to the server: the server certificate is not of the authority" in said
     assert f"{NAME} is not connected" in ends.at_head("warning")
 
 
@@ -181,7 +181,7 @@ def test_a_clock_that_is_off(ends: Ends, monkeypatch: pytest.MonkeyPatch, second
 
 def test_a_head_office_that_does_not_run(ends: Ends) -> None:
     ends.start_site(not_connected)
-    assert "refuses. At head office: fedllm server start" in ends.at_site("ERROR")
+    assert "refuses. At the server: fedllm server start" in ends.at_site("ERROR")
     assert "daemon: it does not run. Start it: fedllm server start" in ends.at_head("warning")
 
 
@@ -192,12 +192,12 @@ def test_a_site_that_is_not_connected_for_long_is_wrong(ends: Ends, monkeypatch:
     file = Office.open(ends.site).link_state_file
     first, written = client.link.read_state(file), file.stat().st_mtime_ns
     assert first is not None
-    assert "is not connected to head office" in ends.at_site("warning")
+    assert "is not connected to the server" in ends.at_site("warning")
     until(lambda: file.stat().st_mtime_ns != written)
     link_says(ends.site, lambda state: state.since == first.since)
     later = health_checks.now() + timedelta(seconds=30)
     monkeypatch.setattr(client.doctor, "now", lambda: later)
-    assert "is not connected to head office" in ends.at_site("ERROR")
+    assert "is not connected to the server" in ends.at_site("ERROR")
 
 
 def test_a_site_that_does_not_run(ends: Ends) -> None:
@@ -211,7 +211,7 @@ def test_a_relay_that_is_missing(ends: Ends) -> None:
     write_secret(ends.site / "site.yaml", values.encode())
     ends.start(not_connected)
     said = ends.at_site("ERROR")
-    assert f"not connected to head office: no relay listens on {ends.site / 'relay.sock'}" in said
+    assert f"not connected to the server: no relay listens on {ends.site / 'relay.sock'}" in said
     assert "Does it run (fedllm site relay)" in said
     assert f"{NAME} is not connected" in ends.at_head("warning")
 

@@ -1,4 +1,4 @@
-"""Whoever comes to head office's port: what is not a site of the roster, or does not speak the link, gets nowhere."""
+"""Whoever comes to the server's port: what is not a site of the roster, or does not speak the link, gets nowhere."""
 
 import contextlib
 import socket
@@ -34,7 +34,7 @@ def test_a_site_of_the_roster_is_welcome(house: House, loop: Loop) -> None:
 @pytest.mark.parametrize(
     ("state", "code", "text"),
     [
-        ("unknown", Code.UNAUTHENTICATED, "no office of the roster"),
+        ("unknown", Code.UNAUTHENTICATED, "no site of the roster"),
         ("revoked", Code.PERMISSION_DENIED, "was revoked on"),
     ],
 )
@@ -136,7 +136,7 @@ def test_another_version_is_told_so(house: House, loop: Loop) -> None:
         assert peer.hello(version=2) is None
     assert peer.end() == (
         Code.FAILED_PRECONDITION,
-        "version 2 of the link, and head office speaks 1. Install the same fedllm",
+        "version 2 of the link, and the server speaks 1. Install the same fedllm",
     )
 
 

@@ -1,4 +1,4 @@
-"""The line between a site and head office: what somebody on it sees, and what happens where it goes dead."""
+"""The line between a site and the server: what somebody on it sees, and what happens where it goes dead."""
 
 import contextlib
 import select

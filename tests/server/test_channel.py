@@ -66,7 +66,7 @@ class Nodes:
 
 
 class World:
-    """Head office's channel, two admitted offices, and one that is not."""
+    """The server's channel, two admitted sites, and one that is not."""
 
     def __init__(self, run: str = "run-1") -> None:
         self.seoul, self.busan, self.other = Office("서울", 1), Office("busan", 2), Office("other", 3)

@@ -1,4 +1,4 @@
-"""The doctor at head office: every fault that is planted is named, with its remedy, and order is not."""
+"""The doctor at the server: every fault that is planted is named, with its remedy, and order is not."""
 
 import os
 import socket
@@ -169,7 +169,7 @@ def test_the_roster_is_looked_at(folder: Path) -> None:
     assert any("fedllm server retire b" in text for text in said(folder, "warning"))
     for site in ("b", "서울-강남"):
         federation.revoke(folder, site)
-    assert any("no office is admitted" in text for text in said(folder, "warning"))
+    assert any("no site is admitted" in text for text in said(folder, "warning"))
 
 
 # ---- permissions -----------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def test_the_command_ends_with_1_where_something_is_wrong_and_says_which(folder:
 def test_the_command_finds_out_what_it_looks_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").mkdir(0o700)
     done = CliRunner().invoke(app, ["doctor", "--home", str(tmp_path / "x")])
-    assert "neither head office's folder" in str(done.exception)
+    assert "neither the server's folder" in str(done.exception)
     monkeypatch.setenv("HOME", str(tmp_path))
     done = CliRunner().invoke(app, ["doctor"])
     assert "init-federation" in str(done.exception)

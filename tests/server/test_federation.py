@@ -1,4 +1,4 @@
-"""Head office's folder: whom it admits, and that no step or crash leaves it shut, open to others, or contradictory."""
+"""The server's folder: whom it admits, and that no step or crash leaves it shut, open to others, or contradictory."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ from server.roster import Roster
 
 
 class Site:
-    """An office's keys, as head office meets them."""
+    """A site's keys, as the server meets them."""
 
     def __init__(self, name: str = "서울-강남") -> None:
         self.name, self.identity = name, Identity.generate()
@@ -351,7 +351,7 @@ def test_a_revoked_site_is_nobody_and_its_keys_never_come_back(folder: Path) -> 
     for step in (revoke, retire, federation.renew_grant):
         with pytest.raises(FederationError, match="not in the roster, which holds 부산"):
             step(folder, fresh.name)
-    admit(folder, fresh.join(), fresh.fingerprint)  # the office itself comes back with new keys
+    admit(folder, fresh.join(), fresh.fingerprint)  # the site itself comes back with new keys
     assert HeadOffice.open(folder).roster.find(fresh.name) is not None
     again = HeadOffice.open(folder).roster.of_link_key(site.link_key)
     assert again is not None
@@ -391,7 +391,7 @@ def test_while_the_authority_is_replaced_every_grant_in_use_covers_the_server(fo
     grants.append(Grant.open(path.read_bytes())[0].ca)
     assert len(certificates.read_certificates(grants[1].encode())) == 2
     assert HeadOffice.open(folder).server == old.server
-    federation.rotate_server_certificate(folder)  # an old one again: not every office knows the new authority
+    federation.rotate_server_certificate(folder)  # an old one again: not every site knows the new authority
     assert believed(grants[0])
     federation.rotate_ca(folder, "finish")
     assert HeadOffice.open(folder).issuer == 1

@@ -94,7 +94,7 @@ class FakeSite:
         self.spoil: Callable[[Draft], Any] | None = None
         self.decline_plan: str | None = None
         self.identity = identity_of(name)
-        self.heads: list[LedgerHead | None] = []  # that head office sent
+        self.heads: list[LedgerHead | None] = []  # that the server sent
         self.base = 0  # entries of its ledger before this run
         self.says: dict[str, Any] = {}  # what its statement says instead of what is so
         self.begun: dict[tuple[str, int], RoundBegun] = {}
@@ -218,7 +218,7 @@ def score(vector: Vector) -> dict[str, float | None]:
 
 
 class Federation:
-    """A head office, its folder and its fake sites."""
+    """A server, its folder and its fake sites."""
 
     def __init__(self, folder: Path, plan: RunPlan, **changes: Any) -> None:
         self.folder, self.plan = folder, plan
@@ -558,7 +558,7 @@ def test_the_reasons_of_earlier_rounds_are_named_when_the_quorum_is_lost_later(f
 
 
 def test_a_site_that_could_not_be_reached_for_several_rounds_is_used_again(tmp_path: Path) -> None:
-    """Head office must assume that it paid for them; the site never heard of them, and states what it really spent."""
+    """The server must assume that it paid for them; the site never heard of them, and states what it really spent."""
     federation = Federation(tmp_path, make_plan(rounds=6, mode="local", noise_multiplier=2.0, sampling_rate=0.5))
     event = federation.plan.mechanism.event(1)
     for site in federation.sites.values():
@@ -985,7 +985,7 @@ def heads_in(folder: Path) -> LedgerHeads:
 
 
 def next_run(federation: Federation, run: str) -> Federation:
-    """Another run of the same sites and head office, in a folder of its own."""
+    """Another run of the same sites and the server, in a folder of its own."""
     later = Federation(federation.folder.with_name(run), federation.plan.model_copy(update={"run": run}))
     later.sites, later.grid, later.heads = federation.sites, federation.grid, federation.heads
     return later
@@ -993,7 +993,7 @@ def next_run(federation: Federation, run: str) -> Federation:
 
 @pytest.fixture
 def kept(federation: Federation) -> Federation:
-    """A federation whose head office remembers heads over runs, after one run of four rounds."""
+    """A federation whose server remembers heads over runs, after one run of four rounds."""
     federation.heads = heads_in(federation.folder.parent)
     federation.run()
     return federation
@@ -1132,7 +1132,7 @@ def test_a_round_that_lost_its_quorum_is_on_record_with_what_was_signed(federati
     assert "quorum" in entries[4].body["stopped"]
     assert (entries[5].body["round"], entries[6].body["round"]) == (2, 3)
     again = entries[6].body["answered"]["서울-강남"]
-    assert again == lost["answered"]["서울-강남"], "a repeated round is answered as before, and head office accepts it"
+    assert again == lost["answered"]["서울-강남"], "a repeated round is answered as before, and the server accepts it"
 
 
 def test_a_record_ahead_of_the_checkpoint_keeps_what_was_signed(

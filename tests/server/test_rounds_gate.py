@@ -84,7 +84,7 @@ def test_a_round_beyond_the_gate_leaves_adapter_and_optimiser_as_they_were(
     lines = federation.metrics()
     assert [bool(line["lost"]) for line in lines] == [number == BAD for number in range(6)]
     assert "federation.gate=0.1" in lines[BAD]["lost"]
-    assert lines[BAD]["loss"] == lines[BAD - 1]["loss"], "what head office has is still the adapter of the round before"
+    assert lines[BAD]["loss"] == lines[BAD - 1]["loss"], "what the server has is still the adapter of the round before"
     assert all(line["loss"] <= 1.1 * min(losses(federation)[:n] or [line["loss"]]) for n, line in enumerate(lines))
 
 

@@ -546,7 +546,7 @@ def test_files_of_a_folder_that_do_not_belong_together_are_refused(federate: Any
 def test_a_template_that_does_not_fit_is_refused(
     federate: Any, tmp_path: Path, key: str, template: str, words: list[str]
 ) -> None:
-    """Without a held-out set, so that head office does not meet it before the sites do."""
+    """Without a held-out set, so that the server does not meet it before the sites do."""
     refused(federate(data={key: template, "heldout": None}), *words)
     assert not (tmp_path / "runs").exists()
 

@@ -1,4 +1,4 @@
-"""Noise in shares: the federation trains as one pooled trainer would, and head office reads nothing but sums."""
+"""Noise in shares: the federation trains as one pooled trainer would, and the server reads nothing but sums."""
 
 import sys
 from collections.abc import Callable
@@ -171,7 +171,7 @@ def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, mon
 
 
 def replies_of(monkeypatch: pytest.MonkeyPatch, fail: Callable[[str, object], bool]) -> list[tuple[str, TrainReply]]:
-    """Let sites vanish where `fail` says so of a site and its request; return the replies that head office gets."""
+    """Let sites vanish where `fail` says so of a site and its request; return the replies that the server gets."""
     honest = Site.handle
     replies: list[tuple[str, TrainReply]] = []
 
@@ -289,7 +289,7 @@ def test_a_resumed_run_gives_the_interrupted_round_up(tmp_path: Path, configure:
 
 
 class StopHereError(Exception):
-    """Head office ends without a word."""
+    """The server ends without a word."""
 
 
 def stop_in(number: int) -> Callable[[Event], None]:
@@ -363,13 +363,13 @@ def test_a_round_that_nobody_paid_for_is_asked_for_again_until_somebody_did(
     changes = changed(training={"rounds": 2})
     assert "0 sites" in run(configure(tmp_path, **changes)).stopped
     refusing.clear()
-    with pytest.raises(StopHereError):  # now the sites pay for round 1, and head office ends
+    with pytest.raises(StopHereError):  # now the sites pay for round 1, and the server ends
         run(configure(tmp_path, resume=True, **changes), stop_in(1))
     done = run(configure(tmp_path, resume=True, **changes))
     assert not done.stopped
     last = {body["round"]: body["counts"] for body in rounds_of(done.folder)}
     assert last == {1: False, 2: True}
-    for name in BRANCHES:  # head office knows who paid for round 1, though no checkpoint named anybody when it ended
+    for name in BRANCHES:  # the server knows who paid for round 1, though no checkpoint named anybody when it ended
         assert len(LedgerFile(done.folder / "sites" / name / "ledger.db").charges()) == 2
         assert done.sites[name]["charged"] == 2
 

@@ -840,7 +840,7 @@ NOISE = 2.0
 
 @pytest.fixture
 def lasting(tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """Return a function that runs so many rounds for a head office, at sites that keep their folders."""
+    """Return a function that runs so many rounds for a server, at sites that keep their folders."""
     without_plots(monkeypatch)
 
     def start(head_office: str, name: str, rounds: int, epsilon: float = 8.0, **more: Any) -> Run:
@@ -895,7 +895,7 @@ def test_a_ledger_put_back_from_an_old_backup_is_refused_by_the_next_run(
     log = (third.folder / "sites" / "sites.log").read_text("utf-8")
     assert "restored from an old backup" in log
     assert "fedllm server new-ledger" in log
-    elsewhere = lasting("busan", "fourth", 1)  # another head office has seen nothing of it yet
+    elsewhere = lasting("busan", "fourth", 1)  # another server has seen nothing of it yet
     assert not elsewhere.metrics()[1]["declined"]
     LedgerHeads(tmp_path / "seoul" / HEADS, f"{tmp_path / 'offices'}/").forget("jeju")
     assert not lasting("seoul", "fifth", 1).metrics()[1]["declined"]

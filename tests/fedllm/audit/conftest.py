@@ -31,7 +31,7 @@ def any_pdf() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def audited(tmp_path_factory: pytest.TempPathFactory) -> Audited:
-    """The second of two runs, its report in both languages, signed by head office."""
+    """The second of two runs, its report in both languages, signed by the server."""
     federation = Federation(tmp_path_factory.mktemp("federation"))
     federation.run("first", make_plan("e" * 32, rounds=2))
     run = federation.run("second", make_plan(rounds=3), declines=["incheon"])

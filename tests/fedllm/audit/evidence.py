@@ -1,4 +1,4 @@
-"""Makes the folder of a run, with everything that sites and head office sign, without training anything."""
+"""Makes the folder of a run, with everything that sites and the server sign, without training anything."""
 
 import json
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def make_plan(run: str = "f" * 32, rounds: int = 4, unit: str = "person", **priv
 
 @dataclass
 class Chain:
-    """Head office's record as a list of lines."""
+    """The server's record as a list of lines."""
 
     signer: Identity
     lines: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Chain:
 
 @dataclass
 class Federation:
-    """Head office and sites that keep their ledgers over several runs."""
+    """The server and sites that keep their ledgers over several runs."""
 
     folder: Path
     sites: Sequence[str] = SITES

@@ -192,7 +192,7 @@ def test_no_leaf_of_any_file_can_be_altered(audited: Audited, tmp_path: Path, na
 
 @of_leaves
 def test_no_leaf_of_the_report_can_be_altered_by_its_own_signer(audited: Audited, tmp_path: Path, of: Choice) -> None:
-    """Head office signs what it likes; the evidence still says what it says. Only when it was made is its own word."""
+    """The server signs what it likes; the evidence still says what it says. Only when it was made is its own word."""
     copy = tmp_path / "audit"
     shutil.copytree(audited.run / "audit", copy)
     for page in (*copy.glob("*.html"), *copy.glob("*.pdf")):
@@ -284,7 +284,7 @@ def sign_again(folder: Path, signer: Identity) -> None:
 
 
 def lie(run: Path, head_office: Identity, change: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Let head office write another record, with its own good signatures."""
+    """Let the server write another record, with its own good signatures."""
     from fedllm.crypto.hash_chain import open_entry
 
     entries = [open_entry(line) for line in (run / "record.jsonl").read_text("utf-8").splitlines()]

@@ -42,7 +42,7 @@ def plan(rounds: int = 4, **privacy: object) -> RunPlan:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """An office with records and a model's name, and with two rounds in its ledger: one released, one open."""
+    """A site with records and a model's name, and with two rounds in its ledger: one released, one open."""
     folder = tmp_path / "site"
     init_office(folder, "busan")
     rows = [{"question": f"q{number}", "answer": f"a{number}"} for number in range(120)]

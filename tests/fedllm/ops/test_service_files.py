@@ -38,12 +38,12 @@ def settings(unit: Path) -> dict[str, list[str]]:
 @pytest.fixture
 def head(tmp_path: Path) -> Path:
     (tmp_path / "federation.yaml").write_text('name: "x 100%\\nUser=root"\nhost: head.example.com\nport: 9192\n')
-    return init_federation(tmp_path / "federation.yaml", tmp_path / "head office").folder
+    return init_federation(tmp_path / "federation.yaml", tmp_path / "the server").folder
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An office with a relay, whose user is one that every machine has."""
+    """A site with a relay, whose user is one that every machine has."""
     folder = init_office(tmp_path / "site", "seoul-gangnam").folder
     group = service_files.grp.getgrgid(os.getegid()).gr_name
     values = {
@@ -67,7 +67,7 @@ def test_head_offices_unit_writes_to_its_folder_alone(head: Path, tmp_path: Path
     unit = settings(tmp_path / "u" / "fedllm-server.service")
     assert unit["ReadWritePaths"] == [f'"{head}"']
     assert unit["User"] == [ME]
-    assert unit["Description"] == ["Head office of x 100%% User=root"]
+    assert unit["Description"] == ["The server of x 100%% User=root"]
     assert unit["ExecStart"][0].endswith(f'fedllm server start --home "{head}"')
     for key, value in {
         "NoNewPrivileges": "yes", "ProtectSystem": "strict", "UMask": "0077", "Restart": "always",

@@ -200,9 +200,9 @@ def test_enough_noise_stays_in_the_worst_cases(sites: int, data: st.DataObject) 
 
 
 def least_noise(sites: int, quorum: int, colluding: int) -> int:
-    """Return the fewest units of noise in any sum that head office can read, over all it may tell each honest site.
+    """Return the fewest units of noise in any sum that the server can read, over all it may tell each honest site.
 
-    A model of fedllm.secagg in sets. Head office tells an honest site which sites take part and which of them survived;
+    A model of fedllm.secagg in sets. The server tells an honest site which sites take part and which of them survived;
     colluding sites sign and reveal whatever helps. It can read the sum of a set of uploads if it has the seed of each,
     and of each pairwise mask in one of them that no other cancels a key.
     """

@@ -38,7 +38,7 @@ BUDGET_RDP = for_several_plans([EVENT] * AFFORDABLE, DELTA)  # the same, for sev
 
 
 def place_of(path: Path, data_set: str = "site") -> LedgerPlace:
-    """A ledger's place; the anchor lies elsewhere, as beside an office's keys."""
+    """A ledger's place; the anchor lies elsewhere, as beside a site's keys."""
     return LedgerPlace(path, path.parent.parent / f"{path.parent.name}.keys" / "anchor", data_set)
 
 

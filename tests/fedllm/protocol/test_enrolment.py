@@ -1,4 +1,4 @@
-"""What is carried between an office and head office is believed only as it was made; files are private and whole."""
+"""What is carried between a site and the server is believed only as it was made; files are private and whole."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Sites and an honest head office for tests of secure aggregation; `python -m tests.fedllm.secagg.secagg_federation` writes
+"""Sites and an honest server for tests of secure aggregation; `python -m tests.fedllm.secagg.secagg_federation` writes
 tests/vectors/secagg.json.
 
 Every message travels as bytes. Seeded secrets exist only here: `seeded` replaces `fedllm.crypto.random_bytes`, which
@@ -71,7 +71,7 @@ def names(n: int) -> list[str]:
 
 
 class Federation:
-    """n sites that all joined, and what head office does for them."""
+    """n sites that all joined, and what the server does for them."""
 
     def __init__(
         self, n: int, threshold: int | None = None, colluders: int = 0, plan: str = PLAN, session: str = SESSION,

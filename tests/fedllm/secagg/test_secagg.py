@@ -305,7 +305,7 @@ def test_what_a_site_is_sent_grows_linearly() -> None:
 
 @given(st.data())
 def test_a_site_never_reveals_both_secrets_of_a_peer(data: st.DataObject) -> None:
-    """Head office holds every other site's signing key, and asks whatever it likes in whatever order."""
+    """The server holds every other site's signing key, and asks whatever it likes in whatever order."""
     federation, victim = Federation(5, 3), "지점-001"
     member = federation.members[victim]
     sites = list(federation.members)

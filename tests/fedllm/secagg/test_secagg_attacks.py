@@ -1,4 +1,4 @@
-"""A malicious head office: one test an attack. No site helps it to anything but one sum of at least the threshold."""
+"""A malicious server: one test an attack. No site helps it to anything but one sum of at least the threshold."""
 
 import itertools
 from collections.abc import Callable
@@ -276,7 +276,7 @@ def test_a_round_cannot_be_dealt_again(five: Federation) -> None:
 
 
 def test_no_key_seals_twice(five: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Head office may have a round dealt to one list, another, and the first again: a keystream used twice would show
+    """The server may have a round dealt to one list, another, and the first again: a keystream used twice would show
     its plaintexts' difference, and with enough of them the secrets themselves."""
     keys: list[bytes] = []
     seal = primitives.seal_once
@@ -397,7 +397,7 @@ def test_another_vector_or_other_participants_in_one_round(five: Federation) -> 
 
 
 def uploaded(federation: Federation, gone: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
-    """Play a round up to the uploads; return what head office has then."""
+    """Play a round up to the uploads; return what the server has then."""
     vectors = {site: vector for site, vector in vectors_of(federation).items() if site not in gone}
     dealt = federation.share(1)
     return dealt, federation.mask(1, dealt, vectors), vectors
@@ -437,7 +437,7 @@ def test_two_different_lists_to_one_site(five: Federation) -> None:
 
 @pytest.mark.parametrize("n", [4, 5, 6, 7])
 def test_split_view_gets_no_proof_for_either_list(n: int) -> None:
-    """Head office shows one list to some sites and another to the rest, in every division of the sites."""
+    """The server shows one list to some sites and another to the rest, in every division of the sites."""
     for first_group in range(1, n):
         federation = Federation(n)
         dealt, _, _ = uploaded(federation)
@@ -534,7 +534,7 @@ def test_both_shares_of_one_peer_in_every_order() -> None:
 
 
 def test_fast_path_while_somebody_dropped_out(five: Federation) -> None:
-    """Head office lies that all uploaded. It gets seeds, cannot read the sum, and cannot ask again."""
+    """The server lies that all uploaded. It gets seeds, cannot read the sum, and cannot ask again."""
     dealt, uploads, vectors = uploaded(five, gone=(E,))
     lie = five.claim(1, dealt, dealt)
     reveals = five.reveals(lie, (), [A, B, C, D])
@@ -554,7 +554,7 @@ def test_fast_path_while_somebody_dropped_out(five: Federation) -> None:
 
 
 def test_surplus_noise_fetched_with_one_list_and_the_sum_read_with_another() -> None:
-    """Head office and H tell A that all are there, the others that G dropped out. What stays is what was promised."""
+    """The server and H tell A that all are there, the others that G dropped out. What stays is what was promised."""
     federation = Federation(8, 6, 1)
     distributed = DistributedMechanism(Mechanism(1.0, 1.0, 0.1), 8, 6, 1, 10.0)
     given: dict[str, tuple[int, ...]] = {}
@@ -614,7 +614,7 @@ def test_different_participants_to_different_sites(five: Federation) -> None:
                     five.members[site].unmask(five.claim(1, view, survivors))
 
 
-# ---- what head office itself has to notice ---------------------------------------------------------------------------
+# ---- what the server itself has to notice ---------------------------------------------------------------------------
 
 
 def test_answers_that_do_not_belong_to_the_round(five: Federation) -> None:

@@ -1,4 +1,4 @@
-"""Head office's optimiser does what its name says, and goes on after a restart as if there had been none."""
+"""The server's optimiser does what its name says, and goes on after a restart as if there had been none."""
 
 from collections.abc import Callable
 from typing import Any
