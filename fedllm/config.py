@@ -289,7 +289,7 @@ class QuorumConfig(Frozen):
     """
     round_timeout: float = Field(600.0, gt=0)
     """Seconds for a whole round, all sites."""
-    weights: BySite = {}
+    weights: BySite = Field(default={})
     """PUBLIC weights by site, such as `{seoul-gangnam: 2.0}`. A site that is not named weighs 1."""
     aggregation: Printable = Field("mean", min_length=1, max_length=100)
     """The rule that makes one update of the sites' updates, by its name in `server/aggregate.py`."""
@@ -342,7 +342,7 @@ class SiteConfig(ComputeConfig):
 
     epsilon: float | None = Field(None, gt=0)
     """Total budget of each simulated site. Null: what the plan asks for."""
-    budgets: BySite = {}
+    budgets: BySite = Field(default={})
     """Budgets by site, instead of `epsilon`, such as `{busan-haeundae: 4.0}`."""
     min_units: int | None = Field(None, ge=1)
     """A site with fewer units takes no part. Null: one expected batch, at most half of `privacy.units_per_site`."""

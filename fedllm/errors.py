@@ -7,7 +7,7 @@
     │   └── Diverged       the noised result of training is not finite
     ├── PrivacyError       a step that would weaken the stated guarantee
     │   ├── BudgetExceeded the site's privacy budget does not admit the request
-    │   └── MasksError     a step of secure aggregation that does not fit what this site did before
+    │   └── SecAggError    a step of secure aggregation that does not fit what this site did before
     ├── LedgerError        the site's durable record of spent budget cannot be used
     ├── ChainError         a ledger or run record that was altered, or is not signed by whom it should be
     ├── MessageError       bytes from the other side that are not a valid message

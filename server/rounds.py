@@ -271,9 +271,13 @@ class Coordinator:
         self._check_quorum(outcome, outcome.asked)
         self.observe(RoundStarted(number, list(outcome.asked)))
         common = TrainRequest(
-            plan=self.plan, round=number, spec_digest=self._spec.digest, head=None,
-            begun=self._record.begin_round(number, outcome.asked), payload=adapter_vector.encode(self.adapter, "float32"),
-        )  # fmt: skip
+            plan=self.plan,
+            round=number,
+            spec_digest=self._spec.digest,
+            head=None,
+            begun=self._record.begin_round(number, outcome.asked),
+            payload=adapter_vector.encode(self.adapter, "float32"),
+        )
         known = self._known_heads()
         outcome = self._collect(outcome, self._requests(nodes, common, masking, known), known)
         found = self._aggregate(common, {site: answer.update for site, answer in outcome.answers.items()})

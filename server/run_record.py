@@ -1,4 +1,4 @@
-"""The run record: what the server can show of a run, hash-chained and signed (fedllm.crypto.hash_chain), in `record.jsonl`.
+"""The run record, `record.jsonl`: what the server can show of a run, signed and chained (fedllm.crypto.hash_chain).
 
 One entry a line, signed by the server's identity; in a simulation by a key made in the run's folder (`record.key`).
 Bodies, by the entry's kind:

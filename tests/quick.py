@@ -1,7 +1,7 @@
 """`make check`: the tests of what has changed, with no process and no more time than a pause has.
 
-`fedllm/crypto/hash_chain.py` is tested by `tests/fedllm/crypto/test_hash_chain.py` and `tests/fedllm/test_chain_*.py`. What starts a process,
-is marked slow, or comes when the time is over is skipped; `make test` runs it.
+`fedllm/crypto/hash_chain.py` is tested by `test_hash_chain.py` and `test_hash_chain_*.py` of `tests/fedllm/crypto`.
+What starts a process, is marked slow, or comes when the time is over is skipped; `make test` runs it.
 """
 
 import subprocess

@@ -26,8 +26,8 @@ def probe_tls(host: str, port: int, ca: Path, at: str | None = None, own: tuple[
     """Shake hands, TLS 1.3 and gRPC's protocol, believing the authorities in `ca` alone.
 
     `at` is another address at which `host` is to be found; `own` are the files of a certificate and its key, PEM, to
-    show, and whether they are believed. Returns the other end's certificate, PEM; raises OSError, which `explain_failure`
-    explains.
+    show, and whether they are believed. Returns the other end's certificate, PEM; raises OSError, for
+    `explain_failure`.
     """
     context = ssl.create_default_context(cafile=str(ca))
     context.minimum_version = ssl.TLSVersion.TLSv1_3

@@ -13,9 +13,9 @@ Budget belongs to the site. All its data sets share one account, unless its owne
 from all others, by name, in a signed entry: by parallel composition it then has a budget of its own. What the data
 sets hold is compared all the same, and a contradiction is told to the owner; it never changes an answer.
 
-Every change is also an entry of a hash chain, signed by the site (fedllm.crypto.hash_chain), in the same transaction. The tables
-are what the site works with; the chain is what it can show. How many entries a round makes does not depend on records,
-and no entry says how long training took: a release bears the time of its reservation.
+Every change is also an entry of a hash chain, signed by the site (fedllm.crypto.hash_chain), in the same transaction.
+The tables are what the site works with; the chain is what it can show. How many entries a round makes does not depend
+on records, and no entry says how long training took: a release bears the time of its reservation.
 An anchor in another place names the newest entry (fedllm.privacy.ledger_place).
 
 The journal is a rollback journal, not a write-ahead log: after every commit all that was charged is in the one file.

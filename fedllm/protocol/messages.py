@@ -263,8 +263,8 @@ _C = TypeVar("_C", bound=Message)
 _KINDS: dict[str, type[Message]] = {
     kind.KIND: kind
     for kind in (
-        Prepare, Ready, TrainRequest, TrainReply, SecAggRequest, Declined,
-        AdvertiseKeys, ShareKeysRequest, KeyShares, MaskedInputRequest, MaskedInput, ConsistencyCheck, ConsistencySignature, UnmaskingRequest, UnmaskingShares,
+        Prepare, Ready, TrainRequest, TrainReply, SecAggRequest, Declined, AdvertiseKeys, ShareKeysRequest, KeyShares,
+        MaskedInputRequest, MaskedInput, ConsistencyCheck, ConsistencySignature, UnmaskingRequest, UnmaskingShares,
     )
 }  # fmt: skip
 

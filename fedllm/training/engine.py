@@ -106,8 +106,8 @@ def clip_and_sum(gradients: Tensor, mechanism: Mechanism, distributed: Distribut
     so the clip too weak. The mechanism without privacy clips nothing.
 
     Every row is rounded to quanta, so shortened that it is within the clip afterwards, and the sum is one of int64, in
-    any order: what a row adds to it is a function of that row alone, to the last bit. The quanta are those of `distributed`,
-    in which the sum is returned, or about 2^-42 of the clip norm.
+    any order: what a row adds to it is a function of that row alone, to the last bit. The quanta are those of
+    `distributed`, in which the sum is returned, or about 2^-42 of the clip norm.
 
     **This is where the sensitivity is made, so here it is measured**: a row that is not within the clip as it enters
     the sum, whatever went wrong (a factor that is not finite, too), enters as zeros. Other rows are what they were.

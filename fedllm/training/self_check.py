@@ -532,7 +532,8 @@ def sum_in_quanta_is_within_the_clip(s: Subject) -> str:
         for absent in range(len(s.units)):
             moved = float((whole - in_quanta(s.units[:absent] + s.units[absent + 1 :], distributed)).norm())
             if not moved <= distributed.scale * (1 + len(s.units) * s.bound):
-                return f"one unit moves the sum in quanta by {moved / distributed.scale:.6g} clip norms, expected at most 1"
+                norms = moved / distributed.scale
+                return f"one unit moves the sum in quanta by {norms:.6g} clip norms, expected at most 1"
     return ""
 
 

@@ -1,6 +1,7 @@
 """Attack: a site signs an entry that two readers read differently: a key given twice, or another spelling of a number.
 
-Stopped by `fedllm.crypto.hash_chain.open_entry` and `fedllm.protocol.spending_statement.open_statement`: only the canonical form is read.
+Stopped by `fedllm.crypto.hash_chain.open_entry` and `open_statement` of `fedllm.protocol.spending_statement`: only the
+canonical form is read.
 """
 
 import json

@@ -207,7 +207,7 @@ def test_what_the_network_says_is_explained(
     def fail(*_: object, **__: object) -> bytes:
         raise error
 
-    monkeypatch.setattr(doctor, "reach", fail)
+    monkeypatch.setattr(doctor, "probe_tls", fail)
     assert any(said_ in text for text in said(folder, "ERROR"))
 
 

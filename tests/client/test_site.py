@@ -741,7 +741,7 @@ def _interrupt(point: str, office: Office, patch: pytest.MonkeyPatch, act: Calla
     elif point == "train_round":
         patch.setattr(client.site, "train_round", stop)
     elif point == "encode":
-        patch.setattr(client.site.codec, "encode", stop)
+        patch.setattr(client.site.adapter_vector, "encode", stop)
     else:
         patch.setattr(PrivacyLedger, "release", stop)
 

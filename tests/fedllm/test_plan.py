@@ -400,7 +400,7 @@ def test_a_changed_copy_has_a_digest_of_its_own(make_plan: Make) -> None:
 
 def test_the_digest_is_the_same_in_every_process(plan_values: MakeValues, make_plan: Make) -> None:
     code = (
-        "import json, sys; from fedllm.plan import RunPlan, parse; "
+        "import json, sys; from fedllm.plan import RunPlan; from fedllm.values import parse; "
         "print(parse(RunPlan, json.loads(sys.stdin.buffer.read())).digest)"
     )
     reordered = dict(reversed(plan_values().items()))

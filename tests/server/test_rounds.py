@@ -20,6 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 import server.checkpoint
+import server.events
 import server.rounds
 import server.run_record
 from fedllm import adapter_vector
@@ -130,7 +131,8 @@ class FakeSite:
             self.name, plan.run, plan.digest, message.round, 0.5 * message.round if private else None,
             0.6 * message.round if private else None, plan.privacy.delta,
             adapter_vector.encode(
-                self.delta(message.round, adapter_vector.decode(message.payload, "float32", DIMENSION)), plan.training.wire
+                self.delta(message.round, adapter_vector.decode(message.payload, "float32", DIMENSION)),
+                plan.training.wire,
             ),
         )  # fmt: skip
         answer = draft if self.spoil is None else self.spoil(draft)
@@ -766,7 +768,7 @@ def test_a_run_killed_before_any_write_resumes_to_the_same_bits(
 
         with monkeypatch.context() as patch:
             patch.setattr(server.checkpoint, "write_atomically", write)
-            patch.setattr(server.rounds, "write_atomically", write)
+            patch.setattr(server.events, "write_atomically", write)
             patch.setattr(server.run_record, "write_atomically", write)
             with pytest.raises(Killed):
                 federation.run()
@@ -886,7 +888,7 @@ def test_a_full_disk_ends_the_run_and_nothing_is_lost(federation: Federation, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(server.checkpoint, "write_atomically", write)
-        patch.setattr(server.rounds, "write_atomically", write)
+        patch.setattr(server.events, "write_atomically", write)
         with pytest.raises(CheckpointError, match="no space left"):
             federation.run()
     assert federation.resume().adapter.tobytes() == whole.adapter.tobytes()

@@ -21,7 +21,7 @@ from fedllm.cli.privacy import parse_event
 from fedllm.errors import ConfigError
 from fedllm.privacy import accounting
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VECTORS: dict[str, Any] = json.loads((ROOT / "tests" / "vectors" / "accounting.json").read_text("utf-8"))
 AUDITS: dict[str, Any] = json.loads((ROOT / "tests" / "vectors" / "one_run_audit.json").read_text("utf-8"))
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:opacus")

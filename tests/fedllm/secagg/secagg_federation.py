@@ -1,8 +1,8 @@
 """Sites and an honest server for tests of secure aggregation; `python -m tests.fedllm.secagg.secagg_federation` writes
 tests/vectors/secagg.json.
 
-Every message travels as bytes. Seeded secrets exist only here: `seeded` replaces `fedllm.crypto.random_bytes`, which
-production code can neither configure nor reach.
+Every message travels as bytes. Seeded secrets exist only here: `seeded` replaces
+`fedllm.crypto.primitives.random_bytes`, which production code can neither configure nor reach.
 """
 
 import contextlib
@@ -35,9 +35,10 @@ from fedllm.protocol.messages import (
 from fedllm.secagg import aggregator
 
 PLAN, SESSION, TASK = "a1" * 32, "b2" * 32, "c3" * 32
-VECTORS = Path(__file__).parents[1] / "vectors" / "secagg.json"
+VECTORS = Path(__file__).parents[2] / "vectors" / "secagg.json"
 KINDS: tuple[type[Message], ...] = (
-    AdvertiseKeys, ShareKeysRequest, KeyShares, MaskedInputRequest, MaskedInput, ConsistencyCheck, ConsistencySignature, UnmaskingRequest, UnmaskingShares,
+    AdvertiseKeys, ShareKeysRequest, KeyShares, MaskedInputRequest, MaskedInput, ConsistencyCheck,
+    ConsistencySignature, UnmaskingRequest, UnmaskingShares,
 )  # fmt: skip
 Vector = NDArray[np.uint32]
 M = TypeVar("M", bound=Message)
@@ -58,7 +59,7 @@ def seeded(label: str) -> Iterator[None]:
         count += 1
         return hashlib.shake_256(f"{label} {count}".encode()).digest(n)
 
-    with mock.patch("fedllm.crypto.random_bytes", draw):
+    with mock.patch("fedllm.crypto.primitives.random_bytes", draw):
         yield
 
 
@@ -185,7 +186,8 @@ def make_vectors() -> dict[str, Any]:
             rounds.append({"survivors": survivors, "sum": unmasked.total_d.tolist()})
     first = {kind: next(m for m in messages if isinstance(m, kind)) for kind in KINDS}
     return {
-        "source": "python -m tests.fedllm.secagg.secagg_federation; secrets: SHAKE-256 of a counter, identities: of the name",
+        "source": "python -m tests.fedllm.secagg.secagg_federation; secrets: SHAKE-256 of a counter, "
+        "identities: of the name",
         "plan": PLAN,
         "session": SESSION,
         "threshold": 3,

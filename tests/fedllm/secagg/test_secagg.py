@@ -382,7 +382,7 @@ def test_the_search_above_does_reach_reveals_by_both_paths() -> None:
 
 def test_every_secret_comes_from_the_operating_system() -> None:
     federation = Federation(5, 3)
-    with mock.patch("fedllm.crypto.os.urandom", side_effect=os.urandom) as drawn:
+    with mock.patch("fedllm.crypto.primitives.os.urandom", side_effect=os.urandom) as drawn:
         member = secagg.Participant(federation.terms, "지점-001", identity_of("지점-001"))
         assert drawn.call_count == 1  # the share key
         assert member.join != federation.members["지점-001"].join

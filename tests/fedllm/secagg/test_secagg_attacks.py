@@ -13,7 +13,7 @@ from fedllm.crypto.identity import Identity
 from fedllm.errors import ConfigError, FederationError, FedllmError, MessageError, PrivacyError, QuorumLost
 from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
-from fedllm.protocol.messages import AdvertisedKey, ShareKeysRequest, SignedMaskKey, UnmaskingShares
+from fedllm.protocol.messages import AdvertisedKey, ShareKeysRequest, Signed, SignedMaskKey, UnmaskingShares
 from fedllm.secagg import masking, session
 from tests.fedllm.secagg.secagg_federation import (
     PLAN,
@@ -517,7 +517,7 @@ def test_both_shares_of_one_peer_in_every_order() -> None:
             claim = federation.claim(1, dealt, survivors)
             document = session.claim_document(federation.cohort, claim)
             signed = tuple(
-                secagg.Signed(site=site, signature=federation.identities[site].sign(document).hex())
+                Signed(site=site, signature=federation.identities[site].sign(document).hex())
                 for site in claim.survivors
             )  # as if all others were colluding
             proof = secagg.reveal_request(claim, ()).model_copy(update={"consents": signed})
