@@ -391,6 +391,6 @@ class Site:
         return self._masks
 
     def _check_engine(self, session: PlanSession, round_: int) -> None:
-        """The server may ask for the check; it cannot spare a site what the office's own settings ask for."""
+        """The server may ask for the check; it cannot spare a site what the site's own settings ask for."""
         if session.plan.privacy.self_check or self._self_check:
             session.self_check(round_)

@@ -13,7 +13,7 @@ HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
 class SiteData(RecordsConfig):
-    """The office's records and how a record becomes text."""
+    """The site's records and how a record becomes text."""
 
     name: str | None = None
     """Name of the data set, after it was declared disjoint from all others (`fedllm ledger disjoint`)."""

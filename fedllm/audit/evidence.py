@@ -155,7 +155,7 @@ class _Budget(_Body):
     delta: float = Field(gt=0, lt=1)
 
 
-class _Metrics(_Body):  # a server.rounds.RoundRecord
+class _Metrics(_Body):  # a server.rounds.RoundMetrics
     model_config = ConfigDict(extra="forbid")
 
     round: int

@@ -198,7 +198,7 @@ def site_init(
     name: Annotated[str, typer.Option("--name", help="The site's name, such as seoul-gangnam.", show_default=False)],
     home: OfficeOption = OFFICE,
 ) -> None:
-    """Make this office's folder, with its keys, settings and join request."""
+    """Make this site's folder, with its keys, settings and join request."""
     from client.office import init_office
 
     office = init_office(absolute(home), name)

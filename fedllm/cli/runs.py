@@ -39,7 +39,7 @@ _POLL = 0.5  # seconds between looks at a run's progress
 _SUBMIT_HELP = """Start a run of the admitted sites and follow it.
 
 OVERRIDES are Hydra's KEY=VALUE, as for simulate, on conf/deployment.yaml; `fedllm submit --cfg` prints every key. The
-offices' records, templates and policies are their own; what is public and the same for all is set here.
+sites' records, templates and policies are their own; what is public and the same for all is set here.
 
 [bold]Examples[/bold]
 

@@ -53,9 +53,9 @@ def _be_believed(secured: ssl.SSLSocket, own: CertificateFacts) -> None:
         if secured.recv(1):
             return
     if own.ends < datetime.now(UTC):
-        raise _NotBelieved(f"this office's certificate has ended on {own.ends:%Y-%m-%d %H:%M} UTC")
+        raise _NotBelieved(f"this site's certificate has ended on {own.ends:%Y-%m-%d %H:%M} UTC")
     raise _NotBelieved(
-        f"the server does not believe this office's certificate, which ends on {own.ends:%Y-%m-%d}: it is of another "
+        f"the server does not believe this site's certificate, which ends on {own.ends:%Y-%m-%d}: it is of another "
         "authority, or the clock there is wrong"
     )
 

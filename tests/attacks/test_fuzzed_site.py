@@ -402,7 +402,7 @@ class Twins:
         return plan_of(self._base, run, **whole, **{**values, **changes})
 
     def head(self) -> LedgerHead | None:
-        """Return what both offices' newest entry is called, once there is one."""
+        """Return what both sites' newest entry is called, once there is one."""
         ledger = self.victims[0].folder / "ledger.db"
         return LedgerHead(len(kinds(ledger)) - 1, HEAD) if kinds(ledger) else None
 
