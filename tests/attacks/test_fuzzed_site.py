@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 import client.site
-import fedllm.crypto
+import fedllm.crypto.primitives
 import fedllm.privacy.ledger
 import fedllm.training.engine
 from client.policy import SitePolicy
@@ -773,7 +773,7 @@ Made = Callable[..., Fuzz]
 def fuzz(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     """Return a function that makes two sites and a server to attack them."""
     draws, count = Draws(), itertools.count()
-    monkeypatch.setattr(fedllm.crypto, "random_bytes", draws.secret)
+    monkeypatch.setattr(fedllm.crypto.primitives, "random_bytes", draws.secret)
     monkeypatch.setattr(fedllm.privacy.ledger, "random_bytes", draws.coins)
     monkeypatch.setattr(client.site, "OsRandomness", lambda: draws)
 

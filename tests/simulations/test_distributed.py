@@ -31,7 +31,7 @@ from fedllm.protocol.messages import (
     from_bytes,
     unpack,
 )
-from fedllm.secagg import masking
+from fedllm.secagg import participant
 from fedllm.training.server_optimizer import ServerOptimizer
 from fedllm.training.workspace import open_workspace
 from server.checkpoint import load_checkpoint
@@ -151,7 +151,7 @@ def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, mon
     for body in rounds_of(done.folder):
         assert body["trimmed"] == 4, "everybody was there, and gave the noise away that is not needed"
         assert body["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier)
-    for language, word in (("", "masks its sum"), (".ko", "가립니다")):
+    for language, word in (("", "masks its sum"), (".ko", "합계를 마스킹합니다")):
         assert word in (done.folder / "audit" / f"audit{language}.html").read_text("utf-8")
 
     head_office, distributed = key_in(done.folder), done.plan.distributed
@@ -394,7 +394,7 @@ def test_what_a_site_uploads_is_not_its_sum(
 ) -> None:
     """The highest four bits of masked uploads are uniform; without masks they show the small numbers beneath."""
     if not masks:
-        monkeypatch.setattr(masking, "add_mask", lambda *_: None)
+        monkeypatch.setattr(participant, "add_mask", lambda *_: None)
     replies = replies_of(monkeypatch, lambda *_: False)
     run(configure(tmp_path, **SHARED))
     assert len(replies) == 2 * len(BRANCHES)
