@@ -39,7 +39,7 @@ def plan_of(base: Path, **changes: Any) -> RunPlan:
     training = {"rounds": 4, "local_steps": 2, "learning_rate": 0.1, "momentum": 0.9, "wire": "float32"}
     model: dict[str, Any] = {"source": str(base), "max_length": 32}
     whole: dict[str, Any] = {}
-    if changes.pop("shared", False):
+    if changes.pop("distributed", False):
         whole = {"sites": 6, "quorum": 4}
         privacy["mode"] = "distributed"
         training |= {"local_steps": 1, "momentum": 0.0}
