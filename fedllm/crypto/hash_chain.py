@@ -11,7 +11,9 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from fedllm.canonical import canonical_json
 from fedllm.crypto.identity import Identity, PublicIdentity
@@ -27,8 +29,8 @@ EXPORT = "export"  # kind of the entry that ends a copy
 class LedgerHead:
     """The newest entry of a site's ledger; -1 and START before the first."""
 
-    number: int
-    digest: str
+    number: Annotated[int, Field(ge=-1, lt=2**63)]
+    digest: Annotated[str, Field(max_length=64)]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from client.site import Site
+from client.site import PlanSession
 from fedllm.errors import PrivacyError
 from fedllm.training import self_check
 from fedllm.training.adapter import attach
@@ -29,8 +29,8 @@ def open_subject(tiny_llama: Path) -> Open:
     def make(classifies: bool = False, **changes: Any) -> Subject:
         plan = plan_of(tiny_llama, classifies=classifies, **changes)
         adapter = attach(load_base(plan.model, "cpu"), plan.model, plan.adapter, plan.seed)
-        site = cast(Any, SimpleNamespace(name="zoo"))
-        return Subject(adapter, Engine(adapter), plan, lambda: Site._randomness(site, plan, 1), 8)
+        session = cast(Any, SimpleNamespace(site="zoo", plan=plan))
+        return Subject(adapter, Engine(adapter), plan, lambda: PlanSession.randomness(session, 1), 8)
 
     return make
 
