@@ -165,7 +165,7 @@ def _declared(office: Office) -> list[CheckResult]:
 
 
 def _socket(office: Office) -> list[CheckResult]:
-    """Look at the way to the relay, where there is one."""
+    """Look at the way to the relay, if there is one."""
     if office.socket is None:
         return []
     group = office.config.socket_group

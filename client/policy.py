@@ -77,7 +77,7 @@ class SitePolicy(Frozen):
         return peers
 
     def admit(self, plan: RunPlan) -> None:
-        """Raise PrivacyError where the plan asks for what the site does not permit, whatever the budget.
+        """Raise PrivacyError if the plan asks for what the site does not permit, whatever the budget.
 
         A plan is compared with what the owner has written down, and with nothing else: a plan that were compared with
         the true number of units could search for it.
@@ -131,7 +131,7 @@ class SitePolicy(Frozen):
                 raise PrivacyError(f"the run would cost epsilon {over:.4g}, above run_epsilon={self.run_epsilon:g}")
 
     def check_units(self, units: int) -> None:
-        """Raise DataError where the site has declared too few units to take part; never asked of its records."""
+        """Raise DataError if the site has declared too few units to take part; never asked of its records."""
         if units < self.min_units:
             raise DataError(f"{units} privacy units, at least {self.min_units:g} needed to take part")
 

@@ -79,7 +79,7 @@ class SecAggClient:
             return (member.unmask(step) if isinstance(step, ConsistencyCheck) else member.reveal(step)).to_bytes()
 
     def check(self, plan: RunPlan, request: MaskedInputRequest) -> None:
-        """Raise MasksError where an upload could not be masked as the server asks: before it is paid for."""
+        """Raise SecAggError if an upload could not be masked as the server asks: before it is paid for."""
         with _judged():
             self._of(plan).check(request)
 

@@ -56,7 +56,7 @@ class ReplayGuard:
                 ) from None
 
     def check(self, run: str, number: int) -> None:
-        """Note a request; raises MessageError where it is not newer than the last of its run."""
+        """Note a request; raises MessageError if it is not newer than the last of its run."""
         if number <= self._last.get(run, self._floor):
             raise MessageError(f"request {number} of run {run} is not newer than the last: a replay, or out of order")
         self._last.pop(run, None)
@@ -109,7 +109,7 @@ class Endpoint:
 
 
 def read_data_set(office: Office) -> DataSet:
-    """Return the fingerprint of a site's records as they are now; raises DataError where there are none."""
+    """Return the fingerprint of a site's records as they are now; raises DataError if there are none."""
     data = office.data
     return load_records(read_rows(data.train, data.train_split), data, data.unit, Declared(1, "record"), {}).data_set
 
@@ -153,9 +153,9 @@ def open_site(office: Office) -> Site:
 
 
 def run(office: Office) -> bool:
-    """Answer the server until SIGTERM or SIGINT; True where the folder has changed, and it is to be opened anew.
+    """Answer the server until SIGTERM or SIGINT; True if the folder has changed, and it is to be opened anew.
 
-    Raises FedllmError where the site cannot start.
+    Raises FedllmError if the site cannot start.
     """
     stamp = office.stamp()  # before the records are read, which takes its time
     use_threads(office.config.resources.threads)
@@ -213,7 +213,7 @@ def way(
 
 
 def _open_ledger(office: Office) -> LedgerFile:
-    """Return the ledger; raises LedgerError where it is lost, so that the owner sees it and not a plan's reply."""
+    """Return the ledger; raises LedgerError if it is lost, so that the owner sees it and not a plan's reply."""
     for text in office.ledger.warnings():
         _log.warning("%s", text)
     ledger = LedgerFile(office.ledger.file, office.ledger.anchor, create=True)

@@ -136,7 +136,7 @@ class PlanSession:
 
     @cached_property
     def workspace(self) -> ModelContext:
-        """Model, adapter and engine, set up for the plan; raises SpecMismatch where this site does not have them."""
+        """Model, adapter and engine, set up for the plan; raises SpecMismatch if this site does not have them."""
         try:
             return self.open_workspace(self.plan)
         except ModelError as error:
@@ -183,7 +183,7 @@ class Site:
         """`identity` signs the ledger at `ledger`; `records` are read already.
 
         `peers` says whom this site believes to be another site; without it, it takes no part in noise in shares.
-        `self_check`: check the engine before any record is used, also where the plan does not ask for it.
+        `self_check`: check the engine before any record is used, also if the plan does not ask for it.
         """
         check_name(name)
         self.name = name
@@ -257,7 +257,7 @@ class Site:
         return Declined(site=self.name, reason=reason)
 
     def _admit(self, plan: RunPlan) -> None:
-        """Raise PrivacyError or DataError where a plan does not fit policy and declaration; looks at no record."""
+        """Raise PrivacyError or DataError if a plan does not fit policy and declaration; looks at no record."""
         self._policy.admit(plan)
         self._records.declared.admit(plan)
         self._policy.check_units(self._records.declared.size)

@@ -70,7 +70,7 @@ _NUMPY: dict[WireDtype, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16":
 def encode(vector: NDArray[np.float32], dtype: WireDtype) -> bytes:
     """Encode float32[d] in 4*d (float32) or 2*d (float16, rounded to nearest) bytes.
 
-    Raises MessageError where a value is not finite, or does not fit float16.
+    Raises MessageError if a value is not finite, or does not fit float16.
     """
     if vector.ndim != 1:
         raise MessageError(f"expected a flat vector, found shape={vector.shape}")

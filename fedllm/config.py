@@ -186,7 +186,7 @@ class TrainingConfig(Frozen):
 
 
 def check_groups(groups: int, poisoned: int, privacy: PrivacyConfig, training: TrainingConfig) -> None:
-    """Raise ValueError where so many groups, 0 or 1 being none, are no defence against so many poisoned sites.
+    """Raise ValueError if so many groups, 0 or 1 being none, are no defence against so many poisoned sites.
 
     Every poisoned site may be in a group of its own, and the honest ones must be more than half of the groups.
     """

@@ -67,7 +67,7 @@ class RunPlan(Frozen):
             )
 
     def cohort(self, site: str) -> Names | None:
-        """Return who is in one sum with a site: its group, or None, all; raises PrivacyError where it is in none."""
+        """Return who is in one sum with a site: its group, or None, all; raises PrivacyError if it is in none."""
         if not self.groups:
             return None
         for group in self.groups:
@@ -87,7 +87,7 @@ class RunPlan(Frozen):
 
     @property
     def least_groups(self) -> int:
-        """Groups without whose sums a round does not count; 1 where there are none."""
+        """Groups without whose sums a round does not count; 1 if there are none."""
         return 2 * self.poisoned_sites + 1
 
     @property
@@ -113,7 +113,7 @@ class RunPlan(Frozen):
 
     @property
     def distributed(self) -> DistributedMechanism | None:
-        """The mechanism in shares, in mode distributed; raises ConfigError where 32 bits are too few for it."""
+        """The mechanism in shares, in mode distributed; raises ConfigError if 32 bits are too few for it."""
         if self.privacy.mode != "distributed":
             return None
         colluding = self.privacy.colluding_sites
@@ -142,7 +142,7 @@ def least_quorum(sites: int, colluding: int) -> int:
 
 
 def check_distributed(privacy: PrivacyConfig, training: TrainingConfig, sites: int, quorum: int) -> None:
-    """Raise ValueError where noise in shares cannot protect what a plan asks for.
+    """Raise ValueError if noise in shares cannot protect what a plan asks for.
 
     `quorum` of the sites are in every sum that the server can read, and `privacy.colluding_sites` of those may have
     told it their noise. The bound on the quorum is that of secure aggregation (fedllm.secagg).

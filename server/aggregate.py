@@ -54,7 +54,7 @@ AGGREGATION: dict[str, AggregationRule] = {"mean": AggregationRule(weighted_mean
 
 
 def aggregation_rule(federation: QuorumConfig, training: TrainingConfig) -> AggregationRule:
-    """Return the rule that a run is configured with; raises ConfigError where there is none, or it does not fit."""
+    """Return the rule that a run is configured with; raises ConfigError if there is none, or it does not fit."""
     name = federation.aggregation
     rule = AGGREGATION.get(name)
     if rule is None:
@@ -101,7 +101,7 @@ class Bound:
         )
 
     def check(self, update: NDArray[np.floating]) -> None:
-        """Raise MessageError where float[d] is beyond a limit, also before it was rounded on its way."""
+        """Raise MessageError if float[d] is beyond a limit, also before it was rounded on its way."""
         x = np.abs(update.astype(np.float64))
         length, largest = self.limits(x.size)
         for what, value, rounded, most in (
@@ -116,7 +116,7 @@ class Bound:
 
 
 def bound_of_update(plan: RunPlan, dimension: int) -> Bound | None:
-    """Return what one site's update float[d] is bound by with noise of its own; None where nothing is clipped.
+    """Return what one site's update float[d] is bound by with noise of its own; None if nothing is clipped.
 
     Plain SGD adds up its steps' noised means; momentum m counts a step's that has n after it (1 - m^(n+1)) / (1 - m)
     times. Adam's steps have a largest size each.

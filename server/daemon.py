@@ -373,7 +373,7 @@ async def _open_socket(daemon: Daemon, socket: Path) -> grpc.aio.Server:
 
 
 async def serve(home: Path, say: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; raises FedllmError where that cannot begin."""
+    """Serve until SIGTERM or SIGINT; raises FedllmError if that cannot begin."""
     _allow_many_connections()
     stop = told_to_end()
     office = HeadOffice.open(home)

@@ -71,7 +71,7 @@ def examine(folder: Path) -> list[CheckResult]:
 
 
 def _certificates(folder: Path) -> list[CheckResult]:
-    """Look at the certificates one by one, also where the folder cannot be opened because of them."""
+    """Look at the certificates one by one, also if the folder cannot be opened because of them."""
     config, keys = read_config(FederationFile, folder / "federation.yaml"), folder / "keys"
     server = certificates.read_certificates(read(keys / "server.pem"))[0]
     authorities = certificates.read_pairs(read(keys / "ca.pem"), read(keys / "ca.key"))

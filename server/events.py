@@ -17,7 +17,7 @@ class RoundMetrics:
 
     round: int
     private: bool  # False brands the run NOT PRIVATE: no noise, or noise that a seed predicts
-    epsilon: float | None  # the largest any site has spent so far; None where no noise was added
+    epsilon: float | None  # the largest any site has spent so far; None if no noise was added
     loss: float | None = None  # held-out, nats; None without a held-out set
     perplexity: float | None = None
     accuracy: float | None = None
@@ -64,7 +64,7 @@ Event = Phase | RoundStarted | SiteAnswered | RoundMetrics
 
 
 def read_records(path: Path) -> list[RoundMetrics]:
-    """Read metrics, leaving out a last line that was cut short; raises CheckpointError where another is damaged."""
+    """Read metrics, leaving out a last line that was cut short; raises CheckpointError if another is damaged."""
     records = []
     try:
         lines = path.read_bytes().splitlines()

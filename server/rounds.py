@@ -116,9 +116,9 @@ class RoundOutcome:
 class _Sum:
     """What the updates of a round say together."""
 
-    step: NDArray[np.float32] | None = None  # [d]; None where they are too few, or their sum stays closed
+    step: NDArray[np.float32] | None = None  # [d]; None if they are too few, or their sum stays closed
     lost: str = ""  # why the sum stays closed
-    noise_std: float = 0.0  # of the step, where it is known
+    noise_std: float = 0.0  # of the step, if it is known
     noise_multiplier: float | None = None
     without: Mapping[str, str] = field(default_factory=dict)
     entry: Mapping[str, Any] = field(default_factory=dict)  # what the record says of the sum
@@ -152,7 +152,7 @@ class Coordinator:
     ) -> None:
         """Keep checkpoints and metrics beside the run's `record`.
 
-        `heads` holds what was seen of the sites' ledgers in other runs; None where they have ledgers for this run only.
+        `heads` holds what was seen of the sites' ledgers in other runs; None if they have ledgers for this run only.
         `roster` names the sites that may take part where their noise comes in shares.
         """
         self.plan, self._federation, self._spec, self._score = plan, federation, model.spec, model.score
@@ -197,7 +197,7 @@ class Coordinator:
         return self._optimizer.value
 
     def resume(self) -> None:
-        """Continue from the folder's checkpoint; raises CheckpointError where it belongs to another plan."""
+        """Continue from the folder's checkpoint; raises CheckpointError if it belongs to another plan."""
         checkpoint = load_checkpoint(self.folder / CHECKPOINT)
         if checkpoint.plan_digest != self.plan.digest:
             raise CheckpointError(f"the checkpoint in {self.folder} belongs to another plan")
@@ -464,7 +464,7 @@ class Coordinator:
         self._finish(record, body)
 
     def _epsilon(self) -> float | None:
-        """Return the largest epsilon that any site has spent; None where no noise was added."""
+        """Return the largest epsilon that any site has spent; None if no noise was added."""
         epsilons = [state.epsilon for state in self.sites.values()]
         return max((e for e in epsilons if e is not None), default=0.0) if None not in epsilons else None
 
@@ -550,7 +550,7 @@ class Coordinator:
         return declined, failed
 
     def _update(self, reply: TrainReply, site: str, number: int) -> NDArray[np.float32] | MaskedInput:
-        """Return the update float32[d] or the masked upload; raises MessageError where it is none of the plan."""
+        """Return the update float32[d] or the masked upload; raises MessageError if it is none of the plan."""
         if self._masks is not None:
             return self._masks.read(site, number, *unpack(reply.payload, 2))
         update = adapter_vector.decode(reply.payload, self.plan.training.wire, self._spec.dimension)
@@ -587,7 +587,7 @@ class Coordinator:
     def _signed(
         self, reply: TrainReply, site: str, number: int, signers: tuple[PublicIdentity, ...] | None
     ) -> tuple[Statement, PublicIdentity]:
-        """Return what a site signed, and who did; raises MessageError where it is not on this update in this round.
+        """Return what a site signed, and who did; raises MessageError if it is not on this update in this round.
 
         `signers` may sign for the site; where they are not known, whoever signed first goes on signing.
         """
@@ -621,7 +621,7 @@ class Coordinator:
         return statement, signer
 
     def _check_head(self, statement: Statement, known: LedgerHead | None) -> None:
-        """Raise MessageError where a site's ledger lacks entries that it signed for before, in any run."""
+        """Raise MessageError if a site's ledger lacks entries that it signed for before, in any run."""
         before, head = self.sites[statement.site], (statement.ledger_number, statement.ledger_digest)
         if head[0] <= before.head_number and head != (before.head_number, before.head_digest):
             raise MessageError(f"statement: {_went_back(head[0], before.head_number)}")

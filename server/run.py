@@ -56,7 +56,7 @@ def check_folder(config: RunConfig, folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path, config: RunConfig) -> Iterator[None]:
-    """Make and hold the run's folder; raises ConfigError where another process does, or has used it meanwhile."""
+    """Make and hold the run's folder; raises ConfigError if another process does, or has used it meanwhile."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = (folder / LOCK).open("a")
@@ -80,7 +80,7 @@ def _no_place(folder: Path, error: OSError) -> ConfigError:
 def make_plan(config: RunConfig, names: Sequence[str]) -> RunPlan:
     """Return a new plan for these sites, its noise and quorum computed where the configuration leaves them open.
 
-    Groups are dealt by the order of the names. Raises ConfigError where the sites are too few for what it asks.
+    Groups are dealt by the order of the names. Raises ConfigError if the sites are too few for what it asks.
     """
     privacy, many = config.privacy, config.federation.groups or 1
     groups = tuple(tuple(sorted(names)[k::many]) for k in range(many)) if many > 1 else ()
@@ -136,7 +136,7 @@ class HeadOfficeRun:
     """Model, held-out set and outputs of one run."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Load model and held-out set; raises ModelError, DataError or ConfigError where they cannot be used."""
+        """Load model and held-out set; raises ModelError, DataError or ConfigError if they cannot be used."""
         aggregation_rule(config.federation, config.training)  # here, where the operator sees what is wrong with it
         self._config = config
         use_threads(config.site.threads)

@@ -9,7 +9,7 @@ Bodies, by the entry's kind:
              sites          {name: public identity, 128 hex digits} of the roster; {} in a simulation
              adapter        digest of the adapter that the run starts from
     round    round          1, 2, ...
-             counts         whether the round was used; false also where the quorum was lost after sites had answered
+             counts         whether the round was used; false also if the quorum was lost after sites had answered
              answered       {site: its signed statement, word for word (fedllm.protocol.spending_statement)}
              declined       {site: reason}
              failed         {site or node: what was wrong}
@@ -73,7 +73,7 @@ def key_in(folder: Path) -> Identity:
 
 
 class RunLog:
-    """One run's record file; raises CheckpointError where it cannot be written, read or believed."""
+    """One run's record file; raises CheckpointError if it cannot be written, read or believed."""
 
     def __init__(self, path: Path, signers: Sequence[Identity], roster: Mapping[str, str] | None = None) -> None:
         """The first of `signers` signs; the others are its predecessors. `roster` holds the sites' identities."""

@@ -59,7 +59,7 @@ class SecAggServer:
         return _announced(self._plan, self._terms.session, self._terms.roster)
 
     def join(self, site: str, payload: bytes) -> None:
-        """Take a site's join, in place of an earlier one; raises MessageError where it is not its own."""
+        """Take a site's join, in place of an earlier one; raises MessageError if it is not its own."""
         join = from_bytes(payload, AdvertiseKeys, AdvertiseKeys)
         if join.context != self._terms.context or join.join.site != site:
             raise MessageError("a join of another site, or to another session")
@@ -74,7 +74,7 @@ class SecAggServer:
         """Have secrets of a round dealt among `sites`; return each dealer's MaskRequest, and who did not deal and why.
 
         Nothing is asked where all have dealt with their last uploads: that is the round of two exchanges. Raises
-        FedllmError where so few have joined that no secrets can be dealt.
+        FedllmError if so few have joined that no secrets can be dealt.
         """
         failed: dict[str, str] = {}
         cohort = self._cohort
@@ -118,7 +118,7 @@ class SecAggServer:
         """Return the step float32[d] that the sum of the uploads says, and from how many sites surplus noise is off.
 
         `task` is the digest of what all were asked for. The sum is the first thing that can be read; it is divided by
-        public numbers: survivors, and the units that are expected of each. Raises FedllmError where it stays closed,
+        public numbers: survivors, and the units that are expected of each. Raises FedllmError if it stays closed,
         or is none that honest sites send.
         """
         total, trimmed = self.unmask(number, task, uploads, ask)
@@ -235,7 +235,7 @@ class Groups:
         return _announced(self._plan, self._session, self._roster)
 
     def join(self, site: str, payload: bytes) -> None:
-        """Take a site's join; raises MessageError where it is not its own."""
+        """Take a site's join; raises MessageError if it is not its own."""
         self._masks_of(site).join(site, payload)
 
     def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
@@ -261,7 +261,7 @@ class Groups:
     def step(self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask) -> Combined:
         """Return the median of the steps that the groups' sums say.
 
-        Whoever sent a sum that honest sites do not send is counted among the poisoned sites. Raises QuorumLost where
+        Whoever sent a sum that honest sites do not send is counted among the poisoned sites. Raises QuorumLost if
         the sums that opened are too few for the others.
         """
         steps, noises, trimmed = list[NDArray[np.float32]](), list[float](), dict[str, int]()

@@ -149,7 +149,7 @@ def _export_ledgers(config: SimulationConfig, names: list[str], folder: Path, ru
 
 
 def _as_before(plan: RunPlan, config: SimulationConfig, folder: Path) -> RunPlan:
-    """Return the plan of the run that is resumed; raises ConfigError where the configuration asks for another."""
+    """Return the plan of the run that is resumed; raises ConfigError if the configuration asks for another."""
     before, earlier = read_as(folder / PLAN, RunPlan), read_as(folder / CONFIG, SimulationConfig)
     plan = continued(plan, before)
     changed = differences("", before.model_dump(), plan.model_dump())

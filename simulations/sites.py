@@ -32,7 +32,7 @@ class SimulatedData:
     """The table of all sites and who owns which rows."""
 
     def __init__(self, data: DataConfig, cut: PartitionConfig, by_person: bool, seed: int) -> None:
-        """Read and partition the data; raises DataError or ConfigError where that fails."""
+        """Read and partition the data; raises DataError or ConfigError if that fails."""
         self._data = data
         self._table: Table = read_table(data.train, data.train_split)
         self._unit = data.unit if by_person else None
@@ -89,7 +89,7 @@ class _SiteLog(logging.FileHandler):
 def log_to(folder: Path) -> logging.Handler:
     """Send what sites say of themselves, which may tell more than the server may know, to the run's folder alone.
 
-    Raises CheckpointError where the file cannot be opened.
+    Raises CheckpointError if the file cannot be opened.
     """
     with writing(folder / SITE_LOG):
         (folder / SITE_LOG).parent.mkdir(exist_ok=True, mode=0o700)

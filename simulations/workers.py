@@ -66,7 +66,7 @@ class Workers:
             self._workers.append((here, threading.Lock(), process))
 
     def handle(self, site: int, request: bytes) -> bytes:
-        """Let the site with this number answer; raises FederationError where its process has ended."""
+        """Let the site with this number answer; raises FederationError if its process has ended."""
         worker = site % len(self._workers)
         pipe, lock, _ = self._workers[worker]
         with lock:

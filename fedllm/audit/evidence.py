@@ -235,7 +235,7 @@ class _Record:
     rounds: list[_RoundBody] = field(default_factory=list)  # that count and were not superseded
     attempts: list[tuple[int, _RoundBody]] = field(default_factory=list)  # all there ever were, by entry
     begun: dict[int, _BegunBody] = field(default_factory=dict)  # by entry
-    became: dict[int, int] = field(default_factory=dict)  # begun: the round's entry; none where the run was resumed
+    became: dict[int, int] = field(default_factory=dict)  # begun: the round's entry; none if the run was resumed
     end: _MarkBody | None = None
     adapter: dict[int, str] = field(default_factory=dict)  # digest after a round
     done: int = 0  # the last round
@@ -312,7 +312,7 @@ def _head(name: str, entries: Sequence[Entry]) -> str:
 
 
 def _read_record(path: Path, checks: _Checks) -> _Record:
-    """Read the record; raises ChainError where its chain or its plan cannot be used at all."""
+    """Read the record; raises ChainError if its chain or its plan cannot be used at all."""
     try:
         entries = read_chain(_lines(path), RECORD)
     except CryptoError as error:
@@ -405,7 +405,7 @@ def _check_noise(
 
 
 def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> _Ledger | None:
-    """Read a site's export; None, and a finding that fails, where it cannot be used.
+    """Read a site's export; None, and a finding that fails, if it cannot be used.
 
     `listed` is the identity that the server's roster names; in a simulation there is no roster.
     """
@@ -434,7 +434,7 @@ def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> 
 
 
 def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry: Entry, where: str) -> None:
-    """Add an entry to what the ledger holds; raises ChainError where it contradicts an earlier one."""
+    """Add an entry to what the ledger holds; raises ChainError if it contradicts an earlier one."""
     if entry.kind in ("reserved", "lost"):
         body = _as(_Reserved, entry.body, where)
         try:
@@ -472,7 +472,7 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry:
 def names_and_end(folder: Path) -> tuple[list[str], End]:
     """Return the names of a run's sites, and what they hand in their ledgers for.
 
-    Raises ChainError where the run's record cannot be read.
+    Raises ChainError if the run's record cannot be read.
     """
     record = _read_record(folder / RECORD, _Checks())
     return record.sites, record.last
@@ -485,7 +485,7 @@ def assess(
     """Check the evidence in `folder` and return what was found.
 
     `made` and `signer` are put into the audit as they are; `cross_checks` compute epsilon by other methods; who is
-    `absent` and has signed nothing leaves no gap. Raises ChainError where there is no readable record: then there is
+    `absent` and has signed nothing leaves no gap. Raises ChainError if there is no readable record: then there is
     nothing to report on.
     """
     checks = _Checks()
@@ -764,7 +764,7 @@ def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, che
 def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks: _Checks) -> None:
     """Compute what each statement says was spent from the charges that the ledger held at that time.
 
-    Raises PrivacyError where the charges are such that nobody can compute with them.
+    Raises PrivacyError if the charges are such that nobody can compute with them.
     """
     began = time.process_time()
     for account in ledger.accounts:

@@ -107,7 +107,7 @@ def verify(
 
     Schema, chains, signatures and co-signatures are checked, every epsilon is computed again from the ledgers' events,
     and pages are rendered again and compared. Also ends with 1 where a site of the file of keys has signed nothing,
-    where something could not be compared (PDFs never are) or the evidence has gaps, and where the audit is sound, but
+    where something could not be compared (PDFs never are) or the evidence has gaps, and if the audit is sound, but
     its verdict is not "within budget".
     """
     from fedllm.audit.bundle import verify as check

@@ -281,7 +281,7 @@ def absolute(folder: Path) -> Path:
 
 
 def report(findings: Sequence["CheckResult"]) -> None:
-    """Print findings, a line each; raises FedllmError where one is ERROR."""
+    """Print findings, a line each; raises FedllmError if one is ERROR."""
     for finding in findings:
         text = escaped_lines(finding.text)  # it may quote what others wrote
         typer.echo(f"{finding.level:<7}  {text}")

@@ -162,7 +162,7 @@ def _open_office(folder: Path) -> "Office":
 
     office = Office.open(folder)
     os.environ.update(office.environment)
-    _ = office.address  # raises where there is no grant yet
+    _ = office.address  # raises if there is no grant yet
     return office
 
 

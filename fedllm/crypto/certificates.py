@@ -119,7 +119,7 @@ def _load_line(line: str) -> ec.EllipticCurvePublicKey:
 def read_pairs(certificates: bytes, keys: bytes) -> list[Certificate]:
     """Return every certificate of a PEM file, in order, with its private key out of another (or the same) file.
 
-    Keys without a certificate are passed over. Raises CryptoError where there is no certificate, or one without a key.
+    Keys without a certificate are passed over. Raises CryptoError if there is no certificate, or one without a key.
     """
     private = {_load_key(block).public_key().public_bytes(*_SPKI): block for block in _blocks(keys, b"PRIVATE KEY")}
     pairs = []

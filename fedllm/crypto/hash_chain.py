@@ -85,7 +85,7 @@ def close_export(lines: Sequence[str], end: End, at: float, signer: Identity) ->
 
 
 def open_entry(line: str) -> Entry:
-    """Read one entry; raises CryptoError where its signature does not fit, or it is none.
+    """Read one entry; raises CryptoError if its signature does not fit, or it is none.
 
     A payload that is not canonical may read otherwise elsewhere, with a key given twice for instance: it is refused.
     """

@@ -126,7 +126,7 @@ class Identity:
     def open(self, sealed: bytes, senders: Sequence[PublicIdentity]) -> tuple[bytes, PublicIdentity]:
         """Decrypt what was sealed to this identity and tell which of `senders` signed it.
 
-        Raises CryptoError where none of them did.
+        Raises CryptoError if none of them did.
         """
         head = len(_SEAL_MAGIC) + KEY
         if not sealed.startswith(_SEAL_MAGIC) or len(sealed) < head + TAG + SIGNATURE:

@@ -54,7 +54,7 @@ class AgreementKey:
 
     @classmethod
     def from_scalar(cls, scalar: int) -> "AgreementKey":
-        """Return the key whose `scalar` this is; raises CryptoError where there is none.
+        """Return the key whose `scalar` this is; raises CryptoError if there is none.
 
         Numbers that differ in the bits which RFC 7748 fixes would give the same key: only one of them is taken.
         """
@@ -83,7 +83,7 @@ def seal_once(key: bytes, plaintext: bytes, associated: bytes) -> bytes:
 
 
 def open_once(key: bytes, sealed: bytes, associated: bytes) -> bytes:
-    """Decrypt what `seal_once` gave; raises CryptoError where anything differs."""
+    """Decrypt what `seal_once` gave; raises CryptoError if anything differs."""
     try:
         return ChaCha20Poly1305(key).decrypt(bytes(12), sealed, associated)
     except InvalidTag:

@@ -105,7 +105,7 @@ def clock(last: datetime | None, what: str) -> list[CheckResult]:
 
 
 def _synchronised() -> bool | None:
-    """Ask the kernel, as timedatectl does (adjtimex(2)); None where it does not tell."""
+    """Ask the kernel, as timedatectl does (adjtimex(2)); None if it does not tell."""
     fields = (ctypes.c_long * 64)()  # struct timex: modes, offset, freq, maxerror, ...; all of modes 0: only asks
     try:
         state = ctypes.CDLL(None).adjtimex(ctypes.byref(fields))

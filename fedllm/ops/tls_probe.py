@@ -47,7 +47,7 @@ def probe_tls(host: str, port: int, ca: Path, at: str | None = None, own: tuple[
 
 
 def _be_believed(secured: ssl.SSLSocket, own: CertificateFacts) -> None:
-    """Raise _NotBelieved where the server ends the connection instead of beginning; it says no reason."""
+    """Raise _NotBelieved if the server ends the connection instead of beginning; it says no reason."""
     with contextlib.suppress(ConnectionError, ssl.SSLError):
         secured.sendall(_PREFACE)
         if secured.recv(1):

@@ -44,7 +44,7 @@ class AccountingEvent:
     steps: int
 
     def check(self) -> None:
-        """Raise PrivacyError where there can be no such event, or none whose cost can be computed.
+        """Raise PrivacyError if there can be no such event, or none whose cost can be computed.
 
         The bounds hold for whoever accounts: a site before it charges, and who reads what a site has signed.
         """
@@ -70,10 +70,10 @@ class AccountingEvent:
 class PrivacySpent:
     """Privacy loss of everything released so far."""
 
-    epsilon: float  # PLD (RDP above 100); math.inf where no noise was added
+    epsilon: float  # PLD (RDP above 100); math.inf if no noise was added
     epsilon_rdp: float
     delta: float
-    grid: float | None = None  # of the privacy loss, where there is a PLD
+    grid: float | None = None  # of the privacy loss, if there is a PLD
 
     @property
     def by_rdp_alone(self) -> bool:
@@ -84,7 +84,7 @@ class PrivacySpent:
 def spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = None) -> PrivacySpent:
     """Compose `events` and return the privacy loss at `delta`, on the grid that follows from both, or on `grid`.
 
-    A PLD is rounded up onto its grid, so it is an upper bound on any. Raises PrivacyError where an event is impossible,
+    A PLD is rounded up onto its grid, so it is an upper bound on any. Raises PrivacyError if an event is impossible,
     or the two accountants contradict each other.
     """
     composed = _merged(events)
@@ -94,7 +94,7 @@ def spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = 
 
 @contextmanager
 def _computing() -> Iterator[None]:
-    """Raise PrivacyError where the accountants fail at numbers that are far from all that people use."""
+    """Raise PrivacyError if the accountants fail at numbers that are far from all that people use."""
     try:
         yield
     except (ArithmeticError, ValueError, MemoryError) as error:
@@ -151,7 +151,7 @@ def _adaptive_rdp(events: Sequence[AccountingEvent], delta: float, budget: float
 def deltas(events: Sequence[AccountingEvent], epsilons: Sequence[float], grid: float | None) -> list[float]:
     """Return the smallest delta at each of `epsilons` that `events` together satisfy, by PLD on `grid`.
 
-    1.0 throughout where no noise was added, or so little that there is no PLD (`grid` is None).
+    1.0 throughout if no noise was added, or so little that there is no PLD (`grid` is None).
     """
     composed = _merged(events)
     with _one_at_a_time, _computing():
@@ -192,7 +192,7 @@ def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float | None
     if _too_large(events, grid):
         return PrivacySpent(rdp, rdp, delta)
     pld = float(_composed(events, grid).get_epsilon_for_delta(delta))
-    # Rounding up costs at most half a percent; on the old grid, more where a step loses less than a cell. Among very
+    # Rounding up costs at most half a percent; on the old grid, more if a step loses less than a cell. Among very
     # many steps, or at a very small delta, the last digits of float64 add to the PLD: both are upper bounds, the
     # smaller one holds.
     exact = sum(event.steps for event in events) * 2.0**-52 / grid < _INEXACT and delta >= _LEAST_DELTA
@@ -302,7 +302,7 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
     """Return a noise multiplier whose epsilon after `steps` is at most `epsilon`, and (up to 50) above 0.998 of it.
 
     Where 0.1 is enough or more than enough, it is 0.1. Starts where RDP, an upper bound, meets the target.
-    Raises ConfigError where no noise multiplier up to 10,000 meets the target.
+    Raises ConfigError if no noise multiplier up to 10,000 meets the target.
     """
 
     def by_rdp(noise: float) -> float:

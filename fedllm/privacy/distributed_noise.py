@@ -134,7 +134,7 @@ class DistributedMechanism:
     expected_units: float  # at one site, in one round; public
 
     def __post_init__(self) -> None:
-        """Raise PrivacyError where 32 bits do not hold the sum finely enough."""
+        """Raise PrivacyError if 32 bits do not hold the sum finely enough."""
         if not 0 <= self.colluding < self.quorum <= self.sites:
             raise PrivacyError(
                 f"noise in shares: expected 0 <= colluding < quorum <= sites, found colluding={self.colluding}, "
@@ -195,7 +195,7 @@ class DistributedMechanism:
     def clip_before_rounding(self, dimension: int) -> float:
         """Return the L2 norm, in gradient units, that a unit's vector may have so that rounded it is in the clip.
 
-        To round moves a vector by at most sqrt(d) / 2 quanta. Raises ConfigError where that is too much of the clip.
+        To round moves a vector by at most sqrt(d) / 2 quanta. Raises ConfigError if that is too much of the clip.
         """
         lost = math.sqrt(dimension) / 2 / self.scale
         if lost > _COARSEST:

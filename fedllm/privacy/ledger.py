@@ -112,7 +112,7 @@ DataSet: TypeAlias = frozenset[bytes]  # hashes of what a data set holds, to com
 
 
 def fingerprint(members: Iterable[bytes]) -> DataSet:
-    """Return the data set that holds `members`: its records and, where they are known, its persons, each as bytes.
+    """Return the data set that holds `members`: its records and, if they are known, its persons, each as bytes.
 
     The order does not matter. Hashes stay in the site's ledger, which protects them as it protects the records.
     """
@@ -126,7 +126,7 @@ class Reservation:
     run: str
     round: int
     reply: bytes | None  # the released reply, where this round was answered before
-    coins: bytes = field(default=b"", repr=False)  # 32 bytes that fix its sample; b"" where there is a reply
+    coins: bytes = field(default=b"", repr=False)  # 32 bytes that fix its sample; b"" if there is a reply
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class LedgerFile:
     """
 
     def __init__(self, path: Path, anchor: Path | None = None, create: bool = False) -> None:
-        """Open the ledger at `path`; where there was never one and `create` is set, make it (mode 0600).
+        """Open the ledger at `path`; if there was never one and `create` is set, make it (mode 0600).
 
         With `anchor` it has to contain what that names, now and in every transaction. A copy has none.
         """
@@ -196,7 +196,7 @@ class LedgerFile:
             raise LedgerError(f"the privacy ledger {path} holds {charges} charges, and its chain others. {_NO_BACKUP}")
 
     def _begin(self, anchor: Path, create: bool) -> None:
-        """Compare what is there with what the anchor says was there, and make a ledger where there was never one."""
+        """Compare what is there with what the anchor says was there, and make a ledger if there was never one."""
         known = read_anchor(anchor)
         try:
             there = self.path.exists()
@@ -322,7 +322,7 @@ class LedgerFile:
         """Give a reserved round back to the budget: the owner's decision, for a round that will not be repeated.
 
         RESERVED proves that nothing was released (see above), and from here on nothing can be: the round is refused.
-        Raises LedgerError where there is no such reservation.
+        Raises LedgerError if there is no such reservation.
         """
         with self.transaction() as db:
             rows = db.execute(
@@ -341,7 +341,7 @@ class LedgerFile:
     def declare_disjoint(self, name: str, data: DataSet, signer: Identity) -> None:
         """Give the data set `name` a budget of its own: its owner declares that nobody in it is in any other.
 
-        Raises LedgerError where the name cannot be, or was declared before.
+        Raises LedgerError if the name cannot be, or was declared before.
         """
         if name in ("", SITE) or name != canonical(name) or len(name) > _MAX_NAME:
             raise LedgerError(
@@ -436,7 +436,7 @@ def restart(place: LedgerPlace, signer: Identity, lost: Sequence[Loss]) -> Ledge
     """Take what there is at `place`, or a new ledger, from now on: its owner states what is `lost` to it.
 
     An older ledger that is still there goes on, so that what it holds is not stated twice. Returns the newest entry.
-    Raises LedgerError where the ledger is whole, or what is there is none.
+    Raises LedgerError if the ledger is whole, or what is there is none.
     """
     try:
         LedgerFile(place.file, place.anchor)
@@ -500,7 +500,7 @@ class PrivacyLedger:
         """Charge `event` for a round, or find that it is already charged. On return the charge is on disk.
 
         The same request again, while nothing has left the site, has the same coins once more; after that it is charged
-        anew. Raises BudgetExceeded, charging nothing, where the budget does not admit the event, and LedgerError where
+        anew. Raises BudgetExceeded, charging nothing, if the budget does not admit the event, and LedgerError if
         the round was charged for another request.
         """
         with self.file.transaction() as db:
@@ -536,7 +536,7 @@ class PrivacyLedger:
             return Reservation(run, round, None, self.charge(db, run, round, request, event))
 
     def _unsealed(self, sealed: bytes | None) -> bytes | None:
-        """Return the coins of a reservation; None where they cannot be read any more, with new keys for instance."""
+        """Return the coins of a reservation; None if they cannot be read any more, with new keys for instance."""
         try:
             return None if sealed is None else self._signer.open(sealed, [self._signer.public])[0]
         except CryptoError:
@@ -594,7 +594,7 @@ class PrivacyLedger:
             )
 
     def check(self, run: str, event: AccountingEvent) -> None:
-        """Raise BudgetExceeded where the budget admits no such event and `run` has nothing to repeat either."""
+        """Raise BudgetExceeded if the budget admits no such event and `run` has nothing to repeat either."""
         with self.file.transaction() as db:
             known = db.execute("SELECT 1 FROM entry WHERE run = ? AND state != 'LOST'", (run,)).fetchone()
             if known is None:

@@ -31,9 +31,9 @@ def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
 
 
 def epsilon_lower_bound(canaries: int, guesses: int, right: int, delta: float) -> float:
-    """Return the largest epsilon such that every smaller one is refuted, with confidence 95 %; 0 where none is.
+    """Return the largest epsilon such that every smaller one is refuted, with confidence 95 %; 0 if none is.
 
-    Rounded down to a millionth. Raises ConfigError where there can be no such audit.
+    Rounded down to a millionth. Raises ConfigError if there can be no such audit.
     """
     _check(canaries, guesses, right, delta)
 

@@ -70,7 +70,7 @@ class Prepare(Message):
 
 
 class Ready(Message):
-    """The site admits the plan, and has loaded the model; the payload is its Join, where there is a session."""
+    """The site admits the plan, and has loaded the model; the payload is its Join, if there is a session."""
 
     KIND: ClassVar[str] = "ready"
     LONGEST = _LITTLE
@@ -275,7 +275,7 @@ def pack(*parts: bytes) -> bytes:
 
 
 def unpack(payload: bytes, parts: int) -> list[bytes]:
-    """Return the parts of a payload; raises MessageError where it is not exactly so many."""
+    """Return the parts of a payload; raises MessageError if it is not exactly so many."""
     found, position = [], 0
     for _ in range(parts):
         length = int.from_bytes(payload[position : position + 8], "big")

@@ -116,7 +116,7 @@ def unmask(
 
     `dealt` holds the participants, `uploads` exactly the survivors. Raises MessageError on an answer that does not
     belong here (see the `check_` functions, which take answers one by one), QuorumLost on fewer than t reveals, and
-    FederationError where a secret cannot be put together.
+    FederationError if a secret cannot be put together.
     """
     threshold, number, common = cohort.terms.threshold, claim.round, claim.common
     check_claim(cohort.terms, claim, dealt)

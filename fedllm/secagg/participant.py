@@ -68,7 +68,7 @@ class Participant:
     """A site's part in secure aggregation for one session; one thread at a time."""
 
     def __init__(self, terms: SessionParams, site: str, identity: Identity) -> None:
-        """Draw the share key and sign it. Raises ConfigError where the roster has another identity for this site."""
+        """Draw the share key and sign it. Raises ConfigError if the roster has another identity for this site."""
         if terms.roster.get(site) != identity.public:
             raise ConfigError(f"site={site!r} is not on its own roster with its present identity. Renew the roster.")
         self.terms, self.site, self._identity = terms, site, identity

@@ -128,7 +128,7 @@ def check_key(site: str, key: str) -> None:
 
 
 def make_cohort(terms: SessionParams, joins: Iterable[AdvertisedKey]) -> Cohort:
-    """Check a list of joins, in any order; raises MessageError, and PrivacyError where the threshold does not fit."""
+    """Check a list of joins, in any order; raises MessageError, and PrivacyError if the threshold does not fit."""
     ordered = tuple(sorted(joins, key=lambda join: join.site))
     if len({join.site for join in ordered}) != len(ordered) or len({join.key for join in ordered}) != len(ordered):
         raise MessageError("the list of joins names a site or a key twice")

@@ -185,7 +185,7 @@ def _compiler_settings() -> Iterator[None]:
 def use_private_cache() -> None:
     """Keep compiled code where nobody else can write: torch's own choice is a folder under /tmp with a known name.
 
-    Raises ModelError where the environment names a folder that others can write to.
+    Raises ModelError if the environment names a folder that others can write to.
     """
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if named and Path(named).name.startswith(

@@ -77,7 +77,7 @@ class MeanPooledClassifier(nn.Module):
 
 
 def load_reader(config: ModelConfig) -> Reader:
-    """Load a model's tokenizer; raises ModelError with the remedy where that fails."""
+    """Load a model's tokenizer; raises ModelError with the remedy if that fails."""
     source, where = _located(config)
     with _explained(config, source):
         shape: Any = AutoConfig.from_pretrained(source, trust_remote_code=False, **where).get_text_config()
@@ -115,7 +115,7 @@ def files_digest(config: ModelConfig, known: dict[str, Any]) -> str:
 
 
 def load_base(config: ModelConfig, device: str) -> BaseModel:
-    """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy where that fails."""
+    """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy if that fails."""
     source, where = _located(config)
     with _explained(config, source):
         shape = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
@@ -177,7 +177,7 @@ def _from_pretrained(config: ModelConfig, source: str | Path, where: dict[str, A
 
 
 def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> Any:
-    """Load a model; raises ModelError where the checkpoint lacks weights, but for a classifier's new head.
+    """Load a model; raises ModelError if the checkpoint lacks weights, but for a classifier's new head.
 
     transformers would make them up at random, and says so in a table that it also prints for every new head.
     """
@@ -231,7 +231,7 @@ def pick_dtype(dtype: str, model: nn.Module) -> torch.dtype:
 
 
 def pick_device(device: str) -> str:
-    """Return `device`, where auto is cuda if there is one; raises ModelError where it is absent."""
+    """Return `device`, where auto is cuda if there is one; raises ModelError if it is absent."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

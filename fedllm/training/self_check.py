@@ -243,7 +243,7 @@ class Subject:
         return values.astype(np.float32)
 
     def differ(self, a: Tensor, b: Tensor) -> float:
-        """Relative L2 distance, NaN or above 0 where only one of them is zero."""
+        """Relative L2 distance, NaN or above 0 if only one of them is zero."""
         return float((a - b).norm() / b.norm().clamp(min=1e-300))
 
 

@@ -78,7 +78,7 @@ class ServerOptimizer:
         return {name: torch.as_tensor(value).numpy().copy() for name, value in state.items() if value is not None}
 
     def restore(self, state: dict[str, NDArray[np.float32]]) -> None:
-        """Continue from a saved state; raises CheckpointError where it belongs to another adapter."""
+        """Continue from a saved state; raises CheckpointError if it belongs to another adapter."""
         if state and {name: array.shape for name, array in state.items()} != self._shapes:
             found = {name: array.shape for name, array in state.items()}
             raise CheckpointError(f"optimiser state {found} belongs to another adapter or optimiser ({self._shapes})")

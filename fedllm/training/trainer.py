@@ -29,7 +29,7 @@ def train_round(
     """Return the update float32[d] of `plan.training.local_steps` steps from `start` on `units`.
 
     Every step draws its own noise from `source`, then its own Poisson batch from `coins` (without them, from `source`);
-    the optimiser begins afresh, so that nothing but the ledger outlives the round. Raises Diverged where the result is
+    the optimiser begins afresh, so that nothing but the ledger outlives the round. Raises Diverged if the result is
     not finite, and Cancelled, before the next step, where `stop` is set.
     """
     mechanism = plan.mechanism
@@ -62,7 +62,7 @@ def shared_step(
 
     uint32[d]: its clipped sum in whole quanta with its share of the noise, modulo 2^32; and the seeds of the share's
     surplus. The share alone protects less than was promised: the result must be masked before it leaves the site.
-    Raises ConfigError where the plan has no room for such sums.
+    Raises ConfigError if the plan has no room for such sums.
     """
     distributed = plan.distributed
     if distributed is None:
