@@ -44,7 +44,7 @@ from fedllm.values import Frozen
 _log = logging.getLogger("fedllm.site")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds until it connects again; doubled each time, then drawn below that
 _LONGEST_NEAR = 1.0  # seconds, of a socket on the same machine
-_DISPLACED = 60.0  # seconds where another process has connected with this site's key
+_DISPLACED = 60.0  # seconds to wait if another process has connected with this site's key
 _ALONE = 60.0  # seconds after which a request is given up whose asker has not come back
 _AT_ONCE = 4  # requests that are in hand; more are told to come again
 _KEPT = 4  # answers that were given last

@@ -68,12 +68,12 @@ class ReplayGuard:
 
 
 class Endpoint:
-    """Between socket and site: opens what the pinned the server sealed to this site, and seals the site's answer."""
+    """Between socket and site: opens what a pinned server sealed to this site, and seals the site's answer."""
 
     def __init__(
         self, site: Site, identities: Sequence[Identity], head_office: Sequence[PublicIdentity], replays: Path
     ) -> None:
-        """`identities` are the site's own, the present one first; `head_office` holds the pinned ones."""
+        """`identities` are the site's own, the present one first; `head_office`: the server's, pinned."""
         self._site, self._identities, self._head_office = site, identities, head_office
         self._replays = ReplayGuard(replays)
         self._lock = threading.Lock()
@@ -81,9 +81,9 @@ class Endpoint:
     def handle(self, sealed: bytes, stop: threading.Event | None = None) -> bytes:
         """Answer one sealed request.
 
-        Raises CryptoError or MessageError, and asks the site nothing, where the request was not sealed to this site by
-        the pinned the server, is not newer than the last of its run, or says outside what it does not say inside;
-        Cancelled as the site does.
+        Raises CryptoError or MessageError, and asks the site nothing, if the request was not sealed to this site by a
+        pinned server, is not newer than the last of its run, or its envelope contradicts its content. Raises Cancelled
+        as the site does.
         """
         binding, payload, sender = self._open(sealed)
         message = from_bytes(payload, Prepare, TrainRequest, SecAggRequest)
@@ -117,7 +117,7 @@ def read_data_set(office: Office) -> DataSet:
 def read_records(office: Office) -> SiteRecords:
     """Read and tokenise a site's records as they are now, for every model that plans may name.
 
-    Raises ConfigError where their owner has not declared what they are, or something else was declared than is found.
+    Raises ConfigError if their owner has not declared what they are, or something else was declared than is found.
     """
     data, declaration = office.data, office.declaration
     readers = {name: load_reader(office.model(ModelConfig(source=name))) for name in office.config.models}
@@ -134,7 +134,7 @@ def read_records(office: Office) -> SiteRecords:
 
 
 def open_site(office: Office) -> Site:
-    """Return the site of a site's folder: its records are read and tokenised now, and not again."""
+    """Return the Site that a folder configures: its records are read and tokenised now, and not again."""
     resources, declared = office.config.resources, office.declaration.files
 
     def workspace(plan: RunPlan) -> ModelContext:

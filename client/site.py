@@ -5,10 +5,11 @@
 - Records are read and tokenised before anybody asks (client.records). No request reads, compares or counts them.
 - Everything that may be refused is refused in `_prepare`, and in `_train` above the charge, by what is public there:
   plan, policy, declaration, ledger, model.
-- Records are used in `_used` and nowhere else, on the coins that the reservation fixed. What it needs of ledger and
-  state is taken before, so nothing is left to fail there but arithmetic: a unit that fails counts zero (the engine),
-  and a result that is not finite is a property of the noised vector. If something fails all the same, or the process
-  is killed, the site answers nothing at all until its owner acts: one bit, once (`Unfinished`).
+- Records are used in `_used` and nowhere else, with the sampling randomness (`coins`) that the reservation fixed. What
+  it needs of ledger and state is taken before, so nothing is left to fail there but arithmetic: a unit that fails
+  counts zero (the engine), and a result that is not finite is a property of the noised vector. If something fails all
+  the same, or the process is killed, the site answers nothing at all until its owner acts: one bit, once
+  (`Unfinished`).
 - Whatever used records leaves at a multiple of the policy's `quantum` after it was asked for, and until then nothing
   else is answered. Nor does what is signed say when training ended.
 """
@@ -198,8 +199,8 @@ class Site:
     def handle(self, request: bytes, stop: threading.Event | None = None) -> bytes:
         """Answer one message from the server; whatever goes wrong becomes a Declined reply.
 
-        Raises Cancelled, where `stop` was set before there was an answer: the round stays charged, nothing has been
-        released, and the same request may be made again; and Halted, where the site failed while it used records.
+        Raises Cancelled if `stop` was set before there was an answer: the round stays charged, nothing has been
+        released, and the same request may be made again. Raises Halted if the site failed while it used records.
         """
         while not self._lock.acquire(timeout=_LOOK):
             _check(stop)
@@ -391,6 +392,6 @@ class Site:
         return self._masks
 
     def _check_engine(self, session: PlanSession, round_: int) -> None:
-        """The server may ask for the check; it cannot spare a site what the office's own settings ask for."""
+        """The server may ask for the check; it cannot switch off what the site's own settings ask for."""
         if session.plan.privacy.self_check or self._self_check:
             session.self_check(round_)

@@ -206,7 +206,7 @@ class Daemon:
         await context.abort(code, text)
 
     async def _admit(self, context: _Context) -> tuple[RosterEntry, str]:
-        """Return the member of the roster that a connection's certificate is of, and its key; or end the connection."""
+        """Return the roster entry that a connection's certificate belongs to, and its key; or end the connection."""
         shown: dict[str, Any] = dict(context.auth_context())  # property -> values, bytes
         name = plain(shown.get("x509_common_name", (b"?",))[0].decode("utf-8", "replace"))
         try:

@@ -73,7 +73,7 @@ _M = TypeVar("_M", bound=BaseModel)
 
 
 def file_name(site: str) -> str:
-    """Return a file name of its own for every site, readable where the site's name allows."""
+    """Return a file name of its own for every site, readable if the site's name allows."""
     for sign in "%/\\\0":
         site = site.replace(sign, f"%{ord(sign):02X}")
     site = site.replace(".", "%2E", 1) if site.startswith(".") else site
@@ -155,7 +155,7 @@ class _Budget(_Body):
     delta: float = Field(gt=0, lt=1)
 
 
-class _Metrics(_Body):  # a server.rounds.RoundRecord
+class _Metrics(_Body):  # a server.events.RoundMetrics
     model_config = ConfigDict(extra="forbid")
 
     round: int
@@ -261,7 +261,7 @@ class _Charge:
     number: int  # of the entry
     at: float
     body: _Reserved
-    account: str  # the site's, where its own was not declared before
+    account: str  # the site's, if its own was not declared before
     lost: bool  # with an earlier ledger, as its owner states
     released: bool = False
     aborted: int | None = None  # the entry that gave it back
@@ -655,7 +655,7 @@ class _SiteChecks:
 
 
 def _examined(folder: Path, record: _Record, absent: Collection[str]) -> list[_SiteChecks]:
-    """Examine every site; where there are many signatures to check, on all cores."""
+    """Examine every site; on all cores if there are many signatures to check."""
     answers: dict[str, list[tuple[int, int, str]]] = {name: [] for name in record.sites}
     for number, step in record.attempts:
         for name, line in step.answered.items():
@@ -727,7 +727,7 @@ def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, che
     for number in ledger.restarts:  # what was lost is its owner's word
         checks.note("ledger_complete", "unverified", f"{ledger.name}, #{number}: restarted")
     # nobody but the site can say that its ledger has no more entries: an export without that, or an older one, may be
-    # cut, where the server holds no statement on what it lacks
+    # cut, if the server holds no statement on what it lacks
     whole = ledger.export is not None and ledger.export.body == asdict(papers.last)
     checks.note(
         "ledger_complete", "holds" if whole else "unverified",
@@ -817,7 +817,7 @@ def _text(value: float | None) -> str:
 
 
 def _spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = None) -> PrivacySpent:
-    """Return what `spent` does, and no bound at all where it has no answer: one site's ledger stops no report."""
+    """Return what `spent` does, and no bound at all if it has no answer: one site's ledger stops no report."""
     try:
         return spent(events, delta, grid)
     except PrivacyError:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from fedllm.errors import ConfigError, PrivacyError, first_line
 
-# dp_accounting is imported where it is used: whoever only carries messages imports this module, and never accounts.
+# dp_accounting is imported where it is used: a process that only carries messages imports this module, and never
+# accounts.
 
 _RDP_ORDERS = tuple(1 + x / 10 for x in range(1, 110)) + tuple(range(12, 64)) + (72, 96, 128, 192, 256, 512)
 _FINEST, _COARSEST = 2.0**-20, 2.0**-6  # grids of the privacy loss
@@ -46,7 +47,7 @@ class AccountingEvent:
     def check(self) -> None:
         """Raise PrivacyError if there can be no such event, or none whose cost can be computed.
 
-        The bounds hold for whoever accounts: a site before it charges, and who reads what a site has signed.
+        The bounds hold for everybody who accounts: a site before it charges, and a reader of what a site has signed.
         """
         numbers = all(
             isinstance(value, int | float) and not isinstance(value, bool)
@@ -108,7 +109,7 @@ def overrun(events: Sequence[AccountingEvent], delta: float, budget: float, one_
     ones released: see `_adaptive_rdp`. Whether there is a later one may depend on it as well. Divide the transcripts by
     that: each part is of a process that one of the two gates filters at delta, so together they are (budget, 2 delta)
     differentially private; a site with a single plan, and one whose budget RDP alone filters, at delta. Costs a
-    millisecond where RDP, an upper bound, admits the events already.
+    millisecond if RDP, an upper bound, admits the events already.
     """
     if one_plan:
         composed = _merged(events)
@@ -292,7 +293,7 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float
     with np.errstate(all="ignore"):  # with little noise it is infinite, or not a number, at some orders
         accountant.compose(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)))
     step: NDArray[np.float64] = np.asarray(accountant._rdp)  # it offers no other way to what it computed
-    # It grows with the order, so where it could not be computed, what it is at a higher order is an upper bound. It is
+    # It grows with the order, so if it could not be computed, its value at a higher order is an upper bound. It is
     # never below 0, but for the last digit of a step that costs nearly nothing.
     return np.maximum(np.minimum.accumulate(np.where(np.isnan(step), np.inf, step)[::-1])[::-1], 0.0)
 
@@ -301,7 +302,7 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float
 def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
     """Return a noise multiplier whose epsilon after `steps` is at most `epsilon`, and (up to 50) above 0.998 of it.
 
-    Where 0.1 is enough or more than enough, it is 0.1. Starts where RDP, an upper bound, meets the target.
+    It is 0.1 if that is enough or more than enough. Starts where RDP, an upper bound, meets the target.
     Raises ConfigError if no noise multiplier up to 10,000 meets the target.
     """
 

@@ -1,4 +1,4 @@
-"""The server's part in secure aggregation."""
+"""The server's part in secure aggregation: its requests, the checks of what sites answer, and the unmasked sum."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,9 @@ from fedllm.protocol.messages import (
 from fedllm.secagg.masking import WORD, add_mask, mask_sign, pair_mask_key, seed_commitment, self_mask_key
 from fedllm.secagg.session import SEALED, Cohort, Vector, check_claim, check_dealing, check_key, claim_digest
 
-# ---- the server -----------------------------------------------------------------------------------------------------
-
 
 def check_shares(cohort: Cohort, number: int, shares: KeyShares) -> None:
-    """Raise MessageError unless these are a site's shares for this round of this circle."""
+    """Raise MessageError unless these are a site's shares for this round of this cohort."""
     _expect(cohort, number, shares, shares.dealing.site)
     check_dealing(cohort, number, shares.dealing)
     check_key(shares.dealing.site, shares.dealing.key)
@@ -37,7 +35,7 @@ def check_shares(cohort: Cohort, number: int, shares: KeyShares) -> None:
 
 
 def mask_request(cohort: Cohort, number: int, dealt: Mapping[str, KeyShares], site: str) -> MaskedInputRequest:
-    """Return what one site needs of all that was dealt (participants by name, checked): O(n) bytes."""
+    """Return the shares and signed mask keys that one site needs (`dealt`: checked, by participant): O(n) bytes."""
     names = sorted(dealt)
     sealed = b"".join(_sealed_to(cohort, dealt[name], site) for name in names if name != site)
     return MaskedInputRequest(
@@ -54,7 +52,7 @@ def _sealed_to(cohort: Cohort, shares: KeyShares, site: str) -> bytes:
 def unmask_request(
     cohort: Cohort, number: int, common: str, participants: Iterable[str], survivors: Collection[str]
 ) -> ConsistencyCheck:
-    """Return the round's list, for what was asked (`common_digest`); `check_claim` says whether enough survived."""
+    """Return the round's list of survivors for `common`, the `common_digest`; `check_claim` says if they are enough."""
     names = sorted(participants)
     return ConsistencyCheck(
         context=cohort.terms.context, round=number, joins=cohort.digest, common=common,
@@ -101,7 +99,7 @@ class Unmasked:
     """The sum of the survivors' vectors, and shares that did not fit."""
 
     total_d: Vector  # uint32[d], mod 2^32
-    doubtful: tuple[tuple[str, str], ...]  # (holder, dealer): one of the two made a wrong share; the sum is right
+    doubtful: tuple[tuple[str, str], ...]  # (holder, dealer) of a wrong share: one of the two made it; the sum is right
 
 
 def unmask(
@@ -116,7 +114,7 @@ def unmask(
 
     `dealt` holds the participants, `uploads` exactly the survivors. Raises MessageError on an answer that does not
     belong here (see the `check_` functions, which take answers one by one), QuorumLost on fewer than t reveals, and
-    FederationError if a secret cannot be put together.
+    FederationError if a secret cannot be reconstructed.
     """
     threshold, number, common = cohort.terms.threshold, claim.round, claim.common
     check_claim(cohort.terms, claim, dealt)
@@ -181,7 +179,7 @@ def _recover(
     """Return a dealer's secret, and the holders whose shares are not on its polynomial.
 
     A secret can be checked against what its dealer signed, so any t right shares do. They are looked for in runs of t
-    neighbours around the circle of holders: with one wrong share among t + 1 or more, one such run is without it.
+    neighbours, the holders taken as a ring: with one wrong share among t + 1 or more, one such run is without it.
     """
     threshold, many = cohort.terms.threshold, len(holders)
     points = [cohort.place[holder] for holder in holders]

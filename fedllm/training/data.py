@@ -416,7 +416,7 @@ class Tokeniser:
             raise ConfigError(f"data.chat=true, but the tokenizer of {model.source} has no chat template")
 
     def prompt_ids(self, row: Row, number: int = 0) -> list[int]:
-        """Return the tokens that are given: the prompt, with the sequence's first token where the model has one."""
+        """Return the tokens that are given: the prompt, with the sequence's first token if the model has one."""
         return self._opened(self._code(self._prompt(row, number)))
 
     def answer_ids(self, row: Row, number: int = 0) -> list[int]:
@@ -438,7 +438,7 @@ class Tokeniser:
     def read(self, rows: Iterable[Row | DataError], first: int = 0) -> Iterator[Tokens | DataError]:
         """Tokenise rows, numbered from `first`, many at a time, and each as if it were the only one.
 
-        Where a row cannot be used, or none was read, a DataError stands in its place. No more is kept of a record than
+        If a row cannot be used, or none was read, a DataError stands in its place. No more is kept of a record than
         one of max_length tokens can hold.
         """
         source = iter(rows)
@@ -517,7 +517,7 @@ class Tokeniser:
         return answer if eos is None or closed else [*answer, eos]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int] | DataError]:
-        """Tokenise texts at once; if that fails one by one, so that only those fail that would fail alone."""
+        """Tokenise texts at once; if that fails, one by one: only those fail that would fail alone."""
         together = _tried(0, self._code, list(texts)) if texts else []
         if not isinstance(together, DataError):
             return list(together)
@@ -548,8 +548,8 @@ def group(
 ) -> tuple[list[list[Tokens]], list[DataError]]:
     """Return the usable records of every privacy unit, and what is wrong with the others.
 
-    A unit is a person, whom the column `unit` names, or without it a record. A record of nobody is a unit of its own
-    without anything in it, so that no other record's place depends on whether it can be used.
+    A unit is a person, whom the column `unit` names, or without it a record. A record without a person is a unit of its
+    own without anything in it, so that no other record's place depends on whether it can be used.
     """
     groups: dict[object, list[Tokens]] = {}
     wrong: list[DataError] = []
@@ -589,8 +589,8 @@ def is_missing(value: object) -> bool:
 def members(rows: Iterable[Row], data: TextConfig, unit: str | None) -> Iterator[bytes]:
     """Yield what records hold, as bytes that tell one record or person from another, to compare it with others.
 
-    Every record twice, by its whole content and by the text that is learned alone, which stays the same where a column
-    is added, and every person where `unit` names their column. Cells are in their one spelling (`canonical`).
+    Every record twice, by its whole content and by the text that is learned alone, which stays the same if a column
+    is added, and every person if `unit` names their column. Cells are in their one spelling (`canonical`).
     """
     columns = [*_fields(data.prompt or ""), *_fields(data.text)]
     for row in rows:
@@ -610,7 +610,7 @@ def _spelt(value: object) -> object:
 
 
 def person(value: object) -> str:
-    """Return the key of a person, or of a site: one spelling for one name, also where Hangul came decomposed."""
+    """Return the key of a person, or of a site: one spelling for one name, also if Hangul came decomposed."""
     return canonical(value)
 
 
@@ -684,7 +684,7 @@ def padded(length: int, longest: int) -> int:
 def collate(units: Sequence[PrivacyUnit], pad_id: int, device: torch.device, width: int, rows: int = 0) -> Batch:
     """Return the records of units in one tensor, padded on the right to `width` tokens.
 
-    Filled to `rows` records with units of nobody, which come last: as long as the tensor is wide, and without a label.
+    Filled to `rows` records with empty units, which come last: as long as the tensor is wide, and without a label.
     """
     records = [record for unit in units for record in unit]
     classifies, nobody = not records[0].labels.ndim, max(0, rows - len(records))

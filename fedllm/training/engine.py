@@ -244,7 +244,7 @@ class Engine:
             )
 
     def set_up(self, plan: RunPlan, checkpointing: bool) -> None:
-        """Get ready for a plan, before anything is charged: compile the model where the plan says so or gains by it.
+        """Get ready for a plan, before anything is charged: compile the model if the plan says so or gains by it.
 
         `checkpointing`: recompute activations in the backward pass. Raises ModelError if model.compile=on and the
         model cannot be compiled.
@@ -300,7 +300,8 @@ class Engine:
     def rows(self, width: int, micro_batch: int) -> int:
         """Return how many records of `width` tokens a pass has: always, whoever is drawn.
 
-        Where one makes an efficient pass, it has one to itself, on all threads, and nothing can depend on company.
+        If one record makes an efficient pass, it has a pass to itself, on all threads: nothing depends on other
+        records.
         """
         if self.compiled or self._size * width * torch.get_num_threads() >= _LARGE:
             return 1
@@ -417,9 +418,9 @@ class Engine:
         """Return the gradient of each unit's own loss, finite or not, float32[units, d]: of what fits one pass.
 
         Last bits depend on the shapes of tensors, on the number of threads and, with several threads, on a record's
-        place. So a pass has always the same number of records, nobody's where there are too few; several records are
-        computed by one thread; the compiler's code serves one at a time. `self_check` measures that a record's place
-        and company then change no bit, with the model, the processor and the libraries that are there.
+        place. So a pass has always the same number of records, padded with empty ones if there are too few; several
+        records are computed by one thread; the compiler's code serves one at a time. `self_check` measures that a
+        record's place and company then change no bit, with the model, the processor and the libraries that are there.
         """
         adapter, rows = self._adapter, self.rows(width, micro_batch)
         batch = collate(units, adapter.tokenizer.pad_token_id, adapter.device, width, rows)

@@ -126,7 +126,7 @@ def load_base(config: ModelConfig, device: str) -> BaseModel:
                 "model.dtype=bfloat16 to save memory."
             )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
-        # dropout off: it is no defence, and it would make a unit's gradient depend on a coin
+        # dropout off: it is no defence, and it would make a unit's gradient depend on a random draw
         model = _from_pretrained(config, source, where).to(torch.device(device)).eval()
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -216,7 +216,7 @@ def weights_digest(model: nn.Module) -> str:
 def pick_dtype(dtype: str, model: nn.Module) -> torch.dtype:
     """Return the type of the frozen weights while training.
 
-    auto: bfloat16 where `model` has at least 20 million parameters and its device multiplies bfloat16 faster.
+    auto: bfloat16 if `model` has at least 20 million parameters and its device multiplies bfloat16 faster.
     """
     if dtype != "auto":
         return torch.bfloat16 if dtype == "bfloat16" else torch.float32
