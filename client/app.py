@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 
 WHO = "site"  # key of the question which site a node is of, and of the node's configuration that answers it
-SOCKET = "socket"  # key of the node's configuration: where the site's process makes its connection to
+SOCKET = "socket"  # key of the node's configuration: the socket that the site's process connects to
 GROUP = "socket_group"  # the same: that may come in there, beside the node's user
 Handler = Callable[[bytes, float], bytes]  # request, seconds until nobody waits for the answer -> answer
 

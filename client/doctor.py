@@ -213,7 +213,7 @@ def _own_certificate(key: Path) -> CheckResult:
 
 
 def _silent(socket: Path) -> str:
-    """Return why nothing answers on a unix socket, nothing where it does."""
+    """Return why nothing answers on a unix socket, nothing if it does."""
     with contextlib.suppress(PermissionError):
         if not socket.exists():
             return f"{socket} is not there"
@@ -282,7 +282,7 @@ def examine_relay(folder: Path) -> list[CheckResult]:
 def check(folder: Path) -> list[CheckResult]:
     """Try all that a run will need, without a network: settings, keys, records, models, ledger, permissions.
 
-    Where nothing is wrong, the site signs what site.yaml declares of the records.
+    If nothing is wrong, the site signs what site.yaml declares of the records.
     """
     findings: list[CheckResult] = []
     try:
@@ -411,7 +411,7 @@ def _faults(what: str, of: int, faults: Sequence[DataError]) -> list[CheckResult
     """Say which records cannot be used; that takes nothing from the others."""
     if not faults:
         return []
-    # what an error quotes of a record, after these words, is for nobody who reads over a shoulder
+    # what an error quotes of a record, after these words, is not for others who see the screen
     first = [re.sub(": label .*", ": its label is not among data.labels", str(fault)) for fault in faults[:3]]
     said = "; ".join(text.partition(", found")[0] for text in first)
     text = f"{what}: {len(faults)} of {of} cannot be used, and contribute nothing. {said}"

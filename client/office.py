@@ -1,7 +1,7 @@
 """A site's folder: its keys, its settings, and what it knows of the server.
 
     site.yaml          records, policy, models, resources: yours to edit, and never changed by the server
-    NAME.join          what the server is asked with; holds no secret
+    NAME.join          the join request; holds no secret
     grant.json         the server's answer, as installed: its address and the keys that are believed
     keys/1/            `identity`, `link` and `serving`, and the certificates of the last two, link.pem and serving.pem;
                        after a rotation keys/2/, and so on, until the old are retired
@@ -89,7 +89,7 @@ class KeySet:
 
     @property
     def serving_file(self) -> Path:
-        """PEM, the private key with which the site serves in its own house; its certificate is beside it."""
+        """PEM, the private key with which the site serves in its own network; its certificate is beside it."""
         return self.folder / "serving"
 
 

@@ -82,7 +82,7 @@ class SitePolicy(Frozen):
         A plan is compared with what the owner has written down, and with nothing else: a plan that were compared with
         the true number of units could search for it.
 
-        The unit must be the office's own, in both directions. A plan of records protects somebody with k records only
+        The unit must be the site's own, in both directions. A plan of records protects somebody with k records only
         with k times the loss. A plan of persons does not protect a record at its price either: one record more turns
         its person's vector from one within the clip into another, by up to two clip norms, and one is charged for.
         """

@@ -9,11 +9,8 @@ from fedllm.values import Frozen, SiteName
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
-# ---- site.yaml -------------------------------------------------------------------------------------------------------
-
-
 class SiteData(RecordsConfig):
-    """The office's records and how a record becomes text."""
+    """The site's records and how a record becomes text."""
 
     name: str | None = None
     """Name of the data set, after it was declared disjoint from all others (`fedllm ledger disjoint`)."""

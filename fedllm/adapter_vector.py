@@ -31,7 +31,7 @@ class AdapterSpec:
     """Everything on which two parties must agree before their adapter vectors may be added."""
 
     base: str  # SHA-256 over the base model's weights
-    frozen: str  # SHA-256 over the adapter's frozen tensors (A, where only B is trained)
+    frozen: str  # SHA-256 over the adapter's frozen tensors (A, if only B is trained)
     scaling: float  # LoRA alpha / rank
     tensors: tuple[TensorSpec, ...]  # trainable, in the order of the flat vector
 

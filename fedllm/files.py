@@ -1,4 +1,4 @@
-"""Files on disk: the one atomic write, folders made as a whole, private modes, settings in YAML."""
+"""Files on disk: atomic writes, folders made as a whole, private modes, locks and unix sockets."""
 
 import contextlib
 import errno
@@ -89,7 +89,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise cannot_write(folder, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class AggregationRule:
     is_mean: bool = False
 
 
-# by federation.aggregation; whoever adds one adds it here
+# by the value of federation.aggregation: add a rule here
 AGGREGATION: dict[str, AggregationRule] = {"mean": AggregationRule(weighted_mean, is_mean=True)}
 
 
@@ -135,7 +135,7 @@ def bound_of_update(plan: RunPlan, dimension: int) -> Bound | None:
 
 
 def bound_of_sum(distributed: DistributedMechanism, survivors: int, trimmed: int) -> Bound:
-    """Return what the sum of so many sites, in gradient units, is bound by; surplus noise is off `trimmed` of them."""
+    """Return what the sum of so many sites, in gradient units, is bound by; `trimmed` had excess noise removed."""
     clip = distributed.mechanism.clip_norm
     length = clip * _most_units(distributed.expected_units * survivors)
     noise = clip * distributed.noise_multiplier(survivors, trimmed, known=0)
@@ -147,7 +147,7 @@ def bound_of_sum(distributed: DistributedMechanism, survivors: int, trimmed: int
 def _most_units(nominal: float) -> float:
     """Return how many units are drawn at most where so many are by nominal sizes, but with probability FALSE_ALARM.
 
-    Bernstein's inequality for a sum of coins (Boucheron, Lugosi and Massart 2013, section 2.8).
+    Bernstein's inequality for a sum of Bernoulli variables (Boucheron, Lugosi and Massart 2013, section 2.8).
     """
     mean = TIMES_NOMINAL * nominal
     return mean + math.sqrt(2 * mean * _LOG) + _LOG / 3

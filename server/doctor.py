@@ -147,7 +147,7 @@ def _roster(roster: Roster) -> list[CheckResult]:
 
 
 def _offices_certificates(office: HeadOffice) -> list[CheckResult]:
-    """Look whose the certificates are that the offices' newest grants have, and how long they hold."""
+    """Check which authority issued the certificates in the sites' newest grants, and how long they are valid."""
     found, authorities = [], [pair.certificate for pair in office.authorities]
     for member in office.roster.active:
         file = office.folder / "grants" / f"{member.site}.grant"

@@ -194,7 +194,7 @@ def admit(folder: Path, join: bytes, heard: str) -> Path:
     """Admit the site that made a join request, or its new keys, and return the path of its grant.
 
     `heard` is the fingerprint that the operator was told on the telephone. A name that is in the roster is admitted
-    again only where its present keys signed the request; both sets are then accepted until the old is retired.
+    again only if its present keys signed the request; both sets are then accepted until the old is retired.
     Raises CryptoError or FederationError.
     """
     request, signers = JoinRequest.open(join)
@@ -312,7 +312,7 @@ def rotate_identity(folder: Path, step: Step) -> list[Path]:
 
     start: grants announce a new identity beside the present one. finish, when every site has installed its grant:
     the new one signs. retire: the old one is forgotten. A step that was taken may be repeated; raises FederationError
-    where it is not its turn.
+    if it is not its turn.
     """
     with _changing(folder) as office:
         signs, other = office.identities[0], office.identities[-1]
@@ -402,7 +402,7 @@ def _grant_file(folder: Path, site: str) -> Path:
 
 
 def _write_grant(folder: Path, site: str) -> Path:
-    """Write a member's grant, from what the folder holds now."""
+    """Write a site's grant, from what the folder holds now."""
     office = HeadOffice.open(folder)
     path = _grant_file(folder, site)
     write_secret(path, office.grant(_member(office, site)))

@@ -155,5 +155,5 @@ class GrpcGrid(OneRunGrid):
         except grpc.aio.AioRpcError:
             raise _Gone from None
         finally:
-            call.cancel()  # where it is not over, the site is told that nobody waits
+            call.cancel()  # if it is not over, the site is told that nobody waits
         raise _Gone

@@ -39,7 +39,7 @@ _LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a mom
 
 
 def check_folder(config: RunConfig, folder: Path) -> None:
-    """Raise an error where a run cannot start in its folder, or cannot be resumed there."""
+    """Raise an error if a run cannot start in its folder, or cannot be resumed there."""
     try:
         there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
         taken = folder.exists() and not folder.is_dir()
@@ -78,7 +78,7 @@ def _no_place(folder: Path, error: OSError) -> ConfigError:
 
 
 def make_plan(config: RunConfig, names: Sequence[str]) -> RunPlan:
-    """Return a new plan for these sites, its noise and quorum computed where the configuration leaves them open.
+    """Return a new plan for these sites, its noise and quorum computed if the configuration leaves them open.
 
     Groups are dealt by the order of the names. Raises ConfigError if the sites are too few for what it asks.
     """
@@ -152,10 +152,10 @@ class HeadOfficeRun:
         self, plan: RunPlan, channel: Channel, record: RunLog, observe: Callable[[Event], None],
         heads: LedgerHeads | None = None, roster: Mapping[str, PublicIdentity] | None = None,
     ) -> Coordinator:  # fmt: skip
-        """Return the coordinator of a run, resumed where the configuration says so.
+        """Return the coordinator of a run, resumed if the configuration says so.
 
         `observe` receives every event; `record` is signed as the run goes; `heads` is what other runs saw of the
-        sites' ledgers; `roster` names who takes part where noise comes in shares.
+        sites' ledgers; `roster` names who takes part if noise comes in shares.
         """
         adapter = self._workspace.adapter
         if plan.distributed is not None:
@@ -171,7 +171,7 @@ class HeadOfficeRun:
         self, coordinator: Coordinator, stopped: str, budgets: Mapping[str, float], seconds: float,
         memory_elsewhere: float = 0.0, audit: Callable[[], None] | None = None,
     ) -> RunSummary:  # fmt: skip
-        """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit where it is known.
+        """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit if it is known.
 
         `memory_elsewhere` is what other processes of the run used at most, MB. `audit` is called beside the closing
         evaluation, and not beside the plots: matplotlib's settings are the process's.

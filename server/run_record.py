@@ -14,14 +14,15 @@ Bodies, by the entry's kind:
              declined       {site: reason}
              failed         {site or node: what was wrong}
              lost           why it was not applied, though the sites have paid; the round is over all the same. Noise in
-                            shares: the sum stayed closed, or was none that honest sites send; or federation.gate
+                            shares: unmasking failed, or the sum was beyond what honest sites can send; or
+                            federation.gate
              noise_multiplier                noise in shares: of the sum, without as many sites as may collude
-             trimmed        noise in shares: sites whose surplus noise was taken off, by the server's own count
+             trimmed        noise in shares: sites whose excess noise was removed, by the server's own count
              sums           with groups: {number of a group, from 1: that of it}, of each whose sum was used; the
                             round's noise_multiplier is that of the sum with the least
-             refused, closed                 with groups: {number: why}, of each whose sum was none that honest sites
-                            send, or did not open
-             adapter_before, adapter_after   digests; equal where the round does not count
+             refused, closed                 with groups: {number: why}, of each whose sum was beyond what honest
+                            sites can send, or could not be unmasked
+             adapter_before, adapter_after   digests; equal if the round does not count
              bytes_up, bytes_down            of updates and of requests
     begun    round, sites   the sites are asked now, and may pay; each signs for this entry, as the server named it in
                             its request. With noise in shares the round is not asked for again

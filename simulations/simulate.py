@@ -77,7 +77,7 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
     data = simulated_data(config)
     config = _with_place(_with_nominal_size(config, data.unit_counts()))
     _check_federation(config, data)
-    for name in data.names:  # whoever simulates owns all records, and learns which of them cannot be used
+    for name in data.names:  # the owner of a simulation owns all records, and learns which of them cannot be used
         data.records(name, config.model)
     observe(Phase("planning: noise for the budget"))
     plan = make_plan(config, data.names)
@@ -127,7 +127,7 @@ def _with_place(config: SimulationConfig) -> SimulationConfig:
 
 
 def _heads(config: SimulationConfig) -> LedgerHeads | None:
-    """Return what this output's the server knows of ledgers that outlive a run."""
+    """Return what the server of this output folder knows of ledgers that outlive a run."""
     folder = config.site.folder
     return LedgerHeads(Path(config.output) / HEADS, f"{folder}/") if folder is not None else None
 

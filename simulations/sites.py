@@ -43,7 +43,7 @@ class SimulatedData:
         self._records: dict[tuple[str, ModelConfig], SiteRecords] = {}
 
     def unit_counts(self) -> dict[str, int]:
-        """Return the number of privacy units of each site. For the simulator's eyes: no site tells its own."""
+        """Return the number of privacy units of each site. For the simulation's owner: no site tells its own."""
         if self._unit is None:
             return {name: len(rows) for name, rows in self._rows.items()}
         persons = list(self._table[self._unit])
@@ -155,7 +155,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
 
 
 def resume_sites(config: SimulationConfig, names: list[str], folder: Path) -> None:
-    """Let sites go on whose process was killed: who simulates again is their owner, and has acted."""
+    """Let sites go on whose process was killed: a simulation's user is their owner, and has acted."""
     for name in names:
         Unfinished(folder_of(config, folder) / file_name(name) / "ledger.db").end()
 

@@ -248,7 +248,7 @@ def test_no_handler_catches_everything_unnamed() -> None:
 
 def test_an_import_defines_and_does_nothing() -> None:
     """What a library prints or logs, and what a process is, is set where it is needed, and by who asks for it."""
-    makes = ("fedllm.files", "fedllm.protocol.link_pb2")  # the loader of settings; what protobuf generates
+    makes = ("fedllm.settings_file", "fedllm.protocol.link_pb2")  # the loader of settings; what protobuf generates
     found = [
         f"{module}, line {node.lineno}"
         for module, tree in sources().items()

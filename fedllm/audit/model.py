@@ -29,13 +29,13 @@ Code = Literal[
     "budget",  # everything charged is within what the site permits
     "metrics",  # the server's measurements are about the rounds in the record
     "keys",  # the keys were compared with ones that the reader holds
-    "site_software",  # sites really draw their coins and noise as the plan says
+    "site_software",  # sites really draw samples and noise as the plan says
     "unit",  # records are grouped by privacy unit as the plan says
     "peers",  # sites aggregate with sites whose keys they have compared themselves
     "one_site_a_person",  # nobody's records are at several sites
     "empirical",  # an attack was tried
 ]
-# Where one of these fails, nothing else in the evidence can be relied on.
+# If one of these fails, nothing else in the evidence can be relied on.
 INTEGRITY: frozenset[Code] = frozenset(
     {"record_chain", "plan", "rounds", "statements", "countersigned", "ledger_chain", "ledger_complete",
      "charged_before_release", "answers_recorded", "epsilon", "accountants"}

@@ -1,4 +1,7 @@
-"""The commands of a deployment. An entry point: it may import anything, and imports late so that --help is quick."""
+"""`fedllm server` and `fedllm site`: folders, admission, keys.
+
+An entry point: it may import anything, and imports late so that --help is quick.
+"""
 
 import functools
 import os
@@ -273,7 +276,7 @@ def site_resume(home: OfficeOption = OFFICE) -> None:
 
 
 def absolute(folder: Path) -> Path:
-    """Return the folder, as it is called from everywhere."""
+    """Return the folder as an absolute path."""
     try:
         return folder.expanduser().absolute()
     except RuntimeError:
@@ -281,7 +284,7 @@ def absolute(folder: Path) -> Path:
 
 
 def report(findings: Sequence["CheckResult"]) -> None:
-    """Print findings, a line each; raises FedllmError if one is ERROR."""
+    """Print results, a line each; raises FedllmError if one is ERROR."""
     for finding in findings:
         text = escaped_lines(finding.text)  # it may quote what others wrote
         typer.echo(f"{finding.level:<7}  {text}")

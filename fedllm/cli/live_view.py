@@ -1,4 +1,4 @@
-"""What a person sees while a federation runs, and at its end."""
+"""What the terminal shows while a federation runs, and at its end."""
 
 import logging
 from collections.abc import Callable
@@ -160,7 +160,7 @@ class Screen:
     def _speed(self) -> str:
         """Training tokens a second since the last round, to two digits.
 
-        For the eyes of whoever simulates, and in no file or message: how many tokens were sampled is private.
+        For the screen of a simulation only, and in no file or message: how many tokens were sampled is private.
         """
         tokens, seconds = self._trained() if self._trained else (0, 0.0)
         new, took = tokens - self._before[0], seconds - self._before[1]

@@ -1,4 +1,7 @@
-"""Sums for a privacy officer or researcher. An entry point: it may import anything, and imports late."""
+"""`fedllm privacy`: epsilon, noise and lower bounds, without any run.
+
+An entry point: it may import anything, and imports late so that --help is quick.
+"""
 
 import json
 import math
@@ -127,7 +130,8 @@ def audit_bound(
 ) -> None:
     """Print what an attack on one training run has proved: a lower bound on epsilon, with confidence 95 %.
 
-    The number of guesses must have been fixed before the coins were looked at (Steinke, Nasr and Jagielski 2023).
+    The number of guesses must have been fixed before anybody knew which canaries were in (Steinke, Nasr and Jagielski
+    2023).
     """
     from fedllm.privacy.one_run import CONFIDENCE, epsilon_lower_bound
 

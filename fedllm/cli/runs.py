@@ -1,4 +1,4 @@
-"""The commands that run a deployment: long-running processes, and runs. An entry point, imports late."""
+"""Long-running processes, runs, service files and `fedllm doctor`. An entry point, imports late."""
 
 import logging
 import os
@@ -110,7 +110,7 @@ def site_start(home: OfficeOption = OFFICE) -> None:
     os.environ.update(ONLY_TLS_1_3)
     folder = absolute(home)
     office = _open_office(folder)
-    _ = office.declaration  # raises where the site could not start
+    _ = office.declaration  # raises if the site could not start
     _log_to(folder / "log" / "site.log")
     from client.service import run
 
@@ -213,7 +213,7 @@ def submit(
         config = read_as(earlier, DeploymentConfig).model_copy(update={"resume": True})
     socket = HeadOffice.open(folder).socket
     if not only_prepare:
-        look(socket)  # raises where no daemon runs
+        look(socket)  # raises if no daemon runs
     _console.print("checking model, held-out set and plan ...", highlight=False)
     deployment.prepare(folder, config)
     place = deployment.runs(folder) / config.name

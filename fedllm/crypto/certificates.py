@@ -16,10 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedllm.errors import CryptoError
 
 _SPKI = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-_BACKDATE = timedelta(minutes=5)  # so that a new certificate is valid where the clock is a little behind
-
-
-# ---- certificates ----------------------------------------------------------------------------------------------------
+_BACKDATE = timedelta(minutes=5)  # so that a new certificate is valid if another clock is a little behind
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def check_key_line(line: str) -> None:
 
 
 def certify(ca: Certificate, line: str, site: str, days: int, hosts: Sequence[str] | None = None) -> bytes:
-    """Return a certificate, PEM, for a site's key: as a client or, where `hosts` are given, to serve at these."""
+    """Return a certificate, PEM, for a site's key: as a client or, if `hosts` are given, to serve at these."""
     key = _load_line(line)
     use = ExtendedKeyUsageOID.CLIENT_AUTH if hosts is None else ExtendedKeyUsageOID.SERVER_AUTH
     return _issue(ca, site, key, days, use, hosts or ()).public_bytes(serialization.Encoding.PEM)

@@ -1,4 +1,4 @@
-"""Keys, key derivation, sealing and streams: the primitives that the protocols are made of."""
+"""Primitives of secure aggregation: X25519 key agreement, HKDF, one-time sealing, and the mask stream (AES-CTR)."""
 
 import os
 from collections.abc import Iterator
@@ -93,7 +93,7 @@ def open_once(key: bytes, sealed: bytes, associated: bytes) -> bytes:
 def keystream(key: bytes, size: int) -> Iterator[memoryview]:
     """Yield `size` pseudo-random bytes in blocks: AES-256-CTR from zero, for a key that is used for nothing else.
 
-    A block is overwritten by the next one. AES rather than ChaCha20: a little faster where the processor has it.
+    A block is overwritten by the next one. AES rather than ChaCha20: a little faster if the processor has it.
     """
     stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
     zeros, block = memoryview(bytes(_BLOCK)), bytearray(_BLOCK + 15)  # OpenSSL asks for a cipher block more

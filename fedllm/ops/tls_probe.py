@@ -1,4 +1,4 @@
-"""A handshake with the server, as a site makes it, and what is wrong where it fails."""
+"""A TLS handshake with the server, as a site makes it, and what is wrong if it fails."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""The Poisson-subsampled Gaussian mechanism: coins, sensitivity, noise and accounting event from one object."""
+"""The Poisson-subsampled Gaussian mechanism: sampling, sensitivity, noise and accounting event from one object."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A site's part in secure aggregation."""
+"""A site's part in secure aggregation: advertise a key, share secrets, mask one vector a round, help to unmask."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -42,15 +42,13 @@ from fedllm.secagg.session import (
     make_cohort,
 )
 
-# ---- the site --------------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class _Round:
     """What a site holds for one round; the fields below only ever go from None to their one value."""
 
     cohort: Cohort
-    agreed: dict[str, bytes]  # what each peer's share key gives with one's own
+    agreed: dict[str, bytes]  # the secret agreed with each peer's key
     number: int
     seed: int
     key: AgreementKey
@@ -81,9 +79,9 @@ class Participant:
         self._rounds: dict[int, _Round] = {}  # the newest and the one before
 
     def share(self, request: ShareKeysRequest) -> KeyShares:
-        """Draw this round's secrets and deal them out. Raises MessageError and PrivacyError.
+        """Draw this round's secrets and share them. Raises MessageError and PrivacyError.
 
-        Before anything is masked with them, others may be dealt in their place to another list of sites.
+        Before anything is masked with them, others may be shared in their place with another list of sites.
         """
         self._expect(request.context)
         cohort, agreed = self._cohort_of(request)
@@ -110,8 +108,8 @@ class Participant:
         `task` is the digest of what the vector was computed from, 64 hex: masks cancel among sites with the same.
         `surplus` is revealed with the shares, for the round's one list.
 
-        A share that does not open implicates its dealer or the server, which passed it on: take the dealer out of the
-        request and ask again.
+        A share that does not open implicates the site that made it or the server, which passed it on: take that site
+        out of the request and ask again.
         """
         state = self._state(request)
         if vector_d.dtype != np.uint32 or vector_d.ndim != 1:
@@ -143,7 +141,7 @@ class Participant:
         self._open(state, request, "")
 
     def unmask(self, request: ConsistencyCheck) -> ConsistencySignature | UnmaskingShares:
-        """Answer the round's list of survivors: with shares of seeds where nobody dropped out, or with a signature.
+        """Answer the round's list of survivors: with shares of seeds if nobody dropped out, or else with a signature.
 
         From here on this site answers no other list in this round. Raises MessageError and PrivacyError.
         """
@@ -217,7 +215,7 @@ class Participant:
         return state
 
     def _cohort_of(self, request: ShareKeysRequest) -> tuple[Cohort, dict[str, bytes]]:
-        """Return the checked circle and what its keys give; both stay as long as the list does."""
+        """Return the checked cohort and what was agreed with each peer; both stay as long as the list does."""
         known = self._rounds[max(self._rounds)] if self._rounds else None
         if known is None and not request.joins:
             raise MessageError(f"round {request.round}: no joins were sent to site={self.site!r} yet")
@@ -270,7 +268,7 @@ class Participant:
     def _open(
         self, state: _Round, request: MaskedInputRequest, common: str
     ) -> tuple[dict[str, tuple[bytes, bytes]], dict[str, bytes]]:
-        """Check what the participants dealt; return the shares for this site, and the keys of pairwise masks."""
+        """Check what the participants shared; return the shares for this site, and the keys of pairwise masks."""
         cohort, number = state.cohort, state.number
         dealings = {dealing.site: dealing for dealing in request.dealings}
         names = [dealing.site for dealing in request.dealings]
@@ -305,7 +303,7 @@ class Participant:
 
 
 def _reveal(state: _Round, site: str, claim: ConsistencyCheck) -> UnmaskingShares:
-    """One share for each participant. Which one depends on nothing but the round's only list."""
+    """One share for each participant. Which of the two depends on nothing but the round's only list."""
     survivors = set(claim.survivors)
     payload = b"".join(state.held[name][0 if name in survivors else 1] for name in sorted(state.held))
     return UnmaskingShares(

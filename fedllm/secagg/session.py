@@ -1,4 +1,4 @@
-"""What all parties of one secure aggregation agree on: parameters, keys, the cohort, and what is signed."""
+"""What all parties of a secure aggregation agree on: parameters, the cohort with its keys, and what is signed."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,17 +18,12 @@ from fedllm.values import MAX_HOLDERS
 SEALED = 2 * shamir.SHARE + 16  # bytes: a share of the seed, one of the mask key, and the tag
 _DOMAIN = b"fedllm secure aggregation v2"  # v1 had no `common_digest`
 Vector = NDArray[np.uint32]
-RevealedSeeds = Callable[
-    [int], tuple[str, ...]
-]  # what a site reveals of its own beside shares, by the number of survivors
-
-
-# ---- what all agree on -----------------------------------------------------------------------------------------------
+RevealedSeeds = Callable[[int], tuple[str, ...]]  # number of survivors -> seeds that a site reveals beside shares
 
 
 @dataclass(frozen=True)
 class SessionParams:
-    """What a site accepts before it joins. The roster is the site's own: the server cannot add to it."""
+    """What a site accepts before it takes part. The roster is the site's own: the server cannot add to it."""
 
     plan: str  # digest of the run's plan, 64 hexadecimal digits
     session: str  # nonce of this start of the run, 64 hexadecimal digits
@@ -54,7 +49,7 @@ class SessionParams:
         return digest_of_document(_document("terms", self.plan, self.session, self.threshold, self.colluders))
 
     def check_size(self, holders: int) -> None:
-        """Raise PrivacyError unless a threshold of `holders` leaves no room for two contradictory lists."""
+        """Raise PrivacyError unless the threshold, of `holders` sites, leaves no room for two contradictory lists."""
         most = min(self.sites, MAX_HOLDERS)
         if holders > most:
             raise PrivacyError(f"secure aggregation takes {most} sites at most under these terms, found {holders}")
@@ -74,34 +69,34 @@ class SessionParams:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The sites that hold shares: a list of joins whose every signature was checked. Made by `make_cohort`."""
+    """The sites that share secrets with one another, by their keys, whose signatures `make_cohort` has checked."""
 
     terms: SessionParams
     joins: tuple[AdvertisedKey, ...]  # by name
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Sites by name; a site's place here, from 1, is where Shamir's polynomials are taken for it."""
+        """Sites by name; a site's place here, from 1, is where Shamir's polynomials are evaluated for it."""
         return tuple(join.site for join in self.joins)
 
     @cached_property
     def place(self) -> dict[str, int]:
-        """From 1."""
+        """Number of each site, from 1."""
         return {name: number for number, name in enumerate(self.names, 1)}
 
     @cached_property
     def digest(self) -> str:
-        """Digest of names, identities and share keys: who sees another list makes other keys and signatures."""
+        """Digest of names, identities and share keys: a site that sees another list makes other keys and signatures."""
         parts = ((join.site, self.terms.roster[join.site].to_text(), join.key) for join in self.joins)
         return digest_of_document(_document("joins", self.terms.context, *(part for row in parts for part in row)))
 
     def document(self, label: str, number: int, *parts: str | bytes | int) -> bytes:
-        """Return bytes for one purpose in one round of this circle."""
+        """Return bytes for one purpose in one round of this cohort."""
         return _document(label, self.terms.context, self.digest, number, *parts)
 
 
 def check_join(terms: SessionParams, join: AdvertisedKey) -> None:
-    """Raise MessageError unless a site of the roster signed this key, a usable one, under these terms."""
+    """Raise MessageError unless a site of the roster signed this key, a usable one, for this session."""
     _check_signed_key(terms, join)
     check_key(join.site, join.key)
 
@@ -128,7 +123,7 @@ def check_key(site: str, key: str) -> None:
 
 
 def make_cohort(terms: SessionParams, joins: Iterable[AdvertisedKey]) -> Cohort:
-    """Check a list of joins, in any order; raises MessageError, and PrivacyError if the threshold does not fit."""
+    """Check advertised keys, in any order; raises MessageError, and PrivacyError if the threshold does not fit."""
     ordered = tuple(sorted(joins, key=lambda join: join.site))
     if len({join.site for join in ordered}) != len(ordered) or len({join.key for join in ordered}) != len(ordered):
         raise MessageError("the list of joins names a site or a key twice")
@@ -139,7 +134,7 @@ def make_cohort(terms: SessionParams, joins: Iterable[AdvertisedKey]) -> Cohort:
 
 
 def check_dealing(cohort: Cohort, number: int, dealing: SignedMaskKey) -> bytes:
-    """Return what was signed; raises MessageError unless a site of the circle signed it for this round."""
+    """Return the document that was signed; raises MessageError unless a site of the cohort signed it for this round."""
     identity = cohort.terms.roster.get(dealing.site)
     if identity is None or dealing.site not in cohort.place:
         raise MessageError(f"round {number}: shares of site={dealing.site!r}, which has not joined")
@@ -191,7 +186,7 @@ def _is_digest(text: str) -> bool:
 
 
 def common_digest(cohort: Cohort, number: int, task: str, dealings: Iterable[SignedMaskKey]) -> str:
-    """Return the digest of what is the same for all sites of a round: `task` is that of what they compute, 64 hex."""
+    """Return the digest of what is the same for all sites of a round: `task` is that of their request, 64 hex."""
     dealt = ((each.site, each.key, each.commitment, each.signature) for each in dealings)
     return digest_of_document(cohort.document("common", number, task, *(part for row in dealt for part in row)))
 

@@ -64,7 +64,7 @@ class Blocks:
             yield
 
     def compile(self, gradients: Callable[[Batch], Tensor], max_length: int, *, classifies: bool) -> None:
-        """Compile the blocks; raises ModelError, and leaves them as they were, where that does not work.
+        """Compile the blocks; raises ModelError, and leaves them as they were, if that does not work.
 
         `gradients` returns per-unit gradients, float32[units, d]: of public tokens, they must be compiled what they
         are without.

@@ -32,7 +32,7 @@ _opening = threading.Lock()
 
 
 def open_workspace(model: ModelConfig, adapter: AdapterConfig, seed: int, device: str) -> ModelContext:
-    """Return the process's workspace for these values, loading the base only if it is not there yet.
+    """Return the process's ModelContext for these values, loading the base only if it is not there yet.
 
     One is kept: opening another frees the memory of the last.
     """
@@ -46,7 +46,7 @@ def open_workspace(model: ModelConfig, adapter: AdapterConfig, seed: int, device
 
 
 def open_for_training(plan: RunPlan, model: ModelConfig, device: str, checkpointing: bool) -> ModelContext:
-    """Return the workspace of a plan, its engine set up; `model` is the plan's, as this site has it."""
+    """Return the ModelContext of a plan, its engine set up; `model` is the plan's, as this site has it."""
     workspace = open_workspace(model, plan.adapter, plan.seed, device)
     with workspace.adapter.lock:
         workspace.engine.set_up(plan, checkpointing)

@@ -7,9 +7,9 @@ compared with the inputs. Client seconds are the mean over the sites that stayed
 functions of flwr's SecAgg, as its client mod and its workflow call them, without quantisation and without its
 messages: one client is timed, and at the server `--samples` of each operation, times how often the workflow does it.
 Bytes of Flower are contents only: keys, ciphertexts, shares, and the vector as its mod serialises it. The threshold
-is the same. The two take turns; ratios are taken within each turn. What fedllm does once a run (join, check all
-joins, agree on keys) is listed apart; Flower makes new keys in every round. The noise of privacy=distributed, which is
-no part of secure aggregation and which Flower has none of, is listed apart as well.
+is the same. The two take turns; ratios are taken within each turn. What fedllm does once a run (advertise keys, check
+all of them, agree on secrets) is listed apart; Flower makes new keys in every round. The noise of privacy=distributed,
+which is no part of secure aggregation and which Flower has none of, is listed apart as well.
 
 The two do not give the same protection: Flower's masks are MT19937 from a seed of 32 bits (`pseudo_rand_gen`), and
 its keys carry no signature, so it is made for a server that keeps to the protocol.
@@ -94,7 +94,7 @@ class _Clock:
 
 
 class Federation:
-    """All sites of a run, after their joins."""
+    """All sites of a run, after they have advertised keys."""
 
     def __init__(self, sites: int, threshold: int) -> None:
         identities = {f"site-{number:03}": Identity.generate() for number in range(sites)}
