@@ -80,7 +80,7 @@ def examine(folder: Path) -> list[CheckResult]:
         )
     found += run_checks(
         lambda: [disk("the ledger and logs", folder, 0.1, 1)],
-        lambda: size("the log", folder / "log", 1, "see docs/deployment.md, logs"),
+        lambda: size("the log", folder / "log", 1, "rotate it (docs/deployment.md, What to watch)"),
         versions,
     )
     return list(dict.fromkeys(found))
@@ -209,7 +209,7 @@ def _outside(office: Office) -> list[CheckResult]:
 def _own_certificate(key: Path) -> CheckResult:
     facts = read_certificates(read(key.with_suffix(".pem")))[0]
     after = "install a new grant (at the server: fedllm server grant SITE)"
-    return certificate("this office's certificate", facts, after)
+    return certificate("this site's certificate", facts, after)
 
 
 def _silent(socket: Path) -> str:
@@ -235,7 +235,7 @@ def _way(address: str, ca: Path, key: Path) -> list[CheckResult]:
         facts = read_certificates(probe_tls(name, port, ca, own=(key.with_suffix(".pem"), key)))[0]
     except OSError as error:
         return [*found, failure(f"way to the server: {explain_failure(name, port, error)}")]
-    text = f"way to the server: {address} speaks TLS 1.3 with the certificate expected, and takes this office's"
+    text = f"way to the server: {address} speaks TLS 1.3 with the expected certificate, and accepts this site's"
     return [
         *found,
         ok(text),
@@ -256,7 +256,10 @@ def examine_relay(folder: Path) -> list[CheckResult]:
 
     def keys() -> list[CheckResult]:
         if certified_key(read(folder / CERTIFICATE)) != key_line(read_secret(folder / KEY)):
-            return [failure("the relay's folder: its certificate is for another key. Make the folder again.")]
+            text = (
+                "the relay's folder: its certificate is for another key. Make it again: fedllm site export-relay FOLDER"
+            )
+            return [failure(text)]
         return [ok("the relay's folder: settings, key and certificate"), _own_certificate(folder / KEY)]
 
     def socket() -> list[CheckResult]:
@@ -323,7 +326,7 @@ def _check_grant(office: Office) -> list[CheckResult]:
         text = (
             f"new keys wait for a grant: send {office.join_file} to the server, then fedllm site install"
             if newer
-            else "old keys are still there: fedllm site retire, when the server has heard from this office"
+            else "old keys are still there: fedllm site retire, when the server has heard from this site"
         )
         found.append(ok(text))
     return found

@@ -73,7 +73,7 @@ class SitePolicy(Frozen):
             if not re.fullmatch("[0-9a-f]{40}", found):
                 raise ValueError(f"the fingerprint of {name} has 40 hexadecimal digits, found {found!r}")
         if len(set(digits.values())) < len(digits):
-            raise ValueError("two sites have one fingerprint; whoever holds that key would count as two")
+            raise ValueError("two sites have one fingerprint; the holder of that key would count as two")
         return peers
 
     def admit(self, plan: RunPlan) -> None:
@@ -87,7 +87,9 @@ class SitePolicy(Frozen):
         its person's vector from one within the clip into another, by up to two clip norms, and one is charged for.
         """
         if not plan.privacy.protects and not self.allow_unprotected:
-            raise PrivacyError("the plan is NOT PRIVATE (no noise, or seeded noise), and the policy permits none such")
+            raise PrivacyError(
+                "the plan is NOT PRIVATE (no noise, or seeded noise), and the policy does not permit that (allow_unprotected)"
+            )
         if plan.privacy.unit != self.unit:
             raise PrivacyError(
                 f"privacy.unit={plan.privacy.unit}; this site protects each {self.unit} (policy.unit), which costs "

@@ -151,7 +151,7 @@ def check_private(path: Path) -> None:
         right = "700" if stat.S_ISDIR(found.st_mode) else "600"
         raise FolderError(
             f"{path} has mode {stat.S_IMODE(found.st_mode):03o}: others than its owner may use it. "
-            f"Run: chmod {right} '{path}', and think of who may have read it."
+            f"Run: chmod {right} '{path}', and treat its contents as exposed."
         )
 
 

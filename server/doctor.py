@@ -60,7 +60,7 @@ def examine(folder: Path) -> list[CheckResult]:
         )
     found += run_checks(
         lambda: [disk("checkpoints", folder)],
-        lambda: size("the log", folder / "log", 1, "see docs/deployment.md, logs"),
+        lambda: size("the log", folder / "log", 1, "rotate it (docs/deployment.md, What to watch)"),
         lambda: size("all runs together", folder / "runs", 100, f"remove folders of old runs from {folder / 'runs'}"),
         versions,
     )

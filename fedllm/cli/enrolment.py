@@ -53,7 +53,9 @@ OfficeOption = Annotated[
 HEAD_OFFICE, OFFICE = Path("~/.fedllm/head-office"), Path("~/.fedllm/site")
 _Fingerprint = Annotated[
     str | None,
-    typer.Option("--fingerprint", help="What the other side read to you on the telephone.", show_default=False),
+    typer.Option(
+        "--fingerprint", help="The fingerprint that the other side read to you on the telephone.", show_default=False
+    ),
 ]
 _SiteName = Annotated[str, typer.Argument(help="The site's name.", show_default=False)]
 
@@ -118,7 +120,7 @@ def revoke(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
     from server import federation
 
     member = federation.revoke(absolute(home), site)
-    typer.echo(f"{member.site} is revoked. Its keys cannot be admitted again; new ones of it can.")
+    typer.echo(f"{member.site} is revoked. Its keys cannot be admitted again; new keys can.")
 
 
 @server_app.command("grant")
@@ -201,7 +203,7 @@ def site_init(
     name: Annotated[str, typer.Option("--name", help="The site's name, such as seoul-gangnam.", show_default=False)],
     home: OfficeOption = OFFICE,
 ) -> None:
-    """Make this office's folder, with its keys, settings and join request."""
+    """Make the site's folder, with its keys, settings and join request."""
     from client.office import init_office
 
     office = init_office(absolute(home), name)
@@ -290,7 +292,7 @@ def report(findings: Sequence["CheckResult"]) -> None:
         typer.echo(f"{finding.level:<7}  {text}")
     count = sum(not finding.right for finding in findings)
     if count:
-        raise FedllmError(f"{count} of {len(findings)} findings need to be put right, see above")
+        raise FedllmError(f"{count} of {len(findings)} checks found an ERROR: do what their lines say")
 
 
 def _ask(question: str) -> str:

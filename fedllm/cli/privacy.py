@@ -85,7 +85,7 @@ def epsilon(
         typer.echo(f"note: {name.upper()}: {reason}")
     typer.echo("An attacker who sees all that was released and has to say whether one unit was in the data:")
     typer.echo(
-        f"  says it rightly in at most {_percent(50 + 50 * cost.advantage)} % of cases; guessing is 50 % "
+        f"  is right in at most {_percent(50 + 50 * cost.advantage)} % of cases; guessing is 50 % "
         f"(advantage {_percent(100 * cost.advantage)} %)"
     )
     typer.echo(
@@ -122,8 +122,8 @@ def calibrate(
 
 @privacy_app.command("audit-bound")
 def audit_bound(
-    canaries: Annotated[int, typer.Option(help="Canaries, each put in by a fair coin.", show_default=False)],
-    guesses: Annotated[int, typer.Option(help="Coins that the attacker guessed.", show_default=False)],
+    canaries: Annotated[int, typer.Option(help="Canaries, each put in with probability 1/2.", show_default=False)],
+    guesses: Annotated[int, typer.Option(help="Canaries whose presence the attacker guessed.", show_default=False)],
     right: Annotated[int, typer.Option(help="Right guesses.", show_default=False)],
     delta: _DeltaOption,
     as_json: _JsonOption = False,

@@ -39,7 +39,7 @@ _POLL = 0.5  # seconds between looks at a run's progress
 _SUBMIT_HELP = """Start a run of the admitted sites and follow it.
 
 OVERRIDES are Hydra's KEY=VALUE, as for simulate, on conf/deployment.yaml; `fedllm submit --cfg` prints every key. The
-offices' records, templates and policies are their own; what is public and the same for all is set here.
+sites' records, templates and policies are their own; what is public and the same for all is set here.
 
 [bold]Examples[/bold]
 
@@ -48,7 +48,7 @@ offices' records, templates and policies are their own; what is public and the s
   fedllm submit name=first model=causal-lm model.source=our-base data=heldout data.heldout=./public.jsonl
       data.prompt='{question}' data.text='{answer}' privacy.units_per_site=2000      a model and data of your own
 
-  fedllm submit --resume first                              continue it after whatever ended it
+  fedllm submit --resume first                              continue it after an interruption
 """
 
 
@@ -120,7 +120,7 @@ def site_start(home: OfficeOption = OFFICE) -> None:
 
 @site_app.command("export-relay")
 def site_export_relay(
-    to: Annotated[Path, typer.Argument(help="The relay's folder, made where it is missing.", show_default=False)],
+    to: Annotated[Path, typer.Argument(help="The relay's folder, made if it is missing.", show_default=False)],
     home: OfficeOption = OFFICE,
 ) -> None:
     """Write the relay's folder: what `fedllm site relay` needs, and no key that opens a message."""

@@ -98,9 +98,9 @@ def clock(last: datetime | None, what: str) -> list[CheckResult]:
         ]
     synchronised = _synchronised()
     if synchronised is None:
-        return [warning("clock: the system does not say whether it is kept right. Compare it by hand: date")]
+        return [warning("clock: the system does not say if it is synchronised. Compare it by hand: date")]
     if not synchronised:
-        return [warning("clock: not synchronised, and certificates hold by it. Remedy: timedatectl set-ntp true")]
+        return [warning("clock: not synchronised, and certificates depend on it. Remedy: timedatectl set-ntp true")]
     return [ok("clock: synchronised")]
 
 

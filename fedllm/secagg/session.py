@@ -41,7 +41,7 @@ class SessionParams:
                 "in every sum, otherwise it shows one site's update. Raise the threshold."
             )
         if len({identity.signing for identity in self.roster.values()}) < len(self.roster):
-            raise PrivacyError("the roster has one identity under two names: whoever holds its key would count as two")
+            raise PrivacyError("the roster has one identity under two names: the holder of its key would count as two")
 
     @cached_property
     def context(self) -> str:
