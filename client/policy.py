@@ -88,7 +88,8 @@ class SitePolicy(Frozen):
         """
         if not plan.privacy.protects and not self.allow_unprotected:
             raise PrivacyError(
-                "the plan is NOT PRIVATE (no noise, or seeded noise), and the policy does not permit that (allow_unprotected)"
+                "the plan is NOT PRIVATE (no noise, or seeded noise), and the policy does not permit that "
+                "(allow_unprotected)"
             )
         if plan.privacy.unit != self.unit:
             raise PrivacyError(

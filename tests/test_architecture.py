@@ -330,7 +330,8 @@ def test_the_round_loop_loads_no_flower() -> None:
     loaded = loaded_by("import server.rounds")
     assert {"server", "numpy"} <= loaded
     assert not loaded & {"flwr", "ray", "grpc", "torch"}
-    deciding = ["server." + name for name in ("rounds", "masks", "aggregate", "heads", "checkpoint", "record", "run")]
+    names = ("rounds", "secagg_server", "aggregate", "ledger_heads", "checkpoint", "run_record", "run")
+    deciding = [f"server.{name}" for name in names]
     assert set(deciding) <= set(sources())
     expect_none([(module, name) for module, name in arrows() if module in deciding and within(name, ["flwr"])])
 
