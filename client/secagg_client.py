@@ -51,7 +51,7 @@ class SecAggClient:
         cohort = plan.cohort(self._site)  # fixed by the plan for the whole run: sites outside it are no peers
         with _judged():
             peers = self._peers(request.roster)
-            terms = SessionParams(
+            params = SessionParams(
                 plan.digest,
                 request.session,
                 plan.quorum,
@@ -60,8 +60,8 @@ class SecAggClient:
                 plan.sites,
             )
             member = self._members.pop(plan.digest, None)
-            if member is None or member.terms != terms:
-                member = Participant(terms, self._site, self._identity())
+            if member is None or member.params != params:
+                member = Participant(params, self._site, self._identity())
         self._members[plan.digest] = member
         while len(self._members) > _RUNS:
             del self._members[next(iter(self._members))]

@@ -28,7 +28,7 @@ from fedllm.protocol.messages import Prepare, SecAggRequest, TrainRequest, from_
 from fedllm.protocol.sealed_envelope import Binding
 from fedllm.training.data import read_rows
 from fedllm.training.model import load_reader
-from fedllm.training.workspace import ModelContext, open_for_training, use_threads
+from fedllm.training.model_context import ModelContext, open_for_training, use_threads
 
 _log = logging.getLogger("fedllm.site")
 _RUNS_KEPT = 1000  # of which the last number is remembered one by one
@@ -137,7 +137,7 @@ def open_site(office: Office) -> Site:
     """Return the Site that a folder configures: its records are read and tokenised now, and not again."""
     resources, declared = office.config.resources, office.declaration.files
 
-    def workspace(plan: RunPlan) -> ModelContext:
+    def context(plan: RunPlan) -> ModelContext:
         # every time: files may be exchanged while the site runs, and a plan may name another revision of them
         if declared.get(plan.model.source) != office.files_digest(plan.model):
             raise ModelError(
@@ -147,7 +147,7 @@ def open_site(office: Office) -> Site:
         return open_for_training(plan, office.model(plan.model), resources.device, resources.checkpointing)
 
     return Site(
-        office.name, office.policy, office.ledger, lambda: office.identity, workspace, read_records(office),
+        office.name, office.policy, office.ledger, lambda: office.identity, context, read_records(office),
         resources.micro_batch, office.peers if office.config.policy.peers else None,
     )  # fmt: skip
 

@@ -71,9 +71,9 @@ from fedllm.protocol.messages import (
 )
 from fedllm.protocol.spending_statement import Statement, sign_statement, update_digest
 from fedllm.training.data import PrivacyUnit
+from fedllm.training.model_context import ModelContext
 from fedllm.training.self_check import Subject, self_check_once
-from fedllm.training.trainer import shared_step, train_round
-from fedllm.training.workspace import ModelContext
+from fedllm.training.trainer import distributed_step, train_round
 from fedllm.values import MAX_START, check_name
 
 _log = logging.getLogger("fedllm.site")
@@ -133,13 +133,13 @@ class PlanSession:
     ledger: PrivacyLedger
     records: Records
     micro_batch: int
-    open_workspace: Callable[[RunPlan], ModelContext]
+    open_context: Callable[[RunPlan], ModelContext]
 
     @cached_property
-    def workspace(self) -> ModelContext:
+    def context(self) -> ModelContext:
         """Model, adapter and engine, set up for the plan; raises SpecMismatch if this site does not have them."""
         try:
-            return self.open_workspace(self.plan)
+            return self.open_context(self.plan)
         except ModelError as error:
             raise SpecMismatch(str(error)) from error
 
@@ -150,7 +150,7 @@ class PlanSession:
 
     def self_check(self, round_: int) -> None:
         """Try the engine on made-up text; PrivacyError if it breaks an invariant, SpecMismatch for want of memory."""
-        adapter, engine = self.workspace.adapter, self.workspace.engine
+        adapter, engine = self.context.adapter, self.context.engine
         try:
             engine.rehearse(self.micro_batch, self.plan.model.max_length)
         except ModelError as error:
@@ -175,7 +175,7 @@ class Site:
         policy: SitePolicy,
         ledger: LedgerPlace,
         identity: Callable[[], Identity],
-        workspace: Callable[[RunPlan], ModelContext],
+        context: Callable[[RunPlan], ModelContext],
         records: Records,
         micro_batch: int,
         peers: Peers | None = None,
@@ -189,7 +189,7 @@ class Site:
         check_name(name)
         self.name = name
         self._policy, self._ledger, self._micro_batch = policy, ledger, micro_batch
-        self._identity, self._open_workspace, self._records = identity, workspace, records
+        self._identity, self._open_context, self._records = identity, context, records
         self._opened: PrivacyLedger | None = None
         self._unfinished = Unfinished(ledger.file)
         self._masks = SecAggClient(name, identity, peers) if peers is not None else None
@@ -222,9 +222,7 @@ class Site:
         self._admit(plan)
         if isinstance(message, SecAggRequest):
             return self._distributed(plan).answer(message)
-        session = PlanSession(
-            self.name, plan, self.open_ledger(), self._records, self._micro_batch, self._open_workspace
-        )
+        session = PlanSession(self.name, plan, self.open_ledger(), self._records, self._micro_batch, self._open_context)
         if isinstance(message, Prepare):
             return self._prepare(message, session).to_bytes()
         return self._train(message, session, hold_back, stop)
@@ -267,7 +265,7 @@ class Site:
         plan = session.plan
         session.ledger.check(plan.run, plan.mechanism.event(plan.training.local_steps))
         self._check_engine(session, 1)
-        spec = session.workspace.adapter.spec
+        spec = session.context.adapter.spec
         join = b""
         if plan.distributed is not None:
             plan.distributed.clip_before_rounding(spec.dimension)  # refuses what 32 bits are too few for
@@ -285,7 +283,7 @@ class Site:
         plan, ledger = session.plan, session.ledger
         if request.round > plan.training.rounds:
             raise MessageError(f"round={request.round} of a plan of {plan.training.rounds} rounds")
-        spec = session.workspace.adapter.spec
+        spec = session.context.adapter.spec
         if request.spec_digest != spec.digest:
             raise SpecMismatch("the server's adapter is another one. Do base model, seed and versions agree?")
         payload, mask = request.payload, None
@@ -347,14 +345,14 @@ class Site:
         That the payload is not finite, or too large to be sent, is a property of the noised vector, and no second try
         is free. The noise is drawn before a record is looked at.
         """
-        plan, workspace = session.plan, session.workspace
+        plan, context = session.plan, session.context
         source = session.randomness(request.round)
         own_coins = KeyedRandomness(coins, b"fedllm poisson sample v1") if source.private else source
-        parts = (workspace.adapter, workspace.engine, session.units, plan, start, source, session.micro_batch)
+        parts = (context.adapter, context.engine, session.units, plan, start, source, session.micro_batch)
         try:
             if mask is not None:
                 task = request.task(adapter_vector.encode(start, "float32"))
-                return pack(*self._distributed(plan).mask(plan, mask, task, *shared_step(*parts, own_coins)))
+                return pack(*self._distributed(plan).mask(plan, mask, task, *distributed_step(*parts, own_coins)))
             delta = train_round(*parts, stop, own_coins)
             try:
                 return adapter_vector.encode(delta.astype(np.float32), plan.training.wire)

@@ -25,7 +25,7 @@ from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
-from fedllm.training.workspace import ModelContext, open_workspace, use_threads
+from fedllm.training.model_context import ModelContext, open_context, use_threads
 from fedllm.values import parse
 from server.aggregate import aggregation_rule
 from server.channel import Channel
@@ -140,13 +140,13 @@ class HeadOfficeRun:
         aggregation_rule(config.federation, config.training)  # here, where the operator sees what is wrong with it
         self._config = config
         use_threads(config.site.threads)
-        self._workspace = open_workspace(config.model, config.adapter, config.seed, config.site.device)
-        self._evaluator = _evaluator(config, self._workspace)
+        self._context = open_context(config.model, config.adapter, config.seed, config.site.device)
+        self._evaluator = _evaluator(config, self._context)
 
     @property
     def dimension(self) -> int:
         """Parameters of the adapter."""
-        return self._workspace.adapter.spec.dimension
+        return self._context.adapter.spec.dimension
 
     def coordinator(
         self, plan: RunPlan, channel: Channel, record: RunLog, observe: Callable[[Event], None],
@@ -157,10 +157,10 @@ class HeadOfficeRun:
         `observe` receives every event; `record` is signed as the run goes; `heads` is what other runs saw of the
         sites' ledgers; `roster` names who takes part if noise comes in shares.
         """
-        adapter = self._workspace.adapter
+        adapter = self._context.adapter
         if plan.distributed is not None:
             plan.distributed.clip_before_rounding(adapter.spec.dimension)  # says here what every site would decline for
-        score = partial(_score, self._evaluator, self._workspace.engine, plan.mechanism)
+        score = partial(_score, self._evaluator, self._context.engine, plan.mechanism)
         model = PublicModel(adapter.spec, adapter.initial, score)
         coordinator = Coordinator(plan, self._config.federation, model, channel, record, observe, heads, roster)
         if self._config.resume:
@@ -176,7 +176,7 @@ class HeadOfficeRun:
         `memory_elsewhere` is what other processes of the run used at most, MB. `audit` is called beside the closing
         evaluation, and not beside the plots: matplotlib's settings are the process's.
         """
-        adapter = self._workspace.adapter
+        adapter = self._context.adapter
         coordinator.observe(Phase("closing evaluation: answers before and after"))
         failed: BaseException | None = None
         with ThreadPoolExecutor(1, "evaluation") as beside:
@@ -207,7 +207,7 @@ class HeadOfficeRun:
         return summary
 
 
-def _evaluator(config: RunConfig, workspace: ModelContext) -> Evaluator | None:
+def _evaluator(config: RunConfig, context: ModelContext) -> Evaluator | None:
     data = config.data
     if data.heldout is None:
         return None
@@ -217,9 +217,9 @@ def _evaluator(config: RunConfig, workspace: ModelContext) -> Evaluator | None:
     if data.heldout_limit is not None:
         count = min(data.heldout_limit, len(table))  # evenly spaced: files are often sorted
         table = table.select([i * len(table) // count for i in range(count)])
-    tokeniser = Tokeniser(workspace.adapter.tokenizer, config.model, data)
+    tokeniser = Tokeniser(context.adapter.tokenizer, config.model, data)
     with naming(data.heldout):
-        return Evaluator(workspace.adapter, table, tokeniser, data, config.site.micro_batch)
+        return Evaluator(context.adapter, table, tokeniser, data, config.site.micro_batch)
 
 
 def _score(

@@ -45,7 +45,7 @@ class SecAggServer:
     ) -> None:  # fmt: skip
         """`distributed` is the plan's; `roster` names the sites that may take part; groups share one `session`."""
         self._plan, self._distributed, self._dimension = plan, distributed, dimension
-        self._terms = SessionParams(
+        self._params = SessionParams(
             plan.digest, session or new_session(), plan.quorum, plan.privacy.colluding_sites, dict(roster), plan.sites
         )
         self._joins: dict[str, AdvertisedKey] = {}
@@ -56,19 +56,19 @@ class SecAggServer:
     @property
     def question(self) -> bytes:
         """The request that announces the plan and asks a site for its keys."""
-        return _announced(self._plan, self._terms.session, self._terms.roster)
+        return _announced(self._plan, self._params.session, self._params.roster)
 
     def join(self, site: str, payload: bytes) -> None:
         """Take a site's AdvertiseKeys in place of an earlier one; raises MessageError if they are not its own."""
-        join = from_bytes(payload, AdvertiseKeys, AdvertiseKeys)
-        if join.context != self._terms.context or join.join.site != site:
+        message = from_bytes(payload, AdvertiseKeys, AdvertiseKeys)
+        if message.context != self._params.context or message.join.site != site:
             raise MessageError("a join of another site, or to another session")
-        secagg.check_join(self._terms, join.join)
-        if any(other.key == join.join.key for name, other in self._joins.items() if name != site):
+        secagg.check_advertised_key(self._params, message.join)
+        if any(other.key == message.join.key for name, other in self._joins.items() if name != site):
             raise MessageError("a join with the key of another site")
-        if self._joins.get(site) != join.join:
+        if self._joins.get(site) != message.join:
             self._dealt.pop(site, None)
-        self._joins[site] = join.join
+        self._joins[site] = message.join
 
     def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
         """Have `sites` share a round's secrets; return a MaskedInputRequest for each that did, and why others did not.
@@ -83,21 +83,21 @@ class SecAggServer:
         failed.update(dict.fromkeys(present[self._plan.sites :], f"the plan is for {self._plan.sites} sites"))
         dealt = {name: self._dealt[name] for name in names if name in self._dealt}
         if cohort is None or set(dealt) != set(names):
-            cohort = self._cohort = secagg.make_cohort(self._terms, [self._joins[name] for name in names])
-            step = ShareKeysRequest(context=self._terms.context, round=number, joins=cohort.joins).to_bytes()
+            cohort = self._cohort = secagg.make_cohort(self._params, [self._joins[name] for name in names])
+            step = ShareKeysRequest(context=self._params.context, round=number, joins=cohort.joins).to_bytes()
             dealt = {}
             for site, data in ask(dict.fromkeys(names, self._secure(number, step)), self._plan.quorum):
                 try:
                     shares = from_bytes(arrived(data), KeyShares, Declined)
                     if isinstance(shares, Declined):
                         raise MessageError(f"declined to deal ({shares.reason})")
-                    self._check_shares(cohort, number, shares, site)
+                    self._check_key_shares(cohort, number, shares, site)
                     dealt[site] = shares
                 except MessageError as error:
                     failed[site] = str(error)
         self._dealt = {}
         self._participants = dealt
-        return {site: secagg.mask_request(cohort, number, dealt, site).to_bytes() for site in dealt}, failed
+        return {site: secagg.masked_input_request(cohort, number, dealt, site).to_bytes() for site in dealt}, failed
 
     def read(self, site: str, number: int, masked: bytes, following: bytes) -> MaskedInput:
         """Check an upload, and keep the site's shares for the next round; raises MessageError."""
@@ -105,10 +105,10 @@ class SecAggServer:
         upload = from_bytes(masked, MaskedInput, MaskedInput)
         if upload.site != site:
             raise MessageError(f"an upload of site={upload.site}")
-        secagg.read_masked(cohort, number, upload, self._dimension)
+        secagg.read_masked_input(cohort, number, upload, self._dimension)
         if following:
             shares = from_bytes(following, KeyShares, KeyShares)
-            self._check_shares(cohort, number + 1, shares, site)
+            self._check_key_shares(cohort, number + 1, shares, site)
             self._dealt[site] = shares
         return upload
 
@@ -142,13 +142,13 @@ class SecAggServer:
         cohort, threshold = self._at(number), self._plan.quorum
         dealings = (self._participants[site].dealing for site in sorted(self._participants))
         common = secagg.common_digest(cohort, number, task, dealings)
-        claim = secagg.unmask_request(cohort, number, common, self._participants, uploads)
-        secagg.check_claim(self._terms, claim, self._participants)
+        survivor_list = secagg.consistency_check(cohort, number, common, self._participants, uploads)
+        secagg.check_survivor_list(self._params, survivor_list, self._participants)
         consents: list[ConsistencySignature] = []
         reveals: list[UnmaskingShares] = []
         faults: list[str] = []
         surplus = len(self._distributed.revealed_seeds(len(uploads)))
-        question: dict[str, bytes] = dict.fromkeys(uploads, self._secure(number, claim.to_bytes()))
+        question: dict[str, bytes] = dict.fromkeys(uploads, self._secure(number, survivor_list.to_bytes()))
         while question:
             for site, data in ask(question, threshold):
                 try:
@@ -158,12 +158,12 @@ class SecAggServer:
                     if isinstance(answer, ConsistencySignature):
                         if answer.consent.site != site:
                             raise MessageError(f"a signature of site={answer.consent.site}")
-                        secagg.check_consent(cohort, claim, answer.consent)
+                        secagg.check_consistency_signature(cohort, survivor_list, answer.consent)
                         consents.append(answer)
                     else:
                         if answer.site != site:
                             raise MessageError(f"shares of site={answer.site}")
-                        secagg.check_reveal(cohort, claim, answer)
+                        secagg.check_unmasking_shares(cohort, survivor_list, answer)
                         if len(answer.surplus) != surplus:
                             raise MessageError(f"{len(answer.surplus)} seeds of surplus noise, expected {surplus}")
                         reveals.append(answer)
@@ -171,7 +171,7 @@ class SecAggServer:
                     faults.append(f"{site}: {error}")
             question = {}
             if len(consents) >= threshold and not reveals:
-                step = secagg.reveal_request(claim, consents).to_bytes()
+                step = secagg.unmasking_request(survivor_list, consents).to_bytes()
                 question = dict.fromkeys((consent.consent.site for consent in consents), self._secure(number, step))
                 consents = []
         if len(reveals) < threshold:
@@ -179,7 +179,7 @@ class SecAggServer:
                 f"{len(reveals)} of {len(uploads)} sites helped to unmask the sum, at least {threshold} are needed. "
                 f"{'; '.join(faults)}"
             )
-        total = secagg.unmask(cohort, self._participants, claim, uploads, reveals, self._dimension).total_d
+        total = secagg.unmask(cohort, self._participants, survivor_list, uploads, reveals, self._dimension).total_d
         self._take_off(total, [reveal.surplus for reveal in reveals], len(uploads))
         return total, len(reveals)
 
@@ -192,10 +192,10 @@ class SecAggServer:
     def _secure(self, number: int, step: bytes) -> bytes:
         return SecAggRequest(plan=self._plan, round=number, payload=step).to_bytes()
 
-    def _check_shares(self, cohort: Cohort, number: int, shares: KeyShares, site: str) -> None:
+    def _check_key_shares(self, cohort: Cohort, number: int, shares: KeyShares, site: str) -> None:
         if shares.dealing.site != site:
             raise MessageError(f"shares of site={shares.dealing.site}")
-        secagg.check_shares(cohort, number, shares)
+        secagg.check_key_shares(cohort, number, shares)
 
     def _at(self, number: int) -> Cohort:
         if self._cohort is None:

@@ -20,7 +20,7 @@ from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.shown import LogLines
 from fedllm.training.data import Table, check_columns, naming, person, read_table
 from fedllm.training.model import Reader, load_reader
-from fedllm.training.workspace import open_for_training, use_threads
+from fedllm.training.model_context import open_for_training, use_threads
 from server.checkpoint import writing
 from simulations.partition import partition
 
@@ -146,7 +146,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         policy=policy,
         ledger=LedgerPlace(place / "ledger.db", place / "ledger.anchor"),
         identity=partial(Identity.load_or_create, place / "identity"),
-        workspace=lambda plan: open_for_training(plan, plan.model, site.device, site.checkpointing),
+        context=lambda plan: open_for_training(plan, plan.model, site.device, site.checkpointing),
         records=data.records(name, config.model),
         micro_batch=site.micro_batch,
         peers=lambda _: roster_of(config, data.names, folder),

@@ -25,9 +25,9 @@ def pair_mask_key(cohort: Cohort, number: int, common: str, own: str, key: Agree
     return primitives.derive(secret, cohort.document("pair mask", number, common, *sorted((own, peer.site))))
 
 
-def share_key(cohort: Cohort, number: int, agreed: bytes, sender: str, receiver: str, dealing: bytes) -> bytes:
+def share_key(cohort: Cohort, number: int, agreed: bytes, sender: str, receiver: str, mask_key: bytes) -> bytes:
     """Return a key for one pair of shares: `dealing` is the signed document on them, with keys of their own."""
-    return primitives.derive(agreed, cohort.document("sealed shares", number, sender, receiver, dealing))
+    return primitives.derive(agreed, cohort.document("sealed shares", number, sender, receiver, mask_key))
 
 
 def add_mask(total_d: Vector, key: bytes, sign: int) -> None:

@@ -71,13 +71,13 @@ class SessionParams:
 class Cohort:
     """The sites that share secrets with one another, by their keys, whose signatures `make_cohort` has checked."""
 
-    terms: SessionParams
+    params: SessionParams
     joins: tuple[AdvertisedKey, ...]  # by name
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Sites by name; a site's place here, from 1, is where Shamir's polynomials are evaluated for it."""
-        return tuple(join.site for join in self.joins)
+        return tuple(entry.site for entry in self.joins)
 
     @cached_property
     def place(self) -> dict[str, int]:
@@ -87,31 +87,33 @@ class Cohort:
     @cached_property
     def digest(self) -> str:
         """Digest of names, identities and share keys: a site that sees another list makes other keys and signatures."""
-        parts = ((join.site, self.terms.roster[join.site].to_text(), join.key) for join in self.joins)
-        return digest_of_document(_document("joins", self.terms.context, *(part for row in parts for part in row)))
+        parts = ((entry.site, self.params.roster[entry.site].to_text(), entry.key) for entry in self.joins)
+        return digest_of_document(_document("joins", self.params.context, *(part for row in parts for part in row)))
 
     def document(self, label: str, number: int, *parts: str | bytes | int) -> bytes:
         """Return bytes for one purpose in one round of this cohort."""
-        return _document(label, self.terms.context, self.digest, number, *parts)
+        return _document(label, self.params.context, self.digest, number, *parts)
 
 
-def check_join(terms: SessionParams, join: AdvertisedKey) -> None:
+def check_advertised_key(params: SessionParams, entry: AdvertisedKey) -> None:
     """Raise MessageError unless a site of the roster signed this key, a usable one, for this session."""
-    _check_signed_key(terms, join)
-    check_key(join.site, join.key)
+    _check_signed_key(params, entry)
+    check_key(entry.site, entry.key)
 
 
-def _check_signed_key(terms: SessionParams, join: AdvertisedKey) -> None:
-    identity = terms.roster.get(join.site)
+def _check_signed_key(params: SessionParams, entry: AdvertisedKey) -> None:
+    identity = params.roster.get(entry.site)
     if identity is None:
         raise MessageError(
-            f"secure aggregation: site={join.site!r} is not on the roster. Add it there, or leave it out."
+            f"secure aggregation: site={entry.site!r} is not on the roster. Add it there, or leave it out."
         )
     try:
-        identity.verify(join_document(terms, join.site, bytes.fromhex(join.key)), bytes.fromhex(join.signature))
+        identity.verify(
+            advertised_key_document(params, entry.site, bytes.fromhex(entry.key)), bytes.fromhex(entry.signature)
+        )
     except CryptoError as error:
         raise MessageError(
-            f"the join of site={join.site!r} is not its own, or is for another plan or session ({error})"
+            f"the join of site={entry.site!r} is not its own, or is for another plan or session ({error})"
         ) from None
 
 
@@ -122,48 +124,48 @@ def check_key(site: str, key: str) -> None:
         raise MessageError(f"site={site!r} sent {error}. Leave it out.") from None
 
 
-def make_cohort(terms: SessionParams, joins: Iterable[AdvertisedKey]) -> Cohort:
+def make_cohort(params: SessionParams, joins: Iterable[AdvertisedKey]) -> Cohort:
     """Check advertised keys, in any order; raises MessageError, and PrivacyError if the threshold does not fit."""
-    ordered = tuple(sorted(joins, key=lambda join: join.site))
-    if len({join.site for join in ordered}) != len(ordered) or len({join.key for join in ordered}) != len(ordered):
+    ordered = tuple(sorted(joins, key=lambda entry: entry.site))
+    if len({entry.site for entry in ordered}) != len(ordered) or len({entry.key for entry in ordered}) != len(ordered):
         raise MessageError("the list of joins names a site or a key twice")
-    terms.check_size(len(ordered))
-    for join in ordered:
-        _check_signed_key(terms, join)
-    return Cohort(terms, ordered)
+    params.check_size(len(ordered))
+    for entry in ordered:
+        _check_signed_key(params, entry)
+    return Cohort(params, ordered)
 
 
-def check_dealing(cohort: Cohort, number: int, dealing: SignedMaskKey) -> bytes:
+def check_mask_key(cohort: Cohort, number: int, mask_key: SignedMaskKey) -> bytes:
     """Return the document that was signed; raises MessageError unless a site of the cohort signed it for this round."""
-    identity = cohort.terms.roster.get(dealing.site)
-    if identity is None or dealing.site not in cohort.place:
-        raise MessageError(f"round {number}: shares of site={dealing.site!r}, which has not joined")
-    document = dealing_document(
-        cohort, number, dealing.site, bytes.fromhex(dealing.key), bytes.fromhex(dealing.commitment)
+    identity = cohort.params.roster.get(mask_key.site)
+    if identity is None or mask_key.site not in cohort.place:
+        raise MessageError(f"round {number}: shares of site={mask_key.site!r}, which has not joined")
+    document = mask_key_document(
+        cohort, number, mask_key.site, bytes.fromhex(mask_key.key), bytes.fromhex(mask_key.commitment)
     )
     try:
-        identity.verify(document, bytes.fromhex(dealing.signature))
+        identity.verify(document, bytes.fromhex(mask_key.signature))
     except CryptoError as error:
         raise MessageError(
-            f"the shares of site={dealing.site!r} are not its own, or not for round {number} of these sites ({error})"
+            f"the shares of site={mask_key.site!r} are not its own, or not for round {number} of these sites ({error})"
         ) from None
     return document
 
 
-def claim_digest(cohort: Cohort, request: ConsistencyCheck) -> str:
+def survivors_digest(cohort: Cohort, request: ConsistencyCheck) -> str:
     """Return the digest of a list of survivors."""
-    return digest_of_document(claim_document(cohort, request))
+    return digest_of_document(survivors_document(cohort, request))
 
 
-def join_document(terms: SessionParams, site: str, key: bytes) -> bytes:
-    return _document("join", terms.context, site, key)
+def advertised_key_document(params: SessionParams, site: str, key: bytes) -> bytes:
+    return _document("join", params.context, site, key)
 
 
-def dealing_document(cohort: Cohort, number: int, site: str, key: bytes, commitment: bytes) -> bytes:
+def mask_key_document(cohort: Cohort, number: int, site: str, key: bytes, commitment: bytes) -> bytes:
     return cohort.document("dealing", number, site, key, commitment)
 
 
-def claim_document(cohort: Cohort, request: ConsistencyCheck) -> bytes:
+def survivors_document(cohort: Cohort, request: ConsistencyCheck) -> bytes:
     listed = request.survivors + request.dropped
     return cohort.document("survivors", request.round, request.common, len(request.survivors), *listed)
 
@@ -191,7 +193,7 @@ def common_digest(cohort: Cohort, number: int, task: str, dealings: Iterable[Sig
     return digest_of_document(cohort.document("common", number, task, *(part for row in dealt for part in row)))
 
 
-def check_claim(terms: SessionParams, request: ConsistencyCheck, participants: Collection[str]) -> None:
+def check_survivor_list(params: SessionParams, request: ConsistencyCheck, participants: Collection[str]) -> None:
     """Raise MessageError or PrivacyError unless the list divides the participants and leaves enough survivors."""
     listed = [*request.survivors, *request.dropped]
     ordered = list(request.survivors) == sorted(request.survivors) and list(request.dropped) == sorted(request.dropped)
@@ -200,20 +202,22 @@ def check_claim(terms: SessionParams, request: ConsistencyCheck, participants: C
             f"round {request.round}: survivors and dropped sites must be, by name, all {len(participants)} "
             "participants, each once"
         )
-    if len(request.survivors) < terms.threshold:
+    if len(request.survivors) < params.threshold:
         raise PrivacyError(
             f"round {request.round}: {len(request.survivors)} survivors, expected at least the threshold of "
-            f"{terms.threshold}. Give the round up."
+            f"{params.threshold}. Give the round up."
         )
 
 
-def check_consent(cohort: Cohort, claim: ConsistencyCheck, consent: Signed) -> None:
+def check_consistency_signature(cohort: Cohort, survivor_list: ConsistencyCheck, consent: Signed) -> None:
     """Raise MessageError unless a survivor signed this list."""
-    if consent.site not in claim.survivors:
-        raise MessageError(f"round {claim.round}: site={consent.site!r} signed, but is not a survivor")
+    if consent.site not in survivor_list.survivors:
+        raise MessageError(f"round {survivor_list.round}: site={consent.site!r} signed, but is not a survivor")
     try:
-        cohort.terms.roster[consent.site].verify(claim_document(cohort, claim), bytes.fromhex(consent.signature))
+        cohort.params.roster[consent.site].verify(
+            survivors_document(cohort, survivor_list), bytes.fromhex(consent.signature)
+        )
     except CryptoError:
         raise MessageError(
-            f"round {claim.round}: the signature of site={consent.site!r} is not on this list of survivors"
+            f"round {survivor_list.round}: the signature of site={consent.site!r} is not on this list of survivors"
         ) from None

@@ -581,7 +581,7 @@ def upload_is_a_sum_with_its_share(s: Subject) -> str:
     uploads = []
     for _ in range(2):
         source = _Recorded(s.randomness())
-        uploads.append(trainer.shared_step(s.adapter, s.engine, s.units, s.plan, s.start, source, s.micro_batch))
+        uploads.append(trainer.distributed_step(s.adapter, s.engine, s.units, s.plan, s.start, source, s.micro_batch))
         source.replay = True
         share = distributed.share(s.adapter.spec.dimension, source)
         drawn = [s.units[i] for i in distributed.mechanism.sample(len(s.units), source)]
@@ -697,7 +697,7 @@ def _listen(s: Subject, units: int, steps: int) -> _Listener:
         return listener
     for _ in range(steps):
         with suppress(Cancelled):
-            trainer.shared_step(s.adapter, engine, numbers, s.plan, s.start, source, s.micro_batch)
+            trainer.distributed_step(s.adapter, engine, numbers, s.plan, s.start, source, s.micro_batch)
     return listener
 
 

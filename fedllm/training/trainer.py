@@ -48,7 +48,7 @@ def train_round(
     return end - start
 
 
-def shared_step(
+def distributed_step(
     adapter: AdapterModel,
     engine: Engine,
     units: Sequence[PrivacyUnit],
