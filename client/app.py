@@ -15,7 +15,7 @@ GROUP = "socket_group"  # the same: that may come in there, beside the node's us
 Handler = Callable[[bytes, float], bytes]  # request, seconds until nobody waits for the answer -> answer
 
 
-def courier(connect: Callable[[Context], Handler]) -> ClientApp:
+def client_app(connect: Callable[[Context], Handler]) -> ClientApp:
     """Return a ClientApp that hands every message to the site that `connect` finds for its context."""
     app = ClientApp()
 
@@ -39,4 +39,4 @@ def _site_process(context: Context) -> Handler:
     return lambda request, seconds: ask(socket, group, request, seconds)
 
 
-app = courier(_site_process)  # of a fleet of SuperNodes: docs/flower.md
+app = client_app(_site_process)  # of a fleet of SuperNodes: docs/flower.md

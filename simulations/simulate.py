@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from client.app import courier
+from client.app import client_app
 from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.bundle import FOLDER as AUDIT
 from fedllm.audit.bundle import write_audit
@@ -204,7 +204,7 @@ def _run(
     config: SimulationConfig, folder: Path, begin: Callable[[Grid], Coordinator], sites: int, workers: Workers | None
 ) -> tuple[Coordinator, str]:
     """Begin, and run the rounds that are left; returns also why they ended early, or nothing."""
-    client = courier(partial(connect, config.model_dump_json(), str(folder.resolve()), workers))
+    client = client_app(partial(connect, config.model_dump_json(), str(folder.resolve()), workers))
     begun: list[Coordinator] = []
 
     def rounds(grid: Grid) -> None:

@@ -351,7 +351,7 @@ def test_the_daemon_knows_no_flower_by_any_way() -> None:
 
 
 @pytest.mark.parametrize("module", ["client.app", "fedllm.protocol.messages"])
-def test_the_courier_starts_without_any_heavy_library(module: str) -> None:
+def test_what_carries_messages_starts_without_any_heavy_library(module: str) -> None:
     loaded = loaded_by(f"import {module}")
     assert module.partition(".")[0] in loaded
     assert not loaded & HEAVY

@@ -870,7 +870,7 @@ def test_a_round_that_is_given_up_stays_paid_and_is_answered_when_it_is_asked_fo
     stop, real = threading.Event(), client.site.train_round
 
     def train_round(*arguments: Any) -> NDArray[np.float32]:
-        stop.set()  # the courier has gone
+        stop.set()  # nobody waits any more
         return real(*arguments)
 
     monkeypatch.setattr(client.site, "train_round", train_round)
