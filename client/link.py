@@ -44,7 +44,7 @@ from fedllm.values import Frozen
 _log = logging.getLogger("fedllm.site")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds until it connects again; doubled each time, then drawn below that
 _LONGEST_NEAR = 1.0  # seconds, of a socket on the same machine
-_DISPLACED = 60.0  # seconds where another process has connected with this site's key
+_DISPLACED = 60.0  # seconds to wait if another process has connected with this site's key
 _ALONE = 60.0  # seconds after which a request is given up whose asker has not come back
 _AT_ONCE = 4  # requests that are in hand; more are told to come again
 _KEPT = 4  # answers that were given last
@@ -68,7 +68,7 @@ class LinkState(Frozen):
 
 
 def read_state(path: Path) -> LinkState | None:
-    """Return what the link wrote last, None where there is nothing."""
+    """Return what the link wrote last, None if there is nothing."""
     try:
         return LinkState.model_validate(json.loads(path.read_bytes()))
     except (OSError, ValueError, ValidationError):
@@ -225,7 +225,7 @@ class SiteLink:
             raise MessageError(f"a frame of kind {kind}, expected a request")
 
     def _arrive(self, part: Part) -> None:
-        """Take a part of a request; raises MessageError where it cannot be taken."""
+        """Take a part of a request; raises MessageError if it cannot be taken."""
         id_ = part.id
         if id_ not in self._arriving:
             size = part.size + sum(each.size for each in self._arriving.values())
@@ -281,7 +281,7 @@ class SiteLink:
             return "a fault in the site's software; its log says more"
 
     async def _send(self, id_: bytes, answer: bytes | str) -> None:
-        """Send an answer on the present connection; where there is none, it is asked for again."""
+        """Send an answer on the present connection; if there is none, it is asked for again."""
         outgoing = self._outgoing
         for frame in _frames(id_, answer):
             if outgoing is None or outgoing is not self._outgoing:

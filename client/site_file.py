@@ -9,9 +9,6 @@ from fedllm.values import Frozen, SiteName
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
-# ---- site.yaml -------------------------------------------------------------------------------------------------------
-
-
 class SiteData(RecordsConfig):
     """The site's records and how a record becomes text."""
 

@@ -236,7 +236,7 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
 
 
 def checked_event(sampling_rate: float, noise_multiplier: float, steps: int) -> "AccountingEvent":
-    """Return an event that can be accounted for. Raises ConfigError where there is none."""
+    """Return an event that can be accounted for. Raises ConfigError if there is none."""
     from fedllm.privacy.accounting import AccountingEvent
 
     if not 0 <= _real("sampling rate", sampling_rate) <= 1:
@@ -285,7 +285,7 @@ def _check_delta(delta: float) -> None:
 
 
 def _real(name: str, value: float) -> float:
-    """Return a number as it is; raises ConfigError where it is none."""
+    """Return a number as it is; raises ConfigError if it is none."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ConfigError(f"{name} {str(value)[:80]!r}: expected a number.")
     return value

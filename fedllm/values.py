@@ -54,13 +54,13 @@ BySite = Annotated[dict[str, float], AfterValidator(_spelled)]
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError where no message can carry the name of a site."""
+    """Raise ConfigError if no message can carry the name of a site."""
     if not 1 <= len(name) <= MAX_NAME or not shows(name):
         raise ConfigError(f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}")
 
 
 def check_site_name(name: str) -> str:
-    """Return the name of a deployed site in its one spelling, NFC; raises ConfigError where it cannot name a file."""
+    """Return the name of a deployed site in its one spelling, NFC; raises ConfigError if it cannot name a file."""
     name = unicodedata.normalize("NFC", name)
     plain = all(unicodedata.category(sign)[0] in "LNM" or sign in "-_." for sign in name)
     if not plain or not name[:1].isalnum() or not 1 <= len(name.encode()) <= MAX_NAME:
@@ -88,7 +88,7 @@ _T = TypeVar("_T", bound=Frozen)
 def parse(kind: type[_T], values: Mapping[str, Any]) -> _T:
     """Validate plain data as `kind`.
 
-    Raises ConfigError with every offending key, what was expected, and the nearest known key where one is unknown.
+    Raises ConfigError with every offending key, what was expected, and the nearest known key if one is unknown.
     """
     try:
         text = json.dumps(values, ensure_ascii=False)

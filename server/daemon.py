@@ -206,7 +206,7 @@ class Daemon:
         await context.abort(code, text)
 
     async def _admit(self, context: _Context) -> tuple[RosterEntry, str]:
-        """Return the member of the roster that a connection's certificate is of, and its key; or end the connection."""
+        """Return the roster entry that a connection's certificate belongs to, and its key; or end the connection."""
         shown: dict[str, Any] = dict(context.auth_context())  # property -> values, bytes
         name = plain(shown.get("x509_common_name", (b"?",))[0].decode("utf-8", "replace"))
         try:
@@ -373,7 +373,7 @@ async def _open_socket(daemon: Daemon, socket: Path) -> grpc.aio.Server:
 
 
 async def serve(home: Path, say: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; raises FedllmError where that cannot begin."""
+    """Serve until SIGTERM or SIGINT; raises FedllmError if that cannot begin."""
     _allow_many_connections()
     stop = told_to_end()
     office = HeadOffice.open(home)

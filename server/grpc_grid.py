@@ -38,12 +38,12 @@ def node_of(site: str) -> int:
 
 
 def look(socket: Path) -> Sites:
-    """Return who is connected to the daemon; raises FederationError where it does not run."""
+    """Return who is connected to the daemon; raises FederationError if it does not run."""
     return Sites.FromString(_control(socket, "Look", Nothing().SerializeToString()))
 
 
 def start(socket: Path, name: str) -> None:
-    """Have the daemon start the process of a run; raises FederationError where it cannot."""
+    """Have the daemon start the process of a run; raises FederationError if it cannot."""
     _control(socket, "Start", Run(name=name).SerializeToString())
 
 
@@ -155,5 +155,5 @@ class GrpcGrid(OneRunGrid):
         except grpc.aio.AioRpcError:
             raise _Gone from None
         finally:
-            call.cancel()  # where it is not over, the site is told that nobody waits
+            call.cancel()  # if it is not over, the site is told that nobody waits
         raise _Gone

@@ -66,8 +66,8 @@ def write_audit(
     """Gather the evidence of a run, check it, and write the report to `folder`, which is replaced as a whole.
 
     `pages` are (stem, language) of the pages for people; `ledgers` is a folder of exported ledgers, without which the
-    run's folder is searched; `say` receives what is being done, in words. Raises ChainError where there is no
-    readable record, FolderError where nothing can be written.
+    run's folder is searched; `say` receives what is being done, in words. Raises ChainError if there is no
+    readable record, FolderError if nothing can be written.
     """
     from fedllm.audit.report import render_html, to_json
 
@@ -205,9 +205,9 @@ def _stored(path: Path) -> Audit:
 
 
 def _own_estimates(accountants: Accountants) -> dict[str, float | None]:
-    """Return what the cross-checks say here of the events that were verified, None where they say nothing.
+    """Return what the cross-checks say here of the events that were verified, None if they say nothing.
 
-    Raises ChainError where one says something else than was stated.
+    Raises ChainError if one says something else than was stated.
     """
     from fedllm.audit.accountants import CROSS_CHECKS
 
@@ -235,7 +235,7 @@ def write_pages(audit: Audit, folder: Path) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise ChainError where something lies in the folder that is no part of an audit, and that nobody compares.
+    """Raise ChainError if something lies in the folder that is no part of an audit, and that nobody compares.
 
     The ledgers are compared with the sites of the record.
     """
@@ -308,7 +308,7 @@ def _check_signature(folder: Path, audit: Audit, trust: Trust) -> None:
 def _check_pages(folder: Path, audit: Audit) -> tuple[str, ...]:
     """Render every page again and compare; return what could not be compared.
 
-    Raises ChainError where a page that this software would have made is another.
+    Raises ChainError if a page that this software would have made is another.
     """
     from fedllm.audit.report import LANGUAGES, render_html, renderer
 

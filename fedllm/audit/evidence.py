@@ -73,7 +73,7 @@ _M = TypeVar("_M", bound=BaseModel)
 
 
 def file_name(site: str) -> str:
-    """Return a file name of its own for every site, readable where the site's name allows."""
+    """Return a file name of its own for every site, readable if the site's name allows."""
     for sign in "%/\\\0":
         site = site.replace(sign, f"%{ord(sign):02X}")
     site = site.replace(".", "%2E", 1) if site.startswith(".") else site
@@ -155,7 +155,7 @@ class _Budget(_Body):
     delta: float = Field(gt=0, lt=1)
 
 
-class _Metrics(_Body):  # a server.rounds.RoundMetrics
+class _Metrics(_Body):  # a server.events.RoundMetrics
     model_config = ConfigDict(extra="forbid")
 
     round: int
@@ -235,7 +235,7 @@ class _Record:
     rounds: list[_RoundBody] = field(default_factory=list)  # that count and were not superseded
     attempts: list[tuple[int, _RoundBody]] = field(default_factory=list)  # all there ever were, by entry
     begun: dict[int, _BegunBody] = field(default_factory=dict)  # by entry
-    became: dict[int, int] = field(default_factory=dict)  # begun: the round's entry; none where the run was resumed
+    became: dict[int, int] = field(default_factory=dict)  # begun: the round's entry; none if the run was resumed
     end: _MarkBody | None = None
     adapter: dict[int, str] = field(default_factory=dict)  # digest after a round
     done: int = 0  # the last round
@@ -261,7 +261,7 @@ class _Charge:
     number: int  # of the entry
     at: float
     body: _Reserved
-    account: str  # the site's, where its own was not declared before
+    account: str  # the site's, if its own was not declared before
     lost: bool  # with an earlier ledger, as its owner states
     released: bool = False
     aborted: int | None = None  # the entry that gave it back
@@ -312,7 +312,7 @@ def _head(name: str, entries: Sequence[Entry]) -> str:
 
 
 def _read_record(path: Path, checks: _Checks) -> _Record:
-    """Read the record; raises ChainError where its chain or its plan cannot be used at all."""
+    """Read the record; raises ChainError if its chain or its plan cannot be used at all."""
     try:
         entries = read_chain(_lines(path), RECORD)
     except CryptoError as error:
@@ -405,7 +405,7 @@ def _check_noise(
 
 
 def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> _Ledger | None:
-    """Read a site's export; None, and a finding that fails, where it cannot be used.
+    """Read a site's export; None, and a finding that fails, if it cannot be used.
 
     `listed` is the identity that the server's roster names; in a simulation there is no roster.
     """
@@ -434,7 +434,7 @@ def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> 
 
 
 def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry: Entry, where: str) -> None:
-    """Add an entry to what the ledger holds; raises ChainError where it contradicts an earlier one."""
+    """Add an entry to what the ledger holds; raises ChainError if it contradicts an earlier one."""
     if entry.kind in ("reserved", "lost"):
         body = _as(_Reserved, entry.body, where)
         try:
@@ -472,7 +472,7 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry:
 def names_and_end(folder: Path) -> tuple[list[str], End]:
     """Return the names of a run's sites, and what they hand in their ledgers for.
 
-    Raises ChainError where the run's record cannot be read.
+    Raises ChainError if the run's record cannot be read.
     """
     record = _read_record(folder / RECORD, _Checks())
     return record.sites, record.last
@@ -485,7 +485,7 @@ def assess(
     """Check the evidence in `folder` and return what was found.
 
     `made` and `signer` are put into the audit as they are; `cross_checks` compute epsilon by other methods; who is
-    `absent` and has signed nothing leaves no gap. Raises ChainError where there is no readable record: then there is
+    `absent` and has signed nothing leaves no gap. Raises ChainError if there is no readable record: then there is
     nothing to report on.
     """
     checks = _Checks()
@@ -655,7 +655,7 @@ class _SiteChecks:
 
 
 def _examined(folder: Path, record: _Record, absent: Collection[str]) -> list[_SiteChecks]:
-    """Examine every site; where there are many signatures to check, on all cores."""
+    """Examine every site; on all cores if there are many signatures to check."""
     answers: dict[str, list[tuple[int, int, str]]] = {name: [] for name in record.sites}
     for number, step in record.attempts:
         for name, line in step.answered.items():
@@ -727,7 +727,7 @@ def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, che
     for number in ledger.restarts:  # what was lost is its owner's word
         checks.note("ledger_complete", "unverified", f"{ledger.name}, #{number}: restarted")
     # nobody but the site can say that its ledger has no more entries: an export without that, or an older one, may be
-    # cut, where the server holds no statement on what it lacks
+    # cut, if the server holds no statement on what it lacks
     whole = ledger.export is not None and ledger.export.body == asdict(papers.last)
     checks.note(
         "ledger_complete", "holds" if whole else "unverified",
@@ -764,7 +764,7 @@ def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, che
 def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks: _Checks) -> None:
     """Compute what each statement says was spent from the charges that the ledger held at that time.
 
-    Raises PrivacyError where the charges are such that nobody can compute with them.
+    Raises PrivacyError if the charges are such that nobody can compute with them.
     """
     began = time.process_time()
     for account in ledger.accounts:
@@ -817,7 +817,7 @@ def _text(value: float | None) -> str:
 
 
 def _spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = None) -> PrivacySpent:
-    """Return what `spent` does, and no bound at all where it has no answer: one site's ledger stops no report."""
+    """Return what `spent` does, and no bound at all if it has no answer: one site's ledger stops no report."""
     try:
         return spent(events, delta, grid)
     except PrivacyError:

@@ -1,4 +1,4 @@
-"""Whose keys an auditor trusts, and for what."""
+"""Whose keys the reader of an audit trusts, and for what."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,6 @@ from fedllm.errors import ConfigError
 from fedllm.protocol.enrolment import same_fingerprint
 
 HEAD_OFFICE = "head-office"  # its name in a file of trusted keys
-
-
-# ---- whom to believe -------------------------------------------------------------------------------------------------
 
 
 class Trust:

@@ -1,4 +1,7 @@
-"""The commands of a deployment. An entry point: it may import anything, and imports late so that --help is quick."""
+"""`fedllm server` and `fedllm site`: folders, admission, keys.
+
+An entry point: it may import anything, and imports late so that --help is quick.
+"""
 
 import functools
 import os
@@ -50,7 +53,9 @@ OfficeOption = Annotated[
 HEAD_OFFICE, OFFICE = Path("~/.fedllm/head-office"), Path("~/.fedllm/site")
 _Fingerprint = Annotated[
     str | None,
-    typer.Option("--fingerprint", help="What the other side read to you on the telephone.", show_default=False),
+    typer.Option(
+        "--fingerprint", help="The fingerprint that the other side read to you on the telephone.", show_default=False
+    ),
 ]
 _SiteName = Annotated[str, typer.Argument(help="The site's name.", show_default=False)]
 
@@ -115,7 +120,7 @@ def revoke(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
     from server import federation
 
     member = federation.revoke(absolute(home), site)
-    typer.echo(f"{member.site} is revoked. Its keys cannot be admitted again; new ones of it can.")
+    typer.echo(f"{member.site} is revoked. Its keys cannot be admitted again; new keys can.")
 
 
 @server_app.command("grant")
@@ -198,7 +203,7 @@ def site_init(
     name: Annotated[str, typer.Option("--name", help="The site's name, such as seoul-gangnam.", show_default=False)],
     home: OfficeOption = OFFICE,
 ) -> None:
-    """Make this site's folder, with its keys, settings and join request."""
+    """Make the site's folder, with its keys, settings and join request."""
     from client.office import init_office
 
     office = init_office(absolute(home), name)
@@ -273,7 +278,7 @@ def site_resume(home: OfficeOption = OFFICE) -> None:
 
 
 def absolute(folder: Path) -> Path:
-    """Return the folder, as it is called from everywhere."""
+    """Return the folder as an absolute path."""
     try:
         return folder.expanduser().absolute()
     except RuntimeError:
@@ -281,13 +286,13 @@ def absolute(folder: Path) -> Path:
 
 
 def report(findings: Sequence["CheckResult"]) -> None:
-    """Print findings, a line each; raises FedllmError where one is ERROR."""
+    """Print results, a line each; raises FedllmError if one is ERROR."""
     for finding in findings:
         text = escaped_lines(finding.text)  # it may quote what others wrote
         typer.echo(f"{finding.level:<7}  {text}")
     count = sum(not finding.right for finding in findings)
     if count:
-        raise FedllmError(f"{count} of {len(findings)} findings need to be put right, see above")
+        raise FedllmError(f"{count} of {len(findings)} checks found an ERROR: do what their lines say")
 
 
 def _ask(question: str) -> str:

@@ -1,4 +1,7 @@
-"""The commands of a site's privacy ledger. An entry point: it may import anything, and imports late."""
+"""`fedllm ledger`: what a site has spent, and what its owner may do about it.
+
+An entry point: it may import anything, and imports late so that --help is quick.
+"""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""The commands that run a deployment: long-running processes, and runs. An entry point, imports late."""
+"""Long-running processes, runs, service files and `fedllm doctor`. An entry point, imports late."""
 
 import logging
 import os
@@ -48,7 +48,7 @@ sites' records, templates and policies are their own; what is public and the sam
   fedllm submit name=first model=causal-lm model.source=our-base data=heldout data.heldout=./public.jsonl
       data.prompt='{question}' data.text='{answer}' privacy.units_per_site=2000      a model and data of your own
 
-  fedllm submit --resume first                              continue it after whatever ended it
+  fedllm submit --resume first                              continue it after an interruption
 """
 
 
@@ -110,7 +110,7 @@ def site_start(home: OfficeOption = OFFICE) -> None:
     os.environ.update(ONLY_TLS_1_3)
     folder = absolute(home)
     office = _open_office(folder)
-    _ = office.declaration  # raises where the site could not start
+    _ = office.declaration  # raises if the site could not start
     _log_to(folder / "log" / "site.log")
     from client.service import run
 
@@ -120,7 +120,7 @@ def site_start(home: OfficeOption = OFFICE) -> None:
 
 @site_app.command("export-relay")
 def site_export_relay(
-    to: Annotated[Path, typer.Argument(help="The relay's folder, made where it is missing.", show_default=False)],
+    to: Annotated[Path, typer.Argument(help="The relay's folder, made if it is missing.", show_default=False)],
     home: OfficeOption = OFFICE,
 ) -> None:
     """Write the relay's folder: what `fedllm site relay` needs, and no key that opens a message."""
@@ -162,7 +162,7 @@ def _open_office(folder: Path) -> "Office":
 
     office = Office.open(folder)
     os.environ.update(office.environment)
-    _ = office.address  # raises where there is no grant yet
+    _ = office.address  # raises if there is no grant yet
     return office
 
 
@@ -213,7 +213,7 @@ def submit(
         config = read_as(earlier, DeploymentConfig).model_copy(update={"resume": True})
     socket = HeadOffice.open(folder).socket
     if not only_prepare:
-        look(socket)  # raises where no daemon runs
+        look(socket)  # raises if no daemon runs
     _console.print("checking model, held-out set and plan ...", highlight=False)
     deployment.prepare(folder, config)
     place = deployment.runs(folder) / config.name

@@ -1,7 +1,7 @@
 """Shamir's secret sharing (Shamir 1979) of numbers below PRIME: any `threshold` shares give the secret, fewer nothing.
 
-Python's integers do not hide how long a multiplication takes. Shares are made and put together a few times a round,
-in processes that nobody else can time exactly; whoever shares a processor with one has easier ways in.
+Python's integers do not hide how long a multiplication takes. Shares are made and combined a few times a round, in
+processes that nobody else can time exactly; an attacker who shares the processor has easier ways in.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def random_number() -> int:
 
 
 def split(secret: int, threshold: int, holders: int) -> list[int]:
-    """Return the shares of holders 1, 2, ..., `holders`: values of a random polynomial with f(0) = `secret`."""
+    """Return the shares of participants 1, 2, ..., `holders`: values of a random polynomial with f(0) = `secret`."""
     if not 0 <= secret < PRIME or not 1 <= threshold <= holders:
         raise ValueError(f"cannot split: threshold={threshold}, holders={holders}")
     coefficients = [secret, *(random_number() for _ in range(threshold - 1))]
@@ -28,7 +28,7 @@ def split(secret: int, threshold: int, holders: int) -> list[int]:
 
 
 def combine(weights: Sequence[int], shares: Sequence[int]) -> int:
-    """Return the secret from shares and the weights of their holders; one wrong share gives a random number."""
+    """Return the secret from shares and their Lagrange weights; one wrong share gives a random number."""
     return int(sum(map(mul, weights, shares)) % PRIME)
 
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from fedllm.errors import ConfigError, PrivacyError, first_line
 
-# dp_accounting is imported where it is used: whoever only carries messages imports this module, and never accounts.
+# dp_accounting is imported where it is used: a process that only carries messages imports this module, and never
+# accounts.
 
 _RDP_ORDERS = tuple(1 + x / 10 for x in range(1, 110)) + tuple(range(12, 64)) + (72, 96, 128, 192, 256, 512)
 _FINEST, _COARSEST = 2.0**-20, 2.0**-6  # grids of the privacy loss
@@ -44,9 +45,9 @@ class AccountingEvent:
     steps: int
 
     def check(self) -> None:
-        """Raise PrivacyError where there can be no such event, or none whose cost can be computed.
+        """Raise PrivacyError if there can be no such event, or none whose cost can be computed.
 
-        The bounds hold for whoever accounts: a site before it charges, and who reads what a site has signed.
+        The bounds hold for everybody who accounts: a site before it charges, and a reader of what a site has signed.
         """
         numbers = all(
             isinstance(value, int | float) and not isinstance(value, bool)
@@ -70,10 +71,10 @@ class AccountingEvent:
 class PrivacySpent:
     """Privacy loss of everything released so far."""
 
-    epsilon: float  # PLD (RDP above 100); math.inf where no noise was added
+    epsilon: float  # PLD (RDP above 100); math.inf if no noise was added
     epsilon_rdp: float
     delta: float
-    grid: float | None = None  # of the privacy loss, where there is a PLD
+    grid: float | None = None  # of the privacy loss, if there is a PLD
 
     @property
     def by_rdp_alone(self) -> bool:
@@ -84,7 +85,7 @@ class PrivacySpent:
 def spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = None) -> PrivacySpent:
     """Compose `events` and return the privacy loss at `delta`, on the grid that follows from both, or on `grid`.
 
-    A PLD is rounded up onto its grid, so it is an upper bound on any. Raises PrivacyError where an event is impossible,
+    A PLD is rounded up onto its grid, so it is an upper bound on any. Raises PrivacyError if an event is impossible,
     or the two accountants contradict each other.
     """
     composed = _merged(events)
@@ -94,7 +95,7 @@ def spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = 
 
 @contextmanager
 def _computing() -> Iterator[None]:
-    """Raise PrivacyError where the accountants fail at numbers that are far from all that people use."""
+    """Raise PrivacyError if the accountants fail at numbers that are far from all that people use."""
     try:
         yield
     except (ArithmeticError, ValueError, MemoryError) as error:
@@ -108,7 +109,7 @@ def overrun(events: Sequence[AccountingEvent], delta: float, budget: float, one_
     ones released: see `_adaptive_rdp`. Whether there is a later one may depend on it as well. Divide the transcripts by
     that: each part is of a process that one of the two gates filters at delta, so together they are (budget, 2 delta)
     differentially private; a site with a single plan, and one whose budget RDP alone filters, at delta. Costs a
-    millisecond where RDP, an upper bound, admits the events already.
+    millisecond if RDP, an upper bound, admits the events already.
     """
     if one_plan:
         composed = _merged(events)
@@ -151,7 +152,7 @@ def _adaptive_rdp(events: Sequence[AccountingEvent], delta: float, budget: float
 def deltas(events: Sequence[AccountingEvent], epsilons: Sequence[float], grid: float | None) -> list[float]:
     """Return the smallest delta at each of `epsilons` that `events` together satisfy, by PLD on `grid`.
 
-    1.0 throughout where no noise was added, or so little that there is no PLD (`grid` is None).
+    1.0 throughout if no noise was added, or so little that there is no PLD (`grid` is None).
     """
     composed = _merged(events)
     with _one_at_a_time, _computing():
@@ -192,7 +193,7 @@ def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float | None
     if _too_large(events, grid):
         return PrivacySpent(rdp, rdp, delta)
     pld = float(_composed(events, grid).get_epsilon_for_delta(delta))
-    # Rounding up costs at most half a percent; on the old grid, more where a step loses less than a cell. Among very
+    # Rounding up costs at most half a percent; on the old grid, more if a step loses less than a cell. Among very
     # many steps, or at a very small delta, the last digits of float64 add to the PLD: both are upper bounds, the
     # smaller one holds.
     exact = sum(event.steps for event in events) * 2.0**-52 / grid < _INEXACT and delta >= _LEAST_DELTA
@@ -292,7 +293,7 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float
     with np.errstate(all="ignore"):  # with little noise it is infinite, or not a number, at some orders
         accountant.compose(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)))
     step: NDArray[np.float64] = np.asarray(accountant._rdp)  # it offers no other way to what it computed
-    # It grows with the order, so where it could not be computed, what it is at a higher order is an upper bound. It is
+    # It grows with the order, so if it could not be computed, its value at a higher order is an upper bound. It is
     # never below 0, but for the last digit of a step that costs nearly nothing.
     return np.maximum(np.minimum.accumulate(np.where(np.isnan(step), np.inf, step)[::-1])[::-1], 0.0)
 
@@ -301,8 +302,8 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float
 def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
     """Return a noise multiplier whose epsilon after `steps` is at most `epsilon`, and (up to 50) above 0.998 of it.
 
-    Where 0.1 is enough or more than enough, it is 0.1. Starts where RDP, an upper bound, meets the target.
-    Raises ConfigError where no noise multiplier up to 10,000 meets the target.
+    It is 0.1 if that is enough or more than enough. Starts where RDP, an upper bound, meets the target.
+    Raises ConfigError if no noise multiplier up to 10,000 meets the target.
     """
 
     def by_rdp(noise: float) -> float:

@@ -1,4 +1,4 @@
-"""The server's part in secure aggregation."""
+"""The server's part in secure aggregation: its requests, the checks of what sites answer, and the unmasked sum."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +19,21 @@ from fedllm.protocol.messages import (
     UnmaskingShares,
 )
 from fedllm.secagg.masking import WORD, add_mask, mask_sign, pair_mask_key, seed_commitment, self_mask_key
-from fedllm.secagg.session import SEALED, Cohort, Vector, check_claim, check_dealing, check_key, claim_digest
+from fedllm.secagg.session import (
+    SEALED,
+    Cohort,
+    Vector,
+    check_key,
+    check_mask_key,
+    check_survivor_list,
+    survivors_digest,
+)
 
-# ---- the server -----------------------------------------------------------------------------------------------------
 
-
-def check_shares(cohort: Cohort, number: int, shares: KeyShares) -> None:
-    """Raise MessageError unless these are a site's shares for this round of this circle."""
+def check_key_shares(cohort: Cohort, number: int, shares: KeyShares) -> None:
+    """Raise MessageError unless these are a site's shares for this round of this cohort."""
     _expect(cohort, number, shares, shares.dealing.site)
-    check_dealing(cohort, number, shares.dealing)
+    check_mask_key(cohort, number, shares.dealing)
     check_key(shares.dealing.site, shares.dealing.key)
     expected = SEALED * (len(cohort.names) - 1)
     if len(shares.payload) != expected:
@@ -36,12 +42,12 @@ def check_shares(cohort: Cohort, number: int, shares: KeyShares) -> None:
         )
 
 
-def mask_request(cohort: Cohort, number: int, dealt: Mapping[str, KeyShares], site: str) -> MaskedInputRequest:
-    """Return what one site needs of all that was dealt (participants by name, checked): O(n) bytes."""
+def masked_input_request(cohort: Cohort, number: int, dealt: Mapping[str, KeyShares], site: str) -> MaskedInputRequest:
+    """Return the shares and signed mask keys that one site needs (`dealt`: checked, by participant): O(n) bytes."""
     names = sorted(dealt)
     sealed = b"".join(_sealed_to(cohort, dealt[name], site) for name in names if name != site)
     return MaskedInputRequest(
-        context=cohort.terms.context, round=number, joins=cohort.digest,
+        context=cohort.params.context, round=number, joins=cohort.digest,
         dealings=tuple(dealt[name].dealing for name in names), payload=sealed,
     )  # fmt: skip
 
@@ -51,25 +57,27 @@ def _sealed_to(cohort: Cohort, shares: KeyShares, site: str) -> bytes:
     return shares.payload[SEALED * index : SEALED * (index + 1)]
 
 
-def unmask_request(
+def consistency_check(
     cohort: Cohort, number: int, common: str, participants: Iterable[str], survivors: Collection[str]
 ) -> ConsistencyCheck:
-    """Return the round's list, for what was asked (`common_digest`); `check_claim` says whether enough survived."""
+    """Return the round's list of survivors for a `common_digest`; `check_survivor_list` says if they are enough."""
     names = sorted(participants)
     return ConsistencyCheck(
-        context=cohort.terms.context, round=number, joins=cohort.digest, common=common,
+        context=cohort.params.context, round=number, joins=cohort.digest, common=common,
         survivors=tuple(name for name in names if name in survivors),
         dropped=tuple(name for name in names if name not in survivors),
     )  # fmt: skip
 
 
-def reveal_request(claim: ConsistencyCheck, consents: Iterable[ConsistencySignature]) -> UnmaskingRequest:
+def unmasking_request(survivor_list: ConsistencyCheck, consents: Iterable[ConsistencySignature]) -> UnmaskingRequest:
     """Return the proof that enough survivors signed the same list."""
     signed = tuple(consent.consent for consent in consents)
-    return UnmaskingRequest(context=claim.context, round=claim.round, joins=claim.joins, consents=signed)
+    return UnmaskingRequest(
+        context=survivor_list.context, round=survivor_list.round, joins=survivor_list.joins, consents=signed
+    )
 
 
-def read_masked(cohort: Cohort, number: int, masked: MaskedInput, dimension: int) -> Vector:
+def read_masked_input(cohort: Cohort, number: int, masked: MaskedInput, dimension: int) -> Vector:
     """Return uint32[dimension], still masked; raises MessageError. A site whose upload is refused has dropped out."""
     _expect(cohort, number, masked, masked.site)
     if len(masked.payload) != WORD.itemsize * dimension:
@@ -79,18 +87,18 @@ def read_masked(cohort: Cohort, number: int, masked: MaskedInput, dimension: int
     return np.frombuffer(masked.payload, WORD)
 
 
-def check_reveal(cohort: Cohort, claim: ConsistencyCheck, reveal: UnmaskingShares) -> None:
+def check_unmasking_shares(cohort: Cohort, survivor_list: ConsistencyCheck, reveal: UnmaskingShares) -> None:
     """Raise MessageError unless a survivor answers this list with a share for every participant."""
-    _expect(cohort, claim.round, reveal, reveal.site)
-    expected = shamir.SHARE * (len(claim.survivors) + len(claim.dropped))
-    if reveal.site not in claim.survivors or reveal.claim != claim_digest(cohort, claim):
-        raise MessageError(f"round {claim.round}: site={reveal.site!r} reveals for another list of survivors")
+    _expect(cohort, survivor_list.round, reveal, reveal.site)
+    expected = shamir.SHARE * (len(survivor_list.survivors) + len(survivor_list.dropped))
+    if reveal.site not in survivor_list.survivors or reveal.claim != survivors_digest(cohort, survivor_list):
+        raise MessageError(f"round {survivor_list.round}: site={reveal.site!r} reveals for another list of survivors")
     if len(reveal.payload) != expected:
         raise MessageError(f"site={reveal.site!r} reveals {len(reveal.payload)} bytes, expected {expected}")
 
 
 def _expect(cohort: Cohort, number: int, message: KeyShares | MaskedInput | UnmaskingShares, site: str) -> None:
-    if (message.context, message.round, message.joins) != (cohort.terms.context, number, cohort.digest):
+    if (message.context, message.round, message.joins) != (cohort.params.context, number, cohort.digest):
         raise MessageError(f"site={site!r} answers for another session, round or list of joins than round {number}")
     if site not in cohort.place:
         raise MessageError(f"site={site!r} has not joined")
@@ -101,13 +109,13 @@ class Unmasked:
     """The sum of the survivors' vectors, and shares that did not fit."""
 
     total_d: Vector  # uint32[d], mod 2^32
-    doubtful: tuple[tuple[str, str], ...]  # (holder, dealer): one of the two made a wrong share; the sum is right
+    doubtful: tuple[tuple[str, str], ...]  # (holder, dealer) of a wrong share: one of the two made it; the sum is right
 
 
 def unmask(
     cohort: Cohort,
     dealt: Mapping[str, KeyShares],
-    claim: ConsistencyCheck,
+    survivor_list: ConsistencyCheck,
     uploads: Mapping[str, MaskedInput],
     reveals: Sequence[UnmaskingShares],
     dimension: int,
@@ -116,38 +124,38 @@ def unmask(
 
     `dealt` holds the participants, `uploads` exactly the survivors. Raises MessageError on an answer that does not
     belong here (see the `check_` functions, which take answers one by one), QuorumLost on fewer than t reveals, and
-    FederationError where a secret cannot be put together.
+    FederationError if a secret cannot be reconstructed.
     """
-    threshold, number, common = cohort.terms.threshold, claim.round, claim.common
-    check_claim(cohort.terms, claim, dealt)
-    if set(uploads) != set(claim.survivors):
+    threshold, number, common = cohort.params.threshold, survivor_list.round, survivor_list.common
+    check_survivor_list(cohort.params, survivor_list, dealt)
+    if set(uploads) != set(survivor_list.survivors):
         raise FederationError(f"round {number}: uploads and survivors differ. Only sites that uploaded can survive.")
     answers = {reveal.site: reveal for reveal in reveals}
     if len(answers) != len(reveals):
         raise MessageError(f"round {number}: a site reveals twice")
     for reveal in reveals:
-        check_reveal(cohort, claim, reveal)
+        check_unmasking_shares(cohort, survivor_list, reveal)
     if len(answers) < threshold:
         raise QuorumLost(
             f"round {number}: {len(answers)} sites revealed their shares, expected at least {threshold}. The sum "
             "cannot be read; the round is lost, and what the sites have spent on it stands."
         )
     holders = tuple(sorted(answers, key=cohort.place.__getitem__))
-    survivors = set(claim.survivors)
+    survivors = set(survivor_list.survivors)
     doubtful: list[tuple[str, str]] = []
     total_d = np.zeros(dimension, WORD)
-    for site in claim.survivors:
-        total_d += read_masked(cohort, number, uploads[site], dimension)
+    for site in survivor_list.survivors:
+        total_d += read_masked_input(cohort, number, uploads[site], dimension)
     for index, dealer in enumerate(sorted(dealt)):
-        dealing = dealt[dealer].dealing
+        mask_key = dealt[dealer].dealing
         shares = [_share_at(answers[holder], index) for holder in holders]
         if dealer in survivors:
-            seed, wrong = _recover(cohort, holders, shares, dealer, _seed_check(cohort, number, dealing))
+            seed, wrong = _recover(cohort, holders, shares, dealer, _seed_check(cohort, number, mask_key))
             add_mask(total_d, self_mask_key(cohort, number, common, dealer, seed), -1)
         else:
-            scalar, wrong = _recover(cohort, holders, shares, dealer, _scalar_check(dealing))
+            scalar, wrong = _recover(cohort, holders, shares, dealer, _scalar_check(mask_key))
             key = AgreementKey.from_scalar(scalar)
-            for site in claim.survivors:
+            for site in survivor_list.survivors:
                 pair = pair_mask_key(cohort, number, common, dealer, key, dealt[site].dealing)
                 add_mask(total_d, pair, -mask_sign(cohort, site, dealer))
         doubtful += [(holder, dealer) for holder in wrong]
@@ -158,13 +166,13 @@ def _share_at(reveal: UnmaskingShares, index: int) -> int:
     return int.from_bytes(reveal.payload[shamir.SHARE * index : shamir.SHARE * (index + 1)], "big")
 
 
-def _seed_check(cohort: Cohort, number: int, dealing: SignedMaskKey) -> Callable[[int], bool]:
-    expected = bytes.fromhex(dealing.commitment)
-    return lambda seed: seed_commitment(cohort, number, dealing.site, seed) == expected
+def _seed_check(cohort: Cohort, number: int, mask_key: SignedMaskKey) -> Callable[[int], bool]:
+    expected = bytes.fromhex(mask_key.commitment)
+    return lambda seed: seed_commitment(cohort, number, mask_key.site, seed) == expected
 
 
-def _scalar_check(dealing: SignedMaskKey) -> Callable[[int], bool]:
-    expected = bytes.fromhex(dealing.key)
+def _scalar_check(mask_key: SignedMaskKey) -> Callable[[int], bool]:
+    expected = bytes.fromhex(mask_key.key)
 
     def fits(scalar: int) -> bool:
         try:
@@ -181,9 +189,9 @@ def _recover(
     """Return a dealer's secret, and the holders whose shares are not on its polynomial.
 
     A secret can be checked against what its dealer signed, so any t right shares do. They are looked for in runs of t
-    neighbours around the circle of holders: with one wrong share among t + 1 or more, one such run is without it.
+    neighbours, the holders taken as a ring: with one wrong share among t + 1 or more, one such run is without it.
     """
-    threshold, many = cohort.terms.threshold, len(holders)
+    threshold, many = cohort.params.threshold, len(holders)
     points = [cohort.place[holder] for holder in holders]
     for first in range(many if many > threshold else 1):
         chosen = [(first + k) % many for k in range(threshold)]

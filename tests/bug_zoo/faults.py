@@ -600,7 +600,7 @@ def shared_step_of_a_fixed_size(patch: Patch) -> None:
     def draw(n: int, rate: float, source: Randomness) -> Any:
         return np.argsort(source.words(n))[: round(rate * n)]
 
-    patch.setattr(trainer, "shared_step", _shared_step(draw, with_share=True))
+    patch.setattr(trainer, "distributed_step", _shared_step(draw, with_share=True))
 
 
 def shared_step_without_its_share(patch: Patch) -> None:
@@ -609,7 +609,7 @@ def shared_step_without_its_share(patch: Patch) -> None:
     def draw(n: int, rate: float, source: Randomness) -> Any:
         return Mechanism(1.0, 1.0, rate).sample(n, source)
 
-    patch.setattr(trainer, "shared_step", _shared_step(draw, with_share=False))
+    patch.setattr(trainer, "distributed_step", _shared_step(draw, with_share=False))
 
 
 # ---- the self-check --------------------------------------------------------------------------------------------------

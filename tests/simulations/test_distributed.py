@@ -31,9 +31,9 @@ from fedllm.protocol.messages import (
     from_bytes,
     unpack,
 )
-from fedllm.secagg import participant
+from fedllm.secagg import masking
+from fedllm.training.model_context import open_context
 from fedllm.training.server_optimizer import ServerOptimizer
-from fedllm.training.workspace import open_workspace
 from server.checkpoint import load_checkpoint
 from server.events import Event
 from server.run_record import RECORD_FILE, key_in
@@ -88,8 +88,8 @@ def pooled(config: SimulationConfig, plan: RunPlan) -> tuple[NDArray[np.float32]
 
     Returns the adapter and the largest that rounding to quanta may have moved a coordinate of one step's gradient.
     """
-    workspace = open_workspace(plan.model, plan.adapter, plan.seed, "cpu")
-    engine, adapter, distributed, data = workspace.engine, workspace.adapter, plan.distributed, simulated_data(config)
+    context = open_context(plan.model, plan.adapter, plan.seed, "cpu")
+    engine, adapter, distributed, data = context.engine, context.adapter, plan.distributed, simulated_data(config)
     assert distributed is not None
     optimizer = ServerOptimizer(plan.training.server, adapter.initial)
     worst = 0.0
@@ -126,7 +126,7 @@ def test_the_federation_trains_as_one_pooled_trainer_would(tmp_path: Path, confi
     done = run(config)
     assert not done.stopped
     expected, worst = pooled(config, done.plan)
-    start = open_workspace(done.plan.model, done.plan.adapter, done.plan.seed, "cpu").adapter.initial
+    start = open_context(done.plan.model, done.plan.adapter, done.plan.seed, "cpu").adapter.initial
     found = adapter_of(done.folder)
     assert np.abs(expected - start).max() > 0.01, "there was something to learn"
     # every round's error, and what a gradient at a slightly other adapter adds to it
