@@ -31,7 +31,7 @@ from fedllm.protocol.messages import (
     from_bytes,
     unpack,
 )
-from fedllm.secagg import masking
+from fedllm.secagg import participant
 from fedllm.training.model_context import open_context
 from fedllm.training.server_optimizer import ServerOptimizer
 from server.checkpoint import load_checkpoint
