@@ -16,7 +16,6 @@ from fedllm.audit.bundle import FOLDER as AUDIT
 from fedllm.audit.bundle import write_audit
 from fedllm.audit.evidence import LEDGERS, file_name
 from fedllm.audit.summary import RunSummary
-from fedllm.audit.trust import HEAD_OFFICE
 from fedllm.config import SimulationConfig
 from fedllm.crypto.hash_chain import End, open_entry
 from fedllm.crypto.identity import Identity
@@ -24,8 +23,8 @@ from fedllm.errors import ConfigError, QuorumLost
 from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.model import pick_device
-from fedllm.training.model_context import trained, use_threads
-from fedllm.values import check_name, parse
+from fedllm.training.workspace import trained, use_threads
+from fedllm.values import HEAD_OFFICE, check_name, parse
 from server.channel import PlainChannel
 from server.checkpoint import CONFIG, read_as, write_atomically, writing
 from server.events import PLAN, Event, Phase

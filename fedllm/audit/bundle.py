@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from fedllm.audit.evidence import LEDGERS, METRICS, PLAN, RECORD, assess, file_name, names_and_end
 from fedllm.audit.model import INTEGRITY, Accountants, Audit, CrossCheck, Estimate
 from fedllm.audit.pdf import rendered, renderer
-from fedllm.audit.trust import HEAD_OFFICE, Trust
+from fedllm.audit.trust import Trust
 from fedllm.canonical import read_json
 from fedllm.crypto.hash_chain import End
 from fedllm.crypto.identity import Identity
@@ -34,6 +34,7 @@ from fedllm.errors import ChainError, CryptoError, FolderError, first_line
 from fedllm.files import is_full
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.ledger import LedgerFile
+from fedllm.values import HEAD_OFFICE
 
 FOLDER, JSON, SIGNATURE = "audit", "audit.json", "audit.sig"
 SIGNATURE_TYPE = "application/vnd.fedllm.audit+json"
@@ -250,6 +251,7 @@ def _check_files(folder: Path) -> None:
 
 def _check_present(audit: Audit, trust: Trust, absent: Collection[str]) -> None:
     """Raise ChainError unless everybody of `trust` has signed something here, or is named as absent."""
+    # the server has signed the record, with a key that is known as its: otherwise `keys` fails before
     present = {HEAD_OFFICE, *(site.name for site in audit.sites if site.fingerprint)}
     missing = sorted(trust.names - present - set(absent))
     if missing:

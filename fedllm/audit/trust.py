@@ -7,9 +7,7 @@ from pathlib import Path
 from fedllm.crypto.identity import PublicIdentity
 from fedllm.errors import ConfigError
 from fedllm.protocol.enrolment import same_fingerprint
-
-HEAD_OFFICE = "head-office"  # its name in a file of trusted keys
-
+from fedllm.values import HEAD_OFFICE
 
 class Trust:
     """Identities that the reader knows by other means, by name; a name may have several."""
