@@ -281,7 +281,8 @@ class Coordinator:
         known = self._known_heads()
         outcome = self._collect(outcome, self._requests(nodes, common, masking, known), known)
         found = self._aggregate(common, {site: answer.update for site, answer in outcome.answers.items()})
-        update, lost = found.step, found.lost
+        delta, lost = found.step, found.lost
+        outcome = self._without_liars(outcome)
         if all(outcome.declined.get(site) in _UNCHARGED for site in outcome.asked):
             lost = ""  # nobody has paid for anything
         entry = outcome.entry(adapter_digest(self.adapter))
@@ -442,6 +443,14 @@ class Coordinator:
         noise = masks.noise_multiplier(len(uploads), trimmed)
         entry = {"noise_multiplier": noise, "trimmed": trimmed}
         return _Sum(step, "", plan.noise_std(shares.values(), trimmed), noise, entry=entry)
+
+    def _without_liars(self, outcome: RoundOutcome) -> RoundOutcome:
+        """Ask those no more who gave back wrong shares for this round's sum, which is right without these."""
+        wrong = {
+            site: text for site, text in (self._masks.liars if self._masks else {}).items() if site in outcome.asked
+        }
+        self._dropped |= {node for node, site in self._site_of_node.items() if site in wrong}
+        return replace(outcome, failed={**outcome.failed, **wrong})
 
     def _enough(self, sites: Collection[str]) -> bool:
         return self.plan.enough(sites, self._quorum)

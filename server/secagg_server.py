@@ -1,5 +1,6 @@
 """The server's side of secure aggregation over a run: keys advertised, secrets shared, and the one sum it may read."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,10 @@ from fedllm.secagg import Cohort, SessionParams
 from server.aggregate import bound_of_sum, median
 from server.channel import arrived
 
+_log = logging.getLogger("fedllm.server")
+_SAID = 10  # wrong shares of a sum that are logged
+_LIES = "gave back wrong shares, of more than half of all secrets: it is not asked again in this run"
+
 # Sends each of these sites a request and returns what they answered: bytes, or text that says why there is nothing.
 # The number is how many answers are enough for others not to be waited for long.
 Ask = Callable[[Mapping[str, bytes], int], Iterable[tuple[str, bytes | str]]]
@@ -52,6 +57,7 @@ class SecAggServer:
         self._cohort: Cohort | None = None
         self._dealt: dict[str, KeyShares] = {}  # of the next round, from the cohort
         self._participants: dict[str, KeyShares] = {}  # of the present round
+        self.liars: dict[str, str] = {}  # of the last sum that was opened: whose shares were wrong, and how
 
     @property
     def question(self) -> bytes:
@@ -179,7 +185,14 @@ class SecAggServer:
                 f"{len(reveals)} of {len(uploads)} sites helped to unmask the sum, at least {threshold} are needed. "
                 f"{'; '.join(faults)}"
             )
-        total = secagg.unmask(cohort, self._participants, survivor_list, uploads, reveals, self._dimension).total_d
+        unmasked = secagg.unmask(cohort, self._participants, claim, uploads, reveals, self._dimension)
+        for holder, dealer in unmasked.doubtful[:_SAID]:
+            _log.warning(
+                "round %d: a share of %s's secret that %s gave back is wrong: one of the two made it", number, dealer,
+                holder,
+            )  # fmt: skip
+        self.liars = dict.fromkeys(unmasked.liars, _LIES)
+        total = unmasked.total_d
         self._take_off(total, [reveal.surplus for reveal in reveals], len(uploads))
         return total, len(reveals)
 
@@ -233,6 +246,11 @@ class Groups:
     def question(self) -> bytes:
         """The request that announces the plan and asks a site for its keys."""
         return _announced(self._plan, self._session, self._roster)
+
+    @property
+    def liars(self) -> dict[str, str]:
+        """Whose shares were wrong in the last sum of its group that was opened, and how."""
+        return {site: text for masks in self._of.values() for site, text in masks.liars.items()}
 
     def join(self, site: str, payload: bytes) -> None:
         """Take a site's AdvertiseKeys; raises MessageError if they are not its own."""

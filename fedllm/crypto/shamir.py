@@ -32,15 +32,32 @@ def combine(weights: Sequence[int], shares: Sequence[int]) -> int:
     return int(sum(map(mul, weights, shares)) % PRIME)
 
 
+def share_at(at: int, points: Sequence[int], weights: Sequence[int], shares: Sequence[int]) -> int:
+    """Return f(at) for a holder that is none of `points`, whose weights and shares these are.
+
+    The product of (at - x') / (0 - x') over all x' but x is that over all x', times x / (x - at).
+    """
+    above, below = 1, 1
+    for x in points:
+        above, below = above * (at - x) % PRIME, below * -x % PRIME
+    terms = (w * y * x * _inverse(x - at) for x, w, y in zip(points, weights, shares, strict=True))
+    return sum(terms) * above * pow(below, -1, PRIME) % PRIME
+
+
+@lru_cache(maxsize=1 << 14)
+def _inverse(difference: int) -> int:
+    return pow(difference, -1, PRIME)
+
+
 @lru_cache(maxsize=4)
 def _powers(threshold: int, holders: int) -> list[list[int]]:
     """Return x^0, ..., x^(threshold-1) for every holder x: the same for both secrets of every round."""
     return [[pow(x, k, PRIME) for k in range(threshold)] for x in range(1, holders + 1)]
 
 
-@lru_cache(maxsize=512)
-def weights(points: tuple[int, ...], at: int = 0) -> tuple[int, ...]:
-    """Return Lagrange's coefficients: f(at) is the sum of weight * f(point). Once for every set of holders."""
+@lru_cache(maxsize=1024)  # a search for wrong shares goes through as many sets as there are holders
+def weights(points: tuple[int, ...]) -> tuple[int, ...]:
+    """Return Lagrange's coefficients: f(0) is the sum of weight * f(point). Once for every set of holders."""
     if len(set(points)) != len(points):
         raise ValueError(f"points={points}: a holder twice")
     result = []
@@ -48,7 +65,7 @@ def weights(points: tuple[int, ...], at: int = 0) -> tuple[int, ...]:
         above, below = 1, 1
         for other in points:
             if other != x:
-                above = above * (at - other) % PRIME
+                above = above * -other % PRIME
                 below = below * (x - other) % PRIME
         result.append(above * pow(below, -1, PRIME) % PRIME)
     return tuple(result)

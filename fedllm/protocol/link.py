@@ -16,6 +16,7 @@ from fedllm.shown import escaped
 VERSION = 1
 CONNECT = "/fedllm.link.Link/Connect"
 CONTROL = "fedllm.link.Control"
+ID = 32  # bytes of a request's id
 PART = 1 << 20  # bytes of a payload in one frame
 _FRAME = PART + (1 << 16)  # bytes of a frame at most
 AHEAD = 4  # parts that may wait for a slow reader before gRPC's own flow control holds its writer back

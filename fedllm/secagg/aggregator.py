@@ -1,5 +1,6 @@
 """The server's part in secure aggregation: its requests, the checks of what sites answer, and the unmasked sum."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -109,7 +110,18 @@ class Unmasked:
     """The sum of the survivors' vectors, and shares that did not fit."""
 
     total_d: Vector  # uint32[d], mod 2^32
-    doubtful: tuple[tuple[str, str], ...]  # (holder, dealer) of a wrong share: one of the two made it; the sum is right
+    doubtful: tuple[tuple[str, str], ...]  # (holder, dealer): one of the two made a wrong share; the sum is right
+    participants: int  # that dealt
+
+    @property
+    def liars(self) -> tuple[str, ...]:
+        """The holders whose shares are wrong for more than half of those who dealt.
+
+        One wrong share does not tell who made it: a dealer can hand an honest holder a wrong one. To have an honest
+        holder named here takes more than half of all who dealt, and these could as well end every round.
+        """
+        found = Counter(holder for holder, _ in self.doubtful)
+        return tuple(sorted(holder for holder, many in found.items() if 2 * many > self.participants))
 
 
 def unmask(
@@ -141,7 +153,8 @@ def unmask(
             "cannot be read; the round is lost, and what the sites have spent on it stands."
         )
     holders = tuple(sorted(answers, key=cohort.place.__getitem__))
-    survivors = set(survivor_list.survivors)
+    search = _Search(cohort, holders)
+    survivors = set(claim.survivors)
     doubtful: list[tuple[str, str]] = []
     total_d = np.zeros(dimension, WORD)
     for site in survivor_list.survivors:
@@ -150,16 +163,16 @@ def unmask(
         mask_key = dealt[dealer].dealing
         shares = [_share_at(answers[holder], index) for holder in holders]
         if dealer in survivors:
-            seed, wrong = _recover(cohort, holders, shares, dealer, _seed_check(cohort, number, mask_key))
+            seed, wrong = search.recover(shares, dealer, _seed_check(cohort, number, dealing))
             add_mask(total_d, self_mask_key(cohort, number, common, dealer, seed), -1)
         else:
-            scalar, wrong = _recover(cohort, holders, shares, dealer, _scalar_check(mask_key))
+            scalar, wrong = search.recover(shares, dealer, _scalar_check(dealing))
             key = AgreementKey.from_scalar(scalar)
             for site in survivor_list.survivors:
                 pair = pair_mask_key(cohort, number, common, dealer, key, dealt[site].dealing)
                 add_mask(total_d, pair, -mask_sign(cohort, site, dealer))
         doubtful += [(holder, dealer) for holder in wrong]
-    return Unmasked(total_d, tuple(doubtful))
+    return Unmasked(total_d, tuple(doubtful), len(dealt))
 
 
 def _share_at(reveal: UnmaskingShares, index: int) -> int:
@@ -183,28 +196,43 @@ def _scalar_check(mask_key: SignedMaskKey) -> Callable[[int], bool]:
     return fits
 
 
-def _recover(
-    cohort: Cohort, holders: tuple[str, ...], shares: list[int], dealer: str, right: Callable[[int], bool]
-) -> tuple[int, list[str]]:
-    """Return a dealer's secret, and the holders whose shares are not on its polynomial.
+class _Search:
+    """Finds t right shares of one dealer's secret after another.
 
     A secret can be checked against what its dealer signed, so any t right shares do. They are looked for in runs of t
-    neighbours, the holders taken as a ring: with one wrong share among t + 1 or more, one such run is without it.
+    neighbours around the circle of holders: with one wrong share among t + 1 or more, one such run is without it. The
+    run that fitted last is tried first, so that whoever gives wrong shares of many dealers' secrets costs one search.
     """
-    threshold, many = cohort.params.threshold, len(holders)
-    points = [cohort.place[holder] for holder in holders]
-    for first in range(many if many > threshold else 1):
-        chosen = [(first + k) % many for k in range(threshold)]
-        at = tuple(points[k] for k in chosen)
-        values = [shares[k] for k in chosen]
-        secret = shamir.combine(shamir.weights(at), values)
-        if not right(secret):
-            continue
-        if first == 0:  # nothing is known to be wrong; what was not needed is not looked at
-            return secret, []
-        rest = [k for k in range(many) if k not in chosen]
-        return secret, [holders[k] for k in rest if shamir.combine(shamir.weights(at, points[k]), values) != shares[k]]
-    raise FederationError(
-        f"the secret that site={dealer!r} dealt cannot be put together from the shares of {', '.join(holders)}: that "
-        "site dealt wrong shares, or one of the others gave one back. The round is lost; leave it out of the next."
-    )
+
+    def __init__(self, cohort: Cohort, holders: tuple[str, ...]) -> None:
+        """`holders` are those who revealed their shares, t at least, by their places."""
+        self._holders, self._threshold = holders, cohort.terms.threshold
+        self._points = [cohort.place[holder] for holder in holders]
+        many, spare = len(holders), len(holders) - self._threshold
+        # what these runs leave out lies side by side, so the first few are enough for one wrong share
+        self._runs = list(dict.fromkeys([*range(0, many, spare), *range(many)])) if spare else [0]
+        self._wrong_before: set[int] = set()
+
+    def recover(self, shares: list[int], dealer: str, right: Callable[[int], bool]) -> tuple[int, list[str]]:
+        """Return a dealer's secret, and the holders whose shares are not on its polynomial.
+
+        Where the first run fits, only those are looked at whose share of another secret was wrong.
+        """
+        many = len(shares)
+        for tried, first in enumerate(self._runs):
+            chosen = [(first + k) % many for k in range(self._threshold)]
+            at, values = tuple(self._points[k] for k in chosen), [shares[k] for k in chosen]
+            weights = shamir.weights(at)
+            secret = shamir.combine(weights, values)
+            if not right(secret):
+                continue
+            self._runs.insert(0, self._runs.pop(tried))
+            doubted = (set(range(many)) if tried else self._wrong_before) - set(chosen)
+            wrong = [k for k in sorted(doubted) if shamir.share_at(self._points[k], at, weights, values) != shares[k]]
+            self._wrong_before.update(wrong)
+            return secret, [self._holders[k] for k in wrong]
+        raise FederationError(
+            f"the secret that site={dealer!r} dealt cannot be put together from the shares of "
+            f"{', '.join(self._holders)}: that site dealt wrong shares, or one of the others gave one back. The round "
+            "is lost; leave it out of the next."
+        )
