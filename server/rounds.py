@@ -281,7 +281,7 @@ class Coordinator:
         known = self._known_heads()
         outcome = self._collect(outcome, self._requests(nodes, common, masking, known), known)
         found = self._aggregate(common, {site: answer.update for site, answer in outcome.answers.items()})
-        delta, lost = found.step, found.lost
+        update, lost = found.step, found.lost
         outcome = self._without_liars(outcome)
         if all(outcome.declined.get(site) in _UNCHARGED for site in outcome.asked):
             lost = ""  # nobody has paid for anything

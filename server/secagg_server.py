@@ -185,7 +185,7 @@ class SecAggServer:
                 f"{len(reveals)} of {len(uploads)} sites helped to unmask the sum, at least {threshold} are needed. "
                 f"{'; '.join(faults)}"
             )
-        unmasked = secagg.unmask(cohort, self._participants, claim, uploads, reveals, self._dimension)
+        unmasked = secagg.unmask(cohort, self._participants, survivor_list, uploads, reveals, self._dimension)
         for holder, dealer in unmasked.doubtful[:_SAID]:
             _log.warning(
                 "round %d: a share of %s's secret that %s gave back is wrong: one of the two made it", number, dealer,

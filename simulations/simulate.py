@@ -23,7 +23,7 @@ from fedllm.errors import ConfigError, QuorumLost
 from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.model import pick_device
-from fedllm.training.workspace import trained, use_threads
+from fedllm.training.model_context import trained, use_threads
 from fedllm.values import HEAD_OFFICE, check_name, parse
 from server.channel import PlainChannel
 from server.checkpoint import CONFIG, read_as, write_atomically, writing

@@ -9,6 +9,7 @@ from fedllm.errors import ConfigError
 from fedllm.protocol.enrolment import same_fingerprint
 from fedllm.values import HEAD_OFFICE
 
+
 class Trust:
     """Identities that the reader knows by other means, by name; a name may have several."""
 

@@ -154,7 +154,7 @@ def unmask(
         )
     holders = tuple(sorted(answers, key=cohort.place.__getitem__))
     search = _Search(cohort, holders)
-    survivors = set(claim.survivors)
+    survivors = set(survivor_list.survivors)
     doubtful: list[tuple[str, str]] = []
     total_d = np.zeros(dimension, WORD)
     for site in survivor_list.survivors:
@@ -163,10 +163,10 @@ def unmask(
         mask_key = dealt[dealer].dealing
         shares = [_share_at(answers[holder], index) for holder in holders]
         if dealer in survivors:
-            seed, wrong = search.recover(shares, dealer, _seed_check(cohort, number, dealing))
+            seed, wrong = search.recover(shares, dealer, _seed_check(cohort, number, mask_key))
             add_mask(total_d, self_mask_key(cohort, number, common, dealer, seed), -1)
         else:
-            scalar, wrong = search.recover(shares, dealer, _scalar_check(dealing))
+            scalar, wrong = search.recover(shares, dealer, _scalar_check(mask_key))
             key = AgreementKey.from_scalar(scalar)
             for site in survivor_list.survivors:
                 pair = pair_mask_key(cohort, number, common, dealer, key, dealt[site].dealing)
@@ -206,7 +206,7 @@ class _Search:
 
     def __init__(self, cohort: Cohort, holders: tuple[str, ...]) -> None:
         """`holders` are those who revealed their shares, t at least, by their places."""
-        self._holders, self._threshold = holders, cohort.terms.threshold
+        self._holders, self._threshold = holders, cohort.params.threshold
         self._points = [cohort.place[holder] for holder in holders]
         many, spare = len(holders), len(holders) - self._threshold
         # what these runs leave out lies side by side, so the first few are enough for one wrong share
