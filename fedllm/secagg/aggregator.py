@@ -99,7 +99,7 @@ def check_unmasking_shares(cohort: Cohort, survivor_list: ConsistencyCheck, reve
 
 def _expect(cohort: Cohort, number: int, message: KeyShares | MaskedInput | UnmaskingShares, site: str) -> None:
     if (message.context, message.round, message.joins) != (cohort.params.context, number, cohort.digest):
-        raise MessageError(f"site={site!r} answers for another session, round or list of joins than round {number}")
+        raise MessageError(f"site={site!r} answers for another session, round or list of keys than round {number}")
     if site not in cohort.place:
         raise MessageError(f"site={site!r} has not joined")
 
@@ -205,6 +205,6 @@ def _recover(
         rest = [k for k in range(many) if k not in chosen]
         return secret, [holders[k] for k in rest if shamir.combine(shamir.weights(at, points[k]), values) != shares[k]]
     raise FederationError(
-        f"the secret that site={dealer!r} dealt cannot be put together from the shares of {', '.join(holders)}: that "
-        "site dealt wrong shares, or one of the others gave one back. The round is lost; leave it out of the next."
+        f"the secret that site={dealer!r} shared cannot be reconstructed from the shares of {', '.join(holders)}: "
+        "that site sent wrong shares, or one of the others gave one back. The round is lost; leave it out of the next."
     )
