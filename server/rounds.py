@@ -366,7 +366,7 @@ class Coordinator:
             try:
                 masking, undealt = self._masks.deal(number, names, self._asker(number))
             except FedllmError as error:
-                raise QuorumLost(f"round {number}: no secrets could be dealt. {error}") from None
+                raise QuorumLost(f"round {number}: no secrets could be shared. {error}") from None
             failed |= undealt
             self._forgotten |= {n for n in nodes if self._site_of_node[n] in undealt}
             nodes = [n for n in nodes if self._site_of_node[n] in masking]

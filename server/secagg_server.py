@@ -68,10 +68,10 @@ class SecAggServer:
         """Take a site's AdvertiseKeys in place of an earlier one; raises MessageError if they are not its own."""
         message = from_bytes(payload, AdvertiseKeys, AdvertiseKeys)
         if message.context != self._params.context or message.join.site != site:
-            raise MessageError("a join of another site, or to another session")
+            raise MessageError("an advertised key of another site, or for another session")
         secagg.check_advertised_key(self._params, message.join)
         if any(other.key == message.join.key for name, other in self._joins.items() if name != site):
-            raise MessageError("a join with the key of another site")
+            raise MessageError("an advertised key that another site has, too")
         if self._joins.get(site) != message.join:
             self._dealt.pop(site, None)
         self._joins[site] = message.join
@@ -96,7 +96,7 @@ class SecAggServer:
                 try:
                     shares = from_bytes(arrived(data), KeyShares, Declined)
                     if isinstance(shares, Declined):
-                        raise MessageError(f"declined to deal ({shares.reason})")
+                        raise MessageError(f"declined to share secrets ({shares.reason})")
                     self._check_key_shares(cohort, number, shares, site)
                     dealt[site] = shares
                 except MessageError as error:
@@ -171,7 +171,7 @@ class SecAggServer:
                             raise MessageError(f"shares of site={answer.site}")
                         secagg.check_unmasking_shares(cohort, survivor_list, answer)
                         if len(answer.surplus) != surplus:
-                            raise MessageError(f"{len(answer.surplus)} seeds of surplus noise, expected {surplus}")
+                            raise MessageError(f"{len(answer.surplus)} seeds of excess noise, expected {surplus}")
                         reveals.append(answer)
                 except MessageError as error:
                     faults.append(f"{site}: {error}")
@@ -212,7 +212,7 @@ class SecAggServer:
 
     def _at(self, number: int) -> Cohort:
         if self._cohort is None:
-            raise FedllmError(f"round {number}: nobody has dealt secrets")
+            raise FedllmError(f"round {number}: no site has shared secrets")
         return self._cohort
 
 
@@ -264,9 +264,9 @@ class Groups:
             try:
                 asked, undealt = masks.deal(number, here, ask)
             except FedllmError as error:
-                asked, undealt = {}, dict.fromkeys(here, f"its group cannot deal: {error}")
+                asked, undealt = {}, dict.fromkeys(here, f"its group cannot share secrets: {error}")
             if len(asked) < self._plan.quorum:
-                undealt = {**dict.fromkeys(asked, f"{len(asked)} sites of its group have dealt"), **undealt}
+                undealt = {**dict.fromkeys(asked, f"{len(asked)} sites of its group shared secrets"), **undealt}
                 asked = {}
             masking |= asked
             failed |= undealt

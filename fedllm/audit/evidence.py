@@ -391,7 +391,7 @@ def _check_noise(
     """Compare the noise that a round of noise in shares is said to have had with what its answers make of it."""
     groups = {str(k): len(set(group) & set(step.answered)) for k, group in enumerate(plan.groups, start=1)}
     sums = {k: (groups[k], trimmed) for k, trimmed in step.sums.items() if k in groups}
-    if groups:  # every one of them opened, was refused or stayed closed, and those that were used outvote the others
+    if groups:  # each was unmasked, refused or not unmasked, and those that were used outvote the others
         listed = [*step.sums, *step.refused, *step.closed]
         whole = sorted(listed) == sorted(groups) and plan.outvotes(len(step.sums), len(step.refused))
         whole = whole and all(groups[k] >= plan.quorum for k in (*step.sums, *step.refused))

@@ -106,7 +106,7 @@ def verify(
         bool, typer.Option("--allow-unverified", help="Gaps in the evidence that are no contradiction are no error.")
     ] = False,
 ) -> None:
-    """Check an audit offline, without believing who made it; ends with 1 at the first contradiction.
+    """Check an audit offline, without trusting who made it; exit code 1 at the first contradiction.
 
     Schema, chains, signatures and co-signatures are checked, every epsilon is computed again from the ledgers' events,
     and pages are rendered again and compared. Also ends with 1 if a site in the file of keys has signed nothing, if

@@ -38,9 +38,11 @@ def private(command: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-site_app = typer.Typer(help="A site: its folder, keys and grants.", no_args_is_help=True, callback=keep_private)
+site_app = typer.Typer(
+    help="A site: its folder, keys, grants and processes.", no_args_is_help=True, callback=keep_private
+)
 server_app = typer.Typer(
-    help="The server: certificates, identity and sites.", no_args_is_help=True, callback=keep_private
+    help="The server: its keys, its process, and the grants of sites.", no_args_is_help=True, callback=keep_private
 )
 
 HeadOfficeOption = Annotated[
@@ -116,7 +118,7 @@ def admit(
 
 
 def revoke(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
-    """Accept no key of a site any more."""
+    """Revoke a site: none of its keys is accepted any more."""
     from server import federation
 
     member = federation.revoke(absolute(home), site)
@@ -133,7 +135,7 @@ def server_grant(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
 
 @server_app.command("new-ledger")
 def server_new_ledger(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
-    """Take whatever ledger a site has from now on: its own was lost, and its people have seen to the budget."""
+    """Accept the ledger that a site has now: its own was lost, and its owner has stated what was spent."""
     from server.ledger_heads import HEADS, LedgerHeads
 
     folder = absolute(home)
@@ -159,8 +161,8 @@ def server_rotate(
 ) -> None:
     """Replace a key of the server while rounds go on.
 
-    certificate: one step, and sites need do nothing. ca and identity: three steps, so that every site can install
-    its new grant in between.
+    certificate: one step, and sites do nothing. ca and identity: three steps, so that every site can install its new
+    grant in between.
     """
     from server import federation
 
@@ -219,7 +221,7 @@ def site_install(
     fingerprint: _Fingerprint = None,
     home: OfficeOption = OFFICE,
 ) -> None:
-    """Install a grant: this server, and no other, is believed."""
+    """Install a grant: the site then answers this server, and no other."""
     from client import office
 
     folder = absolute(home)
@@ -256,7 +258,7 @@ def site_retire(home: OfficeOption = OFFICE) -> None:
 
 @site_app.command("check")
 def site_check(home: OfficeOption = OFFICE) -> None:
-    """Try all that a run will need, and sign what site.yaml declares of the records; no network, nothing is spent."""
+    """Check all that a run will need, offline and at no cost, and sign what site.yaml declares of the records."""
     from client.doctor import check
 
     report(check(absolute(home)))
@@ -264,7 +266,7 @@ def site_check(home: OfficeOption = OFFICE) -> None:
 
 @site_app.command("resume")
 def site_resume(home: OfficeOption = OFFICE) -> None:
-    """Let a site answer again that failed, or was killed, while it used records, once you have seen to it."""
+    """Let a site answer again after it failed, or was killed, while it used records. Remove the cause first."""
     from client.office import Office
     from client.unfinished import Unfinished
 

@@ -300,7 +300,7 @@ def status(
 def stop(
     name: Annotated[str, typer.Argument(help="The run.", show_default=False)], home: HeadOfficeOption = HEAD_OFFICE
 ) -> None:
-    """End a run where it is; `fedllm submit --resume` goes on from its last round."""
+    """Stop a run; `fedllm submit --resume` goes on from its last round."""
     from server import deployment
 
     deployment.end(deployment.runs(absolute(home)) / name)
@@ -411,9 +411,9 @@ def doctor(
         ),
     ] = None,
 ) -> None:  # fmt: skip
-    """Look for what is wrong here, and say what to do. Changes nothing; ends with exit code 1 if anything is ERROR.
+    """Check this installation, and say what to do. Changes nothing; exit code 1 if anything is ERROR.
 
-    Looks at certificates, keys, permissions, clock, ports, disk, versions, the ledger, the running processes and the
+    Checks certificates, keys, permissions, clock, ports, disk, versions, the ledger, the running processes and the
     way to the other end.
     """
     places = [absolute(place) for place in ([HEAD_OFFICE, OFFICE] if home is None else [home])]

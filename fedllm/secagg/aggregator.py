@@ -100,7 +100,7 @@ def check_unmasking_shares(cohort: Cohort, survivor_list: ConsistencyCheck, reve
 
 def _expect(cohort: Cohort, number: int, message: KeyShares | MaskedInput | UnmaskingShares, site: str) -> None:
     if (message.context, message.round, message.joins) != (cohort.params.context, number, cohort.digest):
-        raise MessageError(f"site={site!r} answers for another session, round or list of joins than round {number}")
+        raise MessageError(f"site={site!r} answers for another session, round or list of keys than round {number}")
     if site not in cohort.place:
         raise MessageError(f"site={site!r} has not joined")
 
@@ -232,7 +232,7 @@ class _Search:
             self._wrong_before.update(wrong)
             return secret, [self._holders[k] for k in wrong]
         raise FederationError(
-            f"the secret that site={dealer!r} dealt cannot be put together from the shares of "
-            f"{', '.join(self._holders)}: that site dealt wrong shares, or one of the others gave one back. The round "
+            f"the secret that site={dealer!r} shared cannot be reconstructed from the shares of "
+            f"{', '.join(self._holders)}: that site sent wrong shares, or one of the others gave one back. The round "
             "is lost; leave it out of the next."
         )

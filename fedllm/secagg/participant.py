@@ -92,8 +92,8 @@ class Participant:
         unused = number == newest and done is not None and done.asked is None  # another site came or went
         if number <= newest and not unused:
             raise PrivacyError(
-                f"round {number}: site={self.site!r} has dealt round {newest} already, and deals a round out "
-                "once. Go on with the next round."
+                f"round {number}: site={self.site!r} has shared the secrets of round {newest} already, and shares a "
+                "round's secrets once. Go on with the next round."
             )
         state = self._deal(cohort, agreed, number)
         self._rounds = {k: v for k, v in self._rounds.items() if k >= number - 1}
@@ -197,7 +197,7 @@ class Participant:
     def _expect(self, context: str) -> None:
         if context != self.params.context:
             raise MessageError(
-                f"a request of secure aggregation for another plan, session or threshold than site={self.site!r} joined"
+                f"a request of secure aggregation for another plan, session or threshold than site={self.site!r} knows"
             )
 
     def _state(self, request: MaskedInputRequest | ConsistencyCheck | UnmaskingRequest) -> _Round:
@@ -205,12 +205,12 @@ class Participant:
         state = self._rounds.get(request.round)
         if state is None:
             raise PrivacyError(
-                f"round {request.round}: site={self.site!r} holds no secrets for it: it was not asked to deal, or the "
-                "round is over, or its process is a new one. Leave the site out of this round."
+                f"round {request.round}: site={self.site!r} holds no secrets for it: it was not asked to share any, "
+                "or the round is over, or its process is a new one. Leave the site out of this round."
             )
         if request.joins != state.cohort.digest:
             raise MessageError(
-                f"round {request.round}: a request for other joins than those site={self.site!r} dealt to"
+                f"round {request.round}: a request for other advertised keys than those site={self.site!r} shared with"
             )
         return state
 
@@ -218,14 +218,14 @@ class Participant:
         """Return the checked cohort and what was agreed with each peer; both stay as long as the list does."""
         known = self._rounds[max(self._rounds)] if self._rounds else None
         if known is None and not request.joins:
-            raise MessageError(f"round {request.round}: no joins were sent to site={self.site!r} yet")
+            raise MessageError(f"round {request.round}: no advertised keys were sent to site={self.site!r} yet")
         if known is not None and (not request.joins or known.cohort.joins == request.joins):
             return known.cohort, known.agreed
         cohort = make_cohort(self.params, request.joins)
         if self.join.join not in cohort.joins:
             raise MessageError(
-                f"round {request.round}: the join of site={self.site!r} is missing from the list, or is not the one "
-                "that it sent. If the site was started again, send it the list with its new join."
+                f"round {request.round}: the key of site={self.site!r} is missing from the list, or is not the one "
+                "that it sent. If the site was started again, send it the list with its new key."
             )
         return cohort, {entry.site: self._agree(entry) for entry in cohort.joins if entry.site != self.site}
 
@@ -233,7 +233,7 @@ class Participant:
         try:
             return self._key.agree(bytes.fromhex(entry.key))
         except CryptoError as error:
-            raise MessageError(f"site={entry.site!r} joined with {error}. Leave it out.") from None
+            raise MessageError(f"site={entry.site!r} advertised {error}. Leave it out.") from None
 
     def _deal(self, cohort: Cohort, agreed: dict[str, bytes], number: int) -> _Round:
         seed, key = shamir.random_number(), AgreementKey.generate()
@@ -279,7 +279,7 @@ class Participant:
                 f"round {number}: {len(names)} participants, expected at least the threshold of {self.params.threshold}"
             )
         if dealings.pop(self.site, None) != state.shares.dealing:
-            raise MessageError(f"round {number}: what site={self.site!r} dealt is missing, or was altered")
+            raise MessageError(f"round {number}: what site={self.site!r} shared is missing, or was altered")
         if len(request.payload) != SEALED * len(dealings):
             raise MessageError(
                 f"round {number}: {len(request.payload)} bytes of sealed shares, expected {SEALED * len(dealings)}"
@@ -295,7 +295,7 @@ class Participant:
                 pair_keys[name] = pair_mask_key(cohort, number, common, self.site, state.key, mask_key)
             except CryptoError as error:
                 raise MessageError(
-                    f"round {number}: what site={name!r} dealt to site={self.site!r} cannot be used ({error}): that "
+                    f"round {number}: what site={name!r} shared with site={self.site!r} cannot be used ({error}): that "
                     "site made it wrongly, or the server altered it. Leave that site out of the round and ask again."
                 ) from None
             held[name] = pair[: shamir.SHARE], pair[shamir.SHARE :]

@@ -52,7 +52,7 @@ class SessionParams:
         """Raise PrivacyError unless the threshold, of `holders` sites, leaves no room for two contradictory lists."""
         most = min(self.sites, MAX_HOLDERS)
         if holders > most:
-            raise PrivacyError(f"secure aggregation takes {most} sites at most under these terms, found {holders}")
+            raise PrivacyError(f"secure aggregation takes {most} sites at most in this session, found {holders}")
         if not (self.threshold <= holders and 2 * self.threshold > holders + self.colluders):
             raise PrivacyError(
                 f"secagg.threshold={self.threshold} for {holders} sites of which {self.colluders} may collude: "
@@ -113,7 +113,7 @@ def _check_signed_key(params: SessionParams, entry: AdvertisedKey) -> None:
         )
     except CryptoError as error:
         raise MessageError(
-            f"the join of site={entry.site!r} is not its own, or is for another plan or session ({error})"
+            f"the key of site={entry.site!r} is not its own, or is for another plan or session ({error})"
         ) from None
 
 
@@ -128,7 +128,7 @@ def make_cohort(params: SessionParams, joins: Iterable[AdvertisedKey]) -> Cohort
     """Check advertised keys, in any order; raises MessageError, and PrivacyError if the threshold does not fit."""
     ordered = tuple(sorted(joins, key=lambda entry: entry.site))
     if len({entry.site for entry in ordered}) != len(ordered) or len({entry.key for entry in ordered}) != len(ordered):
-        raise MessageError("the list of joins names a site or a key twice")
+        raise MessageError("the list of advertised keys names a site or a key twice")
     params.check_size(len(ordered))
     for entry in ordered:
         _check_signed_key(params, entry)

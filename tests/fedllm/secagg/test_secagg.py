@@ -136,7 +136,7 @@ def test_a_site_that_was_started_again_is_a_dropout_and_then_takes_part_again() 
 
 
 def test_rounds_overlap_while_joins_change() -> None:
-    """Shares of round 2 go to a new list of joins before round 1 is masked with the old one."""
+    """Shares of round 2 go to a new list of keys before round 1 is masked with the old one."""
     federation = Federation(4)
     vectors = random_vectors(federation.members, 8)
     dealt, old = federation.share(1), federation.cohort

@@ -259,7 +259,7 @@ def test_a_round_cannot_be_dealt_again(five: Federation) -> None:
     five.share(1)
     dealt = five.share(5)
     for number in (1, 4):
-        with pytest.raises(PrivacyError, match="deals a round out once"):
+        with pytest.raises(PrivacyError, match="shares a round's secrets once"):
             five.members[A].share(five.share_request(number))
     assert five.members[A].share(five.share_request(5)) == five.share(5)[A]
     fewer = five.share_request(5).model_copy(update={"joins": five.cohort.joins[:4]})
@@ -270,10 +270,10 @@ def test_a_round_cannot_be_dealt_again(five: Federation) -> None:
     five.members[A].share(fewer)
     assert again.dealing.key != dealt[A].dealing.key
     assert again.dealing.commitment != dealt[A].dealing.commitment
-    with pytest.raises(MessageError, match="other joins"):
+    with pytest.raises(MessageError, match="other advertised keys"):
         five.members[A].mask(five.masked_input_request(5, dealt, A), TASK, vectors[A])
     five.members[B].mask(five.masked_input_request(5, dealt, B), TASK, vectors[B])
-    with pytest.raises(PrivacyError, match="deals a round out once"):
+    with pytest.raises(PrivacyError, match="shares a round's secrets once"):
         five.members[B].share(fewer)
 
 
@@ -334,7 +334,7 @@ def test_two_lists_of_joins(five: Federation) -> None:
     theirs = {
         site: five.members[site].share(five.share_request(1).model_copy(update={"joins": fewer})) for site in (A, B)
     }
-    with pytest.raises(MessageError, match="other joins"):
+    with pytest.raises(MessageError, match="other advertised keys"):
         five.members[C].mask(
             secagg.masked_input_request(small, 1, {**theirs, C: dealt[C]}, C), TASK, np.zeros(4, np.uint32)
         )
@@ -644,11 +644,11 @@ def test_answers_that_do_not_belong_to_the_round(five: Federation) -> None:
         secagg.unmask(five.cohort, dealt, claim, uploads, reveals[:2], DIMENSION)
 
 
-def test_shares_that_head_office_refuses(five: Federation) -> None:
+def test_shares_that_the_server_refuses(five: Federation) -> None:
     shares = five.share(1)[B]
     for wrong, text in (
         (shares.model_copy(update={"payload": shares.payload[:-1]}), f"{B}.*bytes of sealed shares"),
-        (shares.model_copy(update={"joins": "0" * 64}), f"{B}.*list of joins"),
+        (shares.model_copy(update={"joins": "0" * 64}), f"{B}.*list of keys"),
         (shares.model_copy(update={"dealing": shares.dealing.model_copy(update={"site": C})}), f"{C}.*not its own"),
     ):
         with pytest.raises(MessageError, match=text):
