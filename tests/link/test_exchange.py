@@ -107,7 +107,7 @@ def test_neither_answers_nor_refusals_nor_ends_leave_a_traceback(
     site,  # type: ignore[no-untyped-def]
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The end of a call was sent while it was cancelled, and two read from it at once."""
+    """Seen under load: the end of a call was sent while it was cancelled, or two read from it at once."""
     busan = site("busan", limit=1 << 20)
     busan.may_answer.set()
     until(lambda: node_of("busan") in grid.get_node_ids(), "the connection")
