@@ -18,6 +18,7 @@ from server.grpc_grid import GrpcGrid, look, node_of
 from tests.link.conftest import House, Loop, Site, until
 
 LIMIT = 1 << 28
+IN_HAND = "4 requests are in hand here; ask again later"
 
 
 @pytest.fixture
@@ -98,6 +99,27 @@ def test_a_request_that_is_too_long_is_refused_by_the_site_before_it_is_read(
     busan.may_answer.set()
     assert reply(grid, ask(grid, house, "busan", b"short")) == b"to short"
     assert busan.asked == [b"short"]
+
+
+def test_neither_answers_nor_refusals_nor_ends_leave_a_traceback(
+    house: House,
+    grid: GrpcGrid,
+    site,  # type: ignore[no-untyped-def]
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Seen under load: the end of a call was sent while it was cancelled, or two read from it at once."""
+    busan = site("busan", limit=1 << 20)
+    busan.may_answer.set()
+    until(lambda: node_of("busan") in grid.get_node_ids(), "the connection")
+    sizes = [3 << 20, 10, 2 << 20, 1 << 19] * 8
+    asked = [message("busan", n.to_bytes(4, "big") + bytes(size)) for n, size in enumerate(sizes)]
+    for number, (id_, size) in enumerate(zip(grid.push_messages(asked), sizes, strict=True)):
+        found = reply(grid, id_)
+        if size < 1 << 20:
+            assert found in (b"to " + number.to_bytes(4, "big") + bytes(size), IN_HAND)
+        else:
+            assert found == IN_HAND or "are taken" in str(found)
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
 
 
 def test_where_time_is_up_the_site_is_told_that_nobody_waits(house: House, grid: GrpcGrid, site) -> None:  # type: ignore[no-untyped-def]

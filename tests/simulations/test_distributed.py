@@ -23,15 +23,17 @@ from fedllm.privacy.ledger import LedgerFile
 from fedllm.privacy.randomness import SeededRandomness
 from fedllm.protocol.messages import (
     ConsistencyCheck,
+    ConsistencySignature,
     Declined,
     MaskedInput,
     SecAggRequest,
     TrainReply,
     TrainRequest,
+    UnmaskingShares,
     from_bytes,
     unpack,
 )
-from fedllm.secagg import participant
+from fedllm.secagg import Participant, participant
 from fedllm.training.model_context import open_context
 from fedllm.training.server_optimizer import ServerOptimizer
 from server.checkpoint import load_checkpoint
@@ -213,6 +215,30 @@ def test_sites_may_vanish_down_to_the_quorum(
     assert [body["trimmed"] for body in bodies] == [3, 3]
     kept = 3 + 3 if kind is TrainRequest else 2 + 2 + 2
     assert bodies[0]["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier * np.sqrt(kept / 6))
+    assert verdict(done.folder) == "within"
+
+
+def test_who_gives_back_wrong_shares_is_on_record_and_not_asked_again_and_the_round_counts(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Participant.unmask
+
+    def unmask(self: Participant, request: ConsistencyCheck) -> ConsistencySignature | UnmaskingShares:
+        answer = honest(self, request)
+        if self.join.join.site == "busan" and isinstance(answer, UnmaskingShares):
+            return answer.model_copy(update={"payload": bytes(byte ^ 1 for byte in answer.payload)})
+        return answer
+
+    monkeypatch.setattr(Participant, "unmask", unmask)
+    done = run(configure(tmp_path, **SHARED))
+    assert not done.stopped
+    first, second = rounds_of(done.folder)
+    assert first["counts"]
+    assert second["counts"]
+    assert set(first["answered"]) == set(BRANCHES)
+    assert list(first["failed"]) == ["busan"]
+    assert "wrong shares" in first["failed"]["busan"]
+    assert set(second["answered"]) == {*BRANCHES} - {"busan"}
     assert verdict(done.folder) == "within"
 
 
