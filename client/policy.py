@@ -57,8 +57,8 @@ class SitePolicy(Frozen):
     reply_quantum: float = Field(5.0, ge=0, le=3600)
     """Seconds. Updates leave at multiples of it, so that they do not tell how long training took."""
     record_seconds: float = Field(0.0, ge=0, le=3600)
-    """Seconds added to the quantum for every record that a round may use. Set it to the time of one record, and no
-    update leaves earlier than with the largest possible sample.
+    """Seconds added to the quantum for every record that a round may use. Set it to the longest that one record takes
+    by itself, and no update leaves earlier than with the largest possible sample.
     """
     peers: dict[str, str] = Field(default_factory=dict)
     """Other sites and the fingerprints of their keys, as each of them told you itself. Without any, the site takes no
@@ -138,17 +138,18 @@ class SitePolicy(Frozen):
         if units < self.min_units:
             raise DataError(f"{units} privacy units, at least {self.min_units:g} needed to take part")
 
-    def quantum(self, plan: RunPlan, size: int) -> float:
+    def quantum(self, plan: RunPlan, size: int, aside: float = 0.0) -> float:
         """Return of how many seconds a round's answer leaves at a multiple: of plan, policy and the declared `size`.
 
         With `record_seconds`, as long as the largest sample would take that such a site can draw (6 deviations above
-        the mean, from twice the declared units): then every answer leaves after one quantum.
+        the mean, from twice the declared units), and `aside` more, which the round takes beside its records: then every
+        answer leaves after one quantum.
         """
         most = 2 * size
         mean = plan.privacy.sampling_rate * most
         records = plan.privacy.records_per_person if plan.privacy.unit == "person" else 1
         drawn = min(most, mean + 6 * math.sqrt(mean) + 6) * records
-        return self.reply_quantum + self.record_seconds * plan.training.local_steps * drawn
+        return self.reply_quantum + self.record_seconds * plan.training.local_steps * drawn + aside
 
 
 def widest(epsilon: float, delta: float, **limits: Any) -> SitePolicy:

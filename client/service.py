@@ -4,9 +4,11 @@ What it keeps count of stays in its log: it exports no metrics, no health and no
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -157,7 +159,7 @@ def run(office: Office) -> bool:
 
     Raises FedllmError if the site cannot start.
     """
-    stamp = office.stamp()  # before the records are read, which takes its time
+    began, stamp = time.monotonic(), office.stamp()  # before the records are read, which takes its time
     use_threads(office.config.resources.threads)
     data = office.ledger_file.parent
     data.mkdir(mode=0o700, exist_ok=True)
@@ -167,11 +169,29 @@ def run(office: Office) -> bool:
         site = open_site(office)
         site.open_ledger()
         endpoint = Endpoint(site, office.identities, office.coordinators, data / "requests.json")
-        return asyncio.run(_answer(office, endpoint, ledger, stamp))
+        quantum, elapsed = office.policy.reply_quantum, time.monotonic() - began
+        _log.info("its records took %.2f s to read", elapsed)
+        return asyncio.run(_answer(office, endpoint, ledger, stamp, _until_start(elapsed, quantum)))
 
 
-async def _answer(office: Office, endpoint: Endpoint, ledger: LedgerFile, stamp: tuple[object, ...]) -> bool:
+def _until_start(elapsed: float, quantum: float) -> float:
+    """Return the seconds until 1, 2, 4, 8 ... quanta have passed since the process began to read its records.
+
+    The server sees when a site leaves, and when it is there again. So that tells of the time that all records take to
+    read only within how many doublings of a quantum it lies.
+    """
+    while 0 < quantum < elapsed:
+        quantum *= 2
+    return max(0.0, quantum - elapsed)
+
+
+async def _answer(
+    office: Office, endpoint: Endpoint, ledger: LedgerFile, stamp: tuple[object, ...], pause: float
+) -> bool:
+    """Answer after `pause` seconds, and until told to end or the folder has changed."""
     stop = told_to_end()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), pause)
     limit = office.config.resources.max_message_mb << 20
     link = SiteLink(*way(office), endpoint.handle, limit, office.link_state_file)
     keeping = asyncio.create_task(_keep_time(ledger))

@@ -10,8 +10,9 @@
   counts zero (the engine), and a result that is not finite is a property of the noised vector. If something fails all
   the same, or the process is killed, the site answers nothing at all until its owner acts: one bit, once
   (`Unfinished`).
-- Whatever used records leaves at a multiple of the policy's `quantum` after it was asked for, and until then nothing
-  else is answered. Nor does what is signed say when training ended.
+- Whatever used records leaves at a multiple of the policy's `quantum` after the site began to use them, and until then
+  nothing else is answered. All that comes before takes as long as machine and request make it. Nor does what is signed
+  say when training ended.
 """
 
 import contextlib
@@ -70,6 +71,7 @@ from fedllm.protocol.messages import (
     unpack,
 )
 from fedllm.protocol.spending_statement import Statement, sign_statement, update_digest
+from fedllm.secagg.masking import add_mask
 from fedllm.training.data import PrivacyUnit
 from fedllm.training.model_context import ModelContext
 from fedllm.training.self_check import Subject, self_check_once
@@ -157,6 +159,27 @@ class PlanSession:
             raise SpecMismatch(str(error)) from error
         self_check_once(Subject(adapter, engine, self.plan, lambda: self.randomness(round_), self.micro_batch))
 
+    def seconds_aside(self, round_: int, start: NDArray[np.float32]) -> float:
+        """Return twice what a round of such a plan takes beside its records: noise, coins, optimiser, encoding, masks.
+
+        Measured in one step on as many empty units as are declared, and again as many.
+        """
+        plan, source = self.plan, self.randomness(round_)
+        once = plan.model_copy(update={"training": plan.training.model_copy(update={"local_steps": 1})})
+        nobody: Sequence[PrivacyUnit] = [()] * (2 * self.records.declared.size)
+        parts = (self.context.adapter, self.context.engine, nobody, once, start, source, self.micro_batch)
+        began = time.monotonic()
+        if plan.distributed is None:
+            delta = train_round(*parts)
+            stepped = time.monotonic()
+            update_digest(adapter_vector.encode(delta.astype(np.float32), "float32"))
+        else:
+            share, _ = distributed_step(*parts)
+            stepped = time.monotonic()
+            for _ in range(plan.distributed.sites):
+                add_mask(share, bytes(32), 1)
+        return 2 * (plan.training.local_steps * (stepped - began) + time.monotonic() - stepped)
+
     def randomness(self, round_: int) -> Randomness:
         """Return the source of a round's noise."""
         privacy = self.plan.privacy
@@ -204,13 +227,12 @@ class Site:
         """
         while not self._lock.acquire(timeout=_LOOK):
             _check(stop)
-        began = time.monotonic()
         with contextlib.ExitStack() as leaving:  # with the lock held: when it is free, too, says how long it took
             leaving.callback(self._lock.release)
             try:
                 _check(stop)
                 self._unfinished.check()
-                return self._answer(request, lambda quantum: leaving.callback(self._wait, began, quantum), stop)
+                return self._answer(request, lambda q: leaving.callback(self._wait, time.monotonic(), q), stop)
             except (Cancelled, Halted):
                 raise
             except Exception as error:
@@ -230,6 +252,10 @@ class Site:
     def _wait(self, began: float, quantum: float) -> None:
         elapsed = time.monotonic() - began
         _log.info("%s: %.2f s, of quanta of %.2f s", self.name, elapsed, quantum)
+        if elapsed > quantum and self._policy.record_seconds:
+            _log.warning(
+                "%s: a round took longer than its quantum, which shows. Raise policy.record_seconds", self.name
+            )
         time.sleep(_until_departure(elapsed, quantum))
 
     def open_ledger(self) -> PrivacyLedger:
@@ -279,7 +305,7 @@ class Site:
         hold_back: Callable[[float], object],
         stop: threading.Event | None,
     ) -> bytes:
-        """Answer a round; `hold_back` is told, in seconds, at whose multiple what used records may leave."""
+        """Answer a round; `hold_back` starts the clock: the answer leaves at a multiple of the seconds it is given."""
         plan, ledger = session.plan, session.ledger
         if request.round > plan.training.rounds:
             raise MessageError(f"round={request.round} of a plan of {plan.training.rounds} rounds")
@@ -307,16 +333,18 @@ class Site:
                 "simulation, removes heads.json)."
             )
         self._check_engine(session, request.round)  # before the charge: an engine that fails it costs nothing
+        aside = 0.0
         if not ledger.answered(plan.run, request.round):
             ledger.spent(plan.privacy.delta, [event])  # what cannot be computed is not charged either
             if mask is not None:
                 self._distributed(plan).check(plan, mask)
+            aside = session.seconds_aside(request.round, start) if self._policy.record_seconds else 0.0
         reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
         if reservation.reply is not None:
             return reservation.reply
         spent, head = ledger.spent(plan.privacy.delta), ledger.file.head()
 
-        hold_back(self._policy.quantum(plan, self._records.declared.size))
+        hold_back(self._policy.quantum(plan, self._records.declared.size, aside))
         self._unfinished.begin(plan.run, request.round)
         try:
             used = self._used(request, session, start, mask, reservation.coins, stop)

@@ -9,6 +9,7 @@ import bisect
 import contextlib
 import csv
 import json
+import logging
 import math
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     import datasets
 # Tables are datasets.Dataset. `datasets` and pyarrow are imported where they are used: a site, which reads lines of
 # text record by record, does without them and their 100 MB.
+
+_log = logging.getLogger("fedllm.site")
 
 IGNORE = -100  # label of a position that carries no loss (the convention of torch and transformers)
 _FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -174,9 +177,27 @@ def _parquet_rows(file: Path) -> Iterator[Row | DataError]:
     try:
         with parquet.ParquetFile(file) as whole:
             for batch in whole.iter_batches():
-                yield from batch.to_pylist()
+                columns = [_cells(file, *pair) for pair in zip(batch.schema.names, batch.columns, strict=True)]
+                for cells in zip(*columns, strict=True):
+                    yield dict(zip(batch.schema.names, cells, strict=True))
     except Exception as error:  # pyarrow raises many types
         raise DataError(f"{file} cannot be read: {first_line(error)}") from error
+
+
+def _cells(file: Path, name: str, column: Any) -> list[object]:
+    """Return a column's cells. One that Python cannot hold, such as text that is not UTF-8 or year 10000, is empty."""
+    try:
+        return list(column.to_pylist())
+    except Exception:  # pyarrow raises many types
+        found, unreadable = list[object](), 0
+    for cell in column:
+        try:
+            found.append(cell.as_py())
+        except Exception:
+            found.append(None)
+            unreadable += 1
+    _log.warning("%s: %d cells of column %s cannot be read, and count as empty", file, unreadable, name)
+    return found
 
 
 def _csv_line(line: bytes, where: str) -> list[str]:

@@ -35,6 +35,8 @@ _TOGETHER = 8  # records of a pass at the most: more gain nothing
 _TOKENS = 512  # tokens of a pass that are enough to make it efficient
 _LARGE = 1e9  # parameters x tokens x threads from which a record makes an efficient pass by itself
 _QUANTUM = 42  # -log2 of the clip norm's share that a clipped row is rounded to; int64 holds 2^21 such rows
+_EXACT = 1024  # rows whose sum float64 holds exactly, in quanta, and what was carried over: up to 2^53
+_CARRY = 2.0**32  # quanta
 
 
 class _PerUnitProduct(torch.autograd.Function):
@@ -99,6 +101,11 @@ class _PerUnitLinear(nn.Module):
         return y_NTO.reshape(*x.shape[:-1], self.out_features)
 
 
+def _quantum(mechanism: Mechanism) -> float:
+    """Return to whose multiples clipped rows are rounded, 0 where nothing is clipped; gradient units."""
+    return math.ldexp(1.0, math.frexp(mechanism.clip_norm)[1] - _QUANTUM) if mechanism.private else 0.0
+
+
 def clip_and_sum(gradients: Tensor, mechanism: Mechanism, distributed: DistributedMechanism | None = None) -> Tensor:
     """Scale every row of float32[units, d] as the mechanism clips, and add the rows up: float64[d].
 
@@ -118,7 +125,7 @@ def clip_and_sum(gradients: Tensor, mechanism: Mechanism, distributed: Distribut
         quantum, limit = distributed.quantum, float(distributed.scale)
         times = distributed.clip_before_rounding(d) / mechanism.clip_norm / quantum
     elif mechanism.private:
-        quantum = math.ldexp(1.0, math.frexp(mechanism.clip_norm)[1] - _QUANTUM)
+        quantum = _quantum(mechanism)
         limit = mechanism.clip_norm / quantum
         times = (1 - math.sqrt(d) / limit) / quantum  # to round moves a row by at most sqrt(d) / 2 quanta
     # one by one: how a norm is rounded may depend on how many there are
@@ -215,7 +222,7 @@ class Engine:
         self._blocks = Blocks(model)
         config: Any = adapter.model.config
         self._longest: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31  # tokens
-        self._rehearsed: set[tuple[int, int]] = set()
+        self._rehearsed: set[tuple[int, ...]] = set()
         self._size = sum(p.numel() for p in model.parameters())
         self._compile = "off"  # or auto, which goes on without where it fails, or on
         # For a simulation's screen alone. Both are private: how many tokens were sampled tells of the records.
@@ -273,7 +280,9 @@ class Engine:
 
         Raises ModelError if that fails: so it does before a charge, and whatever the records are.
         """
-        if (micro_batch, longest) in self._rehearsed:
+        # all that decides which shapes there are, and what computes them
+        case = (micro_batch, longest, self.compiled, self._blocks.checkpointing, torch.get_num_threads())
+        if case in self._rehearsed:
             return
         with self._adapter.lock:
             for width, shortest in self.shapes(longest):
@@ -288,7 +297,7 @@ class Engine:
                         f"{records} records of {width} tokens are too many for one pass ({first_line(error)}). Lower "
                         "micro_batch or model.max_length"
                     ) from error
-        self._rehearsed.add((micro_batch, longest))
+        self._rehearsed.add(case)
 
     def shapes(self, longest: int) -> list[tuple[int, int]]:
         """Return every width that records of up to `longest` tokens are padded to, and the fewest tokens of each."""
@@ -337,14 +346,15 @@ class Engine:
     ) -> Tensor:
         """Return the sum of the units' clipped gradients, float64[d]: all that a step needs to know of the records.
 
-        With `distributed`, it is in whole quanta.
+        With `distributed`, it is in whole quanta. Either way the sum is exact, and rounded to float64 once, at the end.
 
         `micro_batch` bounds the records of one forward pass and does not change the result. Units are cut, computed,
         clipped and added pass by pass, in constant memory. What a unit adds is a function of that unit alone, to the
         last bit: see `pass_gradients`. A unit that fails contributes nothing, and nobody else's part changes.
         """
-        began = time.perf_counter()
+        began, held = time.perf_counter(), 0
         total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
+        earlier, carry = torch.zeros_like(total), _CARRY * (1.0 if distributed is not None else _quantum(mechanism))
         for some, width in passes(units, lambda width: self.rows(width, micro_batch), self._longest):
             try:
                 part = self._clipped(some, width, mechanism, micro_batch, distributed)
@@ -356,9 +366,13 @@ class Engine:
                 part, why = None, first_line(error)
             if part is None:
                 part = self._one_by_one(some, width, mechanism, micro_batch, distributed, why)
+            if held + len(some) > _EXACT and carry:  # else what a unit adds would depend on those before it
+                whole = (total / carry).round_() * carry
+                earlier, total, held = earlier + whole, total - whole, 0
             total += part
+            held += len(some)
         self.seconds += time.perf_counter() - began
-        return total
+        return earlier + total
 
     def _clipped(
         self,

@@ -167,6 +167,8 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A member's folder whose site answers without records, and whose way leads nowhere."""
     with short_folder() as place:
         made = make_member(make_head(place), place / "site")
+        settings = (made / "site.yaml").read_text("utf-8")
+        (made / "site.yaml").write_text(settings.replace("  # reply_quantum: 5 ", "  reply_quantum: 0 "), "utf-8")
 
         class Stub(Branch):
             def open_ledger(self) -> None:
