@@ -108,8 +108,8 @@ class Evaluator:
         tokenizer, table = self._adapter.tokenizer, self._table
         # room to go on where the expected answer ends
         new_tokens = max(len(self._tokeniser.answer_ids(table[i], i)) for i in rows) + 8
-        positions = getattr(self._adapter.model.config, "max_position_embeddings", None) or 1 << 20
-        prompts = [self._tokeniser.prompt_ids(table[i], i)[-max(1, positions - new_tokens) :] for i in rows]
+        room = max(1, self._adapter.positions - new_tokens)
+        prompts = [self._tokeniser.prompt_ids(table[i], i)[-room:] for i in rows]
         width = max(map(len, prompts))
         ids = torch.full((len(rows), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
