@@ -75,7 +75,7 @@ class AdapterModel:
     def most_apart(self, a: torch.Tensor, b: torch.Tensor) -> str:
         """Return the tensor in which two vectors, [d], differ most, and by what share of its length: for people."""
         sizes = [math.prod(tensor.shape) for tensor in self.spec.tensors]
-        parts = zip(self.spec.tensors, a.split(sizes), b.split(sizes), strict=True)
+        parts = zip(self.spec.tensors, torch.split(a, sizes), torch.split(b, sizes), strict=True)
         apart, length, name = max((float((x - y).norm()), float(y.norm()), tensor.name) for tensor, x, y in parts)
         return f"{_saved_name(name)}, by {apart / max(length, 1e-30):.3g} of its length"
 
