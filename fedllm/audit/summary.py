@@ -97,7 +97,9 @@ def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.
     if ends:
         generation = GenerationConfig(eos_token_id=list(ends), pad_token_id=adapter.tokenizer.pad_token_id)
         generation.save_pretrained(folder / "adapter")
-    card = environment.get_template("card.md.j2").render(s=summary, plan=summary.plan, ends=ends)
+    card = environment.get_template("card.md.j2").render(
+        s=summary, plan=summary.plan, ends=ends, pad=adapter.tokenizer.pad_token_id
+    )
     (folder / "adapter" / "README.md").write_text(card, "utf-8")
     for language in ("en", "ko"):
         text = environment.get_template(f"summary.{language}.md.j2").render(s=summary, plan=summary.plan)

@@ -23,6 +23,7 @@ from fedllm.training.model import BaseModel, load_base, made_up, pick_dtype
 from fedllm.training.precision import SAME_LOGITS
 
 _KEPT = "The run's checkpoint holds the right values. Is peft the version of constraints.txt, and the disk sound?"
+_HEADS = ("classifier", "score")  # PEFT trains and saves these of every sequence classifier
 _BENT = 1e4  # times by which logits are made large, so that a cap on them is seen
 _RELOAD = 1 << 30  # bytes of a base that may be loaded a second time
 
@@ -100,7 +101,10 @@ class AdapterModel:
 
     def _check_file(self, path: Path, values: dict[str, torch.Tensor]) -> None:
         """Raise ModelError unless the file at `path` holds `values` and the frozen part of the adapter."""
-        live = {name: p.detach().cpu() for name, p in self.model.named_parameters() if "lora_" in name}
+        kept = ("lora_", ".modules_to_save.default.")
+        live = {
+            name: p.detach().cpu() for name, p in self.model.named_parameters() if any(part in name for part in kept)
+        }
         right = {_saved_name(name): value for name, value in {**live, **values}.items()}
         found = load_file(path)
         wrong = sorted(set(found) - set(right))
@@ -118,7 +122,8 @@ def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32]
     if sum(p.numel() * p.element_size() for p in live.parameters()) > _RELOAD:
         return False
     ids = made_up(adapter.vocabulary, 12).reshape(2, 6).to(adapter.device)
-    base = load_base(model, str(adapter.device)).model
+    # by another seed: whatever the checkpoint lacks is other for every user, unless it is in the file
+    base = load_base(model, str(adapter.device), seed=1).model
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of peft, on reading its own configuration
         try:
@@ -161,6 +166,7 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
     targets: Any = list(adapter.targets)
     if adapter.targets == "all-linear":  # PEFT's own "all-linear" does not go with a choice of layers
         targets = linear if adapter.layers is not None else "all-linear"
+    new = [name for name in base.new if name.partition(".")[0] not in _HEADS] or None
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -169,6 +175,9 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
         layers_to_transform=list(adapter.layers) if adapter.layers is not None else None,
         bias="none",
         task_type="CAUSAL_LM" if model.task == "causal-lm" else "SEQ_CLS",
+        # trained and saved whole, as the head is: who loads the adapter gets the same
+        modules_to_save=new,
+        exclude_modules=new,
     )
     unknown = sorted(set(targets) - set(linear)) if isinstance(targets, list) else []
     if unknown:
@@ -192,6 +201,10 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
             f"({', '.join(fused)}), through which every record's tokens go at once, so that they have no gradients of "
             f"single records. Give adapter.targets=[{','.join(linear)}]."
         )
+    for module in peft_model.modules():  # of a new head, a norm stays as it is: only linear layers are trained
+        if not isinstance(module, nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
     if adapter.train == "B":
         for name, parameter in peft_model.named_parameters():
             if "lora_A" in name:
@@ -229,7 +242,7 @@ def _joined(parameters: list[nn.Parameter]) -> nn.Parameter:
 
 def _linear_names(model: nn.Module) -> list[str]:
     """Return the last names of the linear layers inside the transformer, output heads left out."""
-    heads = {id(m) for n, m in model.named_children() if isinstance(m, nn.Linear) or n in ("classifier", "score")}
+    heads = {id(m) for n, m in model.named_children() if isinstance(m, nn.Linear) or n in _HEADS}
     heads |= {id(inner) for m in model.children() if id(m) in heads for inner in m.modules()}
     found = {
         n.rpartition(".")[2]

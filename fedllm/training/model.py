@@ -43,6 +43,7 @@ class BaseModel:
     digest: str  # SHA-256 over names, dtypes, shapes and bytes of all weights
     positions: int  # the most tokens that a record may have
     vocabulary: int  # rows of its token embedding
+    new: tuple[str, ...] = ()  # modules of a classifier that its checkpoint lacks, and that were drawn at random
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,11 @@ def files_digest(config: ModelConfig, known: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def load_base(config: ModelConfig, device: str) -> BaseModel:
-    """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy where that fails."""
+def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
+    """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy where that fails.
+
+    `seed` draws what the checkpoint of a classifier lacks. It must be the same at every party of a run.
+    """
     source, where = _located(config)
     with _explained(config, source):
         shape = _shape(config, source, where)
@@ -137,7 +141,8 @@ def load_base(config: ModelConfig, device: str) -> BaseModel:
             )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
         # dropout off: it is no defence, and it would make a unit's gradient depend on a coin
-        model = _from_pretrained(config, source, where).eval()
+        model, new = _from_pretrained(config, source, where, seed)
+        model.eval()
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"model.source={config.source}: its tokenizer has neither a pad nor an eos token")
@@ -145,7 +150,7 @@ def load_base(config: ModelConfig, device: str) -> BaseModel:
     positions, vocabulary = _limits(config, model, tokenizer)
     # by it decoders find a record's last token, which a classifier reads
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    return BaseModel(model.to(torch.device(device)), tokenizer, weights_digest(model), positions, vocabulary)
+    return BaseModel(model.to(torch.device(device)), tokenizer, weights_digest(model), positions, vocabulary, new)
 
 
 def _limits(config: ModelConfig, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -308,20 +313,25 @@ def _check_head(config: ModelConfig, shape: Any) -> None:
         )
 
 
-def _from_pretrained(config: ModelConfig, source: str | Path, where: dict[str, Any]) -> Any:
+def _from_pretrained(
+    config: ModelConfig, source: str | Path, where: dict[str, Any], seed: int
+) -> tuple[Any, tuple[str, ...]]:
+    """Return a model, and its modules that the checkpoint lacks."""
     if config.task == "causal-lm":
         return _load(AutoModelForCausalLM, source, where)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the head that the checkpoint lacks must be the same at every party
+        torch.manual_seed(seed)
         if config.pooling == "mean":
-            return MeanPooledClassifier(_load(AutoModel, source, where), len(config.labels))
+            encoder, _ = _load(AutoModel, source, where)  # without its pooler
+            return MeanPooledClassifier(encoder, len(config.labels)), ()
         return _load(AutoModelForSequenceClassification, source, {**where, "num_labels": len(config.labels)})
 
 
-def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> Any:
+def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """Load a model; raises ModelError where the checkpoint lacks weights, but for a classifier's new head.
 
-    transformers would make them up at random, and says so in a table that it also prints for every new head.
+    Returns the modules that hold the weights of that head, too. transformers would make them up at random, and says so
+    in a table that it also prints for every new head.
     """
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -335,6 +345,7 @@ def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> Any:
         if bars:
             transformers_logging.enable_progress_bar()
     lacking = sorted(found["missing_keys"])
+    new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in lacking))
     if kind is not AutoModelForCausalLM:  # a pooler is part of a head: encoders without one are common
         inner = f"{model.base_model_prefix}." if kind is AutoModelForSequenceClassification else ""
         lacking = [key for key in lacking if key.startswith(inner) and "pooler." not in key]
@@ -343,7 +354,7 @@ def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> Any:
             f"model.source={source} cannot be loaded: its weights lack {lacking[0]} and {len(lacking) - 1} more. "
             "Is model.task right, and the file complete?"
         )
-    return model
+    return model, new
 
 
 def weights_digest(model: nn.Module) -> str:

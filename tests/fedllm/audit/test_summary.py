@@ -325,3 +325,4 @@ def test_a_classifier_is_scored_by_its_accuracy(write: Write, tiny_llama: Path) 
     code = re.search(r"```python\n(.*?)```", (folder / "adapter/README.md").read_text("utf-8"), re.DOTALL)
     assert code is not None
     compile(code[1], "card", "exec")
+    assert "fedllm" not in code[1]  # plain transformers and PEFT
