@@ -187,6 +187,7 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 for an old property
+            warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)  # of fused experts
             torch.manual_seed(seed)
             peft_model = cast(PeftModel, get_peft_model(cast(Any, base.model), config))
     except (ValueError, TypeError, KeyError) as error:

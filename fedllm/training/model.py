@@ -93,7 +93,9 @@ def load_reader(config: ModelConfig) -> Reader:
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()}, tokenizer.chat_template,
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return Reader(tokenizer, _declared(shape, "max_position_embeddings"), _declared(shape, "vocab_size"), digest)
+    vocabulary = _declared(shape, "vocab_size")
+    _check_tokens(config, tokenizer, vocabulary)
+    return Reader(tokenizer, _declared(shape, "max_position_embeddings"), vocabulary, digest)
 
 
 def _declared(shape: Any, name: str) -> int:
@@ -162,21 +164,7 @@ def _limits(config: ModelConfig, model: Any, tokenizer: PreTrainedTokenizerBase)
     inner = model.encoder if isinstance(model, MeanPooledClassifier) else model
     embedding: Any = inner.get_input_embeddings()
     vocabulary = int(embedding.weight.shape[0])
-    tokens = tokenizer.get_vocab()
-    if vocabulary < _FEWEST:
-        raise ModelError(f"model.source={config.source} knows {vocabulary} tokens, expected at least {_FEWEST}")
-    # a special token that no text makes may lie beyond: the image token of Gemma 3; a record that has it is refused
-    used = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    special = set(tokenizer.all_special_ids) - used
-    usual = {name: number for name, number in tokens.items() if number not in special}
-    beyond = sorted((number, name) for name, number in usual.items() if number >= vocabulary)
-    if beyond:
-        number, name = beyond[0]
-        raise ModelError(
-            f"model.source={config.source}: its tokenizer has {len(tokens)} tokens, its embedding {vocabulary}: token "
-            f"{number} ({name!r}) has none. Resize the embedding (model.resize_token_embeddings({max(beyond)[0] + 1})) "
-            "and save model and tokenizer together."
-        )
+    highest = _check_tokens(config, tokenizer, vocabulary)
     positions, pad = _declared(model.config.get_text_config(), "max_position_embeddings"), tokenizer.pad_token_id
     total = positions
     for name, table in model.named_modules():
@@ -197,7 +185,7 @@ def _limits(config: ModelConfig, model: Any, tokenizer: PreTrainedTokenizerBase)
             f"{positions} or less."
         )
     ids = made_up(vocabulary, config.max_length)
-    ids[-1] = max(usual.values())
+    ids[-1] = highest
     try:
         with torch.no_grad(), _first_block_only(model):
             model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None])
@@ -207,6 +195,26 @@ def _limits(config: ModelConfig, model: Any, tokenizer: PreTrainedTokenizerBase)
             f"({first_line(error)}). Lower model.max_length; if that does not help, the model cannot be used."
         ) from error
     return positions, vocabulary
+
+
+def _check_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+    """Return the highest token that text makes; raises ModelError where an embedding of `vocabulary` rows lacks it."""
+    tokens = tokenizer.get_vocab()
+    if vocabulary < _FEWEST:
+        raise ModelError(f"model.source={config.source} knows {vocabulary} tokens, expected at least {_FEWEST}")
+    # a special token that no text makes may lie beyond: the image token of Gemma 3; a record that has it is refused
+    used = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    special = set(tokenizer.all_special_ids) - used
+    usual = {name: number for name, number in tokens.items() if number not in special}
+    beyond = sorted((number, name) for name, number in usual.items() if number >= vocabulary)
+    if beyond:
+        number, name = beyond[0]
+        raise ModelError(
+            f"model.source={config.source}: its tokenizer has {len(tokens)} tokens, its embedding {vocabulary}: token "
+            f"{number} ({name!r}) has none. Resize the embedding (model.resize_token_embeddings({max(beyond)[0] + 1})) "
+            "and save model and tokenizer together."
+        )
+    return int(max(usual.values()))
 
 
 class _Enough(Exception):

@@ -85,8 +85,9 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path: Pa
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["desk"])
     folder = make(tmp_path, "llama", tokenizer=tokenizer, vocab_size=259)
-    with pytest.raises(ModelError, match=r"tokenizer has 260 tokens, its embedding 259: token 259 \('desk'\).*Resize"):
-        load_base(language(folder), "cpu")
+    for load in (load_reader, lambda config: load_base(config, "cpu")):
+        with pytest.raises(ModelError, match=r"has 260 tokens, its embedding 259: token 259 \('desk'\).*Resize"):
+            load(language(folder))
 
 
 def test_a_padding_token_that_the_embedding_lacks_is_refused(tmp_path: Path) -> None:

@@ -51,7 +51,6 @@ def test_layers_that_records_share_are_named(tmp_path: Path) -> None:
     Engine(adapted(config, targets=offered(refused.value)))
 
 
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # peft's own keys
 def test_fused_experts_are_named(tmp_path: Path) -> None:
     config = language(make(tmp_path, "mixtral", num_key_value_heads=2, num_local_experts=4))
     with pytest.raises(ModelError, match=r"experts are fused .*gate_up_proj") as refused:
