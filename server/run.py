@@ -217,7 +217,7 @@ def _evaluator(config: RunConfig, context: ModelContext) -> Evaluator | None:
     if data.heldout_limit is not None:
         count = min(data.heldout_limit, len(table))  # evenly spaced: files are often sorted
         table = table.select([i * len(table) // count for i in range(count)])
-    tokeniser = Tokeniser(context.adapter.tokenizer, config.model, data)
+    tokeniser = Tokeniser(context.adapter.tokenizer, config.model, data, context.adapter.vocabulary)
     with naming(data.heldout):
         return Evaluator(context.adapter, table, tokeniser, data, config.site.micro_batch)
 

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from transformers import GenerationConfig
 
 import fedllm
 from fedllm.audit.report import add_font, text_of
@@ -23,6 +24,7 @@ from fedllm.config import HeldoutConfig
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.training.adapter import AdapterModel, check_saved
+from fedllm.training.chat import answer_end
 
 _OFF_SCALE = 1e6  # an epsilon above says no more, and a site may claim any: drawing 1e308 overflows
 _BLUE, _ORANGE, _RED, _GREY = "#2563a8", "#c2571a", "#b3261e", "#8a8f98"
@@ -91,7 +93,13 @@ def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.
     folder = summary.folder
     adapter.save(final, folder / "adapter", summary.plan.model.source)
     check_saved(folder / "adapter", adapter, final, summary.plan.model)
-    card = environment.get_template("card.md.j2").render(s=summary, plan=summary.plan)
+    ends = () if adapter.classifies else answer_end(adapter.tokenizer, summary.data.chat).tokens
+    if ends:
+        generation = GenerationConfig(eos_token_id=list(ends), pad_token_id=adapter.tokenizer.pad_token_id)
+        generation.save_pretrained(folder / "adapter")
+    card = environment.get_template("card.md.j2").render(
+        s=summary, plan=summary.plan, ends=ends, pad=adapter.tokenizer.pad_token_id
+    )
     (folder / "adapter" / "README.md").write_text(card, "utf-8")
     for language in ("en", "ko"):
         text = environment.get_template(f"summary.{language}.md.j2").render(s=summary, plan=summary.plan)

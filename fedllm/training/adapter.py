@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import threading
 import warnings
 from pathlib import Path
@@ -13,16 +14,17 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.adapter_vector import AdapterSpec, TensorSpec
 from fedllm.config import AdapterConfig, ModelConfig
 from fedllm.errors import ModelError, first_line
-from fedllm.training.model import BaseModel, load_base, pick_dtype
+from fedllm.training.model import BaseModel, load_base, made_up, pick_dtype
 from fedllm.training.precision import SAME_LOGITS
 
 _KEPT = "The run's checkpoint holds the right values. Is peft the version of constraints.txt, and the disk sound?"
+_HEADS = ("classifier", "score")  # PEFT trains and saves these of every sequence classifier
+_BENT = 1e4  # times by which logits are made large, so that a cap on them is seen
 _RELOAD = 1 << 30  # bytes of a base that may be loaded a second time
 
 
@@ -32,8 +34,10 @@ class AdapterModel:
     Sites of one process share it: hold `lock` from `load` until the values have been used.
     """
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, base_digest: str, scaling: float) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: PeftModel, base: BaseModel, scaling: float) -> None:
+        """Take `model`, which is `base` with an adapter in it."""
+        self.model, self.tokenizer = model, base.tokenizer
+        self.positions, self.vocabulary = base.positions, base.vocabulary  # tokens of a record, and different ones
         self.classifies = model.peft_config["default"].task_type == "SEQ_CLS"
         self.lock = threading.RLock()
         parameters = dict(model.named_parameters())
@@ -41,13 +45,13 @@ class AdapterModel:
         self.flat = _joined(list(self._trainable.values()))
         frozen = {name: p for name, p in parameters.items() if "lora_" in name and not p.requires_grad}
         self.spec = AdapterSpec(
-            base=base_digest,
+            base=base.digest,
             frozen=_digest(frozen),
             scaling=scaling,
             tensors=tuple(TensorSpec(name, tuple(p.shape)) for name, p in self._trainable.items()),
         )
         self.initial = self.vector()  # float32[d], before any training
-        self.split = _split(model)
+        self.split = _split(model, base.vocabulary)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -68,6 +72,13 @@ class AdapterModel:
         self.spec.split(vector)  # which checks it
         with torch.no_grad():
             self.flat.copy_(torch.from_numpy(vector.copy()))
+
+    def most_apart(self, a: torch.Tensor, b: torch.Tensor) -> str:
+        """Return the tensor in which two vectors, [d], differ most, and by what share of its length: for people."""
+        sizes = [math.prod(tensor.shape) for tensor in self.spec.tensors]
+        parts = zip(self.spec.tensors, torch.split(a, sizes), torch.split(b, sizes), strict=True)
+        apart, length, name = max((float((x - y).norm()), float(y.norm()), tensor.name) for tensor, x, y in parts)
+        return f"{_saved_name(name)}, by {apart / max(length, 1e-30):.3g} of its length"
 
     def save(self, vector: NDArray[np.float32], folder: Path, base: str) -> None:
         """Write the adapter float32[d] in PEFT format, naming its `base`, and read it back.
@@ -90,7 +101,10 @@ class AdapterModel:
 
     def _check_file(self, path: Path, values: dict[str, torch.Tensor]) -> None:
         """Raise ModelError unless the file at `path` holds `values` and the frozen part of the adapter."""
-        live = {name: p.detach().cpu() for name, p in self.model.named_parameters() if "lora_" in name}
+        kept = ("lora_", ".modules_to_save.default.")
+        live = {
+            name: p.detach().cpu() for name, p in self.model.named_parameters() if any(part in name for part in kept)
+        }
         right = {_saved_name(name): value for name, value in {**live, **values}.items()}
         found = load_file(path)
         wrong = sorted(set(found) - set(right))
@@ -107,8 +121,9 @@ def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32]
     live = adapter.model
     if sum(p.numel() * p.element_size() for p in live.parameters()) > _RELOAD:
         return False
-    ids = torch.arange(4, 16, device=adapter.device).reshape(2, 6)
-    base = load_base(model, str(adapter.device)).model
+    ids = made_up(adapter.vocabulary, 12).reshape(2, 6).to(adapter.device)
+    # by another seed: whatever the checkpoint lacks is other for every user, unless it is in the file
+    base = load_base(model, str(adapter.device), seed=1).model
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of peft, on reading its own configuration
         try:
@@ -151,6 +166,7 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
     targets: Any = list(adapter.targets)
     if adapter.targets == "all-linear":  # PEFT's own "all-linear" does not go with a choice of layers
         targets = linear if adapter.layers is not None else "all-linear"
+    new = [name for name in base.new if name.partition(".")[0] not in _HEADS] or None
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -159,6 +175,9 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
         layers_to_transform=list(adapter.layers) if adapter.layers is not None else None,
         bias="none",
         task_type="CAUSAL_LM" if model.task == "causal-lm" else "SEQ_CLS",
+        # trained and saved whole, as the head is: who loads the adapter gets the same
+        modules_to_save=new,
+        exclude_modules=new,
     )
     unknown = sorted(set(targets) - set(linear)) if isinstance(targets, list) else []
     if unknown:
@@ -168,6 +187,7 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 for an old property
+            warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)  # of fused experts
             torch.manual_seed(seed)
             peft_model = cast(PeftModel, get_peft_model(cast(Any, base.model), config))
     except (ValueError, TypeError, KeyError) as error:
@@ -175,13 +195,24 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
             f"adapter.targets={adapter.targets} does not fit the model ({first_line(error)}). Its linear layers: "
             f"{', '.join(linear)}"
         ) from error
+    fused = sorted(getattr(peft_model.peft_config["default"], "target_parameters", None) or ())
+    if fused:  # PEFT adapts them by a factor on the parameter, which has no rows of single records
+        raise ModelError(
+            f"adapter.targets={adapter.targets}: the model's experts are fused into single parameters "
+            f"({', '.join(fused)}), through which every record's tokens go at once, so that they have no gradients of "
+            f"single records. Give adapter.targets=[{','.join(linear)}]."
+        )
+    for module in peft_model.modules():  # of a new head, a norm stays as it is: only linear layers are trained
+        if not isinstance(module, nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
     if adapter.train == "B":
         for name, parameter in peft_model.named_parameters():
             if "lora_A" in name:
                 parameter.requires_grad_(False)
     peft_model.eval()
     _narrow(peft_model, pick_dtype(model.dtype, base.model))
-    return AdapterModel(peft_model, base.tokenizer, base.digest, adapter.alpha / adapter.rank)
+    return AdapterModel(peft_model, base, adapter.alpha / adapter.rank)
 
 
 def _narrow(model: PeftModel, dtype: torch.dtype) -> None:
@@ -212,7 +243,7 @@ def _joined(parameters: list[nn.Parameter]) -> nn.Parameter:
 
 def _linear_names(model: nn.Module) -> list[str]:
     """Return the last names of the linear layers inside the transformer, output heads left out."""
-    heads = {id(m) for n, m in model.named_children() if isinstance(m, nn.Linear) or n in ("classifier", "score")}
+    heads = {id(m) for n, m in model.named_children() if isinstance(m, nn.Linear) or n in _HEADS}
     heads |= {id(inner) for m in model.children() if id(m) in heads for inner in m.modules()}
     found = {
         n.rpartition(".")[2]
@@ -222,22 +253,39 @@ def _linear_names(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
-def _split(model: PeftModel) -> tuple[nn.Module, nn.Module] | None:
+def _split(model: PeftModel, vocabulary: int) -> tuple[nn.Module, nn.Module] | None:
     """Return transformer and output head of a causal LM, where the second after the first is all there is to it.
 
-    Some models scale or cap their logits in between, so equality is measured once, on a few tokens.
+    Some models scale or cap their logits in between, so equality is measured once, on a few tokens, with logits as
+    they are and with large ones: a cap does not bend those far below it.
     """
     inner: Any = model.get_base_model()
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     transformer = getattr(inner, "base_model", None)
     if head is None or transformer is None or transformer is inner or any(p.requires_grad for p in head.parameters()):
         return None
-    ids = torch.arange(8, device=next(model.parameters()).device)[None] % int(head.weight.shape[0])
+    ids = made_up(vocabulary, 8)[None].to(next(model.parameters()).device)
+
+    def same(times: float) -> bool:
+        states: list[torch.Tensor] = []
+
+        def scale(_: nn.Module, __: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state * times
+            states.append(output.last_hidden_state)
+            return output
+
+        hook = transformer.register_forward_hook(scale)
+        try:
+            whole = inner(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        finally:
+            hook.remove()
+        if len(states) != 1:
+            return False
+        expected = head(states[0])
+        return expected.shape == whole.shape and torch.allclose(expected, whole, rtol=1e-4, atol=1e-5 * times)
+
     with torch.no_grad():
-        states = transformer(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        whole = inner(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        same = head(states).shape == whole.shape and torch.allclose(head(states), whole, rtol=1e-4, atol=1e-5)
-    return (transformer, head) if same else None
+        return (transformer, head) if same(1.0) and same(_BENT) else None
 
 
 def _digest(parameters: dict[str, nn.Parameter]) -> str:

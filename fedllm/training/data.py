@@ -435,6 +435,8 @@ class Tokeniser:
             self._ends = special.index(0), special[::-1].index(0)
         if data.chat and not tokenizer.chat_template:
             raise ConfigError(f"data.chat=true, but the tokenizer of {model.source} has no chat template")
+        if data.chat:
+            self._check_template()
 
     def prompt_ids(self, row: Row, number: int = 0) -> list[int]:
         """Return the tokens that are given: the prompt, with the sequence's first token if the model has one."""
@@ -528,6 +530,18 @@ class Tokeniser:
 
     def _chat(self, turns: list[dict[str, str]], opens: bool) -> str:
         return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens))
+
+    def _check_template(self) -> None:
+        """Raise ConfigError where the chat template refuses public turns: so it would every record."""
+        try:
+            self._chat([{"role": "user", "content": "a"}], opens=True)
+            self._chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], opens=False)
+        except Exception as error:  # a template raises anything
+            raise ConfigError(
+                f"data.chat=true, but the chat template of {self._model.source} refuses a question with its answer "
+                f"({first_line(error)}). If it wants a system turn, give its text as data.system; otherwise set "
+                "data.chat=false and write the turns in data.prompt."
+            ) from error
 
     def _opened(self, prompt: list[int]) -> list[int]:
         bos = self._tokenizer.bos_token_id

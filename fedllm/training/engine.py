@@ -29,6 +29,7 @@ from fedllm.training.adapter import AdapterModel
 from fedllm.training.compiling import Blocks, pays
 from fedllm.training.data import Batch, Example, PrivacyUnit, batches, collate, padded, passes
 from fedllm.training.losses import unit_losses
+from fedllm.training.model import made_up
 
 _log = logging.getLogger("fedllm.site")
 _TOGETHER = 8  # records of a pass at the most: more gain nothing
@@ -220,14 +221,55 @@ class Engine:
             )
         self._leaves: dict[nn.Parameter, Tensor] = {}  # while in `per_unit`
         self._blocks = Blocks(model)
-        config: Any = adapter.model.config
-        self._longest: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31  # tokens
+        self._longest = adapter.positions  # tokens
         self._rehearsed: set[tuple[int, ...]] = set()
         self._size = sum(p.numel() for p in model.parameters())
         self._compile = "off"  # or auto, which goes on without where it fails, or on
         # For a simulation's screen alone. Both are private: how many tokens were sampled tells of the records.
         self.tokens, self.seconds = 0, 0.0
+        self._check_rows()
         self._check_separation()
+
+    def _check_rows(self) -> None:
+        """Raise ModelError, with the layers' names, where a trainable layer is not given one row for every record."""
+        records, tokens, model = 4, 6, self._adapter.model
+        odd: dict[str, tuple[str, int]] = {}  # last name of a layer: its whole name and the rows that it saw
+        fine: set[str] = set()
+        hooks = []
+        for name, layer in model.named_modules():
+            if not isinstance(layer, _PerUnitLinear):
+                continue
+            whole = name.partition(".lora_")[0].removeprefix("base_model.model.")
+
+            def look(_: nn.Module, x: tuple[Tensor, ...], whole: str = whole, adapted: bool = ".lora_" in name) -> None:
+                last = whole.rpartition(".")[2]
+                if x[0].shape[0] != records:
+                    odd.setdefault(last, (whole, x[0].shape[0]))
+                elif adapted:
+                    fine.add(last)
+
+            hooks.append(layer.register_forward_pre_hook(look))
+        try:
+            ids = made_up(self._adapter.vocabulary, records * tokens).view(records, tokens).to(self._adapter.device)
+            with torch.no_grad():
+                model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not odd:
+            return
+        whole, rows = next(iter(odd.values()))
+        why = (
+            "the model only reshapes its records there, and a layer must see them one by one"
+            if rows == records * tokens
+            else "the model mixes its records there, or they share what the layer is given, as relative positions are"
+        )
+        left = ",".join(sorted(fine - set(odd)))
+        raise ModelError(
+            f"adapter.targets: {', '.join(sorted(odd))} cannot be trained with a bound for each record: {whole} is "
+            f"given {rows} row{'s' * (rows != 1)} for {records} records of {tokens} tokens; {why}. "
+            + (f"Give adapter.targets=[{left}]." if left else "Use another model.")
+        )
 
     def _check_separation(self) -> None:
         """Raise ModelError if one record's text changes another's gradient: no clip would bound it then.
@@ -235,7 +277,7 @@ class Engine:
         Measured once, on public tokens, with as many records as tokens, so that swapped axes cannot hide.
         """
         n, device = 4, self._adapter.device
-        ids = torch.arange(3, 3 + n * n, device=device).view(n, n)
+        ids = made_up(self._adapter.vocabulary, n * n).view(n, n).to(device)
         other = ids.clone()
         other[0] = ids[0].flip(0) + 1
         units = torch.arange(n, device=device)
@@ -245,9 +287,11 @@ class Engine:
             for i in (ids, other)
         )
         if not torch.allclose(first[1:], second[1:], rtol=1e-3, atol=1e-3 * float(first.abs().max())):
+            row = 1 + int((first[1:] - second[1:]).norm(dim=1).argmax())
             raise ModelError(
-                "the model mixes the records of a batch, so that a record's gradient cannot be bounded. Use another "
-                "model, or leave the mixing layers out of adapter.targets."
+                "the model mixes the records of a batch, so that a record's gradient cannot be bounded: another "
+                f"record's text changes {self._adapter.most_apart(second[row], first[row])}. Use another model, or "
+                "leave the mixing layers out of adapter.targets."
             )
 
     def set_up(self, plan: RunPlan, checkpointing: bool) -> None:
@@ -289,7 +333,7 @@ class Engine:
                 records = self.rows(width, micro_batch)
                 try:
                     for length in sorted({shortest, min(width, longest)}):  # padded, and not
-                        ids = 3 + np.arange(length) % 16
+                        ids = made_up(self._adapter.vocabulary, length).numpy()
                         unit = (Example(ids, np.asarray(0) if self._adapter.classifies else ids),)
                         self.pass_gradients([unit] * records, width, micro_batch)
                 except Exception as error:  # MemoryError, and what torch raises in its place

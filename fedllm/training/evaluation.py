@@ -14,6 +14,7 @@ from fedllm.config import HeldoutConfig
 from fedllm.errors import ModelError
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.adapter import AdapterModel
+from fedllm.training.chat import answer_end
 from fedllm.training.data import PrivacyUnit, Table, Tokeniser, batches, build_units, render
 from fedllm.training.engine import Engine
 from fedllm.training.losses import logits, token_losses
@@ -51,6 +52,7 @@ class Evaluator:
         self._units: tuple[PrivacyUnit, ...] = build_units(table, tokeniser, None, 1)
         self._classification = not self._units[0][0].labels.ndim
         self.generates = not self._classification and data.prompt is not None
+        self._end = answer_end(adapter.tokenizer, data.chat)
 
     @torch.inference_mode()
     def score(self, vector: NDArray[np.float32]) -> Score:
@@ -108,8 +110,8 @@ class Evaluator:
         tokenizer, table = self._adapter.tokenizer, self._table
         # room to go on where the expected answer ends
         new_tokens = max(len(self._tokeniser.answer_ids(table[i], i)) for i in rows) + 8
-        positions = getattr(self._adapter.model.config, "max_position_embeddings", None) or 1 << 20
-        prompts = [self._tokeniser.prompt_ids(table[i], i)[-max(1, positions - new_tokens) :] for i in rows]
+        room = max(1, self._adapter.positions - new_tokens)
+        prompts = [self._tokeniser.prompt_ids(table[i], i)[-room:] for i in rows]
         width = max(map(len, prompts))
         ids = torch.full((len(rows), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -123,8 +125,11 @@ class Evaluator:
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(self._end.tokens) or None,
         )
-        return [str(t).strip() for t in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+        answers = [self._end.cut(answer) for answer in output[:, width:].tolist()]
+        texts = [str(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        return [(text.partition(self._end.text)[0] if self._end.text else text).strip() for text in texts]
 
 
 def _spread(things: Sequence[_T], n: int) -> list[_T]:

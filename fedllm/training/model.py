@@ -24,12 +24,14 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from fedllm.config import ModelConfig
-from fedllm.errors import ConfigError, ModelError
+from fedllm.errors import ConfigError, ModelError, first_line
 from fedllm.training.sources import resolve
 
 _UNLIMITED = 1 << 31
 _FILES = ("*.json", "*.safetensors", "*.bin")  # settings, weights, tokenizer: what a model is loaded from
 _PAYS_IN_BFLOAT16 = 20_000_000  # parameters; an estimate
+_FIRST, _MADE_UP = 3, 16  # first token of made-up records, and how many different ones they hold
+_FEWEST, _SHORTEST = 8, 16  # tokens of a vocabulary, and of the longest record: the self-check needs so many
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class BaseModel:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     digest: str  # SHA-256 over names, dtypes, shapes and bytes of all weights
+    positions: int  # the most tokens that a record may have
+    vocabulary: int  # rows of its token embedding
+    new: tuple[str, ...] = ()  # modules of a classifier that its checkpoint lacks, and that were drawn at random
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def load_reader(config: ModelConfig) -> Reader:
     """Load a model's tokenizer; raises ModelError with the remedy if that fails."""
     source, where = _located(config)
     with _explained(config, source):
-        shape: Any = AutoConfig.from_pretrained(source, trust_remote_code=False, **where).get_text_config()
+        shape = _shape(config, source, where).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [
@@ -88,8 +93,15 @@ def load_reader(config: ModelConfig) -> Reader:
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()}, tokenizer.chat_template,
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    positions, vocabulary = (getattr(shape, name, None) for name in ("max_position_embeddings", "vocab_size"))
-    return Reader(tokenizer, positions or _UNLIMITED, vocabulary or _UNLIMITED, digest)
+    vocabulary = _declared(shape, "vocab_size")
+    _check_tokens(config, tokenizer, vocabulary)
+    return Reader(tokenizer, _declared(shape, "max_position_embeddings"), vocabulary, digest)
+
+
+def _declared(shape: Any, name: str) -> int:
+    """Return a limit of a model's configuration; where it has none, 0 or a negative value: no limit."""
+    value = getattr(shape, name, None)
+    return value if isinstance(value, int) and value > 0 else _UNLIMITED
 
 
 def files_digest(config: ModelConfig, known: dict[str, Any]) -> str:
@@ -114,11 +126,15 @@ def files_digest(config: ModelConfig, known: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def load_base(config: ModelConfig, device: str) -> BaseModel:
-    """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy if that fails."""
+def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
+    """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy if that fails.
+
+    `seed` draws what the checkpoint of a classifier lacks. It must be the same at every party of a run.
+    """
     source, where = _located(config)
     with _explained(config, source):
-        shape = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+        shape = _shape(config, source, where)
+        _check_head(config, shape)
         if getattr(shape, "quantization_config", None) is not None:
             raise ModelError(
                 f"model.source={config.source} holds quantised weights (4-bit and the like), which are not supported: "
@@ -127,17 +143,104 @@ def load_base(config: ModelConfig, device: str) -> BaseModel:
             )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
         # dropout off: it is no defence, and it would make a unit's gradient depend on a random draw
-        model = _from_pretrained(config, source, where).to(torch.device(device)).eval()
+        model, new = _from_pretrained(config, source, where, seed)
+        model.eval()
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"model.source={config.source}: its tokenizer has neither a pad nor an eos token")
         tokenizer.pad_token_id = tokenizer.eos_token_id
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and config.max_length > limit:
-        raise ModelError(f"model.max_length={config.max_length}, but {config.source} has {limit} positions. Lower it.")
-    return BaseModel(model, tokenizer, weights_digest(model))
+    positions, vocabulary = _limits(config, model, tokenizer)
+    # by it decoders find a record's last token, which a classifier reads
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+    return BaseModel(model.to(torch.device(device)), tokenizer, weights_digest(model), positions, vocabulary, new)
+
+
+def _limits(config: ModelConfig, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Return the most tokens of a record, and the rows of the token embedding; raises ModelError where they do not do.
+
+    A public record of `max_length` tokens, the tokenizer's highest among them, goes through the model's first block:
+    what the configuration says is not always what the model takes, and private records must not be the first to tell.
+    """
+    inner = model.encoder if isinstance(model, MeanPooledClassifier) else model
+    embedding: Any = inner.get_input_embeddings()
+    vocabulary = int(embedding.weight.shape[0])
+    highest = _check_tokens(config, tokenizer, vocabulary)
+    positions, pad = _declared(model.config.get_text_config(), "max_position_embeddings"), tokenizer.pad_token_id
+    total = positions
+    for name, table in model.named_modules():
+        # RoBERTa and its kin count positions from behind that of padding, and find padding by its token
+        if isinstance(table, nn.Embedding) and "position" in name and table.padding_idx is not None:
+            total, positions = table.num_embeddings, table.num_embeddings - table.padding_idx - 1
+            if table.padding_idx != pad:
+                raise ModelError(
+                    f"model.source={config.source}: its tokenizer pads with token {pad}, and the model finds padding "
+                    f"by token {table.padding_idx}. Set the tokenizer's pad_token to the latter and save it."
+                )
+    if positions < _SHORTEST:
+        raise ModelError(f"model.source={config.source} has {positions} positions, expected at least {_SHORTEST}")
+    if config.max_length > positions:
+        usable = "" if total == positions else f", {positions} usable"
+        raise ModelError(
+            f"model.max_length={config.max_length}, but {config.source} has {total} positions{usable}. Lower it to "
+            f"{positions} or less."
+        )
+    ids = made_up(vocabulary, config.max_length)
+    ids[-1] = highest
+    try:
+        with torch.no_grad(), _first_block_only(model):
+            model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None])
+    except Exception as error:
+        raise ModelError(
+            f"model.source={config.source} fails on a record of model.max_length={config.max_length} tokens "
+            f"({first_line(error)}). Lower model.max_length; if that does not help, the model cannot be used."
+        ) from error
+    return positions, vocabulary
+
+
+def _check_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+    """Return the highest token that text makes; raises ModelError where an embedding of `vocabulary` rows lacks it."""
+    tokens = tokenizer.get_vocab()
+    if vocabulary < _FEWEST:
+        raise ModelError(f"model.source={config.source} knows {vocabulary} tokens, expected at least {_FEWEST}")
+    # a special token that no text makes may lie beyond: the image token of Gemma 3; a record that has it is refused
+    used = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    special = set(tokenizer.all_special_ids) - used
+    usual = {name: number for name, number in tokens.items() if number not in special}
+    beyond = sorted((number, name) for name, number in usual.items() if number >= vocabulary)
+    if beyond:
+        number, name = beyond[0]
+        raise ModelError(
+            f"model.source={config.source}: its tokenizer has {len(tokens)} tokens, its embedding {vocabulary}: token "
+            f"{number} ({name!r}) has none. Resize the embedding (model.resize_token_embeddings({max(beyond)[0] + 1})) "
+            "and save model and tokenizer together."
+        )
+    return int(max(usual.values()))
+
+
+class _Enough(Exception):
+    """The first block has run."""
+
+
+@contextlib.contextmanager
+def _first_block_only(model: nn.Module) -> Iterator[None]:
+    """End a forward pass before the second of the model's blocks: positions and tokens are looked up before."""
+    blocks: Any = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=())
+
+    def stop(*_: object) -> None:
+        raise _Enough
+
+    hook = blocks[1].register_forward_pre_hook(stop) if len(blocks) > 1 else None
+    try:
+        with contextlib.suppress(_Enough):
+            yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+def made_up(vocabulary: int, n: int) -> Tensor:
+    """Return public made-up tokens, int64[n]: at most 16 different ones, whatever the model's vocabulary."""
+    return _FIRST + torch.arange(n) % min(_MADE_UP, vocabulary - _FIRST - 1)
 
 
 def _located(config: ModelConfig) -> tuple[str | Path, dict[str, Any]]:
@@ -157,29 +260,86 @@ def _explained(config: ModelConfig, source: str | Path) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        hint = (
-            "the folder needs config.json, weights and tokenizer files"
-            if isinstance(source, Path)
-            else ("without network, give a local folder as model.source")
-        )
+        hint = "without network, give a local folder as model.source"
+        if isinstance(source, Path):
+            hint = "the folder needs config.json, weights and tokenizer files"
+        if any(word in str(error).lower() for word in ("sentencepiece", "tiktoken")):
+            hint = (
+                "it has only a tokenizer.model: pip install sentencepiece protobuf, or write tokenizer.json where they "
+                "are installed, by AutoTokenizer.from_pretrained(model).save_pretrained(model)"
+            )
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"model.source={config.source} cannot be loaded: {reason} ({hint})") from error
 
 
-def _from_pretrained(config: ModelConfig, source: str | Path, where: dict[str, Any]) -> Any:
+def _shape(config: ModelConfig, source: str | Path, where: dict[str, Any]) -> Any:
+    """Return a model's configuration; raises ModelError where it is none, or that of an encoder with a decoder."""
+    try:
+        shape = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+    except Exception:
+        base = _base_of_adapter(source, where)
+        if base is None:
+            raise
+        raise ModelError(
+            f"model.source={config.source} is an adapter of {base}, not a base model. Give model.source={base}; to go "
+            "on from the adapter, merge it first: "
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)."
+        ) from None
+    if getattr(shape, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model.source={config.source} is an encoder with a decoder ({shape.model_type}), expected one of the two. "
+            "Give a causal language model (GPT-2, Llama, Qwen ...), or for task=classification an encoder (BERT ...)."
+        )
+    return shape
+
+
+def _base_of_adapter(source: str | Path, where: dict[str, Any]) -> str | None:
+    """Return the base that an adapter names; None where there is no adapter."""
+    with contextlib.suppress(Exception):  # of the hub's client; the caller has a better error
+        file = cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **where)
+        if file is not None:
+            return str(json.loads(Path(file).read_text("utf-8"))["base_model_name_or_path"])
+    return None
+
+
+def _check_head(config: ModelConfig, shape: Any) -> None:
+    """Raise ModelError where a checkpoint's own head has other classes than the labels, or them in another order."""
+    head = any("ForSequenceClassification" in name for name in getattr(shape, "architectures", None) or ())
+    if not head or config.task != "classification" or config.pooling != "native":
+        return
+    classes = [str(shape.id2label[number]) for number in sorted(shape.id2label)]
+    named = ", ".join(classes[:10])
+    if len(classes) != len(config.labels):
+        raise ModelError(
+            f"model.source={config.source} has a head of {len(classes)} classes ({named}), and model.labels holds "
+            f"{len(config.labels)}. Declare them all, or set model.pooling=mean for a new head."
+        )
+    if sorted(classes) == sorted(config.labels) and classes != list(config.labels):
+        raise ModelError(
+            f"model.source={config.source} has the classes in another order than model.labels. Give "
+            f"model.labels=[{','.join(classes)}], or set model.pooling=mean for a new head."
+        )
+
+
+def _from_pretrained(
+    config: ModelConfig, source: str | Path, where: dict[str, Any], seed: int
+) -> tuple[Any, tuple[str, ...]]:
+    """Return a model, and its modules that the checkpoint lacks."""
     if config.task == "causal-lm":
         return _load(AutoModelForCausalLM, source, where)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the head that the checkpoint lacks must be the same at every party
+        torch.manual_seed(seed)
         if config.pooling == "mean":
-            return MeanPooledClassifier(_load(AutoModel, source, where), len(config.labels))
+            encoder, _ = _load(AutoModel, source, where)  # without its pooler
+            return MeanPooledClassifier(encoder, len(config.labels)), ()
         return _load(AutoModelForSequenceClassification, source, {**where, "num_labels": len(config.labels)})
 
 
-def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> Any:
+def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """Load a model; raises ModelError if the checkpoint lacks weights, but for a classifier's new head.
 
-    transformers would make them up at random, and says so in a table that it also prints for every new head.
+    Returns the modules that hold the weights of that head, too. transformers would make them up at random, and says so
+    in a table that it also prints for every new head.
     """
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -193,6 +353,7 @@ def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> Any:
         if bars:
             transformers_logging.enable_progress_bar()
     lacking = sorted(found["missing_keys"])
+    new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in lacking))
     if kind is not AutoModelForCausalLM:  # a pooler is part of a head: encoders without one are common
         inner = f"{model.base_model_prefix}." if kind is AutoModelForSequenceClassification else ""
         lacking = [key for key in lacking if key.startswith(inner) and "pooler." not in key]
@@ -201,7 +362,7 @@ def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> Any:
             f"model.source={source} cannot be loaded: its weights lack {lacking[0]} and {len(lacking) - 1} more. "
             "Is model.task right, and the file complete?"
         )
-    return model
+    return model, new
 
 
 def weights_digest(model: nn.Module) -> str:

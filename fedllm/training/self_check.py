@@ -140,18 +140,13 @@ class Subject:
     def _drawn(self, low: int, high: int, n: int) -> NDArray[np.int64]:
         return low + np.floor(uniforms(self._source, n) * (high - low)).astype(np.int64)
 
-    @property
-    def _vocabulary(self) -> int:
-        embedding = _embedding(self.adapter.model)
-        return embedding.num_embeddings if embedding is not None else 19
-
     @cached_property
     def units(self) -> list[PrivacyUnit]:
         """Units of one and of several records of made-up tokens: all of one batch but the last, which is longer."""
         drawn = self._drawn
 
         def record(longest: int) -> Example:
-            ids = drawn(_FIRST, self._vocabulary, int(drawn(longest - 3, longest + 1, 1)[0]))
+            ids = drawn(_FIRST, self.adapter.vocabulary, int(drawn(longest - 3, longest + 1, 1)[0]))
             if self.adapter.classifies:
                 return Example(ids, drawn(0, len(self.plan.model.labels), 1).reshape(()))
             return Example(ids, np.where(np.arange(len(ids)) < len(ids) // 3, IGNORE, ids))
@@ -217,7 +212,7 @@ class Subject:
         classes, units = len(self.plan.model.labels), list[PrivacyUnit]()
         for k in range(number):
             length = shortest + k % max(1, width - shortest)
-            ids = self._drawn(_FIRST, self._vocabulary, length)
+            ids = self._drawn(_FIRST, self.adapter.vocabulary, length)
             labels = np.where(np.arange(length) < min(1 + k, length - 1), IGNORE, ids)
             units.append((Example(ids, np.asarray(k % classes) if self.adapter.classifies else labels),))
         return units
@@ -277,9 +272,13 @@ def clip_holds_at_every_length(s: Subject) -> str:
 def sum_equals_the_slow_loop(s: Subject) -> str:
     """The engine's sum is that of one unit at a time by plain autograd, clipped by the formula of the paper."""
     for mechanism, found in ((s.tight, s.whole), (s.mechanism, s.sum(s.units, s.mechanism))):
-        apart = s.differ(found, s.slow_sum(mechanism))
+        slow = s.slow_sum(mechanism)
+        apart = s.differ(found, slow)
         if not apart <= s.bound:
-            return f"the sum differs from that of a slow loop by {apart:.3g} of it, expected at most {s.bound:g}"
+            return (
+                f"the sum differs from that of a slow loop by {apart:.3g} of it, expected at most {s.bound:g}; most in "
+                f"{s.adapter.most_apart(found, slow)}"
+            )
     return ""
 
 

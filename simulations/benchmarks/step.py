@@ -161,7 +161,7 @@ def fedllm_step(
         compile="on" if compiled else "off", max_length=max(8, ids.shape[1]),
     )  # fmt: skip
     lora = AdapterConfig(rank=8, alpha=16.0, targets=targets, train=train)
-    adapter = attach(BaseModel(_base(size).eval(), _no_text(), "0" * 64), model, lora, 0)
+    adapter = attach(BaseModel(_base(size).eval(), _no_text(), "0" * 64, 2_048, _SIZES[size][-1]), model, lora, 0)
     engine = Engine(adapter)
     privacy = PrivacyConfig(units_per_site=1_000, noise_multiplier=1.0)
     plan = RunPlan(run="benchmark", seed=0, model=model, adapter=lora, privacy=privacy, training=TrainingConfig())

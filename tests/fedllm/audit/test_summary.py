@@ -14,6 +14,7 @@ import yaml
 from markdown_it import MarkdownIt
 from matplotlib import image
 from matplotlib.figure import Figure
+from transformers import GenerationConfig
 
 import fedllm.audit.summary
 from fedllm.audit.summary import RunSummary, write_outputs
@@ -184,6 +185,13 @@ def test_names_and_texts_of_any_kind_stay_in_their_cells(write: Write, language:
     assert samples[1:] == [["질문 | 하나 둘", "답 \\ 답", "", "a|b|c"], ["q r", "e", "`code", "<b>x</b> **y**"]]
 
 
+def test_where_an_answer_ends_travels_with_the_adapter(write: Write) -> None:
+    folder = write() / "adapter"
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [2]
+    card = (folder / "README.md").read_text("utf-8")
+    assert 'GenerationConfig.from_pretrained("adapter")  # an answer ends at token 2\n' in card
+
+
 def test_the_card_is_one_table_of_two_columns(write: Write) -> None:
     (table,) = tables(write() / "adapter" / "README.md")
     assert {len(row) for row in table} == {2}
@@ -317,3 +325,4 @@ def test_a_classifier_is_scored_by_its_accuracy(write: Write, tiny_llama: Path) 
     code = re.search(r"```python\n(.*?)```", (folder / "adapter/README.md").read_text("utf-8"), re.DOTALL)
     assert code is not None
     compile(code[1], "card", "exec")
+    assert "fedllm" not in code[1]  # plain transformers and PEFT
