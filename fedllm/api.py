@@ -207,7 +207,9 @@ def epsilon(
     others = {name: _cross_check(name, check, events, cost, delta) for name, check in CROSS_CHECKS.items()}
     reasons = {name: other.reason for name, other in others.items() if other.reason}
     if cost.by_rdp_alone:
-        where = "above 100" if cost.exact else "at so small a delta, after so many steps,"
+        where = (
+            "above 100, or where a PLD takes too long," if cost.exact else "at so small a delta, after so many steps,"
+        )
         reasons["pld"] = _WITHOUT_BOUND if math.isinf(cost.epsilon) else f"{where} the RDP bound takes its place"
     return PrivacyCost(
         cost.epsilon, cost.epsilon_rdp, others, delta, risk.advantage, risk.tpr_at_1_percent, reasons, tuple(events)

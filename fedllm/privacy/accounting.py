@@ -250,23 +250,31 @@ def grid_of(events: Sequence[AccountingEvent], delta: float) -> float:
 
 
 def _too_large(events: Sequence[AccountingEvent], grid: float) -> bool:
-    """Whether the PLD of some of `events` needs memory without end: a rare, huge loss on a fine grid, very often."""
+    """Whether the PLD of `events` needs memory or time without end: rare, huge losses on a fine grid, very many kinds.
+
+    What it takes is bounded before it is taken: some 20 seconds to make all steps, about as much to compose them.
+    """
     from dp_accounting.pld.common import compute_self_convolve_bounds
 
+    lengths, sizes = [], []
     for event in events:
         q, x = event.sampling_rate, 10 / event.noise_multiplier + 0.5 / event.noise_multiplier**2  # tails of e^-50
         rest = math.log1p(-q) if q < 1 else -math.inf
         span = float(np.logaddexp(rest, math.log(q) + x) - np.logaddexp(rest, math.log(q) - x))
-        if span / grid > _MOST_POINTS / 8:
-            return True
-        if span / grid * event.steps <= _MOST_POINTS:
-            continue
-        pld = _step_pld(q, event.noise_multiplier, grid)
+        lengths.append(span / grid)
+    if max(lengths) > _MOST_POINTS / 8 or sum(lengths) > _MOST_POINTS / 2:
+        return True
+    if len(events) == 1 and lengths[0] * events[0].steps <= _MOST_POINTS:
+        return False
+    for event in events:
+        pld = _step_pld(event.sampling_rate, event.noise_multiplier, grid)
         for step in (pld._pmf_remove, pld._pmf_add):  # it offers no other way to ask before it allocates
             low, high = compute_self_convolve_bounds(step.to_dense_pmf()._probs, event.steps, 1e-15)
             if high - low > _MOST_POINTS:
                 return True
-    return False
+            sizes.append(high - low)
+    # one after another they are put together with all those before
+    return bool(sum(sizes) + len(sizes) * math.hypot(*sizes) > 32 * _MOST_POINTS)
 
 
 def _composed(events: tuple[AccountingEvent, ...], grid: float) -> Any:

@@ -43,6 +43,7 @@ from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, overrun, sp
 from fedllm.privacy.elapsed import Evidence, Moment, Period, this_moment
 from fedllm.privacy.ledger_place import (
     BEFORE,
+    MOST_ACCOUNTS,
     SITE,
     LedgerPlace,
     advance_anchor,
@@ -341,7 +342,7 @@ class LedgerFile:
     def declare_disjoint(self, name: str, data: DataSet, signer: Identity) -> None:
         """Give the data set `name` a budget of its own: its owner declares that nobody in it is in any other.
 
-        Raises LedgerError if the name cannot be, or was declared before.
+        Raises LedgerError if the name cannot be, or was declared before, or the site has too many accounts.
         """
         if name in ("", SITE) or name != canonical(name) or len(name) > _MAX_NAME:
             raise LedgerError(
@@ -351,6 +352,11 @@ class LedgerFile:
         with self.transaction() as db:
             if name in _declared(db):
                 raise LedgerError(f"data set {name!r} was declared disjoint before: it has its own account already")
+            if 1 + len(_declared(db)) >= MOST_ACCOUNTS:
+                raise LedgerError(
+                    f"data set {name!r} would be one account too many: no audit reads more than {MOST_ACCOUNTS} of a "
+                    f"site. Leave its name out: it then shares the site's account"
+                )
             _compare(db, name, data)
             _note(db, "disjoint", {"account": name}, signer)
 

@@ -17,6 +17,7 @@ from fedllm.crypto.hash_chain import START, LedgerHead
 from fedllm.errors import FolderError, LedgerError
 from fedllm.files import exclusive_lock, read_secret, write_secret
 
+MOST_ACCOUNTS = 64  # of a site: whoever reads its ledger composes each
 SITE = "site"  # the account that all data sets of a site share, but for those that its owner declared disjoint
 BEFORE = LedgerHead(-1, START)  # of a ledger without entries
 

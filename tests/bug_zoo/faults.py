@@ -557,13 +557,13 @@ def shares_for_all_sites(patch: Patch) -> None:
 
 def more_given_away_than_surplus(patch: Patch) -> None:
     """As if nobody had dropped out; the server takes it off."""
-    patch.setattr(DistributedMechanism, "given_away", lambda self, survivors: tuple(range(len(self._parts) - 1)))
+    patch.setattr(DistributedMechanism, "revealed_seeds", lambda self, survivors: tuple(range(len(self._parts) - 1)))
 
 
 def one_site_more_than_there_is(patch: Patch) -> None:
     honest = DistributedMechanism.revealed_seeds
     patch.setattr(
-        DistributedMechanism, "given_away",
+        DistributedMechanism, "revealed_seeds",
         lambda self, u: honest(self, min(self.sites, u + 1) if u > self.quorum else u),
     )  # fmt: skip
 

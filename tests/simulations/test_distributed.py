@@ -169,7 +169,9 @@ def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, mon
                     }
 
         lie(done.folder, head_office, overstate)
-        assert failing(done.folder) == {"countersigned", "metrics", "rounds"}, "sites have signed where the record stood"
+        assert failing(done.folder) == {"countersigned", "metrics", "rounds"}, (
+            "sites have signed where the record stood"
+        )
 
 
 def replies_of(monkeypatch: pytest.MonkeyPatch, fail: Callable[[str, object], bool]) -> list[tuple[str, TrainReply]]:
