@@ -10,12 +10,12 @@ from flwr.clientapp import ClientApp
 from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 
 WHO = "site"  # key of the question which site a node is of, and of the node's configuration that answers it
-SOCKET = "socket"  # key of the node's configuration: where the site's process makes its connection to
+SOCKET = "socket"  # key of the node's configuration: the socket that the site's process connects to
 GROUP = "socket_group"  # the same: that may come in there, beside the node's user
 Handler = Callable[[bytes, float], bytes]  # request, seconds until nobody waits for the answer -> answer
 
 
-def courier(connect: Callable[[Context], Handler]) -> ClientApp:
+def client_app(connect: Callable[[Context], Handler]) -> ClientApp:
     """Return a ClientApp that hands every message to the site that `connect` finds for its context."""
     app = ClientApp()
 
@@ -39,4 +39,4 @@ def _site_process(context: Context) -> Handler:
     return lambda request, seconds: ask(socket, group, request, seconds)
 
 
-app = courier(_site_process)  # of a fleet of SuperNodes: docs/flower.md
+app = client_app(_site_process)  # of a fleet of SuperNodes: docs/flower.md

@@ -80,7 +80,7 @@ def examine(folder: Path) -> list[CheckResult]:
         )
     found += run_checks(
         lambda: [disk("the ledger and logs", folder, 0.1, 1)],
-        lambda: size("the log", folder / "log", 1, "see docs/deployment.md, logs"),
+        lambda: size("the log", folder / "log", 1, "rotate it (docs/deployment.md, What to watch)"),
         versions,
     )
     return list(dict.fromkeys(found))
@@ -165,7 +165,7 @@ def _declared(office: Office) -> list[CheckResult]:
 
 
 def _socket(office: Office) -> list[CheckResult]:
-    """Look at the way to the relay, where there is one."""
+    """Look at the way to the relay, if there is one."""
     if office.socket is None:
         return []
     group = office.config.socket_group
@@ -209,11 +209,11 @@ def _outside(office: Office) -> list[CheckResult]:
 def _own_certificate(key: Path) -> CheckResult:
     facts = read_certificates(read(key.with_suffix(".pem")))[0]
     after = "install a new grant (at the server: fedllm server grant SITE)"
-    return certificate("this office's certificate", facts, after)
+    return certificate("this site's certificate", facts, after)
 
 
 def _silent(socket: Path) -> str:
-    """Return why nothing answers on a unix socket, nothing where it does."""
+    """Return why nothing answers on a unix socket, nothing if it does."""
     with contextlib.suppress(PermissionError):
         if not socket.exists():
             return f"{socket} is not there"
@@ -235,7 +235,7 @@ def _way(address: str, ca: Path, key: Path) -> list[CheckResult]:
         facts = read_certificates(probe_tls(name, port, ca, own=(key.with_suffix(".pem"), key)))[0]
     except OSError as error:
         return [*found, failure(f"way to the server: {explain_failure(name, port, error)}")]
-    text = f"way to the server: {address} speaks TLS 1.3 with the certificate expected, and takes this office's"
+    text = f"way to the server: {address} speaks TLS 1.3 with the expected certificate, and accepts this site's"
     return [
         *found,
         ok(text),
@@ -256,7 +256,10 @@ def examine_relay(folder: Path) -> list[CheckResult]:
 
     def keys() -> list[CheckResult]:
         if certified_key(read(folder / CERTIFICATE)) != key_line(read_secret(folder / KEY)):
-            return [failure("the relay's folder: its certificate is for another key. Make the folder again.")]
+            text = (
+                "the relay's folder: its certificate is for another key. Make it again: fedllm site export-relay FOLDER"
+            )
+            return [failure(text)]
         return [ok("the relay's folder: settings, key and certificate"), _own_certificate(folder / KEY)]
 
     def socket() -> list[CheckResult]:
@@ -282,7 +285,7 @@ def examine_relay(folder: Path) -> list[CheckResult]:
 def check(folder: Path) -> list[CheckResult]:
     """Try all that a run will need, without a network: settings, keys, records, models, ledger, permissions.
 
-    Where nothing is wrong, the site signs what site.yaml declares of the records.
+    If nothing is wrong, the site signs what site.yaml declares of the records.
     """
     findings: list[CheckResult] = []
     try:
@@ -323,7 +326,7 @@ def _check_grant(office: Office) -> list[CheckResult]:
         text = (
             f"new keys wait for a grant: send {office.join_file} to the server, then fedllm site install"
             if newer
-            else "old keys are still there: fedllm site retire, when the server has heard from this office"
+            else "old keys are still there: fedllm site retire, when the server has heard from this site"
         )
         found.append(ok(text))
     return found
@@ -411,7 +414,7 @@ def _faults(what: str, of: int, faults: Sequence[DataError]) -> list[CheckResult
     """Say which records cannot be used; that takes nothing from the others."""
     if not faults:
         return []
-    # what an error quotes of a record, after these words, is for nobody who reads over a shoulder
+    # what an error quotes of a record, after these words, is not for others who see the screen
     first = [re.sub(": label .*", ": its label is not among data.labels", str(fault)) for fault in faults[:3]]
     said = "; ".join(text.partition(", found")[0] for text in first)
     text = f"{what}: {len(faults)} of {of} cannot be used, and contribute nothing. {said}"

@@ -2,6 +2,17 @@
 
 Every request has an id, the digest of its bytes. The same request, asked again after a connection was lost, gets the
 answer that is under way, or that was given; it is handed to the site once.
+
+**While the site works on a request, nothing leaves.** This loop shares interpreter and cores with the training, so how
+soon it says anything tells whether the site still trains, whatever `policy.reply_quantum` says. So requests are handed
+over one at a time, and from then until the site returns, which it does at a moment that tells nothing (`Site.handle`):
+
+- no frame is written: answers and refusals wait, and what was to be said before has been said (`_answer`);
+- no frame is asked for, as that moves HTTP/2's window, which the other end sees. The one that was asked for before may
+  still come; it may be the cancellation of this request (`_listen`);
+- no connection is closed, looked into or made (`_connection`).
+
+gRPC's own threads answer pings and take bytes in meanwhile; they wait for cores, not for the interpreter.
 """
 
 import asyncio
@@ -9,7 +20,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +40,7 @@ from fedllm.protocol.link import (
     AHEAD,
     CONNECT,
     HELLO,
+    ID,
     OPTIONS,
     VERSION,
     Payload,
@@ -45,8 +57,8 @@ _log = logging.getLogger("fedllm.site")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0  # seconds until it connects again; doubled each time, then drawn below that
 _LONGEST_NEAR = 1.0  # seconds, of a socket on the same machine
 _DISPLACED = 60.0  # seconds where another process has connected with this site's key
-_ALONE = 60.0  # seconds after which a request is given up whose asker has not come back
 _AT_ONCE = 4  # requests that are in hand; more are told to come again
+_TOO_MANY = f"{_AT_ONCE} requests are in hand here; ask again later"
 _KEPT = 4  # answers that were given last
 _CLOCK = 60_000  # milliseconds by which clocks may differ until it is said
 
@@ -68,7 +80,7 @@ class LinkState(Frozen):
 
 
 def read_state(path: Path) -> LinkState | None:
-    """Return what the link wrote last, None where there is nothing."""
+    """Return what the link wrote last, None if there is nothing."""
     try:
         return LinkState.model_validate(json.loads(path.read_bytes()))
     except (OSError, ValueError, ValidationError):
@@ -80,8 +92,8 @@ class _InHand:
     """A request that was taken."""
 
     stop: threading.Event = field(default_factory=threading.Event)
+    begun: bool = False
     answer: bytes | str | None = None  # text says why there is none
-    alone_since: float | None = None  # nobody waits for it
 
 
 class SiteLink:
@@ -98,7 +110,7 @@ class SiteLink:
     ) -> None:
         """`target` is HOST:PORT, or a relay's unix socket, which needs no `credentials`; `limit` is a request's, bytes.
 
-        `handle` is called from threads. `explain` says, in a thread, why there is no connection.
+        `handle` is called from a thread, once at a time. `explain` says, in a thread, why there is no connection.
         """
         self._target, self._credentials, self._handle, self._limit = target, credentials, handle, limit
         self._state, self._explain, self._said = state, explain, ""
@@ -107,7 +119,11 @@ class SiteLink:
         self._arriving: dict[bytes, Payload] = {}
         self._longest = _LONGEST_NEAR if target.startswith("unix:") else _LONGEST_PAUSE
         self._outgoing: asyncio.Queue[FromSite] | None = None  # of the present connection
-        self._threads = ThreadPoolExecutor(_AT_ONCE, "site")
+        self._thread = ThreadPoolExecutor(1, "site")
+        self._turn = asyncio.Lock()  # of the request that is worked on, and answered
+        self._voice = asyncio.Lock()  # of who writes a frame, or works so that nobody may
+        self._at_rest = asyncio.Event()  # the site works on nothing
+        self._at_rest.set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -118,7 +134,6 @@ class SiteLink:
     async def run(self, stop: asyncio.Event) -> None:
         """Connect, and connect again, until `stop`."""
         pause = _FIRST_PAUSE
-        watch = asyncio.create_task(self._give_up())
         while not stop.is_set():
             began, connection = time.monotonic(), asyncio.create_task(self._connection())
             stopped = asyncio.create_task(stop.wait())
@@ -131,7 +146,6 @@ class SiteLink:
             pause = _FIRST_PAUSE if time.monotonic() - began > _LONGEST_PAUSE else min(2 * pause, self._longest)
             await asyncio.wait((stopped,), timeout=max(least, pause * (0.5 + random_bytes(1)[0] / 512)))
             stopped.cancel()
-        watch.cancel()
         for each in self._in_hand.values():
             each.stop.set()
 
@@ -139,7 +153,7 @@ class SiteLink:
         """Wait for what is in hand, at most so long."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _why(self, connection: "asyncio.Task[None]") -> float:
         """Note why a connection has ended; returns the least pause until the next."""
@@ -191,20 +205,38 @@ class SiteLink:
             self._note(LinkState(state="connected", since=milliseconds(), ahead=ahead))
             _log.info("connected to the server")
             self._outgoing = outgoing = asyncio.Queue[FromSite](AHEAD)
-            writing = asyncio.create_task(_write(outgoing, stream))
+            tasks = (asyncio.create_task(self._listen(stream)), asyncio.create_task(self._write(outgoing, stream)))
             try:
-                while isinstance(data := await stream.read(), bytes):
-                    await self._take(read(ToSite, data))
+                await asyncio.wait(tasks[:1])
+                await self._come_to_rest()
+                await tasks[0]
             finally:
-                writing.cancel()
+                for task in tasks:
+                    task.cancel()
                 self._outgoing = None
                 self._arriving.clear()
-                now = time.monotonic()
-                for each in self._in_hand.values():
-                    each.alone_since = now
-                await asyncio.gather(writing, return_exceptions=True)
-                while not outgoing.empty():  # whoever waits to send wakes up
+                await asyncio.gather(*tasks, return_exceptions=True)
+                while not outgoing.empty():  # whoever waits to send, or for what was sent, wakes up
                     outgoing.get_nowait()
+                    outgoing.task_done()
+
+    async def _come_to_rest(self) -> None:
+        """Wait until the site works on nothing; what it has not begun with will be asked for again."""
+        for id_, each in list(self._in_hand.items()):
+            if not each.begun:
+                each.stop.set()
+                del self._in_hand[id_]
+        if self.busy:
+            self._away = self._away or milliseconds()
+            text = "the connection has ended; it is made anew when the request in hand is answered"
+            self._note(LinkState(state="connecting", since=self._away, text=text))
+        await self._at_rest.wait()
+
+    async def _listen(self, stream: Stream) -> None:
+        """Take frames until the other end ends the stream; raises MessageError."""
+        while isinstance(data := await stream.read(), bytes):
+            await self._take(read(ToSite, data))
+            await self._at_rest.wait()
 
     async def _take(self, frame: ToSite) -> None:
         kind = frame.WhichOneof("frame")
@@ -215,56 +247,72 @@ class SiteLink:
         elif kind == "end":
             raise (_Displaced if frame.end.displaced else MessageError)(plain(frame.end.text))
         elif kind == "request":
-            try:
-                self._arrive(frame.request)
-            except MessageError as error:
-                _log.warning("refused: %s", error)
-                self._arriving.pop(frame.request.id, None)
-                self._spawn(self._send(frame.request.id, str(error)))
+            await self._arrive(frame.request)
         else:
             raise MessageError(f"a frame of kind {kind}, expected a request")
 
-    def _arrive(self, part: Part) -> None:
-        """Take a part of a request; raises MessageError where it cannot be taken."""
+    async def _arrive(self, part: Part) -> None:
+        """Take a part of a request; raises MessageError where it is none, which ends the connection.
+
+        Waits until a refusal can be sent: whoever reads nothing is not read.
+        """
         id_ = part.id
+        if len(id_) != ID:
+            raise MessageError(f"a request with an id of {len(id_)} bytes, expected {ID}")
         if id_ not in self._arriving:
             size = part.size + sum(each.size for each in self._arriving.values())
             if len(self._arriving) >= _AT_ONCE or (self._arriving and size > self._limit):
-                raise MessageError(f"{_AT_ONCE} requests are in hand here; ask again later")
-            self._arriving[id_] = Payload(part, self._limit)
+                return await self._refuse(id_, _TOO_MANY)
+            try:
+                self._arriving[id_] = Payload(part, self._limit)
+            except MessageError as error:
+                return await self._refuse(id_, str(error))
         request = self._arriving[id_].add(part)
         if request is None:
-            return
+            return None
         del self._arriving[id_]
         if request_id(request) != id_:
             raise MessageError("a request that does not have the digest it came with")
         known = self._in_hand.get(id_)
         if known is None or known.stop.is_set():
-            if sum(each.answer is None for each in self._in_hand.values()) >= _AT_ONCE:
-                raise MessageError(f"{_AT_ONCE} requests are in hand here; ask again later")
+            if len(self._tasks) >= _AT_ONCE:
+                return await self._refuse(id_, _TOO_MANY)
             known = self._in_hand[id_] = _InHand()
-            self._spawn(self._answer(id_, known, request))
+            task = asyncio.create_task(self._answer(id_, known, request))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         elif known.answer is not None:
-            self._spawn(self._send(id_, known.answer))
-        known.alone_since = None
+            await self._send(id_, known.answer)
+        return None
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def _refuse(self, id_: bytes, why: str) -> None:
+        _log.warning("refused: %s", why)
+        await self._send(id_, why)
 
     async def _answer(self, id_: bytes, known: _InHand, request: bytes) -> None:
-        began = time.monotonic()
-        answer = known.answer = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._safely, request, known.stop
-        )
-        if isinstance(answer, bytes):
-            _log.info("answered with %d bytes after %.2f s", len(answer), time.monotonic() - began)
-        given = [each for each, other in self._in_hand.items() if other.answer is not None and each != id_]
-        for old in given[: 1 - _KEPT]:
-            del self._in_hand[old]
-        if self._in_hand.get(id_) is known:
-            await self._send(id_, answer)
+        async with self._turn:
+            outgoing = self._outgoing
+            if outgoing is not None:
+                await outgoing.join()
+            async with self._voice:
+                if known.stop.is_set() or outgoing is None or outgoing is not self._outgoing:  # nobody waits for it
+                    if self._in_hand.get(id_) is known:
+                        del self._in_hand[id_]
+                    return
+                known.begun, began = True, time.monotonic()
+                self._at_rest.clear()
+                work = asyncio.get_running_loop().run_in_executor(self._thread, self._safely, request, known.stop)
+                try:
+                    answer = known.answer = await work
+                finally:
+                    self._at_rest.set()
+            if isinstance(answer, bytes):
+                _log.info("answered with %d bytes after %.2f s", len(answer), time.monotonic() - began)
+            given = [each for each, other in self._in_hand.items() if other.answer is not None and each != id_]
+            for old in given[: 1 - _KEPT]:
+                del self._in_hand[old]
+            if self._in_hand.get(id_) is known:
+                await self._send(id_, answer)
 
     def _safely(self, request: bytes, stop: threading.Event) -> bytes | str:
         """Return the site's answer, or why there is none, which says nothing of records."""
@@ -281,21 +329,22 @@ class SiteLink:
             return "a fault in the site's software; its log says more"
 
     async def _send(self, id_: bytes, answer: bytes | str) -> None:
-        """Send an answer on the present connection; where there is none, it is asked for again."""
+        """Send an answer on the present connection; if there is none, it is asked for again."""
         outgoing = self._outgoing
         for frame in _frames(id_, answer):
             if outgoing is None or outgoing is not self._outgoing:
                 return
             await outgoing.put(frame)
 
-    async def _give_up(self) -> None:
-        """Give requests up whose asker has not come back."""
+    async def _write(self, outgoing: "asyncio.Queue[FromSite]", stream: Stream) -> None:
+        """Write what is to be sent, for ever."""
         while True:
-            await asyncio.sleep(1.0)
-            before = time.monotonic() - _ALONE
-            for each in self._in_hand.values():
-                if each.alone_since is not None and each.alone_since < before:
-                    each.stop.set()
+            frame = await outgoing.get()
+            try:
+                async with self._voice:
+                    await stream.write(frame.SerializeToString())
+            finally:
+                outgoing.task_done()
 
 
 def outside(address: str, ca: Path, key: Path) -> tuple[str, Callable[[], grpc.ChannelCredentials], Callable[[], str]]:
@@ -321,8 +370,3 @@ def _frames(id_: bytes, answer: bytes | str) -> Iterator[FromSite]:
         yield FromSite(refusal=Refusal(id=id_, text=answer))
     else:
         yield from (FromSite(answer=part) for part in parts(id_, answer))
-
-
-async def _write(outgoing: "asyncio.Queue[FromSite]", stream: Stream) -> None:
-    while True:
-        await stream.write((await outgoing.get()).SerializeToString())

@@ -1,7 +1,7 @@
 """A site's folder: its keys, its settings, and what it knows of the server.
 
     site.yaml          records, policy, models, resources: yours to edit, and never changed by the server
-    NAME.join          what the server is asked with; holds no secret
+    NAME.join          the join request; holds no secret
     grant.json         the server's answer, as installed: its address and the keys that are believed
     keys/1/            `identity`, `link` and `serving`, and the certificates of the last two, link.pem and serving.pem;
                        after a rotation keys/2/, and so on, until the old are retired
@@ -89,7 +89,7 @@ class KeySet:
 
     @property
     def serving_file(self) -> Path:
-        """PEM, the private key with which the site serves in its own house; its certificate is beside it."""
+        """PEM, the private key with which the site serves in its own network; its certificate is beside it."""
         return self.folder / "serving"
 
 
@@ -196,7 +196,7 @@ class Office:
 
     @property
     def declaration(self) -> Declaration:
-        """What the owner has declared; raises ConfigError where that is not what site.yaml says."""
+        """What the owner has declared; raises ConfigError if that is not what site.yaml says."""
         path = self.folder / "declaration.json"
         if not path.exists():
             raise ConfigError(f"site.yaml was not checked yet. {CHECK}")
@@ -232,7 +232,7 @@ class Office:
 
     @property
     def socket(self) -> Path | None:
-        """Where a relay listens, None where the site makes its own connection; raises ConfigError."""
+        """Where a relay listens, None if the site makes its own connection; raises ConfigError."""
         return None if self.config.socket is None else check_socket(self._place(self.config.socket), "site.yaml")
 
     @property
@@ -242,7 +242,7 @@ class Office:
 
     @property
     def data(self) -> SiteData:
-        """The records, with paths that hold from everywhere; raises DataError where there is nothing."""
+        """The records, with paths that hold from everywhere; raises DataError if there is nothing."""
         own = self.config.data
         train = own.train if own.train.startswith("pkg://") else str(self._place(own.train))
         if train is not own.train and not Path(train).exists():
@@ -250,7 +250,7 @@ class Office:
         return own.model_copy(update={"train": train})
 
     def model(self, planned: ModelConfig) -> ModelConfig:
-        """Return where this site has the model of a plan; raises ModelError where the owner put none there."""
+        """Return where this site has the model of a plan; raises ModelError if the owner put none there."""
         source = self.config.models.get(planned.source)
         if source is None:
             known = ", ".join(sorted(self.config.models)) or "none"
@@ -307,7 +307,7 @@ class Office:
 
 
 def init_office(folder: Path, name: str) -> Office:
-    """Make a site's folder with its first keys and join request. Raises ConfigError, FolderError where it exists."""
+    """Make a site's folder with its first keys and join request. Raises ConfigError, FolderError if it exists."""
     name = check_site_name(name)
     with new_folder(folder) as place:
         keys = _write_keys(place / "keys" / "1")
@@ -318,7 +318,7 @@ def init_office(folder: Path, name: str) -> Office:
 
 
 def read_grant(path: Path) -> bytes:
-    """Return the bytes of a grant; raises FolderError where the file cannot be read."""
+    """Return the bytes of a grant; raises FolderError if the file cannot be read."""
     return read(path, MAX_DOCUMENT)
 
 
@@ -331,8 +331,8 @@ def needs_fingerprint(folder: Path, data: bytes) -> bool:
 def install(folder: Path, data: bytes, heard: str | None = None) -> Office:
     """Install a grant: from now on this server, and no other, is believed.
 
-    `heard` is the fingerprint that was told on the telephone; a later grant needs none where it is signed by an
-    identity of the server that is known. Raises CryptoError where the grant is not to be believed, or for others.
+    `heard` is the fingerprint that was told on the telephone; a later grant needs none if it is signed by an
+    identity of the server that is known. Raises CryptoError if the grant is not to be believed, or for others.
     """
     grant, _ = Grant.open(data)
     with _changing(folder) as office:
@@ -373,7 +373,7 @@ def install(folder: Path, data: bytes, heard: str | None = None) -> Office:
 
 
 def _certificates(keys: KeySet, grant: Grant) -> list[tuple[Path, str]]:
-    """Return where the certificates in a grant belong; raises CryptoError where they are for other keys."""
+    """Return where the certificates in a grant belong; raises CryptoError if they are for other keys."""
     placed = []
     for file, certificate in ((keys.link_file, grant.link), (keys.serving_file, grant.serving)):
         if certified_key(certificate.encode()) != key_line(read_secret(file)):
@@ -394,7 +394,7 @@ def rotate(folder: Path) -> Office:
     """Make new keys beside those in use and a join request for them, signed by both.
 
     They are used when the grant for them is installed. Where new keys are waiting already, their join request is
-    made again. Raises FederationError where the site was not admitted yet.
+    made again. Raises FederationError if the site was not admitted yet.
     """
     with _changing(folder) as office:
         if office.grant is None:

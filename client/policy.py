@@ -73,21 +73,24 @@ class SitePolicy(Frozen):
             if not re.fullmatch("[0-9a-f]{40}", found):
                 raise ValueError(f"the fingerprint of {name} has 40 hexadecimal digits, found {found!r}")
         if len(set(digits.values())) < len(digits):
-            raise ValueError("two sites have one fingerprint; whoever holds that key would count as two")
+            raise ValueError("two sites have one fingerprint; the holder of that key would count as two")
         return peers
 
     def admit(self, plan: RunPlan) -> None:
-        """Raise PrivacyError where the plan asks for what the site does not permit, whatever the budget.
+        """Raise PrivacyError if the plan asks for what the site does not permit, whatever the budget.
 
         A plan is compared with what the owner has written down, and with nothing else: a plan that were compared with
         the true number of units could search for it.
 
-        The unit must be the office's own, in both directions. A plan of records protects somebody with k records only
+        The unit must be the site's own, in both directions. A plan of records protects somebody with k records only
         with k times the loss. A plan of persons does not protect a record at its price either: one record more turns
         its person's vector from one within the clip into another, by up to two clip norms, and one is charged for.
         """
         if not plan.privacy.protects and not self.allow_unprotected:
-            raise PrivacyError("the plan is NOT PRIVATE (no noise, or seeded noise), and the policy permits none such")
+            raise PrivacyError(
+                "the plan is NOT PRIVATE (no noise, or seeded noise), and the policy does not permit that "
+                "(allow_unprotected)"
+            )
         if plan.privacy.unit != self.unit:
             raise PrivacyError(
                 f"privacy.unit={plan.privacy.unit}; this site protects each {self.unit} (policy.unit), which costs "
@@ -131,7 +134,7 @@ class SitePolicy(Frozen):
                 raise PrivacyError(f"the run would cost epsilon {over:.4g}, above run_epsilon={self.run_epsilon:g}")
 
     def check_units(self, units: int) -> None:
-        """Raise DataError where the site has declared too few units to take part; never asked of its records."""
+        """Raise DataError if the site has declared too few units to take part; never asked of its records."""
         if units < self.min_units:
             raise DataError(f"{units} privacy units, at least {self.min_units:g} needed to take part")
 

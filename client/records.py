@@ -24,10 +24,10 @@ class Declared:
 
     size: int  # nominal number of privacy units
     unit: Literal["record", "person"]  # what a privacy unit is
-    labels: tuple[str, ...] = ()  # of classification; none where text is learned
+    labels: tuple[str, ...] = ()  # of classification; none if text is learned
 
     def admit(self, plan: RunPlan) -> None:
-        """Raise DataError where a plan does not fit."""
+        """Raise DataError if a plan does not fit."""
         if plan.privacy.unit != self.unit:
             raise DataError(f"privacy.unit={plan.privacy.unit}; the records are declared by {self.unit}")
         if (plan.model.task == "classification") != bool(self.labels):
@@ -78,7 +78,7 @@ def load_records(
 ) -> SiteRecords:  # fmt: skip
     """Tokenise records for every model that plans may name. One that cannot be used is left out, and alone.
 
-    `person` is the column that names the person a record belongs to, None where there is none.
+    `person` is the column that names the person a record belongs to, None if there is none.
     """
     kept = [_known(row, number, text, person) for number, row in enumerate(rows)]
     usable = [row for row in kept if not isinstance(row, DataError)]

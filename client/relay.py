@@ -116,8 +116,8 @@ class _Relay:
 def ask(socket: Path, group: str | None, request: bytes, seconds: float) -> bytes:
     """Hand one request to the site's process, as the server's end of the link, and return the answer.
 
-    For a Flower ClientApp, in whose place a relay would be. Raises MessageError where the site gives no answer, and
-    TimeoutError where it does not connect or answer in time.
+    For a Flower ClientApp, in whose place a relay would be. Raises MessageError if the site gives no answer, and
+    TimeoutError if it does not connect or answer in time.
     """
     return asyncio.run(asyncio.wait_for(_ask(socket, group, request), seconds))
 
@@ -171,7 +171,7 @@ async def _pump(take: Callable[[], Awaitable[Any]], give: Callable[[bytes], Awai
 
 
 async def serve(folder: Path) -> None:
-    """Relay until SIGTERM or SIGINT; raises FedllmError where that cannot begin."""
+    """Relay until SIGTERM or SIGINT; raises FedllmError if that cannot begin."""
     stop = told_to_end()
     settings = read_relay(folder)
     relay, socket = _Relay(folder, settings), Path(settings.socket)
@@ -194,7 +194,7 @@ def _server(connect: Callable[[object, Any], Awaitable[None]]) -> grpc.aio.Serve
 
 
 def _bind(server: grpc.aio.Server, socket: Path, group: str | None) -> None:
-    """Make the socket for this user, and a group where one is named; raises ConfigError where it cannot be made."""
+    """Make the socket for this user, and a group if one is named; raises ConfigError if it cannot be made."""
     try:
         number = grp.getgrnam(group).gr_gid if group else None
     except KeyError:

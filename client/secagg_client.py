@@ -1,4 +1,4 @@
-"""A site's part in secure aggregation over a run: joins, deals, masks and reveals through `fedllm.secagg`."""
+"""A site's part in secure aggregation over its runs: keeps a `fedllm.secagg.Participant` for each."""
 
 import contextlib
 import os
@@ -24,16 +24,16 @@ from fedllm.protocol.messages import (
 from fedllm.secagg import Participant, SessionParams
 
 _RUNS = 8  # at a time
-# ids of this start of the machine, and of the virtual machine where its host gives each copy another one (Xen)
+# ids of this start of the machine, and of the virtual machine if its host gives each copy another one (Xen)
 _IDS = (Path("/proc/sys/kernel/random/boot_id"), Path("/sys/hypervisor/uuid"))
 Peers = Callable[[Mapping[str, str]], Mapping[str, PublicIdentity]]
 
 
 class SecAggClient:
-    """Lives in memory only: a site that was started again has dropped out, and joins anew.
+    """Keeps secrets in memory only: a site that was started again has dropped out, and advertises keys anew.
 
-    So has one that finds itself in another process or start of a machine than where its secrets were made: of a running
-    site that was copied, two would mask two vectors alike, whose difference is not masked.
+    So has one that finds itself in another process, or start of a machine, than its secrets were made in: two copies of
+    a running site would mask two vectors alike, and the difference of these is not masked.
     """
 
     def __init__(self, site: str, identity: Callable[[], Identity], peers: Peers) -> None:
@@ -43,15 +43,15 @@ class SecAggClient:
         self._made = incarnation()
 
     def join(self, request: Prepare) -> bytes:
-        """Return this site's Join for a session of a plan; the same one while the session lasts."""
+        """Return this site's AdvertiseKeys for a session of a plan; the same one while the session lasts."""
         plan = request.plan
         if request.session is None:
             raise MessageError("a plan with noise in shares comes with a session of secure aggregation")
         self._forget_if_copied()
-        cohort = plan.cohort(self._site)  # which the plan fixes for the whole run: whoever is in no other is no peer
+        cohort = plan.cohort(self._site)  # fixed by the plan for the whole run: sites outside it are no peers
         with _judged():
             peers = self._peers(request.roster)
-            terms = SessionParams(
+            params = SessionParams(
                 plan.digest,
                 request.session,
                 plan.quorum,
@@ -60,8 +60,8 @@ class SecAggClient:
                 plan.sites,
             )
             member = self._members.pop(plan.digest, None)
-            if member is None or member.terms != terms:
-                member = Participant(terms, self._site, self._identity())
+            if member is None or member.params != params:
+                member = Participant(params, self._site, self._identity())
         self._members[plan.digest] = member
         while len(self._members) > _RUNS:
             del self._members[next(iter(self._members))]
@@ -79,17 +79,17 @@ class SecAggClient:
             return (member.unmask(step) if isinstance(step, ConsistencyCheck) else member.reveal(step)).to_bytes()
 
     def check(self, plan: RunPlan, request: MaskedInputRequest) -> None:
-        """Raise MasksError where an upload could not be masked as the server asks: before it is paid for."""
+        """Raise SecAggError if an upload could not be masked as the server asks: before it is paid for."""
         with _judged():
             self._of(plan).check(request)
 
     def mask(
         self, plan: RunPlan, request: MaskedInputRequest, task: str, vector: NDArray[np.uint32], seeds: Sequence[str]
     ) -> tuple[bytes, bytes]:
-        """Return the masked vector uint32[d] as a message, and this site's secrets of the next round, dealt out.
+        """Return the masked vector uint32[d] as a message, and its KeyShares of the next round.
 
         `task` is the digest of what the vector was computed from; `seeds` are of the noise in it that may turn out
-        as surplus.
+        as excess.
         """
         member, distributed = self._of(plan), plan.distributed
         if distributed is None:

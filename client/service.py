@@ -28,7 +28,7 @@ from fedllm.protocol.messages import Prepare, SecAggRequest, TrainRequest, from_
 from fedllm.protocol.sealed_envelope import Binding
 from fedllm.training.data import read_rows
 from fedllm.training.model import load_reader
-from fedllm.training.workspace import ModelContext, open_for_training, use_threads
+from fedllm.training.model_context import ModelContext, open_for_training, use_threads
 
 _log = logging.getLogger("fedllm.site")
 _RUNS_KEPT = 1000  # of which the last number is remembered one by one
@@ -56,7 +56,7 @@ class ReplayGuard:
                 ) from None
 
     def check(self, run: str, number: int) -> None:
-        """Note a request; raises MessageError where it is not newer than the last of its run."""
+        """Note a request; raises MessageError if it is not newer than the last of its run."""
         if number <= self._last.get(run, self._floor):
             raise MessageError(f"request {number} of run {run} is not newer than the last: a replay, or out of order")
         self._last.pop(run, None)
@@ -68,12 +68,12 @@ class ReplayGuard:
 
 
 class Endpoint:
-    """Between socket and site: opens what the pinned the server sealed to this site, and seals the site's answer."""
+    """Between socket and site: opens what a pinned server sealed to this site, and seals the site's answer."""
 
     def __init__(
         self, site: Site, identities: Sequence[Identity], head_office: Sequence[PublicIdentity], replays: Path
     ) -> None:
-        """`identities` are the site's own, the present one first; `head_office` holds the pinned ones."""
+        """`identities` are the site's own, the present one first; `head_office`: the server's, pinned."""
         self._site, self._identities, self._head_office = site, identities, head_office
         self._replays = ReplayGuard(replays)
         self._lock = threading.Lock()
@@ -81,9 +81,9 @@ class Endpoint:
     def handle(self, sealed: bytes, stop: threading.Event | None = None) -> bytes:
         """Answer one sealed request.
 
-        Raises CryptoError or MessageError, and asks the site nothing, where the request was not sealed to this site by
-        the pinned the server, is not newer than the last of its run, or says outside what it does not say inside;
-        Cancelled as the site does.
+        Raises CryptoError or MessageError, and asks the site nothing, if the request was not sealed to this site by a
+        pinned server, is not newer than the last of its run, or its envelope contradicts its content. Raises Cancelled
+        as the site does.
         """
         binding, payload, sender = self._open(sealed)
         message = from_bytes(payload, Prepare, TrainRequest, SecAggRequest)
@@ -109,7 +109,7 @@ class Endpoint:
 
 
 def read_data_set(office: Office) -> DataSet:
-    """Return the fingerprint of a site's records as they are now; raises DataError where there are none."""
+    """Return the fingerprint of a site's records as they are now; raises DataError if there are none."""
     data = office.data
     return load_records(read_rows(data.train, data.train_split), data, data.unit, Declared(1, "record"), {}).data_set
 
@@ -117,7 +117,7 @@ def read_data_set(office: Office) -> DataSet:
 def read_records(office: Office) -> SiteRecords:
     """Read and tokenise a site's records as they are now, for every model that plans may name.
 
-    Raises ConfigError where their owner has not declared what they are, or something else was declared than is found.
+    Raises ConfigError if their owner has not declared what they are, or something else was declared than is found.
     """
     data, declaration = office.data, office.declaration
     readers = {name: load_reader(office.model(ModelConfig(source=name))) for name in office.config.models}
@@ -134,10 +134,10 @@ def read_records(office: Office) -> SiteRecords:
 
 
 def open_site(office: Office) -> Site:
-    """Return the site of a site's folder: its records are read and tokenised now, and not again."""
+    """Return the Site that a folder configures: its records are read and tokenised now, and not again."""
     resources, declared = office.config.resources, office.declaration.files
 
-    def workspace(plan: RunPlan) -> ModelContext:
+    def context(plan: RunPlan) -> ModelContext:
         # every time: files may be exchanged while the site runs, and a plan may name another revision of them
         if declared.get(plan.model.source) != office.files_digest(plan.model):
             raise ModelError(
@@ -147,15 +147,15 @@ def open_site(office: Office) -> Site:
         return open_for_training(plan, office.model(plan.model), resources.device, resources.checkpointing)
 
     return Site(
-        office.name, office.policy, office.ledger, lambda: office.identity, workspace, read_records(office),
+        office.name, office.policy, office.ledger, lambda: office.identity, context, read_records(office),
         resources.micro_batch, office.peers if office.config.policy.peers else None,
     )  # fmt: skip
 
 
 def run(office: Office) -> bool:
-    """Answer the server until SIGTERM or SIGINT; True where the folder has changed, and it is to be opened anew.
+    """Answer the server until SIGTERM or SIGINT; True if the folder has changed, and it is to be opened anew.
 
-    Raises FedllmError where the site cannot start.
+    Raises FedllmError if the site cannot start.
     """
     stamp = office.stamp()  # before the records are read, which takes its time
     use_threads(office.config.resources.threads)
@@ -213,7 +213,7 @@ def way(
 
 
 def _open_ledger(office: Office) -> LedgerFile:
-    """Return the ledger; raises LedgerError where it is lost, so that the owner sees it and not a plan's reply."""
+    """Return the ledger; raises LedgerError if it is lost, so that the owner sees it and not a plan's reply."""
     for text in office.ledger.warnings():
         _log.warning("%s", text)
     ledger = LedgerFile(office.ledger.file, office.ledger.anchor, create=True)

@@ -5,10 +5,11 @@
 - Records are read and tokenised before anybody asks (client.records). No request reads, compares or counts them.
 - Everything that may be refused is refused in `_prepare`, and in `_train` above the charge, by what is public there:
   plan, policy, declaration, ledger, model.
-- Records are used in `_used` and nowhere else, on the coins that the reservation fixed. What it needs of ledger and
-  state is taken before, so nothing is left to fail there but arithmetic: a unit that fails counts zero (the engine),
-  and a result that is not finite is a property of the noised vector. If something fails all the same, or the process
-  is killed, the site answers nothing at all until its owner acts: one bit, once (`Unfinished`).
+- Records are used in `_used` and nowhere else, with the sampling randomness (`coins`) that the reservation fixed. What
+  it needs of ledger and state is taken before, so nothing is left to fail there but arithmetic: a unit that fails
+  counts zero (the engine), and a result that is not finite is a property of the noised vector. If something fails all
+  the same, or the process is killed, the site answers nothing at all until its owner acts: one bit, once
+  (`Unfinished`).
 - Whatever used records leaves at a multiple of the policy's `quantum` after it was asked for, and until then nothing
   else is answered. Nor does what is signed say when training ended.
 """
@@ -70,9 +71,9 @@ from fedllm.protocol.messages import (
 )
 from fedllm.protocol.spending_statement import Statement, sign_statement, update_digest
 from fedllm.training.data import PrivacyUnit
+from fedllm.training.model_context import ModelContext
 from fedllm.training.self_check import Subject, self_check_once
-from fedllm.training.trainer import shared_step, train_round
-from fedllm.training.workspace import ModelContext
+from fedllm.training.trainer import distributed_step, train_round
 from fedllm.values import MAX_START, check_name
 
 _log = logging.getLogger("fedllm.site")
@@ -132,13 +133,13 @@ class PlanSession:
     ledger: PrivacyLedger
     records: Records
     micro_batch: int
-    open_workspace: Callable[[RunPlan], ModelContext]
+    open_context: Callable[[RunPlan], ModelContext]
 
     @cached_property
-    def workspace(self) -> ModelContext:
-        """Model, adapter and engine, set up for the plan; raises SpecMismatch where this site does not have them."""
+    def context(self) -> ModelContext:
+        """Model, adapter and engine, set up for the plan; raises SpecMismatch if this site does not have them."""
         try:
-            return self.open_workspace(self.plan)
+            return self.open_context(self.plan)
         except ModelError as error:
             raise SpecMismatch(str(error)) from error
 
@@ -149,7 +150,7 @@ class PlanSession:
 
     def self_check(self, round_: int) -> None:
         """Try the engine on made-up text; PrivacyError if it breaks an invariant, SpecMismatch for want of memory."""
-        adapter, engine = self.workspace.adapter, self.workspace.engine
+        adapter, engine = self.context.adapter, self.context.engine
         try:
             engine.rehearse(self.micro_batch, self.plan.model.max_length)
         except ModelError as error:
@@ -174,7 +175,7 @@ class Site:
         policy: SitePolicy,
         ledger: LedgerPlace,
         identity: Callable[[], Identity],
-        workspace: Callable[[RunPlan], ModelContext],
+        context: Callable[[RunPlan], ModelContext],
         records: Records,
         micro_batch: int,
         peers: Peers | None = None,
@@ -183,12 +184,12 @@ class Site:
         """`identity` signs the ledger at `ledger`; `records` are read already.
 
         `peers` says whom this site believes to be another site; without it, it takes no part in noise in shares.
-        `self_check`: check the engine before any record is used, also where the plan does not ask for it.
+        `self_check`: check the engine before any record is used, also if the plan does not ask for it.
         """
         check_name(name)
         self.name = name
         self._policy, self._ledger, self._micro_batch = policy, ledger, micro_batch
-        self._identity, self._open_workspace, self._records = identity, workspace, records
+        self._identity, self._open_context, self._records = identity, context, records
         self._opened: PrivacyLedger | None = None
         self._unfinished = Unfinished(ledger.file)
         self._masks = SecAggClient(name, identity, peers) if peers is not None else None
@@ -198,8 +199,8 @@ class Site:
     def handle(self, request: bytes, stop: threading.Event | None = None) -> bytes:
         """Answer one message from the server; whatever goes wrong becomes a Declined reply.
 
-        Raises Cancelled, where `stop` was set before there was an answer: the round stays charged, nothing has been
-        released, and the same request may be made again; and Halted, where the site failed while it used records.
+        Raises Cancelled if `stop` was set before there was an answer: the round stays charged, nothing has been
+        released, and the same request may be made again. Raises Halted if the site failed while it used records.
         """
         while not self._lock.acquire(timeout=_LOOK):
             _check(stop)
@@ -221,9 +222,7 @@ class Site:
         self._admit(plan)
         if isinstance(message, SecAggRequest):
             return self._distributed(plan).answer(message)
-        session = PlanSession(
-            self.name, plan, self.open_ledger(), self._records, self._micro_batch, self._open_workspace
-        )
+        session = PlanSession(self.name, plan, self.open_ledger(), self._records, self._micro_batch, self._open_context)
         if isinstance(message, Prepare):
             return self._prepare(message, session).to_bytes()
         return self._train(message, session, hold_back, stop)
@@ -257,7 +256,7 @@ class Site:
         return Declined(site=self.name, reason=reason)
 
     def _admit(self, plan: RunPlan) -> None:
-        """Raise PrivacyError or DataError where a plan does not fit policy and declaration; looks at no record."""
+        """Raise PrivacyError or DataError if a plan does not fit policy and declaration; looks at no record."""
         self._policy.admit(plan)
         self._records.declared.admit(plan)
         self._policy.check_units(self._records.declared.size)
@@ -266,7 +265,7 @@ class Site:
         plan = session.plan
         session.ledger.check(plan.run, plan.mechanism.event(plan.training.local_steps))
         self._check_engine(session, 1)
-        spec = session.workspace.adapter.spec
+        spec = session.context.adapter.spec
         join = b""
         if plan.distributed is not None:
             plan.distributed.clip_before_rounding(spec.dimension)  # refuses what 32 bits are too few for
@@ -284,7 +283,7 @@ class Site:
         plan, ledger = session.plan, session.ledger
         if request.round > plan.training.rounds:
             raise MessageError(f"round={request.round} of a plan of {plan.training.rounds} rounds")
-        spec = session.workspace.adapter.spec
+        spec = session.context.adapter.spec
         if request.spec_digest != spec.digest:
             raise SpecMismatch("the server's adapter is another one. Do base model, seed and versions agree?")
         payload, mask = request.payload, None
@@ -346,14 +345,14 @@ class Site:
         That the payload is not finite, or too large to be sent, is a property of the noised vector, and no second try
         is free. The noise is drawn before a record is looked at.
         """
-        plan, workspace = session.plan, session.workspace
+        plan, context = session.plan, session.context
         source = session.randomness(request.round)
         own_coins = KeyedRandomness(coins, b"fedllm poisson sample v1") if source.private else source
-        parts = (workspace.adapter, workspace.engine, session.units, plan, start, source, session.micro_batch)
+        parts = (context.adapter, context.engine, session.units, plan, start, source, session.micro_batch)
         try:
             if mask is not None:
                 task = request.task(adapter_vector.encode(start, "float32"))
-                return pack(*self._distributed(plan).mask(plan, mask, task, *shared_step(*parts, own_coins)))
+                return pack(*self._distributed(plan).mask(plan, mask, task, *distributed_step(*parts, own_coins)))
             delta = train_round(*parts, stop, own_coins)
             try:
                 return adapter_vector.encode(delta.astype(np.float32), plan.training.wire)
@@ -391,6 +390,6 @@ class Site:
         return self._masks
 
     def _check_engine(self, session: PlanSession, round_: int) -> None:
-        """The server may ask for the check; it cannot spare a site what the office's own settings ask for."""
+        """The server may ask for the check; it cannot switch off what the site's own settings ask for."""
         if session.plan.privacy.self_check or self._self_check:
             session.self_check(round_)

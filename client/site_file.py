@@ -9,11 +9,8 @@ from fedllm.values import Frozen, SiteName
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
-# ---- site.yaml -------------------------------------------------------------------------------------------------------
-
-
 class SiteData(RecordsConfig):
-    """The office's records and how a record becomes text."""
+    """The site's records and how a record becomes text."""
 
     name: str | None = None
     """Name of the data set, after it was declared disjoint from all others (`fedllm ledger disjoint`)."""
@@ -94,7 +91,7 @@ policy:
   min_units: 100         # with a data.size below this, the site takes no part
   allow_unprotected: false  # true: also plans that are NOT PRIVATE
   # run_epsilon: 4.0      # the most that one run may cost
-  # reply_quantum: 5     # seconds; updates leave at multiples of it, lest they tell how long training took
+  # reply_quantum: 5     # seconds; updates leave at its multiples, and do not reveal how long training took
   # record_seconds: 0.1  # the longest that one record takes to train on; then no update leaves sooner than others could
   # period: {{days: 90, epsilon: 4.0}}  # the most that all runs of any 90 days may cost
   # The most that a plan may ask for, and the least and most noise in a step. These are the defaults:
@@ -109,7 +106,7 @@ policy:
   # modes: [local]        # of privacy
   # min_sites: 3         # decline plans whose rounds count with fewer sites than this
   # colluding_sites: 1   # privacy.mode=distributed: decline plans that count with fewer sites on the server's side
-  # peers:               # sites to share noise with (privacy.mode=distributed), and the fingerprints of their keys,
+  # peers:               # sites to add noise with (privacy.mode=distributed), and the fingerprints of their keys,
   #   busan: 1a2b 3c4d ...   # as each of them tells you itself: not as the server says
 
 # The models that plans may name, and where this site has them. A plan that names another one is refused.

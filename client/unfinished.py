@@ -15,12 +15,12 @@ class Unfinished:
         self._path = ledger.with_name("unfinished.json")
 
     def check(self) -> None:
-        """Raise Halted where records were used and nothing came of it."""
+        """Raise Halted if records were used and nothing came of it."""
         if (said := self.read()) is not None:
             raise Halted(f"{said}. The log says why. After you have seen to it: fedllm site resume")
 
     def read(self) -> str | None:
-        """Return what was not finished, None where nothing was."""
+        """Return what was not finished, None if nothing was."""
         if not self._path.exists():
             return None
         try:

@@ -113,7 +113,7 @@ def docstrings(kind: type) -> dict[str, str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the group of settings that an annotation names, also where it may be null."""
+    """Return the group of settings that an annotation names, also if it may be null."""
     for part in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(part, type) and issubclass(part, BaseModel):
             return part

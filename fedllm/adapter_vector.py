@@ -31,7 +31,7 @@ class AdapterSpec:
     """Everything on which two parties must agree before their adapter vectors may be added."""
 
     base: str  # SHA-256 over the base model's weights
-    frozen: str  # SHA-256 over the adapter's frozen tensors (A, where only B is trained)
+    frozen: str  # SHA-256 over the adapter's frozen tensors (A, if only B is trained)
     scaling: float  # LoRA alpha / rank
     tensors: tuple[TensorSpec, ...]  # trainable, in the order of the flat vector
 
@@ -70,7 +70,7 @@ _NUMPY: dict[WireDtype, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16":
 def encode(vector: NDArray[np.float32], dtype: WireDtype) -> bytes:
     """Encode float32[d] in 4*d (float32) or 2*d (float16, rounded to nearest) bytes.
 
-    Raises MessageError where a value is not finite, or does not fit float16.
+    Raises MessageError if a value is not finite, or does not fit float16.
     """
     if vector.ndim != 1:
         raise MessageError(f"expected a flat vector, found shape={vector.shape}")

@@ -160,7 +160,7 @@ class PrivacyCost:
     Poisson-subsampled Gaussian noise; one unit (record or person) more or less.
     """
 
-    epsilon: float  # by PLD: the number to publish; math.inf if it has no bound
+    epsilon: float  # by PLD, or RDP (see reasons): the number to publish; math.inf if it has no bound
     epsilon_rdp: float  # an upper bound by another method
     cross_checks: "Mapping[str, Estimate]"  # by accountants of others: by name, as in fedllm.audit.accountants
     delta: float
@@ -207,7 +207,8 @@ def epsilon(
     others = {name: _cross_check(name, check, events, cost, delta) for name, check in CROSS_CHECKS.items()}
     reasons = {name: other.reason for name, other in others.items() if other.reason}
     if cost.by_rdp_alone:
-        reasons["pld"] = _WITHOUT_BOUND if math.isinf(cost.epsilon) else "above 100 the RDP bound takes its place"
+        where = "above 100" if cost.exact else "at so small a delta, after so many steps,"
+        reasons["pld"] = _WITHOUT_BOUND if math.isinf(cost.epsilon) else f"{where} the RDP bound takes its place"
     return PrivacyCost(
         cost.epsilon, cost.epsilon_rdp, others, delta, risk.advantage, risk.tpr_at_1_percent, reasons, tuple(events)
     )
@@ -236,7 +237,7 @@ def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) ->
 
 
 def checked_event(sampling_rate: float, noise_multiplier: float, steps: int) -> "AccountingEvent":
-    """Return an event that can be accounted for. Raises ConfigError where there is none."""
+    """Return an event that can be accounted for. Raises ConfigError if there is none."""
     from fedllm.privacy.accounting import AccountingEvent
 
     if not 0 <= _real("sampling rate", sampling_rate) <= 1:
@@ -268,8 +269,10 @@ def _cross_check(
 
     if cost.epsilon == 0:
         return Estimate(0.0, 0.0)
-    if cost.by_rdp_alone:
+    if cost.exact and cost.by_rdp_alone:
         return Estimate(None, reason="not computed where epsilon is above 100 or has no bound")
+    if not cost.exact:
+        return Estimate(None, reason="not compared: delta is too small for so many steps in float64")
     other = check.estimate([event for event in events if event.sampling_rate > 0], delta)
     if other.epsilon is not None and abs(other.epsilon - cost.epsilon) > _AGREEMENT:
         raise PrivacyError(
@@ -285,7 +288,7 @@ def _check_delta(delta: float) -> None:
 
 
 def _real(name: str, value: float) -> float:
-    """Return a number as it is; raises ConfigError where it is none."""
+    """Return a number as it is; raises ConfigError if it is none."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ConfigError(f"{name} {str(value)[:80]!r}: expected a number.")
     return value

@@ -40,7 +40,7 @@ def _is_invisible(sign: str) -> bool:
 
 
 def read_json(data: bytes | str) -> Any:
-    """Read JSON that says one thing to every reader; raises ValueError where a key is given twice."""
+    """Read JSON that says one thing to every reader; raises ValueError if a key is given twice."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

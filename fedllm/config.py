@@ -128,14 +128,14 @@ class PrivacyConfig(Frozen):
 
 
 class ServerOptimizerConfig(Frozen):
-    """How the server applies the averaged delta; sgd with learning_rate=1 and no momentum is FedAvg."""
+    """How the server applies the averaged update; sgd with learning_rate=1 and no momentum is FedAvg."""
 
     name: Literal["sgd", "adam"] = "sgd"
     """How the server applies the averaged update. `sgd` with learning rate 1 and no momentum is FedAvg."""
     learning_rate: Rate = 1.0
     """Learning rate of the server."""
     final_rate: float = Field(1.0, ge=1e-6, le=1)
-    """Where the cosine schedule of the learning rate ends, as a share of its start. 1: constant."""
+    """Where the cosine schedule of the learning rate ends, as a fraction of its start. 1: constant."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Momentum of sgd."""
     betas: tuple[Beta, Beta] = (0.9, 0.99)
@@ -186,7 +186,7 @@ class TrainingConfig(Frozen):
 
 
 def check_groups(groups: int, poisoned: int, privacy: PrivacyConfig, training: TrainingConfig) -> None:
-    """Raise ValueError where so many groups, 0 or 1 being none, are no defence against so many poisoned sites.
+    """Raise ValueError if so many groups, 0 or 1 being none, are no defence against so many poisoned sites.
 
     Every poisoned site may be in a group of its own, and the honest ones must be more than half of the groups.
     """

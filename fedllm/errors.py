@@ -17,7 +17,7 @@
     ├── CheckpointError    a checkpoint that cannot be written, read or continued
     ├── FederationError    the federation cannot go on
     │   └── QuorumLost     fewer sites answered than the quorum
-    ├── Cancelled          whoever asked waits no more; nothing was released
+    ├── Cancelled          nobody waits for the answer any more; nothing was released
     └── Halted             a site failed while it used records, and answers nothing until its owner acts
 
 Each text says what was found (name=value), what was expected, and what to do.
@@ -58,7 +58,7 @@ class BudgetExceeded(PrivacyError):
 
 
 class SecAggError(PrivacyError):
-    """A step of secure aggregation does not fit what this site joined, dealt, uploaded or revealed before."""
+    """A step of secure aggregation does not fit what this site advertised, shared, uploaded or revealed before."""
 
 
 class LedgerError(FedllmError):
@@ -98,7 +98,7 @@ class QuorumLost(FederationError):
 
 
 class Cancelled(FedllmError):
-    """Whoever asked waits no more, so the work was given up before anything was released."""
+    """Nobody waits for the answer any more, so the work was given up before anything was released."""
 
 
 class Halted(FedllmError):

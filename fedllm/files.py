@@ -1,4 +1,4 @@
-"""Files on disk: the one atomic write, folders made as a whole, private modes, settings in YAML."""
+"""Files on disk: atomic writes, folders made as a whole, private modes, locks and unix sockets."""
 
 import contextlib
 import errno
@@ -49,7 +49,7 @@ def is_full(error: OSError) -> bool:
 def write_secret(path: Path, data: bytes) -> None:
     """Replace the file at `path` as a whole, mode 0600; folders that are missing are made, mode 0700.
 
-    Raises FolderError where the disk is full or not writable; the old file is then untouched.
+    Raises FolderError if the disk is full or not writable; the old file is then untouched.
     """
     try:
         _make_private(path.parent)
@@ -59,7 +59,7 @@ def write_secret(path: Path, data: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, for good, where it is there; raises FolderError."""
+    """Remove a file, for good, if it is there; raises FolderError."""
     try:
         if path.exists():
             path.unlink()
@@ -72,7 +72,7 @@ def remove(path: Path) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Give a folder to fill, mode 0700, that takes its place at `folder` when the block ends without an error.
 
-    After a crash `folder` holds everything or does not exist. Raises FolderError where it exists and is not empty.
+    After a crash `folder` holds everything or does not exist. Raises FolderError if it exists and is not empty.
     """
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(_entries(folder)))):
         raise FolderError(f"{folder} exists and is not empty. Nothing was overwritten; choose another folder.")
@@ -89,12 +89,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise cannot_write(folder, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already if all went well
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time change `folder`; raises FolderError where there is no such folder or it is taken."""
+    """Let one process at a time change `folder`; raises FolderError if there is no such folder or it is taken."""
     try:
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
@@ -124,7 +124,7 @@ def exclusive_lock(path: Path) -> Iterator[None]:
 
 
 def try_lock(file: IO[str]) -> bool:
-    """Take an open file's lock, until it is closed or the process ends; False where another process has it."""
+    """Take an open file's lock, until it is closed or the process ends; False if another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -151,7 +151,7 @@ def check_private(path: Path) -> None:
         right = "700" if stat.S_ISDIR(found.st_mode) else "600"
         raise FolderError(
             f"{path} has mode {stat.S_IMODE(found.st_mode):03o}: others than its owner may use it. "
-            f"Run: chmod {right} '{path}', and think of who may have read it."
+            f"Run: chmod {right} '{path}', and treat its contents as exposed."
         )
 
 
@@ -170,7 +170,7 @@ def stamp(*files: Path) -> list[tuple[int, int]]:
 def make_socket(path: Path, bind: Callable[[str], object], group: int | None = None) -> None:
     """Have `bind` make a unix socket that its owner may use, and `group`, without a moment in which others may.
 
-    `bind` takes gRPC's name of the place. Raises ConfigError where the socket cannot be made.
+    `bind` takes gRPC's name of the place. Raises ConfigError if the socket cannot be made.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def make_socket(path: Path, bind: Callable[[str], object], group: int | None = N
 
 
 def check_socket(path: Path, settings: str) -> Path:
-    """Return the path of a unix socket; raises ConfigError where it is too long for one (unix(7): sun_path)."""
+    """Return the path of a unix socket; raises ConfigError if it is too long for one (unix(7): sun_path)."""
     length = len(os.fsencode(path.absolute()))
     if length > _MAX_SOCKET:
         raise ConfigError(
@@ -207,7 +207,7 @@ def read_secret(path: Path) -> bytes:
 
 
 def read(path: Path, limit: int | None = None) -> bytes:
-    """Return the bytes of a file; raises FolderError where it cannot be read or is larger than `limit` bytes."""
+    """Return the bytes of a file; raises FolderError if it cannot be read or is larger than `limit` bytes."""
     try:
         if limit is not None and path.stat().st_size > limit:
             raise FolderError(f"{path} is larger than {limit} bytes, so it is not the file that is meant here.")

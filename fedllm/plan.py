@@ -1,6 +1,6 @@
-"""Frozen, validated values: what a user configures, and the plan that the server sends to every site.
+"""What a site is asked: the RunPlan that the server sends to every site, with the rules on quorums and groups.
 
-Everything here is public. A value that is unknown, ill-typed or impossible raises ConfigError before anything loads.
+Everything here is public; fedllm/config.py has what a user configures, of which a plan is made.
 
 **Every number of a plan has a bound on both sides, and every text and list a greatest length**: a plan comes from
 whoever runs the server, and a number at the edge of the floats would switch off what is computed with it. Within the
@@ -67,7 +67,7 @@ class RunPlan(Frozen):
             )
 
     def cohort(self, site: str) -> Names | None:
-        """Return who is in one sum with a site: its group, or None, all; raises PrivacyError where it is in none."""
+        """Return who is in one sum with a site: its group, or None, all; raises PrivacyError if it is in none."""
         if not self.groups:
             return None
         for group in self.groups:
@@ -76,7 +76,7 @@ class RunPlan(Frozen):
         raise PrivacyError(f"the plan has groups, and site={site!r} is in none of them")
 
     def enough(self, sites: Collection[str], quorum: int) -> bool:
-        """Whether a round with answers of these sites may count: with groups, of more than may all be poisoned."""
+        """Whether these sites are enough for a round: `quorum` of them; with groups, of `least_groups` groups."""
         if not self.groups:
             return len(sites) >= quorum
         return sum(len(set(group) & set(sites)) >= quorum for group in self.groups) >= self.least_groups
@@ -87,7 +87,7 @@ class RunPlan(Frozen):
 
     @property
     def least_groups(self) -> int:
-        """Groups without whose sums a round does not count; 1 where there are none."""
+        """Groups without whose sums a round does not count; 1 if there are none."""
         return 2 * self.poisoned_sites + 1
 
     @property
@@ -113,26 +113,26 @@ class RunPlan(Frozen):
 
     @property
     def distributed(self) -> DistributedMechanism | None:
-        """The mechanism in shares, in mode distributed; raises ConfigError where 32 bits are too few for it."""
+        """The mechanism in shares, in mode distributed; raises ConfigError if 32 bits are too few for it."""
         if self.privacy.mode != "distributed":
             return None
         colluding = self.privacy.colluding_sites
         return DistributedMechanism(self.mechanism, self.sites, self.quorum, colluding, self.expected_units)
 
-    def noise_std(self, shares: Collection[float], trimmed: int) -> float:
-        """Return the deviation of the noise in each coordinate of a round's averaged delta.
+    def noise_std(self, weights: Collection[float], trimmed: int) -> float:
+        """Return the deviation of the noise in each coordinate of a round's averaged update.
 
-        `shares` are the weights of the sites that answered, and sum to 1. Every local step of plain SGD adds its own
+        `weights` are those of the sites that answered, and sum to 1. Every local step of plain SGD adds its own
         noise; noise in shares is decoded from their sum, and its sites all weigh the same; from `trimmed` of them
-        surplus noise was taken off.
+        excess noise was removed.
         """
         one = self.training.learning_rate * self.privacy.clip_norm / self.expected_units
         if (distributed := self.distributed) is not None:
-            return one * distributed.noise_multiplier(len(shares), trimmed, known=0) / len(shares)
+            return one * distributed.noise_multiplier(len(weights), trimmed, known=0) / len(weights)
         return (
             one
             * self.mechanism.noise_multiplier
-            * math.sqrt(self.training.local_steps * sum(share**2 for share in shares))
+            * math.sqrt(self.training.local_steps * sum(weight**2 for weight in weights))
         )
 
 
@@ -142,7 +142,7 @@ def least_quorum(sites: int, colluding: int) -> int:
 
 
 def check_distributed(privacy: PrivacyConfig, training: TrainingConfig, sites: int, quorum: int) -> None:
-    """Raise ValueError where noise in shares cannot protect what a plan asks for.
+    """Raise ValueError if noise in shares cannot protect what a plan asks for.
 
     `quorum` of the sites are in every sum that the server can read, and `privacy.colluding_sites` of those may have
     told it their noise. The bound on the quorum is that of secure aggregation (fedllm.secagg).
@@ -168,7 +168,7 @@ def check_distributed(privacy: PrivacyConfig, training: TrainingConfig, sites: i
 
 
 def default_quorum(privacy: PrivacyConfig, sites: int) -> int:
-    """Return the quorum where none is configured: half of the sites; with noise in shares, two thirds and enough."""
+    """Return the quorum if none is configured: half of the sites; with noise in shares, two thirds and enough."""
     if privacy.mode != "distributed":
         return max(min(2, sites), sites // 2)
     return min(sites, max(least_quorum(sites, privacy.colluding_sites), -(-2 * sites // 3)))

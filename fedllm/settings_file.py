@@ -1,4 +1,4 @@
-"""Settings in YAML, read strictly."""
+"""Settings files in YAML (site.yaml, federation.yaml, conf/): read strictly, with the line of every mistake."""
 
 import re
 from pathlib import Path
@@ -10,9 +10,6 @@ from fedllm.errors import ConfigError
 from fedllm.files import read
 
 _MAX_SETTINGS = 1 << 20  # bytes
-
-
-# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 class _Settings(yaml.SafeLoader):
@@ -43,7 +40,7 @@ _Settings.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the keys and values of a YAML file; raises ConfigError with the line where it is not YAML."""
+    """Return the keys and values of a YAML file; raises ConfigError with the line if it is not YAML."""
     data = read(path, _MAX_SETTINGS)
     try:
         values = yaml.load(data.decode("utf-8-sig"), _Settings)  # noqa: S506  # a SafeLoader

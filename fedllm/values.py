@@ -14,6 +14,7 @@ from fedllm.shown import shows
 MAX_HOLDERS = 512  # sites of one secure aggregation
 MAX_SITES = 5_000  # of a federation: their roster fits the header of a message
 MAX_NAME = 200  # characters of a site's name; bytes of UTF-8 of one that is deployed: with an ending it names a file
+HEAD_OFFICE = "head-office"  # the server, where sites are named beside it: no site has that name
 MAX_ROUNDS = 1_000_000
 MAX_STEPS = 1_000_000  # of a whole run: as far as the accountants were tried
 # magnitude of a value that a round starts from: far beyond what training finds in an adapter, and products of three
@@ -53,14 +54,29 @@ Layer = Annotated[Printable, Field(max_length=200)]  # the name of one
 BySite = Annotated[dict[str, float], AfterValidator(_spelled)]
 
 
+def is_head_office(name: str) -> bool:
+    """Whether people would read a name as the server's."""
+    return unicodedata.normalize("NFKC", name).casefold().strip().replace("_", "-").replace(".", "-") == HEAD_OFFICE
+
+
+def _refuse_head_office(name: str) -> None:
+    if is_head_office(name):
+        raise ConfigError(f"site name {name!r}: an audit calls the server {HEAD_OFFICE!r}. Give the site another name")
+
+
 def check_name(name: str) -> None:
-    """Raise ConfigError where no message can carry the name of a site."""
+    """Raise ConfigError where no message can carry the name of a site, or it is the server's."""
+    _refuse_head_office(name)
     if not 1 <= len(name) <= MAX_NAME or not shows(name):
         raise ConfigError(f"site name {name[:40]!r}: expected 1 to {MAX_NAME} printable characters, found {len(name)}")
 
 
 def check_site_name(name: str) -> str:
-    """Return the name of a deployed site in its one spelling, NFC; raises ConfigError where it cannot name a file."""
+    """Return the name of a deployed site in its one spelling, NFC.
+
+    Raises ConfigError where it cannot name a file, or is the server's.
+    """
+    _refuse_head_office(name)
     name = unicodedata.normalize("NFC", name)
     plain = all(unicodedata.category(sign)[0] in "LNM" or sign in "-_." for sign in name)
     if not plain or not name[:1].isalnum() or not 1 <= len(name.encode()) <= MAX_NAME:
@@ -88,7 +104,7 @@ _T = TypeVar("_T", bound=Frozen)
 def parse(kind: type[_T], values: Mapping[str, Any]) -> _T:
     """Validate plain data as `kind`.
 
-    Raises ConfigError with every offending key, what was expected, and the nearest known key where one is unknown.
+    Raises ConfigError with every offending key, what was expected, and the nearest known key if one is unknown.
     """
     try:
         text = json.dumps(values, ensure_ascii=False)

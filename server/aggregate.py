@@ -49,12 +49,12 @@ class AggregationRule:
     is_mean: bool = False
 
 
-# by federation.aggregation; whoever adds one adds it here
+# by the value of federation.aggregation: add a rule here
 AGGREGATION: dict[str, AggregationRule] = {"mean": AggregationRule(weighted_mean, is_mean=True)}
 
 
 def aggregation_rule(federation: QuorumConfig, training: TrainingConfig) -> AggregationRule:
-    """Return the rule that a run is configured with; raises ConfigError where there is none, or it does not fit."""
+    """Return the rule that a run is configured with; raises ConfigError if there is none, or it does not fit."""
     name = federation.aggregation
     rule = AGGREGATION.get(name)
     if rule is None:
@@ -101,7 +101,7 @@ class Bound:
         )
 
     def check(self, update: NDArray[np.floating]) -> None:
-        """Raise MessageError where float[d] is beyond a limit, also before it was rounded on its way."""
+        """Raise MessageError if float[d] is beyond a limit, also before it was rounded on its way."""
         x = np.abs(update.astype(np.float64))
         length, largest = self.limits(x.size)
         for what, value, rounded, most in (
@@ -116,7 +116,7 @@ class Bound:
 
 
 def bound_of_update(plan: RunPlan, dimension: int) -> Bound | None:
-    """Return what one site's update float[d] is bound by with noise of its own; None where nothing is clipped.
+    """Return what one site's update float[d] is bound by with noise of its own; None if nothing is clipped.
 
     Plain SGD adds up its steps' noised means; momentum m counts a step's that has n after it (1 - m^(n+1)) / (1 - m)
     times. Adam's steps have a largest size each.
@@ -135,7 +135,7 @@ def bound_of_update(plan: RunPlan, dimension: int) -> Bound | None:
 
 
 def bound_of_sum(distributed: DistributedMechanism, survivors: int, trimmed: int) -> Bound:
-    """Return what the sum of so many sites, in gradient units, is bound by; surplus noise is off `trimmed` of them."""
+    """Return what the sum of so many sites, in gradient units, is bound by; `trimmed` had excess noise removed."""
     clip = distributed.mechanism.clip_norm
     length = clip * _most_units(distributed.expected_units * survivors)
     noise = clip * distributed.noise_multiplier(survivors, trimmed, known=0)
@@ -147,7 +147,7 @@ def bound_of_sum(distributed: DistributedMechanism, survivors: int, trimmed: int
 def _most_units(nominal: float) -> float:
     """Return how many units are drawn at most where so many are by nominal sizes, but with probability FALSE_ALARM.
 
-    Bernstein's inequality for a sum of coins (Boucheron, Lugosi and Massart 2013, section 2.8).
+    Bernstein's inequality for a sum of Bernoulli variables (Boucheron, Lugosi and Massart 2013, section 2.8).
     """
     mean = TIMES_NOMINAL * nominal
     return mean + math.sqrt(2 * mean * _LOG) + _LOG / 3

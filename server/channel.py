@@ -23,7 +23,7 @@ Opener = Callable[[bytes], bytes]
 
 
 def arrived(data: bytes | str) -> bytes:
-    """Return an answer; raises MessageError where there is only text that says why there is none."""
+    """Return an answer; raises MessageError if there is only text that says why there is none."""
     if isinstance(data, str):
         raise MessageError(data)
     return data
@@ -44,13 +44,13 @@ class Channel(ABC):
 
     @abstractmethod
     def identities(self, node: int) -> tuple[PublicIdentity, ...] | None:
-        """Return who may sign for the site behind a node; None where only its first signature can tell."""
+        """Return who may sign for the site behind a node; None if only its first signature can tell."""
 
     @abstractmethod
     def seal(self, node: int, round_: int, payload: bytes) -> tuple[bytes, Opener]:
         """Return `payload` as it travels to a node, and what opens the answer to it.
 
-        Raises MessageError where the node may have none; opening raises FedllmError where it is not that answer.
+        Raises MessageError if the node may have none; opening raises FedllmError if it is not that answer.
         """
 
     def exchange(
@@ -131,7 +131,7 @@ class SealedChannel(Channel):
     ) -> None:  # fmt: skip
         """`online` returns the nodes that are there with the names of their sites.
 
-        `member_of` finds a site in the roster, None where it is not there.
+        `member_of` finds a site in the roster, None if it is not there.
         """
         super().__init__(grid, timeout, expected_sites)
         self._online, self._identity, self._member_of, self._plan = online, identity, member_of, plan

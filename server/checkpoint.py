@@ -59,7 +59,7 @@ class Checkpoint:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace the file at `path` as a whole: after a crash it holds the old bytes or the new ones.
 
-    Raises CheckpointError where the disk is full or not writable; the old file is then untouched.
+    Raises CheckpointError if the disk is full or not writable; the old file is then untouched.
     """
     try:
         replace_file(path, data)
@@ -74,7 +74,7 @@ def cannot_write(path: Path, error: OSError) -> FedllmError:
 
 @contextlib.contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Turn what writers of other libraries raise where there is no room into the error of `cannot_write`."""
+    """Turn what writers of other libraries raise if there is no room into the error of `cannot_write`."""
     try:
         yield
     except OSError as error:
@@ -126,7 +126,7 @@ def has_checkpoint(path: Path) -> bool:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read the newest intact checkpoint: `path`, or the one before it where `path` is damaged or gone.
 
-    Raises CheckpointError where there is none. Going back a round loses nothing: sites answer a repeated round with
+    Raises CheckpointError if there is none. Going back a round loses nothing: sites answer a repeated round with
     the update they gave the first time.
     """
     try:

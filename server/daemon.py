@@ -206,7 +206,7 @@ class Daemon:
         await context.abort(code, text)
 
     async def _admit(self, context: _Context) -> tuple[RosterEntry, str]:
-        """Return the member of the roster that a connection's certificate is of, and its key; or end the connection."""
+        """Return the roster entry that a connection's certificate belongs to, and its key; or end the connection."""
         shown: dict[str, Any] = dict(context.auth_context())  # property -> values, bytes
         name = plain(shown.get("x509_common_name", (b"?",))[0].decode("utf-8", "replace"))
         try:
@@ -254,8 +254,16 @@ class Daemon:
             await _say_last(context, Answer(gone=f"{asked.site} is not connected"))
             return
         answer = link.expect(id_)
-        sending = asyncio.create_task(_send(link, asked, context))
+        over = asyncio.Event()
+        sending = asyncio.create_task(_send(link, asked, context, over))
         left = -1
+
+        async def say_last(frame: Answer) -> None:
+            over.set()
+            await context.write(frame.SerializeToString())
+            await sending  # two may not read at once
+            await _read_away(context)
+
         try:
             while left:
                 match await answer.get():
@@ -264,10 +272,12 @@ class Daemon:
                         await context.write(Answer(part=part).SerializeToString())
                     case Refusal() as refusal:
                         left = 0
-                        await _say_last(context, Answer(refused=plain(refusal.text)))
+                        await say_last(Answer(refused=plain(refusal.text)))
                     case None:
                         left = 0
-                        await _say_last(context, Answer(gone=f"the connection to {link.site} has ended"))
+                        await say_last(Answer(gone=f"the connection to {link.site} has ended"))
+        except grpc.aio.InternalError:  # whoever asked is gone a moment before this is cancelled
+            raise asyncio.CancelledError from None
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
@@ -314,19 +324,23 @@ def _revoked(member: RosterEntry) -> str:
 async def _say_last(context: _Context, frame: Answer) -> None:
     """Say why there is no answer, and wait until it was heard."""
     await context.write(frame.SerializeToString())
+    await _read_away(context)
+
+
+async def _read_away(context: _Context) -> None:
     while isinstance(await context.read(), bytes):
         pass
 
 
-async def _send(link: _Link, first: Request, context: _Context) -> None:
-    """Send a request's parts to a site as they come in."""
+async def _send(link: _Link, first: Request, context: _Context, over: asyncio.Event) -> None:
+    """Send a request's parts to a site as they come in, until it is `over`."""
     part, left = first.part, first.part.size
     with contextlib.suppress(_Over):
         while True:
             left -= len(part.data)
             await link.send(ToSite(request=part))
-            data = await context.read() if left > 0 else b""
-            if not data or not isinstance(data, bytes):
+            data = await context.read() if left > 0 and not over.is_set() else b""
+            if over.is_set() or not data or not isinstance(data, bytes):
                 return
             part = Request.FromString(data).part
 
@@ -373,7 +387,7 @@ async def _open_socket(daemon: Daemon, socket: Path) -> grpc.aio.Server:
 
 
 async def serve(home: Path, say: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; raises FedllmError where that cannot begin."""
+    """Serve until SIGTERM or SIGINT; raises FedllmError if that cannot begin."""
     _allow_many_connections()
     stop = told_to_end()
     office = HeadOffice.open(home)

@@ -59,7 +59,7 @@ def runs(home: Path) -> Path:
 
 
 def read_status(folder: Path) -> Status:
-    """Return what became of a run; raises CheckpointError where the folder is none of a run."""
+    """Return what became of a run; raises CheckpointError if the folder is none of a run."""
     return read_as(folder / STATUS, Status)
 
 
@@ -97,7 +97,7 @@ def settle(folder: Path) -> Status:
 def prepare(home: Path, config: DeploymentConfig) -> RunPlan:
     """Make a run's folder and plan, or find those of the run that is resumed.
 
-    Raises ConfigError where the run cannot be, or another plan is meant than the one that is resumed.
+    Raises ConfigError if the run cannot be, or another plan is meant than the one that is resumed.
     """
     from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
 
@@ -144,7 +144,7 @@ def hand_over(folder: Path, socket: Path) -> None:
 
 
 def end(folder: Path) -> Status:
-    """End a run's process where it is, and return what became of the run; raises ConfigError where it has ended."""
+    """End a run's process where it is, and return what became of the run; raises ConfigError if it has ended."""
     status = settle(folder)
     if not status.open:
         raise ConfigError(f"run {folder.name} has ended already ({status.state})")
@@ -172,7 +172,7 @@ def _list(names: list[str]) -> str:
 def run(home: Path, name: str, by: tuple[Grid, Callable[[], dict[int, str]]] | None = None) -> None:
     """Run what `prepare` prepared, in this process; whatever ends it is noted in the run's folder.
 
-    Goes by the daemon, or `by` another grid, with what tells the sites of its nodes. Raises FederationError where
+    Goes by the daemon, or `by` another grid, with what tells the sites of its nodes. Raises FederationError if
     it has ended with an error.
     """
     from server.run import HeadOfficeRun, alone_in

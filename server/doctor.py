@@ -60,7 +60,7 @@ def examine(folder: Path) -> list[CheckResult]:
         )
     found += run_checks(
         lambda: [disk("checkpoints", folder)],
-        lambda: size("the log", folder / "log", 1, "see docs/deployment.md, logs"),
+        lambda: size("the log", folder / "log", 1, "rotate it (docs/deployment.md, What to watch)"),
         lambda: size("all runs together", folder / "runs", 100, f"remove folders of old runs from {folder / 'runs'}"),
         versions,
     )
@@ -71,7 +71,7 @@ def examine(folder: Path) -> list[CheckResult]:
 
 
 def _certificates(folder: Path) -> list[CheckResult]:
-    """Look at the certificates one by one, also where the folder cannot be opened because of them."""
+    """Look at the certificates one by one, also if the folder cannot be opened because of them."""
     config, keys = read_config(FederationFile, folder / "federation.yaml"), folder / "keys"
     server = certificates.read_certificates(read(keys / "server.pem"))[0]
     authorities = certificates.read_pairs(read(keys / "ca.pem"), read(keys / "ca.key"))
@@ -147,7 +147,7 @@ def _roster(roster: Roster) -> list[CheckResult]:
 
 
 def _offices_certificates(office: HeadOffice) -> list[CheckResult]:
-    """Look whose the certificates are that the offices' newest grants have, and how long they hold."""
+    """Check which authority issued the certificates in the sites' newest grants, and how long they are valid."""
     found, authorities = [], [pair.certificate for pair in office.authorities]
     for member in office.roster.active:
         file = office.folder / "grants" / f"{member.site}.grant"

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and the metrics of its rounds."""
+"""Events of a run (Phase, RoundStarted, SiteAnswered) for a screen or a log, and RoundMetrics: metrics.jsonl."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,7 @@ class RoundMetrics:
 
     round: int
     private: bool  # False brands the run NOT PRIVATE: no noise, or noise that a seed predicts
-    epsilon: float | None  # the largest any site has spent so far; None where no noise was added
+    epsilon: float | None  # the largest any site has spent so far; None if no noise was added
     loss: float | None = None  # held-out, nats; None without a held-out set
     perplexity: float | None = None
     accuracy: float | None = None
@@ -27,12 +27,12 @@ class RoundMetrics:
     # noise in shares: of this round's sum, or of that of its groups which has the least; colluding sites left out
     noise_multiplier: float | None = None
     without: dict[str, str] = field(default_factory=dict)  # group, from 1, whose sum was not used -> why
-    lost: str = ""  # why the round was not applied, though the sites have paid for it: closed sum, bound or gate
-    update_norm: float = 0.0  # L2 of the averaged delta
+    lost: str = ""  # why the round was not applied, though the sites have paid for it: not unmasked, bound or gate
+    update_norm: float = 0.0  # L2 of the averaged update
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
-    clipped: float | None = None  # share of (some) held-out records whose gradient is longer than clip_norm
+    clipped: float | None = None  # fraction of (some) held-out records whose gradient is longer than clip_norm
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RoundStarted:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is being done outside the rounds, in words for whoever watches."""
+    """What is being done outside the rounds, in words for the screen."""
 
     text: str
 
@@ -64,7 +64,7 @@ Event = Phase | RoundStarted | SiteAnswered | RoundMetrics
 
 
 def read_records(path: Path) -> list[RoundMetrics]:
-    """Read metrics, leaving out a last line that was cut short; raises CheckpointError where another is damaged."""
+    """Read metrics, leaving out a last line that was cut short; raises CheckpointError if another is damaged."""
     records = []
     try:
         lines = path.read_bytes().splitlines()

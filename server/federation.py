@@ -123,7 +123,7 @@ class HeadOffice:
 
     @property
     def socket(self) -> Path:
-        """Where the daemon listens for the server's own; raises ConfigError where the path is too long."""
+        """Where the daemon listens for the server's own; raises ConfigError if the path is too long."""
         own = self.config.socket
         return check_socket(Path(own) if own else self.folder / "run" / "daemon.sock", "federation.yaml")
 
@@ -170,7 +170,7 @@ class HeadOffice:
 
 
 def init_federation(settings: Path, folder: Path) -> HeadOffice:
-    """Make the server's folder from a federation.yaml. Raises ConfigError, or FolderError where it exists."""
+    """Make the server's folder from a federation.yaml. Raises ConfigError, or FolderError if it exists."""
     config, text = read_config(FederationFile, settings), read(settings)
     with new_folder(folder) as place:
         authority = make_ca(config.name, config.ca_days)
@@ -186,7 +186,7 @@ def init_federation(settings: Path, folder: Path) -> HeadOffice:
 
 
 def read_join_request(path: Path) -> bytes:
-    """Return the bytes of a join request; raises FolderError where the file cannot be read."""
+    """Return the bytes of a join request; raises FolderError if the file cannot be read."""
     return read(path, MAX_DOCUMENT)
 
 
@@ -194,7 +194,7 @@ def admit(folder: Path, join: bytes, heard: str) -> Path:
     """Admit the site that made a join request, or its new keys, and return the path of its grant.
 
     `heard` is the fingerprint that the operator was told on the telephone. A name that is in the roster is admitted
-    again only where its present keys signed the request; both sets are then accepted until the old is retired.
+    again only if its present keys signed the request; both sets are then accepted until the old is retired.
     Raises CryptoError or FederationError.
     """
     request, signers = JoinRequest.open(join)
@@ -241,13 +241,13 @@ def _admitted(
 
 
 def renew_grant(folder: Path, site: str) -> Path:
-    """Write a site's grant again and return its path; raises FederationError where the site is not in the roster."""
+    """Write a site's grant again and return its path; raises FederationError if the site is not in the roster."""
     with _changing(folder) as office:
         return _write_grant(folder, _member(office, site).site)
 
 
 def retire(folder: Path, site: str) -> RosterEntry:
-    """Accept only the present keys of a site; raises FederationError where the site is not in the roster."""
+    """Accept only the present keys of a site; raises FederationError if the site is not in the roster."""
     with _changing(folder) as office:
         member = _member(office, site)
         only = member.model_copy(update={"previous_identities": (), "previous_link_keys": ()})
@@ -256,7 +256,7 @@ def retire(folder: Path, site: str) -> RosterEntry:
 
 
 def revoke(folder: Path, site: str) -> RosterEntry:
-    """Accept no key of a site any more; raises FederationError where the site is not in the roster."""
+    """Accept no key of a site any more; raises FederationError if the site is not in the roster."""
     with _changing(folder) as office:
         member = _member(office, site)
         revoked = member.model_copy(update={"revoked_at": now()})
@@ -293,7 +293,7 @@ def rotate_ca(folder: Path, step: Step) -> list[Path]:
 
     start: a new authority stands beside the old one, and grants carry both. finish, when every site has installed
     its grant: the server's certificate comes from the new one. retire: the old one is forgotten. A step that was taken
-    may be repeated; raises FederationError where it is not its turn.
+    may be repeated; raises FederationError if it is not its turn.
     """
     with _changing(folder) as office:
         old, new = office.authorities[0], office.authorities[-1]
@@ -312,7 +312,7 @@ def rotate_identity(folder: Path, step: Step) -> list[Path]:
 
     start: grants announce a new identity beside the present one. finish, when every site has installed its grant:
     the new one signs. retire: the old one is forgotten. A step that was taken may be repeated; raises FederationError
-    where it is not its turn.
+    if it is not its turn.
     """
     with _changing(folder) as office:
         signs, other = office.identities[0], office.identities[-1]
@@ -402,7 +402,7 @@ def _grant_file(folder: Path, site: str) -> Path:
 
 
 def _write_grant(folder: Path, site: str) -> Path:
-    """Write a member's grant, from what the folder holds now."""
+    """Write a site's grant, from what the folder holds now."""
     office = HeadOffice.open(folder)
     path = _grant_file(folder, site)
     write_secret(path, office.grant(_member(office, site)))

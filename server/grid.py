@@ -23,7 +23,7 @@ class OneRunGrid(Grid):
 
     @abstractmethod
     def _send(self, message: Message) -> bool:
-        """Send a message on its way, whose reply goes to `_replied`; False where its node takes none now."""
+        """Send a message on its way, whose reply goes to `_replied`; False if its node takes none now."""
 
     def _replied(self, message: Message, reply: Message) -> None:
         with self._lock:

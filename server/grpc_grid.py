@@ -38,12 +38,12 @@ def node_of(site: str) -> int:
 
 
 def look(socket: Path) -> Sites:
-    """Return who is connected to the daemon; raises FederationError where it does not run."""
+    """Return who is connected to the daemon; raises FederationError if it does not run."""
     return Sites.FromString(_control(socket, "Look", Nothing().SerializeToString()))
 
 
 def start(socket: Path, name: str) -> None:
-    """Have the daemon start the process of a run; raises FederationError where it cannot."""
+    """Have the daemon start the process of a run; raises FederationError if it cannot."""
     _control(socket, "Start", Run(name=name).SerializeToString())
 
 
@@ -134,26 +134,32 @@ class GrpcGrid(OneRunGrid):
     async def _ask(self, site: str, id_: bytes, data: bytes) -> bytes:
         """Return a site's answer; raises _Gone where the daemon or the site's connection is away."""
 
+        found: bytes | MessageError | _Gone | None = None
+
         async def frames() -> AsyncIterator[bytes]:
             for number, part in enumerate(parts(id_, data)):
+                if found is not None:
+                    return
                 yield Request(site="" if number else site, part=part).SerializeToString()
 
         method: Any = self._channel.stream_stream(f"/{CONTROL}/Ask")
         call = method(frames())
         payload: Payload | None = None
         try:
-            async for frame in call:
+            async for frame in call:  # to its end: if it were cancelled while the daemon ends it, that would fail there
                 answer = Answer.FromString(frame)
                 match answer.WhichOneof("frame"):
                     case "refused":
-                        raise MessageError(answer.refused)
+                        found = MessageError(answer.refused)
                     case "gone":
-                        raise _Gone
-                payload = payload or Payload(answer.part, self._limit)
-                if (whole := payload.add(answer.part)) is not None:
-                    return whole
+                        found = _Gone()
+                    case _:
+                        payload = payload or Payload(answer.part, self._limit)
+                        found = payload.add(answer.part)
         except grpc.aio.AioRpcError:
-            raise _Gone from None
+            found = found or _Gone()
         finally:
-            call.cancel()  # where it is not over, the site is told that nobody waits
-        raise _Gone
+            call.cancel()  # if it is not over, the site is told that nobody waits
+        if isinstance(found, bytes):
+            return found
+        raise found or _Gone()

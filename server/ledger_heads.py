@@ -22,7 +22,7 @@ _FILE = TypeAdapter(dict[str, SeenHead], config=ConfigDict(strict=True, extra="f
 
 
 class LedgerHeads:
-    """The file; several runs may use it at once. Raises CheckpointError where it cannot be read or written."""
+    """The file; several runs may use it at once. Raises CheckpointError if it cannot be read or written."""
 
     def __init__(self, path: Path, prefix: str = "") -> None:
         """`prefix` comes before the sites' names, where sites of one name have several ledgers."""
@@ -35,7 +35,7 @@ class LedgerHeads:
         }
 
     def note(self, seen: Mapping[str, LedgerHead]) -> None:
-        """Keep what was seen, where it is newer; on return it is on disk."""
+        """Keep what was seen, if it is newer; on return it is on disk."""
         with exclusive_lock(self._path):
             known = self._load()
             newer = {self._prefix + site: head for site, head in seen.items()}

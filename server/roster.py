@@ -1,4 +1,4 @@
-"""Who may take part: the sites that were admitted, and their keys."""
+"""The roster: which sites were admitted, with which keys, and which were revoked."""
 
 from pathlib import Path
 
@@ -72,5 +72,5 @@ class Roster(Frozen):
         return next((member for member in reversed(self.members) if line in member.link_keys), None)
 
     def site_of_identity(self, identity: PublicIdentity) -> RosterEntry | None:
-        """Return the member that an identity belongs to, unless it was revoked."""
+        """Return the entry that an identity belongs to, unless it was revoked."""
         return next((member for member in self.active if identity in member.identities), None)

@@ -59,7 +59,7 @@ _FINAL: frozenset[Reason] = frozenset({"budget", "policy", "data", "model", "led
 _UNCHARGED: frozenset[Reason] = frozenset({"budget", "policy", "model", "message", "ledger", "masks"})
 _LEDGER_HINT = "(ledger): cannot be used, or lacks entries that were seen before; the site's own log says what to do."
 _ARRIVAL = 0.5  # seconds between looks who has come
-_DEALS = 3  # attempts to have a round's secrets dealt
+_DEALS = 3  # attempts to have a round's secrets shared
 _LOST_IN_A_ROW = 3  # rounds that were paid for and not applied, after which the run ends
 _PAUSE, _PAUSE_MAX = 0.005, 5.0  # seconds between looks for sites that may come back
 
@@ -114,11 +114,11 @@ class RoundOutcome:
 
 @dataclass(frozen=True)
 class _Sum:
-    """What the updates of a round say together."""
+    """The aggregate of a round's updates."""
 
-    step: NDArray[np.float32] | None = None  # [d]; None where they are too few, or their sum stays closed
-    lost: str = ""  # why the sum stays closed
-    noise_std: float = 0.0  # of the step, where it is known
+    step: NDArray[np.float32] | None = None  # [d]; None if they are too few, or unmasking failed
+    lost: str = ""  # why unmasking failed
+    noise_std: float = 0.0  # of the step, if it is known
     noise_multiplier: float | None = None
     without: Mapping[str, str] = field(default_factory=dict)
     entry: Mapping[str, Any] = field(default_factory=dict)  # what the record says of the sum
@@ -152,8 +152,8 @@ class Coordinator:
     ) -> None:
         """Keep checkpoints and metrics beside the run's `record`.
 
-        `heads` holds what was seen of the sites' ledgers in other runs; None where they have ledgers for this run only.
-        `roster` names the sites that may take part where their noise comes in shares.
+        `heads` holds what was seen of the sites' ledgers in other runs; None if they have ledgers for this run only.
+        `roster` names the sites that may take part, if their noise comes in shares.
         """
         self.plan, self._federation, self._spec, self._score = plan, federation, model.spec, model.score
         self._channel, self._record, self.observe, self._heads = channel, record, observe, heads
@@ -167,7 +167,7 @@ class Coordinator:
         self.records: list[RoundMetrics] = []
         self._site_of_node: dict[int, str] = {}
         self._dropped: set[int] = set()
-        self._forgotten: set[int] = set()  # nodes whose sites lost their secrets, and are to join anew
+        self._forgotten: set[int] = set()  # nodes whose sites lost their secrets, and are to advertise keys anew
         self._evaluation = ThreadPoolExecutor(1, "evaluation")
         self._evaluating: tuple[int, Future[Mapping[str, float | None]]] | None = None  # of records[that]
         distributed = plan.distributed
@@ -197,7 +197,7 @@ class Coordinator:
         return self._optimizer.value
 
     def resume(self) -> None:
-        """Continue from the folder's checkpoint; raises CheckpointError where it belongs to another plan."""
+        """Continue from the folder's checkpoint; raises CheckpointError if it belongs to another plan."""
         checkpoint = load_checkpoint(self.folder / CHECKPOINT)
         if checkpoint.plan_digest != self.plan.digest:
             raise CheckpointError(f"the checkpoint in {self.folder} belongs to another plan")
@@ -220,11 +220,11 @@ class Coordinator:
         """Run all rounds that are left, once.
 
         A round's adapter is evaluated beside the next round, or with a gate (`federation.gate`) before it counts.
-        Raises QuorumLost, after everything so far is on disk, where too few sites are left to go on.
+        Raises QuorumLost, after everything so far is on disk, if too few sites are left to go on.
         """
         try:
             self._run()
-        finally:  # whoever tells a run to end does not wait for an evaluation
+        finally:  # a run that is told to end does not wait for an evaluation
             self._evaluation.shutdown(wait=False, cancel_futures=True)
 
     def _run(self) -> None:
@@ -281,14 +281,15 @@ class Coordinator:
         known = self._known_heads()
         outcome = self._collect(outcome, self._requests(nodes, common, masking, known), known)
         found = self._aggregate(common, {site: answer.update for site, answer in outcome.answers.items()})
-        delta, lost = found.step, found.lost
+        update, lost = found.step, found.lost
+        outcome = self._without_liars(outcome)
         if all(outcome.declined.get(site) in _UNCHARGED for site in outcome.asked):
             lost = ""  # nobody has paid for anything
         entry = outcome.entry(adapter_digest(self.adapter))
         after, scores = self.adapter, dict[str, float | None]()
-        if delta is not None:
-            after, scores, lost = self._step(number, delta, found.noise_std)
-        counts = delta is not None and not lost
+        if update is not None:
+            after, scores, lost = self._step(number, update, found.noise_std)
+        counts = update is not None and not lost
         self._charge(outcome, counts)
         if lost:
             self._lose(outcome, lost, began)
@@ -298,7 +299,7 @@ class Coordinator:
                     f"round {number}: {lost} {_LOST_IN_A_ROW} rounds in a row were lost. Find out why, then resume."
                 )
             return
-        if delta is None:
+        if update is None:
             self._record.note("round", entry)
             self._check_quorum(outcome, outcome.answers)
             return
@@ -319,7 +320,7 @@ class Coordinator:
                 failed=dict(outcome.failed),
                 noise_multiplier=found.noise_multiplier,
                 without=dict(found.without),
-                update_norm=float(np.linalg.norm(delta.astype(np.float64))),
+                update_norm=float(np.linalg.norm(update.astype(np.float64))),
                 bytes_up=outcome.bytes_up,
                 bytes_down=outcome.bytes_down,
                 seconds=time.monotonic() - began,
@@ -328,15 +329,15 @@ class Coordinator:
         )
 
     def _step(
-        self, number: int, delta: NDArray[np.float32], noise_std: float
+        self, number: int, update: NDArray[np.float32], noise_std: float
     ) -> tuple[NDArray[np.float32], dict[str, float | None], str]:
-        """Apply the averaged delta float32[d] and return the adapter float32[d].
+        """Apply the averaged update float32[d] and return the adapter float32[d].
 
-        With a gate, also its scores, and why the step was taken back where it was. The limit is a share above the
+        With a gate, also its scores, and why the step was taken back, if it was. The limit is a share above the
         lowest loss so far, and not above the last: small steps cannot add up to more.
         """
         gate, before, state = self._federation.gate, self.adapter, self._optimizer.state()
-        after = self._optimizer.step(delta, (number - 1) / self.plan.training.rounds, noise_std)
+        after = self._optimizer.step(update, (number - 1) / self.plan.training.rounds, noise_std)
         if gate is None:
             return after, {}, ""
         self._note_scores()  # of the round before
@@ -353,7 +354,7 @@ class Coordinator:
     def _gather(self, number: int) -> tuple[RoundOutcome, list[int], dict[str, bytes]]:
         """Return who takes part in a round, by site and by node, and what secure aggregation asks of each site.
 
-        A site that lost its secrets joins anew, and then all deal again.
+        A site that lost its secrets advertises keys anew, and then all share secrets again.
         """
         declined, masking = dict[str, Reason](), dict[str, bytes]()
         for _ in range(_DEALS):
@@ -365,7 +366,7 @@ class Coordinator:
             try:
                 masking, undealt = self._masks.deal(number, names, self._asker(number))
             except FedllmError as error:
-                raise QuorumLost(f"round {number}: no secrets could be dealt. {error}") from None
+                raise QuorumLost(f"round {number}: no secrets could be shared. {error}") from None
             failed |= undealt
             self._forgotten |= {n for n in nodes if self._site_of_node[n] in undealt}
             nodes = [n for n in nodes if self._site_of_node[n] in masking]
@@ -443,6 +444,14 @@ class Coordinator:
         entry = {"noise_multiplier": noise, "trimmed": trimmed}
         return _Sum(step, "", plan.noise_std(shares.values(), trimmed), noise, entry=entry)
 
+    def _without_liars(self, outcome: RoundOutcome) -> RoundOutcome:
+        """Ask those no more who gave back wrong shares for this round's sum, which is right without these."""
+        wrong = {
+            site: text for site, text in (self._masks.liars if self._masks else {}).items() if site in outcome.asked
+        }
+        self._dropped |= {node for node, site in self._site_of_node.items() if site in wrong}
+        return replace(outcome, failed={**outcome.failed, **wrong})
+
     def _enough(self, sites: Collection[str]) -> bool:
         return self.plan.enough(sites, self._quorum)
 
@@ -464,7 +473,7 @@ class Coordinator:
         self._finish(record, body)
 
     def _epsilon(self) -> float | None:
-        """Return the largest epsilon that any site has spent; None where no noise was added."""
+        """Return the largest epsilon that any site has spent; None if no noise was added."""
         epsilons = [state.epsilon for state in self.sites.values()]
         return max((e for e in epsilons if e is not None), default=0.0) if None not in epsilons else None
 
@@ -550,7 +559,7 @@ class Coordinator:
         return declined, failed
 
     def _update(self, reply: TrainReply, site: str, number: int) -> NDArray[np.float32] | MaskedInput:
-        """Return the update float32[d] or the masked upload; raises MessageError where it is none of the plan."""
+        """Return the update float32[d] or the masked upload; raises MessageError if it is none of the plan."""
         if self._masks is not None:
             return self._masks.read(site, number, *unpack(reply.payload, 2))
         update = adapter_vector.decode(reply.payload, self.plan.training.wire, self._spec.dimension)
@@ -571,7 +580,7 @@ class Coordinator:
     ) -> dict[int, bytes]:
         """Return the request of a round to each node.
 
-        `common` is what they all are asked for; `masking` what secure aggregation asks of each site, empty where there
+        `common` is what they all are asked for; `masking` what secure aggregation asks of each site, empty if there
         is none; `known` what was seen of the sites' ledgers.
         """
         return {
@@ -587,9 +596,9 @@ class Coordinator:
     def _signed(
         self, reply: TrainReply, site: str, number: int, signers: tuple[PublicIdentity, ...] | None
     ) -> tuple[Statement, PublicIdentity]:
-        """Return what a site signed, and who did; raises MessageError where it is not on this update in this round.
+        """Return what a site signed, and who did; raises MessageError if it is not on this update in this round.
 
-        `signers` may sign for the site; where they are not known, whoever signed first goes on signing.
+        `signers` may sign for the site; if they are not known, the first signer goes on signing.
         """
         try:
             statement, signer = open_statement(reply.statement)
@@ -621,7 +630,7 @@ class Coordinator:
         return statement, signer
 
     def _check_head(self, statement: Statement, known: LedgerHead | None) -> None:
-        """Raise MessageError where a site's ledger lacks entries that it signed for before, in any run."""
+        """Raise MessageError if a site's ledger lacks entries that it signed for before, in any run."""
         before, head = self.sites[statement.site], (statement.ledger_number, statement.ledger_digest)
         if head[0] <= before.head_number and head != (before.head_number, before.head_digest):
             raise MessageError(f"statement: {_went_back(head[0], before.head_number)}")

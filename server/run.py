@@ -25,7 +25,7 @@ from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
-from fedllm.training.workspace import ModelContext, open_workspace, use_threads
+from fedllm.training.model_context import ModelContext, open_context, use_threads
 from fedllm.values import parse
 from server.aggregate import aggregation_rule
 from server.channel import Channel
@@ -39,7 +39,7 @@ _LOCK_TRIES, _LOCK_PAUSE = 10, 0.1  # seconds: others look at the lock for a mom
 
 
 def check_folder(config: RunConfig, folder: Path) -> None:
-    """Raise an error where a run cannot start in its folder, or cannot be resumed there."""
+    """Raise an error if a run cannot start in its folder, or cannot be resumed there."""
     try:
         there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
         taken = folder.exists() and not folder.is_dir()
@@ -56,7 +56,7 @@ def check_folder(config: RunConfig, folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path, config: RunConfig) -> Iterator[None]:
-    """Make and hold the run's folder; raises ConfigError where another process does, or has used it meanwhile."""
+    """Make and hold the run's folder; raises ConfigError if another process does, or has used it meanwhile."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = (folder / LOCK).open("a")
@@ -78,9 +78,9 @@ def _no_place(folder: Path, error: OSError) -> ConfigError:
 
 
 def make_plan(config: RunConfig, names: Sequence[str]) -> RunPlan:
-    """Return a new plan for these sites, its noise and quorum computed where the configuration leaves them open.
+    """Return a new plan for these sites, its noise and quorum computed if the configuration leaves them open.
 
-    Groups are dealt by the order of the names. Raises ConfigError where the sites are too few for what it asks.
+    Groups are dealt by the order of the names. Raises ConfigError if the sites are too few for what it asks.
     """
     privacy, many = config.privacy, config.federation.groups or 1
     groups = tuple(tuple(sorted(names)[k::many]) for k in range(many)) if many > 1 else ()
@@ -136,31 +136,31 @@ class HeadOfficeRun:
     """Model, held-out set and outputs of one run."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Load model and held-out set; raises ModelError, DataError or ConfigError where they cannot be used."""
+        """Load model and held-out set; raises ModelError, DataError or ConfigError if they cannot be used."""
         aggregation_rule(config.federation, config.training)  # here, where the operator sees what is wrong with it
         self._config = config
         use_threads(config.site.threads)
-        self._workspace = open_workspace(config.model, config.adapter, config.seed, config.site.device)
-        self._evaluator = _evaluator(config, self._workspace)
+        self._context = open_context(config.model, config.adapter, config.seed, config.site.device)
+        self._evaluator = _evaluator(config, self._context)
 
     @property
     def dimension(self) -> int:
         """Parameters of the adapter."""
-        return self._workspace.adapter.spec.dimension
+        return self._context.adapter.spec.dimension
 
     def coordinator(
         self, plan: RunPlan, channel: Channel, record: RunLog, observe: Callable[[Event], None],
         heads: LedgerHeads | None = None, roster: Mapping[str, PublicIdentity] | None = None,
     ) -> Coordinator:  # fmt: skip
-        """Return the coordinator of a run, resumed where the configuration says so.
+        """Return the coordinator of a run, resumed if the configuration says so.
 
         `observe` receives every event; `record` is signed as the run goes; `heads` is what other runs saw of the
-        sites' ledgers; `roster` names who takes part where noise comes in shares.
+        sites' ledgers; `roster` names who takes part if noise comes in shares.
         """
-        adapter = self._workspace.adapter
+        adapter = self._context.adapter
         if plan.distributed is not None:
             plan.distributed.clip_before_rounding(adapter.spec.dimension)  # says here what every site would decline for
-        score = partial(_score, self._evaluator, self._workspace.engine, plan.mechanism)
+        score = partial(_score, self._evaluator, self._context.engine, plan.mechanism)
         model = PublicModel(adapter.spec, adapter.initial, score)
         coordinator = Coordinator(plan, self._config.federation, model, channel, record, observe, heads, roster)
         if self._config.resume:
@@ -171,12 +171,12 @@ class HeadOfficeRun:
         self, coordinator: Coordinator, stopped: str, budgets: Mapping[str, float], seconds: float,
         memory_elsewhere: float = 0.0, audit: Callable[[], None] | None = None,
     ) -> RunSummary:  # fmt: skip
-        """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit where it is known.
+        """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit if it is known.
 
         `memory_elsewhere` is what other processes of the run used at most, MB. `audit` is called beside the closing
         evaluation, and not beside the plots: matplotlib's settings are the process's.
         """
-        adapter = self._workspace.adapter
+        adapter = self._context.adapter
         coordinator.observe(Phase("closing evaluation: answers before and after"))
         failed: BaseException | None = None
         with ThreadPoolExecutor(1, "evaluation") as beside:
@@ -207,7 +207,7 @@ class HeadOfficeRun:
         return summary
 
 
-def _evaluator(config: RunConfig, workspace: ModelContext) -> Evaluator | None:
+def _evaluator(config: RunConfig, context: ModelContext) -> Evaluator | None:
     data = config.data
     if data.heldout is None:
         return None
@@ -217,9 +217,9 @@ def _evaluator(config: RunConfig, workspace: ModelContext) -> Evaluator | None:
     if data.heldout_limit is not None:
         count = min(data.heldout_limit, len(table))  # evenly spaced: files are often sorted
         table = table.select([i * len(table) // count for i in range(count)])
-    tokeniser = Tokeniser(workspace.adapter.tokenizer, config.model, data, workspace.adapter.vocabulary)
+    tokeniser = Tokeniser(context.adapter.tokenizer, config.model, data, context.adapter.vocabulary)
     with naming(data.heldout):
-        return Evaluator(workspace.adapter, table, tokeniser, data, config.site.micro_batch)
+        return Evaluator(context.adapter, table, tokeniser, data, config.site.micro_batch)
 
 
 def _score(

@@ -9,19 +9,20 @@ Bodies, by the entry's kind:
              sites          {name: public identity, 128 hex digits} of the roster; {} in a simulation
              adapter        digest of the adapter that the run starts from
     round    round          1, 2, ...
-             counts         whether the round was used; false also where the quorum was lost after sites had answered
+             counts         whether the round was used; false also if the quorum was lost after sites had answered
              answered       {site: its signed statement, word for word (fedllm.protocol.spending_statement)}
              declined       {site: reason}
              failed         {site or node: what was wrong}
              lost           why it was not applied, though the sites have paid; the round is over all the same. Noise in
-                            shares: the sum stayed closed, or was none that honest sites send; or federation.gate
+                            shares: unmasking failed, or the sum was beyond what honest sites can send; or
+                            federation.gate
              noise_multiplier                noise in shares: of the sum, without as many sites as may collude
-             trimmed        noise in shares: sites whose surplus noise was taken off, by the server's own count
+             trimmed        noise in shares: sites whose excess noise was removed, by the server's own count
              sums           with groups: {number of a group, from 1: that of it}, of each whose sum was used; the
                             round's noise_multiplier is that of the sum with the least
-             refused, closed                 with groups: {number: why}, of each whose sum was none that honest sites
-                            send, or did not open
-             adapter_before, adapter_after   digests; equal where the round does not count
+             refused, closed                 with groups: {number: why}, of each whose sum was beyond what honest
+                            sites can send, or could not be unmasked
+             adapter_before, adapter_after   digests; equal if the round does not count
              bytes_up, bytes_down            of updates and of requests
     begun    round, sites   the sites are asked now, and may pay; each signs for this entry, as the server named it in
                             its request. With noise in shares the round is not asked for again
@@ -73,7 +74,7 @@ def key_in(folder: Path) -> Identity:
 
 
 class RunLog:
-    """One run's record file; raises CheckpointError where it cannot be written, read or believed."""
+    """One run's record file; raises CheckpointError if it cannot be written, read or believed."""
 
     def __init__(self, path: Path, signers: Sequence[Identity], roster: Mapping[str, str] | None = None) -> None:
         """The first of `signers` signs; the others are its predecessors. `roster` holds the sites' identities."""

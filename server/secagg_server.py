@@ -1,5 +1,6 @@
-"""The server's side of secure aggregation over a run: who joined, what was dealt, and the one sum it may read."""
+"""The server's side of secure aggregation over a run: keys advertised, secrets shared, and the one sum it may read."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,50 +32,55 @@ from fedllm.secagg import Cohort, SessionParams
 from server.aggregate import bound_of_sum, median
 from server.channel import arrived
 
+_log = logging.getLogger("fedllm.server")
+_SAID = 10  # wrong shares of a sum that are logged
+_LIES = "gave back wrong shares, of more than half of all secrets: it is not asked again in this run"
+
 # Sends each of these sites a request and returns what they answered: bytes, or text that says why there is nothing.
 # The number is how many answers are enough for others not to be waited for long.
 Ask = Callable[[Mapping[str, bytes], int], Iterable[tuple[str, bytes | str]]]
 
 
 class SecAggServer:
-    """One session. Keeps nothing on disk: the server that was started again opens another, and all sites join anew."""
+    """One session, in memory only: a server that was started again opens another, and all sites advertise keys anew."""
 
     def __init__(
         self, plan: RunPlan, distributed: DistributedMechanism, dimension: int, roster: Mapping[str, PublicIdentity],
         session: str = "",
     ) -> None:  # fmt: skip
-        """`distributed` is the plan's; `roster` names the sites that may take part; groups have a session in common."""
+        """`distributed` is the plan's; `roster` names the sites that may take part; groups share one `session`."""
         self._plan, self._distributed, self._dimension = plan, distributed, dimension
-        self._terms = SessionParams(
+        self._params = SessionParams(
             plan.digest, session or new_session(), plan.quorum, plan.privacy.colluding_sites, dict(roster), plan.sites
         )
         self._joins: dict[str, AdvertisedKey] = {}
         self._cohort: Cohort | None = None
-        self._dealt: dict[str, KeyShares] = {}  # of the round to come, by the circle
+        self._dealt: dict[str, KeyShares] = {}  # of the next round, from the cohort
         self._participants: dict[str, KeyShares] = {}  # of the present round
+        self.liars: dict[str, str] = {}  # of the last sum that was opened: whose shares were wrong, and how
 
     @property
     def question(self) -> bytes:
-        """What announces the plan, and asks a site to join."""
-        return _announced(self._plan, self._terms.session, self._terms.roster)
+        """The request that announces the plan and asks a site for its keys."""
+        return _announced(self._plan, self._params.session, self._params.roster)
 
     def join(self, site: str, payload: bytes) -> None:
-        """Take a site's join, in place of an earlier one; raises MessageError where it is not its own."""
-        join = from_bytes(payload, AdvertiseKeys, AdvertiseKeys)
-        if join.context != self._terms.context or join.join.site != site:
-            raise MessageError("a join of another site, or to another session")
-        secagg.check_join(self._terms, join.join)
-        if any(other.key == join.join.key for name, other in self._joins.items() if name != site):
-            raise MessageError("a join with the key of another site")
-        if self._joins.get(site) != join.join:
+        """Take a site's AdvertiseKeys in place of an earlier one; raises MessageError if they are not its own."""
+        message = from_bytes(payload, AdvertiseKeys, AdvertiseKeys)
+        if message.context != self._params.context or message.join.site != site:
+            raise MessageError("an advertised key of another site, or for another session")
+        secagg.check_advertised_key(self._params, message.join)
+        if any(other.key == message.join.key for name, other in self._joins.items() if name != site):
+            raise MessageError("an advertised key that another site has, too")
+        if self._joins.get(site) != message.join:
             self._dealt.pop(site, None)
-        self._joins[site] = join.join
+        self._joins[site] = message.join
 
     def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
-        """Have secrets of a round dealt among `sites`; return each dealer's MaskRequest, and who did not deal and why.
+        """Have `sites` share a round's secrets; return a MaskedInputRequest for each that did, and why others did not.
 
-        Nothing is asked where all have dealt with their last uploads: that is the round of two exchanges. Raises
-        FedllmError where so few have joined that no secrets can be dealt.
+        Nothing is asked if all shared them with their last uploads: that is the round of two exchanges. Raises
+        FedllmError if too few sites have advertised keys.
         """
         failed: dict[str, str] = {}
         cohort = self._cohort
@@ -83,72 +89,72 @@ class SecAggServer:
         failed.update(dict.fromkeys(present[self._plan.sites :], f"the plan is for {self._plan.sites} sites"))
         dealt = {name: self._dealt[name] for name in names if name in self._dealt}
         if cohort is None or set(dealt) != set(names):
-            cohort = self._cohort = secagg.make_cohort(self._terms, [self._joins[name] for name in names])
-            step = ShareKeysRequest(context=self._terms.context, round=number, joins=cohort.joins).to_bytes()
+            cohort = self._cohort = secagg.make_cohort(self._params, [self._joins[name] for name in names])
+            step = ShareKeysRequest(context=self._params.context, round=number, joins=cohort.joins).to_bytes()
             dealt = {}
             for site, data in ask(dict.fromkeys(names, self._secure(number, step)), self._plan.quorum):
                 try:
                     shares = from_bytes(arrived(data), KeyShares, Declined)
                     if isinstance(shares, Declined):
-                        raise MessageError(f"declined to deal ({shares.reason})")
-                    self._check_shares(cohort, number, shares, site)
+                        raise MessageError(f"declined to share secrets ({shares.reason})")
+                    self._check_key_shares(cohort, number, shares, site)
                     dealt[site] = shares
                 except MessageError as error:
                     failed[site] = str(error)
         self._dealt = {}
         self._participants = dealt
-        return {site: secagg.mask_request(cohort, number, dealt, site).to_bytes() for site in dealt}, failed
+        return {site: secagg.masked_input_request(cohort, number, dealt, site).to_bytes() for site in dealt}, failed
 
     def read(self, site: str, number: int, masked: bytes, following: bytes) -> MaskedInput:
-        """Check an upload, and keep what the site dealt for the next round; raises MessageError."""
+        """Check an upload, and keep the site's shares for the next round; raises MessageError."""
         cohort = self._at(number)
         upload = from_bytes(masked, MaskedInput, MaskedInput)
         if upload.site != site:
             raise MessageError(f"an upload of site={upload.site}")
-        secagg.read_masked(cohort, number, upload, self._dimension)
+        secagg.read_masked_input(cohort, number, upload, self._dimension)
         if following:
             shares = from_bytes(following, KeyShares, KeyShares)
-            self._check_shares(cohort, number + 1, shares, site)
+            self._check_key_shares(cohort, number + 1, shares, site)
             self._dealt[site] = shares
         return upload
 
     def step(
         self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask
     ) -> tuple[NDArray[np.float32], int]:
-        """Return the step float32[d] that the sum of the uploads says, and from how many sites surplus noise is off.
+        """Return the step float32[d] of the sum of the uploads, and from how many sites excess noise was removed.
 
-        `task` is the digest of what all were asked for. The sum is the first thing that can be read; it is divided by
-        public numbers: survivors, and the units that are expected of each. Raises FedllmError where it stays closed,
-        or is none that honest sites send.
+        `task` is the digest of the request, the same for all sites. The sum is the first thing that can be read; it is
+        divided by public numbers: survivors, and the expected units of each. Raises FedllmError if unmasking
+        fails, or the sum is beyond what honest sites can send.
         """
         total, trimmed = self.unmask(number, task, uploads, ask)
         return self.step_of(total, len(uploads), trimmed), trimmed
 
     def step_of(self, total: NDArray[np.uint32], survivors: int, trimmed: int) -> NDArray[np.float32]:
-        """Return the step float32[d] that an opened sum uint32[d] says; raises MessageError beyond its bound."""
+        """Return the step float32[d] of an unmasked sum uint32[d]; raises MessageError beyond its bound."""
         decoded = self._distributed.decode(total)
         bound_of_sum(self._distributed, survivors, trimmed).check(decoded)
         step = -self._plan.training.learning_rate * decoded / (survivors * self._plan.expected_units)
         return step.astype(np.float32)
 
     def noise_multiplier(self, survivors: int, trimmed: int) -> float:
-        """Return that of an opened sum, for the server and the sites that may collude with it."""
+        """Return the sum's noise multiplier, as seen by the server with the sites that may collude with it."""
         return self._distributed.noise_multiplier(survivors, trimmed, self._plan.privacy.colluding_sites)
 
     def unmask(
         self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask
     ) -> tuple[NDArray[np.uint32], int]:
-        """Return the sum of the uploads, uint32[d], and from how many of them surplus noise was taken off."""
+        """Return the sum of the uploads, uint32[d], and from how many of them excess noise was removed."""
         cohort, threshold = self._at(number), self._plan.quorum
         dealings = (self._participants[site].dealing for site in sorted(self._participants))
         common = secagg.common_digest(cohort, number, task, dealings)
-        claim = secagg.unmask_request(cohort, number, common, self._participants, uploads)
-        secagg.check_claim(self._terms, claim, self._participants)
+        survivor_list = secagg.consistency_check(cohort, number, common, self._participants, uploads)
+        secagg.check_survivor_list(self._params, survivor_list, self._participants)
         consents: list[ConsistencySignature] = []
         reveals: list[UnmaskingShares] = []
         faults: list[str] = []
         surplus = len(self._distributed.revealed_seeds(len(uploads)))
-        question: dict[str, bytes] = dict.fromkeys(uploads, self._secure(number, claim.to_bytes()))
+        question: dict[str, bytes] = dict.fromkeys(uploads, self._secure(number, survivor_list.to_bytes()))
         while question:
             for site, data in ask(question, threshold):
                 try:
@@ -158,20 +164,20 @@ class SecAggServer:
                     if isinstance(answer, ConsistencySignature):
                         if answer.consent.site != site:
                             raise MessageError(f"a signature of site={answer.consent.site}")
-                        secagg.check_consent(cohort, claim, answer.consent)
+                        secagg.check_consistency_signature(cohort, survivor_list, answer.consent)
                         consents.append(answer)
                     else:
                         if answer.site != site:
                             raise MessageError(f"shares of site={answer.site}")
-                        secagg.check_reveal(cohort, claim, answer)
+                        secagg.check_unmasking_shares(cohort, survivor_list, answer)
                         if len(answer.surplus) != surplus:
-                            raise MessageError(f"{len(answer.surplus)} seeds of surplus noise, expected {surplus}")
+                            raise MessageError(f"{len(answer.surplus)} seeds of excess noise, expected {surplus}")
                         reveals.append(answer)
                 except MessageError as error:
                     faults.append(f"{site}: {error}")
             question = {}
             if len(consents) >= threshold and not reveals:
-                step = secagg.reveal_request(claim, consents).to_bytes()
+                step = secagg.unmasking_request(survivor_list, consents).to_bytes()
                 question = dict.fromkeys((consent.consent.site for consent in consents), self._secure(number, step))
                 consents = []
         if len(reveals) < threshold:
@@ -179,12 +185,19 @@ class SecAggServer:
                 f"{len(reveals)} of {len(uploads)} sites helped to unmask the sum, at least {threshold} are needed. "
                 f"{'; '.join(faults)}"
             )
-        total = secagg.unmask(cohort, self._participants, claim, uploads, reveals, self._dimension).total_d
+        unmasked = secagg.unmask(cohort, self._participants, survivor_list, uploads, reveals, self._dimension)
+        for holder, dealer in unmasked.doubtful[:_SAID]:
+            _log.warning(
+                "round %d: a share of %s's secret that %s gave back is wrong: one of the two made it", number, dealer,
+                holder,
+            )  # fmt: skip
+        self.liars = dict.fromkeys(unmasked.liars, _LIES)
+        total = unmasked.total_d
         self._take_off(total, [reveal.surplus for reveal in reveals], len(uploads))
         return total, len(reveals)
 
     def _take_off(self, total: NDArray[np.uint32], seeds: Iterable[Sequence[str]], survivors: int) -> None:
-        """Subtract surplus noise, in place; drawing it anew is most of the server's work, hence on all cores."""
+        """Subtract excess noise in place; drawing it again is most of the server's work, hence on all cores."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for off in pool.map(lambda own: self._distributed.surplus(own, survivors, self._dimension), seeds):
                 total -= off
@@ -192,35 +205,35 @@ class SecAggServer:
     def _secure(self, number: int, step: bytes) -> bytes:
         return SecAggRequest(plan=self._plan, round=number, payload=step).to_bytes()
 
-    def _check_shares(self, cohort: Cohort, number: int, shares: KeyShares, site: str) -> None:
+    def _check_key_shares(self, cohort: Cohort, number: int, shares: KeyShares, site: str) -> None:
         if shares.dealing.site != site:
             raise MessageError(f"shares of site={shares.dealing.site}")
-        secagg.check_shares(cohort, number, shares)
+        secagg.check_key_shares(cohort, number, shares)
 
     def _at(self, number: int) -> Cohort:
         if self._cohort is None:
-            raise FedllmError(f"round {number}: nobody has dealt secrets")
+            raise FedllmError(f"round {number}: no site has shared secrets")
         return self._cohort
 
 
 @dataclass(frozen=True)
 class Combined:
-    """What the sums of a round say together; groups by their number in the plan, from 1, as text."""
+    """What the sums of a round's groups give together; keys are a group's number in the plan, from 1, as text."""
 
     step: NDArray[np.float32]  # [d]
-    noise_multiplier: float  # of that of the sums which has the least
-    trimmed: dict[str, int]  # of each sum that was used: from how many sites surplus noise is off
-    refused: dict[str, str]  # of each that opened and is none that honest sites send: why
-    closed: dict[str, str]  # of each that stayed closed: why
+    noise_multiplier: float  # the least of those of the sums
+    trimmed: dict[str, int]  # of each sum that was used: from how many sites excess noise was removed
+    refused: dict[str, str]  # why, for each sum beyond what honest sites can send
+    closed: dict[str, str]  # why, for each sum that could not be unmasked
 
 
 class Groups:
-    """The sessions of a plan's groups, one after another; outwards much like one."""
+    """The sessions of a plan's groups; to the round loop they look like one session."""
 
     def __init__(
         self, plan: RunPlan, distributed: DistributedMechanism, dimension: int, roster: Mapping[str, PublicIdentity]
     ) -> None:
-        """Take `roster` as it is for all groups; who is in none of them, joins none."""
+        """`roster` holds the sites of all groups; a site in no group takes part in none."""
         self._plan, self._roster, self._session = plan, dict(roster), new_session()
         self._of = {
             group: SecAggServer(
@@ -231,38 +244,43 @@ class Groups:
 
     @property
     def question(self) -> bytes:
-        """What announces the plan, and asks a site to join."""
+        """The request that announces the plan and asks a site for its keys."""
         return _announced(self._plan, self._session, self._roster)
 
+    @property
+    def liars(self) -> dict[str, str]:
+        """Whose shares were wrong in the last sum of its group that was opened, and how."""
+        return {site: text for masks in self._of.values() for site, text in masks.liars.items()}
+
     def join(self, site: str, payload: bytes) -> None:
-        """Take a site's join; raises MessageError where it is not its own."""
+        """Take a site's AdvertiseKeys; raises MessageError if they are not its own."""
         self._masks_of(site).join(site, payload)
 
     def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
-        """Have secrets dealt in every group; return as `Masks.deal` does. A group below its quorum is left out."""
+        """Have secrets shared in every group, as `SecAggServer.deal` does. A group below its quorum is left out."""
         masking, failed, present = dict[str, bytes](), dict[str, str](), set(sites)
         for group, masks in self._of.items():
             here = present & set(group)
             try:
                 asked, undealt = masks.deal(number, here, ask)
             except FedllmError as error:
-                asked, undealt = {}, dict.fromkeys(here, f"its group cannot deal: {error}")
+                asked, undealt = {}, dict.fromkeys(here, f"its group cannot share secrets: {error}")
             if len(asked) < self._plan.quorum:
-                undealt = {**dict.fromkeys(asked, f"{len(asked)} sites of its group have dealt"), **undealt}
+                undealt = {**dict.fromkeys(asked, f"{len(asked)} sites of its group shared secrets"), **undealt}
                 asked = {}
             masking |= asked
             failed |= undealt
         return masking, failed
 
     def read(self, site: str, number: int, masked: bytes, following: bytes) -> MaskedInput:
-        """Check an upload, and keep what the site dealt for the next round; raises MessageError."""
+        """Check an upload, and keep the site's shares for the next round; raises MessageError."""
         return self._masks_of(site).read(site, number, masked, following)
 
     def step(self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask) -> Combined:
-        """Return the median of the steps that the groups' sums say.
+        """Return the median of the steps of the groups' sums.
 
-        Whoever sent a sum that honest sites do not send is counted among the poisoned sites. Raises QuorumLost where
-        the sums that opened are too few for the others.
+        A group whose sum is beyond what honest sites can send counts against the poisoned sites. Raises QuorumLost
+        if too few sums can be used to outvote the others.
         """
         steps, noises, trimmed = list[NDArray[np.float32]](), list[float](), dict[str, int]()
         refused, closed = dict[str, str](), dict[str, str]()

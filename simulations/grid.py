@@ -56,7 +56,7 @@ class InProcessGrid(OneRunGrid):
 def run_ray(run: Callable[[Grid], None], client_app: ClientApp, nodes: int, cpus: float, gpus: float) -> None:
     """Call `run` with the Grid of Flower's simulation engine, every site in a Ray actor with `cpus` and `gpus`.
 
-    Raises ConfigError where this machine has not as many, and what `run` raises: Flower would only log it.
+    Raises ConfigError if this machine has not as many, and what `run` raises: Flower would only log it.
     """
     import ray
     from flwr.simulation import run_simulation

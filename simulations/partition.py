@@ -14,7 +14,7 @@ def partition(table: Table, config: PartitionConfig, unit: str | None, seed: int
     """Return the row numbers of each site, by the site's name.
 
     `unit` names the column of the person, and whole persons are dealt out; only a natural partition may find one
-    person at two sites, as a customer of both. `seed` is public. Raises ConfigError or DataError where the data
+    person at two sites, as a customer of both. `seed` is public. Raises ConfigError or DataError if the data
     cannot be cut as asked.
     """
     keys = [""] * len(table)

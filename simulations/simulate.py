@@ -10,13 +10,12 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from client.app import courier
+from client.app import client_app
 from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.bundle import FOLDER as AUDIT
 from fedllm.audit.bundle import write_audit
 from fedllm.audit.evidence import LEDGERS, file_name
 from fedllm.audit.summary import RunSummary
-from fedllm.audit.trust import HEAD_OFFICE
 from fedllm.config import SimulationConfig
 from fedllm.crypto.hash_chain import End, open_entry
 from fedllm.crypto.identity import Identity
@@ -24,8 +23,8 @@ from fedllm.errors import ConfigError, QuorumLost
 from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.training.model import pick_device
-from fedllm.training.workspace import trained, use_threads
-from fedllm.values import check_name, parse
+from fedllm.training.model_context import trained, use_threads
+from fedllm.values import HEAD_OFFICE, check_name, parse
 from server.channel import PlainChannel
 from server.checkpoint import CONFIG, read_as, write_atomically, writing
 from server.events import PLAN, Event, Phase
@@ -77,7 +76,7 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
     data = simulated_data(config)
     config = _with_place(_with_nominal_size(config, data.unit_counts()))
     _check_federation(config, data)
-    for name in data.names:  # whoever simulates owns all records, and learns which of them cannot be used
+    for name in data.names:  # the owner of a simulation owns all records, and learns which of them cannot be used
         data.records(name, config.model)
     observe(Phase("planning: noise for the budget"))
     plan = make_plan(config, data.names)
@@ -127,7 +126,7 @@ def _with_place(config: SimulationConfig) -> SimulationConfig:
 
 
 def _heads(config: SimulationConfig) -> LedgerHeads | None:
-    """Return what this output's the server knows of ledgers that outlive a run."""
+    """Return what the server of this output folder knows of ledgers that outlive a run."""
     folder = config.site.folder
     return LedgerHeads(Path(config.output) / HEADS, f"{folder}/") if folder is not None else None
 
@@ -149,7 +148,7 @@ def _export_ledgers(config: SimulationConfig, names: list[str], folder: Path, ru
 
 
 def _as_before(plan: RunPlan, config: SimulationConfig, folder: Path) -> RunPlan:
-    """Return the plan of the run that is resumed; raises ConfigError where the configuration asks for another."""
+    """Return the plan of the run that is resumed; raises ConfigError if the configuration asks for another."""
     before, earlier = read_as(folder / PLAN, RunPlan), read_as(folder / CONFIG, SimulationConfig)
     plan = continued(plan, before)
     changed = differences("", before.model_dump(), plan.model_dump())
@@ -204,7 +203,7 @@ def _run(
     config: SimulationConfig, folder: Path, begin: Callable[[Grid], Coordinator], sites: int, workers: Workers | None
 ) -> tuple[Coordinator, str]:
     """Begin, and run the rounds that are left; returns also why they ended early, or nothing."""
-    client = courier(partial(connect, config.model_dump_json(), str(folder.resolve()), workers))
+    client = client_app(partial(connect, config.model_dump_json(), str(folder.resolve()), workers))
     begun: list[Coordinator] = []
 
     def rounds(grid: Grid) -> None:

@@ -20,7 +20,7 @@ from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.shown import LogLines
 from fedllm.training.data import Table, check_columns, naming, person, read_table
 from fedllm.training.model import Reader, load_reader
-from fedllm.training.workspace import open_for_training, use_threads
+from fedllm.training.model_context import open_for_training, use_threads
 from server.checkpoint import writing
 from simulations.partition import partition
 
@@ -32,7 +32,7 @@ class SimulatedData:
     """The table of all sites and who owns which rows."""
 
     def __init__(self, data: DataConfig, cut: PartitionConfig, by_person: bool, seed: int) -> None:
-        """Read and partition the data; raises DataError or ConfigError where that fails."""
+        """Read and partition the data; raises DataError or ConfigError if that fails."""
         self._data = data
         self._table: Table = read_table(data.train, data.train_split)
         self._unit = data.unit if by_person else None
@@ -43,7 +43,7 @@ class SimulatedData:
         self._records: dict[tuple[str, ModelConfig], SiteRecords] = {}
 
     def unit_counts(self) -> dict[str, int]:
-        """Return the number of privacy units of each site. For the simulator's eyes: no site tells its own."""
+        """Return the number of privacy units of each site. For the simulation's owner: no site tells its own."""
         if self._unit is None:
             return {name: len(rows) for name, rows in self._rows.items()}
         persons = list(self._table[self._unit])
@@ -89,7 +89,7 @@ class _SiteLog(logging.FileHandler):
 def log_to(folder: Path) -> logging.Handler:
     """Send what sites say of themselves, which may tell more than the server may know, to the run's folder alone.
 
-    Raises CheckpointError where the file cannot be opened.
+    Raises CheckpointError if the file cannot be opened.
     """
     with writing(folder / SITE_LOG):
         (folder / SITE_LOG).parent.mkdir(exist_ok=True, mode=0o700)
@@ -146,7 +146,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         policy=policy,
         ledger=LedgerPlace(place / "ledger.db", place / "ledger.anchor"),
         identity=partial(Identity.load_or_create, place / "identity"),
-        workspace=lambda plan: open_for_training(plan, plan.model, site.device, site.checkpointing),
+        context=lambda plan: open_for_training(plan, plan.model, site.device, site.checkpointing),
         records=data.records(name, config.model),
         micro_batch=site.micro_batch,
         peers=lambda _: roster_of(config, data.names, folder),
@@ -155,7 +155,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
 
 
 def resume_sites(config: SimulationConfig, names: list[str], folder: Path) -> None:
-    """Let sites go on whose process was killed: who simulates again is their owner, and has acted."""
+    """Let sites go on whose process was killed: a simulation's user is their owner, and has acted."""
     for name in names:
         Unfinished(folder_of(config, folder) / file_name(name) / "ledger.db").end()
 

@@ -66,7 +66,7 @@ class Workers:
             self._workers.append((here, threading.Lock(), process))
 
     def handle(self, site: int, request: bytes) -> bytes:
-        """Let the site with this number answer; raises FederationError where its process has ended."""
+        """Let the site with this number answer; raises FederationError if its process has ended."""
         worker = site % len(self._workers)
         pipe, lock, _ = self._workers[worker]
         with lock:
@@ -106,7 +106,7 @@ class Workers:
 def _serve(pipe: Connection, config_json: str, folder: str, mine: range) -> None:
     """Answer requests until there are no more, or the process that makes them has ended, however it did."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that the user sees
-    from fedllm.training.workspace import trained
+    from fedllm.training.model_context import trained
     from simulations.sites import ELSEWHERE, site_in
 
     notes = SimpleQueue[logging.LogRecord]()  # for the screen, which is another process's

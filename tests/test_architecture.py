@@ -248,7 +248,7 @@ def test_no_handler_catches_everything_unnamed() -> None:
 
 def test_an_import_defines_and_does_nothing() -> None:
     """What a library prints or logs, and what a process is, is set where it is needed, and by who asks for it."""
-    makes = ("fedllm.files", "fedllm.protocol.link_pb2")  # the loader of settings; what protobuf generates
+    makes = ("fedllm.settings_file", "fedllm.protocol.link_pb2")  # the loader of settings; what protobuf generates
     found = [
         f"{module}, line {node.lineno}"
         for module, tree in sources().items()
@@ -330,7 +330,8 @@ def test_the_round_loop_loads_no_flower() -> None:
     loaded = loaded_by("import server.rounds")
     assert {"server", "numpy"} <= loaded
     assert not loaded & {"flwr", "ray", "grpc", "torch"}
-    deciding = ["server." + name for name in ("rounds", "masks", "aggregate", "heads", "checkpoint", "record", "run")]
+    names = ("rounds", "secagg_server", "aggregate", "ledger_heads", "checkpoint", "run_record", "run")
+    deciding = [f"server.{name}" for name in names]
     assert set(deciding) <= set(sources())
     expect_none([(module, name) for module, name in arrows() if module in deciding and within(name, ["flwr"])])
 
@@ -350,7 +351,7 @@ def test_the_daemon_knows_no_flower_by_any_way() -> None:
 
 
 @pytest.mark.parametrize("module", ["client.app", "fedllm.protocol.messages"])
-def test_the_courier_starts_without_any_heavy_library(module: str) -> None:
+def test_what_carries_messages_starts_without_any_heavy_library(module: str) -> None:
     loaded = loaded_by(f"import {module}")
     assert module.partition(".")[0] in loaded
     assert not loaded & HEAVY

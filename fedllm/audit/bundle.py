@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from fedllm.audit.evidence import LEDGERS, METRICS, PLAN, RECORD, assess, file_name, names_and_end
 from fedllm.audit.model import INTEGRITY, Accountants, Audit, CrossCheck, Estimate
 from fedllm.audit.pdf import rendered, renderer
-from fedllm.audit.trust import HEAD_OFFICE, Trust
+from fedllm.audit.trust import Trust
 from fedllm.canonical import read_json
 from fedllm.crypto.hash_chain import End
 from fedllm.crypto.identity import Identity
@@ -34,6 +34,7 @@ from fedllm.errors import ChainError, CryptoError, FolderError, first_line
 from fedllm.files import is_full
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.ledger import LedgerFile
+from fedllm.values import HEAD_OFFICE
 
 FOLDER, JSON, SIGNATURE = "audit", "audit.json", "audit.sig"
 SIGNATURE_TYPE = "application/vnd.fedllm.audit+json"
@@ -66,8 +67,8 @@ def write_audit(
     """Gather the evidence of a run, check it, and write the report to `folder`, which is replaced as a whole.
 
     `pages` are (stem, language) of the pages for people; `ledgers` is a folder of exported ledgers, without which the
-    run's folder is searched; `say` receives what is being done, in words. Raises ChainError where there is no
-    readable record, FolderError where nothing can be written.
+    run's folder is searched; `say` receives what is being done, in words. Raises ChainError if there is no
+    readable record, FolderError if nothing can be written.
     """
     from fedllm.audit.report import render_html, to_json
 
@@ -205,9 +206,9 @@ def _stored(path: Path) -> Audit:
 
 
 def _own_estimates(accountants: Accountants) -> dict[str, float | None]:
-    """Return what the cross-checks say here of the events that were verified, None where they say nothing.
+    """Return what the cross-checks say here of the events that were verified, None if they say nothing.
 
-    Raises ChainError where one says something else than was stated.
+    Raises ChainError if one says something else than was stated.
     """
     from fedllm.audit.accountants import CROSS_CHECKS
 
@@ -235,7 +236,7 @@ def write_pages(audit: Audit, folder: Path) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise ChainError where something lies in the folder that is no part of an audit, and that nobody compares.
+    """Raise ChainError if something lies in the folder that is no part of an audit, and that nobody compares.
 
     The ledgers are compared with the sites of the record.
     """
@@ -250,6 +251,7 @@ def _check_files(folder: Path) -> None:
 
 def _check_present(audit: Audit, trust: Trust, absent: Collection[str]) -> None:
     """Raise ChainError unless everybody of `trust` has signed something here, or is named as absent."""
+    # the server has signed the record, with a key that is known as its: otherwise `keys` fails before
     present = {HEAD_OFFICE, *(site.name for site in audit.sites if site.fingerprint)}
     missing = sorted(trust.names - present - set(absent))
     if missing:
@@ -308,7 +310,7 @@ def _check_signature(folder: Path, audit: Audit, trust: Trust) -> None:
 def _check_pages(folder: Path, audit: Audit) -> tuple[str, ...]:
     """Render every page again and compare; return what could not be compared.
 
-    Raises ChainError where a page that this software would have made is another.
+    Raises ChainError if a page that this software would have made is another.
     """
     from fedllm.audit.report import LANGUAGES, render_html, renderer
 

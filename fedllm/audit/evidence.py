@@ -42,7 +42,7 @@ from fedllm.audit.model import (
     Verdict,
 )
 from fedllm.audit.risk import risk_of
-from fedllm.audit.trust import HEAD_OFFICE, Trust
+from fedllm.audit.trust import Trust
 from fedllm.canonical import canonical_json, read_json
 from fedllm.crypto.hash_chain import EXPORT, End, Entry, read_chain
 from fedllm.crypto.identity import PublicIdentity
@@ -55,6 +55,7 @@ from fedllm.privacy.ledger_place import SITE
 from fedllm.processes import without_main
 from fedllm.protocol.spending_statement import Statement, open_statement, roster_digest
 from fedllm.shown import escaped
+from fedllm.values import HEAD_OFFICE, is_head_office
 
 RECORD, PLAN, METRICS, LEDGERS = "record.jsonl", "plan.json", "metrics.jsonl", "ledgers"
 _TOLERANCE_PLD = 1e-3  # between two computations of the same PLD, on whatever machines
@@ -73,7 +74,7 @@ _M = TypeVar("_M", bound=BaseModel)
 
 
 def file_name(site: str) -> str:
-    """Return a file name of its own for every site, readable where the site's name allows."""
+    """Return a file name of its own for every site, readable if the site's name allows."""
     for sign in "%/\\\0":
         site = site.replace(sign, f"%{ord(sign):02X}")
     site = site.replace(".", "%2E", 1) if site.startswith(".") else site
@@ -113,6 +114,8 @@ class _RoundBody(_Body):
     sums: dict[str, int] = {}
     refused: dict[str, str] = {}
     closed: dict[str, str] = {}
+    bytes_up: int | None = None
+    bytes_down: int | None = None
 
 
 class _BegunBody(_Body):
@@ -155,7 +158,7 @@ class _Budget(_Body):
     delta: float = Field(gt=0, lt=1)
 
 
-class _Metrics(_Body):  # a server.rounds.RoundRecord
+class _Metrics(_Body):  # a server.events.RoundMetrics
     model_config = ConfigDict(extra="forbid")
 
     round: int
@@ -164,15 +167,15 @@ class _Metrics(_Body):  # a server.rounds.RoundRecord
     accuracy: float | None
     answered: list[str]
     declined: dict[str, str]
-    private: bool = True
+    private: bool | None = None
     epsilon: float | None = None
-    failed: dict[str, str] = {}
+    failed: dict[str, str] | None = None
     noise_multiplier: float | None = None
     without: dict[str, str] = {}
     lost: str = ""
     update_norm: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
+    bytes_up: int | None = None
+    bytes_down: int | None = None
     seconds: float = 0.0
     clipped: float | None = None
 
@@ -235,7 +238,7 @@ class _Record:
     rounds: list[_RoundBody] = field(default_factory=list)  # that count and were not superseded
     attempts: list[tuple[int, _RoundBody]] = field(default_factory=list)  # all there ever were, by entry
     begun: dict[int, _BegunBody] = field(default_factory=dict)  # by entry
-    became: dict[int, int] = field(default_factory=dict)  # begun: the round's entry; none where the run was resumed
+    became: dict[int, int] = field(default_factory=dict)  # begun: the round's entry; none if the run was resumed
     end: _MarkBody | None = None
     adapter: dict[int, str] = field(default_factory=dict)  # digest after a round
     done: int = 0  # the last round
@@ -261,7 +264,7 @@ class _Charge:
     number: int  # of the entry
     at: float
     body: _Reserved
-    account: str  # the site's, where its own was not declared before
+    account: str  # the site's, if its own was not declared before
     lost: bool  # with an earlier ledger, as its owner states
     released: bool = False
     aborted: int | None = None  # the entry that gave it back
@@ -312,7 +315,7 @@ def _head(name: str, entries: Sequence[Entry]) -> str:
 
 
 def _read_record(path: Path, checks: _Checks) -> _Record:
-    """Read the record; raises ChainError where its chain or its plan cannot be used at all."""
+    """Read the record; raises ChainError if its chain or its plan cannot be used at all."""
     try:
         entries = read_chain(_lines(path), RECORD)
     except CryptoError as error:
@@ -388,7 +391,7 @@ def _check_noise(
     """Compare the noise that a round of noise in shares is said to have had with what its answers make of it."""
     groups = {str(k): len(set(group) & set(step.answered)) for k, group in enumerate(plan.groups, start=1)}
     sums = {k: (groups[k], trimmed) for k, trimmed in step.sums.items() if k in groups}
-    if groups:  # every one of them opened, was refused or stayed closed, and those that were used outvote the others
+    if groups:  # each was unmasked, refused or not unmasked, and those that were used outvote the others
         listed = [*step.sums, *step.refused, *step.closed]
         whole = sorted(listed) == sorted(groups) and plan.outvotes(len(step.sums), len(step.refused))
         whole = whole and all(groups[k] >= plan.quorum for k in (*step.sums, *step.refused))
@@ -405,7 +408,7 @@ def _check_noise(
 
 
 def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> _Ledger | None:
-    """Read a site's export; None, and a finding that fails, where it cannot be used.
+    """Read a site's export; None, and a finding that fails, if it cannot be used.
 
     `listed` is the identity that the server's roster names; in a simulation there is no roster.
     """
@@ -434,7 +437,7 @@ def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> 
 
 
 def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry: Entry, where: str) -> None:
-    """Add an entry to what the ledger holds; raises ChainError where it contradicts an earlier one."""
+    """Add an entry to what the ledger holds; raises ChainError if it contradicts an earlier one."""
     if entry.kind in ("reserved", "lost"):
         body = _as(_Reserved, entry.body, where)
         try:
@@ -472,7 +475,7 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry:
 def names_and_end(folder: Path) -> tuple[list[str], End]:
     """Return the names of a run's sites, and what they hand in their ledgers for.
 
-    Raises ChainError where the run's record cannot be read.
+    Raises ChainError if the run's record cannot be read.
     """
     record = _read_record(folder / RECORD, _Checks())
     return record.sites, record.last
@@ -485,14 +488,13 @@ def assess(
     """Check the evidence in `folder` and return what was found.
 
     `made` and `signer` are put into the audit as they are; `cross_checks` compute epsilon by other methods; who is
-    `absent` and has signed nothing leaves no gap. Raises ChainError where there is no readable record: then there is
+    `absent` and has signed nothing leaves no gap. Raises ChainError if there is no readable record: then there is
     nothing to report on.
     """
     checks = _Checks()
     record = _read_record(folder / RECORD, checks)
     plan = record.plan
     _check_plan(folder / PLAN, record, checks)
-    utility = _check_metrics(folder / METRICS, record, checks)
     ledgers: dict[str, _Ledger | None] = {}
     statements: dict[str, _Signed] = {}
     for evidence in _examined(folder, record, absent):
@@ -500,6 +502,7 @@ def assess(
         statements[evidence.name] = evidence.statements
         if evidence.exported:
             ledgers[evidence.name] = evidence.ledger
+    utility = _check_metrics(folder / METRICS, record, statements, checks)
     _check_keys(record, ledgers, statements, trust, checks)
     _check_rosters(record, checks)
     _check_strangers(folder / LEDGERS, record, checks)
@@ -600,29 +603,52 @@ def _check_plan(path: Path, record: _Record, checks: _Checks) -> None:
     checks.note("plan", same, f"{path.name} = {RECORD} #0")
 
 
-def _check_metrics(path: Path, record: _Record, checks: _Checks) -> tuple[Utility, ...]:
+def _check_metrics(
+    path: Path, record: _Record, statements: Mapping[str, "_Signed"], checks: _Checks
+) -> tuple[Utility, ...]:
+    """Compare whatever the log or a site has signed for; what the server measured stays its word."""
     try:
         read = [_as(_Metrics, read_json(line), f"{METRICS} {n}") for n, line in enumerate(_lines(path), start=1)]
     except (ChainError, ValueError, RecursionError) as error:
         checks.note("metrics", "unverified" if not path.exists() else "fails", str(error))
         return ()
     rounds: dict[int, _RoundBody] = {step.round: step for step in record.rounds}
+    least = dict.fromkeys(
+        rounds, 0.0
+    )  # epsilon of a round: the last statements of it are those of the round that stands
+    for name, signed in statements.items():
+        last = {statement.round: statement.epsilon for statement, _ in signed}
+        for round_, epsilon in last.items():
+            if round_ in rounds and name in rounds[round_].answered:
+                least[round_] = max(least[round_], _number(epsilon))
+    start = _RoundBody(
+        round=0, counts=False, answered={}, declined={}, failed={}, adapter_before="", adapter_after="", bytes_up=0,
+        bytes_down=0,
+    )  # fmt: skip
     for number, line in enumerate(read):
-        step = rounds.get(line.round)
-        right = line.round == number and (
-            (number == 0 and not line.answered)
-            or (
-                step is not None
-                and line.answered == sorted(step.answered)
-                and line.declined == step.declined
-                and line.without == ({} if step.lost else step.refused | step.closed)
-            )
-        )
+        step = rounds.get(number, start if number == 0 else None)
+        right = line.round == number and step is not None and _measured(line, step, record.plan)
+        right = right and _number(line.epsilon) >= least.get(number, 0.0)
         checks.note("metrics", right, f"{METRICS}, {number}")
     checks.note("metrics", len(read) == len(rounds) + 1, f"{METRICS}: 0–{len(read) - 1}; {RECORD}: {len(rounds)}")
     return tuple(
         Utility(round=line.round, loss=line.loss, perplexity=line.perplexity, accuracy=line.accuracy) for line in read
     )
+
+
+def _measured(line: _Metrics, step: _RoundBody, plan: RunPlan) -> bool:
+    """Whether a line of metrics says what the log says of its round; lines of earlier versions say less."""
+    return (
+        line.answered == sorted(step.answered)
+        and line.declined == step.declined
+        and line.failed in (None, step.failed)
+        and line.lost == step.lost
+        and line.without == ({} if step.lost else step.refused | step.closed)
+        and line.noise_multiplier == (None if step.lost else step.noise_multiplier)
+        and line.private in (None, plan.privacy.protects)
+        and all(a is None or b is None or a == b for a, b in ((line.bytes_up, step.bytes_up),
+                                                              (line.bytes_down, step.bytes_down)))
+    )  # fmt: skip
 
 
 _Signed = list[tuple[Statement, PublicIdentity]]
@@ -655,7 +681,7 @@ class _SiteChecks:
 
 
 def _examined(folder: Path, record: _Record, absent: Collection[str]) -> list[_SiteChecks]:
-    """Examine every site; where there are many signatures to check, on all cores."""
+    """Examine every site; on all cores if there are many signatures to check."""
     answers: dict[str, list[tuple[int, int, str]]] = {name: [] for name in record.sites}
     for number, step in record.attempts:
         for name, line in step.answered.items():
@@ -727,7 +753,7 @@ def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, che
     for number in ledger.restarts:  # what was lost is its owner's word
         checks.note("ledger_complete", "unverified", f"{ledger.name}, #{number}: restarted")
     # nobody but the site can say that its ledger has no more entries: an export without that, or an older one, may be
-    # cut, where the server holds no statement on what it lacks
+    # cut, if the server holds no statement on what it lacks
     whole = ledger.export is not None and ledger.export.body == asdict(papers.last)
     checks.note(
         "ledger_complete", "holds" if whole else "unverified",
@@ -764,7 +790,7 @@ def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, che
 def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks: _Checks) -> None:
     """Compute what each statement says was spent from the charges that the ledger held at that time.
 
-    Raises PrivacyError where the charges are such that nobody can compute with them.
+    Raises PrivacyError if the charges are such that nobody can compute with them.
     """
     began = time.process_time()
     for account in ledger.accounts:
@@ -817,7 +843,7 @@ def _text(value: float | None) -> str:
 
 
 def _spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = None) -> PrivacySpent:
-    """Return what `spent` does, and no bound at all where it has no answer: one site's ledger stops no report."""
+    """Return what `spent` does, and no bound at all if it has no answer: one site's ledger stops no report."""
     try:
         return spent(events, delta, grid)
     except PrivacyError:
@@ -832,19 +858,22 @@ def _check_keys(
     checks: _Checks,
 ) -> None:
     """Compare who signed with the roster in the record, with one another, and with the keys that the reader holds."""
-    holders = {HEAD_OFFICE: record.entries[-1].signer}
+    holders = [(HEAD_OFFICE, record.entries[-1].signer)]
     for name in record.sites:
+        if is_head_office(name):  # its key would pass for the server's
+            checks.note("keys", False, f"{name}: the server's name, and a site's")
+            continue
         ledger = ledgers.get(name)
         listed = record.body.sites.get(name)
         for statement, signer in statements[name]:
             if not ledger and listed is not None and signer.to_text() != listed:
                 checks.note("statements", False, f"{name}, {statement.round}: {signer.fingerprint}, not of the roster")
         if ledger:  # its last signature covers all entries before
-            holders[name] = ledger.signer
+            holders.append((name, ledger.signer))
         elif statements[name]:
-            holders[name] = statements[name][-1][1]
+            holders.append((name, statements[name][-1][1]))
     first: dict[PublicIdentity, str] = {}
-    for name, identity in holders.items():
+    for name, identity in holders:
         if first.setdefault(identity, name) != name:  # one party would count as two
             checks.note("keys", False, f"{name} = {first[identity]}: {identity.fingerprint}")
         elif trust is None:
@@ -1013,7 +1042,7 @@ def _accountants(
                 f"RDP {_text(_finite(cost.epsilon_rdp))} ≥ PLD {_text(_finite(cost.epsilon))}")  # fmt: skip
     for name, other in estimates.items():
         if other is not None:
-            near = abs(other - cost.epsilon) <= _TOLERANCE_CROSS
+            near = abs(other - cost.epsilon) <= _TOLERANCE_CROSS or not cost.exact
             text = f"|{name.upper()} {other:.4g} - PLD {cost.epsilon:.4g}| {'≤' if near else '>'} 0.01"
             checks.note("accountants", near, text)
     several = [k for k in (2, 3) if k <= len(sites)] if events else []

@@ -29,13 +29,13 @@ Code = Literal[
     "budget",  # everything charged is within what the site permits
     "metrics",  # the server's measurements are about the rounds in the record
     "keys",  # the keys were compared with ones that the reader holds
-    "site_software",  # sites really draw their coins and noise as the plan says
+    "site_software",  # sites really draw samples and noise as the plan says
     "unit",  # records are grouped by privacy unit as the plan says
     "peers",  # sites aggregate with sites whose keys they have compared themselves
     "one_site_a_person",  # nobody's records are at several sites
     "empirical",  # an attack was tried
 ]
-# Where one of these fails, nothing else in the evidence can be relied on.
+# If one of these fails, nothing else in the evidence can be relied on.
 INTEGRITY: frozenset[Code] = frozenset(
     {"record_chain", "plan", "rounds", "statements", "countersigned", "ledger_chain", "ledger_complete",
      "charged_before_release", "answers_recorded", "epsilon", "accountants"}
@@ -58,7 +58,7 @@ class Run(Frozen):
     plan_digest: str
     head_office: str  # fingerprint of the identity that signed last
     began: str  # UTC, by the server's clock
-    ended: str | None  # None where the record has no end
+    ended: str | None  # None if the record has no end
     stopped: str  # why it ended early, or ""
     rounds: int
     rounds_planned: int
@@ -82,7 +82,7 @@ class Claim(Frozen):
     sites: int  # that may take part; with groups, in the largest of them
     quorum: int  # fewest in a sum that can be read
     colluding_sites: int  # mode distributed: so many may tell the server their share of the noise
-    groups: int = 0  # mode distributed: each with a sum and noise of its own, 0 where all sites have one
+    groups: int = 0  # mode distributed: each with a sum and noise of its own, 0 if all sites have one
     poisoned_sites: int = 0  # with groups: so many may send what they like
     local_steps: int
     units_per_site: int  # nominal, public
@@ -109,7 +109,7 @@ class Site(Frozen):
     """One site, the figures those of its costliest account. Epsilons at the plan's delta; None is one without bound."""
 
     name: str
-    fingerprint: str  # "" where the site never signed
+    fingerprint: str  # "" if the site never signed
     answered: int
     declined: int
     failed: int
@@ -124,7 +124,7 @@ class Site(Frozen):
     budget: float | None  # of each account; None: unlimited, or not known
     budget_known: bool  # whether the site's ledger states one
     left: float | None  # of the budget, less what is counted
-    accounts: tuple[Account, ...]  # none where there is no ledger
+    accounts: tuple[Account, ...]  # none if there is no ledger
 
 
 class Point(Frozen):
@@ -161,11 +161,11 @@ class Accountants(Frozen):
     site: str
     events: tuple[tuple[float, float, int], ...]  # sampling rate, noise multiplier, steps
     delta: float
-    grid: float | None = None  # of the privacy loss; None where there is no PLD
+    grid: float | None = None  # of the privacy loss; None if there is no PLD
     pld: float | None
     rdp: float | None
-    prv: float | None  # Opacus; None where it was not at hand
-    # further cross-checks, by name; the key is left out where there are none
+    prv: float | None  # Opacus; None if it was not at hand
+    # further cross-checks, by name; the key is left out if there are none
     cross_checks: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]{0,19}$")], float | None] = Field(
         {}, exclude_if=lambda value: not value
     )
@@ -176,7 +176,7 @@ class Accountants(Frozen):
 
     @property
     def estimates(self) -> dict[str, float | None]:
-        """Every cross-check's estimate, by name; None where it was not computed."""
+        """Every cross-check's estimate, by name; None if it was not computed."""
         return {**self.cross_checks, "prv": self.prv}
 
 

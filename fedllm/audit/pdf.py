@@ -22,7 +22,7 @@ PDF_NEEDS = (
 
 
 def render_pdf(html: str) -> bytes:
-    """Return the page as PDF; raises FolderError that says what to install where that is not possible here."""
+    """Return the page as PDF; raises FolderError that says what to install if that is not possible here."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -53,7 +53,7 @@ class _History:
 def _opacus() -> Any:
     """Import Opacus' PRV accountant, which is NumPy and SciPy alone, without Opacus itself, which loads torch.
 
-    Its modules get a name of their own, so that a later `import opacus` is whole. Raises ImportError where it is not
+    Its modules get a name of their own, so that a later `import opacus` is whole. Raises ImportError if it is not
     installed.
     """
     opacus = importlib.util.find_spec("opacus")

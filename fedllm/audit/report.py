@@ -212,7 +212,7 @@ def _measure(audit: Audit) -> Literal["accuracy", "loss"]:
 
 
 def _change(audit: Audit) -> tuple[str, str] | None:
-    """Return the held-out measurement before and after; None where there is none."""
+    """Return the held-out measurement before and after; None if there is none."""
     values = [getattr(step, _measure(audit)) for step in audit.utility]
     return (number(values[0]), number(values[-1])) if values and None not in values else None
 

@@ -41,7 +41,7 @@ class RunSummary:
     records: list[dict[str, Any]]  # one a round, round 0 being the base model
     sites: dict[str, dict[str, Any]]
     budgets: dict[str, float]  # epsilon that each simulated site permits; a deployed one does not tell
-    stopped: str  # why the run ended early; "" where it did not
+    stopped: str  # why the run ended early; "" if it did not
     seconds: float  # of this process, from the reading of the data to the last round
     peak_memory_mb: float
     exact_match: tuple[float, float] | None = None  # before, after
@@ -64,7 +64,7 @@ class RunSummary:
 
     @property
     def planned_epsilon(self) -> float:
-        """Epsilon of the whole plan by PLD; math.inf where no noise is added."""
+        """Epsilon of the whole plan by PLD; math.inf if no noise is added."""
         return spent([self.plan.mechanism.event(self.plan.steps)], self.plan.privacy.delta).epsilon
 
     @property

@@ -1,4 +1,4 @@
-"""Whose keys an auditor trusts, and for what."""
+"""Whose keys the reader of an audit trusts, and for what."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,7 @@ from pathlib import Path
 from fedllm.crypto.identity import PublicIdentity
 from fedllm.errors import ConfigError
 from fedllm.protocol.enrolment import same_fingerprint
-
-HEAD_OFFICE = "head-office"  # its name in a file of trusted keys
-
-
-# ---- whom to believe -------------------------------------------------------------------------------------------------
+from fedllm.values import HEAD_OFFICE
 
 
 class Trust:

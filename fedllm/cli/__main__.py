@@ -1,4 +1,4 @@
-"""`python -m fedllm.cli`: in services, runs and tests, where no script is installed."""
+"""`python -m fedllm.cli`: in services, runs and tests, which may have no `fedllm` on their path."""
 
 from fedllm.cli.main import main
 

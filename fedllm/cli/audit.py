@@ -1,4 +1,7 @@
-"""The commands of an audit. An entry point: it may import anything, and imports late so that --help is quick."""
+"""`fedllm audit`: report and verify.
+
+An entry point: it may import anything, and imports late so that --help is quick.
+"""
 
 from enum import Enum
 from pathlib import Path
@@ -103,12 +106,12 @@ def verify(
         bool, typer.Option("--allow-unverified", help="Gaps in the evidence that are no contradiction are no error.")
     ] = False,
 ) -> None:
-    """Check an audit offline, without believing who made it; ends with 1 at the first contradiction.
+    """Check an audit offline, without trusting who made it; exit code 1 at the first contradiction.
 
     Schema, chains, signatures and co-signatures are checked, every epsilon is computed again from the ledgers' events,
-    and pages are rendered again and compared. Also ends with 1 where a site of the file of keys has signed nothing,
-    where something could not be compared (PDFs never are) or the evidence has gaps, and where the audit is sound, but
-    its verdict is not "within budget".
+    and pages are rendered again and compared. Also ends with 1 if a site in the file of keys has signed nothing, if
+    something could not be compared (PDFs never are), if the evidence has gaps, and if the audit is sound but its
+    verdict is not "within budget".
     """
     from fedllm.audit.bundle import verify as check
     from fedllm.audit.bundle import write_pages

@@ -1,4 +1,7 @@
-"""The commands of a deployment. An entry point: it may import anything, and imports late so that --help is quick."""
+"""`fedllm server` and `fedllm site`: folders, admission, keys.
+
+An entry point: it may import anything, and imports late so that --help is quick.
+"""
 
 import functools
 import os
@@ -35,9 +38,11 @@ def private(command: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-site_app = typer.Typer(help="A site: its folder, keys and grants.", no_args_is_help=True, callback=keep_private)
+site_app = typer.Typer(
+    help="A site: its folder, keys, grants and processes.", no_args_is_help=True, callback=keep_private
+)
 server_app = typer.Typer(
-    help="The server: certificates, identity and sites.", no_args_is_help=True, callback=keep_private
+    help="The server: its keys, its process, and the grants of sites.", no_args_is_help=True, callback=keep_private
 )
 
 HeadOfficeOption = Annotated[
@@ -50,7 +55,9 @@ OfficeOption = Annotated[
 HEAD_OFFICE, OFFICE = Path("~/.fedllm/head-office"), Path("~/.fedllm/site")
 _Fingerprint = Annotated[
     str | None,
-    typer.Option("--fingerprint", help="What the other side read to you on the telephone.", show_default=False),
+    typer.Option(
+        "--fingerprint", help="The fingerprint that the other side read to you on the telephone.", show_default=False
+    ),
 ]
 _SiteName = Annotated[str, typer.Argument(help="The site's name.", show_default=False)]
 
@@ -111,11 +118,11 @@ def admit(
 
 
 def revoke(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
-    """Accept no key of a site any more."""
+    """Revoke a site: none of its keys is accepted any more."""
     from server import federation
 
     member = federation.revoke(absolute(home), site)
-    typer.echo(f"{member.site} is revoked. Its keys cannot be admitted again; new ones of it can.")
+    typer.echo(f"{member.site} is revoked. Its keys cannot be admitted again; new keys can.")
 
 
 @server_app.command("grant")
@@ -128,7 +135,7 @@ def server_grant(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
 
 @server_app.command("new-ledger")
 def server_new_ledger(site: _SiteName, home: HeadOfficeOption = HEAD_OFFICE) -> None:
-    """Take whatever ledger a site has from now on: its own was lost, and its people have seen to the budget."""
+    """Accept the ledger that a site has now: its own was lost, and its owner has stated what was spent."""
     from server.ledger_heads import HEADS, LedgerHeads
 
     folder = absolute(home)
@@ -154,8 +161,8 @@ def server_rotate(
 ) -> None:
     """Replace a key of the server while rounds go on.
 
-    certificate: one step, and sites need do nothing. ca and identity: three steps, so that every site can install
-    its new grant in between.
+    certificate: one step, and sites do nothing. ca and identity: three steps, so that every site can install its new
+    grant in between.
     """
     from server import federation
 
@@ -198,7 +205,7 @@ def site_init(
     name: Annotated[str, typer.Option("--name", help="The site's name, such as seoul-gangnam.", show_default=False)],
     home: OfficeOption = OFFICE,
 ) -> None:
-    """Make this office's folder, with its keys, settings and join request."""
+    """Make the site's folder, with its keys, settings and join request."""
     from client.office import init_office
 
     office = init_office(absolute(home), name)
@@ -214,7 +221,7 @@ def site_install(
     fingerprint: _Fingerprint = None,
     home: OfficeOption = OFFICE,
 ) -> None:
-    """Install a grant: this server, and no other, is believed."""
+    """Install a grant: the site then answers this server, and no other."""
     from client import office
 
     folder = absolute(home)
@@ -251,7 +258,7 @@ def site_retire(home: OfficeOption = OFFICE) -> None:
 
 @site_app.command("check")
 def site_check(home: OfficeOption = OFFICE) -> None:
-    """Try all that a run will need, and sign what site.yaml declares of the records; no network, nothing is spent."""
+    """Check all that a run will need, offline and at no cost, and sign what site.yaml declares of the records."""
     from client.doctor import check
 
     report(check(absolute(home)))
@@ -259,7 +266,7 @@ def site_check(home: OfficeOption = OFFICE) -> None:
 
 @site_app.command("resume")
 def site_resume(home: OfficeOption = OFFICE) -> None:
-    """Let a site answer again that failed, or was killed, while it used records, once you have seen to it."""
+    """Let a site answer again after it failed, or was killed, while it used records. Remove the cause first."""
     from client.office import Office
     from client.unfinished import Unfinished
 
@@ -273,7 +280,7 @@ def site_resume(home: OfficeOption = OFFICE) -> None:
 
 
 def absolute(folder: Path) -> Path:
-    """Return the folder, as it is called from everywhere."""
+    """Return the folder as an absolute path."""
     try:
         return folder.expanduser().absolute()
     except RuntimeError:
@@ -281,13 +288,13 @@ def absolute(folder: Path) -> Path:
 
 
 def report(findings: Sequence["CheckResult"]) -> None:
-    """Print findings, a line each; raises FedllmError where one is ERROR."""
+    """Print results, a line each; raises FedllmError if one is ERROR."""
     for finding in findings:
         text = escaped_lines(finding.text)  # it may quote what others wrote
         typer.echo(f"{finding.level:<7}  {text}")
     count = sum(not finding.right for finding in findings)
     if count:
-        raise FedllmError(f"{count} of {len(findings)} findings need to be put right, see above")
+        raise FedllmError(f"{count} of {len(findings)} checks found an ERROR: do what their lines say")
 
 
 def _ask(question: str) -> str:

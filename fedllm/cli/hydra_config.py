@@ -14,7 +14,7 @@ _T = TypeVar("_T", bound=RunConfig)
 
 
 def compose(root: str, overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
-    """Compose conf/`root`.yaml with overrides, `config_dir` searched first; raises ConfigError where Hydra refuses."""
+    """Compose conf/`root`.yaml with overrides, `config_dir` searched first; raises ConfigError if Hydra refuses."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.errors import HydraException
@@ -89,7 +89,7 @@ _HYDRAS_ADVICE = ("full stack", "To append to your config", "To sweep over it", 
 
 
 def _choices(key: str) -> list[str]:
-    """Return the choices of a group in conf/; none where the key is no group."""
+    """Return the choices of a group in conf/; none if the key is no group."""
     from importlib import resources
 
     folder = resources.files("conf") / key

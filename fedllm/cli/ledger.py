@@ -1,4 +1,7 @@
-"""The commands of a site's privacy ledger. An entry point: it may import anything, and imports late."""
+"""`fedllm ledger`: what a site has spent, and what its owner may do about it.
+
+An entry point: it may import anything, and imports late so that --help is quick.
+"""
 
 import math
 import time
@@ -181,7 +184,7 @@ def disjoint(
     ],
     home: OfficeOption = OFFICE,
 ) -> None:
-    """Declare that nobody in a data set is in any other of this site: it gets a budget of its own.
+    """Declare that no person and no record of a data set is in another one of this site: it gets its own budget.
 
     The declaration is signed, and stays. It is the owner's word: what the records share with others is only told.
     """
@@ -209,7 +212,7 @@ def disjoint(
 
 @ledger_app.command("clock")
 def clock(home: OfficeOption = OFFICE) -> None:
-    """Confirm that the clock is right, where the ledger found that it has gone ahead.
+    """Confirm that the clock is right, after the ledger has found that it went ahead.
 
     What policy.period frees depends on it.
     """
@@ -291,7 +294,7 @@ def forecast(
         typer.Option("--policy", help="YAML of limits, as below `policy` in site.yaml.", show_default=False),
     ] = None,
 ) -> None:
-    """Say what a planned run would spend on this site's records, whether policy admits it, and how many rounds fit.
+    """Say what a planned run would spend on this site's records, if the policy admits it, and how many rounds fit.
 
     With `--file` no site's folder is needed: the costliest account in the ledger is the one that is planned for, and
     the limits are those that the ledger states, or `--policy`.

@@ -1,4 +1,4 @@
-"""What a person sees while a federation runs, and at its end."""
+"""What the terminal shows while a federation runs, and at its end."""
 
 import logging
 from collections.abc import Callable
@@ -101,8 +101,8 @@ class Screen:
             )
             if privacy.mode == "distributed":
                 lines.add_row(
-                    "", f"shared noise: the server sees the sum of at least {plan.quorum} sites, and "
-                    f"{privacy.colluding_sites} of them may help it to see more"
+                    "", f"distributed noise: the server sees the sum of at least {plan.quorum} sites, and "
+                    f"{privacy.colluding_sites} of them may collude with it"
                 )  # fmt: skip
             if plan.groups:
                 lines.add_row(
@@ -110,7 +110,7 @@ class Screen:
                     f"and {plan.poisoned_sites} sites may be poisoned"
                 )  # fmt: skip
             if not privacy.protects:
-                lines.add_row("", "[bold red]NOT PRIVATE[/bold red]: coins and noise come from a seed")
+                lines.add_row("", "[bold red]NOT PRIVATE[/bold red]: sampling and noise come from a seed")
         self._console.print(Panel(lines, title="fedllm", title_align="left", border_style="blue", expand=False))
         for progress, task, total in (
             (self._rounds, self._round_task, plan.training.rounds), (self._sites, self._site_task, len(sites)),
@@ -160,7 +160,7 @@ class Screen:
     def _speed(self) -> str:
         """Training tokens a second since the last round, to two digits.
 
-        For the eyes of whoever simulates, and in no file or message: how many tokens were sampled is private.
+        For the screen of a simulation only, and in no file or message: how many tokens were sampled is private.
         """
         tokens, seconds = self._trained() if self._trained else (0, 0.0)
         new, took = tokens - self._before[0], seconds - self._before[1]

@@ -1,4 +1,7 @@
-"""The command line. An entry point: it may import anything, and imports late so that --help is quick."""
+"""`fedllm`: the command line's root, and `fedllm simulate`.
+
+An entry point: it may import anything, and imports late so that --help is quick.
+"""
 
 import gc
 import os

@@ -1,4 +1,7 @@
-"""Sums for a privacy officer or researcher. An entry point: it may import anything, and imports late."""
+"""`fedllm privacy`: epsilon, noise and lower bounds, without any run.
+
+An entry point: it may import anything, and imports late so that --help is quick.
+"""
 
 import json
 import math
@@ -82,7 +85,7 @@ def epsilon(
         typer.echo(f"note: {name.upper()}: {reason}")
     typer.echo("An attacker who sees all that was released and has to say whether one unit was in the data:")
     typer.echo(
-        f"  says it rightly in at most {_percent(50 + 50 * cost.advantage)} % of cases; guessing is 50 % "
+        f"  is right in at most {_percent(50 + 50 * cost.advantage)} % of cases; guessing is 50 % "
         f"(advantage {_percent(100 * cost.advantage)} %)"
     )
     typer.echo(
@@ -119,15 +122,16 @@ def calibrate(
 
 @privacy_app.command("audit-bound")
 def audit_bound(
-    canaries: Annotated[int, typer.Option(help="Canaries, each put in by a fair coin.", show_default=False)],
-    guesses: Annotated[int, typer.Option(help="Coins that the attacker guessed.", show_default=False)],
+    canaries: Annotated[int, typer.Option(help="Canaries, each put in with probability 1/2.", show_default=False)],
+    guesses: Annotated[int, typer.Option(help="Canaries whose presence the attacker guessed.", show_default=False)],
     right: Annotated[int, typer.Option(help="Right guesses.", show_default=False)],
     delta: _DeltaOption,
     as_json: _JsonOption = False,
 ) -> None:
     """Print what an attack on one training run has proved: a lower bound on epsilon, with confidence 95 %.
 
-    The number of guesses must have been fixed before the coins were looked at (Steinke, Nasr and Jagielski 2023).
+    The number of guesses must have been fixed before anybody knew which canaries were in (Steinke, Nasr and Jagielski
+    2023).
     """
     from fedllm.privacy.one_run import CONFIDENCE, epsilon_lower_bound
 

@@ -1,4 +1,4 @@
-"""The commands that run a deployment: long-running processes, and runs. An entry point, imports late."""
+"""Long-running processes, runs, service files and `fedllm doctor`. An entry point, imports late."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ _POLL = 0.5  # seconds between looks at a run's progress
 _SUBMIT_HELP = """Start a run of the admitted sites and follow it.
 
 OVERRIDES are Hydra's KEY=VALUE, as for simulate, on conf/deployment.yaml; `fedllm submit --cfg` prints every key. The
-offices' records, templates and policies are their own; what is public and the same for all is set here.
+sites' records, templates and policies are their own; what is public and the same for all is set here.
 
 [bold]Examples[/bold]
 
@@ -48,7 +48,7 @@ offices' records, templates and policies are their own; what is public and the s
   fedllm submit name=first model=causal-lm model.source=our-base data=heldout data.heldout=./public.jsonl
       data.prompt='{question}' data.text='{answer}' privacy.units_per_site=2000      a model and data of your own
 
-  fedllm submit --resume first                              continue it after whatever ended it
+  fedllm submit --resume first                              continue it after an interruption
 """
 
 
@@ -110,7 +110,7 @@ def site_start(home: OfficeOption = OFFICE) -> None:
     os.environ.update(ONLY_TLS_1_3)
     folder = absolute(home)
     office = _open_office(folder)
-    _ = office.declaration  # raises where the site could not start
+    _ = office.declaration  # raises if the site could not start
     _log_to(folder / "log" / "site.log")
     from client.service import run
 
@@ -120,7 +120,7 @@ def site_start(home: OfficeOption = OFFICE) -> None:
 
 @site_app.command("export-relay")
 def site_export_relay(
-    to: Annotated[Path, typer.Argument(help="The relay's folder, made where it is missing.", show_default=False)],
+    to: Annotated[Path, typer.Argument(help="The relay's folder, made if it is missing.", show_default=False)],
     home: OfficeOption = OFFICE,
 ) -> None:
     """Write the relay's folder: what `fedllm site relay` needs, and no key that opens a message."""
@@ -162,7 +162,7 @@ def _open_office(folder: Path) -> "Office":
 
     office = Office.open(folder)
     os.environ.update(office.environment)
-    _ = office.address  # raises where there is no grant yet
+    _ = office.address  # raises if there is no grant yet
     return office
 
 
@@ -213,7 +213,7 @@ def submit(
         config = read_as(earlier, DeploymentConfig).model_copy(update={"resume": True})
     socket = HeadOffice.open(folder).socket
     if not only_prepare:
-        look(socket)  # raises where no daemon runs
+        look(socket)  # raises if no daemon runs
     _console.print("checking model, held-out set and plan ...", highlight=False)
     deployment.prepare(folder, config)
     place = deployment.runs(folder) / config.name
@@ -300,7 +300,7 @@ def status(
 def stop(
     name: Annotated[str, typer.Argument(help="The run.", show_default=False)], home: HeadOfficeOption = HEAD_OFFICE
 ) -> None:
-    """End a run where it is; `fedllm submit --resume` goes on from its last round."""
+    """Stop a run; `fedllm submit --resume` goes on from its last round."""
     from server import deployment
 
     deployment.end(deployment.runs(absolute(home)) / name)
@@ -411,9 +411,9 @@ def doctor(
         ),
     ] = None,
 ) -> None:  # fmt: skip
-    """Look for what is wrong here, and say what to do. Changes nothing; ends with exit code 1 if anything is ERROR.
+    """Check this installation, and say what to do. Changes nothing; exit code 1 if anything is ERROR.
 
-    Looks at certificates, keys, permissions, clock, ports, disk, versions, the ledger, the running processes and the
+    Checks certificates, keys, permissions, clock, ports, disk, versions, the ledger, the running processes and the
     way to the other end.
     """
     places = [absolute(place) for place in ([HEAD_OFFICE, OFFICE] if home is None else [home])]

@@ -1,1 +1,4 @@
-"""Cryptography of the federation: identities, signatures, certificates, and the primitives under them."""
+"""Cryptography: `identity` signs and seals, `certificates` are for TLS, `signed_documents` are JSON and DSSE envelopes.
+
+`hash_chain` makes ledgers and run records of these. `primitives` and `shamir` are what secure aggregation is made of.
+"""

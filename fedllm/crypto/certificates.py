@@ -16,10 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedllm.errors import CryptoError
 
 _SPKI = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-_BACKDATE = timedelta(minutes=5)  # so that a new certificate is valid where the clock is a little behind
-
-
-# ---- certificates ----------------------------------------------------------------------------------------------------
+_BACKDATE = timedelta(minutes=5)  # so that a new certificate is valid if another clock is a little behind
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def check_key_line(line: str) -> None:
 
 
 def certify(ca: Certificate, line: str, site: str, days: int, hosts: Sequence[str] | None = None) -> bytes:
-    """Return a certificate, PEM, for a site's key: as a client or, where `hosts` are given, to serve at these."""
+    """Return a certificate, PEM, for a site's key: as a client or, if `hosts` are given, to serve at these."""
     key = _load_line(line)
     use = ExtendedKeyUsageOID.CLIENT_AUTH if hosts is None else ExtendedKeyUsageOID.SERVER_AUTH
     return _issue(ca, site, key, days, use, hosts or ()).public_bytes(serialization.Encoding.PEM)
@@ -119,7 +116,7 @@ def _load_line(line: str) -> ec.EllipticCurvePublicKey:
 def read_pairs(certificates: bytes, keys: bytes) -> list[Certificate]:
     """Return every certificate of a PEM file, in order, with its private key out of another (or the same) file.
 
-    Keys without a certificate are passed over. Raises CryptoError where there is no certificate, or one without a key.
+    Keys without a certificate are passed over. Raises CryptoError if there is no certificate, or one without a key.
     """
     private = {_load_key(block).public_key().public_bytes(*_SPKI): block for block in _blocks(keys, b"PRIVATE KEY")}
     pairs = []

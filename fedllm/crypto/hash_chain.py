@@ -1,9 +1,9 @@
 """Hash-chained, signed entries: what a site's ledger and the server's run record are made of.
 
 An entry is one DSSE envelope on one line. Its payload is canonical JSON: its number (0, 1, 2 ...), the digest of the
-entry before it, a kind, a time, a body, and its signer's public identity. Whoever holds a later digest notices every
-edit, deletion, insertion and reordering of earlier entries, and whoever holds the signer's public key notices entries
-that it did not sign.
+entry before it, a kind, a time, a body, and its signer's public identity. A reader with a later digest detects every
+edit, deletion, insertion and reordering of earlier entries; one with the signer's public key detects entries that it
+did not sign.
 """
 
 import hashlib
@@ -11,7 +11,9 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from fedllm.canonical import canonical_json
 from fedllm.crypto.identity import Identity, PublicIdentity
@@ -27,13 +29,13 @@ EXPORT = "export"  # kind of the entry that ends a copy
 class LedgerHead:
     """The newest entry of a site's ledger; -1 and START before the first."""
 
-    number: int
-    digest: str
+    number: Annotated[int, Field(ge=-1, lt=2**63)]
+    digest: Annotated[str, Field(max_length=64)]
 
 
 @dataclass(frozen=True)
 class End:
-    """Where the server's record of a run ends: what the sites are to hand in their ledgers for."""
+    """Where the server's record of a run ends: for which the sites hand in their ledgers."""
 
     run: str
     number: int
@@ -85,7 +87,7 @@ def close_export(lines: Sequence[str], end: End, at: float, signer: Identity) ->
 
 
 def open_entry(line: str) -> Entry:
-    """Read one entry; raises CryptoError where its signature does not fit, or it is none.
+    """Read one entry; raises CryptoError if its signature does not fit, or it is none.
 
     A payload that is not canonical may read otherwise elsewhere, with a key given twice for instance: it is refused.
     """
@@ -111,8 +113,8 @@ def read_chain(lines: Iterable[str], name: str, signers: Iterable[PublicIdentity
 
     The first entry's signer may sign, and so may everyone that an entry of kind `key` by such a signer names. `signers`
     are those whom the reader trusts: one of them must have signed an entry, which vouches for all before it, and keys
-    hand over from there. Where a key was lost, its successor names itself; only who trusts the successor accepts that.
-    Raises ChainError that names the first bad entry.
+    hand over from there. If a key was lost, its successor names itself; only a reader who trusts the successor accepts
+    that. Raises ChainError that names the first bad entry.
     """
     entries: list[Entry] = []
     trusted = set(signers) if signers is not None else None
@@ -127,7 +129,7 @@ def read_chain(lines: Iterable[str], name: str, signers: Iterable[PublicIdentity
         known = entry.signer in may_sign or not entries
         adopted = trusted is not None and entry.signer in trusted and entry.kind == "key"
         if not known and not adopted:
-            # where it is the reader's own signer, those before it are the strangers
+            # if it is the reader's own signer, those before it are the strangers
             bad = entry if trusted is None or entry.signer not in trusted else entries[0]
             raise ChainError(f"{name}, entry {bad.number}: signed by {bad.signer.fingerprint}, who may not sign here")
         if entry.number != position or entry.previous != (entries[-1].digest if entries else START):

@@ -1,4 +1,4 @@
-"""A participant's identity: one Ed25519 key to sign with and one X25519 key that messages are sealed to."""
+"""The identity of a site or the server: an Ed25519 key that signs and an X25519 key that messages are sealed to."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,9 +19,6 @@ from fedllm.files import read_secret, write_secret
 _SEAL_MAGIC = b"FLS1"
 _SEAL_INFO = b"fedllm sealed message v1"
 _SIGNED_SEAL, _SIGNED_DOCUMENT = b"fedllm signature in a sealed message v1", b"fedllm signed document v1"
-
-
-# ---- identities ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ class Identity:
     def open(self, sealed: bytes, senders: Sequence[PublicIdentity]) -> tuple[bytes, PublicIdentity]:
         """Decrypt what was sealed to this identity and tell which of `senders` signed it.
 
-        Raises CryptoError where none of them did.
+        Raises CryptoError if none of them did.
         """
         head = len(_SEAL_MAGIC) + KEY
         if not sealed.startswith(_SEAL_MAGIC) or len(sealed) < head + TAG + SIGNATURE:

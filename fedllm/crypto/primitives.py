@@ -1,4 +1,4 @@
-"""Keys, key derivation, sealing and streams: the primitives that the protocols are made of."""
+"""Primitives of secure aggregation: X25519 key agreement, HKDF, one-time sealing, and the mask stream (AES-CTR)."""
 
 import os
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ class AgreementKey:
 
     @classmethod
     def from_scalar(cls, scalar: int) -> "AgreementKey":
-        """Return the key whose `scalar` this is; raises CryptoError where there is none.
+        """Return the key whose `scalar` this is; raises CryptoError if there is none.
 
         Numbers that differ in the bits which RFC 7748 fixes would give the same key: only one of them is taken.
         """
@@ -83,7 +83,7 @@ def seal_once(key: bytes, plaintext: bytes, associated: bytes) -> bytes:
 
 
 def open_once(key: bytes, sealed: bytes, associated: bytes) -> bytes:
-    """Decrypt what `seal_once` gave; raises CryptoError where anything differs."""
+    """Decrypt what `seal_once` gave; raises CryptoError if anything differs."""
     try:
         return ChaCha20Poly1305(key).decrypt(bytes(12), sealed, associated)
     except InvalidTag:
@@ -93,7 +93,7 @@ def open_once(key: bytes, sealed: bytes, associated: bytes) -> bytes:
 def keystream(key: bytes, size: int) -> Iterator[memoryview]:
     """Yield `size` pseudo-random bytes in blocks: AES-256-CTR from zero, for a key that is used for nothing else.
 
-    A block is overwritten by the next one. AES rather than ChaCha20: a little faster where the processor has it.
+    A block is overwritten by the next one. AES rather than ChaCha20: a little faster if the processor has it.
     """
     stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
     zeros, block = memoryview(bytes(_BLOCK)), bytearray(_BLOCK + 15)  # OpenSSL asks for a cipher block more

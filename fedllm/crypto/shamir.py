@@ -1,7 +1,7 @@
 """Shamir's secret sharing (Shamir 1979) of numbers below PRIME: any `threshold` shares give the secret, fewer nothing.
 
-Python's integers do not hide how long a multiplication takes. Shares are made and put together a few times a round,
-in processes that nobody else can time exactly; whoever shares a processor with one has easier ways in.
+Python's integers do not hide how long a multiplication takes. Shares are made and combined a few times a round, in
+processes that nobody else can time exactly; an attacker who shares the processor has easier ways in.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def random_number() -> int:
 
 
 def split(secret: int, threshold: int, holders: int) -> list[int]:
-    """Return the shares of holders 1, 2, ..., `holders`: values of a random polynomial with f(0) = `secret`."""
+    """Return the shares of participants 1, 2, ..., `holders`: values of a random polynomial with f(0) = `secret`."""
     if not 0 <= secret < PRIME or not 1 <= threshold <= holders:
         raise ValueError(f"cannot split: threshold={threshold}, holders={holders}")
     coefficients = [secret, *(random_number() for _ in range(threshold - 1))]
@@ -28,8 +28,25 @@ def split(secret: int, threshold: int, holders: int) -> list[int]:
 
 
 def combine(weights: Sequence[int], shares: Sequence[int]) -> int:
-    """Return the secret from shares and the weights of their holders; one wrong share gives a random number."""
+    """Return the secret from shares and their Lagrange weights; one wrong share gives a random number."""
     return int(sum(map(mul, weights, shares)) % PRIME)
+
+
+def share_at(at: int, points: Sequence[int], weights: Sequence[int], shares: Sequence[int]) -> int:
+    """Return f(at) for a holder that is none of `points`, whose weights and shares these are.
+
+    The product of (at - x') / (0 - x') over all x' but x is that over all x', times x / (x - at).
+    """
+    above, below = 1, 1
+    for x in points:
+        above, below = above * (at - x) % PRIME, below * -x % PRIME
+    terms = (w * y * x * _inverse(x - at) for x, w, y in zip(points, weights, shares, strict=True))
+    return sum(terms) * above * pow(below, -1, PRIME) % PRIME
+
+
+@lru_cache(maxsize=1 << 14)
+def _inverse(difference: int) -> int:
+    return pow(difference, -1, PRIME)
 
 
 @lru_cache(maxsize=4)
@@ -38,9 +55,9 @@ def _powers(threshold: int, holders: int) -> list[list[int]]:
     return [[pow(x, k, PRIME) for k in range(threshold)] for x in range(1, holders + 1)]
 
 
-@lru_cache(maxsize=512)
-def weights(points: tuple[int, ...], at: int = 0) -> tuple[int, ...]:
-    """Return Lagrange's coefficients: f(at) is the sum of weight * f(point). Once for every set of holders."""
+@lru_cache(maxsize=1024)  # a search for wrong shares goes through as many sets as there are holders
+def weights(points: tuple[int, ...]) -> tuple[int, ...]:
+    """Return Lagrange's coefficients: f(0) is the sum of weight * f(point). Once for every set of holders."""
     if len(set(points)) != len(points):
         raise ValueError(f"points={points}: a holder twice")
     result = []
@@ -48,7 +65,7 @@ def weights(points: tuple[int, ...], at: int = 0) -> tuple[int, ...]:
         above, below = 1, 1
         for other in points:
             if other != x:
-                above = above * (at - other) % PRIME
+                above = above * -other % PRIME
                 below = below * (x - other) % PRIME
         result.append(above * pow(below, -1, PRIME) % PRIME)
     return tuple(result)

@@ -1,4 +1,4 @@
-"""Signed documents (JSON) and signed envelopes (DSSE)."""
+"""Signed documents: readable JSON with signatures (join requests, grants), and DSSE envelopes (chains, reports)."""
 
 import json
 from typing import Any
@@ -84,7 +84,7 @@ def open_envelope(text: str, payload_type: str) -> tuple[bytes, PublicIdentity]:
     """Return the payload of a DSSE envelope of the expected type, and the one identity that signed it.
 
     Whether that identity is the right one is for the caller to decide. DSSE does not sign the key's id, and so not
-    the identity's sealing key: where that matters, the payload has to name the signer.
+    the identity's sealing key: if that matters, the payload has to name the signer.
     """
     try:
         envelope = Envelope.from_dict(json.loads(text))

@@ -1,1 +1,1 @@
-"""Operating a federation: health checks, service files, and a look at a TLS port."""
+"""Operating a federation: health checks of `fedllm doctor`, files for service managers, and a probe of a TLS port."""

@@ -1,4 +1,4 @@
-"""What a look at an installation finds, a line each with its remedy; and what is looked at alike at both ends."""
+"""Health checks for `fedllm doctor`: results of one line each with what to do, and the checks that both ends share."""
 
 import ctypes
 import os
@@ -24,10 +24,10 @@ _UNSYNCHRONISED = 16_000_000  # microseconds; at this possible error the kernel 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One thing that was looked at."""
+    """What one check found."""
 
     level: Literal["ok", "warning", "ERROR"]
-    text: str  # what was found; where it is not ok, what to do. Never a record's content
+    text: str  # what was found; if it is not ok, what to do. Never a record's content
 
     @property
     def right(self) -> bool:
@@ -41,12 +41,12 @@ def ok(text: str) -> CheckResult:
 
 
 def warning(text: str) -> CheckResult:
-    """Works, but is to be seen to."""
+    """It works, but needs attention."""
     return CheckResult("warning", text)
 
 
 def failure(text: str) -> CheckResult:
-    """Does not work, or is not safe."""
+    """It does not work, or is not safe."""
     return CheckResult("ERROR", text)
 
 
@@ -54,7 +54,7 @@ Check = Callable[[], list[CheckResult]]
 
 
 def run_checks(*looks: Check) -> list[CheckResult]:
-    """Return what all looks find; an error of one is its finding, and the same thing is said once."""
+    """Return the results of all checks; an error of one is its result, and equal results are given once."""
     found: list[CheckResult] = []
     for look in looks:
         try:
@@ -98,14 +98,14 @@ def clock(last: datetime | None, what: str) -> list[CheckResult]:
         ]
     synchronised = _synchronised()
     if synchronised is None:
-        return [warning("clock: the system does not say whether it is kept right. Compare it by hand: date")]
+        return [warning("clock: the system does not say if it is synchronised. Compare it by hand: date")]
     if not synchronised:
-        return [warning("clock: not synchronised, and certificates hold by it. Remedy: timedatectl set-ntp true")]
+        return [warning("clock: not synchronised, and certificates depend on it. Remedy: timedatectl set-ntp true")]
     return [ok("clock: synchronised")]
 
 
 def _synchronised() -> bool | None:
-    """Ask the kernel, as timedatectl does (adjtimex(2)); None where it does not tell."""
+    """Ask the kernel, as timedatectl does (adjtimex(2)); None if it does not tell."""
     fields = (ctypes.c_long * 64)()  # struct timex: modes, offset, freq, maxerror, ...; all of modes 0: only asks
     try:
         state = ctypes.CDLL(None).adjtimex(ctypes.byref(fields))
@@ -130,7 +130,7 @@ def versions() -> list[CheckResult]:
 
 
 def disk(what: str, place: Path, least: float = 1.0, better: float = 5.0) -> CheckResult:
-    """Look whether there is room where `what` is written, in GiB: ERROR below `least`, a warning below `better`."""
+    """Check for room where `what` is written, in GiB: ERROR below `least`, a warning below `better`."""
     while not place.exists():
         place = place.parent
     usage, inodes = shutil.disk_usage(place), os.statvfs(place)
@@ -148,7 +148,7 @@ def disk(what: str, place: Path, least: float = 1.0, better: float = 5.0) -> Che
 
 
 def size(what: str, place: Path, most: float, remedy: str) -> list[CheckResult]:
-    """Warn where a file, or all files of a folder, have grown over `most` GiB."""
+    """Warn if a file, or all files of a folder, have grown over `most` GiB."""
     files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
     gib = sum(file.lstat().st_size for file in files) / _GIB
     return [] if gib <= most else [warning(f"disk: {what} has grown to {gib:.1f} GiB ({place}). Remedy: {remedy}")]

@@ -256,7 +256,7 @@ def _json(value: object) -> str:
 
 
 def owner(folder: Path) -> str:
-    """Return the user that a folder belongs to; raises ConfigError where the system has no such user any more."""
+    """Return the user that a folder belongs to; raises ConfigError if the system has no such user any more."""
     number = folder.stat().st_uid
     try:
         return pwd.getpwuid(number).pw_name

@@ -1,4 +1,4 @@
-"""A handshake with the server, as a site makes it, and what is wrong where it fails."""
+"""A TLS handshake with the server, as a site makes it, and what is wrong if it fails."""
 
 import contextlib
 import errno
@@ -47,15 +47,15 @@ def probe_tls(host: str, port: int, ca: Path, at: str | None = None, own: tuple[
 
 
 def _be_believed(secured: ssl.SSLSocket, own: CertificateFacts) -> None:
-    """Raise _NotBelieved where the server ends the connection instead of beginning; it says no reason."""
+    """Raise _NotBelieved if the server ends the connection instead of beginning; it says no reason."""
     with contextlib.suppress(ConnectionError, ssl.SSLError):
         secured.sendall(_PREFACE)
         if secured.recv(1):
             return
     if own.ends < datetime.now(UTC):
-        raise _NotBelieved(f"this office's certificate has ended on {own.ends:%Y-%m-%d %H:%M} UTC")
+        raise _NotBelieved(f"this site's certificate has ended on {own.ends:%Y-%m-%d %H:%M} UTC")
     raise _NotBelieved(
-        f"the server does not believe this office's certificate, which ends on {own.ends:%Y-%m-%d}: it is of another "
+        f"the server does not accept this site's certificate, which ends on {own.ends:%Y-%m-%d}: it is of another "
         "authority, or the clock there is wrong"
     )
 
@@ -69,10 +69,19 @@ def explain_failure(host: str, port: int, error: OSError) -> str:
         return _certificate(host, error)
     known: list[tuple[type[OSError], str]] = [
         (socket.gaierror, f"the name {host} is not known here (DNS). Check it: getent hosts {host}"),
-        (ssl.SSLError, f"{there} does not speak TLS 1.3 as the server does. Is another program, or a proxy, there?"),
-        (TimeoutError, f"{there} does not answer in {_PATIENCE:.0f} s. A firewall on the way? See docs/firewall.md"),
-        (ConnectionRefusedError, f"{there} refuses. At the server: fedllm server start; and is the port right?"),
-        (ConnectionError, f"{there} breaks off the connection. A firewall or a proxy on the way?"),
+        (
+            ssl.SSLError,
+            f"{there} does not speak TLS 1.3 as the server does. Check that no other program or proxy is there",
+        ),
+        (TimeoutError, f"{there} does not answer in {_PATIENCE:.0f} s. Check firewalls on the way: docs/firewall.md"),
+        (
+            ConnectionRefusedError,
+            f"{there}: connection refused. Start the server there (fedllm server start) and check the port",
+        ),
+        (
+            ConnectionError,
+            f"{there} breaks off the connection. Check firewalls and proxies on the way: docs/firewall.md",
+        ),
     ]
     if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
         return f"there is no way to {there} ({error.strerror}). Check network and routes: ip route get {host}"
@@ -91,7 +100,7 @@ def _certificate(host: str, error: ssl.SSLCertVerificationError) -> str:
         return f"the server certificate is not good for {host}. At the server: fedllm server rotate certificate"
     if error.verify_code in _UNKNOWN:
         return (
-            "the server certificate is not of the authority that the grant names. Somebody in between, or a new "
-            "authority: ask the server on the telephone, and for a new grant (there: fedllm server grant SITE)"
+            "the server certificate was not issued by the authority that the grant names: either a man in the "
+            "middle, or a new authority. Call the server, and ask for a new grant (there: fedllm server grant SITE)"
         )
     return f"the server certificate is refused ({error.verify_message}). Ask the server: fedllm doctor"

@@ -1,7 +1,7 @@
 """What a sequence of noisy steps costs: epsilon at delta, by dp-accounting.
 
 Adjacency is add-or-remove-one privacy unit and sampling is Poisson, throughout. The PLD value is the published one;
-RDP is computed beside it as an upper bound by another method (RDP >= PLD always holds).
+RDP is computed beside it as an upper bound by another method (RDP >= PLD holds where float64 is exact enough for both).
 """
 
 import logging
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from fedllm.errors import ConfigError, PrivacyError, first_line
 
-# dp_accounting is imported where it is used: whoever only carries messages imports this module, and never accounts.
+# dp_accounting is imported where it is used: a process that only carries messages imports this module, and never
+# accounts.
 
 _RDP_ORDERS = tuple(1 + x / 10 for x in range(1, 110)) + tuple(range(12, 64)) + (72, 96, 128, 192, 256, 512)
 _FINEST, _COARSEST = 2.0**-20, 2.0**-6  # grids of the privacy loss
@@ -29,7 +30,8 @@ _COARSER = 8  # grid, for a first look at a noise multiplier
 _NO_NOISE = 1e-6  # less cannot be computed with, and counts as none
 _HOPELESS = 100.0  # above this epsilon the RDP bound stands alone: the PLD says no more, and needs memory without end
 _MOST_POINTS = 2**23  # of a PLD, for the same reason: a rare and huge loss on a fine grid
-_INEXACT, _LEAST_DELTA = 1e-5, 1e-10  # of rounding errors of float64 in a PLD; beyond, they may exceed what they are in
+_ROUNDING, _ONCE = 2.0**-51, 64  # of delta, for each step and for each kind of step: see `_rounding`
+_INEXACT = 1e-5  # of mass that float64 may add to a PLD on a fine grid; beyond, it may be above RDP
 MAX_STEPS = 10_000_000  # of one event
 _LEAST_RATE, _MOST_NOISE_MULTIPLIER = 1e-9, 1e9  # 0 is an event as well: nobody is drawn, nothing is added
 _one_at_a_time = threading.Lock()  # all sites of a process ask for the same cost at once: one computes, the others wait
@@ -44,9 +46,9 @@ class AccountingEvent:
     steps: int
 
     def check(self) -> None:
-        """Raise PrivacyError where there can be no such event, or none whose cost can be computed.
+        """Raise PrivacyError if there can be no such event, or none whose cost can be computed.
 
-        The bounds hold for whoever accounts: a site before it charges, and who reads what a site has signed.
+        The bounds hold for everybody who accounts: a site before it charges, and a reader of what a site has signed.
         """
         numbers = all(
             isinstance(value, int | float) and not isinstance(value, bool)
@@ -70,22 +72,23 @@ class AccountingEvent:
 class PrivacySpent:
     """Privacy loss of everything released so far."""
 
-    epsilon: float  # PLD (RDP above 100); math.inf where no noise was added
+    epsilon: float  # PLD (RDP where that is the lower of the two bounds, or stands alone); math.inf without noise
     epsilon_rdp: float
     delta: float
     grid: float | None = None  # of the privacy loss, where there is a PLD
+    exact: bool = True  # False where float64 is too coarse for another accountant to agree
 
     @property
     def by_rdp_alone(self) -> bool:
-        """Whether `epsilon` is the RDP bound, because it is too large for a PLD."""
-        return self.epsilon > _HOPELESS
+        """Whether `epsilon` is the RDP bound: it is too large, or delta too small, for a PLD in float64."""
+        return 0 < self.epsilon == self.epsilon_rdp
 
 
 def spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = None) -> PrivacySpent:
     """Compose `events` and return the privacy loss at `delta`, on the grid that follows from both, or on `grid`.
 
-    A PLD is rounded up onto its grid, so it is an upper bound on any. Raises PrivacyError where an event is impossible,
-    or the two accountants contradict each other.
+    A PLD is rounded up onto its grid, so it is an upper bound on any; what float64 may be in error by is taken off
+    delta first. Raises PrivacyError where an event is impossible, or the two accountants contradict each other.
     """
     composed = _merged(events)
     with _one_at_a_time, _computing():
@@ -94,7 +97,7 @@ def spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = 
 
 @contextmanager
 def _computing() -> Iterator[None]:
-    """Raise PrivacyError where the accountants fail at numbers that are far from all that people use."""
+    """Raise PrivacyError if the accountants fail at numbers that are far from all that people use."""
     try:
         yield
     except (ArithmeticError, ValueError, MemoryError) as error:
@@ -108,7 +111,7 @@ def overrun(events: Sequence[AccountingEvent], delta: float, budget: float, one_
     ones released: see `_adaptive_rdp`. Whether there is a later one may depend on it as well. Divide the transcripts by
     that: each part is of a process that one of the two gates filters at delta, so together they are (budget, 2 delta)
     differentially private; a site with a single plan, and one whose budget RDP alone filters, at delta. Costs a
-    millisecond where RDP, an upper bound, admits the events already.
+    millisecond if RDP, an upper bound, admits the events already.
     """
     if one_plan:
         composed = _merged(events)
@@ -149,9 +152,9 @@ def _adaptive_rdp(events: Sequence[AccountingEvent], delta: float, budget: float
 
 
 def deltas(events: Sequence[AccountingEvent], epsilons: Sequence[float], grid: float | None) -> list[float]:
-    """Return the smallest delta at each of `epsilons` that `events` together satisfy, by PLD on `grid`.
+    """Return a delta at each of `epsilons` that `events` together satisfy, by PLD on `grid` and rounded up.
 
-    1.0 throughout where no noise was added, or so little that there is no PLD (`grid` is None).
+    1.0 throughout if no noise was added, or so little that there is no PLD (`grid` is None).
     """
     composed = _merged(events)
     with _one_at_a_time, _computing():
@@ -166,7 +169,8 @@ def _deltas(events: tuple[AccountingEvent, ...], epsilons: tuple[float, ...], gr
         return (1.0,) * len(epsilons)
     if _too_large(events, grid):
         return (1.0,) * len(epsilons)
-    return tuple(float(delta) for delta in _composed(events, grid).get_delta_for_epsilon(list(epsilons)))
+    found = _composed(events, grid).get_delta_for_epsilon(list(epsilons))
+    return tuple(min(1.0, max(0.0, float(delta)) + _rounding(events)) for delta in found)
 
 
 def _merged(events: Sequence[AccountingEvent]) -> tuple[AccountingEvent, ...]:
@@ -191,17 +195,40 @@ def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float | None
     grid = grid or grid_of(events, delta)
     if _too_large(events, grid):
         return PrivacySpent(rdp, rdp, delta)
-    pld = float(_composed(events, grid).get_epsilon_for_delta(delta))
-    # Rounding up costs at most half a percent; on the old grid, more where a step loses less than a cell. Among very
-    # many steps, or at a very small delta, the last digits of float64 add to the PLD: both are upper bounds, the
-    # smaller one holds.
-    exact = sum(event.steps for event in events) * 2.0**-52 / grid < _INEXACT and delta >= _LEAST_DELTA
+    rounding = _rounding(events)
+    if rounding > delta / 2:
+        return PrivacySpent(rdp, rdp, delta, grid, exact=False)
+    pld = float(_composed(events, grid).get_epsilon_for_delta(delta - rounding))
+    # Both are upper bounds, the smaller one holds. Rounding up costs at most half a percent; on the old grid, more
+    # where a step loses less than a cell. Among very many steps, or at a very small delta, so do the last digits.
+    exact = sum(event.steps for event in events) * 2.0**-52 / grid < _INEXACT and rounding < 0.01 * delta
     if rdp < 0.99 * pld - 0.01 and grid != OLD_GRID and exact:
         raise PrivacyError(
             f"the accountants contradict each other: PLD {pld:.4g}, RDP {rdp:.4g} (which can only be larger). Nothing "
             "was released. Check the versions against constraints.txt."
         )
-    return PrivacySpent(min(pld, rdp), rdp, delta, grid)
+    return PrivacySpent(min(pld, rdp), rdp, delta, grid, exact)
+
+
+def _rounding(events: tuple[AccountingEvent, ...]) -> float:
+    """Return by how much float64 may have made the delta of a composed PLD of `events` too small, at any epsilon.
+
+    The library composes n equal steps as the n-th power of a Fourier transform. Whatever is rounded before that is in
+    error by a part of itself, and so is what it adds to delta: grid and cut tails are rounded up, by more. But the
+    transform f of a step is rounded to the last digits of 1, not of delta, by some r_k at frequency k, and the power
+    multiplies that by n. Of the N cells in the result, delta adds up those of a range, with weights from 0 to 1 that
+    grow, so that frequency k has a weight of at most N / (pi |k|) in the sum: delta is in error by at most
+    n (|r_0| + 2 sum_k |f_k|^(n-1) |r_k| / (pi k)). The power leaves the N / (2 pi S) lowest frequencies, or a few
+    times as many, for a result whose deviation is S cells, and it has up to some 30 S: up to about 15 of them count,
+    and the sum is at most 3 n max |r|. In a transform that adds halves to a whole, the errors of the last two additions
+    make up nearly all of r: about 2^-53. If all of them have that size and one sign, that makes 1.5 n 2^-52.
+
+    Of 2^-52 n, at most 0.5 was seen (against the closed form of the Gaussian, and where delta has to be 0), and 2 is
+    allowed for: whoever asks for a plan may search for one whose errors have the same sign. The transform back, and
+    those that put two kinds of steps together, add some last digits of 1 once for each kind.
+    `tests/attacks/test_rounding_of_epsilon.py` has the measurements.
+    """
+    return _ROUNDING * sum(event.steps + _ONCE for event in events)
 
 
 def grid_of(events: Sequence[AccountingEvent], delta: float) -> float:
@@ -292,7 +319,7 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float
     with np.errstate(all="ignore"):  # with little noise it is infinite, or not a number, at some orders
         accountant.compose(PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier)))
     step: NDArray[np.float64] = np.asarray(accountant._rdp)  # it offers no other way to what it computed
-    # It grows with the order, so where it could not be computed, what it is at a higher order is an upper bound. It is
+    # It grows with the order, so if it could not be computed, its value at a higher order is an upper bound. It is
     # never below 0, but for the last digit of a step that costs nearly nothing.
     return np.maximum(np.minimum.accumulate(np.where(np.isnan(step), np.inf, step)[::-1])[::-1], 0.0)
 
@@ -301,8 +328,8 @@ def _step_rdp(sampling_rate: float, noise_multiplier: float) -> NDArray[np.float
 def calibrate(epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
     """Return a noise multiplier whose epsilon after `steps` is at most `epsilon`, and (up to 50) above 0.998 of it.
 
-    Where 0.1 is enough or more than enough, it is 0.1. Starts where RDP, an upper bound, meets the target.
-    Raises ConfigError where no noise multiplier up to 10,000 meets the target.
+    It is 0.1 if that is enough or more than enough. Starts where RDP, an upper bound, meets the target.
+    Raises ConfigError if no noise multiplier up to 10,000 meets the target.
     """
 
     def by_rdp(noise: float) -> float:

@@ -19,25 +19,25 @@ The two laws differ by a total variation of at most (2 K + 1) m |e| + P(beyond K
 10^9 coordinates and rounds, that is below 10^-500, and adds nothing to delta that a float could hold. Vectors are
 clipped so that they are within the clip after rounding: the sensitivity is the clip norm, with no term for rounding.
 
-**Surplus.** N sites may take part, t are promised to be in every sum, c of them may collude. Were every share sized for
-t, the sum of all N would carry more noise than was asked for. So a share comes in parts, and once it is settled that
-u >= t sites are in the sum, each gives away the seeds of parts that are not needed, which the server takes off again
-(after Jiang, Wang and Chen, "Dordis", EuroSys 2024, XNoise). In units of the mechanism's variance over (N - c)(t - c),
-a share has N - c, of which t - c have no seed; with u survivors each gives away u - t of the others.
+**Excess noise.** N sites may take part, t are promised to be in every sum, c of them may collude. Were every share
+sized for t, the sum of all N would carry more noise than was asked for. So a share comes in parts, and once it is
+settled that u >= t sites are in the sum, each reveals the seeds of parts that are not needed, which the server removes
+again (after Jiang, Wang and Chen, "Dordis", EuroSys 2024, XNoise). In units of the mechanism's variance over (N - c)(t
+- c), a share has N - c, of which t - c have no seed; with u survivors each reveals u - t of the others.
 
-Why enough stays, also against a server that tells sites different things. A site gives parts away once a round,
+Why enough stays, also against a server that tells sites different things. A site reveals seeds once a round,
 with the shares it reveals for the one list that it answers; whatever that says, t - c units stay. Let S be the honest
-sites whose sum is read. A list with dropouts is answered only where t sites have signed it, and there is one at most.
+sites whose sum is read. A list with dropouts is answered only if t sites have signed it, and there is one at most.
 
 - Without one, no mask key was given away, so S holds all honest sites of every list that one of S answered: no list has
-  more than u = min(N, |S| + c) survivors, and S keeps |S| (N - c - (u - t)) units at least. Where |S| + c <= N that is
+  more than u = min(N, |S| + c) survivors, and S keeps |S| (N - c - (u - t)) units at least. If |S| + c <= N that is
   (u - c) (N - c - (u - t)), concave in u and (N - c) (t - c) at both ends, t and N; else it is |S| (t - c), still more.
 - With one, of u survivors, S is all honest ones of them. The t - c or more that signed it keep N - c - (u - t) units or
   more each, the other u - t of the u - c or more at least t - c: (t - c) (N - c) together. S cannot be others: a site
   that is no survivor of the list has its seed from t - c other honest sites only; and survivors none of whom signed it
   were told to mask with none of the t - c who did, so with fewer than t, which they refuse.
 
-That is the mechanism's variance. What a site gives away is independent of all that stays. Parts that have a seed are as
+That is the mechanism's variance. What a site reveals is independent of all that stays. Parts that have a seed are as
 good as AES-256, as the masks are.
 """
 
@@ -56,7 +56,7 @@ from fedllm.privacy.randomness import KeyedRandomness, Randomness
 _LEAST_STD = 16.0  # quanta; see above
 _REACH = 19.0  # no draw is further out, in standard deviations: sqrt(2 * 256 * ln 2) = 18.84
 _BLOCK = 8192  # pairs of draws at a time: their arrays stay in the processor's cache
-_COARSEST = 0.02  # share of the clip norm that rounding a unit's vector may take
+_COARSEST = 0.02  # fraction of the clip norm that rounding a unit's vector may take
 
 
 def rounded_normals(source: Randomness, n: int, std: float) -> NDArray[np.int64]:
@@ -120,7 +120,7 @@ class Share:
     """A site's share of the noise."""
 
     noise: NDArray[np.int64]  # [d], quanta
-    seeds: tuple[str, ...]  # secret, 64 hexadecimal digits each: of the parts that may turn out as surplus
+    seeds: tuple[str, ...]  # secret, 64 hexadecimal digits each: of the parts that may turn out as excess noise
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class DistributedMechanism:
     expected_units: float  # at one site, in one round; public
 
     def __post_init__(self) -> None:
-        """Raise PrivacyError where 32 bits do not hold the sum finely enough."""
+        """Raise PrivacyError if 32 bits do not hold the sum finely enough."""
         if not 0 <= self.colluding < self.quorum <= self.sites:
             raise PrivacyError(
                 f"noise in shares: expected 0 <= colluding < quorum <= sites, found colluding={self.colluding}, "
@@ -195,7 +195,7 @@ class DistributedMechanism:
     def clip_before_rounding(self, dimension: int) -> float:
         """Return the L2 norm, in gradient units, that a unit's vector may have so that rounded it is in the clip.
 
-        To round moves a vector by at most sqrt(d) / 2 quanta. Raises ConfigError where that is too much of the clip.
+        To round moves a vector by at most sqrt(d) / 2 quanta. Raises ConfigError if that is too much of the clip.
         """
         lost = math.sqrt(dimension) / 2 / self.scale
         if lost > _COARSEST:
@@ -234,7 +234,7 @@ class DistributedMechanism:
         return self.noised(clipped_sum, share), share.seeds
 
     def revealed_seeds(self, survivors: int) -> tuple[int, ...]:
-        """Return which of a share's seeds are not needed where so many sites are in a sum; raises PrivacyError."""
+        """Return which of a share's seeds are not needed if so many sites are in a sum; raises PrivacyError."""
         left = survivors - self.quorum
         if not 0 <= left <= self.sites - self.quorum:
             raise PrivacyError(f"{survivors} survivors, expected {self.quorum} to {self.sites}")
@@ -246,7 +246,7 @@ class DistributedMechanism:
         return tuple(chosen)
 
     def surplus(self, seeds: Sequence[str], survivors: int, dimension: int) -> NDArray[np.uint32]:
-        """Return uint32[d], modulo 2^32: what the parts that a site has given away amount to."""
+        """Return uint32[d], modulo 2^32: the excess noise of a site, drawn again from the seeds that it revealed."""
         total = np.zeros(dimension, np.int64)
         for seed, index in zip(seeds, self.revealed_seeds(survivors), strict=True):
             total += rounded_normals(_keyed(seed), dimension, self._std(self._parts[1 + index]))
@@ -268,7 +268,7 @@ class DistributedMechanism:
     def noise_multiplier(self, survivors: int, trimmed: int, known: int) -> float:
         """Return the noise multiplier of a sum for those who know the noise of `known` of its sites.
 
-        Of the `survivors` in it, surplus noise was taken off `trimmed`; known are those with the most noise. The
+        Of the `survivors` in it, excess noise was removed of `trimmed`; known are those with the most noise. The
         server may have seeds that came too late to be used: against it, count all as trimmed.
         """
         full = self.sites - self.colluding

@@ -66,7 +66,7 @@ class Evidence:
         return max(self.seen, self._counted(now))
 
     def unexplained(self, now: Moment) -> float:
-        """Return the seconds by which the clock has gone ahead; 0 where it has not, or by no more than it may."""
+        """Return the seconds by which the clock has gone ahead; 0 if it has not, or by no more than it may."""
         ahead = now.clock - self._counted(now)  # from the first look: corrections do not add up
         return ahead if ahead > (_CORRECTION if self._same_start(now) else _OFF) else 0.0
 

@@ -5,9 +5,9 @@ that left the site. A crash in between leaves RESERVED, which counts as spent. B
 same transaction that marks it released, RESERVED also proves that nothing has left the site but the time it took: its
 owner may abort it, and a round that was released is answered with the very bytes of the first time.
 
-A reservation fixes which records its round samples: 32 bytes of coins, sealed to the site's own keys until the reply
-is stored, and overwritten then. A round that was reserved and did not end may be run once more, with the same coins,
-so that it times the same sample again; after that it is charged anew, for new coins.
+A reservation fixes which records its round samples: 32 bytes of sampling randomness (`coins`), sealed to the site's own
+keys until the reply is stored, and overwritten then. A round that was reserved and did not end may be run once more,
+with the same ones, so that it times the same sample again; after that it is charged anew, for new ones.
 
 Budget belongs to the site. All its data sets share one account, unless its owner has declared one of them disjoint
 from all others, by name, in a signed entry: by parallel composition it then has a budget of its own. What the data
@@ -101,7 +101,7 @@ CREATE TABLE clock (                    -- fedllm.privacy.elapsed: of this start
 );
 """
 _HASH = 16  # bytes of a member's hash
-_COINS = 32  # bytes
+_COINS = 32  # bytes of sampling randomness
 _TRIES = 2  # that one charge pays for
 _PATIENCE = 30.0  # seconds to wait for another process
 _DAY = 86_400.0
@@ -112,7 +112,7 @@ DataSet: TypeAlias = frozenset[bytes]  # hashes of what a data set holds, to com
 
 
 def fingerprint(members: Iterable[bytes]) -> DataSet:
-    """Return the data set that holds `members`: its records and, where they are known, its persons, each as bytes.
+    """Return the data set that holds `members`: its records and, if they are known, its persons, each as bytes.
 
     The order does not matter. Hashes stay in the site's ledger, which protects them as it protects the records.
     """
@@ -125,8 +125,8 @@ class Reservation:
 
     run: str
     round: int
-    reply: bytes | None  # the released reply, where this round was answered before
-    coins: bytes = field(default=b"", repr=False)  # 32 bytes that fix its sample; b"" where there is a reply
+    reply: bytes | None  # the released reply, if this round was answered before
+    coins: bytes = field(default=b"", repr=False)  # 32 bytes that fix its sample; b"" if there is a reply
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class LedgerFile:
     """
 
     def __init__(self, path: Path, anchor: Path | None = None, create: bool = False) -> None:
-        """Open the ledger at `path`; where there was never one and `create` is set, make it (mode 0600).
+        """Open the ledger at `path`; if there was never one and `create` is set, make it (mode 0600).
 
         With `anchor` it has to contain what that names, now and in every transaction. A copy has none.
         """
@@ -196,7 +196,7 @@ class LedgerFile:
             raise LedgerError(f"the privacy ledger {path} holds {charges} charges, and its chain others. {_NO_BACKUP}")
 
     def _begin(self, anchor: Path, create: bool) -> None:
-        """Compare what is there with what the anchor says was there, and make a ledger where there was never one."""
+        """Compare what is there with what the anchor says was there, and make a ledger if there was never one."""
         known = read_anchor(anchor)
         try:
             there = self.path.exists()
@@ -273,7 +273,7 @@ class LedgerFile:
             return list(dict.fromkeys([*charged, *_declared(db)]))
 
     def account_of(self, data_set: str) -> str:
-        """Return the account that pays for a data set: its own where it was declared disjoint, or else the site's."""
+        """Return the account that pays for a data set: its own if it was declared disjoint, or else the site's."""
         with self.transaction() as db:
             return _account(db, data_set)
 
@@ -322,7 +322,7 @@ class LedgerFile:
         """Give a reserved round back to the budget: the owner's decision, for a round that will not be repeated.
 
         RESERVED proves that nothing was released (see above), and from here on nothing can be: the round is refused.
-        Raises LedgerError where there is no such reservation.
+        Raises LedgerError if there is no such reservation.
         """
         with self.transaction() as db:
             rows = db.execute(
@@ -341,7 +341,7 @@ class LedgerFile:
     def declare_disjoint(self, name: str, data: DataSet, signer: Identity) -> None:
         """Give the data set `name` a budget of its own: its owner declares that nobody in it is in any other.
 
-        Raises LedgerError where the name cannot be, or was declared before.
+        Raises LedgerError if the name cannot be, or was declared before.
         """
         if name in ("", SITE) or name != canonical(name) or len(name) > _MAX_NAME:
             raise LedgerError(
@@ -436,7 +436,7 @@ def restart(place: LedgerPlace, signer: Identity, lost: Sequence[Loss]) -> Ledge
     """Take what there is at `place`, or a new ledger, from now on: its owner states what is `lost` to it.
 
     An older ledger that is still there goes on, so that what it holds is not stated twice. Returns the newest entry.
-    Raises LedgerError where the ledger is whole, or what is there is none.
+    Raises LedgerError if the ledger is whole, or what is there is none.
     """
     try:
         LedgerFile(place.file, place.anchor)
@@ -482,7 +482,7 @@ class PrivacyLedger:
             self.account = _account(db, place.data_set)
 
     def _state_budget(self, db: sqlite3.Connection) -> None:
-        """Put the budget into the chain where it is new: who reads the chain sees what was permitted, and when."""
+        """Put the budget into the chain if it is new: who reads the chain sees what was permitted, and when."""
         budget = {"epsilon": self.epsilon if math.isfinite(self.epsilon) else None, "delta": self.delta}
         row = db.execute("SELECT line FROM chain WHERE kind = 'budget' ORDER BY number DESC LIMIT 1").fetchone()
         if row is None or open_entry(row[0]).body != budget:
@@ -499,9 +499,9 @@ class PrivacyLedger:
     def reserve(self, run: str, round: int, request: str, event: AccountingEvent) -> Reservation:
         """Charge `event` for a round, or find that it is already charged. On return the charge is on disk.
 
-        The same request again, while nothing has left the site, has the same coins once more; after that it is charged
-        anew. Raises BudgetExceeded, charging nothing, where the budget does not admit the event, and LedgerError where
-        the round was charged for another request.
+        The same request again, while nothing has left the site, has the same sampling randomness once more; after that
+        it is charged anew. Raises BudgetExceeded, charging nothing, if the budget does not admit the event, and
+        LedgerError if the round was charged for another request.
         """
         with self.file.transaction() as db:
             row = db.execute(
@@ -536,7 +536,7 @@ class PrivacyLedger:
             return Reservation(run, round, None, self.charge(db, run, round, request, event))
 
     def _unsealed(self, sealed: bytes | None) -> bytes | None:
-        """Return the coins of a reservation; None where they cannot be read any more, with new keys for instance."""
+        """Return the sampling randomness of a reservation; None if it can no longer be read, as with new keys."""
         try:
             return None if sealed is None else self._signer.open(sealed, [self._signer.public])[0]
         except CryptoError:
@@ -551,7 +551,7 @@ class PrivacyLedger:
         return row is not None
 
     def charge(self, db: sqlite3.Connection, run: str, round: int, request: str, event: AccountingEvent) -> bytes:
-        """Enter a charge, whatever the budget (`reserve` asks first), and return its coins."""
+        """Enter a charge, whatever the budget (`reserve` asks first), and return its sampling randomness."""
         number = _enter(db, self.account, run, round, request, event, self._signer)
         coins = random_bytes(_COINS)
         sealed = self._signer.seal(coins, self._signer.public)
@@ -594,14 +594,14 @@ class PrivacyLedger:
             )
 
     def check(self, run: str, event: AccountingEvent) -> None:
-        """Raise BudgetExceeded where the budget admits no such event and `run` has nothing to repeat either."""
+        """Raise BudgetExceeded if the budget admits no such event and `run` has nothing to repeat either."""
         with self.file.transaction() as db:
             known = db.execute("SELECT 1 FROM entry WHERE run = ? AND state != 'LOST'", (run,)).fetchone()
             if known is None:
                 self._check(db, run, event)
 
     def release(self, reservation: Reservation, reply: bytes) -> None:
-        """Mark a reserved round as released, keep its reply and forget its coins. Only then may `reply` leave."""
+        """Mark a round as released, keep its reply and forget what fixed its sample. Only then may `reply` leave."""
         with self.file.transaction() as db:
             row = db.execute(
                 "SELECT id, account, charge, state, reserved_at FROM entry WHERE run = ? AND round = ? "

@@ -34,7 +34,7 @@ class LedgerPlace:
     data_set: str = SITE  # shares the site's account unless the ledger says that it was declared disjoint
 
     def is_new(self) -> bool:
-        """Whether there was never an entry here; raises LedgerError where that cannot be told."""
+        """Whether there was never an entry here; raises LedgerError if that cannot be told."""
         return not self.file.exists() and read_anchor(self.anchor) in (None, BEFORE)
 
     def warnings(self) -> list[str]:
@@ -53,7 +53,7 @@ class LedgerPlace:
 
 
 def check_path(path: Path) -> None:
-    """Raise LedgerError where `path` is a link, or on a network file system, whose locks cannot be relied on."""
+    """Raise LedgerError if `path` is a link, or on a network file system, whose locks cannot be relied on."""
     kind = _file_system(path)
     if kind.startswith(_NETWORK):
         raise LedgerError(
@@ -72,7 +72,7 @@ def check_path(path: Path) -> None:
 
 
 def read_anchor(path: Path) -> LedgerHead | None:
-    """Return the entry that the anchor names, None where there is no anchor; raises LedgerError."""
+    """Return the entry that the anchor names, None if there is no anchor; raises LedgerError."""
     check_path(path)
     if not path.exists():
         return None
@@ -92,7 +92,7 @@ def read_anchor(path: Path) -> LedgerHead | None:
 
 
 def write_anchor(path: Path, head: LedgerHead) -> None:
-    """Let the anchor name `head`; raises LedgerError where it cannot be written."""
+    """Let the anchor name `head`; raises LedgerError if it cannot be written."""
     try:
         write_secret(path, json.dumps({"number": head.number, "digest": head.digest}).encode())
     except FolderError as error:
@@ -119,7 +119,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _file_system(path: Path) -> str:
-    """Return the kind of file system that `path` lies on, or would; "" where it is not known (Linux: /proc/mounts)."""
+    """Return the kind of file system that `path` lies on, or would; "" if it is not known (Linux: /proc/mounts)."""
     try:
         mounts = [line.split()[1:3] for line in _MOUNTS.read_text("utf-8").splitlines()]
     except OSError:

@@ -1,4 +1,4 @@
-"""The Poisson-subsampled Gaussian mechanism: coins, sensitivity, noise and accounting event from one object."""
+"""The Poisson-subsampled Gaussian mechanism: sampling, sensitivity, noise and accounting event from one object."""
 
 import math
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Mechanism:
     clipping: Clipping = "flat"
 
     def __post_init__(self) -> None:
-        """Raise PrivacyError where clip or noise are numbers that floats cannot compute with: neither would hold."""
+        """Raise PrivacyError if clip or noise are numbers that floats cannot compute with: neither would hold."""
         for name, value in (("clip_norm", self.clip_norm), ("noise_multiplier", self.noise_multiplier or 1.0)):
             if not 1 / _EXTREME <= value <= _EXTREME:  # nor is NaN
                 raise PrivacyError(f"{name}={value:g}: expected a number between {1 / _EXTREME:g} and {_EXTREME:g}")
@@ -79,7 +79,7 @@ class Mechanism:
     def grid(self) -> float:
         """Spacing of the values that may be released: a power of two between `noise_std` / 2048 and / 1024.
 
-        Public, and the same whatever the records are. 0 where no noise is added: then there is nothing to protect.
+        Public, and the same whatever the records are. 0 if no noise is added: then there is nothing to protect.
         """
         if not self.private:
             return 0.0

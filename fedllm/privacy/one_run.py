@@ -14,8 +14,9 @@ _MOST = 10**8  # canaries; the window below grows with their square root
 def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
     """Return the chance, at most, of `right` or more right guesses if the training is (epsilon, delta)-DP.
 
-    Each of `canaries` was put into the data by a fair coin of its own, and the attacker guessed `guesses` of these
-    coins. With W ~ Binomial(guesses, e^epsilon / (1 + e^epsilon)), arXiv 2305.08846, Theorem 5.2 and Appendix D, is
+    Each of `canaries` was put into the data with probability 1/2, independently, and the attacker guessed of `guesses`
+    of them whether they are in. With W ~ Binomial(guesses, e^epsilon / (1 + e^epsilon)), arXiv 2305.08846, Theorem 5.2
+    and Appendix D, is
 
         P[W >= right] + 2 canaries delta max_i P[right - i <= W < right] / i,    i = 1 .. right.
     """
@@ -31,9 +32,9 @@ def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
 
 
 def epsilon_lower_bound(canaries: int, guesses: int, right: int, delta: float) -> float:
-    """Return the largest epsilon such that every smaller one is refuted, with confidence 95 %; 0 where none is.
+    """Return the largest epsilon such that every smaller one is refuted, with confidence 95 %; 0 if none is.
 
-    Rounded down to a millionth. Raises ConfigError where there can be no such audit.
+    Rounded down to a millionth. Raises ConfigError if there can be no such audit.
     """
     _check(canaries, guesses, right, delta)
 

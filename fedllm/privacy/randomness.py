@@ -1,4 +1,4 @@
-"""Where coins and noise come from: the operating system, or a seed that brands the run NOT PRIVATE."""
+"""Where sampling and noise come from: the operating system's CSPRNG, or a seed that brands the run NOT PRIVATE."""
 
 import hashlib
 import os

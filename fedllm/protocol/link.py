@@ -16,6 +16,7 @@ from fedllm.shown import escaped
 VERSION = 1
 CONNECT = "/fedllm.link.Link/Connect"
 CONTROL = "fedllm.link.Control"
+ID = 32  # bytes of a request's id
 PART = 1 << 20  # bytes of a payload in one frame
 _FRAME = PART + (1 << 16)  # bytes of a frame at most
 AHEAD = 4  # parts that may wait for a slow reader before gRPC's own flow control holds its writer back
@@ -45,7 +46,7 @@ _Frame = TypeVar("_Frame", bound=Message)
 
 
 def read(kind: type[_Frame], data: bytes) -> _Frame:
-    """Return a frame; raises MessageError where it is malformed."""
+    """Return a frame; raises MessageError if it is malformed."""
     try:
         return kind.FromString(data)
     except DecodeError:
@@ -68,13 +69,13 @@ class Payload:
     """A payload of which parts arrive."""
 
     def __init__(self, first: Part, limit: int) -> None:
-        """Raise MessageError where it is to be longer than `limit` bytes."""
+        """Raise MessageError if it is to be longer than `limit` bytes."""
         if first.size > limit:
             raise MessageError(f"a payload of {first.size} bytes, and at most {limit} are taken")
         self.size, self._data = first.size, bytearray()
 
     def add(self, part: Part) -> bytes | None:
-        """Take the next part; returns the payload when it is whole. Raises MessageError where they do not fit."""
+        """Take the next part; returns the payload when it is whole. Raises MessageError if they do not fit."""
         self._data += part.data
         if part.size != self.size or len(self._data) > self.size or not (part.data or self.size == 0):
             raise MessageError("parts of a payload that do not fit together")

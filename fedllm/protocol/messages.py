@@ -34,7 +34,7 @@ Reason = Literal[
     "training",  # training gave no finite update: the noised update, which is paid for
     "ledger",  # the ledger cannot be used, or the round was charged for another request: ledger, request, disk
     "message",  # the request was not understood: request
-    "masks",  # its secrets of the round are lost or do not fit, it joins anew: request, what it was sent before
+    "masks",  # its secrets of the round are lost or do not fit, it needs new keys: request, what it was sent before
     "internal",  # a fault of software or disk that no record has a part in, before or after training
 ]
 
@@ -64,13 +64,13 @@ class Prepare(Message):
 
     KIND: ClassVar[str] = "prepare"
     plan: RunPlan
-    session: Hex32 | None = None  # of secure aggregation, where the plan asks for it
+    session: Hex32 | None = None  # of secure aggregation, if the plan asks for it
     # of all sites, name to identity; what a site makes of it is its own affair
     roster: dict[Name, Annotated[Printable, Field(max_length=200)]] = Field({}, max_length=MAX_SITES)
 
 
 class Ready(Message):
-    """The site admits the plan, and has loaded the model; the payload is its Join, where there is a session."""
+    """The site admits the plan, and has loaded the model; the payload is its AdvertiseKeys, if there is a session."""
 
     KIND: ClassVar[str] = "ready"
     LONGEST = _LITTLE
@@ -80,7 +80,7 @@ class Ready(Message):
 
 
 def _of_an_entry(head: LedgerHead) -> LedgerHead:
-    if not 0 <= head.number < 2**63 or len(head.digest) > 64 or not shows(head.digest):
+    if head.number < 0 or not shows(head.digest):
         raise ValueError("no entry of a ledger")
     return head
 
@@ -175,33 +175,33 @@ class Signed(Frozen):
 class _UnderTerms(Message):
     """Base of all messages of secure aggregation."""
 
-    context: Hex32  # digest of the terms
+    context: Hex32  # digest of the session's parameters
 
 
 class _OfRound(_UnderTerms):
     """Base of those that belong to a round."""
 
     round: Round
-    joins: Hex32  # digest of the list of joins
+    joins: Hex32  # digest of the list of advertised keys
 
 
 class AdvertiseKeys(_UnderTerms):
-    """Site: takes part in secure aggregation under these terms."""
+    """Site: takes part in secure aggregation with this key, under these parameters (round 0 of Bonawitz et al.)."""
 
     KIND: ClassVar[str] = "secagg-join"
     join: AdvertisedKey
 
 
 class ShareKeysRequest(_UnderTerms):
-    """The server: deal out secrets for a round among these sites."""
+    """The server: share the secrets of a round among these sites."""
 
     KIND: ClassVar[str] = "secagg-share"
     round: Round
-    joins: Annotated[tuple[AdvertisedKey, ...], Field(max_length=MAX_HOLDERS)]  # none: those of the request before
+    joins: Annotated[tuple[AdvertisedKey, ...], Field(max_length=MAX_HOLDERS)]  # empty: those of the request before
 
 
 class KeyShares(_OfRound):
-    """Site: the public part of its secrets; the payload seals a pair of shares to every other site, by their order."""
+    """Site: its signed mask key; the payload seals a pair of shares to every other site, in their order."""
 
     KIND: ClassVar[str] = "secagg-shares"
     LONGEST = _LITTLE
@@ -209,7 +209,7 @@ class KeyShares(_OfRound):
 
 
 class MaskedInputRequest(_OfRound):
-    """The server: these sites dealt; the payload is what they sealed to the receiver, by their order."""
+    """The server: these sites shared their secrets; the payload is what they sealed to the receiver, in their order."""
 
     KIND: ClassVar[str] = "secagg-mask"
     LONGEST = _LITTLE
@@ -225,7 +225,7 @@ class MaskedInput(_OfRound):
 
 
 class ConsistencyCheck(_OfRound):
-    """The server: these sites uploaded, and those that dealt but did not upload dropped out."""
+    """The server: these sites uploaded, and those that shared secrets but did not upload dropped out."""
 
     KIND: ClassVar[str] = "secagg-unmask"
     common: Hex32  # digest of what all of them were asked for
@@ -248,7 +248,7 @@ class UnmaskingRequest(_OfRound):
 
 
 class UnmaskingShares(_OfRound):
-    """Site: one share of 32 bytes for every participant, by their order."""
+    """Site: one share of 32 bytes for every participant, in their order."""
 
     KIND: ClassVar[str] = "secagg-revealed"
     LONGEST = _LITTLE
@@ -275,7 +275,7 @@ def pack(*parts: bytes) -> bytes:
 
 
 def unpack(payload: bytes, parts: int) -> list[bytes]:
-    """Return the parts of a payload; raises MessageError where it is not exactly so many."""
+    """Return the parts of a payload; raises MessageError if it is not exactly so many."""
     found, position = [], 0
     for _ in range(parts):
         length = int.from_bytes(payload[position : position + 8], "big")

@@ -40,7 +40,7 @@ def open_sealed(
 ) -> tuple[Binding, bytes, PublicIdentity]:
     """Return what an envelope is bound to, its message, and which of `senders` sealed it.
 
-    Raises CryptoError where none of them did, or it is meant for somebody else, and MessageError where what they
+    Raises CryptoError if none of them did, or it is meant for somebody else, and MessageError if what they
     sealed is malformed.
     """
     plain, sender = receiver.open(sealed, senders)

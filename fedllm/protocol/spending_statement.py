@@ -28,7 +28,7 @@ class Statement:
     run: str
     plan: str  # the plan's digest
     round: int
-    epsilon: float | None  # spent on these records so far, at `delta`: PLD; None where no noise was added
+    epsilon: float | None  # spent on these records so far, at `delta`: PLD; None if no noise was added
     epsilon_rdp: float | None
     delta: float
     ledger_number: int  # an entry of the site's chain that already holds the round's charge: its newest
@@ -57,7 +57,7 @@ def sign_statement(statement: Statement, signer: Identity) -> str:
 
 
 def open_statement(line: str) -> tuple[Statement, PublicIdentity]:
-    """Read a statement and who signed it; raises CryptoError where its signature does not fit, or it is none.
+    """Read a statement and who signed it; raises CryptoError if its signature does not fit, or it is none.
 
     Whether the signer is the site's identity is for the caller to decide.
     """

@@ -1,5 +1,6 @@
-"""The server's part in secure aggregation."""
+"""The server's part in secure aggregation: its requests, the checks of what sites answer, and the unmasked sum."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,15 +20,21 @@ from fedllm.protocol.messages import (
     UnmaskingShares,
 )
 from fedllm.secagg.masking import WORD, add_mask, mask_sign, pair_mask_key, seed_commitment, self_mask_key
-from fedllm.secagg.session import SEALED, Cohort, Vector, check_claim, check_dealing, check_key, claim_digest
+from fedllm.secagg.session import (
+    SEALED,
+    Cohort,
+    Vector,
+    check_key,
+    check_mask_key,
+    check_survivor_list,
+    survivors_digest,
+)
 
-# ---- the server -----------------------------------------------------------------------------------------------------
 
-
-def check_shares(cohort: Cohort, number: int, shares: KeyShares) -> None:
-    """Raise MessageError unless these are a site's shares for this round of this circle."""
+def check_key_shares(cohort: Cohort, number: int, shares: KeyShares) -> None:
+    """Raise MessageError unless these are a site's shares for this round of this cohort."""
     _expect(cohort, number, shares, shares.dealing.site)
-    check_dealing(cohort, number, shares.dealing)
+    check_mask_key(cohort, number, shares.dealing)
     check_key(shares.dealing.site, shares.dealing.key)
     expected = SEALED * (len(cohort.names) - 1)
     if len(shares.payload) != expected:
@@ -36,12 +43,12 @@ def check_shares(cohort: Cohort, number: int, shares: KeyShares) -> None:
         )
 
 
-def mask_request(cohort: Cohort, number: int, dealt: Mapping[str, KeyShares], site: str) -> MaskedInputRequest:
-    """Return what one site needs of all that was dealt (participants by name, checked): O(n) bytes."""
+def masked_input_request(cohort: Cohort, number: int, dealt: Mapping[str, KeyShares], site: str) -> MaskedInputRequest:
+    """Return the shares and signed mask keys that one site needs (`dealt`: checked, by participant): O(n) bytes."""
     names = sorted(dealt)
     sealed = b"".join(_sealed_to(cohort, dealt[name], site) for name in names if name != site)
     return MaskedInputRequest(
-        context=cohort.terms.context, round=number, joins=cohort.digest,
+        context=cohort.params.context, round=number, joins=cohort.digest,
         dealings=tuple(dealt[name].dealing for name in names), payload=sealed,
     )  # fmt: skip
 
@@ -51,25 +58,27 @@ def _sealed_to(cohort: Cohort, shares: KeyShares, site: str) -> bytes:
     return shares.payload[SEALED * index : SEALED * (index + 1)]
 
 
-def unmask_request(
+def consistency_check(
     cohort: Cohort, number: int, common: str, participants: Iterable[str], survivors: Collection[str]
 ) -> ConsistencyCheck:
-    """Return the round's list, for what was asked (`common_digest`); `check_claim` says whether enough survived."""
+    """Return the round's list of survivors for a `common_digest`; `check_survivor_list` says if they are enough."""
     names = sorted(participants)
     return ConsistencyCheck(
-        context=cohort.terms.context, round=number, joins=cohort.digest, common=common,
+        context=cohort.params.context, round=number, joins=cohort.digest, common=common,
         survivors=tuple(name for name in names if name in survivors),
         dropped=tuple(name for name in names if name not in survivors),
     )  # fmt: skip
 
 
-def reveal_request(claim: ConsistencyCheck, consents: Iterable[ConsistencySignature]) -> UnmaskingRequest:
+def unmasking_request(survivor_list: ConsistencyCheck, consents: Iterable[ConsistencySignature]) -> UnmaskingRequest:
     """Return the proof that enough survivors signed the same list."""
     signed = tuple(consent.consent for consent in consents)
-    return UnmaskingRequest(context=claim.context, round=claim.round, joins=claim.joins, consents=signed)
+    return UnmaskingRequest(
+        context=survivor_list.context, round=survivor_list.round, joins=survivor_list.joins, consents=signed
+    )
 
 
-def read_masked(cohort: Cohort, number: int, masked: MaskedInput, dimension: int) -> Vector:
+def read_masked_input(cohort: Cohort, number: int, masked: MaskedInput, dimension: int) -> Vector:
     """Return uint32[dimension], still masked; raises MessageError. A site whose upload is refused has dropped out."""
     _expect(cohort, number, masked, masked.site)
     if len(masked.payload) != WORD.itemsize * dimension:
@@ -79,19 +88,19 @@ def read_masked(cohort: Cohort, number: int, masked: MaskedInput, dimension: int
     return np.frombuffer(masked.payload, WORD)
 
 
-def check_reveal(cohort: Cohort, claim: ConsistencyCheck, reveal: UnmaskingShares) -> None:
+def check_unmasking_shares(cohort: Cohort, survivor_list: ConsistencyCheck, reveal: UnmaskingShares) -> None:
     """Raise MessageError unless a survivor answers this list with a share for every participant."""
-    _expect(cohort, claim.round, reveal, reveal.site)
-    expected = shamir.SHARE * (len(claim.survivors) + len(claim.dropped))
-    if reveal.site not in claim.survivors or reveal.claim != claim_digest(cohort, claim):
-        raise MessageError(f"round {claim.round}: site={reveal.site!r} reveals for another list of survivors")
+    _expect(cohort, survivor_list.round, reveal, reveal.site)
+    expected = shamir.SHARE * (len(survivor_list.survivors) + len(survivor_list.dropped))
+    if reveal.site not in survivor_list.survivors or reveal.claim != survivors_digest(cohort, survivor_list):
+        raise MessageError(f"round {survivor_list.round}: site={reveal.site!r} reveals for another list of survivors")
     if len(reveal.payload) != expected:
         raise MessageError(f"site={reveal.site!r} reveals {len(reveal.payload)} bytes, expected {expected}")
 
 
 def _expect(cohort: Cohort, number: int, message: KeyShares | MaskedInput | UnmaskingShares, site: str) -> None:
-    if (message.context, message.round, message.joins) != (cohort.terms.context, number, cohort.digest):
-        raise MessageError(f"site={site!r} answers for another session, round or list of joins than round {number}")
+    if (message.context, message.round, message.joins) != (cohort.params.context, number, cohort.digest):
+        raise MessageError(f"site={site!r} answers for another session, round or list of keys than round {number}")
     if site not in cohort.place:
         raise MessageError(f"site={site!r} has not joined")
 
@@ -102,12 +111,23 @@ class Unmasked:
 
     total_d: Vector  # uint32[d], mod 2^32
     doubtful: tuple[tuple[str, str], ...]  # (holder, dealer): one of the two made a wrong share; the sum is right
+    participants: int  # that dealt
+
+    @property
+    def liars(self) -> tuple[str, ...]:
+        """The holders whose shares are wrong for more than half of those who dealt.
+
+        One wrong share does not tell who made it: a dealer can hand an honest holder a wrong one. To have an honest
+        holder named here takes more than half of all who dealt, and these could as well end every round.
+        """
+        found = Counter(holder for holder, _ in self.doubtful)
+        return tuple(sorted(holder for holder, many in found.items() if 2 * many > self.participants))
 
 
 def unmask(
     cohort: Cohort,
     dealt: Mapping[str, KeyShares],
-    claim: ConsistencyCheck,
+    survivor_list: ConsistencyCheck,
     uploads: Mapping[str, MaskedInput],
     reveals: Sequence[UnmaskingShares],
     dimension: int,
@@ -116,55 +136,56 @@ def unmask(
 
     `dealt` holds the participants, `uploads` exactly the survivors. Raises MessageError on an answer that does not
     belong here (see the `check_` functions, which take answers one by one), QuorumLost on fewer than t reveals, and
-    FederationError where a secret cannot be put together.
+    FederationError if a secret cannot be reconstructed.
     """
-    threshold, number, common = cohort.terms.threshold, claim.round, claim.common
-    check_claim(cohort.terms, claim, dealt)
-    if set(uploads) != set(claim.survivors):
+    threshold, number, common = cohort.params.threshold, survivor_list.round, survivor_list.common
+    check_survivor_list(cohort.params, survivor_list, dealt)
+    if set(uploads) != set(survivor_list.survivors):
         raise FederationError(f"round {number}: uploads and survivors differ. Only sites that uploaded can survive.")
     answers = {reveal.site: reveal for reveal in reveals}
     if len(answers) != len(reveals):
         raise MessageError(f"round {number}: a site reveals twice")
     for reveal in reveals:
-        check_reveal(cohort, claim, reveal)
+        check_unmasking_shares(cohort, survivor_list, reveal)
     if len(answers) < threshold:
         raise QuorumLost(
             f"round {number}: {len(answers)} sites revealed their shares, expected at least {threshold}. The sum "
             "cannot be read; the round is lost, and what the sites have spent on it stands."
         )
     holders = tuple(sorted(answers, key=cohort.place.__getitem__))
-    survivors = set(claim.survivors)
+    search = _Search(cohort, holders)
+    survivors = set(survivor_list.survivors)
     doubtful: list[tuple[str, str]] = []
     total_d = np.zeros(dimension, WORD)
-    for site in claim.survivors:
-        total_d += read_masked(cohort, number, uploads[site], dimension)
+    for site in survivor_list.survivors:
+        total_d += read_masked_input(cohort, number, uploads[site], dimension)
     for index, dealer in enumerate(sorted(dealt)):
-        dealing = dealt[dealer].dealing
+        mask_key = dealt[dealer].dealing
         shares = [_share_at(answers[holder], index) for holder in holders]
         if dealer in survivors:
-            seed, wrong = _recover(cohort, holders, shares, dealer, _seed_check(cohort, number, dealing))
+            seed, wrong = search.recover(shares, dealer, _seed_check(cohort, number, mask_key))
             add_mask(total_d, self_mask_key(cohort, number, common, dealer, seed), -1)
         else:
-            scalar, wrong = _recover(cohort, holders, shares, dealer, _scalar_check(dealing))
+            scalar, wrong = search.recover(shares, dealer, _scalar_check(mask_key))
             key = AgreementKey.from_scalar(scalar)
-            for site in claim.survivors:
+            for site in survivor_list.survivors:
                 pair = pair_mask_key(cohort, number, common, dealer, key, dealt[site].dealing)
                 add_mask(total_d, pair, -mask_sign(cohort, site, dealer))
         doubtful += [(holder, dealer) for holder in wrong]
-    return Unmasked(total_d, tuple(doubtful))
+    return Unmasked(total_d, tuple(doubtful), len(dealt))
 
 
 def _share_at(reveal: UnmaskingShares, index: int) -> int:
     return int.from_bytes(reveal.payload[shamir.SHARE * index : shamir.SHARE * (index + 1)], "big")
 
 
-def _seed_check(cohort: Cohort, number: int, dealing: SignedMaskKey) -> Callable[[int], bool]:
-    expected = bytes.fromhex(dealing.commitment)
-    return lambda seed: seed_commitment(cohort, number, dealing.site, seed) == expected
+def _seed_check(cohort: Cohort, number: int, mask_key: SignedMaskKey) -> Callable[[int], bool]:
+    expected = bytes.fromhex(mask_key.commitment)
+    return lambda seed: seed_commitment(cohort, number, mask_key.site, seed) == expected
 
 
-def _scalar_check(dealing: SignedMaskKey) -> Callable[[int], bool]:
-    expected = bytes.fromhex(dealing.key)
+def _scalar_check(mask_key: SignedMaskKey) -> Callable[[int], bool]:
+    expected = bytes.fromhex(mask_key.key)
 
     def fits(scalar: int) -> bool:
         try:
@@ -175,28 +196,43 @@ def _scalar_check(dealing: SignedMaskKey) -> Callable[[int], bool]:
     return fits
 
 
-def _recover(
-    cohort: Cohort, holders: tuple[str, ...], shares: list[int], dealer: str, right: Callable[[int], bool]
-) -> tuple[int, list[str]]:
-    """Return a dealer's secret, and the holders whose shares are not on its polynomial.
+class _Search:
+    """Finds t right shares of one dealer's secret after another.
 
     A secret can be checked against what its dealer signed, so any t right shares do. They are looked for in runs of t
-    neighbours around the circle of holders: with one wrong share among t + 1 or more, one such run is without it.
+    neighbours around the circle of holders: with one wrong share among t + 1 or more, one such run is without it. The
+    run that fitted last is tried first, so that whoever gives wrong shares of many dealers' secrets costs one search.
     """
-    threshold, many = cohort.terms.threshold, len(holders)
-    points = [cohort.place[holder] for holder in holders]
-    for first in range(many if many > threshold else 1):
-        chosen = [(first + k) % many for k in range(threshold)]
-        at = tuple(points[k] for k in chosen)
-        values = [shares[k] for k in chosen]
-        secret = shamir.combine(shamir.weights(at), values)
-        if not right(secret):
-            continue
-        if first == 0:  # nothing is known to be wrong; what was not needed is not looked at
-            return secret, []
-        rest = [k for k in range(many) if k not in chosen]
-        return secret, [holders[k] for k in rest if shamir.combine(shamir.weights(at, points[k]), values) != shares[k]]
-    raise FederationError(
-        f"the secret that site={dealer!r} dealt cannot be put together from the shares of {', '.join(holders)}: that "
-        "site dealt wrong shares, or one of the others gave one back. The round is lost; leave it out of the next."
-    )
+
+    def __init__(self, cohort: Cohort, holders: tuple[str, ...]) -> None:
+        """`holders` are those who revealed their shares, t at least, by their places."""
+        self._holders, self._threshold = holders, cohort.params.threshold
+        self._points = [cohort.place[holder] for holder in holders]
+        many, spare = len(holders), len(holders) - self._threshold
+        # what these runs leave out lies side by side, so the first few are enough for one wrong share
+        self._runs = list(dict.fromkeys([*range(0, many, spare), *range(many)])) if spare else [0]
+        self._wrong_before: set[int] = set()
+
+    def recover(self, shares: list[int], dealer: str, right: Callable[[int], bool]) -> tuple[int, list[str]]:
+        """Return a dealer's secret, and the holders whose shares are not on its polynomial.
+
+        Where the first run fits, only those are looked at whose share of another secret was wrong.
+        """
+        many = len(shares)
+        for tried, first in enumerate(self._runs):
+            chosen = [(first + k) % many for k in range(self._threshold)]
+            at, values = tuple(self._points[k] for k in chosen), [shares[k] for k in chosen]
+            weights = shamir.weights(at)
+            secret = shamir.combine(weights, values)
+            if not right(secret):
+                continue
+            self._runs.insert(0, self._runs.pop(tried))
+            doubted = (set(range(many)) if tried else self._wrong_before) - set(chosen)
+            wrong = [k for k in sorted(doubted) if shamir.share_at(self._points[k], at, weights, values) != shares[k]]
+            self._wrong_before.update(wrong)
+            return secret, [self._holders[k] for k in wrong]
+        raise FederationError(
+            f"the secret that site={dealer!r} shared cannot be reconstructed from the shares of "
+            f"{', '.join(self._holders)}: that site sent wrong shares, or one of the others gave one back. The round "
+            "is lost; leave it out of the next."
+        )

@@ -1,4 +1,4 @@
-"""Masks: their keys, and how one is added to a vector."""
+"""Masks, the same for both ends: how their keys are derived, and how one is added to a vector."""
 
 import numpy as np
 
@@ -8,9 +8,6 @@ from fedllm.protocol.messages import SignedMaskKey
 from fedllm.secagg.session import Cohort, Vector
 
 WORD = np.dtype("<u4")
-
-
-# ---- masks: the same for both ends -----------------------------------------------------------------------------------
 
 
 def seed_commitment(cohort: Cohort, number: int, site: str, seed: int) -> bytes:
@@ -28,9 +25,9 @@ def pair_mask_key(cohort: Cohort, number: int, common: str, own: str, key: Agree
     return primitives.derive(secret, cohort.document("pair mask", number, common, *sorted((own, peer.site))))
 
 
-def share_key(cohort: Cohort, number: int, agreed: bytes, sender: str, receiver: str, dealing: bytes) -> bytes:
-    """Return a key for one pair of shares: `dealing` is what was signed of them, with keys drawn for them alone."""
-    return primitives.derive(agreed, cohort.document("sealed shares", number, sender, receiver, dealing))
+def share_key(cohort: Cohort, number: int, agreed: bytes, sender: str, receiver: str, mask_key: bytes) -> bytes:
+    """Return a key for one pair of shares: `dealing` is the signed document on them, with keys of their own."""
+    return primitives.derive(agreed, cohort.document("sealed shares", number, sender, receiver, mask_key))
 
 
 def add_mask(total_d: Vector, key: bytes, sign: int) -> None:

@@ -1,4 +1,4 @@
-"""A site's part in secure aggregation."""
+"""A site's part in secure aggregation: advertise a key, share secrets, mask one vector a round, help to unmask."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -30,19 +30,17 @@ from fedllm.secagg.session import (
     RevealedSeeds,
     SessionParams,
     Vector,
-    check_claim,
-    check_consent,
-    check_dealing,
-    claim_digest,
-    claim_document,
+    advertised_key_document,
+    check_consistency_signature,
+    check_mask_key,
+    check_survivor_list,
     common_digest,
-    dealing_document,
     digest_of_document,
-    join_document,
     make_cohort,
+    mask_key_document,
+    survivors_digest,
+    survivors_document,
 )
-
-# ---- the site --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -50,7 +48,7 @@ class _Round:
     """What a site holds for one round; the fields below only ever go from None to their one value."""
 
     cohort: Cohort
-    agreed: dict[str, bytes]  # what each peer's share key gives with one's own
+    agreed: dict[str, bytes]  # the secret agreed with each peer's key
     number: int
     seed: int
     key: AgreementKey
@@ -60,30 +58,30 @@ class _Round:
     common: str = ""  # `common_digest` of that
     held: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # every participant's shares of seed and key
     pair_keys: dict[str, bytes] = field(default_factory=dict)  # of the masks shared with every other participant
-    claim: ConsistencyCheck | None = None  # the one list of survivors
+    survivor_list: ConsistencyCheck | None = None  # the one list of survivors
     surplus: RevealedSeeds = lambda _: ()
 
 
 class Participant:
     """A site's part in secure aggregation for one session; one thread at a time."""
 
-    def __init__(self, terms: SessionParams, site: str, identity: Identity) -> None:
-        """Draw the share key and sign it. Raises ConfigError where the roster has another identity for this site."""
-        if terms.roster.get(site) != identity.public:
+    def __init__(self, params: SessionParams, site: str, identity: Identity) -> None:
+        """Draw the share key and sign it. Raises ConfigError if the roster has another identity for this site."""
+        if params.roster.get(site) != identity.public:
             raise ConfigError(f"site={site!r} is not on its own roster with its present identity. Renew the roster.")
-        self.terms, self.site, self._identity = terms, site, identity
+        self.params, self.site, self._identity = params, site, identity
         self._key = AgreementKey.generate()
-        signature = identity.sign(join_document(terms, site, self._key.public))
+        signature = identity.sign(advertised_key_document(params, site, self._key.public))
         self.join = AdvertiseKeys(
-            context=terms.context,
+            context=params.context,
             join=AdvertisedKey(site=site, key=self._key.public.hex(), signature=signature.hex()),
         )
         self._rounds: dict[int, _Round] = {}  # the newest and the one before
 
     def share(self, request: ShareKeysRequest) -> KeyShares:
-        """Draw this round's secrets and deal them out. Raises MessageError and PrivacyError.
+        """Draw this round's secrets and share them. Raises MessageError and PrivacyError.
 
-        Before anything is masked with them, others may be dealt in their place to another list of sites.
+        Before anything is masked with them, others may be shared in their place with another list of sites.
         """
         self._expect(request.context)
         cohort, agreed = self._cohort_of(request)
@@ -94,8 +92,8 @@ class Participant:
         unused = number == newest and done is not None and done.asked is None  # another site came or went
         if number <= newest and not unused:
             raise PrivacyError(
-                f"round {number}: site={self.site!r} has dealt round {newest} already, and deals a round out "
-                "once. Go on with the next round."
+                f"round {number}: site={self.site!r} has shared the secrets of round {newest} already, and shares a "
+                "round's secrets once. Go on with the next round."
             )
         state = self._deal(cohort, agreed, number)
         self._rounds = {k: v for k, v in self._rounds.items() if k >= number - 1}
@@ -110,8 +108,8 @@ class Participant:
         `task` is the digest of what the vector was computed from, 64 hex: masks cancel among sites with the same.
         `surplus` is revealed with the shares, for the round's one list.
 
-        A share that does not open implicates its dealer or the server, which passed it on: take the dealer out of the
-        request and ask again.
+        A share that does not open implicates the site that made it or the server, which passed it on: take that site
+        out of the request and ask again.
         """
         state = self._state(request)
         if vector_d.dtype != np.uint32 or vector_d.ndim != 1:
@@ -143,19 +141,19 @@ class Participant:
         self._open(state, request, "")
 
     def unmask(self, request: ConsistencyCheck) -> ConsistencySignature | UnmaskingShares:
-        """Answer the round's list of survivors: with shares of seeds where nobody dropped out, or with a signature.
+        """Answer the round's list of survivors: with shares of seeds if nobody dropped out, or else with a signature.
 
         From here on this site answers no other list in this round. Raises MessageError and PrivacyError.
         """
         state = self._state(request)
         if state.asked is None:
             raise PrivacyError(f"round {request.round}: site={self.site!r} has not uploaded, so it reveals nothing")
-        if state.claim is not None and state.claim != request:
+        if state.survivor_list is not None and state.survivor_list != request:
             raise PrivacyError(
                 f"round {request.round}: site={self.site!r} was shown two lists of survivors. The server is at fault: "
                 "both together would open an update. This site answers the first one only."
             )
-        check_claim(self.terms, request, state.held)
+        check_survivor_list(self.params, request, state.held)
         if request.common != state.common:
             raise PrivacyError(
                 f"round {request.round}: the list of survivors is for another request than the one site={self.site!r} "
@@ -164,10 +162,10 @@ class Participant:
         if self.site not in request.survivors:
             raise PrivacyError(f"round {request.round}: site={self.site!r} is said to have dropped out, yet is asked")
         answer = None if request.dropped else _reveal(state, self.site, request)
-        state.claim = request
+        state.survivor_list = request
         if answer is not None:
             return answer
-        signature = self._identity.sign(claim_document(state.cohort, request))
+        signature = self._identity.sign(survivors_document(state.cohort, request))
         return ConsistencySignature(
             context=request.context, round=request.round, joins=request.joins,
             consent=Signed(site=self.site, signature=signature.hex()),
@@ -179,27 +177,27 @@ class Participant:
         Raises MessageError and PrivacyError unless at least the threshold of survivors signed the same list.
         """
         state = self._state(request)
-        claim = state.claim
-        if claim is None or not claim.dropped:
+        survivor_list = state.survivor_list
+        if survivor_list is None or not survivor_list.dropped:
             raise PrivacyError(
                 f"round {request.round}: site={self.site!r} has signed no list of survivors to reveal for"
             )
         for consent in request.consents:
-            check_consent(state.cohort, claim, consent)
+            check_consistency_signature(state.cohort, survivor_list, consent)
         signers = {consent.site for consent in request.consents}
         if len(signers) != len(request.consents):
             raise MessageError(f"round {request.round}: a survivor's signature comes twice")
-        if len(signers) < self.terms.threshold:
+        if len(signers) < self.params.threshold:
             raise PrivacyError(
                 f"round {request.round}: {len(signers)} survivors signed the list, expected at least "
-                f"{self.terms.threshold}. Nothing is revealed."
+                f"{self.params.threshold}. Nothing is revealed."
             )
-        return _reveal(state, self.site, claim)
+        return _reveal(state, self.site, survivor_list)
 
     def _expect(self, context: str) -> None:
-        if context != self.terms.context:
+        if context != self.params.context:
             raise MessageError(
-                f"a request of secure aggregation for another plan, session or threshold than site={self.site!r} joined"
+                f"a request of secure aggregation for another plan, session or threshold than site={self.site!r} knows"
             )
 
     def _state(self, request: MaskedInputRequest | ConsistencyCheck | UnmaskingRequest) -> _Round:
@@ -207,35 +205,35 @@ class Participant:
         state = self._rounds.get(request.round)
         if state is None:
             raise PrivacyError(
-                f"round {request.round}: site={self.site!r} holds no secrets for it: it was not asked to deal, or the "
-                "round is over, or its process is a new one. Leave the site out of this round."
+                f"round {request.round}: site={self.site!r} holds no secrets for it: it was not asked to share any, "
+                "or the round is over, or its process is a new one. Leave the site out of this round."
             )
         if request.joins != state.cohort.digest:
             raise MessageError(
-                f"round {request.round}: a request for other joins than those site={self.site!r} dealt to"
+                f"round {request.round}: a request for other advertised keys than those site={self.site!r} shared with"
             )
         return state
 
     def _cohort_of(self, request: ShareKeysRequest) -> tuple[Cohort, dict[str, bytes]]:
-        """Return the checked circle and what its keys give; both stay as long as the list does."""
+        """Return the checked cohort and what was agreed with each peer; both stay as long as the list does."""
         known = self._rounds[max(self._rounds)] if self._rounds else None
         if known is None and not request.joins:
-            raise MessageError(f"round {request.round}: no joins were sent to site={self.site!r} yet")
+            raise MessageError(f"round {request.round}: no advertised keys were sent to site={self.site!r} yet")
         if known is not None and (not request.joins or known.cohort.joins == request.joins):
             return known.cohort, known.agreed
-        cohort = make_cohort(self.terms, request.joins)
+        cohort = make_cohort(self.params, request.joins)
         if self.join.join not in cohort.joins:
             raise MessageError(
-                f"round {request.round}: the join of site={self.site!r} is missing from the list, or is not the one "
-                "that it sent. If the site was started again, send it the list with its new join."
+                f"round {request.round}: the key of site={self.site!r} is missing from the list, or is not the one "
+                "that it sent. If the site was started again, send it the list with its new key."
             )
-        return cohort, {join.site: self._agree(join) for join in cohort.joins if join.site != self.site}
+        return cohort, {entry.site: self._agree(entry) for entry in cohort.joins if entry.site != self.site}
 
-    def _agree(self, join: AdvertisedKey) -> bytes:
+    def _agree(self, entry: AdvertisedKey) -> bytes:
         try:
-            return self._key.agree(bytes.fromhex(join.key))
+            return self._key.agree(bytes.fromhex(entry.key))
         except CryptoError as error:
-            raise MessageError(f"site={join.site!r} joined with {error}. Leave it out.") from None
+            raise MessageError(f"site={entry.site!r} advertised {error}. Leave it out.") from None
 
     def _deal(self, cohort: Cohort, agreed: dict[str, bytes], number: int) -> _Round:
         seed, key = shamir.random_number(), AgreementKey.generate()
@@ -243,14 +241,14 @@ class Participant:
         pairs = [
             tuple(share.to_bytes(shamir.SHARE, "big") for share in pair)
             for pair in zip(
-                shamir.split(seed, self.terms.threshold, holders),
-                shamir.split(key.scalar, self.terms.threshold, holders),
+                shamir.split(seed, self.params.threshold, holders),
+                shamir.split(key.scalar, self.params.threshold, holders),
                 strict=True,
             )
         ]
         commitment = seed_commitment(cohort, number, self.site, seed)
-        signed = dealing_document(cohort, number, self.site, key.public, commitment)
-        dealing = SignedMaskKey(
+        signed = mask_key_document(cohort, number, self.site, key.public, commitment)
+        mask_key = SignedMaskKey(
             site=self.site, key=key.public.hex(), commitment=commitment.hex(),
             signature=self._identity.sign(signed).hex(),
         )  # fmt: skip
@@ -262,7 +260,7 @@ class Participant:
             if peer != self.site
         )
         shares = KeyShares(
-            context=self.terms.context, round=number, joins=cohort.digest, dealing=dealing, payload=sealed
+            context=self.params.context, round=number, joins=cohort.digest, dealing=mask_key, payload=sealed
         )
         seed_share, key_share = pairs[cohort.place[self.site] - 1]
         return _Round(cohort, agreed, number, seed, key, shares, (seed_share, key_share))
@@ -270,45 +268,45 @@ class Participant:
     def _open(
         self, state: _Round, request: MaskedInputRequest, common: str
     ) -> tuple[dict[str, tuple[bytes, bytes]], dict[str, bytes]]:
-        """Check what the participants dealt; return the shares for this site, and the keys of pairwise masks."""
+        """Check what the participants shared; return the shares for this site, and the keys of pairwise masks."""
         cohort, number = state.cohort, state.number
-        dealings = {dealing.site: dealing for dealing in request.dealings}
-        names = [dealing.site for dealing in request.dealings]
-        if names != sorted(dealings) or len({dealing.key for dealing in request.dealings}) != len(names):
+        dealings = {mask_key.site: mask_key for mask_key in request.dealings}
+        names = [mask_key.site for mask_key in request.dealings]
+        if names != sorted(dealings) or len({mask_key.key for mask_key in request.dealings}) != len(names):
             raise MessageError(f"round {number}: participants out of order, or a site or key twice")
-        if len(names) < self.terms.threshold:
+        if len(names) < self.params.threshold:
             raise PrivacyError(
-                f"round {number}: {len(names)} participants, expected at least the threshold of {self.terms.threshold}"
+                f"round {number}: {len(names)} participants, expected at least the threshold of {self.params.threshold}"
             )
         if dealings.pop(self.site, None) != state.shares.dealing:
-            raise MessageError(f"round {number}: what site={self.site!r} dealt is missing, or was altered")
+            raise MessageError(f"round {number}: what site={self.site!r} shared is missing, or was altered")
         if len(request.payload) != SEALED * len(dealings):
             raise MessageError(
                 f"round {number}: {len(request.payload)} bytes of sealed shares, expected {SEALED * len(dealings)}"
             )
         held, pair_keys = {self.site: state.own}, {}
-        for index, (name, dealing) in enumerate(dealings.items()):
-            signed = check_dealing(cohort, number, dealing)
+        for index, (name, mask_key) in enumerate(dealings.items()):
+            signed = check_mask_key(cohort, number, mask_key)
             sealed = request.payload[SEALED * index : SEALED * (index + 1)]
             try:
                 pair = primitives.open_once(
                     share_key(cohort, number, state.agreed[name], name, self.site, signed), sealed, signed
                 )
-                pair_keys[name] = pair_mask_key(cohort, number, common, self.site, state.key, dealing)
+                pair_keys[name] = pair_mask_key(cohort, number, common, self.site, state.key, mask_key)
             except CryptoError as error:
                 raise MessageError(
-                    f"round {number}: what site={name!r} dealt to site={self.site!r} cannot be used ({error}): that "
+                    f"round {number}: what site={name!r} shared with site={self.site!r} cannot be used ({error}): that "
                     "site made it wrongly, or the server altered it. Leave that site out of the round and ask again."
                 ) from None
             held[name] = pair[: shamir.SHARE], pair[shamir.SHARE :]
         return held, pair_keys
 
 
-def _reveal(state: _Round, site: str, claim: ConsistencyCheck) -> UnmaskingShares:
-    """One share for each participant. Which one depends on nothing but the round's only list."""
-    survivors = set(claim.survivors)
+def _reveal(state: _Round, site: str, survivor_list: ConsistencyCheck) -> UnmaskingShares:
+    """One share for each participant. Which of the two depends on nothing but the round's only list."""
+    survivors = set(survivor_list.survivors)
     payload = b"".join(state.held[name][0 if name in survivors else 1] for name in sorted(state.held))
     return UnmaskingShares(
-        context=claim.context, round=claim.round, joins=claim.joins, site=site,
-        claim=claim_digest(state.cohort, claim), surplus=state.surplus(len(survivors)), payload=payload,
+        context=survivor_list.context, round=survivor_list.round, joins=survivor_list.joins, site=site,
+        claim=survivors_digest(state.cohort, survivor_list), surplus=state.surplus(len(survivors)), payload=payload,
     )  # fmt: skip

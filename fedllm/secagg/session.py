@@ -1,4 +1,4 @@
-"""What all parties of one secure aggregation agree on: parameters, keys, the cohort, and what is signed."""
+"""What all parties of a secure aggregation agree on: parameters, the cohort with its keys, and what is signed."""
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,17 +18,12 @@ from fedllm.values import MAX_HOLDERS
 SEALED = 2 * shamir.SHARE + 16  # bytes: a share of the seed, one of the mask key, and the tag
 _DOMAIN = b"fedllm secure aggregation v2"  # v1 had no `common_digest`
 Vector = NDArray[np.uint32]
-RevealedSeeds = Callable[
-    [int], tuple[str, ...]
-]  # what a site reveals of its own beside shares, by the number of survivors
-
-
-# ---- what all agree on -----------------------------------------------------------------------------------------------
+RevealedSeeds = Callable[[int], tuple[str, ...]]  # number of survivors -> seeds that a site reveals beside shares
 
 
 @dataclass(frozen=True)
 class SessionParams:
-    """What a site accepts before it joins. The roster is the site's own: the server cannot add to it."""
+    """What a site accepts before it takes part. The roster is the site's own: the server cannot add to it."""
 
     plan: str  # digest of the run's plan, 64 hexadecimal digits
     session: str  # nonce of this start of the run, 64 hexadecimal digits
@@ -46,7 +41,7 @@ class SessionParams:
                 "in every sum, otherwise it shows one site's update. Raise the threshold."
             )
         if len({identity.signing for identity in self.roster.values()}) < len(self.roster):
-            raise PrivacyError("the roster has one identity under two names: whoever holds its key would count as two")
+            raise PrivacyError("the roster has one identity under two names: the holder of its key would count as two")
 
     @cached_property
     def context(self) -> str:
@@ -54,10 +49,10 @@ class SessionParams:
         return digest_of_document(_document("terms", self.plan, self.session, self.threshold, self.colluders))
 
     def check_size(self, holders: int) -> None:
-        """Raise PrivacyError unless a threshold of `holders` leaves no room for two contradictory lists."""
+        """Raise PrivacyError unless the threshold, of `holders` sites, leaves no room for two contradictory lists."""
         most = min(self.sites, MAX_HOLDERS)
         if holders > most:
-            raise PrivacyError(f"secure aggregation takes {most} sites at most under these terms, found {holders}")
+            raise PrivacyError(f"secure aggregation takes {most} sites at most in this session, found {holders}")
         if not (self.threshold <= holders and 2 * self.threshold > holders + self.colluders):
             raise PrivacyError(
                 f"secagg.threshold={self.threshold} for {holders} sites of which {self.colluders} may collude: "
@@ -74,49 +69,51 @@ class SessionParams:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The sites that hold shares: a list of joins whose every signature was checked. Made by `make_cohort`."""
+    """The sites that share secrets with one another, by their keys, whose signatures `make_cohort` has checked."""
 
-    terms: SessionParams
+    params: SessionParams
     joins: tuple[AdvertisedKey, ...]  # by name
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Sites by name; a site's place here, from 1, is where Shamir's polynomials are taken for it."""
-        return tuple(join.site for join in self.joins)
+        """Sites by name; a site's place here, from 1, is where Shamir's polynomials are evaluated for it."""
+        return tuple(entry.site for entry in self.joins)
 
     @cached_property
     def place(self) -> dict[str, int]:
-        """From 1."""
+        """Number of each site, from 1."""
         return {name: number for number, name in enumerate(self.names, 1)}
 
     @cached_property
     def digest(self) -> str:
-        """Digest of names, identities and share keys: who sees another list makes other keys and signatures."""
-        parts = ((join.site, self.terms.roster[join.site].to_text(), join.key) for join in self.joins)
-        return digest_of_document(_document("joins", self.terms.context, *(part for row in parts for part in row)))
+        """Digest of names, identities and share keys: a site that sees another list makes other keys and signatures."""
+        parts = ((entry.site, self.params.roster[entry.site].to_text(), entry.key) for entry in self.joins)
+        return digest_of_document(_document("joins", self.params.context, *(part for row in parts for part in row)))
 
     def document(self, label: str, number: int, *parts: str | bytes | int) -> bytes:
-        """Return bytes for one purpose in one round of this circle."""
-        return _document(label, self.terms.context, self.digest, number, *parts)
+        """Return bytes for one purpose in one round of this cohort."""
+        return _document(label, self.params.context, self.digest, number, *parts)
 
 
-def check_join(terms: SessionParams, join: AdvertisedKey) -> None:
-    """Raise MessageError unless a site of the roster signed this key, a usable one, under these terms."""
-    _check_signed_key(terms, join)
-    check_key(join.site, join.key)
+def check_advertised_key(params: SessionParams, entry: AdvertisedKey) -> None:
+    """Raise MessageError unless a site of the roster signed this key, a usable one, for this session."""
+    _check_signed_key(params, entry)
+    check_key(entry.site, entry.key)
 
 
-def _check_signed_key(terms: SessionParams, join: AdvertisedKey) -> None:
-    identity = terms.roster.get(join.site)
+def _check_signed_key(params: SessionParams, entry: AdvertisedKey) -> None:
+    identity = params.roster.get(entry.site)
     if identity is None:
         raise MessageError(
-            f"secure aggregation: site={join.site!r} is not on the roster. Add it there, or leave it out."
+            f"secure aggregation: site={entry.site!r} is not on the roster. Add it there, or leave it out."
         )
     try:
-        identity.verify(join_document(terms, join.site, bytes.fromhex(join.key)), bytes.fromhex(join.signature))
+        identity.verify(
+            advertised_key_document(params, entry.site, bytes.fromhex(entry.key)), bytes.fromhex(entry.signature)
+        )
     except CryptoError as error:
         raise MessageError(
-            f"the join of site={join.site!r} is not its own, or is for another plan or session ({error})"
+            f"the key of site={entry.site!r} is not its own, or is for another plan or session ({error})"
         ) from None
 
 
@@ -127,48 +124,48 @@ def check_key(site: str, key: str) -> None:
         raise MessageError(f"site={site!r} sent {error}. Leave it out.") from None
 
 
-def make_cohort(terms: SessionParams, joins: Iterable[AdvertisedKey]) -> Cohort:
-    """Check a list of joins, in any order; raises MessageError, and PrivacyError where the threshold does not fit."""
-    ordered = tuple(sorted(joins, key=lambda join: join.site))
-    if len({join.site for join in ordered}) != len(ordered) or len({join.key for join in ordered}) != len(ordered):
-        raise MessageError("the list of joins names a site or a key twice")
-    terms.check_size(len(ordered))
-    for join in ordered:
-        _check_signed_key(terms, join)
-    return Cohort(terms, ordered)
+def make_cohort(params: SessionParams, joins: Iterable[AdvertisedKey]) -> Cohort:
+    """Check advertised keys, in any order; raises MessageError, and PrivacyError if the threshold does not fit."""
+    ordered = tuple(sorted(joins, key=lambda entry: entry.site))
+    if len({entry.site for entry in ordered}) != len(ordered) or len({entry.key for entry in ordered}) != len(ordered):
+        raise MessageError("the list of advertised keys names a site or a key twice")
+    params.check_size(len(ordered))
+    for entry in ordered:
+        _check_signed_key(params, entry)
+    return Cohort(params, ordered)
 
 
-def check_dealing(cohort: Cohort, number: int, dealing: SignedMaskKey) -> bytes:
-    """Return what was signed; raises MessageError unless a site of the circle signed it for this round."""
-    identity = cohort.terms.roster.get(dealing.site)
-    if identity is None or dealing.site not in cohort.place:
-        raise MessageError(f"round {number}: shares of site={dealing.site!r}, which has not joined")
-    document = dealing_document(
-        cohort, number, dealing.site, bytes.fromhex(dealing.key), bytes.fromhex(dealing.commitment)
+def check_mask_key(cohort: Cohort, number: int, mask_key: SignedMaskKey) -> bytes:
+    """Return the document that was signed; raises MessageError unless a site of the cohort signed it for this round."""
+    identity = cohort.params.roster.get(mask_key.site)
+    if identity is None or mask_key.site not in cohort.place:
+        raise MessageError(f"round {number}: shares of site={mask_key.site!r}, which has not joined")
+    document = mask_key_document(
+        cohort, number, mask_key.site, bytes.fromhex(mask_key.key), bytes.fromhex(mask_key.commitment)
     )
     try:
-        identity.verify(document, bytes.fromhex(dealing.signature))
+        identity.verify(document, bytes.fromhex(mask_key.signature))
     except CryptoError as error:
         raise MessageError(
-            f"the shares of site={dealing.site!r} are not its own, or not for round {number} of these sites ({error})"
+            f"the shares of site={mask_key.site!r} are not its own, or not for round {number} of these sites ({error})"
         ) from None
     return document
 
 
-def claim_digest(cohort: Cohort, request: ConsistencyCheck) -> str:
+def survivors_digest(cohort: Cohort, request: ConsistencyCheck) -> str:
     """Return the digest of a list of survivors."""
-    return digest_of_document(claim_document(cohort, request))
+    return digest_of_document(survivors_document(cohort, request))
 
 
-def join_document(terms: SessionParams, site: str, key: bytes) -> bytes:
-    return _document("join", terms.context, site, key)
+def advertised_key_document(params: SessionParams, site: str, key: bytes) -> bytes:
+    return _document("join", params.context, site, key)
 
 
-def dealing_document(cohort: Cohort, number: int, site: str, key: bytes, commitment: bytes) -> bytes:
+def mask_key_document(cohort: Cohort, number: int, site: str, key: bytes, commitment: bytes) -> bytes:
     return cohort.document("dealing", number, site, key, commitment)
 
 
-def claim_document(cohort: Cohort, request: ConsistencyCheck) -> bytes:
+def survivors_document(cohort: Cohort, request: ConsistencyCheck) -> bytes:
     listed = request.survivors + request.dropped
     return cohort.document("survivors", request.round, request.common, len(request.survivors), *listed)
 
@@ -191,12 +188,12 @@ def _is_digest(text: str) -> bool:
 
 
 def common_digest(cohort: Cohort, number: int, task: str, dealings: Iterable[SignedMaskKey]) -> str:
-    """Return the digest of what is the same for all sites of a round: `task` is that of what they compute, 64 hex."""
+    """Return the digest of what is the same for all sites of a round: `task` is that of their request, 64 hex."""
     dealt = ((each.site, each.key, each.commitment, each.signature) for each in dealings)
     return digest_of_document(cohort.document("common", number, task, *(part for row in dealt for part in row)))
 
 
-def check_claim(terms: SessionParams, request: ConsistencyCheck, participants: Collection[str]) -> None:
+def check_survivor_list(params: SessionParams, request: ConsistencyCheck, participants: Collection[str]) -> None:
     """Raise MessageError or PrivacyError unless the list divides the participants and leaves enough survivors."""
     listed = [*request.survivors, *request.dropped]
     ordered = list(request.survivors) == sorted(request.survivors) and list(request.dropped) == sorted(request.dropped)
@@ -205,20 +202,22 @@ def check_claim(terms: SessionParams, request: ConsistencyCheck, participants: C
             f"round {request.round}: survivors and dropped sites must be, by name, all {len(participants)} "
             "participants, each once"
         )
-    if len(request.survivors) < terms.threshold:
+    if len(request.survivors) < params.threshold:
         raise PrivacyError(
             f"round {request.round}: {len(request.survivors)} survivors, expected at least the threshold of "
-            f"{terms.threshold}. Give the round up."
+            f"{params.threshold}. Give the round up."
         )
 
 
-def check_consent(cohort: Cohort, claim: ConsistencyCheck, consent: Signed) -> None:
+def check_consistency_signature(cohort: Cohort, survivor_list: ConsistencyCheck, consent: Signed) -> None:
     """Raise MessageError unless a survivor signed this list."""
-    if consent.site not in claim.survivors:
-        raise MessageError(f"round {claim.round}: site={consent.site!r} signed, but is not a survivor")
+    if consent.site not in survivor_list.survivors:
+        raise MessageError(f"round {survivor_list.round}: site={consent.site!r} signed, but is not a survivor")
     try:
-        cohort.terms.roster[consent.site].verify(claim_document(cohort, claim), bytes.fromhex(consent.signature))
+        cohort.params.roster[consent.site].verify(
+            survivors_document(cohort, survivor_list), bytes.fromhex(consent.signature)
+        )
     except CryptoError:
         raise MessageError(
-            f"round {claim.round}: the signature of site={consent.site!r} is not on this list of survivors"
+            f"round {survivor_list.round}: the signature of site={consent.site!r} is not on this list of survivors"
         ) from None

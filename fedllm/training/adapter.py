@@ -84,7 +84,7 @@ class AdapterModel:
         """Write the adapter float32[d] in PEFT format, naming its `base`, and read it back.
 
         PeftModel.from_pretrained(model, folder) loads it. The live values are neither used nor changed. Raises
-        ModelError where a value of `vector` is not in the file under the name that PEFT gives it.
+        ModelError if a value of `vector` is not in the file under the name that PEFT gives it.
         """
         folder.mkdir(parents=True, exist_ok=True)
         values = {name: torch.from_numpy(array.copy()) for name, array in self.spec.split(vector).items()}
@@ -116,7 +116,7 @@ class AdapterModel:
 def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32], model: ModelConfig) -> bool:
     """Load a saved adapter as its users will, onto a fresh base, and compare its logits with those of `vector`.
 
-    Raises ModelError where they differ. Returns whether it was done: a base above 1 GiB is not loaded a second time.
+    Raises ModelError if they differ. Returns whether it was done: a base above 1 GiB is not loaded a second time.
     """
     live = adapter.model
     if sum(p.numel() * p.element_size() for p in live.parameters()) > _RELOAD:
@@ -157,7 +157,7 @@ def _saved_name(name: str) -> str:
 def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: int) -> AdapterModel:
     """Put a fresh adapter on `base` (which it takes over). Equal arguments give equal initial values everywhere.
 
-    Raises ModelError where the targets do not exist, or a trainable layer is not a linear one.
+    Raises ModelError if the targets do not exist, or a trainable layer is not a linear one.
     """
     blocks = int(getattr(base.model.config, "num_hidden_layers", 0))
     if adapter.layers is not None and max(adapter.layers) >= blocks:

@@ -64,7 +64,7 @@ class Blocks:
             yield
 
     def compile(self, gradients: Callable[[Batch], Tensor], max_length: int, *, classifies: bool) -> None:
-        """Compile the blocks; raises ModelError, and leaves them as they were, where that does not work.
+        """Compile the blocks; raises ModelError, and leaves them as they were, if that does not work.
 
         `gradients` returns per-unit gradients, float32[units, d]: of public tokens, they must be compiled what they
         are without.
@@ -185,7 +185,7 @@ def _compiler_settings() -> Iterator[None]:
 def use_private_cache() -> None:
     """Keep compiled code where nobody else can write: torch's own choice is a folder under /tmp with a known name.
 
-    Raises ModelError where the environment names a folder that others can write to.
+    Raises ModelError if the environment names a folder that others can write to.
     """
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if named and Path(named).name.startswith(

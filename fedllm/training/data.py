@@ -52,7 +52,7 @@ class Example:
     labels: NDArray[np.int64]  # [T], IGNORE where no loss falls; [] holds the class for classification
 
 
-PrivacyUnit = tuple[Example, ...]  # the records of one privacy unit; none where none of them can be used
+PrivacyUnit = tuple[Example, ...]  # the records of one privacy unit; none if none of them can be used
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def read_table(source: str, split: str) -> Table:
 def read_rows(source: str, split: str) -> Iterator[Row | DataError]:
     """Yield the records of a site's files, each as a row or as what is wrong with it; one says nothing of another.
 
-    A record is a line of .jsonl or .csv, or a row of .parquet. Raises DataError where the files themselves cannot be
+    A record is a line of .jsonl or .csv, or a row of .parquet. Raises DataError if the files themselves cannot be
     used: there is none, a kind that cannot be read record by record, no header, no Parquet.
     """
     try:
@@ -338,7 +338,7 @@ def naming(source: str) -> Iterator[None]:
 def check_columns(table: Table, data: TextConfig, extra: Sequence[str | None] = ()) -> None:
     """Raise DataError unless the table has every column that the configuration names.
 
-    Of label, person and site (the last two in `extra`, None where there is none), a cell must hold one value.
+    Of label, person and site (the last two in `extra`, None if there is none), a cell must hold one value.
     """
     import datasets
 
@@ -353,12 +353,12 @@ def check_columns(table: Table, data: TextConfig, extra: Sequence[str | None] = 
 
 
 def template_columns(data: TextConfig) -> list[str]:
-    """Return the columns that the templates name; raises ConfigError where one is more than plain {column} fields."""
+    """Return the columns that the templates name; raises ConfigError if one is more than plain {column} fields."""
     return [*_fields(data.prompt or ""), *_fields(data.text)]
 
 
 def _fields(template: str) -> list[str]:
-    """Return the columns that a template names; raises ConfigError where it is more than plain {column} fields."""
+    """Return the columns that a template names; raises ConfigError if it is more than plain {column} fields."""
     try:
         parts = list(string.Formatter().parse(template))
         render_more = [part for part in parts if part[2] or part[3]]  # a format or conversion
@@ -372,7 +372,7 @@ def _fields(template: str) -> list[str]:
 
 
 def render(template: str, row: Row, number: int) -> str:
-    """Fill a template from one row; raises DataError where a value is missing."""
+    """Fill a template from one row; raises DataError if a value is missing."""
     values = {name: row.get(name) for name in _fields(template)}
     empty = [name for name, value in values.items() if value is None]
     if empty:
@@ -418,7 +418,7 @@ class Tokeniser:
             self._check_template()
 
     def prompt_ids(self, row: Row, number: int = 0) -> list[int]:
-        """Return the tokens that are given: the prompt, with the sequence's first token where the model has one."""
+        """Return the tokens that are given: the prompt, with the sequence's first token if the model has one."""
         return self._opened(self._code(self._prompt(row, number)))
 
     def answer_ids(self, row: Row, number: int = 0) -> list[int]:
@@ -427,7 +427,7 @@ class Tokeniser:
         return self._closed(self._code(answer), closed)
 
     def __call__(self, row: Row, number: int) -> Example:
-        """Tokenise one row, at most max_length tokens; raises DataError where it cannot be used."""
+        """Tokenise one row, at most max_length tokens; raises DataError if it cannot be used."""
         (found,) = self.read([row], number)
         if isinstance(found, DataError):
             raise found
@@ -440,7 +440,7 @@ class Tokeniser:
     def read(self, rows: Iterable[Row | DataError], first: int = 0) -> Iterator[Tokens | DataError]:
         """Tokenise rows, numbered from `first`, many at a time, and each as if it were the only one.
 
-        Where a row cannot be used, or none was read, a DataError stands in its place. No more is kept of a record than
+        If a row cannot be used, or none was read, a DataError stands in its place. No more is kept of a record than
         one of max_length tokens can hold.
         """
         source = iter(rows)
@@ -531,7 +531,7 @@ class Tokeniser:
         return answer if eos is None or closed else [*answer, eos]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int] | DataError]:
-        """Tokenise texts at once; where that fails one by one, so that only those fail that would fail alone."""
+        """Tokenise texts at once; if that fails, one by one: only those fail that would fail alone."""
         together = _tried(0, self._code, list(texts)) if texts else []
         if not isinstance(together, DataError):
             return list(together)
@@ -562,8 +562,8 @@ def group(
 ) -> tuple[list[list[Tokens]], list[DataError]]:
     """Return the usable records of every privacy unit, and what is wrong with the others.
 
-    A unit is a person, whom the column `unit` names, or without it a record. A record of nobody is a unit of its own
-    without anything in it, so that no other record's place depends on whether it can be used.
+    A unit is a person, whom the column `unit` names, or without it a record. A record without a person is a unit of its
+    own without anything in it, so that no other record's place depends on whether it can be used.
     """
     groups: dict[object, list[Tokens]] = {}
     wrong: list[DataError] = []
@@ -603,8 +603,8 @@ def is_missing(value: object) -> bool:
 def members(rows: Iterable[Row], data: TextConfig, unit: str | None) -> Iterator[bytes]:
     """Yield what records hold, as bytes that tell one record or person from another, to compare it with others.
 
-    Every record twice, by its whole content and by the text that is learned alone, which stays the same where a column
-    is added, and every person where `unit` names their column. Cells are in their one spelling (`canonical`).
+    Every record twice, by its whole content and by the text that is learned alone, which stays the same if a column
+    is added, and every person if `unit` names their column. Cells are in their one spelling (`canonical`).
     """
     columns = [*_fields(data.prompt or ""), *_fields(data.text)]
     for row in rows:
@@ -624,7 +624,7 @@ def _spelt(value: object) -> object:
 
 
 def person(value: object) -> str:
-    """Return the key of a person, or of a site: one spelling for one name, also where Hangul came decomposed."""
+    """Return the key of a person, or of a site: one spelling for one name, also if Hangul came decomposed."""
     return canonical(value)
 
 
@@ -698,7 +698,7 @@ def padded(length: int, longest: int) -> int:
 def collate(units: Sequence[PrivacyUnit], pad_id: int, device: torch.device, width: int, rows: int = 0) -> Batch:
     """Return the records of units in one tensor, padded on the right to `width` tokens.
 
-    Filled to `rows` records with units of nobody, which come last: as long as the tensor is wide, and without a label.
+    Filled to `rows` records with empty units, which come last: as long as the tensor is wide, and without a label.
     """
     records = [record for unit in units for record in unit]
     classifies, nobody = not records[0].labels.ndim, max(0, rows - len(records))

@@ -48,7 +48,7 @@ class _PerUnitProduct(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """`weights` [units, O, I] and `biases` [units, O] only say what to differentiate by.
 
-        `unit_of_row` is None where every row is a unit.
+        `unit_of_row` is None if every row is a unit.
         """
         ctx.save_for_backward(x_NTI, weight, unit_of_row)
         ctx.units = len(weights)
@@ -135,7 +135,7 @@ def clip_and_sum(gradients: Tensor, mechanism: Mechanism, distributed: Distribut
 
 
 def _finite(gradients: Tensor, private: bool) -> Tensor:
-    """Return float32[units, d] with zeros for a unit that is not finite; where nothing is protected, raise Diverged."""
+    """Return float32[units, d] with zeros for a unit that is not finite; if nothing is protected, raise Diverged."""
     finite = gradients.isfinite().all(dim=1)
     if not bool(finite.all()):
         if not private:
@@ -196,7 +196,7 @@ class Engine:
     def __init__(self, adapter: AdapterModel) -> None:
         """Give every trainable layer of `adapter` per-unit gradients.
 
-        Raises ModelError where a trainable tensor does not belong to a linear layer.
+        Raises ModelError if a trainable tensor does not belong to a linear layer.
         """
         self._adapter = adapter
         model: nn.Module = adapter.model
@@ -265,7 +265,7 @@ class Engine:
         )
 
     def _check_separation(self) -> None:
-        """Raise ModelError where one record's text changes another's gradient: no clip would bound it then.
+        """Raise ModelError if one record's text changes another's gradient: no clip would bound it then.
 
         Measured once, on public tokens, with as many records as tokens, so that swapped axes cannot hide.
         """
@@ -288,9 +288,9 @@ class Engine:
             )
 
     def set_up(self, plan: RunPlan, checkpointing: bool) -> None:
-        """Get ready for a plan, before anything is charged: compile the model where the plan says so or gains by it.
+        """Get ready for a plan, before anything is charged: compile the model if the plan says so or gains by it.
 
-        `checkpointing`: recompute activations in the backward pass. Raises ModelError where model.compile=on and the
+        `checkpointing`: recompute activations in the backward pass. Raises ModelError if model.compile=on and the
         model cannot be compiled.
         """
         self._blocks.checkpointing = checkpointing
@@ -315,7 +315,7 @@ class Engine:
     def rehearse(self, micro_batch: int, longest: int) -> None:
         """Compute a pass of every shape that records of a plan can have, once, on made-up tokens.
 
-        Raises ModelError where that fails: so it does before a charge, and whatever the records are.
+        Raises ModelError if that fails: so it does before a charge, and whatever the records are.
         """
         if (micro_batch, longest) in self._rehearsed:
             return
@@ -344,7 +344,8 @@ class Engine:
     def rows(self, width: int, micro_batch: int) -> int:
         """Return how many records of `width` tokens a pass has: always, whoever is drawn.
 
-        Where one makes an efficient pass, it has one to itself, on all threads, and nothing can depend on company.
+        If one record makes an efficient pass, it has a pass to itself, on all threads: nothing depends on other
+        records.
         """
         if self.compiled or self._size * width * torch.get_num_threads() >= _LARGE:
             return 1
@@ -439,7 +440,7 @@ class Engine:
         return total
 
     def clipped_share(self, units: Sequence[PrivacyUnit], mechanism: Mechanism, micro_batch: int) -> float | None:
-        """Return how many of PUBLIC units have a gradient longer than clip_norm, 0 to 1; None where nothing is clipped.
+        """Return how many of PUBLIC units have a gradient longer than clip_norm, 0 to 1; None if nothing is clipped.
 
         Never of a site's records: of them even a share would have to be accounted for.
         """
@@ -461,9 +462,9 @@ class Engine:
         """Return the gradient of each unit's own loss, finite or not, float32[units, d]: of what fits one pass.
 
         Last bits depend on the shapes of tensors, on the number of threads and, with several threads, on a record's
-        place. So a pass has always the same number of records, nobody's where there are too few; several records are
-        computed by one thread; the compiler's code serves one at a time. `self_check` measures that a record's place
-        and company then change no bit, with the model, the processor and the libraries that are there.
+        place. So a pass has always the same number of records, padded with empty ones if there are too few; several
+        records are computed by one thread; the compiler's code serves one at a time. `self_check` measures that a
+        record's place and company then change no bit, with the model, the processor and the libraries that are there.
         """
         adapter, rows = self._adapter, self.rows(width, micro_batch)
         batch = collate(units, adapter.tokenizer.pad_token_id, adapter.device, width, rows)

@@ -56,7 +56,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def score(self, vector: NDArray[np.float32]) -> Score:
-        """Score the adapter float32[d]; raises ModelError where the loss is not finite."""
+        """Score the adapter float32[d]; raises ModelError if the loss is not finite."""
         adapter = self._adapter
         total = count = right = 0.0
         with adapter.lock:

@@ -82,7 +82,7 @@ class MeanPooledClassifier(nn.Module):
 
 
 def load_reader(config: ModelConfig) -> Reader:
-    """Load a model's tokenizer; raises ModelError with the remedy where that fails."""
+    """Load a model's tokenizer; raises ModelError with the remedy if that fails."""
     source, where = _located(config)
     with _explained(config, source):
         shape = _shape(config, source, where).get_text_config()
@@ -127,7 +127,7 @@ def files_digest(config: ModelConfig, known: dict[str, Any]) -> str:
 
 
 def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
-    """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy where that fails.
+    """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy if that fails.
 
     `seed` draws what the checkpoint of a classifier lacks. It must be the same at every party of a run.
     """
@@ -142,7 +142,7 @@ def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
                 "model.dtype=bfloat16 to save memory."
             )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
-        # dropout off: it is no defence, and it would make a unit's gradient depend on a coin
+        # dropout off: it is no defence, and it would make a unit's gradient depend on a random draw
         model, new = _from_pretrained(config, source, where, seed)
         model.eval()
     if tokenizer.pad_token_id is None:
@@ -336,7 +336,7 @@ def _from_pretrained(
 
 
 def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
-    """Load a model; raises ModelError where the checkpoint lacks weights, but for a classifier's new head.
+    """Load a model; raises ModelError if the checkpoint lacks weights, but for a classifier's new head.
 
     Returns the modules that hold the weights of that head, too. transformers would make them up at random, and says so
     in a table that it also prints for every new head.
@@ -377,7 +377,7 @@ def weights_digest(model: nn.Module) -> str:
 def pick_dtype(dtype: str, model: nn.Module) -> torch.dtype:
     """Return the type of the frozen weights while training.
 
-    auto: bfloat16 where `model` has at least 20 million parameters and its device multiplies bfloat16 faster.
+    auto: bfloat16 if `model` has at least 20 million parameters and its device multiplies bfloat16 faster.
     """
     if dtype != "auto":
         return torch.bfloat16 if dtype == "bfloat16" else torch.float32
@@ -392,7 +392,7 @@ def pick_dtype(dtype: str, model: nn.Module) -> torch.dtype:
 
 
 def pick_device(device: str) -> str:
-    """Return `device`, where auto is cuda if there is one; raises ModelError where it is absent."""
+    """Return `device`, where auto is cuda if there is one; raises ModelError if it is absent."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

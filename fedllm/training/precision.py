@@ -1,4 +1,4 @@
-"""How far apart two honest computations of one thing may be, as a share of its length (L2), by type of the base."""
+"""How far apart two honest computations of one thing may be, as a fraction of its length (L2), by type of the base."""
 
 import torch
 

@@ -1,7 +1,7 @@
 """Invariants without which the stated privacy does not hold, checked on the real engine before any record is used.
 
 Every check has a name, runs on the model, engine, mechanism and training loop that will see the records, and is given
-public made-up tokens. The adapter's values are put back afterwards. Where a check compares with chance, all of them
+public made-up tokens. The adapter's values are put back afterwards. If checks compare with chance, all of them
 together fail a correct implementation with a chance of 1e-9 at most: their bounds are exact tail bounds, not quantiles
 of an approximation. docs/privacy.md lists which fault each of them finds.
 """
@@ -34,16 +34,16 @@ from fedllm.training.data import IGNORE, Example, PrivacyUnit
 from fedllm.training.engine import Engine
 from fedllm.training.precision import SAME_SUM
 
-_ROUNDED = 0.05  # share of the clip norm that rounding to quanta may take, and some more
+_ROUNDED = 0.05  # fraction of the clip norm that rounding to quanta may take, and some more
 _TAIL = math.log(1e9 * 2 * 100)  # -log of the chance of one tail of one comparison; fewer than 100 beside loops
 _DRAWS = 1 << 16  # of noise, at the least: its deviation is known to 2 percent then
-_UNITS, _STEPS = 256, 512  # of the coins
+_UNITS, _STEPS = 256, 512  # of the sampling
 _SIZES, _LONGEST = (1, 2, 1, 1), (7, 7, 7, 12)  # of the made-up units: records, and tokens of a record
 _POISON, _FIRST = 3, 4  # token of the unit whose gradient is not finite; first token of all others
 
 
 class _Zeros:
-    """Words that are all zero: normals of zero, and coins that draw everyone. What is left is the clipped sum."""
+    """Words that are all zero: normals of zero, and sampling that draws every unit. What is left is the clipped sum."""
 
     private = False
 
@@ -238,7 +238,7 @@ class Subject:
         return values.astype(np.float32)
 
     def differ(self, a: Tensor, b: Tensor) -> float:
-        """Relative L2 distance, NaN or above 0 where only one of them is zero."""
+        """Relative L2 distance, NaN or above 0 if only one of them is zero."""
         return float((a - b).norm() / b.norm().clamp(min=1e-300))
 
 
@@ -423,7 +423,7 @@ def divisor_is_public(s: Subject) -> str:
 
 
 def coins_are_poisson(s: Subject) -> str:
-    """Each unit enters each step by a coin of its own, at the plan's rate: no shuffled, cycled or fixed batches."""
+    """Each unit enters each step independently, at the plan's rate: no shuffled, cycled or fixed batches."""
     rate = s.plan.privacy.sampling_rate
     batches = _listen(s, _UNITS, _STEPS).batches
     if len(batches) != _STEPS or any(len(set(batch)) != len(batch) for batch in batches):
@@ -573,14 +573,14 @@ def share_has_its_deviation(s: Subject) -> str:
 
 
 def upload_is_a_sum_with_its_share(s: Subject) -> str:
-    """With noise in shares: a step uploads the sum over those it drew, and its share; by other coins, another."""
+    """With noise in shares: a step uploads the sum over those it drew, with noise; with other randomness, others."""
     distributed = s.plan.distributed
     if distributed is None:
         return ""
     uploads = []
     for _ in range(2):
         source = _Recorded(s.randomness())
-        uploads.append(trainer.shared_step(s.adapter, s.engine, s.units, s.plan, s.start, source, s.micro_batch))
+        uploads.append(trainer.distributed_step(s.adapter, s.engine, s.units, s.plan, s.start, source, s.micro_batch))
         source.replay = True
         share = distributed.share(s.adapter.spec.dimension, source)
         drawn = [s.units[i] for i in distributed.mechanism.sample(len(s.units), source)]
@@ -605,7 +605,7 @@ CHECKS: dict[str, Check] = {
         upload_is_a_sum_with_its_share,
     )
 }  # fmt: skip
-# These say something only where noise is added.
+# These say something only if noise is added.
 _OF_NOISE = {
     "clip-bounds-every-unit", "clip-holds-at-every-length", "company-changes-no-bit",
     "unit-that-is-not-finite-counts-zero",
@@ -615,7 +615,7 @@ _OF_NOISE = {
 
 
 def names(plan: RunPlan) -> list[str]:
-    """Return the checks that a plan must pass; where noise is left out or seeded on purpose, some say nothing."""
+    """Return the checks that a plan must pass; if noise is left out or seeded on purpose, some say nothing."""
     left_out = set() if plan.mechanism.private else _OF_NOISE
     return [name for name in CHECKS if name not in left_out and (plan.privacy.protects or name != "noise-is-fresh")]
 
@@ -632,7 +632,7 @@ def self_check(subject: Subject) -> None:
 
 
 def check(name: str, subject: Subject) -> None:
-    """Raise PrivacyError, which names the invariant, where it does not hold."""
+    """Raise PrivacyError, which names the invariant, if it does not hold."""
     wrong = CHECKS[name](subject)
     if wrong:
         raise PrivacyError(
@@ -665,7 +665,7 @@ def _with(plan: RunPlan, **training: Any) -> RunPlan:
 
 
 def _replayed(s: Subject, plan: RunPlan, source: Randomness) -> NDArray[np.float64]:
-    """Return the weights float64[d] after the steps of a round whose coins and noise `source` gives again."""
+    """Return the weights float64[d] after the steps of a round whose sampling and noise `source` gives again."""
     right = nn.Parameter(torch.from_numpy(s.start.copy()).to(s.adapter.device))
     optimizer, mechanism = _plain_optimizer(plan, right), s.mechanism
     for _ in range(plan.training.local_steps):
@@ -696,7 +696,7 @@ def _listen(s: Subject, units: int, steps: int) -> _Listener:
         return listener
     for _ in range(steps):
         with suppress(Cancelled):
-            trainer.shared_step(s.adapter, engine, numbers, s.plan, s.start, source, s.micro_batch)
+            trainer.distributed_step(s.adapter, engine, numbers, s.plan, s.start, source, s.micro_batch)
     return listener
 
 

@@ -1,4 +1,4 @@
-"""The server's optimiser: the averaged delta is a descent direction for torch.optim (Reddi et al. 2021)."""
+"""The server's optimiser: the averaged update is a descent direction for torch.optim (Reddi et al. 2021)."""
 
 import math
 
@@ -34,17 +34,17 @@ class ServerOptimizer:
         """The global adapter, float32[d]; a copy."""
         return self._parameter.detach().numpy().copy()
 
-    def step(self, delta: NDArray[np.float32], progress: float = 0.0, noise_std: float = 0.0) -> NDArray[np.float32]:
-        """Apply the averaged delta float32[d] and return the new adapter.
+    def step(self, update: NDArray[np.float32], progress: float = 0.0, noise_std: float = 0.0) -> NDArray[np.float32]:
+        """Apply the averaged update float32[d] and return the new adapter.
 
-        `progress` is the share of the rounds that are over; the learning rate follows it from 1 to `final_rate` along
-        a half cosine (Loshchilov and Hutter 2017). `noise_std` is the deviation of the noise in each coordinate of
-        `delta`; Adam takes it out of its mean of squares where `noise_corrected` is set.
+        `progress` is the fraction of the rounds that are over; the learning rate follows it from 1 to `final_rate`
+        along a half cosine (Loshchilov and Hutter 2017). `noise_std` is the deviation of the noise in each coordinate
+        of `update`; Adam takes it out of its mean of squares if `noise_corrected` is set.
         """
         fall = (1.0 - self._config.final_rate) * 0.5 * (1.0 - math.cos(math.pi * progress))
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.learning_rate * (1.0 - fall)
-        self._parameter.grad = -torch.from_numpy(delta.copy())
+        self._parameter.grad = -torch.from_numpy(update.copy())
         before = self._parameter.detach().clone() if self._config.noise_corrected else None
         self._optimizer.step()
         if before is not None:
@@ -78,7 +78,7 @@ class ServerOptimizer:
         return {name: torch.as_tensor(value).numpy().copy() for name, value in state.items() if value is not None}
 
     def restore(self, state: dict[str, NDArray[np.float32]]) -> None:
-        """Continue from a saved state; raises CheckpointError where it belongs to another adapter."""
+        """Continue from a saved state; raises CheckpointError if it belongs to another adapter."""
         if state and {name: array.shape for name, array in state.items()} != self._shapes:
             found = {name: array.shape for name, array in state.items()}
             raise CheckpointError(f"optimiser state {found} belongs to another adapter or optimiser ({self._shapes})")

@@ -9,9 +9,9 @@ _FILES = (".jsonl", ".json", ".csv", ".parquet")  # what ends like this is meant
 
 
 def resolve(source: str) -> str | Path:
-    """Return a Path where `source` exists on this machine, or `source` itself where it can only be a hub name.
+    """Return a Path if `source` exists on this machine, or `source` itself if it can only be a hub name.
 
-    Raises ConfigError where it is meant as a path and nothing is there.
+    Raises ConfigError if it is meant as a path and nothing is there.
     """
     try:
         if source.startswith("pkg://"):

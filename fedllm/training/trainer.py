@@ -29,8 +29,8 @@ def train_round(
     """Return the update float32[d] of `plan.training.local_steps` steps from `start` on `units`.
 
     Every step draws its own noise from `source`, then its own Poisson batch from `coins` (without them, from `source`);
-    the optimiser begins afresh, so that nothing but the ledger outlives the round. Raises Diverged where the result is
-    not finite, and Cancelled, before the next step, where `stop` is set.
+    the optimiser begins afresh, so that nothing but the ledger outlives the round. Raises Diverged if the result is
+    not finite, and Cancelled, before the next step, if `stop` is set.
     """
     mechanism = plan.mechanism
     with adapter.lock:
@@ -48,7 +48,7 @@ def train_round(
     return end - start
 
 
-def shared_step(
+def distributed_step(
     adapter: AdapterModel,
     engine: Engine,
     units: Sequence[PrivacyUnit],
@@ -60,9 +60,9 @@ def shared_step(
 ) -> tuple[NDArray[np.uint32], tuple[str, ...]]:
     """Return the site's part of one step of the whole federation, from `start` on a Poisson sample of `units`.
 
-    uint32[d]: its clipped sum in whole quanta with its share of the noise, modulo 2^32; and the seeds of the share's
-    surplus. The share alone protects less than was promised: the result must be masked before it leaves the site.
-    Raises ConfigError where the plan has no room for such sums.
+    uint32[d]: its clipped sum in whole quanta with its share of the noise, modulo 2^32; and the seeds of
+    parts that may turn out as excess noise. One share alone protects less than was promised: the result must be masked
+    before it leaves the site. Raises ConfigError if the plan has no room for such sums.
     """
     distributed = plan.distributed
     if distributed is None:

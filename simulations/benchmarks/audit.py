@@ -19,14 +19,13 @@ from typing import Annotated, Any
 import typer
 
 from fedllm.audit.evidence import LEDGERS, METRICS, PLAN, RECORD
-from fedllm.audit.trust import HEAD_OFFICE
 from fedllm.crypto.hash_chain import EXPORT, START, make_entry
 from fedllm.crypto.identity import Identity
 from fedllm.files import write_secret
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import AccountingEvent, PrivacySpent, spent
 from fedllm.protocol.spending_statement import Statement, roster_digest, sign_statement
-from fedllm.values import parse
+from fedllm.values import HEAD_OFFICE, parse
 
 _BEGAN = 1_790_000_000.0  # seconds since the epoch
 _DELTA = 1e-5

@@ -3,9 +3,9 @@
 python -m simulations.benchmarks.probe --data DATA/banking77 --model MODELS/all-MiniLM-L6-v2
 
 *pooled* is DP-SGD by one trusted trainer who holds all records. *distributed* is the product's own arithmetic:
-per-record gradients rounded to quanta, `SharedMechanism.upload` at every site, the sum modulo 2^32,
-`SharedMechanism.decode` (the masks of secure aggregation cancel exactly, so they are left out), with the default
-quorum of two thirds, all sites there, surplus noise taken off; one site may collude (none of two). *local* adds each
+per-record gradients rounded to quanta, `DistributedMechanism.upload` at every site, the sum modulo 2^32,
+`DistributedMechanism.decode` (the masks of secure aggregation cancel exactly, so they are left out), with the default
+quorum of two thirds, all sites there, excess noise removed; one site may collude (none of two). *local* adds each
 site's own noise, by `Mechanism.release`. Coins and noise come from the operating system; a seed deals the records out
 to sites.
 

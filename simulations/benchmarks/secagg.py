@@ -7,9 +7,9 @@ compared with the inputs. Client seconds are the mean over the sites that stayed
 functions of flwr's SecAgg, as its client mod and its workflow call them, without quantisation and without its
 messages: one client is timed, and at the server `--samples` of each operation, times how often the workflow does it.
 Bytes of Flower are contents only: keys, ciphertexts, shares, and the vector as its mod serialises it. The threshold
-is the same. The two take turns; ratios are taken within each turn. What fedllm does once a run (join, check all
-joins, agree on keys) is listed apart; Flower makes new keys in every round. The noise of privacy=distributed, which is
-no part of secure aggregation and which Flower has none of, is listed apart as well.
+is the same. The two take turns; ratios are taken within each turn. What fedllm does once a run (advertise keys, check
+all of them, agree on secrets) is listed apart; Flower makes new keys in every round. The noise of privacy=distributed,
+which is no part of secure aggregation and which Flower has none of, is listed apart as well.
 
 The two do not give the same protection: Flower's masks are MT19937 from a seed of 32 bits (`pseudo_rand_gen`), and
 its keys carry no signature, so it is made for a server that keeps to the protocol.
@@ -94,19 +94,19 @@ class _Clock:
 
 
 class Federation:
-    """All sites of a run, after their joins."""
+    """All sites of a run, after they have advertised keys."""
 
     def __init__(self, sites: int, threshold: int) -> None:
         identities = {f"site-{number:03}": Identity.generate() for number in range(sites)}
         roster = {name: identity.public for name, identity in identities.items()}
-        self.terms = secagg.SessionParams(os.urandom(32).hex(), os.urandom(32).hex(), threshold, 0, roster)
+        self.params = secagg.SessionParams(os.urandom(32).hex(), os.urandom(32).hex(), threshold, 0, roster)
         self.once = _Clock()  # of all sites
         self.members = {
-            name: self.once(partial(secagg.Participant, self.terms, name, identity))
+            name: self.once(partial(secagg.Participant, self.params, name, identity))
             for name, identity in identities.items()
         }
-        self.cohort = secagg.make_cohort(self.terms, [member.join.join for member in self.members.values()])
-        request = ShareKeysRequest(context=self.terms.context, round=1, joins=self.cohort.joins)
+        self.cohort = secagg.make_cohort(self.params, [member.join.join for member in self.members.values()])
+        request = ShareKeysRequest(context=self.params.context, round=1, joins=self.cohort.joins)
         for member in self.members.values():
             self.once(partial(member.share, request))
         self.once_bytes = len(request.to_bytes())
@@ -127,29 +127,29 @@ class Federation:
             up, down = up + counts * len(answer), down + counts * len(sent)
             return server(lambda: from_bytes(answer, Message, Message))
 
-        request = ShareKeysRequest(context=self.terms.context, round=self.round, joins=())
+        request = ShareKeysRequest(context=self.params.context, round=self.round, joins=())
         dealt: dict[str, Any] = {name: ask(member, request, member.share) for name, member in self.members.items()}
         for shares in dealt.values():
-            server(partial(secagg.check_shares, self.cohort, self.round, shares))
+            server(partial(secagg.check_key_shares, self.cohort, self.round, shares))
         uploads: dict[str, Any] = {}
         for name in stay:
             member = self.members[name]
-            asked = server(partial(secagg.mask_request, self.cohort, self.round, dealt, name))
-            uploads[name] = ask(member, asked, partial(member.mask, task=self.terms.plan, vector_d=inputs[name]))
+            asked = server(partial(secagg.masked_input_request, self.cohort, self.round, dealt, name))
+            uploads[name] = ask(member, asked, partial(member.mask, task=self.params.plan, vector_d=inputs[name]))
         dealings = [dealt[name].dealing for name in sorted(dealt)]
-        common = server(partial(secagg.common_digest, self.cohort, self.round, self.terms.plan, dealings))
-        claim = secagg.unmask_request(self.cohort, self.round, common, dealt, uploads)
-        answers: list[Any] = [ask(self.members[name], claim, self.members[name].unmask) for name in stay]
+        common = server(partial(secagg.common_digest, self.cohort, self.round, self.params.plan, dealings))
+        survivor_list = secagg.consistency_check(self.cohort, self.round, common, dealt, uploads)
+        answers: list[Any] = [ask(self.members[name], survivor_list, self.members[name].unmask) for name in stay]
         if gone:
             consents = [answer for answer in answers if isinstance(answer, ConsistencySignature)]
             for consent in consents:
-                server(partial(secagg.check_consent, self.cohort, claim, consent.consent))
-            proof = secagg.reveal_request(claim, consents[: self.terms.threshold])
+                server(partial(secagg.check_consistency_signature, self.cohort, survivor_list, consent.consent))
+            proof = secagg.unmasking_request(survivor_list, consents[: self.params.threshold])
             answers = [ask(self.members[name], proof, self.members[name].reveal) for name in stay]
         reveals = [answer for answer in answers if isinstance(answer, UnmaskingShares)]
         masked = {name: upload for name, upload in uploads.items() if isinstance(upload, MaskedInput)}
         dimension = len(inputs[stay[0]])
-        result = server(lambda: secagg.unmask(self.cohort, dealt, claim, masked, reveals, dimension))
+        result = server(lambda: secagg.unmask(self.cohort, dealt, survivor_list, masked, reveals, dimension))
         expected = np.zeros(dimension, np.uint32)
         for name in stay:
             expected += inputs[name]

@@ -23,7 +23,7 @@ from fedllm.privacy.randomness import SeededRandomness
 from fedllm.protocol.messages import Message, Prepare, RoundBegun, TrainRequest, from_bytes
 from fedllm.training.data import Row
 from fedllm.training.model import Reader, load_reader
-from fedllm.training.workspace import ModelContext, open_workspace
+from fedllm.training.model_context import ModelContext, open_context
 from fedllm.values import parse
 
 BEGUN = RoundBegun(roster="a" * 64, number=1, digest="b" * 64)
@@ -60,7 +60,7 @@ class Victim:
     declared: Declared
     policy: Mapping[str, Any] = field(default_factory=dict)
     template: str | None = None  # of chat
-    open_workspace: Callable[[RunPlan], ModelContext] | None = None
+    open_context: Callable[[RunPlan], ModelContext] | None = None
     self_check: bool = False
     records: SiteRecords = field(init=False)
     site: Site = field(init=False)
@@ -77,7 +77,7 @@ class Victim:
         place = LedgerPlace(self.folder / "ledger.db", self.folder / "ledger.anchor")
         self.site = Site(
             "victim", widest(**limits), place, lambda: IDENTITY,
-            self.open_workspace or workspace, self.records, 8, self._peers, self.self_check,
+            self.open_context or context, self.records, 8, self._peers, self.self_check,
         )  # fmt: skip
 
     @staticmethod
@@ -91,12 +91,12 @@ class Victim:
         return self.site.handle(request(plan, round_, **changes))
 
 
-def workspace(plan: RunPlan) -> ModelContext:
-    return open_workspace(plan.model, plan.adapter, plan.seed, "cpu")
+def context(plan: RunPlan) -> ModelContext:
+    return open_context(plan.model, plan.adapter, plan.seed, "cpu")
 
 
 def request(plan: RunPlan, round_: int = 1, **changes: Any) -> bytes:
-    adapter = workspace(plan).adapter
+    adapter = context(plan).adapter
     values = {
         "plan": plan, "round": round_, "spec_digest": adapter.spec.digest, "head": None,
         "payload": adapter_vector.encode(adapter.initial, "float32"), "begun": BEGUN,

@@ -26,7 +26,7 @@ from fedllm.protocol.messages import (
     from_bytes,
 )
 from fedllm.protocol.spending_statement import open_statement
-from fedllm.secagg import SessionParams, make_cohort, mask_request
+from fedllm.secagg import SessionParams, make_cohort, masked_input_request
 from fedllm.values import parse
 from tests.attacks.test_clip_switched_off import SHARED
 from tests.bug_zoo.invariants import office_of
@@ -46,12 +46,12 @@ class Running:
             name: SecAggClient(name, lambda name=name: identity_of(name), lambda _: roster) for name in roster
         }
         joins = [from_bytes(site.join(self.prepare), AdvertiseKeys, AdvertiseKeys) for site in self.sites.values()]
-        terms = SessionParams(PLAN.digest, SESSION, PLAN.quorum, PLAN.privacy.colluding_sites, roster, PLAN.sites)
-        cohort = make_cohort(terms, [join.join for join in joins])
-        request = ShareKeysRequest(context=terms.context, round=1, joins=cohort.joins)
+        params = SessionParams(PLAN.digest, SESSION, PLAN.quorum, PLAN.privacy.colluding_sites, roster, PLAN.sites)
+        cohort = make_cohort(params, [join.join for join in joins])
+        request = ShareKeysRequest(context=params.context, round=1, joins=cohort.joins)
         self.step = SecAggRequest(plan=PLAN, round=1, payload=request.to_bytes())
         dealt = {name: from_bytes(site.answer(self.step), KeyShares, KeyShares) for name, site in self.sites.items()}
-        self.site, self.request = self.sites[names(4)[0]], mask_request(cohort, 1, dealt, names(4)[0])
+        self.site, self.request = self.sites[names(4)[0]], masked_input_request(cohort, 1, dealt, names(4)[0])
 
     def mask(self, value: int) -> bytes:
         """Return one site's upload."""

@@ -23,7 +23,7 @@ from fedllm.files import write_secret
 from fedllm.plan import RunPlan
 from fedllm.protocol.messages import Declined, Prepare, Ready, TrainReply, TrainRequest
 from fedllm.training.model import files_digest, load_reader
-from tests.attacks.office import BEGUN, plan_of, read, workspace
+from tests.attacks.office import BEGUN, context, plan_of, read
 
 WEIGHTS = "model.safetensors"
 
@@ -63,7 +63,7 @@ def copied(base: Path, folder: Path) -> Path:
 def asked(plan: RunPlan, base: Path) -> bytes:
     """Return the request of a round, as the server makes it that has the model at `base`."""
     here = plan.model_copy(update={"model": plan.model.model_copy(update={"source": str(base), "revision": None})})
-    adapter = workspace(here).adapter
+    adapter = context(here).adapter
     payload = adapter_vector.encode(adapter.initial, "float32")
     asked = TrainRequest(plan=plan, round=1, spec_digest=adapter.spec.digest, head=None, payload=payload, begun=BEGUN)
     return asked.to_bytes()

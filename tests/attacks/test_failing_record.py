@@ -22,7 +22,7 @@ from fedllm.plan import RunPlan
 from fedllm.protocol.messages import TrainReply
 from fedllm.training.data import Batch, Row
 from fedllm.training.engine import Engine
-from tests.attacks.office import Victim, fix_randomness, plan_of, read, workspace
+from tests.attacks.office import Victim, context, fix_randomness, plan_of, read
 
 TEXT = TextConfig(prompt="{question}", text="{answer}")
 SIGN = 5  # the token of #, in the tiny model
@@ -38,7 +38,7 @@ def rows(last: str, records: int = 1) -> list[Row]:
 def update(victim: Victim, plan: RunPlan) -> np.ndarray[Any, Any]:
     reply = read(victim.train(plan))
     assert isinstance(reply, TrainReply)
-    return adapter_vector.decode(reply.payload, "float32", workspace(plan).adapter.spec.dimension)
+    return adapter_vector.decode(reply.payload, "float32", context(plan).adapter.spec.dimension)
 
 
 def fails_on_the_sign(patch: Patch, error: Callable[[], BaseException]) -> None:

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 import client.site
-import fedllm.crypto
+import fedllm.crypto.primitives
 import fedllm.privacy.ledger
 import fedllm.training.engine
 from client.policy import SitePolicy
@@ -65,7 +65,7 @@ from fedllm.protocol.messages import (
 )
 from fedllm.protocol.spending_statement import open_statement
 from fedllm.training.data import PrivacyUnit
-from fedllm.training.workspace import ModelContext, open_for_training
+from fedllm.training.model_context import ModelContext, open_for_training
 from tests.attacks.office import BEGUN, IDENTITY, LABELS, Victim, plan_of, read
 from tests.attacks.test_clip_switched_off import EXTREMES
 from tests.attacks.test_refusals import KINDS, ROWS, TEMPLATE, TROUBLE, USABLE
@@ -371,14 +371,14 @@ class Twins:
             template = TEMPLATE if kind == "chat" else None
             victim = Peer(
                 folder, self._base, rows, text, replace(declared, size=100), policy.model_dump(), template,
-                self.workspace, self._self_check,
+                self.context, self._self_check,
             )  # fmt: skip
             watched = Watched(victim.records, victim.folder / "ledger.db", self.draws)
             victim.site._records = watched
             self.victims.append(victim)
             self.watched.append(watched)
 
-    def workspace(self, plan: RunPlan) -> ModelContext:
+    def context(self, plan: RunPlan) -> ModelContext:
         """As a site opens it; compiling, which takes a minute and looks at no record, has tests of its own."""
         if plan.model.source != str(self._base):
             raise ModelError("site.yaml permits only one model")
@@ -402,7 +402,7 @@ class Twins:
         return plan_of(self._base, run, **whole, **{**values, **changes})
 
     def head(self) -> LedgerHead | None:
-        """Return what both offices' newest entry is called, once there is one."""
+        """Return what both sites' newest entry is called, once there is one."""
         ledger = self.victims[0].folder / "ledger.db"
         return LedgerHead(len(kinds(ledger)) - 1, HEAD) if kinds(ledger) else None
 
@@ -539,7 +539,7 @@ class Peer(Victim):
 
 
 def task_of(twins: Twins, plan: RunPlan, number: int) -> TrainRequest:
-    adapter = twins.workspace(plan).adapter
+    adapter = twins.context(plan).adapter
     return TrainRequest(
         plan=plan, round=number, spec_digest=adapter.spec.digest, head=twins.head() if number % 2 else None,
         begun=BEGUN, payload=adapter.initial.astype("<f4").tobytes(),
@@ -568,23 +568,23 @@ def shared_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
     if not isinstance(ready, Ready):
         return
     twins.draws.begin(f"peers {session}")
-    terms = secagg.SessionParams(plan.digest, session, plan.quorum, plan.privacy.colluding_sites, roster, plan.sites)
-    members = {name: secagg.Participant(terms, name, identity) for name, identity in PEERS.items()}
+    params = secagg.SessionParams(plan.digest, session, plan.quorum, plan.privacy.colluding_sites, roster, plan.sites)
+    members = {name: secagg.Participant(params, name, identity) for name, identity in PEERS.items()}
     joins = [
         from_bytes(ready.payload, AdvertiseKeys, AdvertiseKeys).join,
         *(member.join.join for member in members.values()),
     ]
-    cohort = secagg.make_cohort(terms, joins)
+    cohort = secagg.make_cohort(params, joins)
     for number in range(first, plan.training.rounds + 1):
         twins.draws.begin(f"peers {session} {number}")
-        asked = ShareKeysRequest(context=terms.context, round=number, joins=cohort.joins)
+        asked = ShareKeysRequest(context=params.context, round=number, joins=cohort.joins)
         dealt = {name: member.share(asked) for name, member in members.items()}
         answer = read((yield secure(asked)))
         if not isinstance(answer, KeyShares):
             return
         dealt["victim"] = answer
         task = task_of(twins, plan, number)
-        start, masking = task.payload, secagg.mask_request(cohort, number, dealt, "victim").to_bytes()
+        start, masking = task.payload, secagg.masked_input_request(cohort, number, dealt, "victim").to_bytes()
 
         def wrap(inner: bytes, task: TrainRequest = task, start: bytes = start) -> bytes:
             return task.model_copy(update={"payload": pack(start, inner)}).to_bytes()
@@ -593,15 +593,15 @@ def shared_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
             return
         nothing = np.zeros(len(start) // 4, np.uint32)
         for name, member in members.items():
-            member.mask(secagg.mask_request(cohort, number, dealt, name), task.task(start), nothing)
+            member.mask(secagg.masked_input_request(cohort, number, dealt, name), task.task(start), nothing)
         common = secagg.common_digest(cohort, number, task.task(start), (dealt[name].dealing for name in sorted(dealt)))
         survivors = sorted(set(dealt) - {"peer 3"} if number % 2 else dealt)
-        claim = secagg.unmask_request(cohort, number, common, dealt, survivors)
+        claim = secagg.consistency_check(cohort, number, common, dealt, survivors)
         consents = [members[name].unmask(claim) for name in survivors if name != "victim"]
         answer = read((yield secure(claim)))
         if isinstance(answer, ConsistencySignature):
             signed = [each for each in (answer, *consents) if isinstance(each, ConsistencySignature)]
-            yield secure(secagg.reveal_request(claim, signed))
+            yield secure(secagg.unmasking_request(claim, signed))
 
 
 def talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
@@ -773,7 +773,7 @@ Made = Callable[..., Fuzz]
 def fuzz(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     """Return a function that makes two sites and a server to attack them."""
     draws, count = Draws(), itertools.count()
-    monkeypatch.setattr(fedllm.crypto, "random_bytes", draws.secret)
+    monkeypatch.setattr(fedllm.crypto.primitives, "random_bytes", draws.secret)
     monkeypatch.setattr(fedllm.privacy.ledger, "random_bytes", draws.coins)
     monkeypatch.setattr(client.site, "OsRandomness", lambda: draws)
 

@@ -39,7 +39,7 @@ from fedllm.protocol.messages import (
 )
 from fedllm.secagg import aggregator, session
 from fedllm.secagg.masking import add_mask, mask_sign, pair_mask_key, self_mask_key
-from fedllm.training.workspace import ModelContext, open_workspace
+from fedllm.training.model_context import ModelContext, open_context
 from fedllm.values import MAX_START
 from server.secagg_server import SecAggServer
 from tests.bug_zoo.invariants import plan_of
@@ -79,7 +79,7 @@ class HeadOffice:
         """Play a list of survivors to these sites, the colluding ones signing it too; return how many reveal."""
         claim = self.federation.claim(1, view or self.dealt, survivors, task)
         consents, revealed = [], 0
-        document = session.claim_document(self.federation.cohort, claim)
+        document = session.survivors_document(self.federation.cohort, claim)
         for name in set(self.colluding) & set(survivors):
             signature = self.federation.identities[name].sign(document).hex()
             consents.append(Signed(site=name, signature=signature))
@@ -93,7 +93,7 @@ class HeadOffice:
                 consents.append(answer.consent)
             else:
                 revealed += self._note(claim, answer)
-        proof = secagg.reveal_request(claim, ()).model_copy(update={"consents": tuple(consents)})
+        proof = secagg.unmasking_request(claim, ()).model_copy(update={"consents": tuple(consents)})
         for site in asked if claim.dropped else ():
             try:
                 revealed += self._note(claim, self.federation.members[site].reveal(proof))
@@ -112,10 +112,10 @@ class HeadOffice:
         if dealer in self.colluding:
             state = self.federation.members[dealer]._rounds[1]
             return state.seed if of_seed else state.key.scalar
-        if len(found) < self.federation.terms.threshold:
+        if len(found) < self.federation.params.threshold:
             return None
         place = self.federation.cohort.place
-        holders = sorted(found, key=place.__getitem__)[: self.federation.terms.threshold]
+        holders = sorted(found, key=place.__getitem__)[: self.federation.params.threshold]
         points = tuple(place[holder] for holder in holders)
         return shamir.combine(shamir.weights(points), [found[holder] for holder in holders])
 
@@ -168,7 +168,7 @@ def test_only_sums_over_a_quorum_with_one_request_open(
     for task, way in zip((POISONED, TASK), lists, strict=True):
         group = [site for site in head.uploads if federation.tasks[site] == task or site in head.colluding]
         head.ask(group, list(head.dealt) if way == FAST else group, task)
-    quorum = federation.terms.threshold
+    quorum = federation.params.threshold
     for group in head.opened():
         assert len(group) >= quorum - colluders >= 2
         assert len({federation.tasks[site] for site in group}) == 1, "one request"
@@ -210,7 +210,7 @@ def test_a_list_for_another_request_is_not_answered() -> None:
     head.collect()
     with pytest.raises(PrivacyError, match="for another request than the one"):
         federation.members[names(5)[0]].unmask(federation.claim(1, head.dealt, head.dealt, POISONED))
-    request = federation.mask_request(1, head.dealt, names(5)[0])
+    request = federation.masked_input_request(1, head.dealt, names(5)[0])
     with pytest.raises(PrivacyError, match="or another request"):
         federation.members[names(5)[0]].mask(request, POISONED, head.vectors[names(5)[0]])
     assert head.ask(head.dealt, head.dealt, TASK) == 5, "nothing was used up"
@@ -225,7 +225,7 @@ def test_signatures_for_another_request_prove_nothing() -> None:
     survivors = sites[:4]
     signed = federation.consents(federation.claim(1, head.dealt, survivors, POISONED), sites[:3])
     own = federation.consents(federation.claim(1, head.dealt, survivors, TASK), sites[3:4])
-    proof = secagg.reveal_request(federation.claim(1, head.dealt, survivors, TASK), [*own, *signed])
+    proof = secagg.unmasking_request(federation.claim(1, head.dealt, survivors, TASK), [*own, *signed])
     with pytest.raises(MessageError, match="not on this list"):
         federation.members[sites[3]].reveal(proof)
 
@@ -252,7 +252,7 @@ class Offices:
     def __init__(self, folder: Path, base: Path) -> None:
         values = plan_of(base, distributed=True, insecure_seed=None).model_dump() | {"sites": 5, "quorum": 4}
         self.plan = RunPlan.model_validate(values)
-        self.workspace: ModelContext = open_workspace(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
+        self.context: ModelContext = open_context(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
         self.identities = {name: Identity.generate() for name in names(5)}
         self.roster: dict[str, PublicIdentity] = {k: v.public for k, v in self.identities.items()}
         self.ledgers = {
@@ -268,14 +268,14 @@ class Offices:
         policy = widest(1e6, 1e-3, allow_unprotected=False)
         identity = self.identities[name]
         self.sites[name] = Site(
-            name, policy, self.ledgers[name], lambda: identity, lambda _: self.workspace, Loader(), 8,
+            name, policy, self.ledgers[name], lambda: identity, lambda _: self.context, Loader(), 8,
             lambda _: self.roster, self_check=False,
         )  # fmt: skip
 
     def begin(self) -> None:
         """Start the server, again: a session, which all sites join."""
         assert self.plan.distributed is not None
-        self.masks = SecAggServer(self.plan, self.plan.distributed, self.workspace.adapter.spec.dimension, self.roster)
+        self.masks = SecAggServer(self.plan, self.plan.distributed, self.context.adapter.spec.dimension, self.roster)
         for name, site in self.sites.items():
             ready = from_bytes(site.handle(self.masks.question), Ready, Declined)
             assert isinstance(ready, Ready)
@@ -286,7 +286,7 @@ class Offices:
 
     def task(self, start: NDArray[np.float32], number: int = 1) -> TrainRequest:
         return TrainRequest(
-            plan=self.plan, round=number, spec_digest=self.workspace.adapter.spec.digest, head=None, begun=BEGUN,
+            plan=self.plan, round=number, spec_digest=self.context.adapter.spec.digest, head=None, begun=BEGUN,
             payload=start.astype("<f4").tobytes(),
         )  # fmt: skip
 
@@ -321,7 +321,7 @@ def offices(tmp_path: Path, tiny_llama: Path) -> Offices:
 
 def test_a_site_whose_start_values_differ_is_in_no_sum(offices: Offices) -> None:
     """First an honest round, which opens; then one in which four sites start from where nothing can be learned."""
-    start = offices.workspace.adapter.initial
+    start = offices.context.adapter.initial
     honest = offices.task(start)
     uploads = offices.uploads(1, offices.train(dict.fromkeys(offices.sites, honest)))
     step, _ = offices.masks.step(1, honest.task(honest.payload), uploads, offices.ask)
@@ -341,7 +341,7 @@ def test_a_site_whose_start_values_differ_is_in_no_sum(offices: Offices) -> None
 
 def test_a_round_that_did_not_open_is_not_asked_again_from_elsewhere(offices: Offices) -> None:
     """The server is started again, and so is a site; another session does not make another request of the round."""
-    victim, start = names(5)[4], offices.workspace.adapter.initial
+    victim, start = names(5)[4], offices.context.adapter.initial
     poisoned = offices.task(np.full_like(start, 1.0))
     offices.train({**dict.fromkeys(offices.sites, poisoned), victim: offices.task(start)})
     offices.start(names(5)[0])
@@ -354,7 +354,7 @@ def test_a_round_that_did_not_open_is_not_asked_again_from_elsewhere(offices: Of
 
 
 def test_start_values_beyond_the_bound_are_refused_before_a_charge(offices: Offices) -> None:
-    start, victim = offices.workspace.adapter.initial.copy(), names(5)[4]
+    start, victim = offices.context.adapter.initial.copy(), names(5)[4]
     for value in (3e38, -3e38, np.nextafter(np.float32(MAX_START), np.float32(np.inf)), np.nan, np.inf):
         start[-1] = value
         assert offices.train({victim: offices.task(start)}) == {victim: Declined(site=victim, reason="message")}

@@ -72,15 +72,15 @@ def test_masked_sums_of_real_sites_are_refused_where_one_is_poisoned(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offices, asked = Offices(tmp_path, tiny_llama), list[int]()
-    honest = client.site.shared_step
+    honest = client.site.distributed_step
 
     def step(*arguments):  # type: ignore[no-untyped-def]
         vector, seeds = honest(*arguments)
         asked.append(1)
         return (vector + np.uint32(2**28) if len(asked) == 3 else vector), seeds
 
-    monkeypatch.setattr(client.site, "shared_step", step)
-    task = offices.task(offices.workspace.adapter.initial)
+    monkeypatch.setattr(client.site, "distributed_step", step)
+    task = offices.task(offices.context.adapter.initial)
     uploads = offices.uploads(1, offices.train(dict.fromkeys(offices.sites, task)))
     with pytest.raises(MessageError, match="A site is poisoned"):
         offices.masks.step(1, task.task(task.payload), uploads, offices.ask)

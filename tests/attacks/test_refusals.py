@@ -31,8 +31,8 @@ from fedllm.protocol.messages import (
 )
 from fedllm.protocol.spending_statement import open_statement
 from fedllm.training.data import Row, Tokeniser
-from fedllm.training.workspace import ModelContext
-from tests.attacks.office import LABELS, Victim, fix_randomness, plan_of, read, workspace
+from fedllm.training.model_context import ModelContext
+from tests.attacks.office import LABELS, Victim, context, fix_randomness, plan_of, read
 
 PHRASE = "please raise"
 TEMPLATE = (
@@ -78,13 +78,13 @@ def failing(_: RunPlan) -> ModelContext:
 def masks(victim: Victim, plan: RunPlan) -> bytes:
     digest = "0" * 64
     asked = MaskedInputRequest(context=digest, round=1, joins=digest, dealings=()).to_bytes()
-    start = adapter_vector.encode(workspace(plan).adapter.initial, "float32")
+    start = adapter_vector.encode(context(plan).adapter.initial, "float32")
     return victim.train(plan, payload=pack(start, asked))
 
 
 def other_request(victim: Victim, plan: RunPlan) -> bytes:
     victim.train(plan)
-    start = workspace(plan).adapter.initial + np.float32(1)
+    start = context(plan).adapter.initial + np.float32(1)
     return victim.train(plan, payload=adapter_vector.encode(start, "float32"))
 
 
@@ -134,7 +134,7 @@ QUESTIONS: dict[str, tuple[Ask, dict[str, Any], str]] = {
     "shares for who has not joined": (
         lambda v, p: v.site.handle(SecAggRequest(plan=p, round=1, payload=SHARE).to_bytes()), {}, "policy",
     ),
-    "software": (lambda v, p: v.prepare(p), {"open_workspace": failing}, "internal"),
+    "software": (lambda v, p: v.prepare(p), {"open_context": failing}, "internal"),
 }  # fmt: skip
 
 
@@ -155,13 +155,13 @@ def question(kind: str, trouble: str, asked: str, folder: Path, base: Path) -> t
     text, declared = KINDS[kind]
     ask, policy, _ = QUESTIONS[asked]
     policy = dict(policy)
-    own_workspace = policy.pop("open_workspace", None)
+    own_context = policy.pop("open_context", None)
     model = {"task": "classification", "labels": LABELS} if kind == "labels" else {}
     plan = plan_of(base, model=model, privacy={"unit": declared.unit})
     answers = []
     for name, rows in (("without", ROWS), ("with", [*ROWS[:5], TROUBLE[trouble], *ROWS[5:]])):
         template = TEMPLATE if kind == "chat" else None
-        victim = Victim(folder / name, base, rows, text, declared, policy, template, own_workspace)
+        victim = Victim(folder / name, base, rows, text, declared, policy, template, own_context)
         answers.append(ask(victim, plan))
     return answers[0], answers[1]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import client.records
 import client.site
+import fedllm.privacy.accounting
 import fedllm.training.data
 import server.checkpoint
 from fedllm.privacy import distributed_noise as shared_noise
@@ -527,6 +528,11 @@ def checkpoint_without_the_accountant(patch: Patch) -> None:
     patch.setattr(server.checkpoint, "asdict", faulty)
 
 
+def rounding_errors_not_allowed_for(patch: Patch) -> None:
+    fedllm.privacy.accounting._spent.cache_clear()
+    patch.setattr(fedllm.privacy.accounting, "_rounding", lambda events: 0.0)
+
+
 def one_person_under_two_spellings(patch: Patch) -> None:
     patch.setattr(fedllm.training.data, "person", str)
 
@@ -600,7 +606,7 @@ def shared_step_of_a_fixed_size(patch: Patch) -> None:
     def draw(n: int, rate: float, source: Randomness) -> Any:
         return np.argsort(source.words(n))[: round(rate * n)]
 
-    patch.setattr(trainer, "shared_step", _shared_step(draw, with_share=True))
+    patch.setattr(trainer, "distributed_step", _shared_step(draw, with_share=True))
 
 
 def shared_step_without_its_share(patch: Patch) -> None:
@@ -609,7 +615,7 @@ def shared_step_without_its_share(patch: Patch) -> None:
     def draw(n: int, rate: float, source: Randomness) -> Any:
         return Mechanism(1.0, 1.0, rate).sample(n, source)
 
-    patch.setattr(trainer, "shared_step", _shared_step(draw, with_share=False))
+    patch.setattr(trainer, "distributed_step", _shared_step(draw, with_share=False))
 
 
 # ---- the self-check --------------------------------------------------------------------------------------------------
@@ -693,6 +699,8 @@ TESTS_ONLY = [
     Fault("a released reply is not kept", "one-charge-buys-one-release", released_reply_not_kept),
     Fault("a checkpoint lacks the accountant", "checkpoint-keeps-what-was-charged", checkpoint_without_the_accountant),
     Fault("checks are remembered by hash", "every-plan-is-checked-itself", checks_remembered_by_hash),
+    Fault("rounding errors of epsilon are not allowed for", "epsilon-is-not-below-the-truth",
+          rounding_errors_not_allowed_for),
     Fault("one person is two units", "a-person-is-one-unit", one_person_under_two_spellings),
     Fault("the cap on records is ignored", "a-person-is-one-unit", cap_on_records_ignored),
 ]  # fmt: skip

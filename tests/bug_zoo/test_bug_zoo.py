@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from client.site import Site
+from client.site import PlanSession
 from fedllm.errors import PrivacyError
 from fedllm.training import self_check
 from fedllm.training.adapter import attach
@@ -29,8 +29,8 @@ def open_subject(tiny_llama: Path) -> Open:
     def make(classifies: bool = False, **changes: Any) -> Subject:
         plan = plan_of(tiny_llama, classifies=classifies, **changes)
         adapter = attach(load_base(plan.model, "cpu"), plan.model, plan.adapter, plan.seed)
-        site = cast(Any, SimpleNamespace(name="zoo"))
-        return Subject(adapter, Engine(adapter), plan, lambda: Site._randomness(site, plan, 1), 8)
+        session = cast(Any, SimpleNamespace(site="zoo", plan=plan))
+        return Subject(adapter, Engine(adapter), plan, lambda: PlanSession.randomness(session, 1), 8)
 
     return make
 
@@ -65,16 +65,16 @@ def test_the_tests_find(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (False, {"noise_multiplier": 0.01, "epsilon": 1e9}),
         (False, {"noise_multiplier": 1e5, "clip_norm": 1e-6}),
         (False, {"clip_norm": 1e6}),
-        (True, {"shared": True, "clip_norm": 1e-6}),
-        (False, {"shared": True, "clip_norm": 1e6}),
+        (True, {"distributed": True, "clip_norm": 1e-6}),
+        (False, {"distributed": True, "clip_norm": 1e6}),
         (False, {"learning_rate": 1e6}),
         (True, {"optimizer": "adam", "momentum": 0.0}),
         (False, {"clipping": "automatic"}),
         (False, {"mode": "off", "noise_multiplier": None}),
         (False, {"insecure_seed": 1}),
-        (False, {"shared": True}),
-        (True, {"shared": True, "clipping": "automatic"}),
-        (False, {"shared": True, "insecure_seed": 1}),
+        (False, {"distributed": True}),
+        (True, {"distributed": True, "clipping": "automatic"}),
+        (False, {"distributed": True, "insecure_seed": 1}),
     ],
     ids=str,
 )

@@ -25,7 +25,7 @@ _COMMAND = "fedllm/cli/runs.py"  # `site start`: it executes itself anew, with i
 def _loaded() -> dict[str, str]:
     """The modules of a site's process, and the files of those that are fedllm's."""
     code = (
-        "import json, sys, fedllm.cli, fedllm.cli.runs, client.service, fedllm.training.workspace\n"
+        "import json, sys, fedllm.cli, fedllm.cli.runs, client.service, fedllm.training.model_context\n"
         "import fedllm.training.trainer, fedllm.training.self_check\n"
         "print(json.dumps({name: getattr(each, '__file__', None) or '' for name, each in sys.modules.items()}))"
     )

@@ -48,7 +48,7 @@ from fedllm.protocol.messages import (
 from fedllm.protocol.spending_statement import Statement, open_statement, update_digest
 from fedllm.training import self_check
 from fedllm.training.data import Example, PrivacyUnit
-from fedllm.training.workspace import ModelContext, open_workspace
+from fedllm.training.model_context import ModelContext, open_context
 from fedllm.values import parse
 from tests.fedllm.privacy.budgets import for_several_plans
 
@@ -99,19 +99,19 @@ class Office:
 
     def restart(self) -> Site:
         """The site after its process has ended and begun again: only the ledger is left."""
-        self.site = self.make(lambda plan: open_workspace(plan.model, plan.adapter, plan.seed, "cpu"))
+        self.site = self.make(lambda plan: open_context(plan.model, plan.adapter, plan.seed, "cpu"))
         return self.site
 
-    def make(self, workspace: Callable[[RunPlan], ModelContext]) -> Site:
+    def make(self, context: Callable[[RunPlan], ModelContext]) -> Site:
         return Site(
-            NAME, self.policy, self.ledger, lambda: IDENTITY, workspace, self.loader, 8, self_check=self.self_check
+            NAME, self.policy, self.ledger, lambda: IDENTITY, context, self.loader, 8, self_check=self.self_check
         )
 
-    def workspace(self) -> ModelContext:
-        return open_workspace(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
+    def context(self) -> ModelContext:
+        return open_context(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
 
     def request(self, round_: int = 1, **changes: Any) -> bytes:
-        adapter = self.workspace().adapter
+        adapter = self.context().adapter
         values = {
             "plan": self.plan,
             "round": round_,
@@ -200,12 +200,12 @@ def office(tmp_path: Path, make_plan: MakePlan) -> Office:
 def fuzzed(tmp_path_factory: pytest.TempPathFactory, make_plan: MakePlan) -> Office:
     """One site for all fuzzed bytes, with a fixed workspace: what a hostile plan may load is not the question."""
     office = Office(tmp_path_factory.mktemp("fuzzed"), make_plan())
-    workspace = office.workspace()
+    context = office.context()
 
     def open_only(plan: RunPlan) -> ModelContext:
         if (plan.model, plan.adapter, plan.seed) != (office.plan.model, office.plan.adapter, office.plan.seed):
             raise ModelError("another model")
-        return workspace
+        return context
 
     office.site = office.make(open_only)
     return office
@@ -248,14 +248,14 @@ def test_a_plan_within_policy_makes_the_site_ready(office: Office) -> None:
     ready = office.prepare()
     assert isinstance(ready, Ready)
     assert (ready.site, ready.plan_digest) == (NAME, office.plan.digest)
-    assert ready.spec_digest == office.workspace().adapter.spec.digest
+    assert ready.spec_digest == office.context().adapter.spec.digest
     assert office.events() == [], "preparing costs nothing"
 
 
 def test_a_round_gives_an_update_of_the_planned_form(office: Office) -> None:
     reply = office.train()
     assert isinstance(reply, TrainReply)
-    adapter = office.workspace().adapter
+    adapter = office.context().adapter
     assert (said(reply).site, said(reply).round, said(reply).plan) == (NAME, 1, office.plan.digest)
     delta = adapter_vector.decode(reply.payload, "float32", adapter.spec.dimension)
     assert np.linalg.norm(delta) > 0
@@ -503,7 +503,7 @@ def test_a_round_is_trained_for_one_request_only(office: Office, make_plan: Make
     """Two answers from different starting points would be two releases at the price of one."""
     first = office.train(1)
     assert isinstance(first, TrainReply)
-    dimension = office.workspace().adapter.spec.dimension
+    dimension = office.context().adapter.spec.dimension
     assert reason(office.train(1, payload=adapter_vector.encode(np.ones(dimension, np.float32), "float32"))) == "ledger"
     office.plan = make_plan(privacy={"clip_norm": 2.0})  # the same run and round, another plan
     assert reason(office.train(1)) == "ledger"
@@ -589,7 +589,7 @@ def test_what_used_records_leaves_at_whole_quanta_and_nothing_is_answered_before
 
     def train_round(*_: Any) -> NDArray[np.float32]:
         now[0] += 4.25
-        return np.zeros(office.workspace().adapter.spec.dimension, np.float32)
+        return np.zeros(office.context().adapter.spec.dimension, np.float32)
 
     request = office.request()
     monkeypatch.setattr(client.site.time, "monotonic", lambda: now[0])
@@ -641,7 +641,7 @@ def test_an_update_that_cannot_be_sent_is_a_failure_of_training(
 ) -> None:
     """Not of the message that asked for it: the server must not look for the fault on its own side."""
     office = Office(tmp_path, make_plan(training={"wire": wire}))
-    dimension = office.workspace().adapter.spec.dimension
+    dimension = office.context().adapter.spec.dimension
     monkeypatch.setattr(client.site, "train_round", lambda *_: np.full(dimension, value, np.float32))
     assert reason(office.train()) == "training"
     assert len(office.events()) == 1, "the records were used: the charge stands"
@@ -870,7 +870,7 @@ def test_a_round_that_is_given_up_stays_paid_and_is_answered_when_it_is_asked_fo
     stop, real = threading.Event(), client.site.train_round
 
     def train_round(*arguments: Any) -> NDArray[np.float32]:
-        stop.set()  # the courier has gone
+        stop.set()  # nobody waits any more
         return real(*arguments)
 
     monkeypatch.setattr(client.site, "train_round", train_round)
@@ -923,7 +923,7 @@ def test_a_ledger_without_the_entry_that_was_signed_for_is_refused(office: Offic
         office.ledger_path.write_bytes(backup)
     office.restart()
     if case == "gone on another way":
-        other = office.workspace().adapter.initial + 1
+        other = office.context().adapter.initial + 1
         office.train(2, payload=adapter_vector.encode(other, "float32"))
     before, calls = office.events(), office.loader.calls
     assert reason(office.train(3, head=head)) == "ledger"

@@ -20,7 +20,7 @@ class Federation:
 
     def ready(self) -> None:
         """Wait until every site is connected."""
-        until(lambda: self.head.connected() == set(self.admitted), 600, "the connection of every office")
+        until(lambda: self.head.connected() == set(self.admitted), 600, "the connection of every site")
 
 
 def found_federation(folder: Path, admitted: Sequence[str]) -> Federation:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from client.site import Site
-from fedllm import cli
+from fedllm.cli import main as cli
 from fedllm.protocol.messages import (
     ConsistencyCheck,
     Prepare,

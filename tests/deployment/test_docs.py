@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from client.doctor import check
 from client.office import init_office, install
-from fedllm import cli
+from fedllm.cli import main as cli
 from server import federation
 from tests.conftest import SOAK
 from tests.deployment.harness import free_port, records_of, until

@@ -15,7 +15,7 @@ def test_a_run_of_three_offices_completes_and_every_ledger_is_right(federation: 
     head = federation.head
     before = {name: len(branch.charged()) for name, branch in federation.branches.items()}
     done = head.submit(*settings(mode, 2, **{"privacy.mode": mode}))
-    if mode == "off":  # the offices' policies permit no run without noise
+    if mode == "off":  # the sites' policies permit no run without noise
         assert done.returncode == 1
         assert "declined (policy)" in done.stderr
         assert {n: len(b.charged()) for n, b in federation.branches.items()} == before

@@ -1,7 +1,7 @@
 """A deployment over real links: a network namespace for every site, links that fail, and a look at the wire.
 
 The server and three sites each live in a namespace of their own, joined by a bridge in one more. While a run goes
-on, one office's cable is pulled, another's packets vanish without a word and its connection is forgotten by a
+on, one site's cable is pulled, another's packets vanish without a word and its connection is forgotten by a
 firewall, and a third has a slow link. All that passes the server's link is captured.
 """
 
@@ -39,7 +39,7 @@ ADDRESS = {HEAD: "10.77.0.1", PULLED: "10.77.0.2", SILENT: "10.77.0.3", SLOW: "1
 ROUNDS = 40  # more than there is time for: it is stopped when all has been seen
 ROUND_TIMEOUT = 30  # seconds: what a round waits for a site that is away
 RUN = "over-links"
-CANARIES = {  # planted in every office's records
+CANARIES = {  # planted in every site's records
     "question": "CANARY-QUESTION-8f1e 카나리아 질문", "answer": "CANARY-ANSWER-52ac 카나리아 답",
     "customer_id": "CANARY-CUSTOMER-d077",
 }  # fmt: skip

@@ -61,7 +61,7 @@ def test_every_key_is_replaced_while_a_run_goes_on(federation: Federation) -> No
     federation.ready()
     assert after.identity.public != before.identity.public
 
-    # the next run is asked for by the new identity and answered with the office's new keys
+    # the next run is asked for by the new identity and answered with the site's new keys
     head_folder.retire(head.home, mapo.name)
     head_folder.rotate_ca(head.home, "retire")
     head_folder.rotate_identity(head.home, "retire")

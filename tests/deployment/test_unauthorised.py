@@ -282,7 +282,7 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_by_the_office(federa
     others = {
         "not signed": Prepare(plan=plan).to_bytes(),
         "signed by a stranger": _sealed(train, site, Identity.generate(), **known, round_=1),
-        "sealed to another office": _sealed(train, federation.branches["seoul-gangnam"].office.identity.public, me,
+        "sealed to another site": _sealed(train, federation.branches["seoul-gangnam"].office.identity.public, me,
                                             **known, round_=1),
         "altered": bytes(altered),
         "bound to another run": _sealed(train, site, me, run="other", plan=plan.digest, round_=1),
@@ -364,7 +364,7 @@ def test_a_stranger_at_head_office_is_refused_and_so_is_a_revoked_office(federat
 
     # it cannot come back
     until(lambda: head.connected() == {*branches} - {mapo.name}, what="the end of its stream")
-    until(lambda: "was revoked on" in mapo.log, what="the reason at the office")
+    until(lambda: "was revoked on" in mapo.log, what="the reason at the site")
     office = site_folder.Office.open(mapo.home)
     with pytest.raises(FederationError, match="were revoked"):
         head_folder.admit(head.home, office.join_file.read_bytes(), office.identity.public.fingerprint)

@@ -85,7 +85,7 @@ def connected(state: LinkState) -> bool:
 def test_an_office_that_is_connected_is_so_at_both_ends(ends: Ends) -> None:
     ends.start(connected)
     assert "site: connected to the server" in ends.at_site("ok")
-    assert "takes this office's" in ends.at_site("ok")
+    assert "accepts this site's" in ends.at_site("ok")
     assert f"{NAME} is connected from ipv4:127.0.0.1:" in ends.at_head("ok")
     assert "sites reach 127.0.0.1" in ends.at_head("ok")
     assert ends.at_head("ERROR") == ""
@@ -101,8 +101,8 @@ def test_a_certificate_that_has_ended(ends: Ends, monkeypatch: pytest.MonkeyPatc
     ends.replace_certificate(expired(ends, monkeypatch))
     ends.start(not_connected)
     said = ends.at_site("ERROR")
-    assert "this office's certificate has ended on" in said
-    assert "not connected to the server: this office's certificate has ended on" in said
+    assert "this site's certificate has ended on" in said
+    assert "not connected to the server: this site's certificate has ended on" in said
     assert "fedllm server grant SITE" in said
     assert f"the certificate of {NAME} has ended on" in ends.at_head("ERROR")
     assert f"fedllm server grant {NAME}, and send it" in ends.at_head("ERROR")
@@ -111,11 +111,11 @@ def test_a_certificate_that_has_ended(ends: Ends, monkeypatch: pytest.MonkeyPatc
 
 def test_a_certificate_that_ends_soon_is_announced(ends: Ends) -> None:
     ends.replace_certificate(certificates.certify(ends.authority, ends.link_key, NAME, 90))
-    assert "this office's certificate ends on" in ends.at_site("ok")
+    assert "this site's certificate ends on" in ends.at_site("ok")
     with pytest.MonkeyPatch.context() as patch:
         then = health_checks.now() + timedelta(days=65)
         patch.setattr(health_checks, "now", lambda: then)
-        assert "this office's certificate ends on" in ends.at_site("warning")
+        assert "this site's certificate ends on" in ends.at_site("warning")
         assert f"the certificate of {NAME} ends on" in ends.at_head("warning")
 
 
@@ -152,7 +152,7 @@ def test_a_certificate_of_another_authority(ends: Ends) -> None:
     ends.start(not_connected)
     said = ends.at_site("ERROR")
     for where in ("not connected to the server: ", "way to the server: "):
-        assert f"{where}the server does not believe this office's certificate" in said
+        assert f"{where}the server does not accept this site's certificate" in said
     assert "it is of another authority" in said
     assert f"{NAME} is not connected. There: fedllm doctor" in ends.at_head("warning")
     assert f"the certificate of {NAME} is not of this federation's authority" in ends.at_head("ERROR")
@@ -163,8 +163,11 @@ def test_a_head_office_of_another_authority(ends: Ends) -> None:
         federation.rotate_ca(ends.head, step)  # type: ignore[arg-type]
     ends.start(not_connected)
     said = ends.at_site("ERROR")
-    assert "not connected to the server: the server certificate is not of the authority that the grant names" in said
-    assert "way to the server: the server certificate is not of the authority" in said
+    assert (
+        "not connected to the server: the server certificate was not issued by the authority that the grant names"
+        in said
+    )
+    assert "way to the server: the server certificate was not issued by the authority" in said
     assert f"{NAME} is not connected" in ends.at_head("warning")
 
 
@@ -181,7 +184,7 @@ def test_a_clock_that_is_off(ends: Ends, monkeypatch: pytest.MonkeyPatch, second
 
 def test_a_head_office_that_does_not_run(ends: Ends) -> None:
     ends.start_site(not_connected)
-    assert "refuses. At the server: fedllm server start" in ends.at_site("ERROR")
+    assert "connection refused. Start the server there (fedllm server start)" in ends.at_site("ERROR")
     assert "daemon: it does not run. Start it: fedllm server start" in ends.at_head("warning")
 
 

@@ -191,7 +191,7 @@ def test_a_certificate_that_is_not_believed_is_refused_before_a_frame_and_the_si
     with pytest.raises(OSError) as found:  # noqa: PT011
         probe_tls("127.0.0.1", house.port, house.office.ca_file, own=(key.with_suffix(".pem"), key))
     text = explain_failure("127.0.0.1", house.port, found.value)
-    assert ("has ended on" if fault == "ended" else "does not believe this office's certificate") in text
+    assert ("has ended on" if fault == "ended" else "does not accept this site's certificate") in text
     assert "fedllm server grant SITE" in text
     assert house.connected() == []
 

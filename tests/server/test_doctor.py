@@ -274,7 +274,7 @@ def test_a_daemon_whose_port_is_not_served_or_shows_another_certificate_is_named
         federation.rotate_server_certificate(folder)  # this daemon does not look for a new one
         assert any("former certificate" in text for text in said(folder, "warning"))
         edit(folder, port=free_port())
-        assert any("the port is not served" in text and "refuses" in text for text in said(folder, "ERROR"))
+        assert any("the port is not served" in text and "connection refused" in text for text in said(folder, "ERROR"))
 
 
 def test_offices_that_are_connected_away_or_refused_are_told_apart(folder: Path) -> None:

@@ -107,7 +107,7 @@ def test_the_examples_of_the_help_are_found() -> None:
 def test_a_mistake_is_told_before_torch_is_imported() -> None:
     """Which takes ten seconds on a small machine."""
     code = (
-        "import sys, fedllm.cli\n"
+        "import sys, fedllm.cli.main\n"
         "try: fedllm.cli.main.main()\n"
         "except SystemExit as leaving: assert leaving.code == 1\n"
         "assert 'torch' not in sys.modules\n"

@@ -23,17 +23,19 @@ from fedllm.privacy.ledger import LedgerFile
 from fedllm.privacy.randomness import SeededRandomness
 from fedllm.protocol.messages import (
     ConsistencyCheck,
+    ConsistencySignature,
     Declined,
     MaskedInput,
     SecAggRequest,
     TrainReply,
     TrainRequest,
+    UnmaskingShares,
     from_bytes,
     unpack,
 )
-from fedllm.secagg import masking
+from fedllm.secagg import Participant, participant
+from fedllm.training.model_context import open_context
 from fedllm.training.server_optimizer import ServerOptimizer
-from fedllm.training.workspace import open_workspace
 from server.checkpoint import load_checkpoint
 from server.events import Event
 from server.run_record import RECORD_FILE, key_in
@@ -88,8 +90,8 @@ def pooled(config: SimulationConfig, plan: RunPlan) -> tuple[NDArray[np.float32]
 
     Returns the adapter and the largest that rounding to quanta may have moved a coordinate of one step's gradient.
     """
-    workspace = open_workspace(plan.model, plan.adapter, plan.seed, "cpu")
-    engine, adapter, distributed, data = workspace.engine, workspace.adapter, plan.distributed, simulated_data(config)
+    context = open_context(plan.model, plan.adapter, plan.seed, "cpu")
+    engine, adapter, distributed, data = context.engine, context.adapter, plan.distributed, simulated_data(config)
     assert distributed is not None
     optimizer = ServerOptimizer(plan.training.server, adapter.initial)
     worst = 0.0
@@ -126,7 +128,7 @@ def test_the_federation_trains_as_one_pooled_trainer_would(tmp_path: Path, confi
     done = run(config)
     assert not done.stopped
     expected, worst = pooled(config, done.plan)
-    start = open_workspace(done.plan.model, done.plan.adapter, done.plan.seed, "cpu").adapter.initial
+    start = open_context(done.plan.model, done.plan.adapter, done.plan.seed, "cpu").adapter.initial
     found = adapter_of(done.folder)
     assert np.abs(expected - start).max() > 0.01, "there was something to learn"
     # every round's error, and what a gradient at a slightly other adapter adds to it
@@ -151,7 +153,7 @@ def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, mon
     for body in rounds_of(done.folder):
         assert body["trimmed"] == 4, "everybody was there, and gave the noise away that is not needed"
         assert body["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier)
-    for language, word in (("", "masks its sum"), (".ko", "가립니다")):
+    for language, word in (("", "masks its sum"), (".ko", "합계를 마스킹합니다")):
         assert word in (done.folder / "audit" / f"audit{language}.html").read_text("utf-8")
 
     head_office, distributed = key_in(done.folder), done.plan.distributed
@@ -213,6 +215,30 @@ def test_sites_may_vanish_down_to_the_quorum(
     assert [body["trimmed"] for body in bodies] == [3, 3]
     kept = 3 + 3 if kind is TrainRequest else 2 + 2 + 2
     assert bodies[0]["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier * np.sqrt(kept / 6))
+    assert verdict(done.folder) == "within"
+
+
+def test_who_gives_back_wrong_shares_is_on_record_and_not_asked_again_and_the_round_counts(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Participant.unmask
+
+    def unmask(self: Participant, request: ConsistencyCheck) -> ConsistencySignature | UnmaskingShares:
+        answer = honest(self, request)
+        if self.join.join.site == "busan" and isinstance(answer, UnmaskingShares):
+            return answer.model_copy(update={"payload": bytes(byte ^ 1 for byte in answer.payload)})
+        return answer
+
+    monkeypatch.setattr(Participant, "unmask", unmask)
+    done = run(configure(tmp_path, **SHARED))
+    assert not done.stopped
+    first, second = rounds_of(done.folder)
+    assert first["counts"]
+    assert second["counts"]
+    assert set(first["answered"]) == set(BRANCHES)
+    assert list(first["failed"]) == ["busan"]
+    assert "wrong shares" in first["failed"]["busan"]
+    assert set(second["answered"]) == {*BRANCHES} - {"busan"}
     assert verdict(done.folder) == "within"
 
 
@@ -394,7 +420,7 @@ def test_what_a_site_uploads_is_not_its_sum(
 ) -> None:
     """The highest four bits of masked uploads are uniform; without masks they show the small numbers beneath."""
     if not masks:
-        monkeypatch.setattr(masking, "add_mask", lambda *_: None)
+        monkeypatch.setattr(participant, "add_mask", lambda *_: None)
     replies = replies_of(monkeypatch, lambda *_: False)
     run(configure(tmp_path, **SHARED))
     assert len(replies) == 2 * len(BRANCHES)

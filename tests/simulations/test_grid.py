@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import server.grid
-from client.app import Handler, courier
+from client.app import Handler, client_app
 from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 from simulations.grid import InProcessGrid
 
@@ -47,7 +47,7 @@ def test_every_node_is_served_with_its_own_partition(until: Callable[[Callable[[
     def connect(context: Context) -> Handler:
         return lambda request, timeout: request + f" at {context.node_config['partition-id']}".encode()
 
-    grid = InProcessGrid(courier(connect), 5)
+    grid = InProcessGrid(client_app(connect), 5)
     assert list(grid.get_node_ids()) == [1, 2, 3, 4, 5]
     ids = list(grid.push_messages([message(node, f"to {node}".encode()) for node in (3, 1, 5)]))
     assert len(set(ids)) == 3
@@ -68,7 +68,7 @@ def test_a_node_gets_one_message_at_a_time(until: Callable[[Callable[[], bool]],
 
         return handle
 
-    grid = InProcessGrid(courier(connect), 1)
+    grid = InProcessGrid(client_app(connect), 1)
     first = list(grid.push_messages([message(1, b"first")]))
     assert list(grid.push_messages([message(1, b"second")])) == []
     gate.set()
@@ -87,7 +87,7 @@ def test_a_node_that_raises_answers_with_an_error_that_quotes_nothing(
 
         return handle
 
-    grid = InProcessGrid(courier(connect), 2)
+    grid = InProcessGrid(client_app(connect), 2)
     ids = list(grid.push_messages([message(1, b""), message(2, b"")]))
     replies = collect(grid, ids, until)
     assert replies[ids[0]].has_error()
@@ -110,7 +110,7 @@ def test_a_node_whose_libraries_panic_answers_with_an_error(until: Callable[[Cal
 
         return handle
 
-    grid = InProcessGrid(courier(connect), 1)
+    grid = InProcessGrid(client_app(connect), 1)
     replies = list(grid.send_and_receive([message(1, b"panic")], timeout=600.0))
     assert [reply.has_error() for reply in replies] == [True]
     assert [payload(reply) for reply in grid.send_and_receive([message(1, b"again")], timeout=600.0)] == [b"again"]
@@ -127,7 +127,7 @@ def test_a_node_that_hangs_counts_as_offline_while_the_others_are_served(
 
         return handle
 
-    grid = InProcessGrid(courier(connect), 3)
+    grid = InProcessGrid(client_app(connect), 3)
     hung, *served = grid.push_messages([message(node, b"first") for node in (1, 2, 3)])
     collect(grid, served, until)
     assert list(grid.get_node_ids()) == [2, 3]
@@ -149,7 +149,7 @@ def test_replies_can_be_waited_for(monkeypatch: pytest.MonkeyPatch, gate: thread
 
         return handle
 
-    grid, came = InProcessGrid(courier(connect), 2), list[Message]()
+    grid, came = InProcessGrid(client_app(connect), 2), list[Message]()
     replies = list(grid.send_and_receive([message(1, b"one"), message(2, b"two")]))
     assert sorted(map(payload, replies)) == [b"one", b"two"]
 

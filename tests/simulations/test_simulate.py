@@ -30,7 +30,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from typer.testing import CliRunner
 
 import fedllm.privacy.accounting
-import fedllm.training.workspace
+import fedllm.training.model_context
 import server.channel
 import server.run
 from client.site import Site
@@ -427,7 +427,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return real(cls, source, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
-    monkeypatch.setattr(fedllm.training.workspace, "_open", {})
+    monkeypatch.setattr(fedllm.training.model_context, "_open", {})
     return seen
 
 
@@ -475,7 +475,7 @@ def test_no_seed_repeats_a_private_run(tmp_path: Path, configure: Configure, mon
     assert second.plan is not None
     assert first.plan.run != second.plan.run
     assert not np.array_equal(first.adapter(), second.adapter())
-    initial = fedllm.training.workspace.open_workspace(first.plan.model, first.plan.adapter, 5, "cpu").adapter.initial
+    initial = fedllm.training.model_context.open_context(first.plan.model, first.plan.adapter, 5, "cpu").adapter.initial
     for one, other in ((first.adapter(), second.adapter()), (first.adapter(), initial)):
         assert np.mean(one == other) < 0.01, "noise falls on every coordinate"
 

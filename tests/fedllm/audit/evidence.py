@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.audit.evidence import file_name
-from fedllm.audit.trust import HEAD_OFFICE, Trust
+from fedllm.audit.trust import Trust
 from fedllm.crypto.hash_chain import START, End, Entry, make_entry, open_entry
 from fedllm.crypto.identity import Identity
 from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.protocol.spending_statement import Statement, roster_digest, sign_statement, update_digest
+from fedllm.values import HEAD_OFFICE
 
 SITES = ("seoul-gangnam", "부산-해운대", "incheon")
 DELTA = 1e-5

@@ -314,7 +314,7 @@ import os, sys, time
 from pathlib import Path
 from fedllm.errors import FedllmError
 from fedllm.privacy.accounting import AccountingEvent
-from fedllm.crypto import Identity
+from fedllm.crypto.identity import Identity
 from fedllm.privacy.ledger import PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace
 signer = Identity.from_bytes(sys.argv[2].encode())

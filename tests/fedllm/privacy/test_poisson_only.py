@@ -77,7 +77,7 @@ def test_one_place_draws_the_units_of_a_step() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "sample"
     ]
     assert calls
-    assert {name for _, name in calls} <= {"mechanism.sample", "self.mechanism.sample", "shared.mechanism.sample"}
+    assert {name for _, name in calls} <= {"mechanism.sample", "self.mechanism.sample", "distributed.mechanism.sample"}
 
 
 @pytest.mark.parametrize("key", ["sampler", "shuffle", "weights", "sampling", "batch_size"])

@@ -80,24 +80,24 @@ class Federation:
     ) -> None:  # fmt: skip
         least = max((n + colluders) // 2 + 1, colluders + 2)
         self.identities = {name: identity_of(name) for name in names(roster or n)}
-        self.terms = secagg.SessionParams(
+        self.params = secagg.SessionParams(
             plan, session, threshold or least, colluders, {k: v.public for k, v in self.identities.items()}
         )
-        self.members = {name: secagg.Participant(self.terms, name, self.identities[name]) for name in names(n)}
-        self.cohort = secagg.make_cohort(self.terms, [wire(m.join).join for m in self.members.values()])
+        self.members = {name: secagg.Participant(self.params, name, self.identities[name]) for name in names(n)}
+        self.cohort = secagg.make_cohort(self.params, [wire(m.join).join for m in self.members.values()])
         self.tasks = dict.fromkeys(self.members, TASK)  # what each site is asked to compute
         self._dealt: dict[tuple[int, str], SignedMaskKey] = {}  # the newest, by round and site
 
     def share_request(self, number: int, *, repeat: bool = False) -> ShareKeysRequest:
         joins = () if repeat else self.cohort.joins
-        return ShareKeysRequest(context=self.terms.context, round=number, joins=joins)
+        return ShareKeysRequest(context=self.params.context, round=number, joins=joins)
 
     def share(self, number: int, sites: Collection[str] | None = None) -> dict[str, KeyShares]:
         """Return what the sites deal, checked."""
         dealt = {}
         for site in self.members if sites is None else sites:
             dealt[site] = wire(self.members[site].share(wire(self.share_request(number))))
-            secagg.check_shares(self.cohort, number, dealt[site])
+            secagg.check_key_shares(self.cohort, number, dealt[site])
             self._dealt[number, site] = dealt[site].dealing
         return dealt
 
@@ -106,15 +106,17 @@ class Federation:
         dealings = [self._dealt[number, site] for site in sorted(participants) if (number, site) in self._dealt]
         return secagg.common_digest(self.cohort, number, task, dealings)
 
-    def mask_request(self, number: int, dealt: Mapping[str, KeyShares], site: str) -> MaskedInputRequest:
-        return wire(secagg.mask_request(self.cohort, number, dealt, site))
+    def masked_input_request(self, number: int, dealt: Mapping[str, KeyShares], site: str) -> MaskedInputRequest:
+        return wire(secagg.masked_input_request(self.cohort, number, dealt, site))
 
     def mask(
         self, number: int, dealt: Mapping[str, KeyShares], vectors: Mapping[str, Vector]
     ) -> dict[str, MaskedInput]:
         """Return the uploads of the sites in `vectors`."""
         return {
-            site: wire(self.members[site].mask(self.mask_request(number, dealt, site), self.tasks[site], vector))
+            site: wire(
+                self.members[site].mask(self.masked_input_request(number, dealt, site), self.tasks[site], vector)
+            )
             for site, vector in vectors.items()
         }
 
@@ -122,7 +124,7 @@ class Federation:
         self, number: int, participants: Collection[str], survivors: Collection[str], task: str = TASK
     ) -> ConsistencyCheck:
         common = self.common(number, participants, task)
-        return wire(secagg.unmask_request(self.cohort, number, common, participants, survivors))
+        return wire(secagg.consistency_check(self.cohort, number, common, participants, survivors))
 
     def consents(self, claim: ConsistencyCheck, sites: Collection[str]) -> list[ConsistencySignature]:
         answers = [wire(self.members[site].unmask(claim)) for site in sites]
@@ -136,7 +138,7 @@ class Federation:
         if not claim.dropped:
             answers = [wire(self.members[site].unmask(claim)) for site in sites]
             return [answer for answer in answers if isinstance(answer, UnmaskingShares)]
-        proof = wire(secagg.reveal_request(claim, self.consents(claim, signers)))
+        proof = wire(secagg.unmasking_request(claim, self.consents(claim, signers)))
         return [wire(self.members[site].reveal(proof)) for site in sites]
 
     def run(
@@ -175,11 +177,11 @@ def make_vectors() -> dict[str, Any]:
             dealt = federation.share(number)
             uploads = federation.mask(number, dealt, {site: vectors[site] for site in survivors})
             claim = federation.claim(number, dealt, survivors)
-            messages += [*dealt.values(), *(federation.mask_request(number, dealt, site) for site in survivors)]
+            messages += [*dealt.values(), *(federation.masked_input_request(number, dealt, site) for site in survivors)]
             messages += [*uploads.values(), claim]
             if claim.dropped:
                 consents = federation.consents(claim, survivors)
-                messages += [*consents, secagg.reveal_request(claim, consents)]
+                messages += [*consents, secagg.unmasking_request(claim, consents)]
             reveals = federation.reveals(claim, survivors, survivors)
             unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, 5)
             messages += reveals

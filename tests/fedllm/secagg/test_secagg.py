@@ -39,7 +39,7 @@ def federations(draw: st.DrawFn) -> Federation:
 @given(federations(), st.data())
 def test_the_sum_is_exact_or_the_round_ends_cleanly(federation: Federation, data: st.DataObject) -> None:
     """Three rounds; in each, every site may drop out at every point and is back in the next."""
-    threshold = federation.terms.threshold
+    threshold = federation.params.threshold
     phase = st.sampled_from([NEVER] * 8 + [BEFORE_SHARE, BEFORE_MASK, BEFORE_UNMASK, BEFORE_REVEAL])
     drops = [{site: data.draw(phase) for site in federation.members} for _ in range(3)]
     dealt = federation.share(1, [site for site, when in drops[0].items() if when != BEFORE_SHARE])
@@ -61,7 +61,7 @@ def test_the_sum_is_exact_or_the_round_ends_cleanly(federation: Federation, data
 
 def finish(federation, number, dealt, uploads, when, vectors) -> None:  # type: ignore[no-untyped-def]
     """Play what follows the uploads, and expect the exact sum or the one error that fits."""
-    threshold = federation.terms.threshold
+    threshold = federation.params.threshold
     claim = federation.claim(number, dealt, uploads)
     signers = [site for site in uploads if when[site] != BEFORE_UNMASK]
     answering = [site for site in signers if when[site] != BEFORE_REVEAL]
@@ -71,7 +71,7 @@ def finish(federation, number, dealt, uploads, when, vectors) -> None:  # type: 
                 federation.members[site].unmask(claim)
         return
     if claim.dropped and len(signers) < threshold:
-        proof = secagg.reveal_request(claim, federation.consents(claim, signers))
+        proof = secagg.unmasking_request(claim, federation.consents(claim, signers))
         for site in answering:
             with pytest.raises(PrivacyError, match="Nothing is revealed"):
                 federation.members[site].reveal(proof)
@@ -120,7 +120,7 @@ def test_a_site_that_was_started_again_is_a_dropout_and_then_takes_part_again() 
     vectors = random_vectors(federation.members, 8)
     dealt = federation.share(1)
     uploads = federation.mask(1, dealt, vectors)
-    reborn = secagg.Participant(federation.terms, site, federation.identities[site])
+    reborn = secagg.Participant(federation.params, site, federation.identities[site])
     federation.members[site] = reborn
     claim = federation.claim(1, dealt, uploads)
     with pytest.raises(PrivacyError, match="its process is a new one"):
@@ -131,18 +131,18 @@ def test_a_site_that_was_started_again_is_a_dropout_and_then_takes_part_again() 
     reveals = federation.reveals(claim, (), others)  # it uploaded: its vector is in the sum
     unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, 8)
     assert unmasked.total_d.tolist() == total(vectors).tolist()
-    federation.cohort = secagg.make_cohort(federation.terms, [m.join.join for m in federation.members.values()])
+    federation.cohort = secagg.make_cohort(federation.params, [m.join.join for m in federation.members.values()])
     assert federation.run(2, vectors).total_d.tolist() == total(vectors).tolist()
 
 
 def test_rounds_overlap_while_joins_change() -> None:
-    """Shares of round 2 go to a new list of joins before round 1 is masked with the old one."""
+    """Shares of round 2 go to a new list of keys before round 1 is masked with the old one."""
     federation = Federation(4)
     vectors = random_vectors(federation.members, 8)
     dealt, old = federation.share(1), federation.cohort
     keep = [name for name in federation.members if name != "지점-004"]
     federation.cohort = secagg.make_cohort(
-        federation.terms, [member.join.join for name, member in federation.members.items() if name in keep]
+        federation.params, [member.join.join for name, member in federation.members.items() if name in keep]
     )
     following = federation.share(2, keep)
     new, federation.cohort = federation.cohort, old
@@ -296,7 +296,7 @@ def test_what_a_site_is_sent_grows_linearly() -> None:
     sizes = []
     for federation in (small, large):
         dealt = federation.share(1)
-        sizes.append(len(federation.mask_request(1, dealt, "지점-001").to_bytes()))
+        sizes.append(len(federation.masked_input_request(1, dealt, "지점-001").to_bytes()))
     assert sizes[1] < 4.2 * sizes[0]
 
 
@@ -313,7 +313,7 @@ def test_a_site_never_reveals_both_secrets_of_a_peer(data: st.DataObject) -> Non
     dealt = {number: federation.share(number, sites[1:]) for number in (1, 2)}
     if data.draw(st.booleans()):  # half of the searches start where there is something to reveal
         dealt[1][victim] = member.share(federation.share_request(1))
-        member.mask(federation.mask_request(1, dealt[1], victim), TASK, vectors[victim])
+        member.mask(federation.masked_input_request(1, dealt[1], victim), TASK, vectors[victim])
     revealed: dict[tuple[int, str], set[bytes]] = defaultdict(set)
     claims = []
     for _ in range(data.draw(st.integers(6, 25))):
@@ -329,7 +329,9 @@ def test_a_site_never_reveals_both_secrets_of_a_peer(data: st.DataObject) -> Non
                 if data.draw(st.booleans()):
                     members = {name: members[name] for name in members if name in present}
                 member.mask(
-                    federation.mask_request(number, members, victim), TASK, vectors[data.draw(st.sampled_from(sites))]
+                    federation.masked_input_request(number, members, victim),
+                    TASK,
+                    vectors[data.draw(st.sampled_from(sites))],
                 )
             elif step == "unmask":
                 everybody = data.draw(st.sampled_from([sites, present]))
@@ -340,12 +342,12 @@ def test_a_site_never_reveals_both_secrets_of_a_peer(data: st.DataObject) -> Non
                     note(revealed, answer, sorted(everybody))
             elif claims:
                 claim = data.draw(st.sampled_from(claims))
-                document = session.claim_document(federation.cohort, claim)
+                document = session.survivors_document(federation.cohort, claim)
                 signed = [
                     Signed(site=site, signature=identity_of(site).sign(document).hex()) for site in claim.survivors
                 ]
                 proof = federation.claim(number, (), ())  # for its fields
-                request = secagg.reveal_request(proof, ()).model_copy(
+                request = secagg.unmasking_request(proof, ()).model_copy(
                     update={"round": claim.round, "consents": tuple(signed)}
                 )
                 note(revealed, member.reveal(request), sorted([*claim.survivors, *claim.dropped]))
@@ -383,11 +385,11 @@ def test_the_search_above_does_reach_reveals_by_both_paths() -> None:
 def test_every_secret_comes_from_the_operating_system() -> None:
     federation = Federation(5, 3)
     with mock.patch("fedllm.crypto.primitives.os.urandom", side_effect=os.urandom) as drawn:
-        member = secagg.Participant(federation.terms, "지점-001", identity_of("지점-001"))
+        member = secagg.Participant(federation.params, "지점-001", identity_of("지점-001"))
         assert drawn.call_count == 1  # the share key
         assert member.join != federation.members["지점-001"].join
         federation.members["지점-001"] = member
-        federation.cohort = secagg.make_cohort(federation.terms, [m.join.join for m in federation.members.values()])
+        federation.cohort = secagg.make_cohort(federation.params, [m.join.join for m in federation.members.values()])
         federation.share(1, ["지점-001"])
     assert drawn.call_count == 3 + 2 * 2  # and seed, mask key, two coefficients for each
 

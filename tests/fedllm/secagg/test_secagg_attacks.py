@@ -61,15 +61,17 @@ def test_forged_share_key_without_a_signature(five: Federation) -> None:
 @pytest.mark.parametrize("signer", ["outsider", C])
 def test_forged_share_key_signed_by_somebody_else(five: Federation, signer: str) -> None:
     imposter = identity_of(signer)
-    others = {name: public for name, public in five.terms.roster.items() if public != imposter.public}
-    terms = secagg.SessionParams(PLAN, SESSION, 3, 0, {**others, B: imposter.public})
-    forged = secagg.Participant(terms, B, imposter).join.join
+    others = {name: public for name, public in five.params.roster.items() if public != imposter.public}
+    params = secagg.SessionParams(PLAN, SESSION, 3, 0, {**others, B: imposter.public})
+    forged = secagg.Participant(params, B, imposter).join.join
     with pytest.raises(MessageError, match=f"{B}.*not its own"):
         with_joins(five, replace(five.cohort.joins, forged))
 
 
 def test_own_share_key_substituted(five: Federation) -> None:
-    other = secagg.Participant(five.terms, A, five.identities[A]).join.join  # validly signed, of a process that is gone
+    other = secagg.Participant(
+        five.params, A, five.identities[A]
+    ).join.join  # validly signed, of a process that is gone
     with pytest.raises(MessageError, match=f"{A}.*missing from the list, or is not the one"):
         with_joins(five, replace(five.cohort.joins, other))
     with pytest.raises(MessageError, match=f"{A}.*missing"):
@@ -78,7 +80,7 @@ def test_own_share_key_substituted(five: Federation) -> None:
 
 def dealing_request(federation: Federation, new: SignedMaskKey, site: str = A):  # type: ignore[no-untyped-def]
     dealt = federation.share(1)
-    request = federation.mask_request(1, dealt, site)
+    request = federation.masked_input_request(1, dealt, site)
     return request.model_copy(update={"dealings": tuple(new if d.site == new.site else d for d in request.dealings)})
 
 
@@ -92,7 +94,7 @@ def test_forged_mask_key_without_a_signature(five: Federation) -> None:
 @pytest.mark.parametrize("signer", ["outsider", C])
 def test_forged_mask_key_signed_by_somebody_else(five: Federation, signer: str) -> None:
     key, commitment = b"\xab" * 32, b"\xcd" * 32
-    document = session.dealing_document(five.cohort, 1, B, key, commitment)
+    document = session.mask_key_document(five.cohort, 1, B, key, commitment)
     forged = SignedMaskKey(
         site=B, key=key.hex(), commitment=commitment.hex(), signature=identity_of(signer).sign(document).hex()
     )
@@ -101,7 +103,7 @@ def test_forged_mask_key_signed_by_somebody_else(five: Federation, signer: str) 
 
 
 def test_own_mask_key_substituted(five: Federation) -> None:
-    document = session.dealing_document(five.cohort, 1, A, b"\xab" * 32, b"\xcd" * 32)
+    document = session.mask_key_document(five.cohort, 1, A, b"\xab" * 32, b"\xcd" * 32)
     forged = SignedMaskKey(
         site=A, key="ab" * 32, commitment="cd" * 32, signature=five.identities[A].sign(document).hex()
     )  # as if the site's signing key had leaked
@@ -111,7 +113,7 @@ def test_own_mask_key_substituted(five: Federation) -> None:
 
 def test_one_key_for_two_sites(five: Federation) -> None:
     join = five.cohort.joins[1]
-    document = session.join_document(five.terms, C, bytes.fromhex(join.key))
+    document = session.advertised_key_document(five.params, C, bytes.fromhex(join.key))
     copied = AdvertisedKey(site=C, key=join.key, signature=five.identities[C].sign(document).hex())
     with pytest.raises(MessageError, match="a key twice"):
         with_joins(five, replace(five.cohort.joins, copied))
@@ -120,7 +122,7 @@ def test_one_key_for_two_sites(five: Federation) -> None:
 def test_one_mask_key_for_two_sites(five: Federation) -> None:
     """A colluding site announces the mask key of another one as its own."""
     key, commitment = bytes.fromhex(five.share(1)[B].dealing.key), b"\xcd" * 32
-    document = session.dealing_document(five.cohort, 1, C, key, commitment)
+    document = session.mask_key_document(five.cohort, 1, C, key, commitment)
     copied = SignedMaskKey(
         site=C, key=key.hex(), commitment=commitment.hex(), signature=five.identities[C].sign(document).hex()
     )
@@ -132,41 +134,41 @@ def test_sites_with_different_rosters_do_not_aggregate_together(five: Federation
     """Two rosters give one name two identities, which sign the same share key."""
     key, digests = bytes.fromhex(five.cohort.joins[4].key), []
     for identity in (five.identities[E], identity_of("outsider")):
-        terms = secagg.SessionParams(PLAN, SESSION, 3, 0, {**five.terms.roster, E: identity.public})
-        signature = identity.sign(session.join_document(terms, E, key)).hex()
+        params = secagg.SessionParams(PLAN, SESSION, 3, 0, {**five.params.roster, E: identity.public})
+        signature = identity.sign(session.advertised_key_document(params, E, key)).hex()
         joins = (*five.cohort.joins[:4], AdvertisedKey(site=E, key=key.hex(), signature=signature))
-        digests.append(secagg.make_cohort(terms, joins).digest)
+        digests.append(secagg.make_cohort(params, joins).digest)
     assert digests[0] == five.cohort.digest != digests[1]
-    member = secagg.Participant(terms, A, five.identities[A])  # knows the outsider as E, and is shown the other E
+    member = secagg.Participant(params, A, five.identities[A])  # knows the outsider as E, and is shown the other E
     joins = (member.join.join, *five.cohort.joins[1:])
     with pytest.raises(MessageError, match=E):
-        member.share(ShareKeysRequest(context=terms.context, round=1, joins=joins))
+        member.share(ShareKeysRequest(context=params.context, round=1, joins=joins))
 
 
 def test_one_identity_under_two_names(five: Federation) -> None:
     """Whoever holds its key would hold two shares of every secret, and count as one who may collude."""
     with pytest.raises(PrivacyError, match="two names"):
-        secagg.SessionParams(PLAN, SESSION, 3, 0, {**five.terms.roster, E: five.identities[A].public})
+        secagg.SessionParams(PLAN, SESSION, 3, 0, {**five.params.roster, E: five.identities[A].public})
 
 
 def test_a_mask_key_that_protects_nothing(five: Federation) -> None:
     """A colluding site announces the point of order one; every site would share the mask zero with it."""
-    document = session.dealing_document(five.cohort, 1, B, bytes(32), b"\xcd" * 32)
+    document = session.mask_key_document(five.cohort, 1, B, bytes(32), b"\xcd" * 32)
     weak = SignedMaskKey(site=B, key="00" * 32, commitment="cd" * 32, signature=five.identities[B].sign(document).hex())
     with pytest.raises(MessageError, match=B):
         five.members[A].mask(dealing_request(five, weak), TASK, np.zeros(4, np.uint32))
     shares = five.share(1)[B].model_copy(update={"dealing": weak})
     with pytest.raises(MessageError, match=f"{B}.*small order"):
-        secagg.check_shares(five.cohort, 1, shares)
+        secagg.check_key_shares(five.cohort, 1, shares)
 
 
 def test_a_share_key_that_protects_nothing(five: Federation) -> None:
-    document = session.join_document(five.terms, B, bytes(32))
+    document = session.advertised_key_document(five.params, B, bytes(32))
     weak = AdvertisedKey(site=B, key="00" * 32, signature=five.identities[B].sign(document).hex())
     with pytest.raises(MessageError, match=f"{B}.*small order"):
         with_joins(five, replace(five.cohort.joins, weak))
     with pytest.raises(MessageError, match=f"{B}.*small order"):
-        secagg.check_join(five.terms, weak)
+        secagg.check_advertised_key(five.params, weak)
 
 
 # ---- who takes part --------------------------------------------------------------------------------------------------
@@ -174,8 +176,8 @@ def test_a_share_key_that_protects_nothing(five: Federation) -> None:
 
 def test_sybils_that_are_not_on_the_roster(five: Federation) -> None:
     sybil, name = Identity.generate(), "지점-999"
-    terms = secagg.SessionParams(PLAN, SESSION, 3, 0, {**five.terms.roster, name: sybil.public})
-    join = secagg.Participant(terms, name, sybil).join.join
+    params = secagg.SessionParams(PLAN, SESSION, 3, 0, {**five.params.roster, name: sybil.public})
+    join = secagg.Participant(params, name, sybil).join.join
     with pytest.raises(MessageError, match=f"{name}.*not on the roster"):
         with_joins(five, (*five.cohort.joins[:4], join))
 
@@ -183,7 +185,7 @@ def test_sybils_that_are_not_on_the_roster(five: Federation) -> None:
 def test_a_participant_that_has_not_joined() -> None:
     federation = Federation(4, 3, roster=5)
     dealt = federation.share(1)
-    request = federation.mask_request(1, dealt, A)
+    request = federation.masked_input_request(1, dealt, A)
     stranger = dealt[B].dealing.model_copy(update={"site": E, "key": "ab" * 32})
     request = request.model_copy(
         update={"dealings": (*request.dealings, stranger), "payload": request.payload + bytes(session.SEALED)}
@@ -193,7 +195,7 @@ def test_a_participant_that_has_not_joined() -> None:
 
 
 def test_the_same_site_twice(five: Federation) -> None:
-    twice = secagg.Participant(five.terms, B, five.identities[B]).join.join
+    twice = secagg.Participant(five.params, B, five.identities[B]).join.join
     with pytest.raises(MessageError, match="a site or a key twice"):
         with_joins(five, (*five.cohort.joins, twice))
 
@@ -219,14 +221,14 @@ def test_too_small_a_federation(five: Federation) -> None:
 
 def test_too_few_participants(five: Federation) -> None:
     dealt = five.share(1)
-    request = five.mask_request(1, {name: dealt[name] for name in (A, B)}, A)
+    request = five.masked_input_request(1, {name: dealt[name] for name in (A, B)}, A)
     with pytest.raises(PrivacyError, match="2 participants, expected at least the threshold of 3"):
         five.members[A].mask(request, TASK, np.zeros(4, np.uint32))
 
 
 def test_a_site_whose_identity_is_not_the_one_on_its_roster(five: Federation) -> None:
     with pytest.raises(ConfigError, match="Renew the roster"):
-        secagg.Participant(five.terms, A, five.identities[B])
+        secagg.Participant(five.params, A, five.identities[B])
 
 
 # ---- replay ----------------------------------------------------------------------------------------------------------
@@ -235,19 +237,19 @@ def test_a_site_whose_identity_is_not_the_one_on_its_roster(five: Federation) ->
 def test_shares_of_an_earlier_round(five: Federation) -> None:
     old = five.share(1)
     new = five.share(2)
-    mixed = five.mask_request(2, {**new, B: old[B]}, A)
+    mixed = five.masked_input_request(2, {**new, B: old[B]}, A)
     with pytest.raises(MessageError, match=f"{B}.*not for round 2"):
         five.members[A].mask(mixed, TASK, np.zeros(4, np.uint32))
     with pytest.raises(MessageError, match="another session, round"):
-        secagg.check_shares(five.cohort, 2, old[B])
+        secagg.check_key_shares(five.cohort, 2, old[B])
 
 
 def test_sealed_shares_of_an_earlier_round(five: Federation) -> None:
     old, new = five.share(1), five.share(2)
-    payload = five.mask_request(1, old, A).payload
+    payload = five.masked_input_request(1, old, A).payload
     with pytest.raises(MessageError, match=f"{B}.*cannot be used"):
         five.members[A].mask(
-            five.mask_request(2, new, A).model_copy(update={"payload": payload}), TASK, np.zeros(4, np.uint32)
+            five.masked_input_request(2, new, A).model_copy(update={"payload": payload}), TASK, np.zeros(4, np.uint32)
         )
 
 
@@ -257,7 +259,7 @@ def test_a_round_cannot_be_dealt_again(five: Federation) -> None:
     five.share(1)
     dealt = five.share(5)
     for number in (1, 4):
-        with pytest.raises(PrivacyError, match="deals a round out once"):
+        with pytest.raises(PrivacyError, match="shares a round's secrets once"):
             five.members[A].share(five.share_request(number))
     assert five.members[A].share(five.share_request(5)) == five.share(5)[A]
     fewer = five.share_request(5).model_copy(update={"joins": five.cohort.joins[:4]})
@@ -268,10 +270,10 @@ def test_a_round_cannot_be_dealt_again(five: Federation) -> None:
     five.members[A].share(fewer)
     assert again.dealing.key != dealt[A].dealing.key
     assert again.dealing.commitment != dealt[A].dealing.commitment
-    with pytest.raises(MessageError, match="other joins"):
-        five.members[A].mask(five.mask_request(5, dealt, A), TASK, vectors[A])
-    five.members[B].mask(five.mask_request(5, dealt, B), TASK, vectors[B])
-    with pytest.raises(PrivacyError, match="deals a round out once"):
+    with pytest.raises(MessageError, match="other advertised keys"):
+        five.members[A].mask(five.masked_input_request(5, dealt, A), TASK, vectors[A])
+    five.members[B].mask(five.masked_input_request(5, dealt, B), TASK, vectors[B])
+    with pytest.raises(PrivacyError, match="shares a round's secrets once"):
         five.members[B].share(fewer)
 
 
@@ -316,8 +318,8 @@ def test_messages_of_another_session_plan_or_threshold(five: Federation, other: 
     dealt = five.share(1)
     foreign = elsewhere.share(1)
     with pytest.raises(MessageError, match="another plan"):
-        five.members[A].mask(elsewhere.mask_request(1, foreign, A), TASK, np.zeros(4, np.uint32))
-    dressed = five.mask_request(1, {**dealt, B: foreign[B]}, A)
+        five.members[A].mask(elsewhere.masked_input_request(1, foreign, A), TASK, np.zeros(4, np.uint32))
+    dressed = five.masked_input_request(1, {**dealt, B: foreign[B]}, A)
     with pytest.raises(MessageError, match=f"{B}.*not its own"):
         five.members[A].mask(dressed, TASK, np.zeros(4, np.uint32))
 
@@ -328,14 +330,16 @@ def test_two_lists_of_joins(five: Federation) -> None:
     for site in (A, B):
         with_joins(five, fewer, site)
     dealt = {site: five.members[site].share(five.share_request(1)) for site in (C, D, E)}
-    small = secagg.make_cohort(five.terms, fewer)
+    small = secagg.make_cohort(five.params, fewer)
     theirs = {
         site: five.members[site].share(five.share_request(1).model_copy(update={"joins": fewer})) for site in (A, B)
     }
-    with pytest.raises(MessageError, match="other joins"):
-        five.members[C].mask(secagg.mask_request(small, 1, {**theirs, C: dealt[C]}, C), TASK, np.zeros(4, np.uint32))
+    with pytest.raises(MessageError, match="other advertised keys"):
+        five.members[C].mask(
+            secagg.masked_input_request(small, 1, {**theirs, C: dealt[C]}, C), TASK, np.zeros(4, np.uint32)
+        )
     with pytest.raises(MessageError, match=f"{A}.*not its own"):
-        five.members[C].mask(five.mask_request(1, {**dealt, A: theirs[A]}, C), TASK, np.zeros(4, np.uint32))
+        five.members[C].mask(five.masked_input_request(1, {**dealt, A: theirs[A]}, C), TASK, np.zeros(4, np.uint32))
 
 
 # ---- sealed shares and uploads ---------------------------------------------------------------------------------------
@@ -344,27 +348,29 @@ def test_two_lists_of_joins(five: Federation) -> None:
 @pytest.mark.parametrize("byte", [0, 31, 32, 63, 64, session.SEALED - 1])
 def test_a_tampered_sealed_share(five: Federation, byte: int) -> None:
     dealt = five.share(1)
-    request = five.mask_request(1, dealt, A)
+    request = five.masked_input_request(1, dealt, A)
     payload = bytearray(request.payload)
     payload[session.SEALED + byte] ^= 1  # the second peer's
     vector = np.zeros(DIMENSION, np.uint32)
     with pytest.raises(MessageError, match=f"{C}.*Leave that site out"):
         five.members[A].mask(request.model_copy(update={"payload": bytes(payload)}), TASK, vector)
     del dealt[C]  # nothing was released: the round goes on without that site
-    assert five.members[A].mask(five.mask_request(1, dealt, A), TASK, vector)
+    assert five.members[A].mask(five.masked_input_request(1, dealt, A), TASK, vector)
 
 
 def test_sealed_shares_exchanged_between_sites(five: Federation) -> None:
     dealt = five.share(1)
-    payload = five.mask_request(1, dealt, B).payload  # sealed to B, given to A
+    payload = five.masked_input_request(1, dealt, B).payload  # sealed to B, given to A
     with pytest.raises(MessageError, match="cannot be used"):
         five.members[A].mask(
-            five.mask_request(1, dealt, A).model_copy(update={"payload": payload}), TASK, np.zeros(4, np.uint32)
+            five.masked_input_request(1, dealt, A).model_copy(update={"payload": payload}), TASK, np.zeros(4, np.uint32)
         )
     for wrong in (payload[:-1], payload + b"0", b""):
         with pytest.raises(MessageError, match="bytes of sealed shares"):
             five.members[A].mask(
-                five.mask_request(1, dealt, A).model_copy(update={"payload": wrong}), TASK, np.zeros(4, np.uint32)
+                five.masked_input_request(1, dealt, A).model_copy(update={"payload": wrong}),
+                TASK,
+                np.zeros(4, np.uint32),
             )
 
 
@@ -374,9 +380,9 @@ def test_a_masked_upload_of_another_length(five: Federation) -> None:
     for payload in (uploads[B].payload[:-4], uploads[B].payload + bytes(4), uploads[B].payload[:-1], b""):
         spoiled = uploads[B].model_copy(update={"payload": payload})
         with pytest.raises(MessageError, match=f"{B}.*expected {4 * DIMENSION}"):
-            secagg.read_masked(five.cohort, 1, spoiled, DIMENSION)
+            secagg.read_masked_input(five.cohort, 1, spoiled, DIMENSION)
     with pytest.raises(MessageError, match="another session, round"):
-        secagg.read_masked(five.cohort, 2, uploads[B], DIMENSION)
+        secagg.read_masked_input(five.cohort, 2, uploads[B], DIMENSION)
 
 
 # ---- repeated requests -----------------------------------------------------------------------------------------------
@@ -384,11 +390,11 @@ def test_a_masked_upload_of_another_length(five: Federation) -> None:
 
 def test_another_vector_or_other_participants_in_one_round(five: Federation) -> None:
     vectors, dealt = vectors_of(five), five.share(1)
-    request = five.mask_request(1, dealt, A)
+    request = five.masked_input_request(1, dealt, A)
     five.members[A].mask(request, TASK, vectors[A])
     with pytest.raises(PrivacyError, match="A round has one upload"):
         five.members[A].mask(request, TASK, vectors[A] + np.uint32(1))
-    fewer = five.mask_request(1, {name: dealt[name] for name in (A, B, C)}, A)
+    fewer = five.masked_input_request(1, {name: dealt[name] for name in (A, B, C)}, A)
     with pytest.raises(PrivacyError, match="A round has one upload"):
         five.members[A].mask(fewer, TASK, vectors[A])
 
@@ -445,8 +451,8 @@ def test_split_view_gets_no_proof_for_either_list(n: int) -> None:
         lists = [federation.claim(1, dealt, sites[:-1]), federation.claim(1, dealt, sites)]
         signed = federation.consents(lists[0], sites[:-1][:first_group])
         fast = [federation.members[s].unmask(lists[1]) for s in sites if s not in sites[:-1][:first_group]]
-        seeds = len(fast) >= federation.terms.threshold
-        proof = secagg.reveal_request(lists[0], signed)
+        seeds = len(fast) >= federation.params.threshold
+        proof = secagg.unmasking_request(lists[0], signed)
         keys = 0
         for site in sites[:-1][:first_group]:
             try:
@@ -454,7 +460,7 @@ def test_split_view_gets_no_proof_for_either_list(n: int) -> None:
                 keys += 1
             except PrivacyError:
                 continue
-        assert not (seeds and keys >= federation.terms.threshold)
+        assert not (seeds and keys >= federation.params.threshold)
 
 
 def test_signatures_for_another_list_prove_nothing(five: Federation) -> None:
@@ -462,17 +468,19 @@ def test_signatures_for_another_list_prove_nothing(five: Federation) -> None:
     first, second = five.claim(1, dealt, (A, B, C, D)), five.claim(1, dealt, (A, B, C))
     mine, theirs = five.consents(first, [A]), five.consents(second, [B, C])
     with pytest.raises(MessageError, match=f"{B}.*not on this list"):
-        five.members[A].reveal(secagg.reveal_request(first, mine + theirs))
+        five.members[A].reveal(secagg.unmasking_request(first, mine + theirs))
 
 
 def test_signatures_that_do_not_count(five: Federation) -> None:
     dealt, uploads, _ = uploaded(five, gone=(E,))
     claim = five.claim(1, dealt, uploads)
     a, b, c, _ = five.consents(claim, [A, B, C, D])
-    document = session.claim_document(five.cohort, claim)
+    document = session.survivors_document(five.cohort, claim)
 
     def request(*consents: object):  # type: ignore[no-untyped-def]
-        return secagg.reveal_request(claim, (a, b)).model_copy(update={"consents": (a.consent, b.consent, *consents)})
+        return secagg.unmasking_request(claim, (a, b)).model_copy(
+            update={"consents": (a.consent, b.consent, *consents)}
+        )
 
     cases: list[tuple[object, type[FedllmError], str]] = [
         (b.consent, MessageError, "twice"),
@@ -500,7 +508,7 @@ def test_reveal_before_upload_or_before_a_signature(five: Federation) -> None:
     five.mask(1, dealt, vectors_of(five))
     others = five.consents(claim, [B, C, D])
     with pytest.raises(PrivacyError, match="has signed no list"):
-        five.members[A].reveal(secagg.reveal_request(claim, others))
+        five.members[A].reveal(secagg.unmasking_request(claim, others))
 
 
 # ---- both secrets of one peer ----------------------------------------------------------------------------------------
@@ -515,12 +523,12 @@ def test_both_shares_of_one_peer_in_every_order() -> None:
         member, answers, reveals = federation.members[A], 0, 0
         for survivors in order:
             claim = federation.claim(1, dealt, survivors)
-            document = session.claim_document(federation.cohort, claim)
+            document = session.survivors_document(federation.cohort, claim)
             signed = tuple(
                 Signed(site=site, signature=federation.identities[site].sign(document).hex())
                 for site in claim.survivors
             )  # as if all others were colluding
-            proof = secagg.reveal_request(claim, ()).model_copy(update={"consents": signed})
+            proof = secagg.unmasking_request(claim, ()).model_copy(update={"consents": signed})
             steps: list[Callable[[], object]] = [partial(member.unmask, claim), partial(member.reveal, proof)]
             for step in steps:
                 try:
@@ -569,7 +577,7 @@ def test_surplus_noise_fetched_with_one_list_and_the_sum_read_with_another() -> 
     vectors = vectors_of(federation)
     uploads = {}
     for site in federation.members:
-        request = federation.mask_request(1, dealt, site)
+        request = federation.masked_input_request(1, dealt, site)
         uploads[site] = federation.members[site].mask(request, TASK, vectors[site], partial(surplus, site))
     everybody = federation.claim(1, dealt, dealt)
     without = federation.claim(1, dealt, [*honest, colluder])
@@ -595,7 +603,7 @@ def test_different_participants_to_different_sites(five: Federation) -> None:
     views = {A: (A, B, C), B: (A, B, C, D), C: (A, B, C, E), D: (B, C, D), E: (A, C, E)}
     opened = {}
     for site, view in views.items():
-        request = five.mask_request(1, {name: dealt[name] for name in view}, site)
+        request = five.masked_input_request(1, {name: dealt[name] for name in view}, site)
         opened[site] = np.frombuffer(five.members[site].mask(request, TASK, vectors[site]).payload, "<u4").copy()
         seed = five.members[site]._rounds[1].seed
         masking.add_mask(
@@ -636,12 +644,12 @@ def test_answers_that_do_not_belong_to_the_round(five: Federation) -> None:
         secagg.unmask(five.cohort, dealt, claim, uploads, reveals[:2], DIMENSION)
 
 
-def test_shares_that_head_office_refuses(five: Federation) -> None:
+def test_shares_that_the_server_refuses(five: Federation) -> None:
     shares = five.share(1)[B]
     for wrong, text in (
         (shares.model_copy(update={"payload": shares.payload[:-1]}), f"{B}.*bytes of sealed shares"),
-        (shares.model_copy(update={"joins": "0" * 64}), f"{B}.*list of joins"),
+        (shares.model_copy(update={"joins": "0" * 64}), f"{B}.*list of keys"),
         (shares.model_copy(update={"dealing": shares.dealing.model_copy(update={"site": C})}), f"{C}.*not its own"),
     ):
         with pytest.raises(MessageError, match=text):
-            secagg.check_shares(five.cohort, 1, wrong)
+            secagg.check_key_shares(five.cohort, 1, wrong)

@@ -97,9 +97,9 @@ def test_a_refused_request_changes_nothing(data: st.DataObject) -> None:
     member, vectors, dealt = federation.members[site], random_vectors(federation.members, 3), federation.share(1)
     changed: dict[str, Any] = {
         "round": data.draw(st.sampled_from([1, 2, 7])),
-        "context": data.draw(st.sampled_from([federation.terms.context, "0" * 64])),
+        "context": data.draw(st.sampled_from([federation.params.context, "0" * 64])),
     }
-    asked = federation.mask_request(1, dealt, site)
+    asked = federation.masked_input_request(1, dealt, site)
     cut = {"payload": data.draw(st.binary(max_size=200)), "dealings": asked.dealings[: data.draw(st.integers(0, 2))]}
     claim = federation.claim(1, dealt, dealt)
     with pytest.raises(FedllmError):
@@ -127,7 +127,7 @@ def test_the_longest_lists_fit_the_header() -> None:
     long = "가" * 197
     joins = tuple(join.model_copy(update={"site": f"{long}{i:03}"}) for i in range(MAX_HOLDERS))
     dealings = tuple(dealing.model_copy(update={"site": f"{long}{i:03}"}) for i in range(MAX_HOLDERS))
-    context = federation.terms.context
+    context = federation.params.context
     for message in (
         ShareKeysRequest(context=context, round=1, joins=joins),
         MaskedInputRequest(context=context, round=1, joins=context, dealings=dealings),

@@ -31,8 +31,8 @@ _open: dict[_Key, ModelContext] = {}
 _opening = threading.Lock()
 
 
-def open_workspace(model: ModelConfig, adapter: AdapterConfig, seed: int, device: str) -> ModelContext:
-    """Return the process's workspace for these values, loading the base only if it is not there yet.
+def open_context(model: ModelConfig, adapter: AdapterConfig, seed: int, device: str) -> ModelContext:
+    """Return the process's ModelContext for these values, loading the base only if it is not there yet.
 
     One is kept: opening another frees the memory of the last.
     """
@@ -46,14 +46,14 @@ def open_workspace(model: ModelConfig, adapter: AdapterConfig, seed: int, device
 
 
 def open_for_training(plan: RunPlan, model: ModelConfig, device: str, checkpointing: bool) -> ModelContext:
-    """Return the workspace of a plan, its engine set up; `model` is the plan's, as this site has it."""
-    workspace = open_workspace(model, plan.adapter, plan.seed, device)
-    with workspace.adapter.lock:
-        workspace.engine.set_up(plan, checkpointing)
-    return workspace
+    """Return the ModelContext of a plan, its engine set up; `model` is the plan's, as this site has it."""
+    context = open_context(model, plan.adapter, plan.seed, device)
+    with context.adapter.lock:
+        context.engine.set_up(plan, checkpointing)
+    return context
 
 
 def trained() -> tuple[int, float]:
     """Return tokens and seconds of the training done in this process so far; private, for a simulation's screen."""
-    engines = [workspace.engine for workspace in _open.values()]
+    engines = [context.engine for context in _open.values()]
     return sum(engine.tokens for engine in engines), sum(engine.seconds for engine in engines)

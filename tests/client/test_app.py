@@ -1,4 +1,4 @@
-"""The courier: bytes in, bytes out, nothing heavy."""
+"""The Flower ClientApp: bytes in, bytes out, nothing heavy."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.app import Handler, courier
+from client.app import Handler, client_app
 from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 
 
@@ -35,7 +35,7 @@ def test_the_courier_carries_bytes_both_ways(message_type: str, payload: bytes) 
         return handle
 
     content = RecordDict({ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: payload})})
-    reply = courier(connect)(Message(content, 7, message_type), _context(7))
+    reply = client_app(connect)(Message(content, 7, message_type), _context(7))
     assert asked == [(7, payload)]
     assert not reply.has_error()
     record = reply.content.config_records[ENVELOPE_RECORD]
