@@ -643,7 +643,7 @@ def test_a_declaration_is_the_offices_own(ready: Path) -> None:
     written, made = json.loads((ready / "declaration.json").read_text("utf-8")), Office.open(ready).declaration
     stranger = {key: value for key, value in written.items() if key != "signatures"}
     files.write_secret(ready / "declaration.json", sign_document(stranger, Identity.generate()))
-    with pytest.raises(ConfigError, match="not signed by this office"):
+    with pytest.raises(ConfigError, match="not signed by this site"):
         Office.open(ready).declaration  # noqa: B018
     files.write_secret(ready / "declaration.json", json.dumps({**written, "unit": "person"}).encode())
     with pytest.raises(CryptoError, match="altered"):
@@ -783,9 +783,9 @@ def test_the_folders_come_from_the_environment(tmp_path: Path, monkeypatch: pyte
 def test_a_site_is_made_without_any_heavy_library(tmp_path: Path) -> None:
     code = f"""
 import sys, typer
-from fedllm import cli_deploy
+from fedllm.cli import enrolment
 app = typer.Typer()
-cli_deploy.register(app)
+enrolment.register(app)
 app(["site", "init", "--name", "a", "--home", {str(tmp_path / "site")!r}], standalone_mode=False)
 print("loaded:", *sorted({{name.partition('.')[0] for name in sys.modules}}))
 """
