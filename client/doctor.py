@@ -357,7 +357,7 @@ def _check_records(office: Office) -> list[CheckResult]:
     os.environ.update(office.environment)
     from fedllm.training.data import cell, is_missing, person, read_rows, template_columns
 
-    rows = list(read_rows(data.train, data.train_split))
+    rows = list(read_rows(data.train, data.train_split, data))
     usable = [row for row in rows if not isinstance(row, DataError)]
     columns = list(dict.fromkeys(column for row in usable for column in row))
     named = [*template_columns(data), *(column for column in (data.label, data.unit) if column)]

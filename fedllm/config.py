@@ -3,9 +3,10 @@
 A value that is unknown, ill-typed or impossible raises ConfigError before anything loads.
 """
 
+import codecs
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fedllm.adapter_vector import WireDtype
 from fedllm.privacy.mechanism import Clipping
@@ -209,7 +210,31 @@ def check_groups(groups: int, poisoned: int, privacy: PrivacyConfig, training: T
         )
 
 
-class TextConfig(Frozen):
+def _encoding(name: str) -> str:
+    """Return the name by which Python knows an encoding of text; a byte order mark belongs to no encoding."""
+    try:
+        found = codecs.lookup(name)
+        "a".encode(name).decode(name)
+    except (LookupError, UnicodeError, ValueError, TypeError):
+        raise ValueError("expected an encoding of text, such as utf-8, cp949, utf-16 or latin-1") from None
+    return found.name.removesuffix("-sig")
+
+
+class FileConfig(Frozen):
+    """How text files of records are written: set and never guessed, so that no record changes how others are read."""
+
+    encoding: Annotated[str, AfterValidator(_encoding)] = "utf-8"
+    """Encoding of .jsonl, .json and .csv files: `cp949` for many Korean ones; `utf-16` in simulations only."""
+    separator: str = Field(",", pattern='^([^\\w\\s"]|tab)$')
+    """Sign between the columns of .csv files, such as `;`. A tab is written `tab`."""
+
+    @property
+    def delimiter(self) -> str:
+        """The separator itself."""
+        return "\t" if self.separator == "tab" else self.separator
+
+
+class TextConfig(FileConfig):
     """How a record becomes text."""
 
     prompt: str | None = None

@@ -34,7 +34,7 @@ class SimulatedData:
     def __init__(self, data: DataConfig, cut: PartitionConfig, by_person: bool, seed: int) -> None:
         """Read and partition the data; raises DataError or ConfigError where that fails."""
         self._data = data
-        self._table: Table = read_table(data.train, data.train_split)
+        self._table: Table = read_table(data.train, data.train_split, data)
         self._unit = data.unit if by_person else None
         with naming(data.train):
             check_columns(self._table, data, [data.unit, cut.column])

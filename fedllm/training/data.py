@@ -7,7 +7,6 @@ tables (`read_table`), which are refused as a whole.
 
 import bisect
 import contextlib
-import csv
 import json
 import math
 import string
@@ -25,9 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedllm.canonical import canonical, canonical_json
-from fedllm.config import ModelConfig, TextConfig
+from fedllm.config import FileConfig, ModelConfig, TextConfig
 from fedllm.errors import ConfigError, DataError, first_line
 from fedllm.training.sources import resolve
+from fedllm.training.text_files import Record, column_name, text_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -40,6 +40,7 @@ _FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 Table: TypeAlias = "datasets.Dataset"
 Row: TypeAlias = Mapping[str, Any]
 _T = TypeVar("_T")
+_PLAIN = FileConfig()
 
 _AT_ONCE = 1024  # records that are tokenised together
 
@@ -91,10 +92,11 @@ class Batch:
     units: int
 
 
-def read_table(source: str, split: str) -> Table:
+def read_table(source: str, split: str, how: FileConfig = _PLAIN) -> Table:
     """Read a data set: a file or folder of jsonl, json, csv or parquet, pkg://package/file, or a hub name.
 
-    Raises DataError, with the line where a text file is malformed.
+    Columns have their canonical names, and classes their names. Raises DataError, with the line where a text file is
+    malformed.
     """
     import datasets
 
@@ -108,7 +110,8 @@ def read_table(source: str, split: str) -> Table:
             table = datasets.load_dataset(place, split=split, trust_remote_code=False)
         else:
             files = _files(place, split)
-            table = datasets.concatenate_datasets([_read_file(file) for file in files])
+            table = datasets.concatenate_datasets([_read_file(file, how) for file in files])
+        table = _plain(source, table)
     except DataError:
         raise
     except Exception as error:  # datasets raises many types; each becomes one clear error
@@ -119,53 +122,70 @@ def read_table(source: str, split: str) -> Table:
     return table
 
 
-def read_rows(source: str, split: str) -> Iterator[Row | DataError]:
-    """Yield the records of a site's files, each as a row or as what is wrong with it; one says nothing of another.
+def _plain(source: str, table: Table) -> Table:
+    """Return a table whose columns have their canonical names, with the names of classes instead of their numbers."""
+    import datasets
 
-    A record is a line of .jsonl or .csv, or a row of .parquet. Raises DataError where the files themselves cannot be
-    used: there is none, a kind that cannot be read record by record, no header, no Parquet.
+    names = [column_name(name) for name in table.column_names]
+    if len(set(names)) < len(names):
+        raise DataError(f"{source}: two columns have one name, apart from spaces and Unicode form. Rename one.")
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            classes = [_class(feature.names, value) for value in table[column]]
+            table = table.remove_columns(column).add_column(column, classes)
+    return table.rename_columns({name: column_name(name) for name in table.column_names})
+
+
+def read_rows(source: str, split: str, how: FileConfig = _PLAIN, *, alone: bool = True) -> Iterator[Row | DataError]:
+    """Yield the records of a data set, each as a row that knows its place or as what is wrong with it.
+
+    `alone`: records are a site's, a line of .jsonl or .csv or a row of .parquet, and nothing in one changes how another
+    is read. Else they are a researcher's own: also .json, cells of several lines, and hub names. Raises DataError where
+    the files themselves cannot be used: there is none, a kind that cannot be read so, no header, no Parquet.
     """
     try:
         place = resolve(source)
     except ConfigError as error:
         raise DataError(str(error)) from None
-    if not isinstance(place, Path):
+    if not isinstance(place, Path) and alone:
         raise DataError(f"{source}: no such file or folder")
+    if not isinstance(place, Path):
+        for number, row in enumerate(read_table(source, split), start=1):
+            yield Record(row, f"{source}, record {number}")
+        return
     for file in _files(place, split):
-        if file.suffix == ".parquet":
-            yield from _parquet_rows(file)
-        elif file.suffix == ".json":
-            raise DataError(f"{file}: one damaged record would spoil the others. Write .jsonl, a record a line.")
-        else:
-            yield from _line_rows(file)
+        if file.suffix.lower() != ".parquet":
+            yield from text_rows(file, how, alone)
+            continue
+        classes = _class_names(file)
+        for number, row in enumerate(_parquet_rows(file), start=1):
+            yield row if isinstance(row, DataError) else _parquet_row(row, classes, f"{file}, record {number}")
 
 
-def _line_rows(file: Path) -> Iterator[Row | DataError]:
+def _parquet_row(row: Row, classes: Mapping[str, Sequence[str]], where: str) -> Row | DataError:
     try:
-        lines = [(number, line) for number, line in enumerate(file.read_bytes().split(b"\n"), start=1) if line.strip()]
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from None
-    columns = None
-    if file.suffix == ".csv" and lines:
-        columns = _csv_line(lines.pop(0)[1].removeprefix(b"\xef\xbb\xbf"), f"{file}, line 1")
-        _check_header(file, columns)
-    for number, line in lines:
-        where = f"{file}, line {number}"
-        try:
-            if columns is None:
-                value = _json_value(line, where)
-                if not isinstance(value, dict):
-                    raise DataError(f"{where}: expected an object such as {{...}}, found {line[:20]!r}")
-                yield value
-            else:
-                fields = _csv_line(line, where)
-                if len(fields) != len(columns):
-                    raise DataError(
-                        f"{where}: expected {len(columns)} fields, as in the first line, found {len(fields)}"
-                    )
-                yield dict(zip(columns, fields, strict=True))
-        except DataError as error:
-            yield error
+        return Record({**row, **{name: _class(classes[name], row[name]) for name in classes if name in row}}, where)
+    except DataError as error:
+        return error
+
+
+def _class_names(file: Path) -> dict[str, list[str]]:
+    """Return the names of the classes of those columns whose numbers stand for classes, as `datasets` writes them."""
+    from pyarrow import parquet
+
+    with contextlib.suppress(Exception):  # no Parquet, or nothing of the sort in it: reading the rows tells
+        features = json.loads((parquet.read_schema(file).metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            name: [str(each) for each in feature["names"]]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    return {}
+
+
+def _class(names: Sequence[str], value: Any) -> str | None:
+    """Return the name of a class; None where there is no class (-1 by convention)."""
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _parquet_rows(file: Path) -> Iterator[Row | DataError]:
@@ -179,58 +199,44 @@ def _parquet_rows(file: Path) -> Iterator[Row | DataError]:
         raise DataError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def _csv_line(line: bytes, where: str) -> list[str]:
-    """Return the fields of one line: a field that goes on in the next would make two records of one depend on both."""
-    try:
-        return next(csv.reader([line.decode().rstrip("\r")], strict=True))
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: not UTF-8. Convert the file to UTF-8.") from None
-    except csv.Error as error:
-        raise DataError(
-            f"{where}: not CSV in one line ({error}). Correct or remove it; for text of several lines write .jsonl."
-        ) from None
-
-
-def _check_header(file: Path, columns: Sequence[str]) -> None:
-    twice = sorted({column for column in columns if column and columns.count(column) > 1})
-    if twice:
-        raise DataError(f"{file}, line 1: two columns are called {', '.join(twice)}. Rename or remove one.")
-
-
 def _files(place: Path, split: str) -> list[Path]:
     """Return the files of a split: the file itself, or those in a folder whose name begins with the split's."""
     if place.is_file():
-        if place.suffix not in _FORMATS:
+        if place.suffix.lower() not in _FORMATS:
             raise DataError(f"{place}: unknown kind of file; expected {', '.join(_FORMATS)}")
         if place.stat().st_size == 0:
             raise DataError(f"{place} is empty")
         return [place]
-    files = sorted(f for f in place.iterdir() if f.suffix in _FORMATS and f.name.startswith(split))
+    files = sorted(f for f in place.iterdir() if f.suffix.lower() in _FORMATS and f.name.startswith(split))
     if not files:
         raise DataError(f"{place} holds no {split}*.jsonl, .json, .csv or .parquet")
-    if len({f.suffix for f in files}) > 1:
+    if len({f.suffix.lower() for f in files}) > 1:
         raise DataError(f"{place} holds files of several kinds for split {split}; keep one kind")
     return files
 
 
-def _read_file(file: Path) -> Table:
+def _read_file(file: Path, how: FileConfig) -> Table:
     """Read one file into memory. `datasets` would leave a copy of the records in a cache on disk."""
     import datasets
     from pyarrow import parquet
 
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         return datasets.Dataset(parquet.read_table(file))
-    rows = _csv_rows(file) if file.suffix == ".csv" else _json_rows(file)
+    rows: list[Record] = []
+    for row in text_rows(file, how, alone=False):
+        if isinstance(row, DataError):
+            raise row
+        rows.append(row)
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     try:
         return datasets.Dataset.from_dict(columns)
     except Exception:  # pyarrow and datasets raise many types, which name neither column nor line
         for column, values in columns.items():
-            _check_kinds(file, column, values)
+            _check_kinds(rows, column, values)
         raise
 
 
-def _check_kinds(file: Path, column: str, values: list[Any]) -> None:
+def _check_kinds(rows: Sequence[Record], column: str, values: list[Any]) -> None:
     """Raise DataError with the first record whose value does not fit into one column with those before it."""
     import datasets
 
@@ -244,15 +250,11 @@ def _check_kinds(file: Path, column: str, values: list[Any]) -> None:
     at = bisect.bisect_left(range(len(values) + 1), True, key=fails) - 1
     if at == len(values):
         return
-    where = f"{file}, record {at + 1}"
-    if file.suffix == ".jsonl":
-        lines = [number for number, line in enumerate(file.read_bytes().split(b"\n"), start=1) if line.strip()]
-        where = f"{file}, line {lines[at]}"
     before = sorted({_kind(value) for value in values[:at]} - {"null"})
     among = f", where the records before it hold {' or '.join(before)}" if before else ""
     raise DataError(
-        f"{where}: column {column} holds {_kind(values[at])}{among}. A column takes values of one kind, whole numbers "
-        "of at most 64 bits and text in valid Unicode: correct the value, or put it in quotes."
+        f"{rows[at].place}: column {column} holds {_kind(values[at])}{among}. A column takes values of one kind, whole "
+        "numbers of at most 64 bits and text in valid Unicode: correct the value, or put it in quotes."
     )
 
 
@@ -269,61 +271,6 @@ def _kind(value: object) -> str:
     if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
         return "text that is not valid Unicode (a lone surrogate)"
     return _KINDS[type(value)]
-
-
-def _csv_rows(file: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    start = 1  # line in which the record begins that is being read: one with an open quote ends far below
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, strict=True)
-            columns = next(reader, [])
-            _check_header(file, columns)
-            start = reader.line_num + 1
-            for fields in reader:
-                if fields and len(fields) != len(columns):
-                    raise DataError(
-                        f"{file}, line {start} (record {len(rows) + 1}): expected {len(columns)} fields, as in the "
-                        f"first line, found {len(fields)}. Correct or remove it; text that holds a comma is quoted."
-                    )
-                if fields:
-                    rows.append(dict(zip(columns, fields, strict=True)))
-                start = reader.line_num + 1
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: not UTF-8. Convert the file to UTF-8.") from None
-    except csv.Error as error:
-        raise DataError(
-            f"{file}: not CSV ({error}) in the record that begins in line {start}. Correct or remove it."
-        ) from None
-    return rows
-
-
-def _json_rows(file: Path) -> list[dict[str, Any]]:
-    """Parse a .jsonl file, or a .json file with a list of objects; raises DataError that names the line.
-
-    Parsed here and not by `datasets`, whose C parsers name no line and crash the process on some malformed input.
-    """
-    rows: list[Any] = []
-    lines = [file.read_bytes()] if file.suffix == ".json" else file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
-        if not line.strip():
-            continue
-        value = _json_value(line, where)
-        found = value if isinstance(value, list) and file.suffix == ".json" else [value]
-        if not all(isinstance(row, dict) for row in found):
-            raise DataError(f"{where}: expected an object such as {{...}}, found {line[:20]!r}")
-        rows += found
-    return rows
-
-
-def _json_value(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: not UTF-8. Convert the file to UTF-8.") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}). Correct or remove it.") from None
 
 
 @contextlib.contextmanager
