@@ -75,10 +75,10 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
     use_threads(config.site.threads)
     observe(Phase("reading the records"))
     data = simulated_data(config)
+    if wrong := data.check(config.model):
+        observe(Phase(f"{len(wrong)} records cannot be used and are left out, the first: {wrong[0]}"))
     config = _with_place(_with_nominal_size(config, data.unit_counts()))
     _check_federation(config, data)
-    for name in data.names:  # whoever simulates owns all records, and learns which of them cannot be used
-        data.records(name, config.model)
     observe(Phase("planning: noise for the budget"))
     plan = make_plan(config, data.names)
     observe(Phase("loading model and held-out set"))

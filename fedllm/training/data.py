@@ -12,6 +12,7 @@ import math
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -64,6 +65,7 @@ class Tokens:
     learned: NDArray[np.int32]  # the answer with its end; nothing for classification
     label: str | None = None  # of classification
     ends: tuple[int, int] = (0, 0)  # classification: special tokens before and after the text, which no cut takes
+    quiet: NDArray[np.bool_] | None = None  # of a conversation: those of `learned` that carry no loss
 
     def record(self, limit: int, labels: Sequence[str]) -> Example:
         """Return the record of at most `limit` tokens: the answer is kept before the prompt, its beginning first.
@@ -78,7 +80,10 @@ class Tokens:
         learned = self.learned[: limit - 1]
         given = self.given[max(0, len(self.given) - (limit - len(learned))) :]
         ids = np.concatenate([given, learned]).astype(np.int64)
-        return Example(ids, np.where(np.arange(len(ids)) < len(given), IGNORE, ids))
+        targets = np.where(np.arange(len(ids)) < len(given), IGNORE, ids)
+        if self.quiet is not None:
+            targets[len(given) :][self.quiet[: len(learned)]] = IGNORE
+        return Example(ids, targets)
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,8 @@ def _files(place: Path, split: str) -> list[Path]:
         if place.stat().st_size == 0:
             raise DataError(f"{place} is empty")
         return [place]
+    if not place.is_dir():
+        raise DataError(f"{place} is neither a file nor a folder")
     files = sorted(f for f in place.iterdir() if f.suffix.lower() in _FORMATS and f.name.startswith(split))
     if not files:
         raise DataError(f"{place} holds no {split}*.jsonl, .json, .csv or .parquet")
@@ -289,19 +296,26 @@ def check_columns(table: Table, data: TextConfig, extra: Sequence[str | None] = 
     """
     import datasets
 
-    single = [column for column in (data.label, *extra) if column]
-    named = [*template_columns(data), *single]
-    missing = sorted(set(named) - set(table.column_names))
-    if missing:
-        raise DataError(f"missing column {', '.join(missing)}; the records have {', '.join(table.column_names)}")
-    for column in single:
+    for column in check_named(table.column_names, data, extra):
         if not isinstance(table.features[column], datasets.Value | datasets.ClassLabel):
             raise DataError(f"column {column} holds lists or objects; expected text or numbers")
 
 
-def template_columns(data: TextConfig) -> list[str]:
-    """Return the columns that the templates name; raises ConfigError where one is more than plain {column} fields."""
-    return [*_fields(data.prompt or ""), *_fields(data.text)]
+def check_named(columns: Sequence[str], data: TextConfig, extra: Sequence[str | None] = ()) -> list[str]:
+    """Raise DataError unless every column is there that the configuration names; returns those of one value a cell."""
+    single = [column for column in (data.label, *extra) if column]
+    missing = sorted({*_text_columns(data), *single} - set(columns))
+    if missing:
+        raise DataError(f"missing column {', '.join(missing)}; the records have {', '.join(columns)}")
+    return single
+
+
+def _text_columns(data: TextConfig) -> list[str]:
+    """Return the columns that become text; raises ConfigError where a template is more than plain {column} fields."""
+    if data.messages is not None:
+        return [data.messages]
+    names = [*_fields(data.prompt or ""), *_fields(data.text or "")]
+    return [data.columns.get(name, column_name(name)) for name in names]
 
 
 def _fields(template: str) -> list[str]:
@@ -318,13 +332,55 @@ def _fields(template: str) -> list[str]:
     return fields
 
 
-def render(template: str, row: Row, number: int) -> str:
-    """Fill a template from one row; raises DataError where a value is missing."""
-    values = {name: row.get(name) for name in _fields(template)}
-    empty = [name for name, value in values.items() if value is None]
-    if empty:
-        raise DataError(f"record {number + 1}: {', '.join(empty)} is empty. Fill it in or leave the record out.")
-    return template.format(**{name: cell(value) for name, value in values.items()})
+def place_of(row: object, number: int) -> str:
+    """Return where a row stands: file and line, or its number in the table."""
+    return row.place if isinstance(row, Record) else f"record {number + 1}"
+
+
+def render(template: str, row: Row, number: int, columns: Mapping[str, str] = {}) -> str:  # never changed
+    """Fill a template from one row, `columns` giving other names; raises DataError where a value is no usable text."""
+    try:
+        values = {
+            name: text_of(row.get(columns.get(name, column_name(name))), columns.get(name, name))
+            for name in _fields(template)
+        }
+    except DataError as error:
+        raise DataError(f"{place_of(row, number)}: {error}") from None
+    return template.format(**values)
+
+
+def text_of(value: object, what: str) -> str:
+    """Return the text of a cell: the one definition of what can be used. Raises DataError where it is none."""
+    if is_missing(value):
+        raise DataError(f"{what} is empty. Fill it in or leave the record out.")
+    if not isinstance(value, str | int | float | Decimal | date | time | timedelta):
+        hint = " (data.messages reads conversations)" if isinstance(value, list) else ""
+        kind = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else "bytes"
+        raise DataError(f"{what} holds {kind}; expected text or a number{hint}")
+    return cell(value)
+
+
+_ROLES = ("system", "user", "assistant", "tool")
+Turn = dict[str, str]  # role and content
+
+
+def conversation(value: object, what: str) -> list[Turn]:
+    """Return the turns of a conversation up to the assistant's last; raises DataError where it is none."""
+    if is_missing(value):
+        raise DataError(f"{what} is empty. Fill it in or leave the record out.")
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise DataError(f"{what} is no conversation: expected a list of objects with role and content")
+    if any(turn.get("role") not in _ROLES for turn in value):
+        raise DataError(f"{what}: a turn has no role, or none of {', '.join(_ROLES)}")
+    turns = [
+        {"role": turn["role"], "content": text_of(turn.get("content"), f"{what}: the content of a turn")}
+        for turn in value
+    ]
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if not turns:
+        raise DataError(f"{what} has no turn of the assistant, so there is nothing to learn")
+    return turns
 
 
 def cell(value: object) -> str:
@@ -340,8 +396,7 @@ def cell(value: object) -> str:
 class _Written:
     """A record as text."""
 
-    given: str
-    learned: str = ""
+    pieces: tuple[str, ...]  # given and learned in turn, for classification the text alone
     closed: bool = True  # the chat template has closed the answer
     label: str | None = None
 
@@ -359,17 +414,23 @@ class Tokeniser:
         if self._classifies:
             special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
             self._ends = special.index(0), special[::-1].index(0)
-        if data.chat and not tokenizer.chat_template:
-            raise ConfigError(f"data.chat=true, but the tokenizer of {model.source} has no chat template")
+        if data.chats:
+            self._check_template()
 
     def prompt_ids(self, row: Row, number: int = 0) -> list[int]:
         """Return the tokens that are given: the prompt, with the sequence's first token where the model has one."""
-        return self._opened(self._code(self._prompt(row, number)))
+        pieces = self._write(row, number).pieces[:-1]
+        return self._opened([token for piece in pieces for token in self._code(piece)])
 
     def answer_ids(self, row: Row, number: int = 0) -> list[int]:
         """Return the tokens that are learned, closed as the template closes a turn, or by the end-of-sequence token."""
-        answer, closed = self._answer(row, number)
-        return self._closed(self._code(answer), closed)
+        written = self._write(row, number)
+        return self._closed(self._code(written.pieces[-1]), written.closed)
+
+    def question(self, row: Row, number: int) -> tuple[str, str]:
+        """Return what is asked in a row and the answer that is expected, as a person reads them."""
+        turns = self._turns(row, number)
+        return "".join(turn["content"] for turn in turns[-2:-1]), turns[-1]["content"].strip()
 
     def __call__(self, row: Row, number: int) -> Example:
         """Tokenise one row, at most max_length tokens; raises DataError where it cannot be used."""
@@ -395,69 +456,128 @@ class Tokeniser:
 
     def _read(self, rows: Sequence[Row | DataError], first: int) -> Iterator[Tokens | DataError]:
         written = [
-            row if isinstance(row, DataError) else _tried(number, self._write, row, number)
+            row if isinstance(row, DataError) else _tried(place_of(row, number), self._write, row, number)
             for number, row in enumerate(rows, start=first)
         ]
-        texts = [one for one in written if isinstance(one, _Written)]
-        given = iter(self._encode([one.given for one in texts]))
-        learned = iter(self._encode([one.learned for one in texts]))
-        for number, one in enumerate(written, start=first):
+        codes = iter(self._encode([piece for one in written if isinstance(one, _Written) for piece in one.pieces]))
+        for number, (row, one) in enumerate(zip(rows, written, strict=True), start=first):
             if isinstance(one, DataError):
                 yield one
             else:
-                yield _tried(number, self._tokens, one, next(given), next(learned), number)
+                place = place_of(row, number)
+                yield _tried(place, self._tokens, one, [next(codes) for _ in one.pieces], place)
 
     def _write(self, row: Row, number: int) -> _Written:
-        if not self._classifies:
-            return _Written(self._prompt(row, number), *self._answer(row, number))
-        value = row.get(self._data.label or "")
-        label = cell(value)
-        if label not in self._labels or is_missing(value):
-            raise DataError(
-                f"record {number + 1}: label {value!r} is not among model.labels. Declare it or drop the record."
-            )
-        return _Written(render(self._data.text, row, number), label=label)
+        if self._classifies:
+            value = row.get(self._data.label or "")
+            label = canonical(cell(value))
+            if label not in self._labels or is_missing(value):
+                place = place_of(row, number)
+                raise DataError(f"{place}: label {value!r} is not among model.labels. Declare it or drop the record.")
+            return _Written((render(self._data.text or "", row, number, self._data.columns),), label=label)
+        turns = self._turns(row, number)
+        if self._data.messages is not None:
+            return _Written(self._pieces(turns, place_of(row, number)))
+        *before, answer = turns
+        if not self._data.chat:
+            return _Written(("".join(turn["content"] for turn in before), answer["content"]), closed=False)
+        opening, whole = self._chat(before, opens=True), self._chat(turns, opens=False)
+        if not whole.startswith(opening):
+            return _Written((opening, answer["content"]), closed=False)
+        return _Written((opening, whole[len(opening) :]))
 
-    def _tokens(
-        self, text: _Written, prompt: list[int] | DataError, answer: list[int] | DataError, number: int
-    ) -> Tokens:
-        if isinstance(prompt, DataError) or isinstance(answer, DataError):
-            raise DataError(f"record {number + 1}: the tokenizer fails on it. Leave it out.")
-        most = max(prompt + answer, default=0)
+    def _turns(self, row: Row, number: int) -> list[Turn]:
+        """Return a row as a conversation that ends with the assistant's turn, the last that is learned."""
+        data = self._data
+        if data.messages is not None:
+            try:
+                turns = conversation(row.get(data.messages), data.messages)
+            except DataError as error:
+                raise DataError(f"{place_of(row, number)}: {error}") from None
+        else:
+            prompt = render(data.prompt or "", row, number, data.columns)
+            answer = render(data.text or "", row, number, data.columns)
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        if data.system is not None and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": data.system})
+        return turns
+
+    def _pieces(self, turns: Sequence[Turn], place: str) -> tuple[str, ...]:
+        """Return a conversation as the chat template writes it, cut at the ends of what the assistant says."""
+        whole, pieces, done = self._chat(turns, opens=False), list[str](), 0
+        for number, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                begin, end = self._span(turns, number, whole)
+                if not done <= begin < end:
+                    raise DataError(f"{place}: in what the chat template writes, a turn of the assistant is not found")
+                pieces += [whole[done:begin], whole[begin:end]]
+                done = end
+        return tuple(pieces)
+
+    def _span(self, turns: Sequence[Turn], number: int, whole: str) -> tuple[int, int]:
+        """Return where the assistant's turn of this number begins and ends in the whole text; (0, 0) if unclear.
+
+        Some templates write a turn that others follow in a shorter form (without what was thought, say): then what it
+        says is looked up, and what closes it.
+        """
+        opening, alone = self._chat(turns[:number], opens=True), self._chat(turns[: number + 1], opens=False)
+        if not whole.startswith(opening):
+            return 0, 0
+        if whole.startswith(alone):
+            return len(opening), len(alone)
+        said = turns[number]["content"].strip()
+        closing = alone[alone.rfind(said) + len(said) :]
+        at = whole.find(said, len(opening))
+        if said not in alone or at < 0 or not whole.startswith(closing, at + len(said)):
+            return 0, 0
+        return len(opening), at + len(said) + len(closing)
+
+    def _tokens(self, text: _Written, codes: Sequence[list[int] | DataError], place: str) -> Tokens:
+        known = [code for code in codes if not isinstance(code, DataError)]
+        if len(known) < len(codes):
+            raise DataError(f"{place}: the tokenizer fails on it. Leave it out.")
+        given, *rest = known
+        most = max((token for code in known for token in code), default=0)
         if most >= self._vocabulary:
-            raise DataError(f"record {number + 1}: token {most}, and the model knows {self._vocabulary}. Leave it out.")
+            raise DataError(f"{place}: token {most}, and the model knows {self._vocabulary}. Leave it out.")
         limit = self._model.max_length
         if text.label is None:
-            learned = self._closed(answer, text.closed)
-            found = Tokens(_ids(self._opened(prompt)[-limit:]), _ids(learned[:limit]))
+            learned = self._closed([token for code in rest for token in code], text.closed)[:limit]
+            quiet = None
+            if len(rest) > 1:
+                quiet = np.concatenate([np.full(len(code), at % 2 == 1) for at, code in enumerate(rest)])[:limit]
+            found = Tokens(_ids(self._opened(given)[-limit:]), _ids(learned), quiet=quiet)
         else:
-            last = len(prompt) - self._ends[1]
-            found = Tokens(_ids(prompt[: min(last, limit)] + prompt[last:]), _ids([]), text.label, self._ends)
+            last = len(given) - self._ends[1]
+            found = Tokens(_ids(given[: min(last, limit)] + given[last:]), _ids([]), text.label, ends=self._ends)
         if not len(found.given) + len(found.learned):
-            raise DataError(f"record {number + 1}: its text is empty. Fill it in or leave the record out.")
+            raise DataError(f"{place}: its text is empty. Fill it in or leave the record out.")
         return found
 
-    def _prompt(self, row: Row, number: int) -> str:
-        prompt = render(self._data.prompt or "", row, number)
-        return self._chat([{"role": "user", "content": prompt}], opens=True) if self._data.chat else prompt
+    def _check_template(self) -> None:
+        """Raise ConfigError unless the chat template writes a conversation as short as any."""
+        setting = "data.chat=true" if self._data.chat else f"data.messages={self._data.messages}"
+        source = self._model.source
+        if not self._tokenizer.chat_template:
+            raise ConfigError(f"{setting}, but the tokenizer of {source} has no chat template")
+        system = [] if self._data.system is None else [{"role": "system", "content": self._data.system}]
+        asked = [*system, {"role": "user", "content": "a"}]
+        try:
+            self._chat(asked, opens=True)
+            self._chat([*asked, {"role": "assistant", "content": "b"}], opens=False)
+        except Exception as error:  # a template may raise anything
+            turns = "a user's and an assistant's turn" if not system else "a system, a user's and an assistant's turn"
+            hint = "If it wants a system turn, set data.system" if not system else "Leave data.system out"
+            raise ConfigError(
+                f"{setting}: the chat template of {source} refuses {turns} ({first_line(error)}). {hint}."
+            ) from None
 
-    def _answer(self, row: Row, number: int) -> tuple[str, bool]:
-        """Return the text that is learned, and whether the chat template closes it."""
-        answer = render(self._data.text, row, number)
-        if self._data.chat:
-            user = {"role": "user", "content": render(self._data.prompt or "", row, number)}
-            opening = self._chat([user], opens=True)
-            whole = self._chat([user, {"role": "assistant", "content": answer}], opens=False)
-            if whole.startswith(opening):
-                return whole[len(opening) :], True
-        return answer, False
-
-    def _chat(self, turns: list[dict[str, str]], opens: bool) -> str:
-        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens))
+    def _chat(self, turns: Sequence[Turn], opens: bool) -> str:
+        return str(self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opens))
 
     def _opened(self, prompt: list[int]) -> list[int]:
         bos = self._tokenizer.bos_token_id
-        return prompt if bos is None or self._data.chat else [bos, *prompt]
+        return prompt if bos is None or self._data.chats else [bos, *prompt]
 
     def _closed(self, answer: list[int], closed: bool) -> list[int]:
         eos = self._tokenizer.eos_token_id
@@ -465,10 +585,10 @@ class Tokeniser:
 
     def _encode(self, texts: Sequence[str]) -> list[list[int] | DataError]:
         """Tokenise texts at once; where that fails one by one, so that only those fail that would fail alone."""
-        together = _tried(0, self._code, list(texts)) if texts else []
+        together = _tried("", self._code, list(texts)) if texts else []
         if not isinstance(together, DataError):
             return list(together)
-        return [_tried(0, self._code, text) for text in texts]
+        return [_tried("", self._code, text) for text in texts]
 
     def _code(self, text: str | list[str]) -> Any:
         return self._tokenizer(text, add_special_tokens=self._classifies, verbose=False)["input_ids"]
@@ -478,7 +598,7 @@ def _ids(ids: list[int]) -> NDArray[np.int32]:
     return np.asarray(ids, dtype=np.int32)
 
 
-def _tried(number: int, read: Callable[..., _T], *arguments: Any) -> _T | DataError:
+def _tried(place: str, read: Callable[..., _T], *arguments: Any) -> _T | DataError:
     """Return what was read, or a DataError whatever a tokenizer or template has raised; a panic is no Exception."""
     try:
         return read(*arguments)
@@ -487,7 +607,7 @@ def _tried(number: int, read: Callable[..., _T], *arguments: Any) -> _T | DataEr
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # its text may quote the record
-        return DataError(f"record {number + 1}: the tokenizer or its template fails on it ({type(error).__name__})")
+        return DataError(f"{place}: the tokenizer or its template fails on it ({type(error).__name__})")
 
 
 def group(
@@ -506,7 +626,9 @@ def group(
         if unit is not None and not isinstance(row, DataError):
             who = row.get(unit)
             if is_missing(who) or isinstance(who, list | dict):
-                one = DataError(f"record {number + 1}: {unit} is empty, so its privacy unit is unknown. Fill it in.")
+                one = DataError(
+                    f"{place_of(row, number)}: {unit} is empty, so its privacy unit is unknown. Fill it in."
+                )
             else:
                 key = person(who)
         own = groups.setdefault(key, [])
@@ -530,7 +652,7 @@ def build_units(table: Table, tokeniser: Tokeniser, unit: str | None, cap: int) 
 
 def is_missing(value: object) -> bool:
     """Whether a cell is empty: null, not a number, or text of nothing that shows. Somebody may be called None."""
-    return value is None or (isinstance(value, float) and math.isnan(value)) or not canonical(value)
+    return value is None or (isinstance(value, float | Decimal) and math.isnan(value)) or not canonical(value)
 
 
 def members(rows: Iterable[Row], data: TextConfig, unit: str | None) -> Iterator[bytes]:
@@ -539,7 +661,7 @@ def members(rows: Iterable[Row], data: TextConfig, unit: str | None) -> Iterator
     Every record twice, by its whole content and by the text that is learned alone, which stays the same where a column
     is added, and every person where `unit` names their column. Cells are in their one spelling (`canonical`).
     """
-    columns = [*_fields(data.prompt or ""), *_fields(data.text)]
+    columns = _text_columns(data)
     for row in rows:
         yield b"record\0" + canonical_json(_spelt(row))
         yield b"text\0" + canonical_json([_spelt(row.get(column)) for column in columns])
