@@ -176,16 +176,23 @@ def folder_of(config: SimulationConfig, folder: Path) -> Path:
     return folder / "sites" if config.site.folder is None else Path(config.site.folder)
 
 
+def least_units(config: SimulationConfig) -> int:
+    """Return the number of units below which a site takes no part."""
+    if config.site.min_units is not None:
+        return config.site.min_units
+    # Half of the nominal size at most: this is taken from all sites, and none of them is too small for it by rounding.
+    expected_batch = min(config.privacy.sampling_rate, 0.5) * (config.privacy.units_per_site or 0)
+    return max(1, math.ceil(expected_batch))
+
+
 def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: Path) -> Site:
     """Return one simulated site of a run in `folder`."""
     site = config.site
-    # Half of the nominal size at most: this is taken from all sites, and none of them is too small for it by rounding.
-    expected_batch = min(config.privacy.sampling_rate, 0.5) * (config.privacy.units_per_site or 0)
     policy = widest(  # in a simulation the sites are the researcher's own, who sees all of their times anyway
         config.budget(name) if config.privacy.mode != "off" else math.inf,
         config.privacy.delta,
         unit=config.privacy.unit,
-        min_units=site.min_units if site.min_units is not None else max(1, math.ceil(expected_batch)),
+        min_units=least_units(config),
     )
     place = folder_of(config, folder) / file_name(name)
     return Site(

@@ -9,7 +9,8 @@ import pytest
 
 from client.records import SiteRecords
 from fedllm.config import ModelConfig, SimulationConfig
-from fedllm.errors import DataError
+from fedllm.errors import ConfigError, DataError
+from simulations.simulate import _said_of_sizes
 from simulations.sites import SimulatedData, simulated_data
 
 Configure = Callable[..., SimulationConfig]
@@ -85,3 +86,13 @@ def test_one_person_and_one_site_has_one_name_however_it_is_spelled(
     data = read([record(0, customer_id=value, branch=value) for value in spelled])
     assert data.unit_counts() == {"1": 1}
     assert not data.check(model)
+
+
+def test_sizes_of_sites_are_told_before_anything_is_trained(tmp_path: Path, configure: Configure) -> None:
+    config = configure(tmp_path, privacy={"delta": 0.01, "units_per_site": 20}, site={"min_units": 5})
+    small, weak = _said_of_sizes(config, {"a": 4, "b": 20})
+    assert "1 of 2 sites have fewer than 5 units and take no part: a (4)" in small
+    assert "weak protection among the 20 units of b" in weak
+    assert not _said_of_sizes(config, {"a": 8})
+    with pytest.raises(ConfigError, match=r"privacy\.delta=0\.01 is no protection among the 100 units of a"):
+        _said_of_sizes(config, {"a": 100, "b": 20})
