@@ -399,7 +399,7 @@ def test_a_mistake_in_the_configuration_is_refused_before_anything_is_loaded(
 
 
 def test_a_partition_without_what_it_needs_is_refused(fedllm: Any) -> None:
-    refused(fedllm("simulate", "--cfg", "federation=dirichlet"), "partition.column")
+    refused(fedllm("simulate", "federation=dirichlet"), "partition.column")
     refused(fedllm("simulate", "federation=iid", "federation.partition.sites=null"), "partition.sites")
 
 
