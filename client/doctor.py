@@ -17,6 +17,7 @@ import grpc
 from client.link import read_state
 from client.office import Office
 from client.relay import CA, CERTIFICATE, KEY, SETTINGS, read_relay
+from fedllm.canonical import canonical
 from fedllm.config import ModelConfig
 from fedllm.crypto.certificates import certified_key, key_line, read_certificates
 from fedllm.errors import DataError, FedllmError
@@ -358,20 +359,18 @@ def _check_records(office: Office) -> list[CheckResult]:
     data, own = office.data, office.config.data
     found = [_check_mode(Path(data.train))] if not data.train.startswith("pkg://") else []
     os.environ.update(office.environment)
-    from fedllm.training.data import cell, is_missing, person, read_rows, template_columns
+    from fedllm.training.data import cell, check_named, is_missing, naming, person, read_rows
 
-    rows = list(read_rows(data.train, data.train_split))
+    rows = list(read_rows(data.train, data.train_split, data))
     usable = [row for row in rows if not isinstance(row, DataError)]
     columns = list(dict.fromkeys(column for row in usable for column in row))
-    named = [*template_columns(data), *(column for column in (data.label, data.unit) if column)]
-    missing = sorted(set(named) - set(columns))
-    if missing:
-        raise DataError(f"{data.train}: missing column {', '.join(missing)}; the records have {', '.join(columns)}")
+    with naming(data.train):
+        check_named(columns, data, [data.unit])
     found.append(ok(f"records: {len(usable)} in {data.train}, with every column that is needed"))
     found += _faults("records", len(rows), [row for row in rows if isinstance(row, DataError)])
     if data.label is not None:
         label = data.label
-        labels = Counter(cell(row[label]) for row in usable if not is_missing(row.get(label)))
+        labels = Counter(canonical(cell(row[label])) for row in usable if not is_missing(row.get(label)))
         if len(own.labels) < 2:
             text = f"data.labels: declare every label that a record may have. The records have {len(labels)}"
             return [*found, failure(text)]

@@ -12,7 +12,7 @@ from fedllm.config import ModelConfig, TextConfig
 from fedllm.errors import DataError
 from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import DataSet, fingerprint
-from fedllm.training.data import PrivacyUnit, Row, Tokeniser, Tokens, group, members
+from fedllm.training.data import PrivacyUnit, Row, Tokeniser, Tokens, group, members, place_of
 from fedllm.training.model import Reader
 
 _LONGEST = 1_000_000  # tokens of a record that are kept at the most
@@ -100,5 +100,5 @@ def _known(row: Row | DataError, number: int, text: TextConfig, person: str | No
     try:
         list(members([row], text, person))
     except Exception as error:  # nested more deeply than can be written down
-        return DataError(f"record {number + 1}: it cannot be written as text ({type(error).__name__})")
+        return DataError(f"{place_of(row, number)}: it cannot be written as text ({type(error).__name__})")
     return row

@@ -113,7 +113,9 @@ class Endpoint:
 def read_data_set(office: Office) -> DataSet:
     """Return the fingerprint of a site's records as they are now; raises DataError if there are none."""
     data = office.data
-    return load_records(read_rows(data.train, data.train_split), data, data.unit, Declared(1, "record"), {}).data_set
+    return load_records(
+        read_rows(data.train, data.train_split, data), data, data.unit, Declared(1, "record"), {}
+    ).data_set
 
 
 def read_records(office: Office) -> SiteRecords:
@@ -128,7 +130,7 @@ def read_records(office: Office) -> SiteRecords:
             raise ConfigError(f"models: {name} reads text in another way than when it was checked. {CHECK}")
         if declaration.files.get(name) != office.files_digest(ModelConfig(source=name)):
             raise ConfigError(f"models: {name} has other files than when it was checked. {CHECK}")
-    found = load_records(read_rows(data.train, data.train_split), data, data.unit, declaration.declared, readers)
+    found = load_records(read_rows(data.train, data.train_split, data), data, data.unit, declaration.declared, readers)
     for name, wrong in found.wrong.items():
         if wrong:
             _log.warning("%s: %d records cannot be used, and contribute nothing. %s", name, len(wrong), CHECK)

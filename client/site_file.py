@@ -4,7 +4,7 @@ from pydantic import Field, model_validator
 
 from client.policy import SitePolicy
 from fedllm.config import ComputeConfig, RecordsConfig
-from fedllm.values import Frozen, SiteName
+from fedllm.values import Frozen, Label, SiteName
 
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?"
 
@@ -14,7 +14,7 @@ class SiteData(RecordsConfig):
 
     name: str | None = None
     """Name of the data set, after it was declared disjoint from all others (`fedllm ledger disjoint`)."""
-    labels: tuple[str, ...] = ()
+    labels: tuple[Label, ...] = ()
     """Classification: every label that a record may have. A record with another is left out."""
     size: int | None = Field(None, ge=1, le=1_000_000_000)
     """About how many units (records or persons) there are. Plans are compared with it, never with the records."""
@@ -79,6 +79,11 @@ data:
   prompt: "{{question}}\\n" # the part that is given; {{column}} is a column of the records
   text: "{{answer}}"       # the part that is learned; for classification the text
   # chat: true           # put both into the model's chat template
+  # messages: messages   # instead of both: a column of conversations, lists of role and content
+  # system: Be brief.    # the system turn of a chat that has none
+  # encoding: utf-8      # of .jsonl and .csv files; cp949 for many Korean ones
+  # separator: ","       # between the columns of .csv files
+  # columns: {{}}          # names for columns that a template cannot name: {{q: "질문 내용(필수)"}}
   # label: category      # classification: the column of the label, and no prompt
   # labels: [card, loan] #   and every label there may be: a record with another is left out
   # unit: customer       # the column that names the person a record belongs to

@@ -3,13 +3,27 @@
 A value that is unknown, ill-typed or impossible raises ConfigError before anything loads.
 """
 
+import codecs
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fedllm.adapter_vector import WireDtype
 from fedllm.privacy.mechanism import Clipping
-from fedllm.values import MAX_HOLDERS, MAX_ROUNDS, MAX_STEPS, Beta, BySite, Frozen, Label, Layer, Printable, Rate, Seed
+from fedllm.values import (
+    MAX_HOLDERS,
+    MAX_ROUNDS,
+    MAX_STEPS,
+    Beta,
+    BySite,
+    Column,
+    Frozen,
+    Label,
+    Layer,
+    Printable,
+    Rate,
+    Seed,
+)
 
 
 class ModelConfig(Frozen):
@@ -209,19 +223,66 @@ def check_groups(groups: int, poisoned: int, privacy: PrivacyConfig, training: T
         )
 
 
-class TextConfig(Frozen):
+def _encoding(name: str) -> str:
+    """Return the name by which Python knows an encoding of text; a byte order mark belongs to no encoding."""
+    try:
+        found = codecs.lookup(name)
+        "a".encode(name).decode(name)
+    except (LookupError, UnicodeError, ValueError, TypeError):
+        raise ValueError("expected an encoding of text, such as utf-8, cp949, utf-16 or latin-1") from None
+    return found.name.removesuffix("-sig")
+
+
+class FileConfig(Frozen):
+    """How text files of records are written: set and never guessed, so that no record changes how others are read."""
+
+    encoding: Annotated[str, AfterValidator(_encoding)] = "utf-8"
+    """Encoding of .jsonl, .json and .csv files: `cp949` for many Korean ones; `utf-16` in simulations only."""
+    separator: str = Field(",", pattern='^([^\\w\\s"]|tab)$')
+    """Sign between the columns of .csv files, such as `;`. A tab is written `tab`."""
+
+    @property
+    def delimiter(self) -> str:
+        """The separator itself."""
+        return "\t" if self.separator == "tab" else self.separator
+
+
+class TextConfig(FileConfig):
     """How a record becomes text."""
 
     prompt: str | None = None
     """Template of the given part, such as `'Q: {question} A:'`. No loss falls on it. Null: every token of `text` is
     learned.
     """
-    text: str = Field(min_length=1)
+    text: str | None = Field(None, min_length=1)
     """Template of the part to learn, or of the text to classify; `{column}` is a column of the records."""
+    columns: dict[str, Column] = Field(default={})
+    """Names for columns that a template cannot name, such as `{q: '질문 내용(필수)'}` for `{q}`."""
     chat: bool = False
     """Put prompt and text into the chat template of the model."""
-    label: str | None = Field(None, min_length=1)
+    messages: Column | None = None
+    """Column of whole conversations: lists of objects with `role` and `content`. They go through the chat template,
+    and the loss falls on the turns of the assistant. Takes the place of `prompt` and `text`.
+    """
+    system: str | None = Field(None, min_length=1)
+    """Chat: the system turn, before a conversation that has none of its own."""
+    label: Column | None = None
     """Classification: the column of the label."""
+
+    @model_validator(mode="after")
+    def _validate_text(self) -> "TextConfig":
+        if self.text is None and self.messages is None:
+            raise ValueError("data.text: a value is needed, such as '{answer}'; or data.messages, for conversations")
+        if self.messages is not None and self.label is not None:
+            raise ValueError("data.messages is for generating text, data.label for classification: choose one")
+        if self.system is not None and not self.chats:
+            raise ValueError("data.system is a turn of a chat: it needs data.chat=true or data.messages")
+        return self
+
+    @property
+    def chats(self) -> bool:
+        """Whether text goes through the chat template of the model."""
+        return self.chat or self.messages is not None
 
 
 class HeldoutConfig(TextConfig):
@@ -250,12 +311,17 @@ class RecordsConfig(TextConfig):
     """
     train_split: str = "train"
     """Split of the records, if they come from the hub."""
-    unit: str | None = Field(None, min_length=1)
+    unit: Column | None = None
     """Column that names the person a record belongs to. Needed if the unit is a person."""
 
 
 class DataConfig(HeldoutConfig, RecordsConfig):
     """The records of simulated sites as well."""
+
+    max_bad: int = Field(0, ge=0)
+    """So many records that cannot be used are left out, and said. With more the run stops before its first round and
+    names them with file and line.
+    """
 
 
 class PartitionConfig(Frozen):
@@ -264,7 +330,7 @@ class PartitionConfig(Frozen):
     by: Literal["natural", "iid", "dirichlet"] = "natural"
     """`natural`: a column names the site. `iid`: at random. `dirichlet`: at random, with different labels at each site.
     """
-    column: str | None = Field(None, min_length=1)
+    column: Column | None = None
     """`natural`: the column that names the site. `dirichlet`: the column of the label."""
     sites: int | None = Field(None, ge=1)
     """Number of sites, for `iid` and `dirichlet`."""
@@ -383,8 +449,8 @@ class RunConfig(Frozen):
             )
         if self.model.task == "classification" and self.data.label is None:
             raise ValueError("data.label: task=classification needs the column of the label")
-        if self.model.task == "classification" and (self.data.prompt or self.data.chat):
-            raise ValueError("data.prompt and data.chat belong to task=causal-lm")
+        if self.model.task == "classification" and (self.data.prompt or self.data.chats):
+            raise ValueError("data.prompt, data.chat and data.messages belong to task=causal-lm")
         if self.data.chat and not self.data.prompt:
             raise ValueError("data.chat=true needs data.prompt, the user's turn")
         check_groups(self.federation.groups or 1, self.federation.poisoned_sites, self.privacy, self.training)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from fedllm.canonical import canonical
 from fedllm.errors import ConfigError
 from fedllm.shown import shows
 
@@ -29,8 +30,8 @@ class Frozen(BaseModel):
 
 
 def _spelled(values: dict[str, float]) -> dict[str, float]:
-    """Return values by site, whose names may have come with decomposed Hangul, in the one spelling of a site."""
-    named = {unicodedata.normalize("NFC", name.strip()): value for name, value in values.items()}
+    """Return values by site, in the one spelling of a site."""
+    named = {canonical(name): value for name, value in values.items()}
     if len(named) < len(values):
         raise ValueError("a site is named twice")
     return named
@@ -47,7 +48,7 @@ Printable = Annotated[str, AfterValidator(_shown)]  # every text that comes from
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(ge=1e-9, le=1e6)]  # of learning
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Label = Annotated[Printable, Field(max_length=1000)]
+Label = Annotated[Printable, AfterValidator(canonical), Field(max_length=1000)]  # a class, in its one spelling
 Name = Annotated[Printable, Field(min_length=1, max_length=MAX_NAME)]  # of a site
 Names = Annotated[tuple[Name, ...], Field(max_length=MAX_HOLDERS)]
 Layer = Annotated[Printable, Field(max_length=200)]  # the name of one
@@ -62,6 +63,17 @@ def is_head_office(name: str) -> bool:
 def _refuse_head_office(name: str) -> None:
     if is_head_office(name):
         raise ConfigError(f"site name {name!r}: an audit calls the server {HEAD_OFFICE!r}. Give the site another name")
+
+
+def _column(name: str) -> str:
+    """Return the one spelling of a column's name; refuse a name of nothing that shows."""
+    found = canonical(name)
+    if not found:
+        raise ValueError("expected the name of a column")
+    return found
+
+
+Column = Annotated[str, AfterValidator(_column)]
 
 
 def check_name(name: str) -> None:

@@ -211,7 +211,7 @@ def _evaluator(config: RunConfig, context: ModelContext) -> Evaluator | None:
     data = config.data
     if data.heldout is None:
         return None
-    table = read_table(data.heldout, data.heldout_split)
+    table = read_table(data.heldout, data.heldout_split, data)
     with naming(data.heldout):
         check_columns(table, data)
     if data.heldout_limit is not None:

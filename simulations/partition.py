@@ -1,34 +1,30 @@
 """One data set into many sites, with flwr-datasets. A person's records stay together, so nobody is in two sites."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 from datasets import Dataset
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner, Partitioner
 
 from fedllm.config import PartitionConfig
 from fedllm.errors import ConfigError, DataError
-from fedllm.training.data import Table, is_missing, person
+from fedllm.training.data import Row, person
 
 
-def partition(table: Table, config: PartitionConfig, unit: str | None, seed: int) -> dict[str, list[int]]:
+def partition(rows: Sequence[Row], config: PartitionConfig, unit: str | None, seed: int) -> dict[str, list[int]]:
     """Return the row numbers of each site, by the site's name.
 
     `unit` names the column of the person, and whole persons are dealt out; only a natural partition may find one
-    person at two sites, as a customer of both. `seed` is public. Raises ConfigError or DataError if the data
-    cannot be cut as asked.
+    person at two sites, as a customer of both. No row lacks a person, or the value that it is divided by. `seed` is
+    public. Raises ConfigError or DataError if the data cannot be cut as asked.
     """
-    keys = [""] * len(table)
-    if config.column:
-        empty = next((row for row, value in enumerate(table[config.column]) if is_missing(value)), None)
-        if empty is not None:
-            raise DataError(f"record {empty + 1}: {config.column} is empty, so its site is unknown. Fill it in.")
-        keys = [person(value) for value in table[config.column]]
-    persons = [person(value) for value in table[unit]] if unit else range(len(table))
+    keys = [person(row[config.column]) if config.column else "" for row in rows]
+    persons = [person(row[unit]) for row in rows] if unit else range(len(rows))
     rows_of_unit: dict[object, list[int]] = defaultdict(list)
     for row, (key, who) in enumerate(zip(keys, persons, strict=True)):
         rows_of_unit[(key, who) if config.by == "natural" else who].append(row)
     groups = list(rows_of_unit.values())
-    units = Dataset.from_dict({"unit": list(range(len(groups))), "key": [keys[rows[0]] for rows in groups]})
+    units = Dataset.from_dict({"unit": list(range(len(groups))), "key": [keys[owned[0]] for owned in groups]})
 
     sites = int(config.sites or 0)
     if sites > len(groups):

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from simulations.sites import (
     SITE_LOG,
     SimulatedData,
     folder_of,
+    least_units,
     log_to,
     resume_sites,
     roster_of,
@@ -74,10 +75,12 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
     use_threads(config.site.threads)
     observe(Phase("reading the records"))
     data = simulated_data(config)
+    if wrong := data.check(config.model):
+        observe(Phase(f"{len(wrong)} records cannot be used and are left out, the first: {wrong[0]}"))
     config = _with_place(_with_nominal_size(config, data.unit_counts()))
     _check_federation(config, data)
-    for name in data.names:  # the owner of a simulation owns all records, and learns which of them cannot be used
-        data.records(name, config.model)
+    for text in _said_of_sizes(config, data.unit_counts()):
+        observe(Phase(text))
     observe(Phase("planning: noise for the budget"))
     plan = make_plan(config, data.names)
     observe(Phase("loading model and held-out set"))
@@ -176,6 +179,27 @@ def _check_federation(config: SimulationConfig, data: SimulatedData) -> None:
         raise ConfigError(
             f"federation.cpus_per_site={config.federation.cpus_per_site:g}, but there are {processors} processors"
         )
+
+
+def _said_of_sizes(config: SimulationConfig, counts: Mapping[str, int]) -> list[str]:
+    """Return what the sizes of sites mean for a run; raises ConfigError where delta protects nobody at one of them."""
+    least, delta = least_units(config), config.privacy.delta
+    small = [f"{name} ({count})" for name, count in counts.items() if count < least]
+    said = [f"{len(small)} of {len(counts)} sites have fewer than {least} units and take no part: {', '.join(small)}"]
+    taking = {name: count for name, count in counts.items() if count >= least}
+    if config.privacy.mode != "off" and taking:
+        name = max(taking, key=lambda name: taking[name])
+        if delta * taking[name] >= 1:
+            raise ConfigError(
+                f"privacy.delta={delta:g} is no protection among the {taking[name]} units of {name}: it must be below "
+                f"1/units = {1 / taking[name]:.2g}"
+            )
+        if delta * taking[name] > 0.1:
+            said.append(
+                f"privacy.delta={delta:g} is weak protection among the {taking[name]} units of {name}: "
+                f"{0.1 / taking[name]:.1g} or less is usual"
+            )
+    return said if small else said[1:]
 
 
 def _processes(config: SimulationConfig, sites: int) -> int:

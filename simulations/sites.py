@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import threading
+from collections.abc import Sequence
 from functools import cache, lru_cache, partial
 from multiprocessing import parent_process
 from pathlib import Path
@@ -18,13 +19,14 @@ from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import DataError
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.shown import LogLines
-from fedllm.training.data import Table, check_columns, naming, person, read_table
+from fedllm.training.data import Row, check_named, naming, person, place_of, read_rows, text_of
 from fedllm.training.model import Reader, load_reader
 from fedllm.training.model_context import open_for_training, use_threads
 from server.checkpoint import writing
 from simulations.partition import partition
 
 SITE_LOG = "sites/sites.log"
+_NAMED = 100  # records that cannot be used, by an error
 ELSEWHERE = "written_elsewhere"  # mark of a log record that another process of the run has written to that file
 
 
@@ -34,37 +36,80 @@ class SimulatedData:
     def __init__(self, data: DataConfig, cut: PartitionConfig, by_person: bool, seed: int) -> None:
         """Read and partition the data; raises DataError or ConfigError if that fails."""
         self._data = data
-        self._table: Table = read_table(data.train, data.train_split)
         self._unit = data.unit if by_person else None
-        with naming(data.train):
-            check_columns(self._table, data, [data.unit, cut.column])
-            self._rows = partition(self._table, cut, self._unit, seed)
-        self.names = list(self._rows)
         self._records: dict[tuple[str, ModelConfig], SiteRecords] = {}
+        found = list(read_rows(data.train, data.train_split, data, alone=False))
+        rows = [row for row in found if not isinstance(row, DataError)]
+        if rows:
+            with naming(data.train):
+                check_named(
+                    list(dict.fromkeys(column for row in rows for column in row)), data, [data.unit, cut.column]
+                )
+        if not found:
+            raise DataError(f"{data.train} holds no records")
+        placed = [_placed(row, number, [cut.column, self._unit]) for number, row in enumerate(found)]
+        self._rows = [row for row in placed if not isinstance(row, DataError)]
+        self._wrong = [row for row in placed if isinstance(row, DataError)]
+        if not self._rows:
+            raise self._refusal(self._wrong)
+        with naming(data.train):
+            self._owned = partition(self._rows, cut, self._unit, seed)
+        self.names = list(self._owned)
 
     def unit_counts(self) -> dict[str, int]:
         """Return the number of privacy units of each site. For the simulation's owner: no site tells its own."""
         if self._unit is None:
-            return {name: len(rows) for name, rows in self._rows.items()}
-        persons = list(self._table[self._unit])
-        return {name: len({person(persons[row]) for row in rows}) for name, rows in self._rows.items()}
+            return {name: len(owned) for name, owned in self._owned.items()}
+        return {
+            name: len({person(self._rows[row][self._unit]) for row in owned}) for name, owned in self._owned.items()
+        }
 
     def records(self, name: str, model: ModelConfig) -> SiteRecords:
-        """Return the records of one site, tokenised. The simulator is their owner, and declares what is true of them.
-
-        Raises DataError with the first record that cannot be used.
-        """
+        """Return the records of one site, tokenised. Their owner, who simulates, declares what is true of them."""
         declared = Declared(self.unit_counts()[name], "record" if self._unit is None else "person", model.labels)
         if (name, model) not in self._records:
-            rows = self._table.select(self._rows[name])
-            found = load_records(rows, self._data, self._data.unit, declared, {model.source: _reader(model)})
-            for error in found.wrong[model.source]:
-                raise DataError(f"{self._data.train}, site {name}: {error}")
-            self._records[name, model] = found
+            rows = [self._rows[row] for row in self._owned[name]]
+            self._records[name, model] = load_records(
+                rows, self._data, self._data.unit, declared, {model.source: _reader(model)}
+            )
         return self._records[name, model]
 
+    def check(self, model: ModelConfig) -> list[DataError]:
+        """Tokenise the records of all sites, and return why some cannot be used: whoever simulates owns them all.
 
-_read = lru_cache(maxsize=1)(SimulatedData)
+        Raises DataError that names them where they are more than data.max_bad.
+        """
+        wrong = [
+            *self._wrong,
+            *(error for name in self.names for error in self.records(name, model).wrong[model.source]),
+        ]
+        if len(wrong) > self._data.max_bad:
+            raise self._refusal(wrong)
+        return wrong
+
+    def _refusal(self, wrong: Sequence[DataError]) -> DataError:
+        lines = [*map(str, wrong[:_NAMED]), *([f"... and {len(wrong) - _NAMED} more"] if len(wrong) > _NAMED else [])]
+        return DataError(
+            f"{self._data.train}: {len(wrong)} of {len(self._rows) + len(self._wrong)} records cannot be used. Correct "
+            f"them, or leave out so many with data.max_bad={len(wrong)}.\n" + "\n".join(lines)
+        )
+
+
+def _placed(row: Row | DataError, number: int, columns: Sequence[str | None]) -> Row | DataError:
+    """Return a row, or an error where nobody knows whose it is."""
+    if isinstance(row, DataError):
+        return row
+    try:
+        for column in filter(None, columns):
+            text_of(row.get(column), column)
+    except DataError as error:
+        return DataError(f"{place_of(row, number)}: {error}")
+    return row
+
+
+@lru_cache(maxsize=1)
+def _read(data_json: str, cut: PartitionConfig, by_person: bool, seed: int) -> SimulatedData:
+    return SimulatedData(DataConfig.model_validate_json(data_json), cut, by_person, seed)
 
 
 @lru_cache(maxsize=1)
@@ -104,7 +149,9 @@ def log_to(folder: Path) -> logging.Handler:
 
 def simulated_data(config: SimulationConfig) -> SimulatedData:
     """Return the data of a configuration, read once in a process."""
-    return _read(config.data, config.federation.partition, config.privacy.unit == "person", config.seed)
+    return _read(
+        config.data.model_dump_json(), config.federation.partition, config.privacy.unit == "person", config.seed
+    )
 
 
 @cache
@@ -129,16 +176,23 @@ def folder_of(config: SimulationConfig, folder: Path) -> Path:
     return folder / "sites" if config.site.folder is None else Path(config.site.folder)
 
 
+def least_units(config: SimulationConfig) -> int:
+    """Return the number of units below which a site takes no part."""
+    if config.site.min_units is not None:
+        return config.site.min_units
+    # Half of the nominal size at most: this is taken from all sites, and none of them is too small for it by rounding.
+    expected_batch = min(config.privacy.sampling_rate, 0.5) * (config.privacy.units_per_site or 0)
+    return max(1, math.ceil(expected_batch))
+
+
 def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: Path) -> Site:
     """Return one simulated site of a run in `folder`."""
     site = config.site
-    # Half of the nominal size at most: this is taken from all sites, and none of them is too small for it by rounding.
-    expected_batch = min(config.privacy.sampling_rate, 0.5) * (config.privacy.units_per_site or 0)
     policy = widest(  # in a simulation the sites are the researcher's own, who sees all of their times anyway
         config.budget(name) if config.privacy.mode != "off" else math.inf,
         config.privacy.delta,
         unit=config.privacy.unit,
-        min_units=site.min_units if site.min_units is not None else max(1, math.ceil(expected_batch)),
+        min_units=least_units(config),
     )
     place = folder_of(config, folder) / file_name(name)
     return Site(

@@ -144,4 +144,6 @@ def validate(kind: type[_T], composed: dict[str, Any]) -> _T:
             model["labels"] = json.loads(Path(labels).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.labels={labels}: not a JSON file with a list of labels ({error})") from None
+    elif isinstance(model, dict) and isinstance(labels, list):  # whole numbers of the command line are names of classes
+        model["labels"] = [str(label) if type(label) is int else label for label in labels]
     return parse(kind, composed)

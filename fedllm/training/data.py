@@ -7,13 +7,13 @@ tables (`read_table`), which are refused as a whole.
 
 import bisect
 import contextlib
-import csv
 import json
 import logging
 import math
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -26,9 +26,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedllm.canonical import canonical, canonical_json
-from fedllm.config import ModelConfig, TextConfig
+from fedllm.config import FileConfig, ModelConfig, TextConfig
 from fedllm.errors import ConfigError, DataError, first_line
 from fedllm.training.sources import resolve
+from fedllm.training.text_files import Record, column_name, text_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -43,6 +44,7 @@ _FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 Table: TypeAlias = "datasets.Dataset"
 Row: TypeAlias = Mapping[str, Any]
 _T = TypeVar("_T")
+_PLAIN = FileConfig()
 
 _AT_ONCE = 1024  # records that are tokenised together
 
@@ -66,6 +68,7 @@ class Tokens:
     learned: NDArray[np.int32]  # the answer with its end; nothing for classification
     label: str | None = None  # of classification
     ends: tuple[int, int] = (0, 0)  # classification: special tokens before and after the text, which no cut takes
+    quiet: NDArray[np.bool_] | None = None  # of a conversation: those of `learned` that carry no loss
 
     def record(self, limit: int, labels: Sequence[str]) -> Example:
         """Return the record of at most `limit` tokens: the answer is kept before the prompt, its beginning first.
@@ -80,7 +83,10 @@ class Tokens:
         learned = self.learned[: limit - 1]
         given = self.given[max(0, len(self.given) - (limit - len(learned))) :]
         ids = np.concatenate([given, learned]).astype(np.int64)
-        return Example(ids, np.where(np.arange(len(ids)) < len(given), IGNORE, ids))
+        targets = np.where(np.arange(len(ids)) < len(given), IGNORE, ids)
+        if self.quiet is not None:
+            targets[len(given) :][self.quiet[: len(learned)]] = IGNORE
+        return Example(ids, targets)
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,11 @@ class Batch:
     units: int
 
 
-def read_table(source: str, split: str) -> Table:
+def read_table(source: str, split: str, how: FileConfig = _PLAIN) -> Table:
     """Read a data set: a file or folder of jsonl, json, csv or parquet, pkg://package/file, or a hub name.
 
-    Raises DataError, with the line where a text file is malformed.
+    Columns have their canonical names, and classes their names. Raises DataError, with the line where a text file is
+    malformed.
     """
     import datasets
 
@@ -111,7 +118,8 @@ def read_table(source: str, split: str) -> Table:
             table = datasets.load_dataset(place, split=split, trust_remote_code=False)
         else:
             files = _files(place, split)
-            table = datasets.concatenate_datasets([_read_file(file) for file in files])
+            table = datasets.concatenate_datasets([_read_file(file, how) for file in files])
+        table = _plain(source, table)
     except DataError:
         raise
     except Exception as error:  # datasets raises many types; each becomes one clear error
@@ -122,53 +130,70 @@ def read_table(source: str, split: str) -> Table:
     return table
 
 
-def read_rows(source: str, split: str) -> Iterator[Row | DataError]:
-    """Yield the records of a site's files, each as a row or as what is wrong with it; one says nothing of another.
+def _plain(source: str, table: Table) -> Table:
+    """Return a table whose columns have their canonical names, with the names of classes instead of their numbers."""
+    import datasets
 
-    A record is a line of .jsonl or .csv, or a row of .parquet. Raises DataError if the files themselves cannot be
-    used: there is none, a kind that cannot be read record by record, no header, no Parquet.
+    names = [column_name(name) for name in table.column_names]
+    if len(set(names)) < len(names):
+        raise DataError(f"{source}: two columns have one name, apart from spaces and Unicode form. Rename one.")
+    for column, feature in table.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            classes = [_class(feature.names, value) for value in table[column]]
+            table = table.remove_columns(column).add_column(column, classes)
+    return table.rename_columns({name: column_name(name) for name in table.column_names})
+
+
+def read_rows(source: str, split: str, how: FileConfig = _PLAIN, *, alone: bool = True) -> Iterator[Row | DataError]:
+    """Yield the records of a data set, each as a row that knows its place or as what is wrong with it.
+
+    `alone`: records are a site's, a line of .jsonl or .csv or a row of .parquet, and nothing in one changes how another
+    is read. Else they are a researcher's own: also .json, cells of several lines, and hub names. Raises DataError where
+    the files themselves cannot be used: there is none, a kind that cannot be read so, no header, no Parquet.
     """
     try:
         place = resolve(source)
     except ConfigError as error:
         raise DataError(str(error)) from None
-    if not isinstance(place, Path):
+    if not isinstance(place, Path) and alone:
         raise DataError(f"{source}: no such file or folder")
+    if not isinstance(place, Path):
+        for number, row in enumerate(read_table(source, split), start=1):
+            yield Record(row, f"{source}, record {number}")
+        return
     for file in _files(place, split):
-        if file.suffix == ".parquet":
-            yield from _parquet_rows(file)
-        elif file.suffix == ".json":
-            raise DataError(f"{file}: one damaged record would spoil the others. Write .jsonl, a record a line.")
-        else:
-            yield from _line_rows(file)
+        if file.suffix.lower() != ".parquet":
+            yield from text_rows(file, how, alone)
+            continue
+        classes = _class_names(file)
+        for number, row in enumerate(_parquet_rows(file), start=1):
+            yield row if isinstance(row, DataError) else _parquet_row(row, classes, f"{file}, record {number}")
 
 
-def _line_rows(file: Path) -> Iterator[Row | DataError]:
+def _parquet_row(row: Row, classes: Mapping[str, Sequence[str]], where: str) -> Row | DataError:
     try:
-        lines = [(number, line) for number, line in enumerate(file.read_bytes().split(b"\n"), start=1) if line.strip()]
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from None
-    columns = None
-    if file.suffix == ".csv" and lines:
-        columns = _csv_line(lines.pop(0)[1].removeprefix(b"\xef\xbb\xbf"), f"{file}, line 1")
-        _check_header(file, columns)
-    for number, line in lines:
-        where = f"{file}, line {number}"
-        try:
-            if columns is None:
-                value = _json_value(line, where)
-                if not isinstance(value, dict):
-                    raise DataError(f"{where}: expected an object such as {{...}}, found {line[:20]!r}")
-                yield value
-            else:
-                fields = _csv_line(line, where)
-                if len(fields) != len(columns):
-                    raise DataError(
-                        f"{where}: expected {len(columns)} fields, as in the first line, found {len(fields)}"
-                    )
-                yield dict(zip(columns, fields, strict=True))
-        except DataError as error:
-            yield error
+        return Record({**row, **{name: _class(classes[name], row[name]) for name in classes if name in row}}, where)
+    except DataError as error:
+        return error
+
+
+def _class_names(file: Path) -> dict[str, list[str]]:
+    """Return the names of the classes of those columns whose numbers stand for classes, as `datasets` writes them."""
+    from pyarrow import parquet
+
+    with contextlib.suppress(Exception):  # no Parquet, or nothing of the sort in it: reading the rows tells
+        features = json.loads((parquet.read_schema(file).metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            name: [str(each) for each in feature["names"]]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    return {}
+
+
+def _class(names: Sequence[str], value: Any) -> str | None:
+    """Return the name of a class; None where there is no class (-1 by convention)."""
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def _parquet_rows(file: Path) -> Iterator[Row | DataError]:
@@ -200,58 +225,46 @@ def _cells(file: Path, name: str, column: Any) -> list[object]:
     return found
 
 
-def _csv_line(line: bytes, where: str) -> list[str]:
-    """Return the fields of one line: a field that goes on in the next would make two records of one depend on both."""
-    try:
-        return next(csv.reader([line.decode().rstrip("\r")], strict=True))
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: not UTF-8. Convert the file to UTF-8.") from None
-    except csv.Error as error:
-        raise DataError(
-            f"{where}: not CSV in one line ({error}). Correct or remove it; for text of several lines write .jsonl."
-        ) from None
-
-
-def _check_header(file: Path, columns: Sequence[str]) -> None:
-    twice = sorted({column for column in columns if column and columns.count(column) > 1})
-    if twice:
-        raise DataError(f"{file}, line 1: two columns are called {', '.join(twice)}. Rename or remove one.")
-
-
 def _files(place: Path, split: str) -> list[Path]:
     """Return the files of a split: the file itself, or those in a folder whose name begins with the split's."""
     if place.is_file():
-        if place.suffix not in _FORMATS:
+        if place.suffix.lower() not in _FORMATS:
             raise DataError(f"{place}: unknown kind of file; expected {', '.join(_FORMATS)}")
         if place.stat().st_size == 0:
             raise DataError(f"{place} is empty")
         return [place]
-    files = sorted(f for f in place.iterdir() if f.suffix in _FORMATS and f.name.startswith(split))
+    if not place.is_dir():
+        raise DataError(f"{place} is neither a file nor a folder")
+    files = sorted(f for f in place.iterdir() if f.suffix.lower() in _FORMATS and f.name.startswith(split))
     if not files:
         raise DataError(f"{place} holds no {split}*.jsonl, .json, .csv or .parquet")
-    if len({f.suffix for f in files}) > 1:
+    if len({f.suffix.lower() for f in files}) > 1:
         raise DataError(f"{place} holds files of several kinds for split {split}; keep one kind")
     return files
 
 
-def _read_file(file: Path) -> Table:
+def _read_file(file: Path, how: FileConfig) -> Table:
     """Read one file into memory. `datasets` would leave a copy of the records in a cache on disk."""
     import datasets
     from pyarrow import parquet
 
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         return datasets.Dataset(parquet.read_table(file))
-    rows = _csv_rows(file) if file.suffix == ".csv" else _json_rows(file)
+    rows: list[Record] = []
+    for row in text_rows(file, how, alone=False):
+        if isinstance(row, DataError):
+            raise row
+        rows.append(row)
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     try:
         return datasets.Dataset.from_dict(columns)
     except Exception:  # pyarrow and datasets raise many types, which name neither column nor line
         for column, values in columns.items():
-            _check_kinds(file, column, values)
+            _check_kinds(rows, column, values)
         raise
 
 
-def _check_kinds(file: Path, column: str, values: list[Any]) -> None:
+def _check_kinds(rows: Sequence[Record], column: str, values: list[Any]) -> None:
     """Raise DataError with the first record whose value does not fit into one column with those before it."""
     import datasets
 
@@ -265,15 +278,11 @@ def _check_kinds(file: Path, column: str, values: list[Any]) -> None:
     at = bisect.bisect_left(range(len(values) + 1), True, key=fails) - 1
     if at == len(values):
         return
-    where = f"{file}, record {at + 1}"
-    if file.suffix == ".jsonl":
-        lines = [number for number, line in enumerate(file.read_bytes().split(b"\n"), start=1) if line.strip()]
-        where = f"{file}, line {lines[at]}"
     before = sorted({_kind(value) for value in values[:at]} - {"null"})
     among = f", where the records before it hold {' or '.join(before)}" if before else ""
     raise DataError(
-        f"{where}: column {column} holds {_kind(values[at])}{among}. A column takes values of one kind, whole numbers "
-        "of at most 64 bits and text in valid Unicode: correct the value, or put it in quotes."
+        f"{rows[at].place}: column {column} holds {_kind(values[at])}{among}. A column takes values of one kind, whole "
+        "numbers of at most 64 bits and text in valid Unicode: correct the value, or put it in quotes."
     )
 
 
@@ -292,61 +301,6 @@ def _kind(value: object) -> str:
     return _KINDS[type(value)]
 
 
-def _csv_rows(file: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    start = 1  # line in which the record begins that is being read: one with an open quote ends far below
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, strict=True)
-            columns = next(reader, [])
-            _check_header(file, columns)
-            start = reader.line_num + 1
-            for fields in reader:
-                if fields and len(fields) != len(columns):
-                    raise DataError(
-                        f"{file}, line {start} (record {len(rows) + 1}): expected {len(columns)} fields, as in the "
-                        f"first line, found {len(fields)}. Correct or remove it; text that holds a comma is quoted."
-                    )
-                if fields:
-                    rows.append(dict(zip(columns, fields, strict=True)))
-                start = reader.line_num + 1
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: not UTF-8. Convert the file to UTF-8.") from None
-    except csv.Error as error:
-        raise DataError(
-            f"{file}: not CSV ({error}) in the record that begins in line {start}. Correct or remove it."
-        ) from None
-    return rows
-
-
-def _json_rows(file: Path) -> list[dict[str, Any]]:
-    """Parse a .jsonl file, or a .json file with a list of objects; raises DataError that names the line.
-
-    Parsed here and not by `datasets`, whose C parsers name no line and crash the process on some malformed input.
-    """
-    rows: list[Any] = []
-    lines = [file.read_bytes()] if file.suffix == ".json" else file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
-        if not line.strip():
-            continue
-        value = _json_value(line, where)
-        found = value if isinstance(value, list) and file.suffix == ".json" else [value]
-        if not all(isinstance(row, dict) for row in found):
-            raise DataError(f"{where}: expected an object such as {{...}}, found {line[:20]!r}")
-        rows += found
-    return rows
-
-
-def _json_value(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: not UTF-8. Convert the file to UTF-8.") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}). Correct or remove it.") from None
-
-
 @contextlib.contextmanager
 def naming(source: str) -> Iterator[None]:
     """Put the name of the data set before a DataError about its records."""
@@ -363,19 +317,26 @@ def check_columns(table: Table, data: TextConfig, extra: Sequence[str | None] = 
     """
     import datasets
 
-    single = [column for column in (data.label, *extra) if column]
-    named = [*template_columns(data), *single]
-    missing = sorted(set(named) - set(table.column_names))
-    if missing:
-        raise DataError(f"missing column {', '.join(missing)}; the records have {', '.join(table.column_names)}")
-    for column in single:
+    for column in check_named(table.column_names, data, extra):
         if not isinstance(table.features[column], datasets.Value | datasets.ClassLabel):
             raise DataError(f"column {column} holds lists or objects; expected text or numbers")
 
 
-def template_columns(data: TextConfig) -> list[str]:
-    """Return the columns that the templates name; raises ConfigError if one is more than plain {column} fields."""
-    return [*_fields(data.prompt or ""), *_fields(data.text)]
+def check_named(columns: Sequence[str], data: TextConfig, extra: Sequence[str | None] = ()) -> list[str]:
+    """Raise DataError unless every column is there that the configuration names; returns those of one value a cell."""
+    single = [column for column in (data.label, *extra) if column]
+    missing = sorted({*_text_columns(data), *single} - set(columns))
+    if missing:
+        raise DataError(f"missing column {', '.join(missing)}; the records have {', '.join(columns)}")
+    return single
+
+
+def _text_columns(data: TextConfig) -> list[str]:
+    """Return the columns that become text; raises ConfigError where a template is more than plain {column} fields."""
+    if data.messages is not None:
+        return [data.messages]
+    names = [*_fields(data.prompt or ""), *_fields(data.text or "")]
+    return [data.columns.get(name, column_name(name)) for name in names]
 
 
 def _fields(template: str) -> list[str]:
@@ -392,13 +353,55 @@ def _fields(template: str) -> list[str]:
     return fields
 
 
-def render(template: str, row: Row, number: int) -> str:
-    """Fill a template from one row; raises DataError if a value is missing."""
-    values = {name: row.get(name) for name in _fields(template)}
-    empty = [name for name, value in values.items() if value is None]
-    if empty:
-        raise DataError(f"record {number + 1}: {', '.join(empty)} is empty. Fill it in or leave the record out.")
-    return template.format(**{name: cell(value) for name, value in values.items()})
+def place_of(row: object, number: int) -> str:
+    """Return where a row stands: file and line, or its number in the table."""
+    return row.place if isinstance(row, Record) else f"record {number + 1}"
+
+
+def render(template: str, row: Row, number: int, columns: Mapping[str, str] = {}) -> str:  # never changed
+    """Fill a template from one row, `columns` giving other names; raises DataError where a value is no usable text."""
+    try:
+        values = {
+            name: text_of(row.get(columns.get(name, column_name(name))), columns.get(name, name))
+            for name in _fields(template)
+        }
+    except DataError as error:
+        raise DataError(f"{place_of(row, number)}: {error}") from None
+    return template.format(**values)
+
+
+def text_of(value: object, what: str) -> str:
+    """Return the text of a cell: the one definition of what can be used. Raises DataError where it is none."""
+    if is_missing(value):
+        raise DataError(f"{what} is empty. Fill it in or leave the record out.")
+    if not isinstance(value, str | int | float | Decimal | date | time | timedelta):
+        hint = " (data.messages reads conversations)" if isinstance(value, list) else ""
+        kind = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else "bytes"
+        raise DataError(f"{what} holds {kind}; expected text or a number{hint}")
+    return cell(value)
+
+
+_ROLES = ("system", "user", "assistant", "tool")
+Turn = dict[str, str]  # role and content
+
+
+def conversation(value: object, what: str) -> list[Turn]:
+    """Return the turns of a conversation up to the assistant's last; raises DataError where it is none."""
+    if is_missing(value):
+        raise DataError(f"{what} is empty. Fill it in or leave the record out.")
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise DataError(f"{what} is no conversation: expected a list of objects with role and content")
+    if any(turn.get("role") not in _ROLES for turn in value):
+        raise DataError(f"{what}: a turn has no role, or none of {', '.join(_ROLES)}")
+    turns = [
+        {"role": turn["role"], "content": text_of(turn.get("content"), f"{what}: the content of a turn")}
+        for turn in value
+    ]
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    if not turns:
+        raise DataError(f"{what} has no turn of the assistant, so there is nothing to learn")
+    return turns
 
 
 def cell(value: object) -> str:
@@ -414,8 +417,7 @@ def cell(value: object) -> str:
 class _Written:
     """A record as text."""
 
-    given: str
-    learned: str = ""
+    pieces: tuple[str, ...]  # given and learned in turn, for classification the text alone
     closed: bool = True  # the chat template has closed the answer
     label: str | None = None
 
@@ -433,19 +435,23 @@ class Tokeniser:
         if self._classifies:
             special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
             self._ends = special.index(0), special[::-1].index(0)
-        if data.chat and not tokenizer.chat_template:
-            raise ConfigError(f"data.chat=true, but the tokenizer of {model.source} has no chat template")
-        if data.chat:
+        if data.chats:
             self._check_template()
 
     def prompt_ids(self, row: Row, number: int = 0) -> list[int]:
-        """Return the tokens that are given: the prompt, with the sequence's first token if the model has one."""
-        return self._opened(self._code(self._prompt(row, number)))
+        """Return the tokens that are given: the prompt, with the sequence's first token where the model has one."""
+        pieces = self._write(row, number).pieces[:-1]
+        return self._opened([token for piece in pieces for token in self._code(piece)])
 
     def answer_ids(self, row: Row, number: int = 0) -> list[int]:
         """Return the tokens that are learned, closed as the template closes a turn, or by the end-of-sequence token."""
-        answer, closed = self._answer(row, number)
-        return self._closed(self._code(answer), closed)
+        written = self._write(row, number)
+        return self._closed(self._code(written.pieces[-1]), written.closed)
+
+    def question(self, row: Row, number: int) -> tuple[str, str]:
+        """Return what is asked in a row and the answer that is expected, as a person reads them."""
+        turns = self._turns(row, number)
+        return "".join(turn["content"] for turn in turns[-2:-1]), turns[-1]["content"].strip()
 
     def __call__(self, row: Row, number: int) -> Example:
         """Tokenise one row, at most max_length tokens; raises DataError if it cannot be used."""
@@ -471,92 +477,139 @@ class Tokeniser:
 
     def _read(self, rows: Sequence[Row | DataError], first: int) -> Iterator[Tokens | DataError]:
         written = [
-            row if isinstance(row, DataError) else _tried(number, self._write, row, number)
+            row if isinstance(row, DataError) else _tried(place_of(row, number), self._write, row, number)
             for number, row in enumerate(rows, start=first)
         ]
-        texts = [one for one in written if isinstance(one, _Written)]
-        given = iter(self._encode([one.given for one in texts]))
-        learned = iter(self._encode([one.learned for one in texts]))
-        for number, one in enumerate(written, start=first):
+        codes = iter(self._encode([piece for one in written if isinstance(one, _Written) for piece in one.pieces]))
+        for number, (row, one) in enumerate(zip(rows, written, strict=True), start=first):
             if isinstance(one, DataError):
                 yield one
             else:
-                yield _tried(number, self._tokens, one, next(given), next(learned), number)
+                place = place_of(row, number)
+                yield _tried(place, self._tokens, one, [next(codes) for _ in one.pieces], place)
 
     def _write(self, row: Row, number: int) -> _Written:
-        if not self._classifies:
-            return _Written(self._prompt(row, number), *self._answer(row, number))
-        value = row.get(self._data.label or "")
-        label = cell(value)
-        if label not in self._labels or is_missing(value):
-            raise DataError(
-                f"record {number + 1}: label {value!r} is not among model.labels. Declare it or drop the record."
-            )
-        return _Written(render(self._data.text, row, number), label=label)
+        if self._classifies:
+            value = row.get(self._data.label or "")
+            label = canonical(cell(value))
+            if label not in self._labels or is_missing(value):
+                place = place_of(row, number)
+                raise DataError(f"{place}: label {value!r} is not among model.labels. Declare it or drop the record.")
+            return _Written((render(self._data.text or "", row, number, self._data.columns),), label=label)
+        turns = self._turns(row, number)
+        if self._data.messages is not None:
+            return _Written(self._pieces(turns, place_of(row, number)))
+        *before, answer = turns
+        if not self._data.chat:
+            return _Written(("".join(turn["content"] for turn in before), answer["content"]), closed=False)
+        opening, whole = self._chat(before, opens=True), self._chat(turns, opens=False)
+        if not whole.startswith(opening):
+            return _Written((opening, answer["content"]), closed=False)
+        return _Written((opening, whole[len(opening) :]))
 
-    def _tokens(
-        self, text: _Written, prompt: list[int] | DataError, answer: list[int] | DataError, number: int
-    ) -> Tokens:
-        if isinstance(prompt, DataError) or isinstance(answer, DataError):
-            raise DataError(f"record {number + 1}: the tokenizer fails on it. Leave it out.")
-        most = max(prompt + answer, default=0)
+    def _turns(self, row: Row, number: int) -> list[Turn]:
+        """Return a row as a conversation that ends with the assistant's turn, the last that is learned."""
+        data = self._data
+        if data.messages is not None:
+            try:
+                turns = conversation(row.get(data.messages), data.messages)
+            except DataError as error:
+                raise DataError(f"{place_of(row, number)}: {error}") from None
+        else:
+            prompt = render(data.prompt or "", row, number, data.columns)
+            answer = render(data.text or "", row, number, data.columns)
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        if data.system is not None and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": data.system})
+        return turns
+
+    def _pieces(self, turns: Sequence[Turn], place: str) -> tuple[str, ...]:
+        """Return a conversation as the chat template writes it, cut at the ends of what the assistant says."""
+        whole, pieces, done = self._chat(turns, opens=False), list[str](), 0
+        for number, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                begin, end = self._span(turns, number, whole)
+                if not done <= begin < end:
+                    raise DataError(f"{place}: in what the chat template writes, a turn of the assistant is not found")
+                pieces += [whole[done:begin], whole[begin:end]]
+                done = end
+        return tuple(pieces)
+
+    def _span(self, turns: Sequence[Turn], number: int, whole: str) -> tuple[int, int]:
+        """Return where the assistant's turn of this number begins and ends in the whole text; (0, 0) if unclear.
+
+        Some templates write a turn that others follow in a shorter form (without what was thought, say): then what it
+        says is looked up, and what closes it.
+        """
+        opening, alone = self._chat(turns[:number], opens=True), self._chat(turns[: number + 1], opens=False)
+        if not whole.startswith(opening):
+            return 0, 0
+        if whole.startswith(alone):
+            return len(opening), len(alone)
+        said = turns[number]["content"].strip()
+        closing = alone[alone.rfind(said) + len(said) :]
+        at = whole.find(said, len(opening))
+        if said not in alone or at < 0 or not whole.startswith(closing, at + len(said)):
+            return 0, 0
+        return len(opening), at + len(said) + len(closing)
+
+    def _tokens(self, text: _Written, codes: Sequence[list[int] | DataError], place: str) -> Tokens:
+        known = [code for code in codes if not isinstance(code, DataError)]
+        if len(known) < len(codes):
+            raise DataError(f"{place}: the tokenizer fails on it. Leave it out.")
+        given, *rest = known
+        most = max((token for code in known for token in code), default=0)
         if most >= self._vocabulary:
-            raise DataError(f"record {number + 1}: token {most}, and the model knows {self._vocabulary}. Leave it out.")
+            raise DataError(f"{place}: token {most}, and the model knows {self._vocabulary}. Leave it out.")
         limit = self._model.max_length
         if text.label is None:
-            learned = self._closed(answer, text.closed)
-            found = Tokens(_ids(self._opened(prompt)[-limit:]), _ids(learned[:limit]))
+            learned = self._closed([token for code in rest for token in code], text.closed)[:limit]
+            quiet = None
+            if len(rest) > 1:
+                quiet = np.concatenate([np.full(len(code), at % 2 == 1) for at, code in enumerate(rest)])[:limit]
+            found = Tokens(_ids(self._opened(given)[-limit:]), _ids(learned), quiet=quiet)
         else:
-            last = len(prompt) - self._ends[1]
-            found = Tokens(_ids(prompt[: min(last, limit)] + prompt[last:]), _ids([]), text.label, self._ends)
+            last = len(given) - self._ends[1]
+            found = Tokens(_ids(given[: min(last, limit)] + given[last:]), _ids([]), text.label, ends=self._ends)
         if not len(found.given) + len(found.learned):
-            raise DataError(f"record {number + 1}: its text is empty. Fill it in or leave the record out.")
+            raise DataError(f"{place}: its text is empty. Fill it in or leave the record out.")
         return found
 
-    def _prompt(self, row: Row, number: int) -> str:
-        prompt = render(self._data.prompt or "", row, number)
-        return self._chat([{"role": "user", "content": prompt}], opens=True) if self._data.chat else prompt
-
-    def _answer(self, row: Row, number: int) -> tuple[str, bool]:
-        """Return the text that is learned, and whether the chat template closes it."""
-        answer = render(self._data.text, row, number)
-        if self._data.chat:
-            user = {"role": "user", "content": render(self._data.prompt or "", row, number)}
-            opening = self._chat([user], opens=True)
-            whole = self._chat([user, {"role": "assistant", "content": answer}], opens=False)
-            if whole.startswith(opening):
-                return whole[len(opening) :], True
-        return answer, False
-
-    def _chat(self, turns: list[dict[str, str]], opens: bool) -> str:
-        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens))
-
     def _check_template(self) -> None:
-        """Raise ConfigError where the chat template refuses public turns: so it would every record."""
+        """Raise ConfigError unless the chat template writes a conversation as short as any."""
+        setting = "data.chat=true" if self._data.chat else f"data.messages={self._data.messages}"
+        source = self._model.source
+        if not self._tokenizer.chat_template:
+            raise ConfigError(f"{setting}, but the tokenizer of {source} has no chat template")
+        system = [] if self._data.system is None else [{"role": "system", "content": self._data.system}]
+        asked = [*system, {"role": "user", "content": "a"}]
         try:
-            self._chat([{"role": "user", "content": "a"}], opens=True)
-            self._chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], opens=False)
-        except Exception as error:  # a template raises anything
+            self._chat(asked, opens=True)
+            self._chat([*asked, {"role": "assistant", "content": "b"}], opens=False)
+        except Exception as error:  # a template may raise anything
+            turns = "a user's and an assistant's turn" if not system else "a system, a user's and an assistant's turn"
+            hint = "If it wants a system turn, set data.system" if not system else "Leave data.system out"
             raise ConfigError(
-                f"data.chat=true, but the chat template of {self._model.source} refuses a question with its answer "
-                f"({first_line(error)}). If it wants a system turn, give its text as data.system; otherwise set "
-                "data.chat=false and write the turns in data.prompt."
-            ) from error
+                f"{setting}: the chat template of {source} refuses {turns} ({first_line(error)}). {hint}."
+            ) from None
+
+    def _chat(self, turns: Sequence[Turn], opens: bool) -> str:
+        return str(self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opens))
 
     def _opened(self, prompt: list[int]) -> list[int]:
         bos = self._tokenizer.bos_token_id
-        return prompt if bos is None or self._data.chat else [bos, *prompt]
+        return prompt if bos is None or self._data.chats else [bos, *prompt]
 
     def _closed(self, answer: list[int], closed: bool) -> list[int]:
         eos = self._tokenizer.eos_token_id
         return answer if eos is None or closed else [*answer, eos]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int] | DataError]:
-        """Tokenise texts at once; if that fails, one by one: only those fail that would fail alone."""
-        together = _tried(0, self._code, list(texts)) if texts else []
+        """Tokenise texts at once; where that fails one by one, so that only those fail that would fail alone."""
+        together = _tried("", self._code, list(texts)) if texts else []
         if not isinstance(together, DataError):
             return list(together)
-        return [_tried(0, self._code, text) for text in texts]
+        return [_tried("", self._code, text) for text in texts]
 
     def _code(self, text: str | list[str]) -> Any:
         return self._tokenizer(text, add_special_tokens=self._classifies, verbose=False)["input_ids"]
@@ -566,7 +619,7 @@ def _ids(ids: list[int]) -> NDArray[np.int32]:
     return np.asarray(ids, dtype=np.int32)
 
 
-def _tried(number: int, read: Callable[..., _T], *arguments: Any) -> _T | DataError:
+def _tried(place: str, read: Callable[..., _T], *arguments: Any) -> _T | DataError:
     """Return what was read, or a DataError whatever a tokenizer or template has raised; a panic is no Exception."""
     try:
         return read(*arguments)
@@ -575,7 +628,7 @@ def _tried(number: int, read: Callable[..., _T], *arguments: Any) -> _T | DataEr
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # its text may quote the record
-        return DataError(f"record {number + 1}: the tokenizer or its template fails on it ({type(error).__name__})")
+        return DataError(f"{place}: the tokenizer or its template fails on it ({type(error).__name__})")
 
 
 def group(
@@ -594,7 +647,9 @@ def group(
         if unit is not None and not isinstance(row, DataError):
             who = row.get(unit)
             if is_missing(who) or isinstance(who, list | dict):
-                one = DataError(f"record {number + 1}: {unit} is empty, so its privacy unit is unknown. Fill it in.")
+                one = DataError(
+                    f"{place_of(row, number)}: {unit} is empty, so its privacy unit is unknown. Fill it in."
+                )
             else:
                 key = person(who)
         own = groups.setdefault(key, [])
@@ -618,7 +673,7 @@ def build_units(table: Table, tokeniser: Tokeniser, unit: str | None, cap: int) 
 
 def is_missing(value: object) -> bool:
     """Whether a cell is empty: null, not a number, or text of nothing that shows. Somebody may be called None."""
-    return value is None or (isinstance(value, float) and math.isnan(value)) or not canonical(value)
+    return value is None or (isinstance(value, float | Decimal) and math.isnan(value)) or not canonical(value)
 
 
 def members(rows: Iterable[Row], data: TextConfig, unit: str | None) -> Iterator[bytes]:
@@ -627,7 +682,7 @@ def members(rows: Iterable[Row], data: TextConfig, unit: str | None) -> Iterator
     Every record twice, by its whole content and by the text that is learned alone, which stays the same if a column
     is added, and every person if `unit` names their column. Cells are in their one spelling (`canonical`).
     """
-    columns = [*_fields(data.prompt or ""), *_fields(data.text)]
+    columns = _text_columns(data)
     for row in rows:
         yield b"record\0" + canonical_json(_spelt(row))
         yield b"text\0" + canonical_json([_spelt(row.get(column)) for column in columns])

@@ -15,7 +15,7 @@ from fedllm.errors import ModelError
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.chat import answer_end
-from fedllm.training.data import PrivacyUnit, Table, Tokeniser, batches, build_units, render
+from fedllm.training.data import PrivacyUnit, Table, Tokeniser, batches, build_units
 from fedllm.training.engine import Engine
 from fedllm.training.losses import logits, token_losses
 
@@ -51,8 +51,8 @@ class Evaluator:
         self._micro_batch = micro_batch
         self._units: tuple[PrivacyUnit, ...] = build_units(table, tokeniser, None, 1)
         self._classification = not self._units[0][0].labels.ndim
-        self.generates = not self._classification and data.prompt is not None
-        self._end = answer_end(adapter.tokenizer, data.chat)
+        self.generates = not self._classification and (data.prompt is not None or data.messages is not None)
+        self._end = answer_end(adapter.tokenizer, data.chats)
 
     @torch.inference_mode()
     def score(self, vector: NDArray[np.float32]) -> Score:
@@ -101,9 +101,9 @@ class Evaluator:
                 answers.update(zip(rows, self._generate(rows), strict=True))
         right = 0
         for i, row in enumerate(self._table):
-            expected = render(self._data.text, row, i).strip()
+            prompt, expected = self._tokeniser.question(row, i)
             right += answers[i] == expected
-            samples.append(Sample(render(self._data.prompt or "", row, i), expected, answers[i]))
+            samples.append(Sample(prompt, expected, answers[i]))
         return right / len(samples), _spread(samples, self._data.samples)
 
     def _generate(self, rows: Sequence[int]) -> list[str]:

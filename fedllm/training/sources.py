@@ -29,7 +29,7 @@ def resolve(source: str) -> str | Path:
     if source.startswith("pkg://"):
         raise ConfigError(f"{source}: the package holds no such file or folder")
     looks_like_hub_name = (
-        source.count("/") <= 1 and not source.startswith((".", "/", "~")) and path.suffix not in _FILES
+        source.count("/") <= 1 and not source.startswith((".", "/", "~")) and path.suffix.lower() not in _FILES
     )
     if looks_like_hub_name:
         return source

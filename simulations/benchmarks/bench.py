@@ -118,7 +118,7 @@ class Text:
             record = tokenise(row, number)
             if len(record.input_ids) < config.model.max_length:
                 tokens += int((record.labels != IGNORE).sum())
-                size += len(render(data.text, row, number).encode())
+                size += len(render(data.text or "", row, number).encode())
         return cls(sum(len(r.input_ids) for each in units for r in each), tokens / size / math.log(2))
 
 

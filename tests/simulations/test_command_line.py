@@ -399,7 +399,7 @@ def test_a_mistake_in_the_configuration_is_refused_before_anything_is_loaded(
 
 
 def test_a_partition_without_what_it_needs_is_refused(fedllm: Any) -> None:
-    refused(fedllm("simulate", "--cfg", "federation=dirichlet"), "federation.partition.column", "a value is needed")
+    refused(fedllm("simulate", "federation=dirichlet"), "partition.column")
     refused(fedllm("simulate", "federation=iid", "federation.partition.sites=null"), "partition.sites")
 
 
@@ -457,11 +457,12 @@ FILES: dict[str, tuple[str, bytes, list[str]]] = {
     "other columns": ("x.jsonl", b'{"a": 1}\n', ["missing column", "customer_id", "the records have a", "x.jsonl"]),
     "person is a list": ("x.jsonl", _GOOD.replace('"1"', '["1"]').encode(), ["customer_id"]),
     "person is an object": ("x.jsonl", _GOOD.replace('"1"', '{"id": 1}').encode(), ["customer_id"]),
-    "branch is empty": ("x.jsonl", _GOOD.replace('"a"', '""').encode(), ["record 1", "branch"]),
-    "branch is null": ("x.jsonl", (_GOOD + _GOOD.replace('"a"', "null")).encode(), ["record 2", "branch"]),
+    "branch is empty": ("x.jsonl", _GOOD.replace('"a"', '""').encode(), ["x.jsonl, line 1", "branch"]),
+    "branch is null": ("x.jsonl", (_GOOD + _GOOD.replace('"a"', "null")).encode(), ["x.jsonl, line 2", "branch"]),
     "branch of 201 letters": ("x.jsonl", _branches("가" * 201), ["site name", "200"]),
     "csv without records": ("x.csv", _CSV.encode(), ["x.csv", "no records"]),
-    "csv of other columns": ("x.csv", b"a;b\n1;2\n", ["missing column"]),
+    "csv of other columns": ("x.csv", b"a,b\n1,2\n", ["missing column"]),
+    "csv of another separator": ("x.csv", b"a;b\n1;2\n", ["data.separator=';'"]),
     "csv with a long line": ("x.csv", (_CSV + "a,1,q,w\n" + "a,1,q,w,x,y\n").encode(), ["x.csv", "record 2"]),
     "csv with an open quote": ("x.csv", (_CSV + 'a,1,q,"w\n').encode(), ["x.csv"]),
     "csv, not UTF-8": ("x.csv", (_CSV + "a,1,질문,답\n").encode("euc-kr"), ["x.csv", "UTF-8"]),
@@ -566,7 +567,7 @@ def test_a_label_that_is_not_declared_is_refused(federate: Any, tiny_bert: Path)
     data = {"prompt": None, "text": "{question}", "label": "topic"}
     changes = {"model": model, "adapter": {"targets": ["query"]}, "privacy": {"unit": "record"}}
     result = federate(data=data, **changes)
-    refused(result, "'visa'", "record 3", "model.labels", "train.jsonl")  # in a simulation the user may see why
+    refused(result, "'visa'", "line 3", "model.labels", "train.jsonl")  # in a simulation the user may see why
 
 
 def test_records_without_a_person_are_named_before_the_first_round(
@@ -574,7 +575,7 @@ def test_records_without_a_person_are_named_before_the_first_round(
 ) -> None:
     holes = [{**row, "customer_id": None if row["branch"] == "busan" else row["customer_id"]} for row in rows]
     result = federate(data={"train": str(jsonl(tmp_path / "x.jsonl", holes))})
-    refused(result, "busan", "record", "customer_id")
+    refused(result, "x.jsonl, line ", "customer_id is empty")
 
 
 # ---- mistakes about models -----------------------------------------------------------------------------------------

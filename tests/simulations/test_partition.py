@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.config import PartitionConfig
-from fedllm.errors import ConfigError, DataError
+from fedllm.errors import ConfigError
 from fedllm.values import parse
 from simulations.partition import partition
 
@@ -113,10 +113,3 @@ def test_more_sites_than_units_are_refused(by: str, unit: str | None, limit: int
     config = cut(by=by, sites=limit + 1, column="branch")
     with pytest.raises(ConfigError, match=rf"partition.sites={limit + 1}.*only {limit}"):
         partition(table(rows), config, unit, 0)
-
-
-@pytest.mark.parametrize("empty", [None, ""])
-def test_a_record_without_a_branch_is_refused_with_its_number(empty: str | None) -> None:
-    data = Dataset.from_dict({"branch": ["a", "b", empty]})
-    with pytest.raises(DataError, match="record 3: branch"):
-        partition(data, cut(by="natural", column="branch"), None, 0)

@@ -1,0 +1,226 @@
+"""Text files of records, .jsonl, .json and .csv, to rows with their places.
+
+How a file is read is a setting and never guessed (`FileConfig`); where it does not fit, the error names the likely one.
+"""
+
+import codecs
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fedllm.canonical import canonical
+from fedllm.config import FileConfig
+from fedllm.errors import DataError, first_line
+
+csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # of a cell: as long as a line of .jsonl may be
+_SEPARATORS = (";", "\t", "|")
+_ASCII = "".join(map(chr, range(128)))
+
+column_name = lru_cache(maxsize=10_000)(canonical)
+
+
+class Record(dict[str, Any]):
+    """A row by canonical column names, and where it stands."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, values: Mapping[str, Any], place: str) -> None:
+        """Raise DataError where two columns have one name."""
+        super().__init__({column_name(name): value for name, value in values.items()})
+        self.place = place
+        if len(self) < len(values):
+            raise DataError(f"{place}: two columns have one name, apart from spaces and Unicode form. Rename one.")
+
+
+def text_rows(file: Path, how: FileConfig, alone: bool) -> Iterator[Record | DataError]:
+    """Yield the records of a text file, each as a row or as what is wrong with it.
+
+    `alone`: nothing in one record changes how another is read. Raises DataError where the file cannot be used.
+    """
+    suffix = file.suffix.lower()
+    if alone and suffix == ".json":
+        raise DataError(
+            f"{file}: one damaged record would spoil the others. Write .jsonl, a record a line; a file that is written "
+            "so need only be renamed."
+        )
+    content, encoding = _content(file, how, alone)
+    if suffix == ".csv":
+        yield from (_csv_lines if alone else _csv_rows)(file, content, encoding, how)
+    elif suffix == ".json" and (rows := _json_list(file, content, encoding)) is not None:
+        yield from rows
+    else:
+        for number, line in _lines(content):
+            where = f"{file}, line {number}"
+            try:
+                yield _object(_json_value(line, encoding, where), where)
+            except DataError as error:
+                yield error
+
+
+def _content(file: Path, how: FileConfig, alone: bool) -> tuple[bytes, str]:
+    """Return the bytes of a file and their encoding, in which a line ends with the byte of a line feed."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    encoding = how.encoding
+    if _ASCII.encode(encoding, "ignore") != _ASCII.encode():
+        if alone:
+            raise DataError(
+                f"{file}: in data.encoding={encoding} one damaged record would spoil the others. Convert it to UTF-8."
+            )
+        try:
+            content, encoding = content.decode(encoding).encode(), "utf-8"
+        except UnicodeError as error:
+            raise DataError(f"{file}: not {encoding} ({first_line(error)})") from None
+    return content.removeprefix(codecs.BOM_UTF8), encoding
+
+
+def _lines(content: bytes) -> list[tuple[int, bytes]]:
+    return [(number, line) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
+
+
+def _decode(line: bytes, encoding: str, where: str) -> str:
+    try:
+        return line.removeprefix(codecs.BOM_UTF8).decode(encoding)
+    except UnicodeDecodeError:
+        raise DataError(_not_encoded(line, encoding, where)) from None
+
+
+def _not_encoded(line: bytes, encoding: str, where: str) -> str:
+    likely = "data.encoding"
+    if b"\0" in line or line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        likely = "data.encoding=utf-16"
+    elif encoding != "cp949":
+        try:
+            line.decode("cp949")
+            likely = "data.encoding=cp949"
+        except UnicodeDecodeError:
+            pass
+    return f"{where}: not {encoding.upper()}. Set {likely}, or convert the file to UTF-8."
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _json_list(file: Path, content: bytes, encoding: str) -> Iterator[Record | DataError] | None:
+    """Return the records of a file that is one list of objects, or one object; None where it has a record a line."""
+    try:
+        value = _json_value(content, encoding, str(file))
+    except DataError:
+        if content.lstrip()[:1] == b"{":
+            return None
+        raise
+    if not isinstance(value, dict | list):
+        raise DataError(f"{file}: expected a list of objects such as [{{...}}], or an object a line")
+    return _json_objects(file, value if isinstance(value, list) else [value])
+
+
+def _json_objects(file: Path, values: Sequence[object]) -> Iterator[Record | DataError]:
+    for number, value in enumerate(values, start=1):
+        try:
+            yield _object(value, f"{file}, record {number}")
+        except DataError as error:
+            yield error
+
+
+def _json_value(line: bytes, encoding: str, where: str) -> Any:
+    try:
+        return json.loads(_decode(line, encoding, where))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}). Correct or remove it.") from None
+
+
+def _object(value: object, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected an object such as {{...}}, found {str(value)[:20]!r}")
+    return Record(value, where)
+
+
+# ---- CSV -------------------------------------------------------------------------------------------------------------
+
+
+def _csv_lines(file: Path, content: bytes, encoding: str, how: FileConfig) -> Iterator[Record | DataError]:
+    """Yield a record for each line: a cell that goes on in the next would make two records depend on one another."""
+    lines = _lines(content)
+    if not lines:
+        return
+    columns = _csv_line(lines[0][1], encoding, how, f"{file}, line {lines[0][0]}")
+    _check_header(file, columns)
+    for number, line in lines[1:]:
+        where = f"{file}, line {number}"
+        try:
+            yield _cells(columns, _csv_line(line, encoding, how, where), where)
+        except DataError as error:
+            yield error
+
+
+def _csv_line(line: bytes, encoding: str, how: FileConfig, where: str) -> list[str]:
+    try:
+        text = _decode(line, encoding, where).rstrip("\r")
+        return next(csv.reader([text], strict=True, delimiter=how.delimiter))
+    except csv.Error as error:
+        raise DataError(
+            f"{where}: not CSV in one line ({error}). Correct or remove it; for text of several lines write .jsonl."
+        ) from None
+
+
+def _csv_rows(file: Path, content: bytes, encoding: str, how: FileConfig) -> Iterator[Record | DataError]:
+    """Yield records of one or several lines; raises DataError where it is not clear where a record ends."""
+    text = content.decode(encoding, "surrogateescape")  # what cannot be read is an error of its record alone
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=how.delimiter)
+    start, number = 1, 0  # line in which the record begins that is being read: one with an open quote ends far below
+    columns: list[str] | None = None
+    try:
+        for fields in reader:
+            if fields and columns is None:
+                columns = fields
+                _check_text(fields, encoding, f"{file}, line {start}")
+                _check_header(file, columns)
+            elif fields and columns is not None:
+                number += 1
+                where = f"{file}, line {start} (record {number})"
+                try:
+                    _check_text(fields, encoding, where)
+                    yield _cells(columns, fields, where)
+                except DataError as error:
+                    yield error
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{file}: not CSV ({error}) in the record that begins in line {start}. Correct or remove it."
+        ) from None
+
+
+def _check_text(fields: Sequence[str], encoding: str, where: str) -> None:
+    try:
+        "".join(fields).encode()
+    except UnicodeEncodeError:
+        raise DataError(_not_encoded("".join(fields).encode("utf-8", "surrogateescape"), encoding, where)) from None
+
+
+def _cells(columns: Sequence[str], fields: Sequence[str], where: str) -> Record:
+    if len(fields) != len(columns):
+        raise DataError(
+            f"{where}: expected {len(columns)} fields, as in the first line, found {len(fields)}. Correct or remove "
+            "it; text that holds a separator is quoted."
+        )
+    return Record(dict(zip(columns, fields, strict=True)), where)
+
+
+def _check_header(file: Path, columns: Sequence[str]) -> None:
+    names = [column_name(column) for column in columns]
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise DataError(f"{file}, line 1: two columns are called {', '.join(twice)}. Rename or remove one.")
+    found = [sign for sign in _SEPARATORS if len(columns) == 1 and sign in columns[0]]
+    if found:
+        setting = "tab" if found[0] == "\t" else f"'{found[0]}'"
+        raise DataError(
+            f"{file}, line 1: there is one column, {columns[0]!r}. Set data.separator={setting}, or rename the column."
+        )
