@@ -93,7 +93,7 @@ def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.
     folder = summary.folder
     adapter.save(final, folder / "adapter", summary.plan.model.source)
     check_saved(folder / "adapter", adapter, final, summary.plan.model)
-    ends = () if adapter.classifies else answer_end(adapter.tokenizer, summary.data.chat).tokens
+    ends = () if adapter.classifies else answer_end(adapter.tokenizer, summary.data.chats).tokens
     if ends:
         generation = GenerationConfig(eos_token_id=list(ends), pad_token_id=adapter.tokenizer.pad_token_id)
         generation.save_pretrained(folder / "adapter")
