@@ -114,7 +114,11 @@ def told(one: Tokens | DataError) -> object:
 ENDS = [(1, 1), (1, 0), (0, 1), (0, 0), (2, 1)]  # special tokens before and after a text
 
 
-@given(text=st.text(max_size=40).filter(lambda text: not is_missing(text)), limit=st.integers(8, 30), ends=st.sampled_from(ENDS))
+@given(
+    text=st.text(max_size=40).filter(lambda text: not is_missing(text)),
+    limit=st.integers(8, 30),
+    ends=st.sampled_from(ENDS),
+)
 def test_a_text_to_classify_is_cut_as_its_tokenizer_cuts_it(text: str, limit: int, ends: tuple[int, int]) -> None:
     tokenizer: PreTrainedTokenizerFast = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
