@@ -7,8 +7,7 @@ import codecs
 import csv
 import io
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from fedllm.canonical import canonical
 from fedllm.config import FileConfig
 from fedllm.errors import DataError, first_line
 
-csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # of a cell: as long as a line of .jsonl may be
 _SEPARATORS = (";", "\t", "|")
 _ASCII = "".join(map(chr, range(128)))
 
@@ -160,10 +158,15 @@ def _csv_lines(file: Path, content: bytes, encoding: str, how: FileConfig) -> It
             yield error
 
 
+def _reader(lines: Iterable[str], how: FileConfig) -> Any:
+    csv.field_size_limit(2**31 - 1)  # a cell is as long as a line of .jsonl may be
+    return csv.reader(lines, strict=True, delimiter=how.delimiter)
+
+
 def _csv_line(line: bytes, encoding: str, how: FileConfig, where: str) -> list[str]:
     try:
         text = _decode(line, encoding, where).rstrip("\r")
-        return next(csv.reader([text], strict=True, delimiter=how.delimiter))
+        return list(next(_reader([text], how)))
     except csv.Error as error:
         raise DataError(
             f"{where}: not CSV in one line ({error}). Correct or remove it; for text of several lines write .jsonl."
@@ -173,7 +176,7 @@ def _csv_line(line: bytes, encoding: str, how: FileConfig, where: str) -> list[s
 def _csv_rows(file: Path, content: bytes, encoding: str, how: FileConfig) -> Iterator[Record | DataError]:
     """Yield records of one or several lines; raises DataError where it is not clear where a record ends."""
     text = content.decode(encoding, "surrogateescape")  # what cannot be read is an error of its record alone
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=how.delimiter)
+    reader = _reader(io.StringIO(text, newline=""), how)
     start, number = 1, 0  # line in which the record begins that is being read: one with an open quote ends far below
     columns: list[str] | None = None
     try:

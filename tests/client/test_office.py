@@ -595,7 +595,7 @@ def test_a_dry_run_counts_persons_and_labels(ready: Path, tiny_llama: Path) -> N
     assert "29 labels are declared" in found[0]
     assert "28 of them occur" in found[0]
     assert "8 of 120 cannot be used" in found[1]
-    assert "record 1: its label is not among data.labels" in found[1]
+    assert "records.jsonl, line 1: its label is not among data.labels" in found[1]
 
 
 def test_a_dry_run_signs_what_it_found_to_hold_and_a_site_starts_with_nothing_else(ready: Path) -> None:

@@ -368,7 +368,7 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "no micro-batch": (["site.micro_batch=0"], ["site.micro_batch=0"]),
     "rank 0": (["adapter.rank=0"], ["adapter.rank=0"]),
     "too short": (["model.max_length=7"], ["model.max_length=7"]),
-    "labels that are numbers": (["model.labels=[0,1,2]"], ["model.labels.0=0", "in quotes"]),
+    "labels that are numbers": (["model.labels=[0,1.5]"], ["model.labels.1=1.5", "in quotes"]),
     "labels for a causal model": (["model.labels=[a,b]"], ["labels", "classification"]),
     "negative seed": (["seed=-1", "federation=iid", "federation.partition.sites=2"], ["seed=-1"]),
     "enormous seed": (["seed=99999999999999999999"], ["seed"]),
