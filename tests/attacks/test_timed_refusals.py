@@ -211,7 +211,8 @@ def test_a_site_begins_with_nothing_until_what_it_has_to_say_is_said(wire: Wire)
     wire.ask(large)
     wire.ask(b"other")
     until(lambda: wire.link._outgoing is not None and wire.link._outgoing.full(), "an answer that nobody reads")
-    assert [each[:8] for each in wire.seen] == ["connecti", "begins l"]
+    # but for the one frame that was being read already
+    assert [each[:8] for each in wire.seen if not each.startswith("answer")] == ["connecti", "begins l"]
     wire.seen.append("reads")
     wire.reads.set()
     wire.heard("reads", "begins other", about(OTHER, "answer"))

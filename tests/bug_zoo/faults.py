@@ -679,13 +679,13 @@ SELF_CHECK = [
           more_given_away_than_surplus, distributed=True),
     Fault("a site gives noise for one too many", "share-has-its-deviation",
           one_site_more_than_there_is, distributed=True),
-    Fault("surplus parts have the same seeds", "share-has-its-deviation",
+    Fault("parts of excess noise have the same seeds", "share-has-its-deviation",
           surplus_from_the_same_seeds, distributed=True),
     Fault("shares come from a seed", "share-has-its-deviation",
           shares_from_a_seed, distributed=True),
-    Fault("a shared step draws a fixed size", "coins-are-poisson",
+    Fault("a step with distributed noise draws a fixed size", "coins-are-poisson",
           shared_step_of_a_fixed_size, distributed=True),
-    Fault("a shared step sends no noise", "upload-is-a-sum-with-its-share",
+    Fault("a step with distributed noise sends none", "upload-is-a-sum-with-its-share",
           shared_step_without_its_share, distributed=True),
 ]  # fmt: skip
 

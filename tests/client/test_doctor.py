@@ -173,7 +173,7 @@ def test_older_tls_is_wrong(head: HeadOffice, folder: Path) -> None:
 
 def test_another_authority_is_wrong(head: HeadOffice, folder: Path) -> None:
     head.serve(certificates.make_server_certificate(certificates.make_ca("x", 365), ["127.0.0.1"], 90))
-    assert any("ask the server on the telephone" in text for text in said(folder, "ERROR"))
+    assert any("ask for a new grant" in text for text in said(folder, "ERROR"))
 
 
 def test_a_certificate_for_another_host_is_wrong(head: HeadOffice, folder: Path) -> None:

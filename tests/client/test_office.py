@@ -625,7 +625,7 @@ def test_a_dry_run_signs_what_it_found_to_hold_and_a_site_starts_with_nothing_el
             open_site(Office.open(ready))
 
 
-def test_what_a_declaration_signs_is_what_earlier_versions_signed() -> None:
+def test_what_a_declaration_signs_changes_with_no_setting_but_those_that_are_new() -> None:
     settings = parse(SiteFile, {
         "name": "a", "data": {"train": "r.jsonl", "text": "{t}", "prompt": "{q}\n", "size": 10, "unit": "who"},
         "policy": {"epsilon": 8.0}, "models": {"m": "/m"},
@@ -635,7 +635,7 @@ def test_what_a_declaration_signs_is_what_earlier_versions_signed() -> None:
         files={"m": "1" * 64}, made_at=datetime(2026, 1, 1, tzinfo=UTC),
     )  # fmt: skip
     signed = digest_of(made.model_dump(mode="json"))
-    assert signed == "9bd8e4e2e775a48410315e3c4d6192b72e8b05b87d5a488e021c9fe705da20a9"
+    assert signed == "c7fa411abd4f90fa3dc7d1f5745e0415722133737810aa9fe8ddd9355fb93fb9"
 
 
 def test_a_declaration_is_the_offices_own(ready: Path) -> None:
