@@ -358,13 +358,24 @@ def place_of(row: object, number: int) -> str:
     return row.place if isinstance(row, Record) else f"record {number + 1}"
 
 
-def render(template: str, row: Row, number: int, columns: Mapping[str, str] = {}) -> str:  # never changed
-    """Fill a template from one row, `columns` giving other names; raises DataError where a value is no usable text."""
+def render(
+    template: str,
+    row: Row,
+    number: int,
+    columns: Mapping[str, str] = {},  # never changed
+    *,
+    given: bool = False,
+) -> str:
+    """Fill a template from one row, `columns` giving other names; raises DataError if a value is no usable text.
+
+    What is only `given` may be blank: many data sets have a column of further context that most records leave blank.
+    """
     try:
-        values = {
-            name: text_of(row.get(columns.get(name, column_name(name))), columns.get(name, name))
-            for name in _fields(template)
-        }
+        values = dict[str, str]()
+        for name in _fields(template):
+            value = row.get(columns.get(name, column_name(name)))
+            blank = given and isinstance(value, str)
+            values[name] = cell(value) if blank else text_of(value, columns.get(name, name))
     except DataError as error:
         raise DataError(f"{place_of(row, number)}: {error}") from None
     return template.format(**values)
@@ -516,7 +527,7 @@ class Tokeniser:
             except DataError as error:
                 raise DataError(f"{place_of(row, number)}: {error}") from None
         else:
-            prompt = render(data.prompt or "", row, number, data.columns)
+            prompt = render(data.prompt or "", row, number, data.columns, given=True)
             answer = render(data.text or "", row, number, data.columns)
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         if data.system is not None and turns[0]["role"] != "system":

@@ -20,7 +20,7 @@ from fedllm.privacy.mechanism import Mechanism
 from fedllm.protocol.messages import TrainReply
 from fedllm.training.data import Batch, Row
 from fedllm.training.engine import Engine
-from tests.attacks.office import Victim, plan_of, read, workspace
+from tests.attacks.office import Victim, context, plan_of, read
 
 TOKEN, NUMBER, CHANGE = 1e-4, 1e-2, 5e-3  # seconds: for a padded token, a number of noise, a number that is sent
 RECORD = 8 * 16 * TOKEN  # a pass of one record, which are padded to 16 tokens here
@@ -96,7 +96,7 @@ def test_however_long_the_preparation_every_answer_leaves_after_the_same_time(
         left.add(held(victim(tmp_path / str(units), tiny_llama, units, **limits), plan))
     assert len(left) == 1, left
     assert record_seconds or left == {50.0}
-    assert workspace(plan).adapter.spec.dimension * NUMBER > 0.1, "else the noise would fit into reply_quantum"
+    assert context(plan).adapter.spec.dimension * NUMBER > 0.1, "else the noise would fit into reply_quantum"
 
 
 def test_a_round_that_overruns_its_quantum_is_in_the_log(
@@ -121,6 +121,6 @@ def test_what_a_round_takes_beside_its_records_is_measured_on_none(
     plan = plan_of(
         tiny_llama, sites=4, privacy={"mode": "distributed", "colluding_sites": 0, "epsilon": 1e5},
     )  # fmt: skip
-    session = client.site.PlanSession("victim", plan, site.site.open_ledger(), site.records, 8, workspace)
-    start = np.zeros(workspace(plan).adapter.spec.dimension, np.float32)
+    session = client.site.PlanSession("victim", plan, site.site.open_ledger(), site.records, 8, context)
+    start = np.zeros(context(plan).adapter.spec.dimension, np.float32)
     assert session.seconds_aside(1, start) == pytest.approx(2 * 4 * 1.0)

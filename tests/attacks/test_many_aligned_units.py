@@ -17,7 +17,7 @@ from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.data import Example, PrivacyUnit
 from fedllm.training.engine import Engine
-from tests.attacks.office import plan_of, workspace
+from tests.attacks.office import context, plan_of
 
 UNITS, LARGEST = 6000, 2**42 - 1  # in quanta: 2^53 are passed after 2,048 units
 KINDS = [None, DistributedMechanism(Mechanism(1.0, 1.0, 0.5), 4, 3, 0, 1.0)]
@@ -33,7 +33,7 @@ def engine(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
         return torch.full((self._adapter.flat.numel(),), float(total) * quantum, dtype=torch.float64)
 
     monkeypatch.setattr(Engine, "_clipped", clipped)
-    return workspace(plan_of(tiny_llama)).engine
+    return context(plan_of(tiny_llama)).engine
 
 
 def units() -> list[PrivacyUnit]:

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from fedllm.training.engine import Engine
-from tests.attacks.office import plan_of, workspace
+from tests.attacks.office import context, plan_of
 
 
 @pytest.mark.parametrize("change", ["compiled", "checkpointing", "threads", "nothing"])
 def test_what_changes_the_passes_has_them_rehearsed_again(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    engine, passes = Engine(workspace(plan_of(tiny_llama)).adapter), list[tuple[int, int]]()
+    engine, passes = Engine(context(plan_of(tiny_llama)).adapter), list[tuple[int, int]]()
     before, honest = torch.get_num_threads(), Engine.pass_gradients
 
     def pass_gradients(self: Engine, units: Any, width: int, micro_batch: int) -> Any:

@@ -73,6 +73,16 @@ def test_what_is_no_text_is_refused_wherever_text_is_wanted(value: object) -> No
             render(template, {"question": "q", "answer": value}, 2)
 
 
+def test_what_is_only_given_may_be_blank_but_not_missing() -> None:
+    """As the column `input` of many instruction data sets is."""
+    template = "{instruction}\n{input}"
+    for blank in ("", "  "):
+        assert render(template, {"instruction": "a", "input": blank}, 0, given=True) == f"a\n{blank}"
+    for missing in (None, float("nan"), ["a"]):
+        with pytest.raises(DataError, match=r"input (is empty|holds)"):
+            render(template, {"instruction": "a", "input": missing}, 0, given=True)
+
+
 @pytest.mark.parametrize(("value", "text"), [(0, "0"), (1.0, "1"), (False, "False"), (" a ", " a "), ("None", "None")])
 def test_text_and_numbers_are_used_as_they_are(value: object, text: str) -> None:
     assert text_of(value, "answer") == text

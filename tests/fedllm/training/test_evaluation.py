@@ -27,7 +27,7 @@ ROWS = [
     {"question": "한도를 올리려면 어떻게", "answer": "앱에서"},
     {"question": "a longer question than that?", "answer": "an answer"},
     {"question": "", "answer": "x"},
-    {"question": "no answer", "answer": ""},
+    {"question": "hardly an answer", "answer": "."},
 ]
 LABELLED = [
     {"text": "good " * n, "label": label} for n, label in enumerate(("긍정", "부정", "중립", "긍정", "긍정"), 1)
