@@ -53,6 +53,7 @@ from server.ledger_heads import HEADS, LedgerHeads
 from server.run_record import key_in
 from simulations.simulate import KEYS, simulate
 from tests.fedllm.audit.conftest import any_pdf
+from tests.fedllm.audit.test_summary import OUTPUTS
 from tests.fedllm.privacy.budgets import for_several_plans
 from tests.korean import english_words
 from tests.sharing import once
@@ -276,15 +277,6 @@ def test_without_noise_epsilon_is_never_a_number(variants: Callable[[str], Run],
 
 
 BRAND = {"en": "NOT PRIVATE", "ko": "프라이버시 보호 미적용"}
-OUTPUTS = [
-    "summary.md",
-    "summary.ko.md",
-    "adapter/README.md",
-    "rounds.svg",
-    "sites.svg",
-    "rounds.ko.svg",
-    "sites.ko.svg",
-]
 
 
 @pytest.mark.parametrize("name", BRANDED)
