@@ -356,8 +356,9 @@ class Site:
             _log.error("%s stops: a fault while records were used", self.name, exc_info=error)
             raise Halted("a fault while records were used. The log says which; then: fedllm site resume") from error
         self._unfinished.end()
-        ledger.release(reservation, reply.to_bytes())
-        return reply.to_bytes()
+        answer = reply.to_bytes()
+        ledger.release(reservation, answer)
+        return answer
 
     def _used(
         self,

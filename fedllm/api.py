@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -76,11 +75,9 @@ def simulate(
     reads them. Raises other kinds of FedllmError for settings, records, models or folders that cannot be used.
     """
     config = _configuration(settings, config_dir)  # before torch is imported: a mistake is told at once
-    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of the libraries
     from simulations.workers import warm_up
 
-    if config.federation.backend == "in-process" and config.federation.processes != 1:
-        warm_up()  # beside the imports below
+    warm_up(config.federation)  # beside the imports below
     from simulations.simulate import simulate as run
 
     summary = run(config, lambda *_: None, lambda _: None)

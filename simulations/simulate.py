@@ -77,9 +77,10 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
     data = simulated_data(config)
     if wrong := data.check(config.model):
         observe(Phase(f"{len(wrong)} records cannot be used and are left out, the first: {wrong[0]}"))
-    config = _with_place(_with_nominal_size(config, data.unit_counts()))
+    counts = data.unit_counts()
+    config = _with_place(_with_nominal_size(config, counts))
     _check_federation(config, data)
-    for text in _said_of_sizes(config, data.unit_counts()):
+    for text in _said_of_sizes(config, counts):
         observe(Phase(text))
     observe(Phase("planning: noise for the budget"))
     plan = make_plan(config, data.names)
@@ -88,7 +89,7 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
     with alone_in(folder, config):
         if config.resume:
             plan = _as_before(plan, config, folder)
-        if not config.resume:
+        else:
             write_plan(folder, plan, config)
         record = RunLog(folder / RECORD_FILE, [key_in(folder)])
         roster = roster_of(config, data.names, folder) if plan.distributed is not None else None
@@ -185,7 +186,10 @@ def _said_of_sizes(config: SimulationConfig, counts: Mapping[str, int]) -> list[
     """Return what the sizes of sites mean for a run; raises ConfigError where delta protects nobody at one of them."""
     least, delta = least_units(config), config.privacy.delta
     small = [f"{name} ({count})" for name, count in counts.items() if count < least]
-    said = [f"{len(small)} of {len(counts)} sites have fewer than {least} units and take no part: {', '.join(small)}"]
+    said = list[str]()
+    if small:
+        listed = ", ".join(small)
+        said.append(f"{len(small)} of {len(counts)} sites have fewer than {least} units and take no part: {listed}")
     taking = {name: count for name, count in counts.items() if count >= least}
     if config.privacy.mode != "off" and taking:
         name = max(taking, key=lambda name: taking[name])
@@ -199,7 +203,7 @@ def _said_of_sizes(config: SimulationConfig, counts: Mapping[str, int]) -> list[
                 f"privacy.delta={delta:g} is weak protection among the {taking[name]} units of {name}: "
                 f"{0.1 / taking[name]:.1g} or less is usual"
             )
-    return said if small else said[1:]
+    return said
 
 
 def _processes(config: SimulationConfig, sites: int) -> int:

@@ -55,18 +55,18 @@ class SimulatedData:
         with naming(data.train):
             self._owned = partition(self._rows, cut, self._unit, seed)
         self.names = list(self._owned)
+        self._counts = {name: self._units_of(owned) for name, owned in self._owned.items()}
+
+    def _units_of(self, owned: Sequence[int]) -> int:
+        return len(owned) if self._unit is None else len({person(self._rows[row][self._unit]) for row in owned})
 
     def unit_counts(self) -> dict[str, int]:
         """Return the number of privacy units of each site. For the simulation's owner: no site tells its own."""
-        if self._unit is None:
-            return {name: len(owned) for name, owned in self._owned.items()}
-        return {
-            name: len({person(self._rows[row][self._unit]) for row in owned}) for name, owned in self._owned.items()
-        }
+        return self._counts
 
     def records(self, name: str, model: ModelConfig) -> SiteRecords:
         """Return the records of one site, tokenised. Their owner, who simulates, declares what is true of them."""
-        declared = Declared(self.unit_counts()[name], "record" if self._unit is None else "person", model.labels)
+        declared = Declared(self._counts[name], "record" if self._unit is None else "person", model.labels)
         if (name, model) not in self._records:
             rows = [self._rows[row] for row in self._owned[name]]
             self._records[name, model] = load_records(

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from fedllm.config import FederationConfig
 from fedllm.errors import FederationError, FedllmError
 from fedllm.processes import without_main
 
@@ -31,8 +32,15 @@ _MB = 1024  # of ru_maxrss
 _site_log = logging.getLogger("fedllm.site")
 
 
-def warm_up() -> None:
-    """Start the server that `Workers` forks, whose imports take as long as this process's own."""
+def warm_up(federation: FederationConfig) -> None:
+    """Make ready for a simulation, before anything heavy is imported: no progress bars of the libraries' own.
+
+    Starts the server that `Workers` forks, if sites may train in several processes: its imports take as long as this
+    process's own.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if federation.backend != "in-process" or federation.processes == 1:
+        return
     before = {name: os.environ.get(name) for name in (*_ONE_THREAD, "JE_ARROW_MALLOC_CONF")}
     # A process that has threads cannot be forked safely: no library starts any at its import.
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"), JE_ARROW_MALLOC_CONF="background_thread:false")

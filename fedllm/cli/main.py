@@ -75,11 +75,9 @@ def simulate(
         typer.echo(as_yaml(composed), nl=False)
         return
     config = validate(SimulationConfig, composed)  # before torch is imported: a mistake is told at once
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own progress bars would tear ours
     from simulations.workers import warm_up
 
-    if config.federation.backend == "in-process" and config.federation.processes != 1:
-        warm_up()  # beside the imports below
+    warm_up(config.federation)  # beside the imports below
     from fedllm.cli.live_view import Screen
 
     try:

@@ -167,7 +167,7 @@ def read_rows(source: str, split: str, how: FileConfig = _PLAIN, *, alone: bool 
             continue
         classes = _class_names(file)
         for number, row in enumerate(_parquet_rows(file), start=1):
-            yield row if isinstance(row, DataError) else _parquet_row(row, classes, f"{file}, record {number}")
+            yield _parquet_row(row, classes, f"{file}, record {number}")
 
 
 def _parquet_row(row: Row, classes: Mapping[str, Sequence[str]], where: str) -> Row | DataError:
@@ -196,7 +196,7 @@ def _class(names: Sequence[str], value: Any) -> str | None:
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
-def _parquet_rows(file: Path) -> Iterator[Row | DataError]:
+def _parquet_rows(file: Path) -> Iterator[Row]:
     from pyarrow import parquet
 
     try:

@@ -398,6 +398,5 @@ def pick_device(device: str) -> str:
     try:
         torch.zeros(1, device=device).cpu()  # values go there and come back, as they do not from "meta"
     except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ModelError(f"site.device={device} is not usable here ({first_line}). Use auto or cpu.") from None
+        raise ModelError(f"site.device={device} is not usable here ({first_line(error)}). Use auto or cpu.") from None
     return device
