@@ -1,6 +1,7 @@
 """A Flower Grid inside one process: the same ServerApp and ClientApp, no network, no start-up."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -9,6 +10,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedllm.errors import ConfigError
 from server.grid import OneRunGrid
+
+_LAST_WORK = 10.0  # seconds; a node that never returns holds up the end of a run for no longer
 
 
 class InProcessGrid(OneRunGrid):
@@ -41,6 +44,12 @@ class InProcessGrid(OneRunGrid):
             self._busy.add(node)
         threading.Thread(target=self._run_node, args=(message,), daemon=True, name=f"node-{node}").start()
         return True
+
+    def close(self) -> None:
+        """Wait a while for the nodes that still work: a run that is resumed in this process needs their folders."""
+        deadline = time.monotonic() + _LAST_WORK
+        while self._busy and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _run_node(self, message: Message) -> None:
         node = message.metadata.dst_node_id

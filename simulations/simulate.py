@@ -242,7 +242,8 @@ def _run(
         if config.federation.backend == "ray":
             run_ray(rounds, client, sites, config.federation.cpus_per_site, config.federation.gpus_per_site)
         else:
-            rounds(InProcessGrid(client, sites))
+            with contextlib.closing(InProcessGrid(client, sites)) as grid:
+                rounds(grid)
     except QuorumLost as error:
         return begun[0], f"{error} What the sites said of it is in {folder / SITE_LOG}."
     return begun[0], ""

@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import server.grid
+import simulations.grid
 from client.app import Handler, client_app
 from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
 from simulations.grid import InProcessGrid
@@ -138,6 +139,31 @@ def test_a_node_that_hangs_counts_as_offline_while_the_others_are_served(
     until(lambda: list(grid.get_node_ids()) == [1, 2, 3])
     again = list(grid.push_messages([message(1, b"third")]))
     assert payload(collect(grid, again, until)[again[0]]) == b"third"
+
+
+def test_a_grid_that_is_closed_waits_for_work_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, gate: threading.Event
+) -> None:
+    """A run that failed may be resumed in the same process at once: nobody may still write to its sites' folders."""
+    done = list[bytes]()
+
+    def connect(context: Context) -> Handler:
+        def handle(request: bytes, timeout: float) -> bytes:
+            gate.wait()
+            done.append(request)
+            return request
+
+        return handle
+
+    grid = InProcessGrid(client_app(connect), 1)
+    grid.push_messages([message(1, b"long")])
+    monkeypatch.setattr(simulations.grid, "_LAST_WORK", 0.05)
+    grid.close()
+    assert done == []
+    monkeypatch.setattr(simulations.grid, "_LAST_WORK", 600.0)
+    threading.Timer(0.1, gate.set).start()
+    grid.close()
+    assert done == [b"long"]
 
 
 def test_replies_can_be_waited_for(monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> None:
