@@ -42,7 +42,7 @@ from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, 
 from fedllm.files import check_private, check_socket, locked, new_folder, read, read_secret, write_secret
 from fedllm.privacy.ledger_place import SITE, LedgerPlace
 from fedllm.protocol.enrolment import MAX_DOCUMENT, Grant, JoinRequest, check_host, now, read_config, same_fingerprint
-from fedllm.values import Frozen, SiteName, check_site_name, parse
+from fedllm.values import Frozen, SiteName, address, check_site_name, parse
 
 if TYPE_CHECKING:
     from client.records import Declared
@@ -167,8 +167,7 @@ class Office:
     @property
     def address(self) -> str:
         """HOST:PORT of the server; raises FederationError before a grant is installed."""
-        host = self._granted.host
-        return f"[{host}]:{self._granted.port}" if ":" in host else f"{host}:{self._granted.port}"
+        return address(self._granted.host, self._granted.port)
 
     @property
     def _granted(self) -> Grant:

@@ -158,7 +158,8 @@ def check_distributed(privacy: PrivacyConfig, training: TrainingConfig, sites: i
     if least > sites:
         raise ValueError(
             f"privacy.mode=distributed: {sites} sites are too few where {privacy.colluding_sites} of them may collude "
-            f"with the server (privacy.colluding_sites). It takes at least {privacy.colluding_sites + 2}"
+            f"with the server (privacy.colluding_sites). It takes at least {privacy.colluding_sites + 2}. With "
+            "fewer, set privacy.mode=local: every site then adds noise enough for itself"
         )
     if not least <= quorum <= sites:
         raise ValueError(

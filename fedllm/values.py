@@ -55,6 +55,11 @@ Layer = Annotated[Printable, Field(max_length=200)]  # the name of one
 BySite = Annotated[dict[str, float], AfterValidator(_spelled)]
 
 
+def address(host: str, port: int) -> str:
+    """Return HOST:PORT as people and gRPC write it: IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def is_head_office(name: str) -> bool:
     """Whether people would read a name as the server's."""
     return unicodedata.normalize("NFKC", name).casefold().strip().replace("_", "-").replace(".", "-") == HEAD_OFFICE

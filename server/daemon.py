@@ -51,6 +51,7 @@ from fedllm.protocol.link_pb2 import (
     ToSite,
     Welcome,
 )
+from fedllm.values import address
 from server.federation import HeadOffice
 from server.roster import Roster, RosterEntry
 
@@ -367,7 +368,7 @@ async def _open_port(daemon: Daemon, office: HeadOffice) -> grpc.aio.Server:
     )
     listen, port = office.config.listen, office.config.port
     try:
-        server.add_secure_port(f"[{listen}]:{port}" if ":" in listen else f"{listen}:{port}", credentials)
+        server.add_secure_port(address(listen, port), credentials)
         await server.start()
     except RuntimeError:
         raise ConfigError(
@@ -397,7 +398,7 @@ async def serve(home: Path, say: Callable[[str], None]) -> None:
     socket = office.socket
     control, port = await _open_socket(daemon, socket), await _open_port(daemon, office)
     said = ""
-    say(f"ready: sites connect to {office.config.host}:{office.config.port}")
+    say(office.readiness())
     try:
         while not stop.is_set():
             with contextlib.suppress(TimeoutError):
@@ -412,7 +413,7 @@ async def serve(home: Path, say: Callable[[str], None]) -> None:
                     await port.stop(_GRACE)
                     port = await _open_port(daemon, office)
                     keys = now
-                    say("the port shows its new certificate")
+                    say(f"the port shows its new certificate. {office.readiness()}")
                 said = ""
             except (FedllmError, OSError) as error:
                 if str(error) != said:

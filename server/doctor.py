@@ -28,6 +28,7 @@ from fedllm.ops.health_checks import (
 from fedllm.ops.tls_probe import explain_failure, probe_tls
 from fedllm.protocol.enrolment import Grant, now, read_config
 from fedllm.protocol.link_pb2 import Sites
+from fedllm.values import address
 from server.federation import FederationFile, HeadOffice
 from server.grpc_grid import look
 from server.roster import Roster
@@ -220,7 +221,7 @@ def _way(office: HeadOffice) -> list[CheckResult]:
     except OSError as error:
         text = f"ports: from this machine, {explain_failure(config.host, config.port, error)}"
         return [*found, warning(f"{text} Sites may come by another way: look at one with fedllm doctor.")]
-    return [*found, ok(f"ports: sites reach {config.host}:{config.port}, TLS 1.3 and gRPC, as seen from here")]
+    return [*found, ok(f"ports: sites reach {address(config.host, config.port)}, TLS 1.3 and gRPC, as seen from here")]
 
 
 def _offices(office: HeadOffice, sites: Sites) -> list[CheckResult]:

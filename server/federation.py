@@ -35,7 +35,7 @@ from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import CryptoError, FederationError, FolderError
 from fedllm.files import check_private, check_socket, locked, new_folder, read, read_secret, write_secret
 from fedllm.protocol.enrolment import MAX_DOCUMENT, Grant, Host, JoinRequest, Port, now, read_config, same_fingerprint
-from fedllm.values import Frozen, check_site_name
+from fedllm.values import Frozen, address, check_site_name
 from server.roster import Roster, RosterEntry
 
 Step = Literal["start", "finish", "retire"]
@@ -131,6 +131,16 @@ class HeadOffice:
     def roster_file(self) -> Path:
         """Read it again to learn of admissions and revocations."""
         return self.folder / "roster.json"
+
+    def readiness(self) -> str:
+        """Return whether sites can connect to the server's port, once it is open, and where."""
+        ends = read_certificates(self.server.certificate)[0].ends
+        if ends <= datetime.now(UTC):
+            return (
+                f"no site can connect: the server certificate ended on {ends:%Y-%m-%d}. "
+                "Make a new one: fedllm server rotate certificate"
+            )
+        return f"ready: sites connect to {address(self.config.host, self.config.port)}"
 
     def warnings(self) -> list[str]:
         """Return what the operator must see to before long, each with its remedy."""

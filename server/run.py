@@ -177,10 +177,12 @@ class HeadOfficeRun:
         evaluation, and not beside the plots: matplotlib's settings are the process's.
         """
         adapter = self._context.adapter
-        coordinator.observe(Phase("closing evaluation: answers before and after"))
         failed: BaseException | None = None
+        evaluator = self._evaluator if coordinator.round else None  # else there is no after
+        if evaluator is not None:
+            coordinator.observe(Phase("closing evaluation: answers before and after"))
         with ThreadPoolExecutor(1, "evaluation") as beside:
-            answers = beside.submit(_before_and_after, self._evaluator, adapter.initial, coordinator.adapter)
+            answers = beside.submit(_before_and_after, evaluator, adapter.initial, coordinator.adapter)
             try:
                 if audit is not None:
                     audit()

@@ -14,6 +14,7 @@ import typer
 
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.shown import escaped_lines
+from fedllm.values import address
 
 if TYPE_CHECKING:
     from fedllm.ops.health_checks import CheckResult
@@ -91,7 +92,7 @@ def init_federation(
 
     office = make(file, absolute(home))
     facts = office.config
-    typer.echo(f"The server of {facts.name}, at {facts.host}:{facts.port}: {office.folder}")
+    typer.echo(f"The server of {facts.name}, at {address(facts.host, facts.port)}: {office.folder}")
     typer.echo(f"Its fingerprint, to read to sites on the telephone:\n\n  {office.identity.public.fingerprint}\n")
     typer.echo("Next, at every site: fedllm site init --name NAME. Then here: fedllm admit NAME.join")
 

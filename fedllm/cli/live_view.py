@@ -169,22 +169,8 @@ class Screen:
 
     def summarise(self, summary: "RunSummary", seconds: float) -> None:
         """Print the closing tables, and how long the whole command took."""
-        before, after = summary.before, summary.after
-        results = Table(title="Held-out set" if before["loss"] is not None else None, title_justify="left")
-        results.add_column("")
-        for heading in ("before", "after"):
-            results.add_column(heading, justify="right")
-        if before["perplexity"] is not None:
-            results.add_row("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}")
-        if before["accuracy"] is not None:
-            results.add_row("accuracy", f"{before['accuracy']:.3f}", f"{after['accuracy']:.3f}")
-        if summary.exact_match:
-            results.add_row("exact match", *(f"{100 * share:.1f} %" for share in summary.exact_match))
-        epsilon = after["epsilon"]
-        results.add_row(
-            "epsilon", "0" if epsilon is not None else "∞", f"{epsilon:.2f}" if epsilon is not None else "∞"
-        )
-        self._console.print(results)
+        if summary.after["round"]:
+            self._results(summary)
         self._console.print(_site_table(summary))
         for prompt, expected, first, last in summary.samples:
             question = prompt.strip().replace("\n", " ")
@@ -203,6 +189,24 @@ class Screen:
             highlight=False,
         )
         self._console.print(f"{summary.folder}/", style="bold", highlight=False, soft_wrap=True)
+
+    def _results(self, summary: "RunSummary") -> None:
+        before, after = summary.before, summary.after
+        results = Table(title="Held-out set" if before["loss"] is not None else None, title_justify="left")
+        results.add_column("")
+        for heading in ("before", "after"):
+            results.add_column(heading, justify="right")
+        if before["perplexity"] is not None:
+            results.add_row("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}")
+        if before["accuracy"] is not None:
+            results.add_row("accuracy", f"{before['accuracy']:.3f}", f"{after['accuracy']:.3f}")
+        if summary.exact_match:
+            results.add_row("exact match", *(f"{100 * share:.1f} %" for share in summary.exact_match))
+        epsilon = after["epsilon"]
+        results.add_row(
+            "epsilon", "0" if epsilon is not None else "∞", f"{epsilon:.2f}" if epsilon is not None else "∞"
+        )
+        self._console.print(results)
 
 
 def _site_table(summary: "RunSummary") -> Table:

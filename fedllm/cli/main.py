@@ -92,9 +92,11 @@ def simulate(
     except KeyboardInterrupt:
         _errors.print(f"stopped. What was done is kept; continue with name={config.name} resume=true.", markup=False)
         raise typer.Exit(130) from None
+    if summary.stopped:  # the reason first: what follows is to be read with it
+        _say_error(summary.stopped)
     screen.summarise(summary, time.monotonic() - fedllm.BEGAN)
     if summary.stopped:
-        _fail(summary.stopped)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -108,11 +110,6 @@ runs.register(app)
 ledger.register(app)
 audit.register(app)
 privacy.register(app)
-
-
-def _fail(message: str) -> None:
-    _say_error(message)
-    raise typer.Exit(1)
 
 
 def _say_error(message: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedllm.crypto.certificates import CertificateFacts, read_certificates
 from fedllm.files import read
+from fedllm.values import address
 
 # For gRPC's processes. It has no setting for the version, but one for the cipher suites of TLS 1.2: this one needs an
 # RSA certificate, and as an authority of ours issues none, TLS 1.3 alone is left at both ends.
@@ -62,7 +63,7 @@ def _be_believed(secured: ssl.SSLSocket, own: CertificateFacts) -> None:
 
 def explain_failure(host: str, port: int, error: OSError) -> str:
     """Return why `probe_tls` failed, and what to do about it."""
-    there = f"{host}:{port}"
+    there = address(host, port)
     if isinstance(error, _NotBelieved):
         return f"{error}. Install a new grant; at the server: fedllm server grant SITE"
     if isinstance(error, ssl.SSLCertVerificationError):

@@ -6,9 +6,10 @@ import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
@@ -170,6 +171,17 @@ def test_what_needs_to_be_renewed_is_said_in_time(tmp_path: Path) -> None:
     federation.rotate_ca(folder, "start")
     federation.rotate_ca(folder, "finish")
     assert HeadOffice.open(folder).warnings() == []
+
+
+def test_a_server_whose_certificate_has_ended_is_not_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "f.yaml").write_text('name: x\nhost: "::1"\nport: 19092\nserver_days: 10')
+    folder = init_federation(tmp_path / "f.yaml", tmp_path / "head").folder
+    assert HeadOffice.open(folder).readiness() == "ready: sites connect to [::1]:19092"
+    later = datetime.now(UTC) + timedelta(days=20)
+    monkeypatch.setattr(federation, "datetime", SimpleNamespace(now=lambda _: later))
+    said = HeadOffice.open(folder).readiness()
+    assert said.startswith("no site can connect: the server certificate ended on")
+    assert "fedllm server rotate certificate" in said
 
 
 # ---- admission -------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import fedllm as package
 from fedllm.cli.hydra_config import compose, validate
+from fedllm.cli.live_view import Screen
 from fedllm.cli.main import _SIMULATE_HELP, app
 from fedllm.config import SimulationConfig
 from tests.simulations.conftest import CommandsHere
@@ -274,12 +275,24 @@ def test_branches_are_shown_as_they_are_called(
     assert name in result.text
 
 
-def test_a_lost_quorum_ends_with_exit_code_1_the_reason_and_all_outputs(federate: Any, tmp_path: Path) -> None:
+def test_a_lost_quorum_ends_with_exit_code_1_the_reason_and_all_outputs(
+    federate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = Screen.summarise
+
+    def summarise(screen: Screen, *arguments: Any) -> None:
+        sys.stderr.write("THE TABLES\n")
+        tables(screen, *arguments)
+
+    monkeypatch.setattr(Screen, "summarise", summarise)
     result = federate("site.epsilon=0.01")
     assert result.code == 1
     assert "Traceback" not in result.text
     assert "quorum=2" in result.error
     assert "강남 declined (budget)" in result.error
+    assert result.error.endswith("THE TABLES\n"), "the reason comes first"
+    assert "epsilon spent" in result.text
+    assert "before" not in result.text, "nothing was trained"
     for file in ("summary.md", "summary.ko.md", "metrics.jsonl", "sites.svg", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "runs" / "run" / file).stat().st_size > 0
 
@@ -680,6 +693,7 @@ def test_a_model_that_gives_no_numbers_is_refused(federate: Any, tmp_path: Path,
     ("arguments", "words"),
     [
         (["federation.quorum=5"], ["federation.quorum=5", "4 sites"]),
+        (["privacy.mode=distributed", "privacy.colluding_sites=3"], ["4 sites are too few", "privacy.mode=local"]),
         (["federation.weights={nope: 2.0}"], ["federation.weights", "nope", "busan"]),
         (["site.budgets={nope: 2.0}"], ["site.budgets", "nope", "강남"]),
         (["federation.partition.column=nope"], ["missing column nope"]),

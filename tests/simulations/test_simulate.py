@@ -33,6 +33,7 @@ import fedllm.privacy.accounting
 import fedllm.training.model_context
 import server.channel
 import server.run
+import simulations.grid
 from client.site import Site
 from fedllm.audit.bundle import verify
 from fedllm.audit.summary import RunSummary
@@ -720,6 +721,7 @@ def test_a_site_that_hangs_is_missed_and_the_others_go_on(
         return time.monotonic() + (1e6 if len(answered) == 3 else 0)
 
     monkeypatch.setattr(server.channel, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    monkeypatch.setattr(simulations.grid, "_LAST_WORK", 0.1)
     summary = simulate(configure(tmp_path, **OFF), lambda *_: None, observe)
     assert not summary.stopped
     hung = sorted(BRANCHES)[0]
