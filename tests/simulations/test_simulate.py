@@ -10,6 +10,7 @@ import shutil
 import struct
 import threading
 import time
+import unicodedata
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -58,6 +59,7 @@ from tests.fedllm.audit.test_summary import OUTPUTS
 from tests.fedllm.privacy.budgets import for_several_plans
 from tests.korean import english_words
 from tests.sharing import once
+from tests.simulations.conftest import write
 
 Configure = Callable[..., SimulationConfig]
 
@@ -871,6 +873,41 @@ def test_budget_belongs_to_the_records_whichever_head_office_asks(
     assert [site.left for site in audit.sites] == [pytest.approx(0.0, abs=1e-4)] * 4, "as the sites' own ledgers count"
     keys = {key_in(tmp_path / place).public for place in ("seoul/first", "busan/second")}
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize("unit", ["person", "record"])
+def test_a_budget_is_not_fresh_because_the_same_records_are_spelt_in_another_way(
+    tmp_path: Path, rows: list[dict[str, Any]], configure: Configure, lasting: Callable[..., Run], unit: str
+) -> None:
+    persons = {name: number for number, name in enumerate(dict.fromkeys(row["customer_id"] for row in rows))}
+    numbered = [{**row, "customer_id": persons[row["customer_id"]]} for row in rows]
+    respelt: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "ids are fractions": lambda row: {**row, "customer_id": float(row["customer_id"])},
+        "ids are texts": lambda row: {**row, "customer_id": f" {row['customer_id']}"},
+        "a column more": lambda row: {**row, "remark": "seen"},
+        "blanks": lambda row: {**row, "answer": f"{row['answer']} "},
+        "decomposed": lambda row: {**row, "question": unicodedata.normalize("NFD", row["question"])},
+    }
+    if unit == "person":  # whatever they have written
+        respelt["other texts"] = lambda row: {**row, "question": f"please: {row['question']}"}
+    privacy = configure(tmp_path).privacy
+    budget = 1.01 * for_several_plans([AccountingEvent(privacy.sampling_rate, NOISE, 1)], privacy.delta)
+
+    def start(name: str, table: list[dict[str, Any]]) -> str:
+        train = write(tmp_path / f"{name}.jsonl", table)
+        change = {"data": {"train": str(train)}, "privacy": {"noise_multiplier": NOISE, "unit": unit}}
+        training = {"rounds": 1, "local_steps": 1}
+        return run(
+            configure(
+                tmp_path / "seoul", name, **change, training=training,
+                site={"folder": str(tmp_path / "offices"), "epsilon": budget},
+            )
+        ).summary.stopped  # fmt: skip
+
+    assert not start("first", numbered)
+    for name, change in respelt.items():
+        stopped = start(name, [change(row) for row in numbered])
+        assert all(f"{branch} declined (budget)" in stopped for branch in BRANCHES), name
 
 
 def test_a_ledger_put_back_from_an_old_backup_is_refused_by_the_next_run(
