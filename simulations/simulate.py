@@ -84,6 +84,7 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
         observe(Phase(text))
     observe(Phase("planning: noise for the budget"))
     plan = make_plan(config, data.names)
+    _check_quorum(config, plan, counts)
     observe(Phase("loading model and held-out set"))
     run = HeadOfficeRun(config)
     with alone_in(folder, config):
@@ -179,6 +180,17 @@ def _check_federation(config: SimulationConfig, data: SimulatedData) -> None:
     if config.federation.backend == "ray" and config.federation.cpus_per_site > processors:
         raise ConfigError(
             f"federation.cpus_per_site={config.federation.cpus_per_site:g}, but there are {processors} processors"
+        )
+
+
+def _check_quorum(config: SimulationConfig, plan: RunPlan, counts: Mapping[str, int]) -> None:
+    """Raise ConfigError if so many sites are too small to take part that no round can have its quorum."""
+    least = least_units(config)
+    left = sum(count >= least for count in counts.values())
+    if left < plan.quorum:
+        raise ConfigError(
+            f"{left} of {len(counts)} sites have the {least} units that it takes to take part, and a round needs "
+            f"{plan.quorum} sites. Give more records or fewer sites, or lower federation.quorum or site.min_units."
         )
 
 

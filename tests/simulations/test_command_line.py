@@ -694,6 +694,7 @@ def test_a_model_that_gives_no_numbers_is_refused(federate: Any, tmp_path: Path,
     [
         (["federation.quorum=5"], ["federation.quorum=5", "4 sites"]),
         (["privacy.mode=distributed", "privacy.colluding_sites=3"], ["4 sites are too few", "privacy.mode=local"]),
+        (["site.min_units=30"], ["0 of 4 sites have the 30 units", "a round needs 2 sites", "site.min_units"]),
         (["federation.weights={nope: 2.0}"], ["federation.weights", "nope", "busan"]),
         (["site.budgets={nope: 2.0}"], ["site.budgets", "nope", "강남"]),
         (["federation.partition.column=nope"], ["missing column nope"]),
