@@ -150,6 +150,8 @@ def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
             raise ModelError(f"model.source={config.source}: its tokenizer has neither a pad nor an eos token")
         tokenizer.pad_token_id = tokenizer.eos_token_id
     positions, vocabulary = _limits(config, model, tokenizer)
+    if config.task == "causal-lm":
+        _check_causal(config, model, vocabulary)
     # by it decoders find a record's last token, which a classifier reads
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     return BaseModel(model.to(torch.device(device)), tokenizer, weights_digest(model), positions, vocabulary, new)
@@ -195,6 +197,20 @@ def _limits(config: ModelConfig, model: Any, tokenizer: PreTrainedTokenizerBase)
             f"({first_line(error)}). Lower model.max_length; if that does not help, the model cannot be used."
         ) from error
     return positions, vocabulary
+
+
+def _check_causal(config: ModelConfig, model: Any, vocabulary: int) -> None:
+    """Raise ModelError if what a model says of a token depends on later ones, as that of an encoder does."""
+    ids = made_up(vocabulary, 8).repeat(2, 1)
+    ids[1, -1] = ids[0, 0]
+    with torch.no_grad():
+        first, second = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
+    if float((first - second).abs().max()) > 1e-5 * float(first.abs().max()):
+        raise ModelError(
+            f"model.source={config.source} reads later tokens ({model.config.model_type}): it is an encoder, and "
+            "cannot learn to continue a text. Give a causal language model (GPT-2, Llama, Qwen ...), or set "
+            "model.task=classification."
+        )
 
 
 def _check_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
@@ -269,6 +285,11 @@ def _explained(config: ModelConfig, source: str | Path) -> Iterator[None]:
                 "are installed, by AutoTokenizer.from_pretrained(model).save_pretrained(model)"
             )
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "Unrecognized configuration class" in reason:  # of an AutoModel
+            reason = f"transformers has no model for model.task={config.task} of this architecture"
+            hint = "give a causal language model (GPT-2, Llama, Qwen ...)"
+            if config.task == "classification":
+                hint = "model.pooling=mean puts a head of its own on it"
         raise ModelError(f"model.source={config.source} cannot be loaded: {reason} ({hint})") from error
 
 

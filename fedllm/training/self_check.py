@@ -39,6 +39,7 @@ _TAIL = math.log(1e9 * 2 * 100)  # -log of the chance of one tail of one compari
 _DRAWS = 1 << 16  # of noise, at the least: its deviation is known to 2 percent then
 _UNITS, _STEPS = 256, 512  # of the sampling
 _SIZES, _LONGEST = (1, 2, 1, 1), (7, 7, 7, 12)  # of the made-up units: records, and tokens of a record
+_ALONE = "With micro_batch=1 every record is computed alone: models with experts need that"
 _POISON, _FIRST = 3, 4  # token of the unit whose gradient is not finite; first token of all others
 
 
@@ -304,7 +305,7 @@ def company_changes_no_bit(s: Subject) -> str:
     """
     alone = [s.sum([unit], s.tight) for unit in s.units]
     if not torch.equal(s.whole, torch.stack(alone).sum(0)):
-        return "the sum differs, in its last bits, from what the units add one by one"
+        return f"the sum differs, in its last bits, from what the units add one by one. {_ALONE}"
     longest = s.plan.model.max_length
     shapes = [(width, shortest, s.engine.rows(width, s.micro_batch)) for width, shortest in s.engine.shapes(longest)]
     for width, shortest, rows in shapes:
@@ -318,7 +319,7 @@ def company_changes_no_bit(s: Subject) -> str:
                 if (last or rows > 1) and not _keeps_bits(s, units, width, thorough=last):
                     return (
                         f"in a pass of {rows} records of {width} tokens, the last bits of a unit's gradient depend on "
-                        "its place or its company. With micro_batch=1 every record is computed alone"
+                        "its place or its company. {_ALONE}"
                     )
     return ""
 

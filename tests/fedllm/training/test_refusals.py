@@ -137,3 +137,19 @@ def test_a_chat_template_that_refuses_is_told_with_the_remedy() -> None:
     data = TextConfig(text="{answer}", prompt="{question}", chat=True)
     with pytest.raises(ConfigError, match=r"chat template of base refuses .*system first.*data\.system"):
         Tokeniser(tokenizer, ModelConfig(source="base"), data)
+
+
+def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
+    """transformers loads it as one; it would be taught with the answer before its eyes."""
+    with pytest.raises(ModelError, match=r"reads later tokens \(bert\): .* set model\.task=classification"):
+        load_base(language(make(tmp_path, "bert", MASKED)), "cpu")
+
+
+def test_an_architecture_without_a_model_for_the_task_is_named_with_what_to_do(tmp_path: Path) -> None:
+    granite = make(tmp_path / "granite", "granite", num_key_value_heads=2)
+    with pytest.raises(ModelError, match=r"no model for model\.task=classification .*model\.pooling=mean"):
+        load_base(classifier(granite), "cpu")
+    load_base(classifier(granite, pooling="mean"), "cpu")
+    settings = {"cls_token_id": 1, "sep_token_id": 2}
+    with pytest.raises(ModelError, match=r"no model for model\.task=causal-lm .*give a causal language model"):
+        load_base(language(make(tmp_path / "modern", "modernbert", MASKED, **settings)), "cpu")
