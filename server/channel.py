@@ -84,10 +84,18 @@ class Channel(ABC):
                 answered += 1
                 if answered == enough:
                     deadline = min(deadline, time.monotonic() + PATIENCE)
-                yield node, "a fault at the site" if reply.has_error() else _open(openers[node], reply.content)
+                yield node, self._fault(node) if reply.has_error() else _open(openers[node], reply.content)
             pause = _POLL if replies else min(1.5 * pause, _POLL_MAX)
             time.sleep(pause if waiting else 0)
         yield from silent.items()
+
+    def _fault(self, node: int) -> str:
+        """Return why there is an error instead of an answer; its own text may be anything, and is not used."""
+        try:
+            self.identities(node)
+        except MessageError as error:  # revoked since it was asked
+            return str(error)
+        return "a fault at the site"
 
 
 def _open(opener: Opener, content: "RecordDict") -> bytes | str:

@@ -1,9 +1,11 @@
 """The sealed channel: requests to the roster's sites alone, and from each only the answer to its last request."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -297,3 +299,22 @@ def test_in_one_process_bytes_travel_as_they_are(world: World) -> None:
     assert (sent, opened(b"answer")) == (b"bytes", b"answer")
     assert not plain.sites_may_come_back
     assert world.channel.sites_may_come_back
+
+
+@pytest.mark.parametrize(("revoked", "said"), [(False, "a fault at the site"), (True, "the site was revoked")])
+def test_an_error_of_the_transport_says_no_more_than_is_known_here(
+    world: World, monkeypatch: pytest.MonkeyPatch, revoked: bool, said: str
+) -> None:
+    """Its own words may be anything, and do not enter the run's record."""
+    grid: Any = world.grid
+    for name in ("_run_id", "_task_id", "_node_id"):  # as a Grid of Flower sets it
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+    def push(messages: list[Any]) -> list[str]:
+        if revoked:
+            world.revoke(world.seoul)
+        return ["id" for _ in messages]
+
+    failed = SimpleNamespace(has_error=lambda: True, metadata=SimpleNamespace(reply_to_message_id="id"))
+    grid.push_messages, grid.pull_messages = push, lambda _: [failed]
+    assert [each for each in world.channel.exchange({1: b"request"}, "train", 1) if each] == [(1, said)]
