@@ -16,7 +16,16 @@ _ENDING = 120  # seconds in which what was told to end has ended
 _ROOT = Path(__file__).parents[1]
 _HOMES = tuple(Path.home() / name for name in (".fedllm", ".flwr"))  # of the product and of Flower
 _LIBRARIES = ("resource_tracker", "compile_worker", "forkserver")  # processes that live as long as the test process
-_CACHES = ("torchinductor_", "pymp-", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__")
+_CACHES = (
+    "torchinductor_",
+    "pymp-",
+    "ray",
+    ".pytest_cache",
+    ".mypy_cache",
+    ".ruff_cache",
+    ".hypothesis",
+    "__pycache__",
+)
 
 
 # ---- which process gets which tests ----------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ class Blocks:
         expected = [gradients(batch) for batch in trials]
         try:
             use_private_cache()
+            torch.compiler.reset()  # variants of models that this process compiled before count, too
             self._compiled = [
                 torch.compile(block.forward, dynamic=True, fullgraph=True, options={"compile_threads": 1})
                 for block in self._blocks

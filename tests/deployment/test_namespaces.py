@@ -403,8 +403,8 @@ def test_a_round_takes_no_more_of_a_link_than_docs_firewall_says(story: Story) -
         if packet[12:14] == b"\x08\x00" and ADDRESS[SLOW] in (found := _ends(packet)):
             size["up" if found[0] == ADDRESS[SLOW] else "down"] += len(packet)
     rounds, dimension = len(story.rounds()) - 1, len(story.adapters[0])  # and perhaps one that was stopped
-    assert 4 * dimension * rounds < size["down"] < (4 * dimension + 10_000) * (rounds + 1) + 3_000 * (minutes + 1)
-    assert 2 * dimension * rounds < size["up"] < (2 * dimension + 10_000) * (rounds + 1) + 3_000 * (minutes + 1)
+    assert 4 * dimension * rounds < size["down"] < (4 * dimension + 12_000) * (rounds + 1) + 3_000 * (minutes + 1)
+    assert 2 * dimension * rounds < size["up"] < (2 * dimension + 12_000) * (rounds + 1) + 3_000 * (minutes + 1)
 
 
 def _ends(packet: bytes) -> tuple[str, str]:
