@@ -6,6 +6,7 @@ linear layer does: nothing but the weights is rounded, and a record's result dep
 arithmetic, so that one record changes the results of all.
 """
 
+import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,7 @@ from fedllm.errors import ModelError
 
 Quantisation = Literal["int8", "nf4"]
 _BLOCK = 64  # values of nf4 with one scale: that of bitsandbytes and transformers
+_MISSING = "model.quantize=nf4 needs bitsandbytes. Run: pip install 'fedllm[quantize]'"
 _AT_ONCE = 1 << 22  # values that are quantised at once; a multiple of the block
 
 
@@ -94,6 +96,11 @@ def quantise(model: nn.Module, names: Iterable[str], kind: Quantisation) -> None
         setattr(model.get_submodule(parent), last, QuantisedLinear(weight, layer.bias, kind))
 
 
+def missing_for_nf4() -> str:
+    """Return what must be installed for nf4, with the command; empty if nothing."""
+    return "" if importlib.util.find_spec("bitsandbytes") else _MISSING
+
+
 @contextmanager
 def unseen() -> Iterator[None]:
     """Hide bitsandbytes from PEFT, which would import it wherever it is installed: two seconds in every process."""
@@ -141,5 +148,5 @@ def _functional() -> Any:
     try:
         from bitsandbytes import functional
     except ImportError:
-        raise ModelError("model.quantize=nf4 needs bitsandbytes. Run: pip install 'fedllm[quantize]'") from None
+        raise ModelError(_MISSING) from None
     return functional
