@@ -424,6 +424,7 @@ def _check_model(office: Office, name: str, rows: "Sequence[Row | DataError]") -
     """Load a permitted model, and turn every record into tokens."""
     from client.records import Declared, load_records
     from fedllm.training.model import load_base, load_reader, pick_device
+    from fedllm.training.quantised import missing_for_nf4
 
     data, own = office.data, office.config.data
     task: Literal["classification", "causal-lm"] = "classification" if own.labels else "causal-lm"
@@ -432,7 +433,10 @@ def _check_model(office: Office, name: str, rows: "Sequence[Row | DataError]") -
     load_base(model, pick_device(office.config.resources.device))
     declared = Declared(own.size or 0, office.config.policy.unit, own.labels)
     faults = load_records(rows, data, data.unit, declared, {name: reader}).wrong[name]
-    return [ok(f"model {name}: loaded, reads the records"), *_faults(f"model {name}", len(rows), faults)]
+    found = [ok(f"model {name}: loaded, reads the records")]
+    if "nf4" in office.config.policy.quantize and (missing := missing_for_nf4()):
+        found.append(ok(f"model {name}: until then, plans with it are declined: {missing}"))
+    return [*found, *_faults(f"model {name}", len(rows), faults)]
 
 
 def _check_mode(path: Path) -> CheckResult:

@@ -48,6 +48,8 @@ class SitePolicy(Frozen):
     """The most noise in a step. With more, rounds cost next to nothing, and their times could be read without end."""
     train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
     """Parts of an adapter that a plan may train."""
+    quantize: tuple[Literal["none", "int8", "nf4"], ...] = Field(("none", "int8", "nf4"), min_length=1)
+    """Values of `model.quantize` that a plan may have. All sites compute with the same base."""
     modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
     """Values of `privacy.mode` that a plan may have."""
     min_sites: int = Field(1, ge=1)
@@ -99,10 +101,13 @@ class SitePolicy(Frozen):
         if plan.privacy.delta > self.delta:
             raise PrivacyError(f"privacy.delta={plan.privacy.delta:g} is above the site's delta of {self.delta:g}")
 
-        if plan.privacy.mode not in self.modes:
-            raise PrivacyError(f"privacy.mode={plan.privacy.mode}; the policy permits {', '.join(self.modes)}")
-        if plan.adapter.train not in self.train:
-            raise PrivacyError(f"adapter.train={plan.adapter.train}; the policy permits {', '.join(self.train)}")
+        for asked, choice, permitted in (
+            ("privacy.mode", plan.privacy.mode, self.modes),
+            ("adapter.train", plan.adapter.train, self.train),
+            ("model.quantize", plan.model.quantize, self.quantize),
+        ):
+            if choice not in permitted:
+                raise PrivacyError(f"{asked}={choice}; the policy permits {', '.join(permitted)}")
         if plan.privacy.mode == "distributed" and plan.privacy.colluding_sites < self.colluding_sites:
             raise PrivacyError(
                 f"privacy.colluding_sites={plan.privacy.colluding_sites} is below the policy's {self.colluding_sites}"

@@ -109,6 +109,7 @@ policy:
   # max_noise_multiplier: 10
   # train: [B]            # parts of an adapter that a plan may train
   # modes: [local]        # of privacy
+  # quantize: [none]      # of model: none, int8 (8 bits), nf4 (4 bits)
   # min_sites: 3         # decline plans whose rounds count with fewer sites than this
   # colluding_sites: 1   # privacy.mode=distributed: decline plans that count with fewer sites on the server's side
   # peers:               # sites to add noise with (privacy.mode=distributed), and the fingerprints of their keys,

@@ -42,6 +42,10 @@ class ModelConfig(Frozen):
     """Classification: `native` uses the model's own head, `mean` averages the token states."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the frozen weights. `auto` takes what is faster here; the adapter is always float32."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Keep the frozen weights of the transformer's linear layers in 8 bits (`int8`) or 4 (`nf4`, which needs
+    `pip install 'fedllm[quantize]'`).
+    """
     compile: Literal["auto", "on", "off"] = "auto"
     """Run the transformer blocks under torch.compile in training. `auto`: if that is possible and saves time."""
     max_length: int = Field(256, ge=8, le=1_000_000)

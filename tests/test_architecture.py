@@ -27,6 +27,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "torch": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain", *STOCK),
     "transformers": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain", *STOCK),
     "peft": ("fedllm.training.", "fedllm.audit.", *STOCK),
+    "bitsandbytes": ("fedllm.training.quantised",),
     "opacus": ("fedllm.training.engine", "fedllm.audit.prv", *STOCK),
     "datasets": ("fedllm.training.data", "simulations."),
     "sqlite3": ("fedllm.privacy.ledger",),
@@ -300,6 +301,12 @@ def loaded_by(code: str) -> set[str]:
 
 HEAVY = {"torch", "transformers", "peft", "opacus", "datasets", "pandas", "pyarrow", "scipy", "matplotlib", "sqlite3",
          "dp_accounting", "safetensors", "tokenizers", "sklearn"}  # fmt: skip
+
+
+def test_only_a_base_in_four_bits_loads_bitsandbytes() -> None:
+    """PEFT would, wherever it is installed: two seconds in every process."""
+    code = "import fedllm.training.adapter, peft.import_utils as peft; assert peft.is_bnb_available()"
+    assert "bitsandbytes" not in loaded_by(code)
 
 
 @pytest.mark.parametrize("module", ["server.daemon", "client.relay"])

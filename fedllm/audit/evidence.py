@@ -557,7 +557,9 @@ def assess(
             local_steps=plan.training.local_steps,
             units_per_site=privacy.units_per_site or 0,
             seeded=privacy.insecure_seed is not None,
-            base_model=plan.model.source + (f" @ {plan.model.revision}" if plan.model.revision else ""),
+            base_model=plan.model.source
+            + (f" @ {plan.model.revision}" if plan.model.revision else "")
+            + (f" (model.quantize={plan.model.quantize})" if plan.model.quantize != "none" else ""),
             task=plan.model.task,
             adapter_rank=plan.adapter.rank,
             wire=plan.training.wire,

@@ -11,21 +11,22 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from fedllm.adapter_vector import AdapterSpec, TensorSpec
 from fedllm.config import AdapterConfig, ModelConfig
 from fedllm.errors import ModelError, first_line
-from fedllm.training.model import BaseModel, load_base, made_up, pick_dtype
+from fedllm.training.model import HEADS, BaseModel, linear_layers, load_base, made_up, pick_dtype, weights
 from fedllm.training.precision import SAME_LOGITS
+from fedllm.training.quantised import unseen
+
+with unseen():
+    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 _KEPT = "The run's checkpoint holds the right values. Is peft the version of constraints.txt, and the disk sound?"
-_HEADS = ("classifier", "score")  # PEFT trains and saves these of every sequence classifier
 _BENT = 1e4  # times by which logits are made large, so that a cap on them is seen
-_RELOAD = 1 << 30  # bytes of a base that may be loaded a second time
+_RELOAD = 1 << 30  # bytes of a base, in float32, that may be loaded a second time
 
 
 class AdapterModel:
@@ -119,12 +120,12 @@ def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32]
     Raises ModelError if they differ. Returns whether it was done: a base above 1 GiB is not loaded a second time.
     """
     live = adapter.model
-    if sum(p.numel() * p.element_size() for p in live.parameters()) > _RELOAD:
+    if weights(live) * 4 > _RELOAD:
         return False
     ids = made_up(adapter.vocabulary, 12).reshape(2, 6).to(adapter.device)
     # by another seed: whatever the checkpoint lacks is other for every user, unless it is in the file
     base = load_base(model, str(adapter.device), seed=1).model
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), unseen():
         warnings.simplefilter("ignore")  # of peft, on reading its own configuration
         try:
             fresh = PeftModel.from_pretrained(cast(Any, base), str(folder), is_trainable=True).eval()
@@ -162,11 +163,11 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
     blocks = int(getattr(base.model.config, "num_hidden_layers", 0))
     if adapter.layers is not None and max(adapter.layers) >= blocks:
         raise ModelError(f"adapter.layers={list(adapter.layers)}: the model has blocks 0 to {blocks - 1}")
-    linear = _linear_names(base.model)
+    linear = sorted({name.rpartition(".")[2] for name in linear_layers(base.model)})
     targets: Any = list(adapter.targets)
     if adapter.targets == "all-linear":  # PEFT's own "all-linear" does not go with a choice of layers
         targets = linear if adapter.layers is not None else "all-linear"
-    new = [name for name in base.new if name.partition(".")[0] not in _HEADS] or None
+    new = [name for name in base.new if name.partition(".")[0] not in HEADS] or None
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -185,7 +186,7 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
             f"adapter.targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(linear)}"
         )
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), unseen():
             warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 for an old property
             warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)  # of fused experts
             torch.manual_seed(seed)
@@ -239,18 +240,6 @@ def _joined(parameters: list[nn.Parameter]) -> nn.Parameter:
     for p, values in zip(parameters, torch.split(flat.detach(), [p.numel() for p in parameters]), strict=True):
         p.data = values.view(p.shape)
     return flat
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    """Return the last names of the linear layers inside the transformer, output heads left out."""
-    heads = {id(m) for n, m in model.named_children() if isinstance(m, nn.Linear) or n in _HEADS}
-    heads |= {id(inner) for m in model.children() if id(m) in heads for inner in m.modules()}
-    found = {
-        n.rpartition(".")[2]
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D) and id(m) not in heads
-    }
-    return sorted(found)
 
 
 def _split(model: PeftModel, vocabulary: int) -> tuple[nn.Module, nn.Module] | None:

@@ -29,7 +29,7 @@ from fedllm.training.adapter import AdapterModel
 from fedllm.training.compiling import Blocks, pays
 from fedllm.training.data import Batch, Example, PrivacyUnit, batches, collate, padded, passes
 from fedllm.training.losses import unit_losses
-from fedllm.training.model import made_up
+from fedllm.training.model import made_up, weights
 
 _log = logging.getLogger("fedllm.site")
 _TOGETHER = 8  # records of a pass at the most: more gain nothing
@@ -223,7 +223,7 @@ class Engine:
         self._blocks = Blocks(model)
         self._longest = adapter.positions  # tokens
         self._rehearsed: set[tuple[int, ...]] = set()
-        self._size = sum(p.numel() for p in model.parameters())
+        self._size = weights(model)
         self._compile = "off"  # or auto, which goes on without where it fails, or on
         # For a simulation's screen alone. Both are private: how many tokens were sampled tells of the records.
         self.tokens, self.seconds = 0, 0.0

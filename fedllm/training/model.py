@@ -20,13 +20,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from fedllm.config import ModelConfig
 from fedllm.errors import ConfigError, ModelError, first_line
+from fedllm.training.quantised import QuantisedLinear, quantise
 from fedllm.training.sources import resolve
 
+HEADS = ("classifier", "score")  # PEFT trains and saves these of every sequence classifier
 _UNLIMITED = 1 << 31
 _FILES = ("*.json", "*.safetensors", "*.bin")  # settings, weights, tokenizer: what a model is loaded from
 _PAYS_IN_BFLOAT16 = 20_000_000  # parameters; an estimate
@@ -40,7 +43,7 @@ class BaseModel:
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    digest: str  # SHA-256 over names, dtypes, shapes and bytes of all weights
+    digest: str  # SHA-256 over names, dtypes, shapes and bytes of all weights, before they are quantised
     positions: int  # the most tokens that a record may have
     vocabulary: int  # rows of its token embedding
     new: tuple[str, ...] = ()  # modules of a classifier that its checkpoint lacks, and that were drawn at random
@@ -127,7 +130,7 @@ def files_digest(config: ModelConfig, known: dict[str, Any]) -> str:
 
 
 def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
-    """Load model and tokenizer in float32 on `device`; raises ModelError with the remedy if that fails.
+    """Load model and tokenizer in float32 on `device`, quantised as `config` says; raises ModelError with the remedy.
 
     `seed` draws what the checkpoint of a classifier lacks. It must be the same at every party of a run.
     """
@@ -138,8 +141,8 @@ def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
         if getattr(shape, "quantization_config", None) is not None:
             raise ModelError(
                 f"model.source={config.source} holds quantised weights (4-bit and the like), which are not supported: "
-                "gradients of single units through them were never tested. Give the model as it was before, with "
-                "model.dtype=bfloat16 to save memory."
+                "their kernels may let one record change what others get. Give the model as it was before, with "
+                "model.quantize=nf4 or int8, or model.dtype=bfloat16, to save memory."
             )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
         # dropout off: it is no defence, and it would make a unit's gradient depend on a random draw
@@ -149,12 +152,28 @@ def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"model.source={config.source}: its tokenizer has neither a pad nor an eos token")
         tokenizer.pad_token_id = tokenizer.eos_token_id
+    digest = weights_digest(model)
+    if config.quantize != "none":
+        quantise(model, [name for name in linear_layers(model) if name not in new], config.quantize)
     positions, vocabulary = _limits(config, model, tokenizer)
     if config.task == "causal-lm":
         _check_causal(config, model, vocabulary)
     # by it decoders find a record's last token, which a classifier reads
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    return BaseModel(model.to(torch.device(device)), tokenizer, weights_digest(model), positions, vocabulary, new)
+    return BaseModel(model.to(torch.device(device)), tokenizer, digest, positions, vocabulary, new)
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers inside the transformer, output heads left out."""
+    heads = {id(m) for n, m in model.named_children() if isinstance(m, nn.Linear) or n in HEADS}
+    heads |= {id(inner) for m in model.children() if id(m) in heads for inner in m.modules()}
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and id(m) not in heads]
+
+
+def weights(model: nn.Module) -> int:
+    """Return how many weights a model has, whatever holds them."""
+    own = sum(p.numel() for p in model.parameters())
+    return own + sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantisedLinear))
 
 
 def _limits(config: ModelConfig, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -402,10 +421,9 @@ def pick_dtype(dtype: str, model: nn.Module) -> torch.dtype:
     """
     if dtype != "auto":
         return torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    parameters = list(model.parameters())
-    if sum(p.numel() for p in parameters) < _PAYS_IN_BFLOAT16:
+    if weights(model) < _PAYS_IN_BFLOAT16:
         return torch.float32
-    if parameters[0].device.type == "cuda":
+    if next(model.parameters()).device.type == "cuda":
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # torch has no public name for these
         faster = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

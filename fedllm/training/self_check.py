@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from fedllm.canonical import digest_of
 from fedllm.errors import Cancelled, PrivacyError
@@ -33,6 +34,7 @@ from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import IGNORE, Example, PrivacyUnit
 from fedllm.training.engine import Engine
 from fedllm.training.precision import SAME_SUM
+from fedllm.training.quantised import QuantisedLinear
 
 _ROUNDED = 0.05  # fraction of the clip norm that rounding to quanta may take, and some more
 _TAIL = math.log(1e9 * 2 * 100)  # -log of the chance of one tail of one comparison; fewer than 100 beside loops
@@ -40,6 +42,7 @@ _DRAWS = 1 << 16  # of noise, at the least: its deviation is known to 2 percent 
 _UNITS, _STEPS = 256, 512  # of the sampling
 _SIZES, _LONGEST = (1, 2, 1, 1), (7, 7, 7, 12)  # of the made-up units: records, and tokens of a record
 _ALONE = "With micro_batch=1 every record is computed alone: models with experts need that"
+_LARGE = 100.0  # activation; LLM.int8 treats columns apart from 6
 _POISON, _FIRST = 3, 4  # token of the unit whose gradient is not finite; first token of all others
 
 
@@ -337,6 +340,28 @@ def _keeps_bits(s: Subject, units: list[PrivacyUnit], width: int, thorough: bool
     )  # fmt: skip
 
 
+def large_activation_stays_its_units_own(s: Subject) -> str:
+    """A value far above all others in one unit, in a frozen layer, changes no bit of another unit's gradient.
+
+    Kernels of 8 bits may choose by the largest value of a batch which columns to compute otherwise (LLM.int8).
+    """
+    width = s.engine.shapes(s.plan.model.max_length)[-1][0]
+    rows = s.engine.rows(width, s.micro_batch)
+    if rows == 1:  # a pass of its own: there is nobody else in it
+        return ""
+    units = s.alike(width, width, rows)
+    s.adapter.load(s.start)
+    expected = s.engine.pass_gradients(units, width, s.micro_batch)
+    with _outlier(s.adapter.model, (rows, rows * width)) as planted:
+        found = s.engine.pass_gradients(units, width, s.micro_batch)
+    if not planted or torch.equal(found[0], expected[0]):
+        return "a large activation could not be planted in the first unit of a pass"
+    if torch.equal(found[1:], expected[1:]):
+        return ""
+    apart = max(s.differ(mine, right) for mine, right in zip(found[1:], expected[1:], strict=True))
+    return f"an activation of {_LARGE:g} in one unit changes another unit's gradient, by {apart:.3g} of its length"
+
+
 def unit_that_is_not_finite_counts_zero(s: Subject) -> str:
     """A NaN passes every clip: such a unit contributes nothing, and the others what they did."""
     healthy = s.units[0][0]
@@ -485,7 +510,9 @@ def weights_change_as_the_optimiser_says(s: Subject) -> str:
     rate = min(training.learning_rate, 1.0)  # a rate at which training overflows is for training to report
     plan = _with(s.plan, local_steps=2, learning_rate=rate)
     frozen = {n: p for n, p in adapter.model.named_parameters() if n not in adapter.trainable}
-    before = {name: (p.data_ptr(), p._version) for name, p in frozen.items()}
+    held = [m for m in adapter.model.modules() if isinstance(m, QuantisedLinear)]  # whose weights are no parameters
+    still = [*frozen.values(), *(values for layer in held for values in layer.buffers())]
+    before = [(p.data_ptr(), p._version) for p in still]
     small = {name: p.detach().clone() for name, p in frozen.items() if "lora_" in name}
     for _ in range(2):
         source = _Recorded(s.randomness())
@@ -501,7 +528,7 @@ def weights_change_as_the_optimiser_says(s: Subject) -> str:
                     f"the {what} of a round lie {np.linalg.norm(off):.3g} away from what the optimiser makes of the "
                     f"releases, which move them by {moved:.3g}"
                 )
-    if any(before[name] != (p.data_ptr(), p._version) for name, p in frozen.items()):
+    if before != [(p.data_ptr(), p._version) for p in still]:
         return "a frozen tensor of the model was written to"
     if any(not torch.equal(value, frozen[name]) for name, value in small.items()):
         return "a frozen part of the adapter changed"
@@ -599,7 +626,8 @@ CHECKS: dict[str, Check] = {
     check.__name__.replace("_", "-"): check
     for check in (
         clip_bounds_every_unit, clip_holds_at_every_length, sum_equals_the_slow_loop, micro_batch_changes_nothing,
-        order_changes_nothing, company_changes_no_bit, unit_that_is_not_finite_counts_zero, empty_batch_is_a_noisy_step,
+        order_changes_nothing, company_changes_no_bit, large_activation_stays_its_units_own,
+        unit_that_is_not_finite_counts_zero, empty_batch_is_a_noisy_step,
         noise_has_the_charged_deviation, noise_is_fresh, release_lies_on_the_grid, divisor_is_public,
         coins_are_poisson, charge_is_the_mechanism,
         weights_change_as_the_optimiser_says, sum_in_quanta_is_within_the_clip, share_has_its_deviation,
@@ -609,7 +637,7 @@ CHECKS: dict[str, Check] = {
 # These say something only if noise is added.
 _OF_NOISE = {
     "clip-bounds-every-unit", "clip-holds-at-every-length", "company-changes-no-bit",
-    "unit-that-is-not-finite-counts-zero",
+    "large-activation-stays-its-units-own", "unit-that-is-not-finite-counts-zero",
     "empty-batch-is-a-noisy-step", "noise-has-the-charged-deviation", "noise-is-fresh", "release-lies-on-the-grid",
     "charge-is-the-mechanism",
 }  # fmt: skip
@@ -738,6 +766,31 @@ def _equal_sizes(units: int, rate: float) -> float:
 
 def _embedding(model: nn.Module) -> nn.Embedding | None:
     return next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+
+
+@contextmanager
+def _outlier(model: nn.Module, rows: tuple[int, ...]) -> Iterator[list[bool]]:
+    """Let the first record have a large activation at the entrance of every frozen linear layer of the base.
+
+    `rows` are how many of them a layer is given that sees records. Yields a list that is empty until one has run.
+    """
+    met: list[bool] = []
+
+    def plant(_: nn.Module, x: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if x[0].shape[0] not in rows:  # what the records share, as relative positions are
+            return None
+        met.append(True)
+        states = x[0].clone()
+        states[0, ..., 0] = _LARGE
+        return (states, *x[1:])
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    hooks = [layer.register_forward_pre_hook(plant) for layer in layers]
+    try:
+        yield met
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

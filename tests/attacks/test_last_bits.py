@@ -60,25 +60,28 @@ def cancelling(spec: AdapterSpec) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize(
-    ("task", "persons", "threads", "longest"),
+    ("task", "persons", "threads", "longest", "quantize"),
     [
-        ("causal-lm", False, 1, 8),
-        ("causal-lm", True, 2, 40),
-        ("classification", True, 8, 40),
+        ("causal-lm", False, 1, 8, "none"),
+        ("causal-lm", True, 2, 40, "nf4"),
+        ("classification", True, 8, 40, "int8"),
         *(
-            pytest.param(task, persons, threads, longest, marks=pytest.mark.soak)
+            pytest.param(task, persons, threads, longest, quantize, marks=pytest.mark.soak)
             for task in ("causal-lm", "classification")
             for persons in (False, True)
             for threads in (1, 2, 3, 8)
             for longest in (8, 14, 40, 96, 300)
+            for quantize in ("none", "int8", "nf4")
         ),
     ],
 )
 def test_one_unit_more_moves_the_sum_by_its_own_part_and_not_by_the_last_bits_of_others(
-    base: Path, task: Any, persons: bool, threads: int, longest: int
+    base: Path, task: Any, persons: bool, threads: int, longest: int, quantize: Any
 ) -> None:
     labels = ("a", "b", "c") if task == "classification" else ()
-    model = ModelConfig(source=str(base), task=task, labels=labels, max_length=longest, dtype="float32")
+    model = ModelConfig(
+        source=str(base), task=task, labels=labels, max_length=longest, dtype="float32", quantize=quantize
+    )
     config = AdapterConfig(rank=16, train="AB", alpha=640.0, targets="all-linear")
     adapter = attach(load_base(model, "cpu"), model, config, 0)
     engine, rng = Engine(adapter), np.random.default_rng(0)

@@ -28,7 +28,7 @@ from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
-from fedllm.training import engine, losses, self_check, trainer
+from fedllm.training import engine, losses, model, self_check, trainer
 from fedllm.training.data import IGNORE, Batch, PrivacyUnit
 from fedllm.training.engine import Engine
 from fedllm.training.self_check import Subject
@@ -44,6 +44,7 @@ class Fault:
     invariant: str
     inject: Callable[[Patch], None] = lambda patch: None
     spoil: Callable[[Subject], None] = lambda subject: None
+    quantize: str = "none"  # shows on a base that is quantised so
     classifies: bool = False  # shows on a model with a classification head
     distributed: bool = False  # shows where noise comes in shares
 
@@ -195,6 +196,25 @@ def uncompiled_after_a_failure(patch: Patch) -> None:
         return total if len(units) < 2 else total * (1 + 2.0**-22)
 
     patch.setattr(Engine, "clipped_sum", faulty)
+
+
+def outlier_columns_of_the_batch(patch: Patch) -> None:
+    """LLM.int8 with its default threshold, 6.0: where any record is above it, a column is computed otherwise for all.
+
+    As bitsandbytes has it, layer and kernel, in evaluation mode, in which the base is.
+    """
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    def llm_int8(model: Any, names: Sequence[str], kind: str) -> None:
+        for name in names:
+            layer = model.get_submodule(name)
+            faulty = Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None,
+                                  has_fp16_weights=False, threshold=6.0)  # fmt: skip
+            faulty.weight, faulty.bias = Int8Params(layer.weight.data, requires_grad=False), layer.bias
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, faulty.to("cpu").eval())
+
+    patch.setattr(model, "quantise", llm_int8)
 
 
 def sum_in_float32(patch: Patch) -> None:
@@ -641,6 +661,8 @@ SELF_CHECK = [
     Fault("a pass has as many rows as are drawn", "company-changes-no-bit", rows_as_many_as_drawn),
     Fault("last bits depend on the place in a pass", "company-changes-no-bit", last_bits_by_place),
     Fault("one unit changes the code for all", "company-changes-no-bit", uncompiled_after_a_failure),
+    Fault("LLM.int8 takes outlier columns from the whole batch", "large-activation-stays-its-units-own",
+          outlier_columns_of_the_batch, quantize="int8"),
     Fault("the sum is rounded", "company-changes-no-bit", sum_in_float32),
     Fault("the loss is averaged over the batch", "micro-batch-changes-nothing", loss_averaged_over_the_batch),
     Fault("no noise is added", "empty-batch-is-a-noisy-step", no_noise),

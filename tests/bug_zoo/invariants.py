@@ -40,6 +40,8 @@ def plan_of(base: Path, **changes: Any) -> RunPlan:
     }  # fmt: skip
     training = {"rounds": 4, "local_steps": 2, "learning_rate": 0.1, "momentum": 0.9, "wire": "float32"}
     model: dict[str, Any] = {"source": str(base), "max_length": 32}
+    if (quantize := changes.pop("quantize", None)) is not None:
+        model["quantize"] = quantize
     whole: dict[str, Any] = {}
     if changes.pop("distributed", False):
         whole = {"sites": 6, "quorum": 4}

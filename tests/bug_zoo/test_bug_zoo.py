@@ -38,7 +38,7 @@ def open_subject(tiny_llama: Path) -> Open:
 @pytest.mark.parametrize("fault", SELF_CHECK, ids=lambda fault: fault.name)
 def test_the_self_check_finds(open_subject: Open, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     fault.inject(monkeypatch)
-    subject = open_subject(fault.classifies, distributed=fault.distributed)
+    subject = open_subject(fault.classifies, distributed=fault.distributed, quantize=fault.quantize)
     fault.spoil(subject)
     with pytest.raises(PrivacyError, match=f"^self-check {fault.invariant}: .* nothing was charged"):
         self_check.check(fault.invariant, subject)
@@ -62,6 +62,8 @@ def test_the_tests_find(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (True, {}),
         (False, {"sampling_rate": 1.0, "noise_multiplier": 4.0}),
         (False, {"sampling_rate": 0.003}),
+        (False, {"quantize": "int8"}),
+        (True, {"quantize": "nf4"}),
         (False, {"noise_multiplier": 0.01, "epsilon": 1e9}),
         (False, {"noise_multiplier": 1e5, "clip_norm": 1e-6}),
         (False, {"clip_norm": 1e6}),

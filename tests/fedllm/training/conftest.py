@@ -98,8 +98,10 @@ def model_config(base_folder: Callable[[str], Path]) -> Callable[[str], ModelCon
 def open_adapter(model_config: Callable[[str], ModelConfig]) -> Callable[..., AdapterModel]:
     """Return a function that puts a fresh adapter on a fresh base of a case."""
 
-    def open_case(case: str, seed: int = 0, dtype: str = "float32", **adapter: Any) -> AdapterModel:
-        config = model_config(case).model_copy(update={"dtype": dtype})
+    def open_case(
+        case: str, seed: int = 0, dtype: str = "float32", quantize: str = "none", **adapter: Any
+    ) -> AdapterModel:
+        config = model_config(case).model_copy(update={"dtype": dtype, "quantize": quantize})
         values = {"rank": 2, "alpha": 4.0, "train": "AB", **adapter}
         return attach(load_base(config, "cpu"), config, AdapterConfig(**values), seed)
 

@@ -260,24 +260,31 @@ def test_the_size_of_a_micro_batch_does_not_change_the_step(
 
 
 RECORDS, PERSONS = (1,) * 9, (1, 3, 1, 2, 1, 1, 2)
-PAIRS = [  # every type with every size, and every model; the rest in soak
-    ("llama", "float32", PERSONS),
-    ("gpt2", "bfloat16", PERSONS),
-    ("qwen2", "bfloat16", RECORDS),
-    ("gemma2", "float32", RECORDS),
-    ("bert-native", "bfloat16", RECORDS),
-    ("bert-mean", "float32", PERSONS),
+PAIRS = [  # every type with every size, every model and quantisation; the rest in soak
+    ("llama", "float32", "none", PERSONS),
+    ("llama", "float32", "nf4", PERSONS),
+    ("gpt2", "bfloat16", "none", PERSONS),
+    ("gpt2", "float32", "int8", RECORDS),
+    ("qwen2", "bfloat16", "none", RECORDS),
+    ("gemma2", "float32", "none", RECORDS),
+    ("bert-native", "bfloat16", "nf4", RECORDS),
+    ("bert-mean", "bfloat16", "int8", PERSONS),
 ]
 
 
 @conv1d
 @pytest.mark.parametrize(
-    ("case", "dtype", "sizes"),
+    ("case", "dtype", "quantize", "sizes"),
     [
         *PAIRS,
         *(
             pytest.param(*each, marks=pytest.mark.soak)
-            for each in itertools.product([pair[0] for pair in PAIRS], ["float32", "bfloat16"], [RECORDS, PERSONS])
+            for each in itertools.product(
+                dict.fromkeys(pair[0] for pair in PAIRS),
+                ["float32", "bfloat16"],
+                ["none", "int8", "nf4"],
+                [RECORDS, PERSONS],
+            )
             if each not in PAIRS
         ),
     ],
@@ -289,10 +296,11 @@ def test_a_units_part_of_the_sum_is_the_same_to_the_last_bit_whoever_else_is_dra
     random_vector: RandomVector,
     case: str,
     dtype: str,
+    quantize: str,
     sizes: tuple[int, ...],
 ) -> None:
     """In quanta far below the last bit of a gradient, whose sums are exact. One record fills its batch's width."""
-    adapter = open_adapter(case, dtype=dtype)
+    adapter = open_adapter(case, dtype=dtype, quantize=quantize)
     adapter.load(random_vector(adapter))
     engine, units = Engine(adapter), make_units(case, sizes=sizes)
     full = Example(np.arange(3, 19), np.asarray(1) if adapter.classifies else np.arange(3, 19))
