@@ -101,7 +101,7 @@ class SitePolicy(Frozen):
 
         if plan.privacy.mode not in self.modes:
             raise PrivacyError(f"privacy.mode={plan.privacy.mode}; the policy permits {', '.join(self.modes)}")
-        if plan.adapter.train not in self.train:
+        if plan.adapter.has_matrices and plan.adapter.train not in self.train:
             raise PrivacyError(f"adapter.train={plan.adapter.train}; the policy permits {', '.join(self.train)}")
         if plan.privacy.mode == "distributed" and plan.privacy.colluding_sites < self.colluding_sites:
             raise PrivacyError(
@@ -110,7 +110,7 @@ class SitePolicy(Frozen):
         if plan.quorum < self.min_sites:
             raise PrivacyError(f"quorum={plan.quorum} sites is below the policy's min_sites of {self.min_sites}")
         for asked, value, limit, most in (
-            ("adapter.rank", plan.adapter.rank, "max_rank", self.max_rank),
+            ("adapter.rank", plan.adapter.rank if plan.adapter.has_matrices else 0, "max_rank", self.max_rank),
             ("model.max_length", plan.model.max_length, "max_length", self.max_length),
             ("privacy.records_per_person", plan.privacy.records_per_person, "max_records_per_person",
              self.max_records_per_person),

@@ -116,6 +116,13 @@ class AdapterConfig(Frozen):
             "prefix": "prefix tuning", "ptuning": "P-tuning",
         }[self.method]  # fmt: skip
 
+    @property
+    def summary(self) -> str:
+        """The method and its size, in a few words."""
+        if self.virtual_tokens:
+            return f"{self.title}, {self.tokens} virtual tokens"
+        return f"{self.title} rank {self.rank}, trains {self.train}" if self.has_matrices else self.title
+
 
 def _written(value: object) -> str:
     """Return a default as it is written on a command line."""
