@@ -2,10 +2,11 @@
 
 One trainer holds all records, which is what sites with distributed noise come to; no network, no evaluation in between.
 
-OMP_NUM_THREADS=1 python -m simulations.benchmarks.methods demo
-OMP_NUM_THREADS=1 python -m simulations.benchmarks.methods banking77 --data DATA/banking77 --model MODELS/all-MiniLM-L6-v2
+python -m simulations.benchmarks.methods demo
+python -m simulations.benchmarks.methods banking77 --data DATA/banking77 --model MODELS/all-MiniLM-L6-v2
 """
 
+import json
 import math
 import time
 from enum import Enum
@@ -41,9 +42,9 @@ class Task(Enum):
 # Learning rates of Adam, the best of a few tried (docs/benchmarks.md): a step moves a value by about as much.
 _RATES = {
     Task.demo: {
-        "lora": 0.12, "rslora": 0.06, "dora": 0.12, "ia3": 0.12, "prompt": 0.12, "prefix": 0.12, "ptuning": 0.03,
+        "lora": 0.12, "rslora": 0.04, "dora": 0.12, "ia3": 0.12, "prompt": 0.12, "prefix": 0.5, "ptuning": 0.03,
     },
-    Task.banking77: {"lora": 0.1, "rslora": 0.1, "dora": 0.1, "ia3": 0.1, "prompt": 0.1, "ptuning": 0.03},
+    Task.banking77: {"lora": 0.5, "rslora": 0.5, "dora": 0.5, "ia3": 0.1, "prompt": 0.1, "ptuning": 0.1},
 }  # fmt: skip
 
 
@@ -69,9 +70,8 @@ def main(
         chosen = rate or _RATES[task][method]
         for target in parse_epsilons(epsilon):
             noise = 0.0 if target is None else calibrate(target, _DELTA, sampling, steps)
-            seconds, vector = 0.0, context.adapter.initial
-            before = evaluator.score(vector)
-            context.adapter.load(vector)
+            before = evaluator.score(context.adapter.initial)
+            context.adapter.load(context.adapter.initial)
             mechanism = Mechanism(config.privacy.clip_norm, noise, sampling)
             seconds = _train(context, units, mechanism, chosen, steps)
             after = evaluator.score(context.adapter.vector())
@@ -90,8 +90,12 @@ def _settings(task: Task, method: str, data: Path | None, model: Path | None, he
         if data is None or model is None:
             raise typer.BadParameter("banking77 needs --data and --model")
         overrides += [*banking77.SETTINGS, *banking77.sources(data, model), "adapter.layers=null", "privacy=local"]
-        overrides += ["adapter.alpha=16", "adapter.targets=all-linear", "model.dtype=float32"]
-    return parse(SimulationConfig, compose("config", overrides, None))
+        scale = 0.3 if method in ("lora", "rslora", "dora") else 16  # small beside the new layer's, as in encoder
+        overrides += [f"adapter.alpha={scale}", "adapter.targets=all-linear", "model.dtype=float32"]
+    values = compose("config", overrides, None)
+    if data is not None:
+        values["model"]["labels"] = json.loads((data / "labels.json").read_text("utf-8"))
+    return parse(SimulationConfig, values)
 
 
 def _units(config: SimulationConfig, context: ModelContext) -> tuple[PrivacyUnit, ...]:
