@@ -103,7 +103,7 @@ class SitePolicy(Frozen):
 
         for asked, choice, permitted in (
             ("privacy.mode", plan.privacy.mode, self.modes),
-            ("adapter.train", plan.adapter.train, self.train),
+            ("adapter.train", plan.adapter.train, self.train if plan.adapter.has_matrices else (plan.adapter.train,)),
             ("model.quantize", plan.model.quantize, self.quantize),
         ):
             if choice not in permitted:
@@ -115,7 +115,7 @@ class SitePolicy(Frozen):
         if plan.quorum < self.min_sites:
             raise PrivacyError(f"quorum={plan.quorum} sites is below the policy's min_sites of {self.min_sites}")
         for asked, value, limit, most in (
-            ("adapter.rank", plan.adapter.rank, "max_rank", self.max_rank),
+            ("adapter.rank", plan.adapter.rank if plan.adapter.has_matrices else 0, "max_rank", self.max_rank),
             ("model.max_length", plan.model.max_length, "max_length", self.max_length),
             ("privacy.records_per_person", plan.privacy.records_per_person, "max_records_per_person",
              self.max_records_per_person),

@@ -32,7 +32,7 @@ class AdapterSpec:
 
     base: str  # SHA-256 over the base model's weights
     frozen: str  # SHA-256 over the adapter's frozen tensors (A, if only B is trained)
-    scaling: float  # LoRA alpha / rank
+    scaling: float  # of LoRA: alpha / rank, alpha / sqrt(rank) of rsLoRA; 1 of other methods
     tensors: tuple[TensorSpec, ...]  # trainable, in the order of the flat vector
 
     @property

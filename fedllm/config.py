@@ -65,19 +65,27 @@ class ModelConfig(Frozen):
 
 
 class AdapterConfig(Frozen):
-    """The LoRA adapter (Hu et al. 2021)."""
+    """What is trained: LoRA (Hu et al. 2021), or another method of PEFT."""
 
-    rank: int = Field(8, ge=1, le=4096)
-    """Rank of the two LoRA matrices."""
-    alpha: float = Field(16.0, ge=1e-4, le=1e5)
-    """The adapter's output is multiplied by alpha / rank."""
-    targets: Annotated[tuple[Layer, ...], Field(max_length=1000)] | Literal["all-linear"] = "all-linear"
-    """Names of the linear layers that get an adapter, or `all-linear`."""
-    layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=10_000)], ...], Field(max_length=10_000)] | None = None
-    """Numbers of the transformer blocks that get an adapter, from 0. Null: all."""
-    train: Literal["AB", "B"] = "B"
-    """`B` trains B alone and keeps A at its seeded, shared initial value (FFA-LoRA, Sun et al. 2024); `AB` trains both.
+    method: Literal["lora", "rslora", "dora", "ia3", "prompt", "prefix", "ptuning"] = "lora"
+    """`lora`; `rslora`: LoRA times alpha / sqrt(rank); `dora`: LoRA, and the length of every row of the weights;
+    `ia3`: a factor for every output of `targets`; `prompt`: virtual tokens before every text; `ptuning`: the same,
+    computed by a small network; `prefix`: keys and values before every text, in every block.
     """
+    rank: int = Field(8, ge=1, le=4096)
+    """Rank of the two LoRA matrices (lora, rslora, dora)."""
+    alpha: float = Field(16.0, ge=1e-4, le=1e5)
+    """The LoRA matrices' output is multiplied by alpha / rank (lora, dora), or alpha / sqrt(rank) (rslora)."""
+    targets: Annotated[tuple[Layer, ...], Field(max_length=1000)] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get an adapter, or `all-linear` (lora, rslora, dora, ia3)."""
+    layers: Annotated[tuple[Annotated[int, Field(ge=0, lt=10_000)], ...], Field(max_length=10_000)] | None = None
+    """Numbers of the transformer blocks that get an adapter, from 0. Null: all (lora, rslora, dora, ia3)."""
+    train: Literal["AB", "B"] = "B"
+    """`B` trains B alone and keeps A at its seeded, shared initial value (FFA-LoRA, Sun et al. 2024); `AB` trains both
+    (lora, rslora, dora). The other methods train all that they have.
+    """
+    tokens: int = Field(20, ge=1, le=10_000)
+    """Virtual tokens (prompt, prefix, ptuning). Together with `model.max_length` they fit the model's positions."""
 
     @model_validator(mode="after")
     def _validate(self) -> "AdapterConfig":
@@ -85,7 +93,44 @@ class AdapterConfig(Frozen):
             raise ValueError(
                 "targets and layers: name at least one, or all-linear for all targets and null for all layers"
             )
+        used = {"method"} | ({"tokens"} if self.virtual_tokens else {"targets", "layers"})
+        used |= {"rank", "alpha", "train"} if self.has_matrices else set()
+        fields = type(self).model_fields
+        idle = [name for name in fields if name not in used and getattr(self, name) != fields[name].default]
+        if idle:
+            remedy = " ".join(f"adapter.{name}={_written(fields[name].default)}" for name in idle)
+            raise ValueError(f"method={self.method} has no {', '.join(idle)}. Set {remedy}")
         return self
+
+    @property
+    def has_matrices(self) -> bool:
+        """Whether the method has LoRA's two matrices."""
+        return self.method in ("lora", "rslora", "dora")
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Virtual tokens before every text; 0 if the method has none."""
+        return self.tokens if self.method in ("prompt", "prefix", "ptuning") else 0
+
+    @property
+    def title(self) -> str:
+        """What people call the method."""
+        return {
+            "lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "ia3": "IA3", "prompt": "prompt tuning",
+            "prefix": "prefix tuning", "ptuning": "P-tuning",
+        }[self.method]  # fmt: skip
+
+    @property
+    def summary(self) -> str:
+        """The method and its size, in a few words."""
+        if self.virtual_tokens:
+            return f"{self.title}, {self.tokens} virtual tokens"
+        return f"{self.title} rank {self.rank}, trains {self.train}" if self.has_matrices else self.title
+
+
+def _written(value: object) -> str:
+    """Return a default as it is written on a command line."""
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class PrivacyConfig(Frozen):

@@ -561,7 +561,8 @@ def assess(
             + (f" @ {plan.model.revision}" if plan.model.revision else "")
             + (f" (model.quantize={plan.model.quantize})" if plan.model.quantize != "none" else ""),
             task=plan.model.task,
-            adapter_rank=plan.adapter.rank,
+            adapter_method=plan.adapter.title,
+            adapter_rank=plan.adapter.rank if plan.adapter.has_matrices else 0,
             wire=plan.training.wire,
         ),
         sites=sites,

@@ -89,7 +89,8 @@ class Claim(Frozen):
     seeded: bool
     base_model: str
     task: str
-    adapter_rank: int
+    adapter_method: str
+    adapter_rank: int  # 0: the method has none
     wire: str
 
 

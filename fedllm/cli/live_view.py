@@ -85,7 +85,7 @@ class Screen:
         privacy = plan.privacy
         lines = Table.grid(padding=(0, 2))
         lines.add_row("model", Text(plan.model.source))
-        lines.add_row("adapter", f"LoRA rank {plan.adapter.rank}, trains {plan.adapter.train}")
+        lines.add_row("adapter", plan.adapter.summary)
         lines.add_row(
             "sites", Text(", ".join(sites[:10]) + (f" and {len(sites) - 10} more" if len(sites) > 10 else ""))
         )

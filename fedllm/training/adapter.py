@@ -1,10 +1,14 @@
-"""A LoRA adapter on a base model: PEFT's layers and file format, one flat float32 vector to the outside."""
+"""An adapter on a base model: PEFT's methods and file format, one flat float32 vector to the outside."""
 
+import contextlib
 import copy
 import hashlib
 import math
+import re
 import threading
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from fedllm.adapter_vector import AdapterSpec, TensorSpec
 from fedllm.config import AdapterConfig, ModelConfig
@@ -22,11 +28,23 @@ from fedllm.training.precision import SAME_LOGITS
 from fedllm.training.quantised import unseen
 
 with unseen():
-    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft import (
+        IA3Config,
+        LoraConfig,
+        PeftConfig,
+        PeftModel,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        get_peft_model,
+        get_peft_model_state_dict,
+    )
 
 _KEPT = "The run's checkpoint holds the right values. Is peft the version of constraints.txt, and the disk sound?"
 _BENT = 1e4  # times by which logits are made large, so that a cap on them is seen
 _RELOAD = 1 << 30  # bytes of a base, in float32, that may be loaded a second time
+_OWN = ("lora_", "ia3_", "prompt_encoder.")  # in the names of what PEFT adds to a model
+_PREFIX = 0.02  # deviation of the first keys and values of a prefix: PEFT's own, 1, drowns the text
 
 
 class AdapterModel:
@@ -39,7 +57,8 @@ class AdapterModel:
         """Take `model`, which is `base` with an adapter in it."""
         self.model, self.tokenizer = model, base.tokenizer
         self.positions, self.vocabulary = base.positions, base.vocabulary  # tokens of a record, and different ones
-        self.classifies = model.peft_config["default"].task_type == "SEQ_CLS"
+        self.config = model.peft_config["default"]
+        self.classifies = self.config.task_type == "SEQ_CLS"
         self.lock = threading.RLock()
         parameters = dict(model.named_parameters())
         self._trainable = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -68,13 +87,36 @@ class AdapterModel:
         """Return a copy of the current values, float32[d]."""
         return self.flat.detach().cpu().numpy().copy()
 
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits [N, T, vocabulary] of the text's own tokens, or [N, classes], for [N, T] each."""
+        return _logits(self.model, input_ids, attention_mask)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """Return the tokens, int64[N, new], that `generate` of transformers adds to texts padded on the left.
+
+        PEFT 0.21's own gives other tokens than the model's logits if there are virtual ones: transformers 5 does not
+        tell it any more where a text begins. So the base generates, and is given what PEFT makes of the virtual tokens.
+        """
+        if not self.config.is_prompt_learning:
+            whole: Tensor = self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+            return whole[:, input_ids.shape[1] :]
+        base: Any = self.model.get_base_model()
+        inputs, given = _prompted(self.model, input_ids, attention_mask), 0
+        if "input_ids" in inputs:  # as if it had read tokens before the text
+            blank = input_ids.new_full((len(input_ids), self.config.num_virtual_tokens), options["pad_token_id"])
+            inputs["input_ids"] = torch.cat([blank, input_ids], dim=1)
+            given = inputs["input_ids"].shape[1]
+        with _quiet():
+            new: Tensor = base.generate(**inputs, **options)
+        return new[:, given:]
+
     def load(self, vector: NDArray[np.float32]) -> None:
         """Set the values from float32[d]; raises SpecMismatch on another shape."""
         self.spec.split(vector)  # which checks it
         with torch.no_grad():
             self.flat.copy_(torch.from_numpy(vector.copy()))
 
-    def most_apart(self, a: torch.Tensor, b: torch.Tensor) -> str:
+    def most_apart(self, a: Tensor, b: Tensor) -> str:
         """Return the tensor in which two vectors, [d], differ most, and by what share of its length: for people."""
         sizes = [math.prod(tensor.shape) for tensor in self.spec.tensors]
         parts = zip(self.spec.tensors, torch.split(a, sizes), torch.split(b, sizes), strict=True)
@@ -89,29 +131,49 @@ class AdapterModel:
         """
         folder.mkdir(parents=True, exist_ok=True)
         values = {name: torch.from_numpy(array.copy()) for name, array in self.spec.split(vector).items()}
-        state = get_peft_model_state_dict(
-            self.model, state_dict={**self.model.state_dict(), **values}, save_embedding_layers=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            state = get_peft_model_state_dict(
+                self.model, state_dict={**self.model.state_dict(), **values}, save_embedding_layers=False
+            )
+        if self.config.is_prompt_learning:  # which PEFT takes from the live values
+            state["prompt_embeddings"] = self._virtual(values)
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / "adapter_model.safetensors"
         )
         self._check_file(folder / "adapter_model.safetensors", values)
-        config = copy.deepcopy(self.model.peft_config["default"])
+        config = copy.deepcopy(self.config)
         config.base_model_name_or_path, config.inference_mode = base, True
         config.save_pretrained(str(folder))
 
-    def _check_file(self, path: Path, values: dict[str, torch.Tensor]) -> None:
+    def _check_file(self, path: Path, values: dict[str, Tensor]) -> None:
         """Raise ModelError unless the file at `path` holds `values` and the frozen part of the adapter."""
         kept = ("lora_", ".modules_to_save.default.")
         live = {
             name: p.detach().cpu() for name, p in self.model.named_parameters() if any(part in name for part in kept)
         }
         right = {_saved_name(name): value for name, value in {**live, **values}.items()}
+        if self.config.is_prompt_learning:
+            right = {name: value for name, value in right.items() if not name.startswith("prompt_encoder.")}
+            right["prompt_embeddings"] = self._virtual(values)
         found = load_file(path)
         wrong = sorted(set(found) - set(right))
         wrong += [name for name in right if name not in found or not torch.equal(found[name], right[name])]
         if wrong:
             raise ModelError(f"{path} does not hold what was trained: {', '.join(wrong[:3])}. {_KEPT}")
+
+    def _virtual(self, values: dict[str, Tensor]) -> Tensor:
+        """Return the virtual tokens that trained `values` stand for, [tokens, width]: what PEFT saves.
+
+        Of `ptuning`, this is what its network computes. The network itself serves training alone and is not saved.
+        """
+        encoder = cast(Any, self.model.prompt_encoder)["default"]
+        start = "prompt_encoder.default."
+        own = {name.removeprefix(start): value.to(self.device) for name, value in values.items() if start in name}
+        with torch.no_grad():
+            tokens = torch.arange(self.config.num_virtual_tokens, device=self.device)
+            found: Tensor = functional_call(encoder, own, (tokens[None],))[0]
+        return found.cpu()
 
 
 def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32], model: ModelConfig) -> bool:
@@ -128,19 +190,23 @@ def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32]
     with warnings.catch_warnings(), torch.no_grad(), unseen():
         warnings.simplefilter("ignore")  # of peft, on reading its own configuration
         try:
-            fresh = PeftModel.from_pretrained(cast(Any, base), str(folder), is_trainable=True).eval()
+            # virtual tokens are loaded as they are used: PEFT would make `ptuning` a new network to train
+            trains = not adapter.config.is_prompt_learning
+            fresh = PeftModel.from_pretrained(cast(Any, base), str(folder), is_trainable=trains).eval()
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(f"the adapter saved in {folder} does not load ({str(error)[:200]}). {_KEPT}") from error
         dtype = next((p.dtype for p in live.parameters() if p.dtype != torch.float32), torch.float32)
+        for name, p in fresh.named_parameters():  # which tells what stays in float32
+            p.requires_grad_(p.requires_grad or name in adapter.trainable)
         _narrow(fresh, dtype)
         with adapter.lock:
             before = adapter.vector()
             try:
                 adapter.load(vector)
-                trained = live(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+                trained = adapter.logits(ids, torch.ones_like(ids)).float()
             finally:
                 adapter.load(before)
-        saved = fresh(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+        saved = _logits(fresh, ids, torch.ones_like(ids)).float()
     apart = float((saved - trained).norm() / trained.norm().clamp(min=1e-30))
     if not apart <= SAME_LOGITS[dtype]:
         raise ModelError(
@@ -152,49 +218,57 @@ def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32]
 
 def _saved_name(name: str) -> str:
     """Return the name of a parameter in PEFT's file: the adapter is not named there, whatever it was called."""
-    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+    name = re.sub(r"(\.modules_to_save)?\.default(?=\.|$)", "", name)
+    return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what transformers 5 says of how PEFT 0.21 calls it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*past_key_values", FutureWarning)
+        yield
+
+
+def _logits(model: PeftModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    with _quiet() if model.peft_config["default"].is_prompt_learning else contextlib.nullcontext():
+        output: Tensor = cast(Any, model)(input_ids=input_ids, attention_mask=attention_mask).logits
+    return output[:, -input_ids.shape[1] :] if output.ndim == 3 else output
+
+
+def _prompted(model: PeftModel, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """Return what PEFT gives to a base model, or to its transformer, for a text: virtual tokens, then the text's.
+
+    Padding on the left stands between the two: it is masked, and counts as no position.
+    """
+    records, tokens = len(input_ids), model.peft_config["default"].num_virtual_tokens
+    mask = torch.cat([attention_mask.new_ones((records, tokens)), attention_mask], dim=1)
+    prompts: Any = model.get_prompt(records)
+    if model.peft_config["default"].peft_type == "PREFIX_TUNING":  # a cache of keys and values
+        return {"input_ids": input_ids, "attention_mask": mask, "past_key_values": prompts}
+    text = cast(Any, model).word_embeddings(input_ids)
+    return {"inputs_embeds": torch.cat([prompts.to(text.dtype), text], dim=1), "attention_mask": mask}
 
 
 def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: int) -> AdapterModel:
     """Put a fresh adapter on `base` (which it takes over). Equal arguments give equal initial values everywhere.
 
-    Raises ModelError if the targets do not exist, or a trainable layer is not a linear one.
+    Raises ModelError if the targets do not exist, or the method does not fit the model.
     """
-    blocks = int(getattr(base.model.config, "num_hidden_layers", 0))
-    if adapter.layers is not None and max(adapter.layers) >= blocks:
-        raise ModelError(f"adapter.layers={list(adapter.layers)}: the model has blocks 0 to {blocks - 1}")
-    linear = sorted({name.rpartition(".")[2] for name in linear_layers(base.model)})
-    targets: Any = list(adapter.targets)
-    if adapter.targets == "all-linear":  # PEFT's own "all-linear" does not go with a choice of layers
-        targets = linear if adapter.layers is not None else "all-linear"
-    new = [name for name in base.new if name.partition(".")[0] not in HEADS] or None
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=0.0,
-        target_modules=targets,
-        layers_to_transform=list(adapter.layers) if adapter.layers is not None else None,
-        bias="none",
-        task_type="CAUSAL_LM" if model.task == "causal-lm" else "SEQ_CLS",
-        # trained and saved whole, as the head is: who loads the adapter gets the same
-        modules_to_save=new,
-        exclude_modules=new,
-    )
-    unknown = sorted(set(targets) - set(linear)) if isinstance(targets, list) else []
-    if unknown:
-        raise ModelError(
-            f"adapter.targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(linear)}"
-        )
+    linear = _check_choice(base, model, adapter)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), unseen():
             warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 for an old property
             warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)  # of fused experts
             torch.manual_seed(seed)
+            config = _peft_config(base, model, adapter)
             peft_model = cast(PeftModel, get_peft_model(cast(Any, base.model), config))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        about = f"adapter.method={adapter.method}"
+        if adapter.has_matrices:
+            about = f"adapter.targets={adapter.targets}"
         raise ModelError(
-            f"adapter.targets={adapter.targets} does not fit the model ({first_line(error)}). Its linear layers: "
-            f"{', '.join(linear)}"
+            f"{about} does not fit the model ({first_line(error)}). Its linear layers: {', '.join(linear)}"
         ) from error
     fused = sorted(getattr(peft_model.peft_config["default"], "target_parameters", None) or ())
     if fused:  # PEFT adapts them by a factor on the parameter, which has no rows of single records
@@ -203,17 +277,124 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
             f"({', '.join(fused)}), through which every record's tokens go at once, so that they have no gradients of "
             f"single records. Give adapter.targets=[{','.join(linear)}]."
         )
-    for module in peft_model.modules():  # of a new head, a norm stays as it is: only linear layers are trained
-        if not isinstance(module, nn.Linear):
+    _freeze(peft_model, adapter)
+    if adapter.method == "prefix":
+        with torch.no_grad():
+            cast(Any, peft_model.prompt_encoder)["default"].embedding.weight.mul_(_PREFIX)
+    peft_model.eval()
+    if adapter.virtual_tokens:
+        _check_padding(peft_model, base, adapter)
+    _narrow(peft_model, pick_dtype(model.dtype, base.model))
+    scaling = {"rslora": adapter.alpha / math.sqrt(adapter.rank)}.get(adapter.method, adapter.alpha / adapter.rank)
+    base = replace(base, positions=base.positions - adapter.virtual_tokens)
+    return AdapterModel(peft_model, base, scaling if adapter.has_matrices else 1.0)
+
+
+def _check_choice(base: BaseModel, model: ModelConfig, adapter: AdapterConfig) -> list[str]:
+    """Raise ModelError if a model lacks the chosen layers or positions; return the last names of its linear layers."""
+    blocks = int(getattr(base.model.config, "num_hidden_layers", 0))
+    if adapter.layers is not None and max(adapter.layers) >= blocks:
+        raise ModelError(f"adapter.layers={list(adapter.layers)}: the model has blocks 0 to {blocks - 1}")
+    room = base.positions - adapter.virtual_tokens
+    if model.max_length > room:
+        raise ModelError(
+            f"adapter.tokens={adapter.tokens} and model.max_length={model.max_length} are more than the "
+            f"{base.positions} positions that {model.source} has. Lower one of them."
+        )
+    linear = sorted({name.rpartition(".")[2] for name in linear_layers(base.model)})
+    unknown = sorted(set(adapter.targets) - set(linear)) if adapter.targets != "all-linear" else []
+    if unknown:
+        raise ModelError(
+            f"adapter.targets: no linear layer is called {', '.join(unknown)}; there are {', '.join(linear)}"
+        )
+    return linear
+
+
+def _freeze(model: PeftModel, adapter: AdapterConfig) -> None:
+    """Leave trainable what PEFT adds, A only if it is to be trained, and the linear layers of a new head."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) and not any(own in f"{name}." for own in _OWN):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-    if adapter.train == "B":
-        for name, parameter in peft_model.named_parameters():
+    if adapter.has_matrices and adapter.train == "B":
+        for name, parameter in model.named_parameters():
             if "lora_A" in name:
                 parameter.requires_grad_(False)
-    peft_model.eval()
-    _narrow(peft_model, pick_dtype(model.dtype, base.model))
-    return AdapterModel(peft_model, base, adapter.alpha / adapter.rank)
+
+
+def _peft_config(base: BaseModel, model: ModelConfig, adapter: AdapterConfig) -> PeftConfig:
+    """Return what PEFT calls the configuration of an adapter."""
+    # trained and saved whole, as the head is: who loads the adapter gets the same
+    new = [name for name in base.new if name.partition(".")[0] not in HEADS] or None
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM" if model.task == "causal-lm" else "SEQ_CLS", "modules_to_save": new,
+    }  # fmt: skip
+    if adapter.virtual_tokens:
+        common["num_virtual_tokens"] = adapter.tokens
+        if adapter.method == "prompt":  # tokens of the vocabulary: Lester et al. 2021
+            return PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **common)
+        return PrefixTuningConfig(**common) if adapter.method == "prefix" else PromptEncoderConfig(**common)
+    linear = linear_layers(base.model)
+    if adapter.method == "ia3":  # which names layers whole: PEFT has no choice of blocks for it
+        chosen = [name for name in linear if _chosen(name, adapter)]
+        # where a layer reads anything else than the model's states, it is what it reads that is scaled, as in the paper
+        width = cast(Any, base.model.config).get_text_config().hidden_size
+        inner = [name for name in chosen if _inputs(base.model.get_submodule(name)) != width]
+        return IA3Config(target_modules=chosen, feedforward_modules=inner, exclude_modules=new, **common)
+    targets: Any = list(adapter.targets)
+    if adapter.targets == "all-linear":  # PEFT's own "all-linear" does not go with a choice of layers
+        targets = "all-linear"
+        if adapter.layers is not None:
+            targets = sorted({name.rpartition(".")[2] for name in linear})
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        layers_to_transform=list(adapter.layers) if adapter.layers is not None else None,
+        bias="none",
+        exclude_modules=new,
+        use_rslora=adapter.method == "rslora",
+        use_dora=adapter.method == "dora",
+        **common,
+    )
+
+
+def _chosen(name: str, adapter: AdapterConfig) -> bool:
+    """Whether a linear layer is one of `adapter.targets` in one of `adapter.layers`."""
+    block = re.search(r"\.(\d+)\.", name)
+    return (adapter.targets == "all-linear" or name.rpartition(".")[2] in adapter.targets) and (
+        adapter.layers is None or (block is not None and int(block[1]) in adapter.layers)
+    )
+
+
+def _inputs(layer: nn.Module) -> int:
+    """Return how many values a linear layer reads."""
+    return int(cast(Any, layer).nx if isinstance(layer, Conv1D) else cast(nn.Linear, layer).in_features)
+
+
+def _check_padding(model: PeftModel, base: BaseModel, adapter: AdapterConfig) -> None:
+    """Raise ModelError if the model does not take virtual tokens, or if padding a text changes what it makes of it."""
+    device = next(model.parameters()).device
+    ids = made_up(base.vocabulary, 12).reshape(2, 6).to(device)
+    pad = torch.full_like(ids[:, :3], cast(Any, base.tokenizer).pad_token_id)
+    mask = torch.ones_like(ids)
+    remedy = "Use adapter.method=lora."
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain = _logits(model, ids, mask)
+            padded = _logits(model, torch.cat([ids, pad], 1), torch.cat([mask, torch.zeros_like(pad)], 1))
+    except Exception as error:  # of PEFT, which knows what a model takes, or of the model
+        raise ModelError(
+            f"adapter.method={adapter.method} does not fit the model ({first_line(error)}). {remedy}"
+        ) from error
+    padded = padded[:, : ids.shape[1]] if plain.ndim == 3 else padded
+    if not torch.allclose(plain, padded, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
+        raise ModelError(
+            f"adapter.method={adapter.method} does not fit the model: with virtual tokens, it takes padding for text "
+            f"(a decoder that classifies finds a text's end by its tokens, and is given their embeddings). {remedy}"
+        )
 
 
 def _narrow(model: PeftModel, dtype: torch.dtype) -> None:
@@ -242,8 +423,10 @@ def _joined(parameters: list[nn.Parameter]) -> nn.Parameter:
     return flat
 
 
-def _split(model: PeftModel, vocabulary: int) -> tuple[nn.Module, nn.Module] | None:
+def _split(model: PeftModel, vocabulary: int) -> tuple[Callable[..., Any], nn.Module] | None:
     """Return transformer and output head of a causal LM, where the second after the first is all there is to it.
+
+    The transformer takes input_ids and attention_mask, and returns states of virtual tokens before those of the text.
 
     Some models scale or cap their logits in between, so equality is measured once, on a few tokens, with logits as
     they are and with large ones: a cap does not bend those far below it.
@@ -256,7 +439,7 @@ def _split(model: PeftModel, vocabulary: int) -> tuple[nn.Module, nn.Module] | N
     ids = made_up(vocabulary, 8)[None].to(next(model.parameters()).device)
 
     def same(times: float) -> bool:
-        states: list[torch.Tensor] = []
+        states: list[Tensor] = []
 
         def scale(_: nn.Module, __: Any, output: Any) -> Any:
             output.last_hidden_state = output.last_hidden_state * times
@@ -274,7 +457,19 @@ def _split(model: PeftModel, vocabulary: int) -> tuple[nn.Module, nn.Module] | N
         return expected.shape == whole.shape and torch.allclose(expected, whole, rtol=1e-4, atol=1e-5 * times)
 
     with torch.no_grad():
-        return (transformer, head) if same(1.0) and same(_BENT) else None
+        if not (same(1.0) and same(_BENT)):
+            return None
+        if not model.peft_config["default"].is_prompt_learning:
+            return transformer, head
+
+        def prompted(input_ids: Tensor, attention_mask: Tensor) -> Any:
+            with _quiet():
+                return transformer(**_prompted(model, input_ids, attention_mask))
+
+        mask = torch.ones_like(ids)
+        states = prompted(ids, mask).last_hidden_state[:, -ids.shape[1] :]
+        fits = torch.allclose(head(states), _logits(model, ids, mask), rtol=1e-4, atol=1e-5)
+        return (prompted, head) if fits else None
 
 
 def _digest(parameters: dict[str, nn.Parameter]) -> str:

@@ -123,13 +123,16 @@ def pays(parameters: int, units: float, max_length: int, device: torch.device) -
 
 
 def _adapted_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks with trainable layers: of the outermost list of modules that has any."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            found = [block for block in module if any(p.requires_grad for p in block.parameters())]
-            if found:
-                return found
-    return []
+    """Return the blocks with trainable layers: of the outermost list of modules that has any.
+
+    None has any if only virtual tokens are trained: they go through all blocks, which are the longest list.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for module in lists:
+        found = [block for block in module if any(p.requires_grad for p in block.parameters())]
+        if found:
+            return found
+    return list(max(lists, key=len, default=[]))
 
 
 @contextmanager

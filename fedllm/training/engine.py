@@ -4,6 +4,10 @@ A privacy unit's gradient is the gradient of its own loss. Every trainable layer
 weights, as ever; only its backward pass differs: it returns one weight gradient a unit, by a batched product of what
 autograd holds anyway. They land in one matrix, a row a unit, so that norm, clip and sum are one operation each.
 Noise and optimiser come after, and not necessarily here.
+
+An adapter that trains anything else than linear layers (DoRA, IA3, virtual tokens) has its records computed one at a
+time, by plain autograd of PEFT's own model: nothing of another record is there then. From some millions of parameters
+on, every adapter is computed so, because one record makes an efficient pass (`Engine.rows`).
 """
 
 import logging
@@ -201,24 +205,17 @@ class Engine:
     """Takes DP-SGD steps on one adapter model, and leaves the model usable for everything else."""
 
     def __init__(self, adapter: AdapterModel) -> None:
-        """Give every trainable layer of `adapter` per-unit gradients.
-
-        Raises ModelError if a trainable tensor does not belong to a linear layer.
-        """
+        """Give every trainable layer of `adapter` per-unit gradients; raises ModelError if the model mixes records."""
         self._adapter = adapter
         model: nn.Module = adapter.model
-        for parent in list(model.modules()):
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+        # whether every record is computed by itself, since not all that is trained is weights of linear layers
+        self.alone = bool(set(adapter.trainable.values()) - {p for layer in linear for p in layer.parameters()})
+        for parent in list(model.modules()) if not self.alone else ():
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear) and child.weight.requires_grad:
                     setattr(parent, name, _PerUnitLinear(child))
         self._layers = [layer for layer in model.modules() if isinstance(layer, _PerUnitLinear)]
-        covered = {p for layer in self._layers for p in layer.parameters()}
-        orphans = [name for name, p in adapter.trainable.items() if p not in covered]
-        if orphans:
-            raise ModelError(
-                f"trainable tensors outside linear layers have no per-unit gradient: {', '.join(orphans[:5])}. "
-                "Choose adapter.targets among linear layers."
-            )
         self._leaves: dict[nn.Parameter, Tensor] = {}  # while in `per_unit`
         self._blocks = Blocks(model)
         self._longest = adapter.positions  # tokens
@@ -227,7 +224,8 @@ class Engine:
         self._compile = "off"  # or auto, which goes on without where it fails, or on
         # For a simulation's screen alone. Both are private: how many tokens were sampled tells of the records.
         self.tokens, self.seconds = 0, 0.0
-        self._check_rows()
+        if not self.alone:
+            self._check_rows()
         self._check_separation()
 
     def _check_rows(self) -> None:
@@ -300,7 +298,14 @@ class Engine:
         `checkpointing`: recompute activations in the backward pass. Raises ModelError if model.compile=on and the
         model cannot be compiled.
         """
+        if checkpointing and plan.adapter.method == "prefix":
+            raise ModelError(
+                "site.checkpointing: a block that is computed again would find the keys and values of a prefix twice. "
+                "Set site.checkpointing=false, or use another adapter.method."
+            )
         self._blocks.checkpointing = checkpointing
+        if self.alone:
+            _log.info("adapter.method=%s: every record is computed by itself", plan.adapter.method)
         adapter, wish, longest = self._adapter, plan.model.compile, plan.model.max_length
         if self._compile != "off" or wish == "off":
             return
@@ -356,7 +361,7 @@ class Engine:
         If one record makes an efficient pass, it has a pass to itself, on all threads: nothing depends on other
         records.
         """
-        if self.compiled or self._size * width * torch.get_num_threads() >= _LARGE:
+        if self.alone or self.compiled or self._size * width * torch.get_num_threads() >= _LARGE:
             return 1
         return max(1, min(_TOGETHER, _TOKENS // width, micro_batch))
 
@@ -486,11 +491,28 @@ class Engine:
             return self._gradients(batch)[: len(units)]
 
     def _gradients(self, batch: Batch) -> Tensor:
+        if self.alone:
+            return _added(
+                torch.stack([self._gradient(batch, row) for row in range(len(batch.unit_of_row))]),
+                batch.unit_of_row, batch.units,
+            )  # fmt: skip
         with self._per_unit(batch) as leaves:
             parts = torch.autograd.grad(  # zeros for a layer that the loss does not depend on
                 unit_losses(self._adapter, batch).sum(), leaves, allow_unused=True, materialize_grads=True
             )
         return torch.cat([part.flatten(1).float() for part in parts], dim=1)
+
+    def _gradient(self, batch: Batch, row: int) -> Tensor:
+        """Return what a record adds to the gradient of its unit, float32[d], computed with no other record at hand."""
+        here, owner = slice(row, row + 1), batch.unit_of_row[row]
+        alone = Batch(batch.input_ids[here], batch.attention_mask[here], batch.labels[here], owner.new_zeros(1), 1)
+        with self._blocks.running(alone):
+            parts = torch.autograd.grad(
+                unit_losses(self._adapter, alone).sum(), list(self._adapter.trainable.values()),
+                allow_unused=True, materialize_grads=True,
+            )  # fmt: skip
+        records = int((batch.unit_of_row == owner).sum())  # a unit's loss is the mean over its records
+        return torch.cat([part.reshape(-1).float() for part in parts]) / records
 
     @contextmanager
     def _per_unit(self, batch: Batch) -> Iterator[list[Tensor]]:

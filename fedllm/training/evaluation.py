@@ -119,15 +119,15 @@ class Evaluator:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         device = self._adapter.device
-        output = self._adapter.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+        output = self._adapter.generate(
+            ids.to(device),
+            mask.to(device),
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=list(self._end.tokens) or None,
         )
-        answers = [self._end.cut(answer) for answer in output[:, width:].tolist()]
+        answers = [self._end.cut(answer) for answer in output.tolist()]
         texts = [str(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
         return [(text.partition(self._end.text)[0] if self._end.text else text).strip() for text in texts]
 

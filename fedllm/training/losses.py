@@ -28,7 +28,7 @@ def token_losses(adapter: AdapterModel, batch: Batch) -> tuple[Tensor, Tensor]:
     else:
         transformer, head = adapter.split
         states: Any = transformer(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        states_NTD = states.last_hidden_state
+        states_NTD = states.last_hidden_state[:, -targets_NT.shape[1] - 1 :]  # without virtual tokens
     states_MD, targets_M = states_NTD[rows, columns], targets_NT[rows, columns]
     own = zip(torch.split(states_MD, counts), torch.split(targets_M, counts), strict=True)
     return torch.cat([_own_losses(head, *each) for each in own]), rows
@@ -96,9 +96,7 @@ def unit_losses(adapter: AdapterModel, batch: Batch) -> Tensor:
 
 def logits(adapter: AdapterModel, batch: Batch) -> Tensor:
     """Return the model's logits, [N, T, vocabulary] or [N, classes]."""
-    output: Any = adapter.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    result: Tensor = output.logits
-    return result
+    return adapter.logits(batch.input_ids, batch.attention_mask)
 
 
 def _mean_by(group: Tensor, values: Tensor, groups: int) -> Tensor:

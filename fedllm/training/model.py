@@ -76,9 +76,17 @@ class MeanPooledClassifier(nn.Module):
         self.classifier = nn.Linear(self.config.hidden_size, labels, bias=False)
         nn.init.zeros_(self.classifier.weight)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: object) -> SequenceClassifierOutput:
-        """Return logits[N, labels] for input_ids[N, T]."""
-        states_NTD = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+    @property
+    def device(self) -> torch.device:
+        """Where it lives: PEFT asks."""
+        return self.classifier.weight.device
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Any = None, inputs_embeds: Tensor | None = None, **_: Any
+    ) -> SequenceClassifierOutput:
+        """Return logits[N, labels] for input_ids[N, T], or for inputs_embeds[N, T, D] in their place."""
+        given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        states_NTD = self.encoder(attention_mask=attention_mask, **given).last_hidden_state.float()
         mask_NT1 = attention_mask.unsqueeze(-1).to(states_NTD.dtype)
         mean_ND = (states_NTD * mask_NT1).sum(1) / mask_NT1.sum(1).clamp(min=1)
         return SequenceClassifierOutput(logits=self.classifier(F.normalize(mean_ND, dim=-1)))

@@ -134,8 +134,12 @@ class Subject:
 
     @cached_property
     def start(self) -> NDArray[np.float32]:
-        """Adapter values at which no gradient vanishes, float32[d]."""
-        return (normals(SeededRandomness(0, "public"), self.adapter.spec.dimension) * 0.05).astype(np.float32)
+        """Adapter values at which no gradient vanishes, float32[d].
+
+        LoRA's lie around 0; factors and virtual tokens are of a size, around which these lie.
+        """
+        drawn = (normals(SeededRandomness(0, "public"), self.adapter.spec.dimension) * 0.05).astype(np.float32)
+        return drawn + self.adapter.initial if self.engine.alone else drawn
 
     @cached_property
     def _source(self) -> Randomness:
@@ -169,11 +173,11 @@ class Subject:
         for record in unit:
             ids = torch.from_numpy(record.input_ids).to(self.adapter.device)[None]
             labels = torch.from_numpy(np.atleast_1d(record.labels)).to(self.adapter.device)
-            output: Any = self.adapter.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            logits = self.adapter.logits(ids, torch.ones_like(ids)).float()
             if self.adapter.classifies:
-                loss = F.cross_entropy(output.logits.float(), labels)
+                loss = F.cross_entropy(logits, labels)
             else:
-                loss = F.cross_entropy(output.logits[0, :-1].float(), labels[1:], ignore_index=IGNORE)
+                loss = F.cross_entropy(logits[0, :-1], labels[1:], ignore_index=IGNORE)
             parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             total += torch.cat([part.reshape(-1).float() for part in parts]) / len(unit)
         return total

@@ -47,6 +47,7 @@ class Fault:
     quantize: str = "none"  # shows on a base that is quantised so
     classifies: bool = False  # shows on a model with a classification head
     distributed: bool = False  # shows where noise comes in shares
+    method: str = "lora"  # adapter.method of the subject
 
 
 # ---- the clip --------------------------------------------------------------------------------------------------------
@@ -450,6 +451,14 @@ def frozen_part_trained_without_noise(patch: Patch) -> None:
     patch.setattr(Engine, "step", faulty)
 
 
+def gradient_of_the_whole_batch(subject: Subject) -> None:
+    """Records that are computed one at a time share a pass, and each gets what all of them give."""
+    engine: Any = subject.engine
+    honest = engine._gradients
+    engine.rows = lambda width, micro_batch: min(4, micro_batch)
+    engine._gradients = lambda batch: honest(batch).sum(0, keepdim=True).repeat(batch.units, 1)
+
+
 # ---- accounting ------------------------------------------------------------------------------------------------------
 
 
@@ -650,6 +659,8 @@ def checks_remembered_by_hash(patch: Patch) -> None:
 
 SELF_CHECK = [
     Fault("the mean of a batch is clipped", "sum-equals-the-slow-loop", clip_of_the_mean),
+    Fault("a gradient is summed over the batch", "sum-equals-the-slow-loop", spoil=gradient_of_the_whole_batch,
+          method="ia3"),
     Fault("every tensor is clipped by itself", "clip-bounds-every-unit", clip_per_tensor),
     Fault("adapter and head are clipped apart", "clip-bounds-every-unit", head_clipped_apart, classifies=True),
     Fault("a person's records are clipped one by one", "clip-bounds-every-unit", clip_per_record),

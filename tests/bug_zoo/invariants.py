@@ -49,13 +49,16 @@ def plan_of(base: Path, **changes: Any) -> RunPlan:
         training |= {"local_steps": 1, "momentum": 0.0}
     if changes.pop("classifies", False):
         model |= {"task": "classification", "labels": ["a", "b", "c"]}
+    adapter: dict[str, Any] = {"rank": 2, "targets": ["q_proj", "v_proj"]}
+    if (method := changes.pop("method", "lora")) != "lora":
+        adapter = {"method": method}
     others = ("clipping", "insecure_seed", "records_per_person")
     for key, value in changes.items():
         (privacy if key in privacy or key in others else training)[key] = value
     return parse(
         RunPlan,
         {
-            **whole, "run": "zoo", "seed": 3, "model": model, "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+            **whole, "run": "zoo", "seed": 3, "model": model, "adapter": adapter,
             "privacy": privacy, "training": training,
         },
     )  # fmt: skip

@@ -38,7 +38,9 @@ def open_subject(tiny_llama: Path) -> Open:
 @pytest.mark.parametrize("fault", SELF_CHECK, ids=lambda fault: fault.name)
 def test_the_self_check_finds(open_subject: Open, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     fault.inject(monkeypatch)
-    subject = open_subject(fault.classifies, distributed=fault.distributed, quantize=fault.quantize)
+    subject = open_subject(
+        fault.classifies, distributed=fault.distributed, quantize=fault.quantize, method=fault.method
+    )
     fault.spoil(subject)
     with pytest.raises(PrivacyError, match=f"^self-check {fault.invariant}: .* nothing was charged"):
         self_check.check(fault.invariant, subject)

@@ -1,0 +1,134 @@
+"""One data set, every adapter method: trained values, bytes of an update, CPU time and score.
+
+One trainer holds all records, which is what sites with distributed noise come to; no network, no evaluation in between.
+
+python -m simulations.benchmarks.methods demo
+python -m simulations.benchmarks.methods banking77 --data DATA/banking77 --model MODELS/all-MiniLM-L6-v2
+"""
+
+import json
+import math
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from fedllm.cli.hydra_config import compose
+from fedllm.config import SimulationConfig
+from fedllm.privacy.accounting import calibrate
+from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.randomness import OsRandomness
+from fedllm.training.data import Drawn, PrivacyUnit, Tokeniser, build_units, read_table
+from fedllm.training.evaluation import Evaluator, Score
+from fedllm.training.model_context import ModelContext, open_context
+from fedllm.values import parse
+from simulations.benchmarks import banking77
+from simulations.benchmarks.bench import EpsilonOption, machine, parse_epsilons
+
+_DELTA = 1e-5
+
+
+class Task(Enum):
+    """What is learned."""
+
+    demo = "demo"
+    banking77 = "banking77"
+
+
+# Learning rates of Adam, the best of a few tried (docs/benchmarks.md): a step moves a value by about as much.
+_RATES = {
+    Task.demo: {
+        "lora": 0.12, "rslora": 0.04, "dora": 0.12, "ia3": 0.12, "prompt": 0.12, "prefix": 0.5, "ptuning": 0.03,
+    },
+    Task.banking77: {"lora": 0.5, "rslora": 0.5, "dora": 0.5, "ia3": 0.1, "prompt": 0.1, "ptuning": 0.1},
+}  # fmt: skip
+
+
+def main(
+    task: Task,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set, for banking77.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of the base model, for banking77.")] = None,
+    epsilon: EpsilonOption = "8,3",
+    methods: Annotated[str | None, typer.Option(help="Comma-separated. Default: all that go with the model.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate, instead of each method's own.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="DP steps.")] = 8,
+    sampling: Annotated[float, typer.Option(help="Sampling rate.")] = 0.03,
+    heldout: Annotated[int, typer.Option(help="Held-out records that are scored.")] = 200,
+) -> None:
+    """Train every method for a few DP steps, and print a table."""
+    console = Console(width=200)
+    console.print("| method | rate | epsilon | trained values | bytes of an update | before | after | CPU s a step |")
+    console.print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for method in methods.split(",") if methods else _RATES[task]:
+        config = _settings(task, method, data, model, heldout)
+        context = open_context(config.model, config.adapter, 0, "cpu")
+        units, evaluator = _units(config, context), _evaluator(config, context)
+        chosen = rate or _RATES[task][method]
+        for target in parse_epsilons(epsilon):
+            noise = 0.0 if target is None else calibrate(target, _DELTA, sampling, steps)
+            before = evaluator.score(context.adapter.initial)
+            context.adapter.load(context.adapter.initial)
+            mechanism = Mechanism(config.privacy.clip_norm, noise, sampling)
+            seconds = _train(context, units, mechanism, chosen, steps)
+            after = evaluator.score(context.adapter.vector())
+            values = context.adapter.spec.dimension
+            console.print(
+                f"| {method} | {chosen:g} | {'off' if target is None else f'{target:g}'} | {values:,} | {2 * values:,} "
+                f"| {_metric(before)} | {_metric(after)} | {seconds / steps:.1f} |",
+                soft_wrap=True,
+            )
+    console.print(f"\n{machine()}", soft_wrap=True)
+
+
+def _settings(task: Task, method: str, data: Path | None, model: Path | None, heldout: int) -> SimulationConfig:
+    overrides = ["name=methods", f"adapter.method={method}", "data.samples=0", f"data.heldout_limit={heldout}"]
+    if task is Task.banking77:
+        if data is None or model is None:
+            raise typer.BadParameter("banking77 needs --data and --model")
+        overrides += [*banking77.SETTINGS, *banking77.sources(data, model), "adapter.layers=null", "privacy=local"]
+        scale = 0.3 if method in ("lora", "rslora", "dora") else 16  # small beside the new layer's, as in encoder
+        overrides += [f"adapter.alpha={scale}", "adapter.targets=all-linear", "model.dtype=float32"]
+    values = compose("config", overrides, None)
+    if data is not None:
+        values["model"]["labels"] = json.loads((data / "labels.json").read_text("utf-8"))
+    return parse(SimulationConfig, values)
+
+
+def _units(config: SimulationConfig, context: ModelContext) -> tuple[PrivacyUnit, ...]:
+    tokeniser = Tokeniser(context.adapter.tokenizer, config.model, config.data, context.adapter.vocabulary)
+    unit = config.data.unit if config.privacy.unit == "person" else None
+    table = read_table(config.data.train, config.data.train_split, config.data)
+    return build_units(table, tokeniser, unit, config.privacy.records_per_person)
+
+
+def _evaluator(config: SimulationConfig, context: ModelContext) -> Evaluator:
+    tokeniser = Tokeniser(context.adapter.tokenizer, config.model, config.data, context.adapter.vocabulary)
+    table = read_table(config.data.heldout or "", config.data.heldout_split, config.data)
+    count = min(config.data.heldout_limit or len(table), len(table))
+    some = table.select([i * len(table) // count for i in range(count)])
+    return Evaluator(context.adapter, some, tokeniser, config.data, 64)
+
+
+def _train(
+    context: ModelContext, units: tuple[PrivacyUnit, ...], mechanism: Mechanism, rate: float, steps: int
+) -> float:
+    """Take DP steps of Adam, the rate falling to a tenth by a cosine; return the CPU seconds."""
+    began, source = time.process_time(), OsRandomness()
+    adam = torch.optim.Adam([context.adapter.flat], lr=rate, betas=(0.9, 0.99))
+    optimizer = context.engine.optimizer(adam, mechanism, mechanism.sampling_rate * len(units), source)
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = rate * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+        context.engine.step(optimizer, Drawn(units, mechanism.sample(len(units), source)), 64)
+    return time.process_time() - began
+
+
+def _metric(score: Score) -> str:
+    return f"{score.perplexity:.3f}" if score.accuracy is None else f"{score.accuracy:.3f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
