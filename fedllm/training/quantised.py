@@ -61,7 +61,7 @@ class QuantisedLinear(nn.Linear):
         """Raises ModelError if a weight is not finite, or nf4 is not installed."""
         nn.Module.__init__(self)  # that of nn.Linear makes float32 weights
         self.out_features, self.in_features = weight_OI.shape
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]
         codes, scales = (_int8 if kind == "int8" else _nf4)(weight_OI.detach().float().cpu())
         if not scales.isfinite().all():
             raise ModelError("the model has weights that are NaN or infinite, expected finite ones. Is its file sound?")
