@@ -289,8 +289,14 @@ def test_a_plan_beyond_policy_is_declined_before_records_and_ledger_are_touched(
 @pytest.mark.parametrize("step", ["prepare", "train"])
 @pytest.mark.parametrize(
     "limits",
-    [{"run_epsilon": 2.0}, {"max_rank": 1}, {"train": ("AB",)}, {"modes": ("off",)}, {"min_sites": 4},
-     {"quantize": ("int8", "nf4")}],
+    [
+        {"run_epsilon": 2.0},
+        {"max_rank": 1},
+        {"train": ("AB",)},
+        {"modes": ("off",)},
+        {"min_sites": 4},
+        {"quantize": ("int8", "nf4")},
+    ],
     ids=lambda v: next(iter(v)),
 )
 def test_every_limit_of_the_policy_holds_before_records_and_ledger_are_touched(
