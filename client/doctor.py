@@ -435,7 +435,7 @@ def _check_model(office: Office, name: str, rows: "Sequence[Row | DataError]") -
     faults = load_records(rows, data, data.unit, declared, {name: reader}).wrong[name]
     found = [ok(f"model {name}: loaded, reads the records")]
     if "nf4" in office.config.policy.quantize and (missing := missing_for_nf4()):
-        found.append(ok(f"model {name}: until then, plans with it are declined: {missing}"))
+        found.append(ok(f"{missing}. Until then, plans with it are declined"))
     return [*found, *_faults(f"model {name}", len(rows), faults)]
 
 

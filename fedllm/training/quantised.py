@@ -61,7 +61,7 @@ class QuantisedLinear(nn.Linear):
         """Raises ModelError if a weight is not finite, or nf4 is not installed."""
         nn.Module.__init__(self)  # that of nn.Linear makes float32 weights
         self.out_features, self.in_features = weight_OI.shape
-        self.bias = bias  # type: ignore[assignment]
+        self.register_parameter("bias", bias)
         codes, scales = (_int8 if kind == "int8" else _nf4)(weight_OI.detach().float().cpu())
         if not scales.isfinite().all():
             raise ModelError("the model has weights that are NaN or infinite, expected finite ones. Is its file sound?")
@@ -127,9 +127,9 @@ def _int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 def _nf4(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Return uint8[n / 2, 1], two values each, and float32[n / 64]: of the n weights in a row, filled up by zeros."""
     flat = weight_OI.reshape(-1)
-    blocks = torch.split(F.pad(flat, (0, -len(flat) % _BLOCK)), _AT_ONCE)
+    pieces = torch.split(F.pad(flat, (0, -len(flat) % _BLOCK)), _AT_ONCE)
     # a scale for each block, and none for the scales: its error would be of nobody's use
-    parts = [_functional().quantize_4bit(part, blocksize=_BLOCK, quant_type="nf4") for part in blocks]
+    parts = [_functional().quantize_4bit(part, blocksize=_BLOCK, quant_type="nf4") for part in pieces]
     return torch.cat([codes for codes, _ in parts]), torch.cat([state.absmax for _, state in parts])
 
 
