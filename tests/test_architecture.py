@@ -24,7 +24,13 @@ STOCK = (  # what others do, to compare with
 
 # Third party -> the only modules (or packages, with a dot at the end) that may import it. One concept, one file.
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "torch": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain", *STOCK),
+    "torch": (
+        "fedllm.training.",
+        "fedllm.audit.",
+        "simulations.demo.pretrain",
+        "simulations.benchmarks.methods",
+        *STOCK,
+    ),
     "transformers": ("fedllm.training.", "fedllm.audit.", "simulations.demo.pretrain", *STOCK),
     "peft": ("fedllm.training.", "fedllm.audit.", *STOCK),
     "bitsandbytes": ("fedllm.training.quantised",),

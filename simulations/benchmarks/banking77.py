@@ -49,16 +49,6 @@ PUBLIC = (
 )
 
 
-def sources(data: Path, model: Path) -> tuple[str, ...]:
-    """Return the settings that name the folders of data set and base model."""
-    return (
-        f"model.source={model}",
-        f"model.labels={data / 'labels.json'}",
-        f"data.train={data / 'train.jsonl'}",
-        f"data.heldout={data / 'test.jsonl'}",
-    )
-
-
 def main(
     data: DataOption,
     model: ModelOption,
@@ -69,7 +59,13 @@ def main(
     overrides: OverrideArgument = None,
 ) -> None:
     """Test accuracy with differential privacy and without."""
-    benchmark = Benchmark("banking77", "accuracy", 3, SETTINGS + sources(data, model), public=PUBLIC)
+    sources = (
+        f"model.source={model}",
+        f"model.labels={data / 'labels.json'}",
+        f"data.train={data / 'train.jsonl'}",
+        f"data.heldout={data / 'test.jsonl'}",
+    )
+    benchmark = Benchmark("banking77", "accuracy", 3, SETTINGS + sources, public=PUBLIC)
     run(benchmark, epsilon, seeds, out, overrides or [], Console(), mode)
 
 
