@@ -102,6 +102,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "all-linear": {},
     "bfloat16": {"dtype": "bfloat16"},
     "compiled": {"compile": "on"},
+    "int8": {"quantize": "int8"},
+    "nf4": {"quantize": "nf4"},
 }
 
 
