@@ -84,7 +84,8 @@ class Screen:
         self._plan, self._trained = plan, trained
         privacy = plan.privacy
         lines = Table.grid(padding=(0, 2))
-        lines.add_row("model", Text(plan.model.source))
+        quantised = f", {plan.model.quantize}" if plan.model.quantize != "none" else ""
+        lines.add_row("model", Text(plan.model.source + quantised))
         lines.add_row("adapter", plan.adapter.summary)
         lines.add_row(
             "sites", Text(", ".join(sites[:10]) + (f" and {len(sites) - 10} more" if len(sites) > 10 else ""))
