@@ -34,7 +34,7 @@ class SitePolicy(Frozen):
     max_rank: int = Field(64, ge=1)
     """The largest rank of an adapter."""
     max_length: int = Field(1024, ge=8)
-    """The most tokens of a record."""
+    """The most tokens of a record, `adapter.tokens` before it included."""
     # as many as resources.micro_batch: one pass
     max_records_per_person: int = Field(64, ge=1)
     """The most records of one person that a plan may use."""
@@ -114,9 +114,11 @@ class SitePolicy(Frozen):
             )
         if plan.quorum < self.min_sites:
             raise PrivacyError(f"quorum={plan.quorum} sites is below the policy's min_sites of {self.min_sites}")
+        tokens = plan.adapter.virtual_tokens  # a record is longer by them
         for asked, value, limit, most in (
             ("adapter.rank", plan.adapter.rank if plan.adapter.has_matrices else 0, "max_rank", self.max_rank),
-            ("model.max_length", plan.model.max_length, "max_length", self.max_length),
+            ("model.max_length" + " and adapter.tokens" * (tokens > 0), plan.model.max_length + tokens, "max_length",
+             self.max_length),
             ("privacy.records_per_person", plan.privacy.records_per_person, "max_records_per_person",
              self.max_records_per_person),
             ("training.local_steps", plan.training.local_steps, "max_local_steps", self.max_local_steps),

@@ -169,14 +169,17 @@ def make_plan(tiny_llama: Path) -> MakePlan:
     """Return a function that makes a plan for the tiny model; sections are given as dictionaries."""
 
     def make(
-        run: str = "run-1", privacy: dict[str, Any] | None = None, training: dict[str, Any] | None = None
+        run: str = "run-1",
+        privacy: dict[str, Any] | None = None,
+        training: dict[str, Any] | None = None,
+        adapter: dict[str, Any] | None = None,
     ) -> RunPlan:
         values = {
             "run": run,
             "seed": 3,
             "quorum": 3,
             "model": {"source": str(tiny_llama), "max_length": 32},
-            "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
+            "adapter": adapter or {"rank": 2, "targets": ["q_proj", "v_proj"]},
             "privacy": {
                 "mode": "local", "unit": "record", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0,
                 "sampling_rate": 0.5, "units_per_site": 24, "noise_multiplier": 1.5, **(privacy or {}),
@@ -307,6 +310,12 @@ def test_every_limit_of_the_policy_holds_before_records_and_ledger_are_touched(
     assert office.loader.calls == 0
     assert not office.ledger_path.exists()
     assert any(next(iter(limits)) in record.getMessage() or "permits" in record.getMessage() for record in site_log)
+
+
+def test_virtual_tokens_count_towards_the_length_of_a_record(tmp_path: Path, make_plan: MakePlan) -> None:
+    plan = make_plan(adapter={"method": "prefix", "tokens": 8})
+    assert reason(Office(tmp_path / "a", plan, max_length=39).prepare()) == "policy"
+    assert isinstance(Office(tmp_path / "b", plan, max_length=40).prepare(), Ready)
 
 
 def test_a_plan_at_the_limits_of_the_policy_is_admitted(tmp_path: Path, make_plan: MakePlan) -> None:
