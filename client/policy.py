@@ -101,13 +101,13 @@ class SitePolicy(Frozen):
         if plan.privacy.delta > self.delta:
             raise PrivacyError(f"privacy.delta={plan.privacy.delta:g} is above the site's delta of {self.delta:g}")
 
-        for asked, choice, permitted in (
+        for asked, wanted, permitted in (
             ("privacy.mode", plan.privacy.mode, self.modes),
             ("adapter.train", plan.adapter.train, self.train if plan.adapter.has_matrices else (plan.adapter.train,)),
             ("model.quantize", plan.model.quantize, self.quantize),
         ):
-            if choice not in permitted:
-                raise PrivacyError(f"{asked}={choice}; the policy permits {', '.join(permitted)}")
+            if wanted not in permitted:
+                raise PrivacyError(f"{asked}={wanted}; the policy permits {', '.join(permitted)}")
         if plan.privacy.mode == "distributed" and plan.privacy.colluding_sites < self.colluding_sites:
             raise PrivacyError(
                 f"privacy.colluding_sites={plan.privacy.colluding_sites} is below the policy's {self.colluding_sites}"
