@@ -32,9 +32,9 @@ _HEAD = """\
 
 Each cell was tried on a small model of random weights, on a CPU. **yes** means: the adapter is attached, the whole
 self-check passes (it compares the private gradients with a slow loop, and sees that no record changes another's part to
-the last bit), and the saved adapter gives the same logits in plain PEFT. **alone** is yes with `site.micro_batch=1`
-(`micro_batch=1` in a `site.yaml`): experts compute the tokens of several records together, in which the last bits mix.
-A number is a refusal, with the reason below.
+the last bit), and the saved adapter gives the same logits in plain PEFT. A number is a refusal, with the reason below.
+Models with experts (Mixtral, Qwen3-MoE) have their records computed one at a time: experts would compute the tokens of
+several records together, in which the last bits mix.
 
 - **attention**: LoRA in the attention layers alone. **all-linear**: in every linear layer. The other columns are as
   "attention", and with
@@ -113,7 +113,7 @@ def rows() -> list[tuple[Family, str]]:
     return [(f, task) for f in DECODERS for task in (causal, classes)] + [(f, classes) for f in ENCODERS]
 
 
-def attempt(family: Family, task: str, column: str, folder: Path, micro_batch: int = 8) -> str:
+def attempt(family: Family, task: str, column: str, folder: Path) -> str:
     """Return why an architecture cannot be trained in this way, or nothing if it can. `folder` holds a small one."""
     classifies = {"labels": LABELS, "pooling": family.pooling} if task == "classification" else {}
     model = ModelConfig(**{
@@ -131,8 +131,8 @@ def attempt(family: Family, task: str, column: str, folder: Path, micro_batch: i
         attached = attach(load_base(model, "cpu"), model, adapter, 0)
         engine = Engine(attached)
         engine.set_up(plan, checkpointing=False)
-        engine.rehearse(micro_batch, model.max_length)
-        subject = Subject(attached, engine, plan, OsRandomness, micro_batch)
+        engine.rehearse(8, model.max_length)
+        subject = Subject(attached, engine, plan, OsRandomness, 8)
         self_check(subject)
         attached.save(subject.start, folder / "adapter", model.source)
         check_saved(folder / "adapter", attached, subject.start, model)
@@ -148,15 +148,6 @@ def small_model(family: Family) -> Iterator[Path]:
         yield make(Path(place) / "model", family.kind, MASKED if family.encodes else CAUSAL, **family.settings)
 
 
-def cell(family: Family, task: str, column: str, folder: Path) -> tuple[str, str]:
-    """Return what a cell of the table says, or nothing and why not."""
-    found = attempt(family, task, column, folder)
-    if "With micro_batch=1" in found:
-        found = attempt(family, task, column, folder, micro_batch=1)
-        return ("", found) if found else ("alone", "")
-    return ("", found) if found else ("yes", "")
-
-
 def page() -> str:
     """Try everything and return the whole page."""
     transformers.logging.disable_progress_bar()
@@ -167,8 +158,8 @@ def page() -> str:
         with small_model(family) as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for column in COLUMNS:
-                said, why = cell(family, task, column, folder)
-                cells.append(said or str(reasons.setdefault(why, len(reasons) + 1)))
+                found = attempt(family, task, column, folder)
+                cells.append(str(reasons.setdefault(found, len(reasons) + 1)) if found else "yes")
         lines.append(f"| {family.name} | {task} | {' | '.join(cells)} |")
     notes = [f"{number}. {re.sub('([_*<>|])', _ESCAPED, reason)}" for reason, number in reasons.items()]
     return _HEAD + "\n".join(lines) + "\n\n## Why not\n\n" + "\n".join(notes) + "\n"

@@ -28,7 +28,7 @@ def test_the_page_has_every_row_and_a_reason_for_every_refusal(
     for row in written.values():
         assert list(row) == list(support.COLUMNS)
         said |= set(row.values())
-    assert said - {"yes", "alone"} == reasons
+    assert said - {"yes"} == reasons
 
 
 @pytest.mark.parametrize("name", ["Qwen3-MoE", "Falcon"])
@@ -36,9 +36,8 @@ def test_a_row_says_what_is_found(written: dict[tuple[str, str], dict[str, str]]
     family = next(family for family in support.DECODERS if family.name == name)
     with support.small_model(family) as folder:
         for column in ("attention", "all-linear"):
-            said, why = support.cell(family, "causal-lm", column, folder)
-            assert (said or why) in (written[name, "causal-lm"][column], why)
-            assert bool(why) == written[name, "causal-lm"][column].isdigit()
+            found = support.attempt(family, "causal-lm", column, folder)
+            assert bool(found) == written[name, "causal-lm"][column].isdigit()
 
 
 @pytest.mark.soak

@@ -211,6 +211,8 @@ class Engine:
         linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
         # whether every record is computed by itself, since not all that is trained is weights of linear layers
         self.alone = bool(set(adapter.trainable.values()) - {p for layer in linear for p in layer.parameters()})
+        # experts compute the tokens of all records of a pass together, as many as chose each: last bits would mix
+        self._experts = any("experts." in name for name, _ in model.named_parameters())
         for parent in list(model.modules()) if not self.alone else ():
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear) and child.weight.requires_grad:
@@ -361,7 +363,7 @@ class Engine:
         If one record makes an efficient pass, it has a pass to itself, on all threads: nothing depends on other
         records.
         """
-        if self.alone or self.compiled or self._size * width * torch.get_num_threads() >= _LARGE:
+        if self.alone or self._experts or self.compiled or self._size * width * torch.get_num_threads() >= _LARGE:
             return 1
         return max(1, min(_TOGETHER, _TOKENS // width, micro_batch))
 

@@ -41,7 +41,7 @@ _TAIL = math.log(1e9 * 2 * 100)  # -log of the chance of one tail of one compari
 _DRAWS = 1 << 16  # of noise, at the least: its deviation is known to 2 percent then
 _UNITS, _STEPS = 256, 512  # of the sampling
 _SIZES, _LONGEST = (1, 2, 1, 1), (7, 7, 7, 12)  # of the made-up units: records, and tokens of a record
-_ALONE = "With micro_batch=1 every record is computed alone: models with experts need that"
+_ALONE = "With micro_batch=1 every record is computed alone"
 _LARGE = 100.0  # activation; LLM.int8 treats columns apart from 6
 _POISON, _FIRST = 3, 4  # token of the unit whose gradient is not finite; first token of all others
 

@@ -56,7 +56,8 @@ def test_fused_experts_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"experts are fused .*gate_up_proj") as refused:
         adapted(config)
     assert set(offered(refused.value)) == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    Engine(adapted(config, targets=offered(refused.value)))
+    engine = Engine(adapted(config, targets=offered(refused.value)))
+    assert engine.rows(16, 8) == 1, "experts compute the tokens of a whole pass together"
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "llama"])
