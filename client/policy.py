@@ -47,7 +47,8 @@ class SitePolicy(Frozen):
     max_noise_multiplier: float = Field(10.0, gt=0)
     """The most noise in a step. With more, rounds cost next to nothing, and their times could be read without end."""
     train: tuple[Literal["AB", "B"], ...] = Field(("AB", "B"), min_length=1)
-    """Parts of an adapter that a plan may train."""
+    """Parts of an adapter that a plan may train. A method without LoRA's matrices trains all it has, and counts as AB.
+    """
     quantize: tuple[Literal["none", "int8", "nf4"], ...] = Field(("none", "int8", "nf4"), min_length=1)
     """Values of `model.quantize` that a plan may have. All sites compute with the same base."""
     modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
@@ -103,7 +104,7 @@ class SitePolicy(Frozen):
 
         for asked, wanted, permitted in (
             ("privacy.mode", plan.privacy.mode, self.modes),
-            ("adapter.train", plan.adapter.train, self.train if plan.adapter.has_matrices else (plan.adapter.train,)),
+            ("adapter.train", plan.adapter.train if plan.adapter.has_matrices else "AB", self.train),
             ("model.quantize", plan.model.quantize, self.quantize),
         ):
             if wanted not in permitted:

@@ -312,6 +312,14 @@ def test_every_limit_of_the_policy_holds_before_records_and_ledger_are_touched(
     assert any(next(iter(limits)) in record.getMessage() or "permits" in record.getMessage() for record in site_log)
 
 
+def test_a_site_that_permits_b_alone_trains_no_method_that_trains_all_it_has(
+    tmp_path: Path, make_plan: MakePlan
+) -> None:
+    plan = make_plan(adapter={"method": "ia3"})
+    assert reason(Office(tmp_path / "a", plan, train=("B",)).prepare()) == "policy"
+    assert isinstance(Office(tmp_path / "b", plan).prepare(), Ready)
+
+
 def test_virtual_tokens_count_towards_the_length_of_a_record(tmp_path: Path, make_plan: MakePlan) -> None:
     plan = make_plan(adapter={"method": "prefix", "tokens": 8})
     assert reason(Office(tmp_path / "a", plan, max_length=39).prepare()) == "policy"
