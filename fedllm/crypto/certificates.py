@@ -3,6 +3,7 @@
 import ipaddress
 import re
 import secrets
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -11,6 +12,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedllm.errors import CryptoError
@@ -155,11 +157,17 @@ class CertificateFacts:
 
 def read_certificates(pem: bytes) -> list[CertificateFacts]:
     """Return the facts of every certificate in a PEM file."""
-    try:
-        found = x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
-        raise CryptoError(f"not a PEM certificate ({error})") from None
-    return [_facts(certificate) for certificate in found]
+    return [_facts(certificate) for certificate in _parsed(pem)]
+
+
+def _parsed(pem: bytes) -> list[x509.Certificate]:
+    """Return the certificates of a PEM file; raises CryptoError also for what the library only warns of so far."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CryptographyDeprecationWarning)  # a serial number below 1: RFC 5280 has none
+        try:
+            return x509.load_pem_x509_certificates(pem)
+        except (ValueError, CryptographyDeprecationWarning) as error:
+            raise CryptoError(f"not a PEM certificate ({error})") from None
 
 
 def issued_by(pem: bytes, authorities: Sequence[bytes]) -> int:
@@ -245,10 +253,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _load(pem: bytes) -> x509.Certificate:
-    try:
-        return x509.load_pem_x509_certificate(pem)
-    except ValueError as error:
-        raise CryptoError(f"not a PEM certificate ({error})") from None
+    return _parsed(pem)[0]
 
 
 def _load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:

@@ -426,6 +426,18 @@ def test_every_certificate_is_found_with_its_key_in_any_order() -> None:
         issued_by(NEW_SERVER.certificate, [OTHER_CA.certificate, OLD_CA.certificate])
 
 
+def test_a_certificate_whose_serial_number_is_negative_is_refused() -> None:
+    """The library only warns of it so far, and on a screen at that."""
+    der = bytearray(ssl.PEM_cert_to_DER_cert(OLD_SERVER.certificate.decode()))
+    number = x509.load_pem_x509_certificate(OLD_SERVER.certificate).serial_number
+    width = (number.bit_length() + 8) // 8
+    der[der.index(number.to_bytes(width, "big"))] |= 0x80
+    altered = ssl.DER_cert_to_PEM_cert(bytes(der)).encode()
+    for read in (read_certificates, lambda data: read_pairs(data, OLD_SERVER.key)):
+        with pytest.raises(CryptoError, match="serial number"):
+            read(altered)
+
+
 def test_a_certificate_altered_at_any_byte_raises_one_type_of_error() -> None:
     pem = OLD_SERVER.certificate
     for place in range(len(pem)):
