@@ -326,7 +326,7 @@ def company_changes_no_bit(s: Subject) -> str:
                 if (last or rows > 1) and not _keeps_bits(s, units, width, thorough=last):
                     return (
                         f"in a pass of {rows} records of {width} tokens, the last bits of a unit's gradient depend on "
-                        "its place or its company. {_ALONE}"
+                        f"its place or its company. {_ALONE}"
                     )
     return ""
 

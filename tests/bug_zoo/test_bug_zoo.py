@@ -42,8 +42,9 @@ def test_the_self_check_finds(open_subject: Open, monkeypatch: pytest.MonkeyPatc
         fault.classifies, distributed=fault.distributed, quantize=fault.quantize, method=fault.method
     )
     fault.spoil(subject)
-    with pytest.raises(PrivacyError, match=f"^self-check {fault.invariant}: .* nothing was charged"):
+    with pytest.raises(PrivacyError, match=f"^self-check {fault.invariant}: .* nothing was charged") as refused:
         self_check.check(fault.invariant, subject)
+    assert "{" not in str(refused.value), "a name was left where its value belongs"
     with pytest.raises(PrivacyError, match=r"^self-check "):
         self_check.self_check(subject)
 
