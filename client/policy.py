@@ -116,10 +116,10 @@ class SitePolicy(Frozen):
         if plan.quorum < self.min_sites:
             raise PrivacyError(f"quorum={plan.quorum} sites is below the policy's min_sites of {self.min_sites}")
         tokens = plan.adapter.virtual_tokens  # a record is longer by them
+        length = "model.max_length and adapter.tokens" if tokens else "model.max_length"
         for asked, value, limit, most in (
             ("adapter.rank", plan.adapter.rank if plan.adapter.has_matrices else 0, "max_rank", self.max_rank),
-            ("model.max_length" + " and adapter.tokens" * (tokens > 0), plan.model.max_length + tokens, "max_length",
-             self.max_length),
+            (length, plan.model.max_length + tokens, "max_length", self.max_length),
             ("privacy.records_per_person", plan.privacy.records_per_person, "max_records_per_person",
              self.max_records_per_person),
             ("training.local_steps", plan.training.local_steps, "max_local_steps", self.max_local_steps),

@@ -4,6 +4,7 @@ A value that is unknown, ill-typed or impossible raises ConfigError before anyth
 """
 
 import codecs
+import math
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -111,6 +112,13 @@ class AdapterConfig(Frozen):
     def virtual_tokens(self) -> int:
         """Virtual tokens before every text; 0 if the method has none."""
         return self.tokens if self.method in ("prompt", "prefix", "ptuning") else 0
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the LoRA matrices' output (rslora: Kalajdzievski 2023); 1 if the method has none."""
+        if not self.has_matrices:
+            return 1.0
+        return self.alpha / (math.sqrt(self.rank) if self.method == "rslora" else self.rank)
 
     @property
     def title(self) -> str:

@@ -22,10 +22,9 @@ from fedllm.files import LOCK, try_lock
 from fedllm.plan import RunPlan, default_quorum
 from fedllm.privacy.accounting import calibrate, overrun
 from fedllm.privacy.mechanism import Mechanism
-from fedllm.training.data import Tokeniser, check_columns, naming, read_table
 from fedllm.training.engine import Engine
-from fedllm.training.evaluation import Evaluator
-from fedllm.training.model_context import ModelContext, open_context, use_threads
+from fedllm.training.evaluation import Evaluator, open_evaluator
+from fedllm.training.model_context import open_context, use_threads
 from fedllm.values import parse
 from server.aggregate import aggregation_rule
 from server.channel import Channel
@@ -141,7 +140,7 @@ class HeadOfficeRun:
         self._config = config
         use_threads(config.site.threads)
         self._context = open_context(config.model, config.adapter, config.seed, config.site.device)
-        self._evaluator = _evaluator(config, self._context)
+        self._evaluator = open_evaluator(config.model, config.data, self._context.adapter, config.site.micro_batch)
 
     @property
     def dimension(self) -> int:
@@ -207,21 +206,6 @@ class HeadOfficeRun:
         if failed is not None:
             raise failed
         return summary
-
-
-def _evaluator(config: RunConfig, context: ModelContext) -> Evaluator | None:
-    data = config.data
-    if data.heldout is None:
-        return None
-    table = read_table(data.heldout, data.heldout_split, data)
-    with naming(data.heldout):
-        check_columns(table, data)
-    if data.heldout_limit is not None:
-        count = min(data.heldout_limit, len(table))  # evenly spaced: files are often sorted
-        table = table.select([i * len(table) // count for i in range(count)])
-    tokeniser = Tokeniser(context.adapter.tokenizer, config.model, data, context.adapter.vocabulary)
-    with naming(data.heldout):
-        return Evaluator(context.adapter, table, tokeniser, data, config.site.micro_batch)
 
 
 def _score(

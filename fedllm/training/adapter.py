@@ -261,7 +261,7 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
             warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 for an old property
             warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)  # of fused experts
             torch.manual_seed(seed)
-            config = _peft_config(base, model, adapter)
+            config = _peft_config(base, model, adapter, linear)
             peft_model = cast(PeftModel, get_peft_model(cast(Any, base.model), config))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         about = f"adapter.method={adapter.method}"
@@ -285,9 +285,8 @@ def attach(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, seed: in
     if adapter.virtual_tokens:
         _check_padding(peft_model, base, adapter)
     _narrow(peft_model, pick_dtype(model.dtype, base.model))
-    scaling = {"rslora": adapter.alpha / math.sqrt(adapter.rank)}.get(adapter.method, adapter.alpha / adapter.rank)
     base = replace(base, positions=base.positions - adapter.virtual_tokens)
-    return AdapterModel(peft_model, base, scaling if adapter.has_matrices else 1.0)
+    return AdapterModel(peft_model, base, adapter.scaling)
 
 
 def _check_choice(base: BaseModel, model: ModelConfig, adapter: AdapterConfig) -> list[str]:
@@ -322,8 +321,8 @@ def _freeze(model: PeftModel, adapter: AdapterConfig) -> None:
                 parameter.requires_grad_(False)
 
 
-def _peft_config(base: BaseModel, model: ModelConfig, adapter: AdapterConfig) -> PeftConfig:
-    """Return what PEFT calls the configuration of an adapter."""
+def _peft_config(base: BaseModel, model: ModelConfig, adapter: AdapterConfig, linear: list[str]) -> PeftConfig:
+    """Return what PEFT calls the configuration of an adapter; `linear` are the last names of linear layers."""
     # trained and saved whole, as the head is: who loads the adapter gets the same
     new = [name for name in base.new if name.partition(".")[0] not in HEADS] or None
     common: dict[str, Any] = {
@@ -334,18 +333,15 @@ def _peft_config(base: BaseModel, model: ModelConfig, adapter: AdapterConfig) ->
         if adapter.method == "prompt":  # tokens of the vocabulary: Lester et al. 2021
             return PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **common)
         return PrefixTuningConfig(**common) if adapter.method == "prefix" else PromptEncoderConfig(**common)
-    linear = linear_layers(base.model)
     if adapter.method == "ia3":  # which names layers whole: PEFT has no choice of blocks for it
-        chosen = [name for name in linear if _chosen(name, adapter)]
+        chosen = [name for name in linear_layers(base.model) if _chosen(name, adapter)]
         # where a layer reads anything else than the model's states, it is what it reads that is scaled, as in the paper
         width = cast(Any, base.model.config).get_text_config().hidden_size
         inner = [name for name in chosen if _inputs(base.model.get_submodule(name)) != width]
         return IA3Config(target_modules=chosen, feedforward_modules=inner, exclude_modules=new, **common)
     targets: Any = list(adapter.targets)
     if adapter.targets == "all-linear":  # PEFT's own "all-linear" does not go with a choice of layers
-        targets = "all-linear"
-        if adapter.layers is not None:
-            targets = sorted({name.rpartition(".")[2] for name in linear})
+        targets = linear if adapter.layers is not None else "all-linear"
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,

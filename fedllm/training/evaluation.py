@@ -10,12 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from fedllm.config import HeldoutConfig
+from fedllm.config import HeldoutConfig, ModelConfig
 from fedllm.errors import ModelError
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.chat import answer_end
-from fedllm.training.data import PrivacyUnit, Table, Tokeniser, batches, build_units
+from fedllm.training.data import (
+    PrivacyUnit,
+    Table,
+    Tokeniser,
+    batches,
+    build_units,
+    check_columns,
+    naming,
+    read_table,
+)
 from fedllm.training.engine import Engine
 from fedllm.training.losses import logits, token_losses
 
@@ -136,3 +145,20 @@ def _spread(things: Sequence[_T], n: int) -> list[_T]:
     """Return `n` things, evenly spread over all."""
     n = min(n, len(things))
     return [things[i * len(things) // n] for i in range(n)]
+
+
+def open_evaluator(
+    model: ModelConfig, data: HeldoutConfig, adapter: AdapterModel, micro_batch: int
+) -> Evaluator | None:
+    """Return what evaluates on the configured held-out set; None if there is none. Raises DataError naming the file."""
+    if data.heldout is None:
+        return None
+    table = read_table(data.heldout, data.heldout_split, data)
+    with naming(data.heldout):
+        check_columns(table, data)
+    if data.heldout_limit is not None:
+        count = min(data.heldout_limit, len(table))  # evenly spaced: files are often sorted
+        table = table.select([i * len(table) // count for i in range(count)])
+    tokeniser = Tokeniser(adapter.tokenizer, model, data, adapter.vocabulary)
+    with naming(data.heldout):
+        return Evaluator(adapter, table, tokeniser, data, micro_batch)

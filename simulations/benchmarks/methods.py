@@ -11,7 +11,7 @@ import math
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 import typer
@@ -22,7 +22,7 @@ from fedllm.privacy.accounting import calibrate
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.training.data import Drawn, PrivacyUnit, Tokeniser, build_units, read_table
-from fedllm.training.evaluation import Evaluator, Score
+from fedllm.training.evaluation import Evaluator, Score, open_evaluator
 from fedllm.training.model_context import ModelContext, open_context
 from fedllm.values import parse
 from simulations.benchmarks.bench import EpsilonOption, machine, parse_epsilons
@@ -39,7 +39,7 @@ class Task(Enum):
 
 
 _CLIP = {Task.demo: 0.4, Task.banking77: 0.5}
-# Learning rates of Adam, the best of a few tried (docs/benchmarks.md): a step moves a value by about as much.
+# Learning rates of Adam: a step moves a value by about as much. docs/benchmarks.md says which were compared.
 _RATES = {
     Task.demo: {
         "lora": 0.12, "rslora": 0.04, "dora": 0.12, "ia3": 0.12, "prompt": 0.12, "prefix": 0.5, "ptuning": 0.03,
@@ -70,7 +70,8 @@ def main(
         context = open_context(
             base, parse(AdapterConfig, {"method": method, "alpha": 0.3 if small else 16.0}), 0, "cpu"
         )
-        units, evaluator = _units(base, texts, context), _evaluator(base, texts, context)
+        units = _units(base, texts, context)
+        evaluator = cast(Evaluator, open_evaluator(base, texts, context.adapter, 64))  # both tasks name a held-out set
         chosen = rate or _RATES[task][method]
         for target in parse_epsilons(epsilon):
             noise = 0.0 if target is None else calibrate(target, _DELTA, sampling, steps)
@@ -110,14 +111,6 @@ def _banking77(data: Path | None, model: Path | None, heldout: int) -> tuple[Mod
 def _units(model: ModelConfig, data: DataConfig, context: ModelContext) -> tuple[PrivacyUnit, ...]:
     tokeniser = Tokeniser(context.adapter.tokenizer, model, data, context.adapter.vocabulary)
     return build_units(read_table(data.train, data.train_split, data), tokeniser, data.unit, _RECORDS)
-
-
-def _evaluator(model: ModelConfig, data: DataConfig, context: ModelContext) -> Evaluator:
-    tokeniser = Tokeniser(context.adapter.tokenizer, model, data, context.adapter.vocabulary)
-    table = read_table(data.heldout or "", data.heldout_split, data)
-    count = min(data.heldout_limit or len(table), len(table))
-    some = table.select([i * len(table) // count for i in range(count)])
-    return Evaluator(context.adapter, some, tokeniser, data, 64)
 
 
 def _train(

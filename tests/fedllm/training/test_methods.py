@@ -37,7 +37,7 @@ MakeUnits = Callable[..., list[PrivacyUnit]]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning"),  # peft 0.21 calls transformers 5 so
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft 0.21 reads it
 ]
 SETTINGS: dict[str, dict[str, Any]] = {
     "rslora": {"rank": 2, "alpha": 4.0, "train": "AB"},
