@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
+import client.relay
 import fedllm
 from client.link import SiteLink
 from client.relay import _server
 from fedllm.errors import Cancelled
-from fedllm.protocol.link import milliseconds, parts, request_id
+from fedllm.protocol.link import SERVER_OPTIONS, milliseconds, parts, request_id
 from fedllm.protocol.link_pb2 import Cancel, End, FromSite, Part, ToSite, Welcome
 from tests.link.conftest import Loop, until
 
@@ -94,7 +95,9 @@ def about(id_: bytes, kind: str = "refusal") -> str:
 
 
 @pytest.fixture
-def wire(loop: Loop) -> Iterator[Wire]:
+def wire(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+    # gRPC widens its windows to megabytes by its own measurement: at 64 kB a test fills them at once
+    monkeypatch.setattr(client.relay, "SERVER_OPTIONS", [*SERVER_OPTIONS, ("grpc.http2.bdp_probe", 0)])
     with tempfile.TemporaryDirectory(prefix="fd") as place:
         made = Wire(Path(place), loop)
 
