@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from fedllm.errors import DataError, PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.elapsed import Period
+from fedllm.privacy.split import SHARE
 from fedllm.protocol.enrolment import fingerprint_digits
 from fedllm.values import MAX_STEPS, Frozen
 
@@ -51,6 +52,12 @@ class SitePolicy(Frozen):
     """
     quantize: tuple[Literal["none", "int8", "nf4"], ...] = Field(("none", "int8", "nf4"), min_length=1)
     """Values of `model.quantize` that a plan may have. All sites compute with the same base."""
+    evaluation_share: float = Field(SHARE, ge=0, le=0.5)
+    """Share of the privacy units that evaluate and never train. Fix it once: after a change every round counts on
+    both accounts.
+    """
+    canaries: int = Field(0, ge=0, le=1000)
+    """The most made-up records that a plan may have this site train on, to try an attack on the run."""
     modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
     """Values of `privacy.mode` that a plan may have."""
     min_sites: int = Field(1, ge=1)
@@ -122,6 +129,9 @@ class SitePolicy(Frozen):
             (length, plan.model.max_length + tokens, "max_length", self.max_length),
             ("privacy.records_per_person", plan.privacy.records_per_person, "max_records_per_person",
              self.max_records_per_person),
+            ("audit.canaries", plan.canaries, "canaries", self.canaries),
+            ("evaluation.noise_multiplier", plan.score_mechanism.noise_multiplier, "max_noise_multiplier",
+             self.max_noise_multiplier),
             ("training.local_steps", plan.training.local_steps, "max_local_steps", self.max_local_steps),
             ("privacy.sampling_rate", plan.privacy.sampling_rate, "max_sampling_rate", self.max_sampling_rate),
             ("privacy.noise_multiplier", plan.mechanism.noise_multiplier, "max_noise_multiplier",
@@ -129,16 +139,23 @@ class SitePolicy(Frozen):
         ):  # fmt: skip
             if value > most:
                 raise PrivacyError(f"{asked}={value:g} is above the policy's {limit} of {most:g}")
-        noise, least = plan.mechanism.noise_multiplier, self.min_noise_multiplier
-        if plan.mechanism.private and noise < least:
-            raise PrivacyError(
-                f"privacy.noise_multiplier={noise:g} is below the policy's min_noise_multiplier of {least:g}"
-            )
+        self._admit_noise(plan)
+
+    def _admit_noise(self, plan: RunPlan) -> None:
+        least = self.min_noise_multiplier
+        for asked, mechanism in (("privacy", plan.mechanism), ("evaluation", plan.score_mechanism)):
+            if mechanism.private and mechanism.noise_multiplier < least:
+                raise PrivacyError(
+                    f"{asked}.noise_multiplier={mechanism.noise_multiplier:g} is below the policy's "
+                    f"min_noise_multiplier of {least:g}"
+                )
         if self.run_epsilon is not None:
             from fedllm.privacy.accounting import overrun
 
-            over = overrun([plan.mechanism.event(plan.steps)], self.delta, self.run_epsilon, one_plan=True)
-            if over is not None:
+            for events in (plan.mechanism.event(plan.steps), plan.score_mechanism.event(plan.scores)):
+                over = overrun([events], self.delta, self.run_epsilon, one_plan=True)
+                if over is None:
+                    continue
                 raise PrivacyError(f"the run would cost epsilon {over:.4g}, above run_epsilon={self.run_epsilon:g}")
 
     def check_units(self, units: int) -> None:
@@ -154,10 +171,15 @@ class SitePolicy(Frozen):
         answer leaves after one quantum.
         """
         most = 2 * size
-        mean = plan.privacy.sampling_rate * most
         records = plan.privacy.records_per_person if plan.privacy.unit == "person" else 1
-        drawn = min(most, mean + 6 * math.sqrt(mean) + 6) * records
-        return self.reply_quantum + self.record_seconds * plan.training.local_steps * drawn + aside
+
+        def drawn(rate: float) -> float:
+            return min(most, rate * most + 6 * math.sqrt(rate * most) + 6) * records
+
+        trained = drawn(plan.privacy.sampling_rate) + plan.canaries
+        scored = drawn(self.evaluation_share) if plan.evaluation.every is not None else 0.0
+        used = plan.training.local_steps * trained + scored + plan.canaries
+        return self.reply_quantum + self.record_seconds * used + aside
 
 
 def widest(epsilon: float, delta: float, **limits: Any) -> SitePolicy:
@@ -168,6 +190,7 @@ def widest(epsilon: float, delta: float, **limits: Any) -> SitePolicy:
     wide: dict[str, Any] = {
         "min_units": 1, "allow_unprotected": True, "max_rank": 4096, "max_length": 1_000_000,
         "max_records_per_person": 1_000_000, "max_local_steps": MAX_STEPS, "max_sampling_rate": 1.0,
-        "min_noise_multiplier": 0.0, "max_noise_multiplier": 1e6, "colluding_sites": 0, "reply_quantum": 0.0,
+        "canaries": 1000, "min_noise_multiplier": 0.0, "max_noise_multiplier": 1e6, "colluding_sites": 0,
+        "reply_quantum": 0.0,
     }  # fmt: skip
     return SitePolicy(epsilon=1.0, delta=delta, **{**wide, **limits}).model_copy(update={"epsilon": epsilon})

@@ -6,13 +6,25 @@ the same whatever they hold.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, overload
 
 from fedllm.config import ModelConfig, TextConfig
 from fedllm.errors import DataError
 from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import DataSet, fingerprint
-from fedllm.training.data import PrivacyUnit, Row, Tokeniser, Tokens, group, members, place_of
+from fedllm.privacy.split import Side, Split
+from fedllm.training.data import (
+    PrivacyUnit,
+    Row,
+    Tokeniser,
+    Tokens,
+    group,
+    identities,
+    members,
+    place_of,
+    split_rule,
+)
 from fedllm.training.model import Reader
 
 _LONGEST = 1_000_000  # tokens of a record that are kept at the most
@@ -46,10 +58,25 @@ class SiteRecords:
     data_set: DataSet
     groups: Mapping[str, Sequence[Sequence[Tokens]]]  # by the model.source of a plan: the records of every unit
     wrong: Mapping[str, Sequence[DataError]]  # the same: why some contribute nothing. For their owner's eyes
+    identities: Sequence[bytes]  # what tells every unit from others
+    rule: str  # what that is made of
 
-    def units(self, plan: RunPlan) -> Sequence[PrivacyUnit]:
-        """Return the privacy units as a plan cuts them; each is cut when it is taken."""
-        return _Cut(self.groups[plan.model.source], plan)
+    def units(self, plan: RunPlan, split: Split, side: Side) -> Sequence[PrivacyUnit]:
+        """Return the privacy units of one side, as a plan cuts them; each is cut when it is taken."""
+        units = self.groups[plan.model.source]
+        return _Cut([units[i] for i in self._on(split, side)], plan)
+
+    def _on(self, split: Split, side: Side) -> Sequence[int]:
+        if split not in self._sides:
+            self._sides.clear()
+            sides = self._sides[split] = {"training": [], "evaluation": []}
+            for index, identity in enumerate(self.identities):
+                sides[split.side(identity)].append(index)
+        return self._sides[split][side]
+
+    @cached_property
+    def _sides(self) -> dict[Split, dict[Side, list[int]]]:
+        return {}
 
 
 class _Cut(Sequence[PrivacyUnit]):
@@ -90,7 +117,9 @@ def load_records(
         tokeniser = Tokeniser(reader.tokenizer, model, text, reader.vocabulary)
         by = person if declared.unit == "person" else None
         groups[source], wrong[source] = group(kept, tokeniser.read(kept), by)
-    return SiteRecords(declared, fingerprint(members(usable, text, person)), groups, wrong)
+    known_by = identities(kept, text, person, declared.unit == "person")
+    data_set, rule = fingerprint(members(usable, text, person)), split_rule(text, person)
+    return SiteRecords(declared, data_set, groups, wrong, known_by, rule)
 
 
 def _known(row: Row | DataError, number: int, text: TextConfig, person: str | None) -> Row | DataError:

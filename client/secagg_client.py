@@ -71,7 +71,7 @@ class SecAggClient:
         """Answer a step of secure aggregation that is not an upload."""
         member = self._of(request.plan)
         step = from_bytes(request.payload, ShareKeysRequest, ConsistencyCheck, UnmaskingRequest)
-        if step.round != request.round or step.round > request.plan.training.rounds:
+        if step.round != request.round or step.round > request.plan.masked_exchanges:
             raise MessageError(f"round={step.round} of secure aggregation in a request of round={request.round}")
         with _judged():
             if isinstance(step, ShareKeysRequest):
@@ -84,22 +84,27 @@ class SecAggClient:
             self._of(plan).check(request)
 
     def mask(
-        self, plan: RunPlan, request: MaskedInputRequest, task: str, vector: NDArray[np.uint32], seeds: Sequence[str]
+        self,
+        plan: RunPlan,
+        request: MaskedInputRequest,
+        task: str,
+        vector: NDArray[np.uint32],
+        seeds: Sequence[Sequence[str]],
     ) -> tuple[bytes, bytes]:
         """Return the masked vector uint32[d] as a message, and its KeyShares of the next round.
 
-        `task` is the digest of what the vector was computed from; `seeds` are of the noise in it that may turn out
-        as excess.
+        `task` is the digest of what the vector was computed from; `seeds` are, for each of its blocks, of the noise in
+        it that may turn out as excess.
         """
         member, distributed = self._of(plan), plan.distributed
         if distributed is None:
             raise MessageError(f"privacy.mode={plan.privacy.mode} has no noise in shares")
         with _judged():
             masked = member.mask(
-                request, task, vector, lambda u: tuple(seeds[k] for k in distributed.revealed_seeds(u))
+                request, task, vector, lambda u: tuple(own[k] for own in seeds for k in distributed.revealed_seeds(u))
             )
             following: KeyShares | None = None
-            if request.round < plan.training.rounds:
+            if request.round < plan.masked_exchanges:
                 following = member.share(ShareKeysRequest(context=request.context, round=request.round + 1, joins=()))
         return masked.to_bytes(), following.to_bytes() if following is not None else b""
 

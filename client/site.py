@@ -56,6 +56,7 @@ from fedllm.privacy.accounting import PrivacySpent
 from fedllm.privacy.ledger import DataSet, PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.randomness import KeyedRandomness, OsRandomness, Randomness, SeededRandomness
+from fedllm.privacy.split import Side, Split
 from fedllm.protocol.messages import (
     Declined,
     MaskedInputRequest,
@@ -75,7 +76,7 @@ from fedllm.secagg.masking import add_mask
 from fedllm.training.data import PrivacyUnit
 from fedllm.training.model_context import ModelContext
 from fedllm.training.self_check import Subject, self_check_once
-from fedllm.training.trainer import distributed_step, train_round
+from fedllm.training.trainer import Scored, distributed_step, score, train_round
 from fedllm.values import MAX_START, check_name
 
 _log = logging.getLogger("fedllm.site")
@@ -121,8 +122,13 @@ class Records(Protocol):
         """What they hold, to compare it with other data sets."""
         ...
 
-    def units(self, plan: RunPlan) -> Sequence[PrivacyUnit]:
-        """Return them by privacy unit, as a plan cuts them; a unit that cannot be used is empty."""
+    @property
+    def rule(self) -> str:
+        """What tells their privacy units from one another."""
+        ...
+
+    def units(self, plan: RunPlan, split: Split, side: Side) -> Sequence[PrivacyUnit]:
+        """Return those of one side by privacy unit, as a plan cuts them; a unit that cannot be used is empty."""
         ...
 
 
@@ -145,10 +151,9 @@ class PlanSession:
         except ModelError as error:
             raise SpecMismatch(str(error)) from error
 
-    @property
-    def units(self) -> Sequence[PrivacyUnit]:
-        """The records by privacy unit: for `Site._used` alone."""
-        return self.records.units(self.plan)
+    def units(self, side: Side) -> Sequence[PrivacyUnit]:
+        """Return the records of one side by privacy unit: for `Site._used` alone."""
+        return self.records.units(self.plan, self.ledger.split, side)
 
     def self_check(self, round_: int) -> None:
         """Try the engine on made-up text; PrivacyError if it breaks an invariant, SpecMismatch for want of memory."""
@@ -203,11 +208,13 @@ class Site:
         micro_batch: int,
         peers: Peers | None = None,
         self_check: bool = True,
+        split_key: bytes | None = None,
     ) -> None:
         """`identity` signs the ledger at `ledger`; `records` are read already.
 
         `peers` says whom this site believes to be another site; without it, it takes no part in noise in shares.
-        `self_check`: check the engine before any record is used, also if the plan does not ask for it.
+        `self_check`: check the engine before any record is used, also if the plan does not ask for it. `split_key` is
+        that of a new ledger, drawn by it if there is none.
         """
         check_name(name)
         self.name = name
@@ -217,7 +224,7 @@ class Site:
         self._unfinished = Unfinished(ledger.file)
         self._masks = SecAggClient(name, identity, peers) if peers is not None else None
         self._lock = threading.Lock()
-        self._self_check = self_check
+        self._self_check, self._split_key = self_check, split_key
 
     def handle(self, request: bytes, stop: threading.Event | None = None) -> bytes:
         """Answer one message from the server; whatever goes wrong becomes a Declined reply.
@@ -262,7 +269,10 @@ class Site:
         """Open the ledger, unless it is; a site service does so before it answers anybody."""
         if self._opened is None:
             policy = self._policy
-            ledger = PrivacyLedger(self._ledger, policy.epsilon, policy.delta, self._identity(), policy.period)
+            ledger = PrivacyLedger(
+                self._ledger, policy.epsilon, policy.delta, self._identity(), policy.period, policy.evaluation_share,
+                self._records.rule, self._split_key,
+            )  # fmt: skip
             shared = ledger.compare(self._records.data_set)
             if shared:  # for the owner: no answer may depend on it
                 _log.warning(
@@ -289,7 +299,7 @@ class Site:
 
     def _prepare(self, request: Prepare, session: PlanSession) -> Message:
         plan = session.plan
-        session.ledger.check(plan.run, plan.mechanism.event(plan.training.local_steps))
+        session.ledger.check(plan.run, plan.event(1), plan.score_noise(1))
         self._check_engine(session, 1)
         spec = session.context.adapter.spec
         join = b""
@@ -307,13 +317,13 @@ class Site:
     ) -> bytes:
         """Answer a round; `hold_back` starts the clock: the answer leaves at a multiple of the seconds it is given."""
         plan, ledger = session.plan, session.ledger
-        if request.round > plan.training.rounds:
+        if request.round > plan.exchanges:
             raise MessageError(f"round={request.round} of a plan of {plan.training.rounds} rounds")
         spec = session.context.adapter.spec
         if request.spec_digest != spec.digest:
             raise SpecMismatch("the server's adapter is another one. Do base model, seed and versions agree?")
         payload, mask = request.payload, None
-        if plan.distributed is not None:
+        if plan.distributed is not None and request.round <= plan.masked_exchanges:
             payload, asked = unpack(request.payload, 2)
             mask = from_bytes(asked, MaskedInputRequest, MaskedInputRequest)
             if mask.round != request.round:
@@ -323,7 +333,7 @@ class Site:
 
         # The charge is on disk before a record enters anything whose result leaves the site. A round that was released
         # before is answered as before.
-        event = plan.mechanism.event(plan.training.local_steps)
+        event, score_noise = plan.event(request.round), plan.score_noise(request.round)
         if request.head is not None and not ledger.file.knows(request.head):
             raise LedgerError(
                 f"the ledger lacks entry {request.head.number}, which it had signed for the server. Was it restored "
@@ -335,11 +345,11 @@ class Site:
         self._check_engine(session, request.round)  # before the charge: an engine that fails it costs nothing
         aside = 0.0
         if not ledger.answered(plan.run, request.round):
-            ledger.spent(plan.privacy.delta, [event])  # what cannot be computed is not charged either
+            ledger.spent(plan.privacy.delta, [event], score_noise)  # what cannot be computed is not charged either
             if mask is not None:
                 self._distributed(plan).check(plan, mask)
             aside = session.seconds_aside(request.round, start) if self._policy.record_seconds else 0.0
-        reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event)
+        reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event, score_noise)
         if reservation.reply is not None:
             return reservation.reply
         spent, head = ledger.spent(plan.privacy.delta), ledger.file.head()
@@ -374,21 +384,40 @@ class Site:
         That the payload is not finite, or too large to be sent, is a property of the noised vector, and no second try
         is free. The noise is drawn before a record is looked at.
         """
-        plan, context = session.plan, session.context
+        plan, context, trains = session.plan, session.context, request.round <= session.plan.training.rounds
         source = session.randomness(request.round)
         own_coins = KeyedRandomness(coins, b"fedllm poisson sample v1") if source.private else source
-        parts = (context.adapter, context.engine, session.units, plan, start, source, session.micro_batch)
+        scored: Scored | None = None
+        if plan.score_noise(request.round) is not None:
+            scored = score(context.adapter, session.units("evaluation"), plan, start, source)
+            self._note_score(request, scored)
+        training = (context.adapter, context.engine, session.units("training"), plan, start, source,
+                    session.micro_batch)  # fmt: skip
         try:
             if mask is not None:
+                vectors, seeds = list[NDArray[np.uint32]](), list[tuple[str, ...]]()
+                if trains:
+                    vector, own = distributed_step(*training, own_coins)
+                    vectors.append(vector)
+                    seeds.append(own)
+                if scored is not None:
+                    vectors.append(scored.share)
+                    seeds.append(scored.seeds)
                 task = request.task(adapter_vector.encode(start, "float32"))
-                return pack(*self._distributed(plan).mask(plan, mask, task, *distributed_step(*parts, own_coins)))
-            delta = train_round(*parts, stop, own_coins)
-            try:
-                return adapter_vector.encode(delta.astype(np.float32), plan.training.wire)
-            except MessageError as error:
-                raise Diverged(f"the update cannot be sent: {error}") from None
+                return pack(*self._distributed(plan).mask(plan, mask, task, np.concatenate(vectors), seeds))
+            update = b""
+            if trains:
+                delta = train_round(*training, stop, own_coins)
+                try:
+                    update = adapter_vector.encode(delta.astype(np.float32), plan.training.wire)
+                except MessageError as error:
+                    raise Diverged(f"the update cannot be sent: {error}") from None
+            return update if scored is None else pack(update, scored.released)
         except (Diverged, SecAggError) as error:
             return self._declined(error)
+
+    def _note_score(self, request: TrainRequest, scored: Scored) -> None:
+        """Tell the owner, and nobody else, how good the adapter is on the site's own records, exactly."""
 
     def _reply(self, request: TrainRequest, payload: bytes, spent: PrivacySpent, head: LedgerHead) -> TrainReply:
         plan = request.plan

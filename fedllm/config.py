@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from fedllm.adapter_vector import WireDtype
 from fedllm.privacy.mechanism import Clipping
+from fedllm.privacy.split import SHARE
 from fedllm.values import (
     MAX_HOLDERS,
     MAX_ROUNDS,
@@ -240,6 +241,8 @@ class TrainingConfig(Frozen):
     """The optimiser of the server."""
     wire: WireDtype = "float16"
     """Precision of the updates that sites send."""
+    keep: Literal["last", "best"] = "last"
+    """The adapter that a run ends with: the last, or the one with the best score at the sites (`evaluation.every`)."""
 
     @model_validator(mode="after")
     def _validate(self) -> "TrainingConfig":
@@ -254,6 +257,45 @@ class TrainingConfig(Frozen):
                 "noise in what they send is not known"
             )
         return self
+
+
+class EvaluationConfig(Frozen):
+    """How good an adapter is on the sites' own records, of persons who do not train: noised sums, charged for."""
+
+    every: int | None = Field(None, ge=1, le=MAX_ROUNDS)
+    """Score the adapter on the sites' evaluation records after so many rounds each, before the first round and after
+    the last. Null: never.
+    """
+    epsilon: float | None = Field(None, ge=1e-6, le=1e9)
+    """Target for all scores of a run together. Whoever pays it does not pay for training. Null: `privacy.epsilon`."""
+    noise_multiplier: float | None = Field(None, ge=0.01, le=1e6)
+    """Standard deviation of the noise of one score, where a unit counts 1. Null: calibrated to meet `epsilon`."""
+    patience: int | None = Field(None, ge=1, le=MAX_ROUNDS)
+    """End the training after so many scores in a row that are no better than the best. Null: never."""
+
+    @model_validator(mode="after")
+    def _validate(self) -> "EvaluationConfig":
+        if self.every is None and (self.patience or self.noise_multiplier or self.epsilon):
+            raise ValueError("epsilon, noise_multiplier and patience belong to scores: set every to a number of rounds")
+        return self
+
+
+class AttackConfig(Frozen):
+    """The attack that is tried on a run (one-run audit, Steinke, Nasr and Jagielski 2023)."""
+
+    canaries: int = Field(0, ge=0, le=1000)
+    """Made-up records at every site, each of which it trains on or not by a secret coin; in the end it guesses which.
+    0: no attack.
+    """
+
+
+def check_scores(training: TrainingConfig, evaluation: EvaluationConfig) -> None:
+    """Raise ValueError if a run needs scores that it does not have."""
+    if training.keep == "best" and evaluation.every is None:
+        raise ValueError(
+            "training.keep=best compares scores at the sites, and there are none. Set evaluation.every to a number of "
+            "rounds, or training.keep=last"
+        )
 
 
 def check_groups(groups: int, poisoned: int, privacy: PrivacyConfig, training: TrainingConfig) -> None:
@@ -347,7 +389,7 @@ class HeldoutConfig(TextConfig):
 
     heldout: str | None = None
     """PUBLIC held-out records: a .jsonl, .json, .csv or .parquet file, a folder of them, a hub name, or `pkg://`. Null:
-    nothing is evaluated.
+    there are none; the sites can evaluate on records of their own (`evaluation.every`).
     """
     heldout_split: str = "test"
     """Split of the held-out records, if they come from the hub."""
@@ -467,6 +509,10 @@ class SiteConfig(ComputeConfig):
     """Total budget of each simulated site. Null: what the plan asks for."""
     budgets: BySite = Field(default={})
     """Budgets by site, instead of `epsilon`, such as `{busan-haeundae: 4.0}`."""
+    evaluation_share: float | None = Field(None, ge=0, le=0.5)
+    """Share of every site's privacy units that evaluate and never train. Null: 0.1 if the run has scores
+    (`evaluation.every`), else none.
+    """
     min_units: int | None = Field(None, ge=1)
     """A site with fewer units takes no part. Null: one expected batch, at most half of `privacy.units_per_site`."""
     folder: str | None = Field(None, min_length=1)
@@ -495,6 +541,8 @@ class RunConfig(Frozen):
     adapter: AdapterConfig
     privacy: PrivacyConfig
     training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    audit: AttackConfig = AttackConfig()
     federation: QuorumConfig
     site: ComputeConfig
 
@@ -510,6 +558,7 @@ class RunConfig(Frozen):
             raise ValueError("data.prompt, data.chat and data.messages belong to task=causal-lm")
         if self.data.chat and not self.data.prompt:
             raise ValueError("data.chat=true needs data.prompt, the user's turn")
+        check_scores(self.training, self.evaluation)
         check_groups(self.federation.groups or 1, self.federation.poisoned_sites, self.privacy, self.training)
         if self.federation.gate is not None and self.data.heldout is None:
             raise ValueError(
@@ -544,13 +593,19 @@ class DeploymentConfig(RunConfig):
         return self
 
 
+class AuditConfig(AttackConfig):
+    """The audit of a simulated run."""
+
+    report: bool = True
+    """Write the audit report at the end."""
+
+
 class SimulationConfig(RunConfig):
     """A whole simulated federation, as composed by Hydra."""
 
     output: str = Field("runs", min_length=1)
     """Folder of the runs' folders."""
-    audit: bool = True
-    """Write the audit report at the end."""
+    audit: AuditConfig = AuditConfig()
     data: DataConfig
     federation: FederationConfig
     site: SiteConfig
@@ -569,6 +624,13 @@ class SimulationConfig(RunConfig):
                 "privacy=local (experiment=parallel sets both)"
             )
         return self
+
+    @property
+    def evaluation_share(self) -> float:
+        """Share of the sites' privacy units that evaluate."""
+        if self.site.evaluation_share is not None:
+            return self.site.evaluation_share
+        return SHARE if self.evaluation.every is not None else 0.0
 
     def budget(self, site: str) -> float:
         """Return the total epsilon that a site permits."""

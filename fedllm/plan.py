@@ -15,8 +15,17 @@ from collections.abc import Collection
 from pydantic import Field, model_validator
 
 from fedllm.canonical import digest_of
-from fedllm.config import AdapterConfig, ModelConfig, PrivacyConfig, TrainingConfig, check_groups
+from fedllm.config import (
+    AdapterConfig,
+    EvaluationConfig,
+    ModelConfig,
+    PrivacyConfig,
+    TrainingConfig,
+    check_groups,
+    check_scores,
+)
 from fedllm.errors import ConfigError, PrivacyError
+from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.values import MAX_HOLDERS, MAX_SITES, Frozen, Names, Printable, Seed
@@ -38,6 +47,9 @@ class RunPlan(Frozen):
     adapter: AdapterConfig
     privacy: PrivacyConfig
     training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    canaries: int = Field(0, ge=0, le=1000)  # of each site
+    guesses: int = Field(0, ge=0, le=1000)  # of each site and attack: which of its canaries are in
 
     @model_validator(mode="after")
     def _validate(self) -> "RunPlan":
@@ -45,13 +57,18 @@ class RunPlan(Frozen):
             raise ValueError("privacy.units_per_site: a plan states the nominal number of units a site")
         if self.privacy.mode != "off" and self.privacy.noise_multiplier is None:
             raise ValueError("privacy.noise_multiplier: a plan states the calibrated noise")
+        if self.privacy.mode != "off" and self.evaluation.every and self.evaluation.noise_multiplier is None:
+            raise ValueError("evaluation.noise_multiplier: a plan states the calibrated noise")
+        if not bool(self.canaries) == bool(self.guesses) or self.guesses > self.canaries:
+            raise ValueError(f"guesses={self.guesses} of canaries={self.canaries}: expected one at most for each")
+        check_scores(self.training, self.evaluation)
         check_groups(len(self.groups), self.poisoned_sites, self.privacy, self.training)
         if self.groups:
             self._check_members()
         if self.privacy.mode == "distributed":
             check_distributed(self.privacy, self.training, self.sites, self.quorum)
             try:
-                _ = self.distributed
+                _ = self.distributed, self.distributed_scores
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return self
@@ -105,6 +122,54 @@ class RunPlan(Frozen):
         """The one object that clips, samples, adds noise and is charged for."""
         noise = self.privacy.noise_multiplier if self.privacy.mode != "off" else 0.0
         return Mechanism(self.privacy.clip_norm, noise or 0.0, self.privacy.sampling_rate, self.privacy.clipping)
+
+    @property
+    def closes(self) -> bool:
+        """Whether there is one exchange more after the last round: for the last score, and what canaries found."""
+        return self.evaluation.every is not None or self.canaries > 0
+
+    @property
+    def exchanges(self) -> int:
+        """Exchanges of a whole run in which sites answer with what they compute: its rounds, and the closing one."""
+        return self.training.rounds + self.closes
+
+    @property
+    def masked_exchanges(self) -> int:
+        """With noise in shares: so many of the exchanges have a sum. The closing one has none without a score."""
+        return self.training.rounds + (self.evaluation.every is not None)
+
+    def event(self, exchange: int) -> AccountingEvent:
+        """Return what an exchange, from 1, costs whoever trains: nothing in the closing one."""
+        return self.mechanism.event(self.training.local_steps if exchange <= self.training.rounds else 0)
+
+    def score_noise(self, exchange: int) -> float | None:
+        """Return the noise multiplier of the score in an exchange, from 1, or None if there is none.
+
+        Exchange r scores the adapter that round r starts from, which is that of round r-1.
+        """
+        every, scored = self.evaluation.every, exchange - 1
+        if every is None or (scored % every and scored != self.training.rounds):
+            return None
+        return self.score_mechanism.noise_multiplier
+
+    @property
+    def scores(self) -> int:
+        """Scores of a whole run."""
+        return sum(self.score_noise(exchange) is not None for exchange in range(1, self.exchanges + 1))
+
+    @property
+    def score_mechanism(self) -> Mechanism:
+        """The mechanism of one score: every evaluation unit counts, with a vector of metrics of length 1 at most."""
+        noise = self.evaluation.noise_multiplier if self.privacy.mode != "off" else 0.0
+        return Mechanism(1.0, noise or 0.0, 1.0)
+
+    @property
+    def distributed_scores(self) -> DistributedMechanism | None:
+        """The mechanism of scores in shares, in mode distributed: with room for all units of a site."""
+        if self.privacy.mode != "distributed" or self.evaluation.every is None:
+            return None
+        units = float(self.privacy.units_per_site or 0)
+        return DistributedMechanism(self.score_mechanism, self.sites, self.quorum, self.privacy.colluding_sites, units)
 
     @property
     def expected_units(self) -> float:

@@ -134,6 +134,12 @@ def bound_of_update(plan: RunPlan, dimension: int) -> Bound | None:
     return Bound(length, length, one * plan.mechanism.noise_multiplier * float(np.linalg.norm(weights)))
 
 
+def bound_of_score(plan: RunPlan) -> Bound:
+    """Return what one site's score float[1 + metrics] is bound by, with noise of its own."""
+    units = _most_units(float(plan.privacy.units_per_site or 0))
+    return Bound(units, units, plan.score_mechanism.noise_std)
+
+
 def bound_of_sum(distributed: DistributedMechanism, survivors: int, trimmed: int) -> Bound:
     """Return what the sum of so many sites, in gradient units, is bound by; `trimmed` had excess noise removed."""
     clip = distributed.mechanism.clip_norm

@@ -23,7 +23,7 @@ from fedllm.values import Frozen, parse
 
 CONFIG = "config.json"  # of a run: what it was configured by
 _T = TypeVar("_T", bound=Frozen)
-_ADAPTER, _STATE = "adapter", "optimizer."
+_ADAPTER, _STATE, _BEST = "adapter", "optimizer.", "best"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Checkpoint:
     adapter: NDArray[np.float32]  # [d]
     optimizer: dict[str, NDArray[np.float32]]
     sites: dict[str, SiteState] = field(default_factory=dict)
+    best: NDArray[np.float32] | None = None  # the adapter with the best score at the sites, of `best_round`
+    best_round: int = -1
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -89,9 +91,12 @@ def writing(place: Path) -> Iterator[None]:
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, keeping the one before it as `<name>.previous`."""
     tensors = {_ADAPTER: checkpoint.adapter, **{_STATE + k: v for k, v in checkpoint.optimizer.items()}}
+    if checkpoint.best is not None:
+        tensors[_BEST] = checkpoint.best
     header: dict[str, Any] = {
         "round": checkpoint.round,
         "plan_digest": checkpoint.plan_digest,
+        "best_round": checkpoint.best_round,
         "sites": {name: asdict(state) for name, state in checkpoint.sites.items()},
     }
     header["sha256"] = _digest(header, tensors)
@@ -150,7 +155,10 @@ def _load(path: Path) -> Checkpoint:
             raise ValueError("checksum does not match")
         sites = {name: SiteState(**state) for name, state in header["sites"].items()}
         optimizer = {n.removeprefix(_STATE): t for n, t in tensors.items() if n.startswith(_STATE)}
-        return Checkpoint(int(header["round"]), str(header["plan_digest"]), tensors[_ADAPTER], optimizer, sites)
+        return Checkpoint(
+            int(header["round"]), str(header["plan_digest"]), tensors[_ADAPTER], optimizer, sites, tensors.get(_BEST),
+            int(header["best_round"]),
+        )  # fmt: skip
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be read ({error}). Restore it from a backup, or start a new run."

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from fedllm.crypto.identity import PublicIdentity
 from fedllm.errors import CheckpointError, CryptoError, FedllmError, MessageError, ModelError, QuorumLost
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import spent
+from fedllm.privacy.metrics import Layout
 from fedllm.protocol.messages import (
     Declined,
     MaskedInput,
@@ -31,7 +33,7 @@ from fedllm.protocol.messages import (
 )
 from fedllm.protocol.spending_statement import Statement, open_statement, update_digest
 from fedllm.values import MAX_START
-from server.aggregate import aggregation_rule, bound_of_update, public_weights
+from server.aggregate import aggregation_rule, bound_of_score, bound_of_update, public_weights
 from server.channel import PATIENCE, Channel, arrived
 from server.checkpoint import Checkpoint, SiteState, load_checkpoint, save_checkpoint
 from server.events import (
@@ -47,7 +49,7 @@ from server.events import (
 )
 from server.ledger_heads import LedgerHeads
 from server.run_record import RunLog, adapter_digest
-from server.secagg_server import Ask, Groups, SecAggServer
+from server.secagg_server import Ask, Groups, ScoreSum, SecAggServer
 
 if TYPE_CHECKING:
     from fedllm.training.server_optimizer import ServerOptimizer
@@ -68,7 +70,8 @@ _PAUSE, _PAUSE_MAX = 0.005, 5.0  # seconds between looks for sites that may come
 class _Answer:
     """A site's update, checked with what the site signed of it."""
 
-    update: NDArray[np.float32] | MaskedInput
+    update: NDArray[np.float32] | MaskedInput | None  # None in the closing exchange, unless there are masks
+    score: NDArray[np.float64] | None  # [1 + metrics], with noise of the site's own
     line: str  # the statement, as it was signed
     statement: Statement
     signer: str
@@ -118,6 +121,7 @@ class _Sum:
 
     step: NDArray[np.float32] | None = None  # [d]; None if they are too few, or unmasking failed
     lost: str = ""  # why unmasking failed
+    scores: ScoreSum | None = None  # of the adapter that the round starts from
     noise_std: float = 0.0  # of the step, if it is known
     noise_multiplier: float | None = None
     without: Mapping[str, str] = field(default_factory=dict)
@@ -134,6 +138,7 @@ class PublicModel:
     spec: AdapterSpec
     start: NDArray[np.float32]  # [d]
     score: Score  # of an adapter float32[d]
+    layout: Layout  # of what sites say of an adapter
 
 
 class Coordinator:
@@ -156,6 +161,8 @@ class Coordinator:
         `roster` names the sites that may take part, if their noise comes in shares.
         """
         self.plan, self._federation, self._spec, self._score = plan, federation, model.spec, model.score
+        self._layout = model.layout
+        self._best, self._best_round = model.start, -1  # by scores at the sites
         self._channel, self._record, self.observe, self._heads = channel, record, observe, heads
         self.folder = record.path.parent
         self._quorum = max(plan.quorum, federation.quorum or 1)  # with groups, of each
@@ -172,7 +179,10 @@ class Coordinator:
         self._evaluating: tuple[int, Future[Mapping[str, float | None]]] | None = None  # of records[that]
         distributed = plan.distributed
         kind = Groups if plan.groups else SecAggServer
-        self._masks = kind(plan, distributed, model.spec.dimension, roster or {}) if distributed is not None else None
+        metrics = model.layout.dimension
+        self._masks = (
+            kind(plan, distributed, model.spec.dimension, metrics, roster or {}) if distributed is not None else None
+        )
         self._bound = bound_of_update(plan, model.spec.dimension)
         self._rule = aggregation_rule(federation, plan.training)
 
@@ -211,6 +221,8 @@ class Coordinator:
                 f"{self.folder / METRICS} does not reach round {checkpoint.round} of the checkpoint. Restore it from "
                 "a backup, or start a new run."
             )
+        if checkpoint.best is not None:
+            self._best, self._best_round = checkpoint.best, checkpoint.best_round
         write_records(self.folder / METRICS, self.records)
         begun = self._record.resume(self.plan, self.round, self.adapter)
         self._begun = begun if self._masks is not None else {}
@@ -237,7 +249,8 @@ class Coordinator:
         self.observe(Phase("waiting for the sites"))
         self._await_nodes()
         try:
-            for number in range(self.round + 1, max(self._begun, default=0) + 1):
+            last, may_have_closed = self.plan.training.rounds, max(self._begun, default=0) > self.plan.training.rounds
+            for number in range(self.round + 1, min(last, max(self._begun, default=0)) + 1):
                 # sites may have paid for it, and have forgotten the secrets that it was masked with
                 asked = self._begun.get(number, set())
                 for site in asked:  # in the first round there is no checkpoint yet that names them
@@ -245,8 +258,12 @@ class Coordinator:
                 outcome = RoundOutcome(number, sorted(asked))
                 self._charge(outcome, counts=False)
                 self._lose(outcome, "the server was started again", time.monotonic())
-            for number in range(self.round + 1, self.plan.training.rounds + 1):
+            for number in range(self.round + 1, last + 1):
+                if self._no_better():
+                    break
                 self._round(number)
+            if self.plan.closes and not may_have_closed:
+                self._close(last + 1)
         except QuorumLost as error:
             self._note_scores()
             self._note_end(str(error))
@@ -270,22 +287,13 @@ class Coordinator:
         outcome, nodes, masking = self._gather(number)
         self._check_quorum(outcome, outcome.asked)
         self.observe(RoundStarted(number, list(outcome.asked)))
-        common = TrainRequest(
-            plan=self.plan,
-            round=number,
-            spec_digest=self._spec.digest,
-            head=None,
-            begun=self._record.begin_round(number, outcome.asked),
-            payload=adapter_vector.encode(self.adapter, "float32"),
-        )
-        known = self._known_heads()
-        outcome = self._collect(outcome, self._requests(nodes, common, masking, known), known)
-        found = self._aggregate(common, {site: answer.update for site, answer in outcome.answers.items()})
+        outcome, found = self._ask(number, outcome, nodes, masking)
+        self._note_sites(found.scores)
         update, lost = found.step, found.lost
         outcome = self._without_liars(outcome)
         if all(outcome.declined.get(site) in _UNCHARGED for site in outcome.asked):
             lost = ""  # nobody has paid for anything
-        entry = outcome.entry(adapter_digest(self.adapter))
+        entry = {**outcome.entry(adapter_digest(self.adapter)), **_said(found.scores)}
         after, scores = self.adapter, dict[str, float | None]()
         if update is not None:
             after, scores, lost = self._step(number, update, found.noise_std)
@@ -328,6 +336,72 @@ class Coordinator:
             {**entry, **found.entry, "counts": True, "adapter_after": adapter_digest(self.adapter)},
         )
 
+    def _ask(
+        self, number: int, outcome: RoundOutcome, nodes: list[int], masking: Mapping[str, bytes]
+    ) -> tuple[RoundOutcome, _Sum]:
+        """Ask the sites for what they compute in an exchange; return the outcome, and what it says together."""
+        common = TrainRequest(
+            plan=self.plan,
+            round=number,
+            spec_digest=self._spec.digest,
+            head=None,
+            begun=self._record.begin_round(number, outcome.asked),
+            payload=adapter_vector.encode(self.adapter, "float32"),
+        )
+        known = self._known_heads()
+        outcome = self._collect(outcome, self._requests(nodes, common, masking, known), known)
+        return outcome, self._aggregate(common, outcome.answers)
+
+    def _close(self, number: int) -> None:
+        """Have the sites score the last adapter, sign for the record as it stands, and open what they guessed.
+
+        What comes of it changes no adapter, so a run whose sites are gone by then is complete without it.
+        """
+        self.observe(Phase("closing: the sites score the adapter"))
+        try:
+            outcome, nodes, masking = self._gather(number)
+            self._check_quorum(outcome, outcome.asked)
+        except QuorumLost as error:
+            self._record.note("closing", {**_NO_CLOSING, "lost": str(error), "adapter": adapter_digest(self.adapter)})
+            return
+        outcome, found = self._ask(number, outcome, nodes, masking)
+        outcome = self._without_liars(outcome)
+        self._charge(outcome, counts=False)
+        self._note_sites(found.scores)
+        body = {key: outcome.entry("")[key] for key in ("answered", "declined", "failed")}
+        lost = found.lost or ("" if self._enough(outcome.answers) else f"{len(outcome.answers)} answered")
+        self._record.note(
+            "closing", {**body, "lost": lost, "adapter": adapter_digest(self.adapter), **_said(found.scores)}
+        )
+        self._save()
+
+    def _note_sites(self, scores: ScoreSum | None) -> None:
+        """Add what the sites say of the present adapter to its round, and remember the best."""
+        if scores is None:
+            return
+        said = self._layout.read(scores.total, scores.noise_std, scores.factor).table
+        at = len(self.records) - 1
+        self.records[at] = replace(self.records[at], at_sites=said)
+        write_records(self.folder / METRICS, self.records)
+        if self._evaluating is None:  # else it is observed with the held-out score
+            self.observe(self.records[at])
+        best = next((each.at_sites for each in self.records if each.round == self._best_round), {})
+        if self._layout.better(said, best):
+            self._best, self._best_round = self.adapter, self.records[at].round
+
+    def _no_better(self) -> bool:
+        """Whether so many scores in a row were no better than the best that the plan ends the training."""
+        patience = self.plan.evaluation.patience
+        since = sum(bool(each.at_sites) and each.round > self._best_round for each in self.records)
+        return patience is not None and since >= patience
+
+    @property
+    def kept(self) -> tuple[int, NDArray[np.float32]]:
+        """The adapter that the run ends with, float32[d], and its round."""
+        if self.plan.training.keep == "best" and self._best_round >= 0:
+            return self._best_round, self._best
+        return self.round, self.adapter
+
     def _step(
         self, number: int, update: NDArray[np.float32], noise_std: float
     ) -> tuple[NDArray[np.float32], dict[str, float | None], str]:
@@ -361,7 +435,7 @@ class Coordinator:
             nodes, refused, failed = self._ready()
             declined |= refused
             names = [self._site_of_node[n] for n in nodes]
-            if self._masks is None or not self._enough(names):
+            if self._masks is None or number > self.plan.masked_exchanges or not self._enough(names):
                 break
             try:
                 masking, undealt = self._masks.deal(number, names, self._asker(number))
@@ -406,7 +480,7 @@ class Coordinator:
                             f"epsilon_rdp={statement.epsilon_rdp:.4g}, and {self.sites[site].stated:.4g} before. "
                             "Is its ledger lost?"
                         )
-                    answers[site] = _Answer(update, reply.statement, statement, signer.to_text(), len(data))
+                    answers[site] = _Answer(*update, reply.statement, statement, signer.to_text(), len(data))
             except MessageError as error:
                 failed[site] = str(error)
             self.observe(SiteAnswered(number, site, site in answers, declined.get(site) or failed.get(site, "")))
@@ -415,34 +489,48 @@ class Coordinator:
             bytes_down=sum(map(len, requests.values())),
         )  # fmt: skip
 
-    def _aggregate(self, common: TrainRequest, updates: Mapping[str, NDArray[np.float32] | MaskedInput]) -> _Sum:
-        """Return what the updates say together."""
-        plan, masks, number = self.plan, self._masks, common.round
+    def _aggregate(self, common: TrainRequest, answers: Mapping[str, _Answer]) -> _Sum:
+        """Return what the answers say together."""
+        plan, masks, number = (
+            self.plan,
+            self._masks if common.round <= self.plan.masked_exchanges else None,
+            common.round,
+        )
+        updates = {site: answer.update for site, answer in answers.items()}
         if not self._enough(updates):
             return _Sum(lost=f"{len(updates)} sites answered, {self._needed}." if masks is not None else "")
         shares = public_weights(updates, self._federation.weights)
         if masks is None:
+            scores = [
+                ScoreSum(answer.score, plan.score_mechanism.noise_std, 1.0)
+                for _, answer in sorted(answers.items())
+                if answer.score is not None
+            ]
+            if number > plan.training.rounds:
+                return _Sum(scores=ScoreSum.of(scores))
             plain = cast(Mapping[str, NDArray[np.float32]], updates)
             noise = plan.noise_std(shares.values(), 0) if self._rule.is_mean else 0.0
-            return _Sum(self._rule.combine(plain, self._federation.weights), noise_std=noise)
+            return _Sum(
+                self._rule.combine(plain, self._federation.weights), noise_std=noise, scores=ScoreSum.of(scores)
+            )
         uploads, task = cast(Mapping[str, MaskedInput], updates), common.task(common.payload)
         try:
             if isinstance(masks, Groups):
                 together = masks.step(number, task, uploads, self._asker(number))
                 return _Sum(
                     together.step, noise_multiplier=together.noise_multiplier,
-                    without=together.refused | together.closed,
+                    without=together.refused | together.closed, scores=together.scores,
                     entry={
                         "noise_multiplier": together.noise_multiplier, "sums": together.trimmed,
                         "refused": together.refused, "closed": together.closed,
                     },
                 )  # fmt: skip
-            step, trimmed = masks.step(number, task, uploads, self._asker(number))
+            opened = masks.step(number, task, uploads, self._asker(number))
         except FedllmError as error:
             return _Sum(lost=str(error))
-        noise = masks.noise_multiplier(len(uploads), trimmed)
-        entry = {"noise_multiplier": noise, "trimmed": trimmed}
-        return _Sum(step, "", plan.noise_std(shares.values(), trimmed), noise, entry=entry)
+        entry = {"noise_multiplier": opened.noise_multiplier, "trimmed": opened.trimmed}
+        noise = plan.noise_std(shares.values(), opened.trimmed)
+        return _Sum(opened.step, "", opened.scores, noise, opened.noise_multiplier, entry=entry)
 
     def _without_liars(self, outcome: RoundOutcome) -> RoundOutcome:
         """Ask those no more who gave back wrong shares for this round's sum, which is right without these."""
@@ -558,14 +646,30 @@ class Coordinator:
                 self.sites.setdefault(reply.site, SiteState())
         return declined, failed
 
-    def _update(self, reply: TrainReply, site: str, number: int) -> NDArray[np.float32] | MaskedInput:
-        """Return the update float32[d] or the masked upload; raises MessageError if it is none of the plan."""
-        if self._masks is not None:
-            return self._masks.read(site, number, *unpack(reply.payload, 2))
-        update = adapter_vector.decode(reply.payload, self.plan.training.wire, self._spec.dimension)
+    def _update(
+        self, reply: TrainReply, site: str, number: int
+    ) -> tuple[NDArray[np.float32] | MaskedInput | None, NDArray[np.float64] | None]:
+        """Return the update float32[d] or the masked upload, and the score, of noise of the site's own.
+
+        Raises MessageError if it is none of the plan.
+        """
+        plan, payload, score = self.plan, reply.payload, None
+        if self._masks is not None and number <= plan.masked_exchanges:
+            return self._masks.read(site, number, *unpack(payload, 2)), None
+        if plan.score_noise(number) is not None:
+            payload, said = unpack(payload, 2)
+            if len(said) != 8 * self._layout.dimension:
+                raise MessageError(f"a score of {len(said)} bytes, expected {8 * self._layout.dimension}")
+            score = np.frombuffer(said, "<f8").astype(np.float64)
+            bound_of_score(plan).check(score)
+        if number > plan.training.rounds:
+            if payload:
+                raise MessageError(f"{len(payload)} bytes of an update in the closing exchange, expected none")
+            return None, score
+        update = adapter_vector.decode(payload, plan.training.wire, self._spec.dimension)
         if self._bound is not None:
             self._bound.check(update)
-        return update
+        return update, score
 
     def _known_heads(self) -> dict[str, LedgerHead]:
         """Return the last that is known of the sites' ledgers, in any run."""
@@ -720,12 +824,29 @@ class Coordinator:
         self.observe(self.records[at])
 
     def _note_end(self, stopped: str) -> None:
+        kept, adapter = self.kept
         body = {"round": self.round, "stopped": stopped, "adapter": adapter_digest(self.adapter)}
+        if kept != self.round:
+            body |= {"kept": kept, "kept_adapter": adapter_digest(adapter)}
         self._record.note("end", body)
 
     def _save(self) -> None:
-        state = Checkpoint(self.round, self.plan.digest, self.adapter, self._optimizer.state(), self.sites)
+        state = Checkpoint(
+            self.round, self.plan.digest, self.adapter, self._optimizer.state(), self.sites,
+            self._best if self._best_round >= 0 else None, self._best_round,
+        )  # fmt: skip
         save_checkpoint(self.folder / CHECKPOINT, state)
+
+
+_NO_CLOSING: Mapping[str, Any] = MappingProxyType({"answered": {}, "declined": {}, "failed": {}})
+
+
+def _said(scores: ScoreSum | None) -> dict[str, Any]:
+    """Return what the record says of scores."""
+    if scores is None:
+        return {}
+    total = [float(each) for each in scores.total]
+    return {"scores": {"total": total, "noise_std": scores.noise_std, "factor": scores.factor}}
 
 
 def _went_back(now: int, before: int) -> str:

@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.audit.summary import RunSummary, write_outputs
-from fedllm.config import RunConfig
+from fedllm.config import EvaluationConfig, RunConfig
 from fedllm.crypto.identity import PublicIdentity
 from fedllm.errors import CheckpointError, ConfigError, FedllmError
 from fedllm.files import LOCK, try_lock
 from fedllm.plan import RunPlan, default_quorum
 from fedllm.privacy.accounting import calibrate, overrun
+from fedllm.privacy.canaries import most_guesses
 from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.metrics import layout_of
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator, open_evaluator
 from fedllm.training.model_context import open_context, use_threads
@@ -89,21 +91,41 @@ def make_plan(config: RunConfig, names: Sequence[str]) -> RunPlan:
         steps = config.training.rounds * config.training.local_steps
         noise = calibrate(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
         privacy = privacy.model_copy(update={"noise_multiplier": noise})
-    parts = {"model": config.model, "adapter": config.adapter, "privacy": privacy, "training": config.training}
+    parts = {
+        "model": config.model, "adapter": config.adapter, "privacy": privacy, "training": config.training,
+        "evaluation": _with_noise(config),
+    }  # fmt: skip
+    canaries = config.audit.canaries
+    guesses = most_guesses(canaries, privacy.sampling_rate, config.training.rounds * config.training.local_steps)
     plan = parse(RunPlan, {
         "run": uuid.uuid4().hex, "seed": config.seed, "sites": sites, "quorum": quorum, "groups": groups,
+        "canaries": canaries, "guesses": guesses,
         "poisoned_sites": config.federation.poisoned_sites if groups else 0,
         **{name: part.model_dump() for name, part in parts.items()},
     })  # fmt: skip
-    if plan.mechanism.private and config.privacy.noise_multiplier is not None:
-        over = overrun([plan.mechanism.event(plan.steps)], privacy.delta, privacy.epsilon, one_plan=True)
-        if over is not None:
+    target = config.evaluation.epsilon or privacy.epsilon
+    for group, given, events, epsilon in (
+        ("privacy", config.privacy.noise_multiplier, plan.mechanism.event(plan.steps), privacy.epsilon),
+        ("evaluation", config.evaluation.noise_multiplier, plan.score_mechanism.event(plan.scores), target),
+    ):
+        over = overrun([events], privacy.delta, epsilon, one_plan=True) if given is not None else None
+        if plan.mechanism.private and over is not None:
             raise ConfigError(
-                f"privacy.noise_multiplier={privacy.noise_multiplier:g}: the plan would cost epsilon {over:.4g}, above "
-                f"its own target, privacy.epsilon={privacy.epsilon:g}. Set it to null to have it calibrated, or raise "
-                "privacy.epsilon."
+                f"{group}.noise_multiplier={given:g}: the plan would cost epsilon {over:.4g}, above its own target, "
+                f"{group}.epsilon={epsilon:g}. Set it to null to have it calibrated, or raise {group}.epsilon."
             )
     return plan
+
+
+def _with_noise(config: RunConfig) -> EvaluationConfig:
+    """Return what the plan says of scores, the noise calibrated for all of them together."""
+    own, privacy = config.evaluation, config.privacy
+    if privacy.mode == "off" or own.every is None or own.noise_multiplier is not None:
+        return own
+    rounds = config.training.rounds
+    scores = 1 + (rounds - 1) // own.every + 1
+    noise = calibrate(own.epsilon or privacy.epsilon, privacy.delta, 1.0, scores)
+    return own.model_copy(update={"noise_multiplier": noise})
 
 
 def continued(plan: RunPlan, before: RunPlan) -> RunPlan:
@@ -160,7 +182,8 @@ class HeadOfficeRun:
         if plan.distributed is not None:
             plan.distributed.clip_before_rounding(adapter.spec.dimension)  # says here what every site would decline for
         score = partial(_score, self._evaluator, self._context.engine, plan.mechanism)
-        model = PublicModel(adapter.spec, adapter.initial, score)
+        layout = layout_of(plan.model, adapter.vocabulary)
+        model = PublicModel(adapter.spec, adapter.initial, score, layout)
         coordinator = Coordinator(plan, self._config.federation, model, channel, record, observe, heads, roster)
         if self._config.resume:
             coordinator.resume()
@@ -181,7 +204,8 @@ class HeadOfficeRun:
         if evaluator is not None:
             coordinator.observe(Phase("closing evaluation: answers before and after"))
         with ThreadPoolExecutor(1, "evaluation") as beside:
-            answers = beside.submit(_before_and_after, evaluator, adapter.initial, coordinator.adapter)
+            kept = coordinator.kept[1]
+            answers = beside.submit(_before_and_after, evaluator, adapter.initial, kept)
             try:
                 if audit is not None:
                     audit()
@@ -202,7 +226,7 @@ class HeadOfficeRun:
         )
         coordinator.observe(Phase("writing adapter, plots and summaries"))
         with writing(coordinator.folder):
-            write_outputs(summary, adapter, coordinator.adapter)
+            write_outputs(summary, adapter, kept)
         if failed is not None:
             raise failed
         return summary

@@ -1,6 +1,7 @@
 """The server's side of secure aggregation over a run: keys advertised, secrets shared, and the one sum it may read."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,14 +46,18 @@ class SecAggServer:
     """One session, in memory only: a server that was started again opens another, and all sites advertise keys anew."""
 
     def __init__(
-        self, plan: RunPlan, distributed: DistributedMechanism, dimension: int, roster: Mapping[str, PublicIdentity],
-        session: str = "",
+        self, plan: RunPlan, distributed: DistributedMechanism, dimension: int, metrics: int,
+        roster: Mapping[str, PublicIdentity], session: str = "",
     ) -> None:  # fmt: skip
-        """`distributed` is the plan's; `roster` names the sites that may take part; groups share one `session`."""
-        self._plan, self._distributed, self._dimension = plan, distributed, dimension
+        """`distributed` is the plan's; `roster` names the sites that may take part; groups share one `session`.
+
+        A sum holds the update, of `dimension` values, the score, of `metrics`, or both.
+        """
+        self._plan, self._distributed, self._dimension, self._metrics = plan, distributed, dimension, metrics
         self._params = SessionParams(
             plan.digest, session or new_session(), plan.quorum, plan.privacy.colluding_sites, dict(roster), plan.sites
         )
+        self._scores = plan.distributed_scores
         self._joins: dict[str, AdvertisedKey] = {}
         self._cohort: Cohort | None = None
         self._dealt: dict[str, KeyShares] = {}  # of the next round, from the cohort
@@ -111,31 +116,52 @@ class SecAggServer:
         upload = from_bytes(masked, MaskedInput, MaskedInput)
         if upload.site != site:
             raise MessageError(f"an upload of site={upload.site}")
-        secagg.read_masked_input(cohort, number, upload, self._dimension)
+        secagg.read_masked_input(cohort, number, upload, self._length(number))
         if following:
             shares = from_bytes(following, KeyShares, KeyShares)
             self._check_key_shares(cohort, number + 1, shares, site)
             self._dealt[site] = shares
         return upload
 
-    def step(
-        self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask
-    ) -> tuple[NDArray[np.float32], int]:
-        """Return the step float32[d] of the sum of the uploads, and from how many sites excess noise was removed.
+    def step(self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask) -> "Opened":
+        """Return what the sum of the uploads says.
 
         `task` is the digest of the request, the same for all sites. The sum is the first thing that can be read; it is
         divided by public numbers: survivors, and the expected units of each. Raises FedllmError if unmasking
         fails, or the sum is beyond what honest sites can send.
         """
         total, trimmed = self.unmask(number, task, uploads, ask)
-        return self.step_of(total, len(uploads), trimmed), trimmed
+        return self.read_sum(number, total, len(uploads), trimmed)
 
-    def step_of(self, total: NDArray[np.uint32], survivors: int, trimmed: int) -> NDArray[np.float32]:
-        """Return the step float32[d] of an unmasked sum uint32[d]; raises MessageError beyond its bound."""
-        decoded = self._distributed.decode(total)
-        bound_of_sum(self._distributed, survivors, trimmed).check(decoded)
-        step = -self._plan.training.learning_rate * decoded / (survivors * self._plan.expected_units)
-        return step.astype(np.float32)
+    def read_sum(self, number: int, total: NDArray[np.uint32], survivors: int, trimmed: int) -> "Opened":
+        """Return what an unmasked sum uint32[n] says; raises MessageError beyond its bound."""
+        step: NDArray[np.float32] | None = None
+        scores: ScoreSum | None = None
+        for mechanism, block in self._blocks(number, total):
+            decoded = mechanism.decode(block)
+            bound = bound_of_sum(mechanism, survivors, trimmed)
+            bound.check(decoded)
+            if mechanism is self._distributed:
+                step = -self._plan.training.learning_rate * decoded / (survivors * self._plan.expected_units)
+                step = step.astype(np.float32)
+            else:
+                scores = ScoreSum(decoded, bound.noise_std, mechanism.clip_before_rounding(self._metrics))
+        return Opened(step, trimmed, self.noise_multiplier(survivors, trimmed), scores)
+
+    def _blocks(self, number: int, total: NDArray[np.uint32]) -> list[tuple[DistributedMechanism, NDArray[np.uint32]]]:
+        """Return the parts of a sum uint32[n], each with the mechanism that it was made by."""
+        blocks = [(self._distributed, self._dimension)] if number <= self._plan.training.rounds else []
+        if self._scores is not None and self._plan.score_noise(number) is not None:
+            blocks.append((self._scores, self._metrics))
+        found, position = [], 0
+        for mechanism, length in blocks:
+            found.append((mechanism, total[position : position + length]))
+            position += length
+        return found
+
+    def _length(self, number: int) -> int:
+        scored = self._metrics if self._plan.score_noise(number) is not None else 0
+        return scored + (self._dimension if number <= self._plan.training.rounds else 0)
 
     def noise_multiplier(self, survivors: int, trimmed: int) -> float:
         """Return the sum's noise multiplier, as seen by the server with the sites that may collude with it."""
@@ -144,7 +170,7 @@ class SecAggServer:
     def unmask(
         self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask
     ) -> tuple[NDArray[np.uint32], int]:
-        """Return the sum of the uploads, uint32[d], and from how many of them excess noise was removed."""
+        """Return the sum of the uploads, uint32[n], and from how many of them excess noise was removed."""
         cohort, threshold = self._at(number), self._plan.quorum
         dealings = (self._participants[site].dealing for site in sorted(self._participants))
         common = secagg.common_digest(cohort, number, task, dealings)
@@ -153,7 +179,8 @@ class SecAggServer:
         consents: list[ConsistencySignature] = []
         reveals: list[UnmaskingShares] = []
         faults: list[str] = []
-        surplus = len(self._distributed.revealed_seeds(len(uploads)))
+        blocks = len(self._blocks(number, np.empty(0, np.uint32)))
+        surplus = blocks * len(self._distributed.revealed_seeds(len(uploads)))
         question: dict[str, bytes] = dict.fromkeys(uploads, self._secure(number, survivor_list.to_bytes()))
         while question:
             for site, data in ask(question, threshold):
@@ -185,7 +212,7 @@ class SecAggServer:
                 f"{len(reveals)} of {len(uploads)} sites helped to unmask the sum, at least {threshold} are needed. "
                 f"{'; '.join(faults)}"
             )
-        unmasked = secagg.unmask(cohort, self._participants, survivor_list, uploads, reveals, self._dimension)
+        unmasked = secagg.unmask(cohort, self._participants, survivor_list, uploads, reveals, self._length(number))
         for holder, dealer in unmasked.doubtful[:_SAID]:
             _log.warning(
                 "round %d: a share of %s's secret that %s gave back is wrong: one of the two made it", number, dealer,
@@ -193,14 +220,24 @@ class SecAggServer:
             )  # fmt: skip
         self.liars = dict.fromkeys(unmasked.liars, _LIES)
         total = unmasked.total_d
-        self._take_off(total, [reveal.surplus for reveal in reveals], len(uploads))
+        self._take_off(number, total, [reveal.surplus for reveal in reveals], len(uploads))
         return total, len(reveals)
 
-    def _take_off(self, total: NDArray[np.uint32], seeds: Iterable[Sequence[str]], survivors: int) -> None:
+    def _take_off(self, number: int, total: NDArray[np.uint32], seeds: Iterable[Sequence[str]], survivors: int) -> None:
         """Subtract excess noise in place; drawing it again is most of the server's work, hence on all cores."""
+        blocks = self._blocks(number, total)  # views
+
+        def excess(own: Sequence[str]) -> list[NDArray[np.uint32]]:
+            each = len(own) // len(blocks)
+            return [
+                mechanism.surplus(own[k * each : (k + 1) * each], survivors, block.size)
+                for k, (mechanism, block) in enumerate(blocks)
+            ]
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for off in pool.map(lambda own: self._distributed.surplus(own, survivors, self._dimension), seeds):
-                total -= off
+            for parts in pool.map(excess, seeds):
+                for (_, block), part in zip(blocks, parts, strict=True):
+                    block -= part
 
     def _secure(self, number: int, step: bytes) -> bytes:
         return SecAggRequest(plan=self._plan, round=number, payload=step).to_bytes()
@@ -217,10 +254,39 @@ class SecAggServer:
 
 
 @dataclass(frozen=True)
+class ScoreSum:
+    """A noised sum of the sites' scores of an adapter (fedllm.privacy.metrics)."""
+
+    total: NDArray[np.float64]  # [1 + metrics]
+    noise_std: float  # of each coordinate
+    factor: float  # by which every unit's vector was shortened, so that rounded it is still in the clip
+
+    @staticmethod
+    def of(sums: "Sequence[ScoreSum | None]") -> "ScoreSum | None":
+        """Add up sums of different sites; None if there is none."""
+        found = [each for each in sums if each is not None]
+        if not found:
+            return None
+        total = np.sum([each.total for each in found], axis=0)
+        return ScoreSum(total, math.hypot(*(each.noise_std for each in found)), found[0].factor)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a sum says that was unmasked."""
+
+    step: NDArray[np.float32] | None  # [d]; None in the closing exchange
+    trimmed: int  # from how many sites excess noise was removed
+    noise_multiplier: float  # as seen by the server with the sites that may collude with it
+    scores: ScoreSum | None  # of the adapter that the round starts from
+
+
+@dataclass(frozen=True)
 class Combined:
     """What the sums of a round's groups give together; keys are a group's number in the plan, from 1, as text."""
 
-    step: NDArray[np.float32]  # [d]
+    step: NDArray[np.float32] | None  # [d]; None in the closing exchange
+    scores: ScoreSum | None
     noise_multiplier: float  # the least of those of the sums
     trimmed: dict[str, int]  # of each sum that was used: from how many sites excess noise was removed
     refused: dict[str, str]  # why, for each sum beyond what honest sites can send
@@ -231,13 +297,14 @@ class Groups:
     """The sessions of a plan's groups; to the round loop they look like one session."""
 
     def __init__(
-        self, plan: RunPlan, distributed: DistributedMechanism, dimension: int, roster: Mapping[str, PublicIdentity]
-    ) -> None:
+        self, plan: RunPlan, distributed: DistributedMechanism, dimension: int, metrics: int,
+        roster: Mapping[str, PublicIdentity],
+    ) -> None:  # fmt: skip
         """`roster` holds the sites of all groups; a site in no group takes part in none."""
         self._plan, self._roster, self._session = plan, dict(roster), new_session()
         self._of = {
             group: SecAggServer(
-                plan, distributed, dimension, {n: roster[n] for n in group if n in roster}, self._session
+                plan, distributed, dimension, metrics, {n: roster[n] for n in group if n in roster}, self._session
             )
             for group in plan.groups
         }
@@ -282,7 +349,7 @@ class Groups:
         A group whose sum is beyond what honest sites can send counts against the poisoned sites. Raises QuorumLost
         if too few sums can be used to outvote the others.
         """
-        steps, noises, trimmed = list[NDArray[np.float32]](), list[float](), dict[str, int]()
+        opened = dict[str, Opened]()
         refused, closed = dict[str, str](), dict[str, str]()
         for index, (group, masks) in enumerate(self._of.items(), start=1):
             here = {site: upload for site, upload in uploads.items() if site in group}
@@ -294,18 +361,24 @@ class Groups:
                 closed[str(index)] = str(error)
                 continue
             try:
-                steps.append(masks.step_of(total, len(here), off))
-                noises.append(masks.noise_multiplier(len(here), off))
-                trimmed[str(index)] = off
+                opened[str(index)] = masks.read_sum(number, total, len(here), off)
             except MessageError as error:
                 refused[str(index)] = str(error)
-        if not self._plan.outvotes(len(steps), len(refused)):
+        if not self._plan.outvotes(len(opened), len(refused)):
             why = "; ".join(f"group {index}: {text}" for index, text in sorted((refused | closed).items()))
             raise QuorumLost(
-                f"the sums of {len(steps)} groups can be used, and {self._plan.poisoned_sites} sites may be poisoned. "
+                f"the sums of {len(opened)} groups can be used, and {self._plan.poisoned_sites} sites may be poisoned. "
                 f"{why}"
             )
-        return Combined(median(steps), min(noises), trimmed, refused, closed)
+        steps = [each.step for each in opened.values() if each.step is not None]
+        return Combined(
+            median(steps) if steps else None,
+            ScoreSum.of([each.scores for each in opened.values()]),
+            min(each.noise_multiplier for each in opened.values()),
+            {index: each.trimmed for index, each in opened.items()},
+            refused,
+            closed,
+        )
 
     def _masks_of(self, site: str) -> SecAggServer:
         for group, masks in self._of.items():

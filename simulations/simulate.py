@@ -108,7 +108,7 @@ def simulate(config: SimulationConfig, announce: Callable[[RunPlan, list[str], T
             elsewhere = workers.memory if workers is not None else 0.0
             if config.site.folder is not None:
                 _export_ledgers(config, data.names, folder, plan.run)
-            audit = partial(_audit, folder, observe) if config.audit else None
+            audit = partial(_audit, folder, observe) if config.audit.report else None
             return run.finish(coordinator, stopped, budgets, time.monotonic() - began, elsewhere, audit)
 
 

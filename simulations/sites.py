@@ -1,6 +1,7 @@
 """The sites of a simulation: one process-wide set, its table read and its model loaded once."""
 
 import contextlib
+import hashlib
 import logging
 import math
 import threading
@@ -193,6 +194,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         config.privacy.delta,
         unit=config.privacy.unit,
         min_units=least_units(config),
+        evaluation_share=config.evaluation_share,
     )
     place = folder_of(config, folder) / file_name(name)
     return Site(
@@ -205,6 +207,7 @@ def make_site(config: SimulationConfig, data: SimulatedData, name: str, folder: 
         micro_batch=site.micro_batch,
         peers=lambda _: roster_of(config, data.names, folder),
         self_check=config.privacy.self_check,
+        split_key=hashlib.sha256(f"{config.seed} {name}".encode()).digest(),  # a seed is public: a run can be repeated
     )
 
 

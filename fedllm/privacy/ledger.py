@@ -13,6 +13,10 @@ Budget belongs to the site. All its data sets share one account, unless its owne
 from all others, by name, in a signed entry: by parallel composition it then has a budget of its own. What the data
 sets hold is compared all the same, and a contradiction is told to the owner; it never changes an answer.
 
+An account has two sides, training and evaluation, and a privacy unit is on one of them (fedllm.privacy.split). Share
+and key of the split are fixed when the account is first used, and stand in the chain; whatever is charged before, or
+after one of them has changed, counts on both sides. The budget holds on each, and what was spent is the larger.
+
 Every change is also an entry of a hash chain, signed by the site (fedllm.crypto.hash_chain), in the same transaction.
 The tables are what the site works with; the chain is what it can show. How many entries a round makes does not depend
 on records, and no entry says how long training took: a release bears the time of its reservation.
@@ -28,9 +32,9 @@ import os
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -52,9 +56,10 @@ from fedllm.privacy.ledger_place import (
     read_anchor,
     write_anchor,
 )
+from fedllm.privacy.split import KEY, SHARE, SIDES, Side, Split
 
 _APPLICATION = 0x464C4D31  # "FLM1", in the file's header
-_SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 4
 _NO_BACKUP = (
     "If it is damaged, a backup may lack the latest charges. Look for the newest copy there is; docs/deployment.md, "
     "Backup, says what to do with it, or without one: fedllm ledger restart"
@@ -74,6 +79,8 @@ CREATE TABLE entry (
     sampling_rate REAL NOT NULL,
     noise_multiplier REAL NOT NULL,
     steps INTEGER NOT NULL,
+    evaluation REAL,                    -- noise multiplier of a score on the evaluation units; NULL: there is none
+    both INTEGER NOT NULL,              -- whether all of it counts on both sides
     state TEXT NOT NULL CHECK (state IN ('RESERVED', 'RELEASED', 'ABORTED', 'LOST')),
     reserved_at REAL NOT NULL,          -- seconds since the epoch, UTC
     tries INTEGER NOT NULL DEFAULT 0,   -- how often its coins were given out
@@ -94,6 +101,9 @@ CREATE TABLE chain (                    -- fedllm.crypto.hash_chain: every chang
     digest TEXT NOT NULL,
     line TEXT NOT NULL
 );
+CREATE TABLE split (                    -- the owner's secret: fedllm.privacy.split
+    key BLOB NOT NULL
+);
 CREATE TABLE clock (                    -- fedllm.privacy.elapsed: of this start of the machine, one row
     clock REAL NOT NULL,
     boot TEXT NOT NULL,
@@ -107,7 +117,7 @@ _TRIES = 2  # that one charge pays for
 _PATIENCE = 30.0  # seconds to wait for another process
 _DAY = 86_400.0
 _MAX_NAME = 64
-_EVENT = ("request", "sampling_rate", "noise_multiplier", "steps")
+_EVENT = ("request", "sampling_rate", "noise_multiplier", "steps", "evaluation")
 
 DataSet: TypeAlias = frozenset[bytes]  # hashes of what a data set holds, to compare it with others
 
@@ -138,6 +148,7 @@ class Charge:
     run: str
     round: int
     event: AccountingEvent
+    evaluation: float | None  # noise multiplier of the score in it, if there is one
     state: str  # RESERVED, RELEASED, ABORTED or LOST: charged in a ledger that is lost
     reserved_at: float  # seconds since the epoch, UTC
 
@@ -278,18 +289,22 @@ class LedgerFile:
         with self.transaction() as db:
             return _account(db, data_set)
 
-    def events(self, account: str, since: float = -math.inf) -> list[AccountingEvent]:
-        """Return every event charged to an account, in order, released or not.
+    def events(self, account: str, since: float = -math.inf, side: Side = "training") -> list[AccountingEvent]:
+        """Return every event charged to a side of an account, in order, released or not.
 
         `since`, seconds since the epoch, leaves out what was charged before.
         """
         with self.transaction() as db:
             rows = db.execute(
-                "SELECT sampling_rate, noise_multiplier, steps FROM entry WHERE account = ? AND state != 'ABORTED' "
-                "AND reserved_at >= ? ORDER BY id",
+                "SELECT sampling_rate, noise_multiplier, steps, evaluation, both FROM entry WHERE account = ? "
+                "AND state != 'ABORTED' AND reserved_at >= ? ORDER BY id",
                 (account, since),
             )
-            return [AccountingEvent(*row) for row in rows]
+            return [event for row in rows for event in on_side(side, AccountingEvent(*row[:3]), row[3], bool(row[4]))]
+
+    def spent(self, account: str, delta: float, since: float = -math.inf) -> PrivacySpent:
+        """Return the privacy loss of an account: that of its costlier side."""
+        return costlier(spent(self.events(account, since, side), delta) for side in SIDES)
 
     def budget(self) -> tuple[float, float] | None:
         """Return the epsilon and delta that the chain stated last; None before any was stated."""
@@ -304,10 +319,10 @@ class LedgerFile:
         """Return every charge there ever was, in order."""
         with self.transaction() as db:
             rows = db.execute(
-                "SELECT account, run, round, sampling_rate, noise_multiplier, steps, state, reserved_at "
+                "SELECT account, run, round, sampling_rate, noise_multiplier, steps, evaluation, state, reserved_at "
                 "FROM entry ORDER BY id"
             )
-            return [Charge(row[0], row[1], row[2], AccountingEvent(*row[3:6]), row[6], row[7]) for row in rows]
+            return [Charge(row[0], row[1], row[2], AccountingEvent(*row[3:6]), row[6], row[7], row[8]) for row in rows]
 
     def head(self) -> LedgerHead:
         """Return the newest entry of the chain."""
@@ -406,17 +421,21 @@ class LedgerFile:
         """
         entries = read_chain(self.lines(), str(self.path), signers)
         said: dict[tuple[str, int, int], tuple[Any, ...]] = {}
+        splits = SplitsSeen()
         for entry in entries:
             body = entry.body
+            splits.see(entry.kind, body)
             key = (str(body.get("run")), int(body.get("round", 0)), int(body.get("charge", 0)))
             if entry.kind in ("reserved", "lost"):
                 state = "RESERVED" if entry.kind == "reserved" else "LOST"
-                said[key] = (body["account"], *(body[name] for name in _EVENT), state, entry.number)
+                both = int(not splits.sided(body["account"]))
+                said[key] = (body["account"], *(body[name] for name in _EVENT), both, state, entry.number)
             elif entry.kind in ("released", "aborted") and key in said:
                 said[key] = (*said[key][:-2], entry.kind.upper(), entry.number)
         with self.transaction() as db:
             rows = db.execute(
-                "SELECT run, round, charge, account, request, sampling_rate, noise_multiplier, steps, state FROM entry"
+                "SELECT run, round, charge, account, request, sampling_rate, noise_multiplier, steps, evaluation, "
+                "both, state FROM entry"
             ).fetchall()
             damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
@@ -474,9 +493,14 @@ class PrivacyLedger:
     """
 
     def __init__(
-        self, place: LedgerPlace, epsilon: float, delta: float, signer: Identity, period: Period | None = None
-    ) -> None:
-        """Open or create the ledger at `place` with a budget of `epsilon` at `delta` for each account."""
+        self, place: LedgerPlace, epsilon: float, delta: float, signer: Identity, period: Period | None = None,
+        share: float = SHARE, rule: str = "", key: bytes | None = None,
+    ) -> None:  # fmt: skip
+        """Open or create the ledger at `place` with a budget of `epsilon` at `delta` for each account.
+
+        `share` of the privacy units evaluate; `rule` names what a unit is told from others by; `key` is the split's
+        if none is there yet, else it is drawn.
+        """
         if not (epsilon >= 0 and 0 < delta < 1):  # refuses NaN too
             raise LedgerError(f"budget epsilon={epsilon!r} at delta={delta!r}: expected epsilon >= 0 and 0 < delta < 1")
         self.file = LedgerFile(place.file, place.anchor, create=True)
@@ -486,6 +510,21 @@ class PrivacyLedger:
             _take_over(db, signer)
             self._state_budget(db)
             self.account = _account(db, place.data_set)
+            self.split = self._state_split(db, share, rule, key)
+
+    def _state_split(self, db: sqlite3.Connection, share: float, rule: str, key: bytes | None) -> Split:
+        """Put the split into the chain if it is new, or not what it was; return it."""
+        row = db.execute("SELECT key FROM split").fetchone()
+        if row is None:
+            row = (random_bytes(KEY) if key is None else key,)
+            db.execute("INSERT INTO split VALUES (?)", row)
+        split = Split(share, row[0])
+        body = {"account": self.account, "share": share, "rule": rule, "key": split.key_digest}
+        lines = db.execute("SELECT line FROM chain WHERE kind = 'split' ORDER BY number DESC").fetchall()
+        before = next((b for (line,) in lines if (b := open_entry(line).body)["account"] == self.account), None)
+        if before != body:
+            _note(db, "split", body, self._signer)
+        return split
 
     def _state_budget(self, db: sqlite3.Connection) -> None:
         """Put the budget into the chain if it is new: who reads the chain sees what was permitted, and when."""
@@ -502,8 +541,12 @@ class PrivacyLedger:
         with self.file.transaction() as db:
             return _compare(db, self.account, data)
 
-    def reserve(self, run: str, round: int, request: str, event: AccountingEvent) -> Reservation:
+    def reserve(
+        self, run: str, round: int, request: str, event: AccountingEvent, evaluation: float | None = None
+    ) -> Reservation:
         """Charge `event` for a round, or find that it is already charged. On return the charge is on disk.
+
+        `evaluation` is the noise multiplier of a score on the evaluation units, charged in the same transaction.
 
         The same request again, while nothing has left the site, has the same sampling randomness once more; after that
         it is charged anew. Raises BudgetExceeded, charging nothing, if the budget does not admit the event, and
@@ -536,10 +579,10 @@ class PrivacyLedger:
                     db.execute("UPDATE entry SET tries = tries + 1 WHERE id = ?", (number,))
                     return Reservation(run, round, None, coins)
                 db.execute("UPDATE entry SET coins = NULL WHERE id = ?", (number,))
-            self._check(db, run, event)
+            self._check(db, run, event, evaluation)
             # the server may go back one round, to the checkpoint before a damaged one: two replies are kept
             db.execute("UPDATE entry SET reply = NULL WHERE run = ? AND round < ?", (run, round - 1))
-            return Reservation(run, round, None, self.charge(db, run, round, request, event))
+            return Reservation(run, round, None, self.charge(db, run, round, request, event, evaluation))
 
     def _unsealed(self, sealed: bytes | None) -> bytes | None:
         """Return the sampling randomness of a reservation; None if it can no longer be read, as with new keys."""
@@ -556,22 +599,18 @@ class PrivacyLedger:
             ).fetchone()
         return row is not None
 
-    def charge(self, db: sqlite3.Connection, run: str, round: int, request: str, event: AccountingEvent) -> bytes:
+    def charge(
+        self, db: sqlite3.Connection, run: str, round: int, request: str, event: AccountingEvent,
+        evaluation: float | None = None,
+    ) -> bytes:  # fmt: skip
         """Enter a charge, whatever the budget (`reserve` asks first), and return its sampling randomness."""
-        number = _enter(db, self.account, run, round, request, event, self._signer)
+        number = _enter(db, self.account, run, round, request, event, self._signer, evaluation)
         coins = random_bytes(_COINS)
         sealed = self._signer.seal(coins, self._signer.public)
         db.execute("UPDATE entry SET tries = 1, coins = ? WHERE id = ?", (sealed, number))
         return coins
 
-    def _check(self, db: sqlite3.Connection, run: str, event: AccountingEvent) -> None:
-        plans = set(
-            db.execute(
-                "SELECT DISTINCT run, sampling_rate, noise_multiplier FROM entry "
-                "WHERE account = ? AND state != 'ABORTED'",
-                (self.account,),
-            )
-        ) | {(run, event.sampling_rate, event.noise_multiplier)}
+    def _check(self, db: sqlite3.Connection, run: str, event: AccountingEvent, evaluation: float | None = None) -> None:
         ahead = _look_at_clock(db, believe=self._period is None)
         if ahead:  # a later time would free what this period has spent
             raise LedgerError(
@@ -579,13 +618,18 @@ class PrivacyLedger:
                 "off. Set it right (timedatectl). If it is right, the machine was off for long, or the clock was wrong "
                 "before: fedllm ledger clock"
             )
+        both = not _sided(db, self.account)
+        over = recent = None
         try:
-            over = overrun([*_summed(db, self.account), event], self.delta, self.epsilon, len(plans) == 1)
-            recent = None
-            if self._period is not None:  # several plans may lie in it, so RDP decides
-                since = _now(db) - self._period.days * _DAY
-                events = [*_summed(db, self.account, since), event]
-                recent = overrun(events, self.delta, self._period.epsilon, one_plan=False)
+            for side in SIDES:
+                more = on_side(side, event, evaluation, both)
+                plans = {*_plans(db, self.account, side), *((run, e.sampling_rate, e.noise_multiplier) for e in more)}
+                events = [*_summed(db, self.account, side), *more]
+                over = _more(over, overrun(events, self.delta, self.epsilon, len(plans) <= 1))
+                if self._period is not None:  # several plans may lie in it, so RDP decides
+                    since = _now(db) - self._period.days * _DAY
+                    events = [*_summed(db, self.account, side, since), *more]
+                    recent = _more(recent, overrun(events, self.delta, self._period.epsilon, one_plan=False))
         except PrivacyError as error:
             raise LedgerError(f"the privacy ledger {self.file.path} cannot be added up: {error}") from None
         if over is not None:
@@ -599,12 +643,12 @@ class PrivacyLedger:
                 f"the {self._period.epsilon:g} that a period may cost. Wait, or raise policy.period."
             )
 
-    def check(self, run: str, event: AccountingEvent) -> None:
+    def check(self, run: str, event: AccountingEvent, evaluation: float | None = None) -> None:
         """Raise BudgetExceeded if the budget admits no such event and `run` has nothing to repeat either."""
         with self.file.transaction() as db:
             known = db.execute("SELECT 1 FROM entry WHERE run = ? AND state != 'LOST'", (run,)).fetchone()
             if known is None:
-                self._check(db, run, event)
+                self._check(db, run, event, evaluation)
 
     def release(self, reservation: Reservation, reply: bytes) -> None:
         """Mark a round as released, keep its reply and forget what fixed its sample. Only then may `reply` leave."""
@@ -627,45 +671,123 @@ class PrivacyLedger:
         """Give a reserved round back to the budget, as LedgerFile.abort."""
         self.file.abort(run, round, self._signer)
 
-    def events(self) -> list[AccountingEvent]:
-        """Return every event charged to this account, in order, released or not."""
-        return self.file.events(self.account)
+    def events(self, side: Side = "training") -> list[AccountingEvent]:
+        """Return every event charged to a side of this account, in order, released or not."""
+        return self.file.events(self.account, side=side)
 
-    def spent(self, delta: float | None = None, also: Sequence[AccountingEvent] = ()) -> PrivacySpent:
+    def spent(
+        self, delta: float | None = None, also: Sequence[AccountingEvent] = (), evaluation: float | None = None
+    ) -> PrivacySpent:
         """Return the privacy loss of everything charged to this account, at `delta` or else the budget's.
 
-        `also` counts what is not charged yet.
+        It is that of the costlier side. `also` and `evaluation` count what is not charged yet.
         """
-        return spent([*self.events(), *also], self.delta if delta is None else delta)
+        delta = self.delta if delta is None else delta
+        with self.file.transaction() as db:
+            both = not _sided(db, self.account)
+        more = {side: [e for each in also for e in on_side(side, each, None, both)] for side in SIDES}
+        if evaluation is not None:
+            for side in SIDES:
+                more[side] += on_side(side, AccountingEvent(0.0, 0.0, 0), evaluation, both)
+        return costlier(spent([*self.events(side), *more[side]], delta) for side in SIDES)
 
 
-def _summed(db: sqlite3.Connection, account: str, since: float = -math.inf) -> list[AccountingEvent]:
-    """Return an account's events, equal ones as one: a round's check must not grow with the ledger's age."""
+def on_side(side: Side, event: AccountingEvent, evaluation: float | None, both: bool) -> list[AccountingEvent]:
+    """Return what a charge costs the units of one side: its training, or the score in it, or both.
+
+    A score reads every evaluation unit: nothing is sampled.
+    """
+    score = [] if evaluation is None else [AccountingEvent(1.0, evaluation, 1)]
+    training = [event] if event.steps else []
+    return [*training, *score] if both else training if side == "training" else score
+
+
+def costlier(sides: Iterable[PrivacySpent]) -> PrivacySpent:
+    """Return the larger of what sides have spent; by RDP, too, whichever side that is of."""
+    found = list(sides)
+    most = max(found, key=lambda each: each.epsilon)
+    return replace(most, epsilon_rdp=max(each.epsilon_rdp for each in found))
+
+
+@dataclass
+class SplitsSeen:
+    """What the entries of a chain say of the splits of its accounts, seen one after the other."""
+
+    _splits: dict[str, int] = field(default_factory=dict)
+    _restarted: bool = False  # before any split: a key may be lost
+
+    def see(self, kind: str, body: Mapping[str, Any]) -> None:
+        """Take in an entry."""
+        if kind == "split":
+            account = str(body["account"])
+            self._splits[account] = self._splits.get(account, 0) + 1
+        elif kind == "restarted":
+            self._restarted = True
+
+    def sided(self, account: str) -> bool:
+        """Whether every unit has had one side from the first charge to the account on: else both count everything."""
+        return self._splits.get(account, 0) == 1 and not self._restarted
+
+
+def _sided(db: sqlite3.Connection, account: str) -> bool:
+    seen = SplitsSeen()
+    for kind, line in db.execute("SELECT kind, line FROM chain WHERE kind IN ('split', 'restarted') ORDER BY number"):
+        seen.see(kind, open_entry(line).body)
+    return seen.sided(account)
+
+
+def _plans(db: sqlite3.Connection, account: str, side: Side) -> set[tuple[str, float, float]]:
+    """Return the plans that a side was charged for: each by its run, its sampling rate and its noise."""
+    rows = db.execute(
+        "SELECT DISTINCT run, sampling_rate, noise_multiplier, steps, evaluation, both FROM entry "
+        "WHERE account = ? AND state != 'ABORTED'",
+        (account,),
+    )
+    return {
+        (run, event.sampling_rate, event.noise_multiplier)
+        for run, q, noise, steps, evaluation, both in rows
+        for event in on_side(side, AccountingEvent(q, noise, steps), evaluation, bool(both))
+    }
+
+
+def _more(a: float | None, b: float | None) -> float | None:
+    return b if a is None else a if b is None else max(a, b)
+
+
+def _summed(db: sqlite3.Connection, account: str, side: Side, since: float = -math.inf) -> list[AccountingEvent]:
+    """Return what a side was charged, equal events as one: a round's check must not grow with the ledger's age."""
     rows = db.execute(
         "SELECT sampling_rate, noise_multiplier, sum(steps), min(steps) < 0 OR sum(typeof(steps) != 'integer') "
-        "FROM entry WHERE account = ? AND state != 'ABORTED' AND reserved_at >= ? "
+        "FROM entry WHERE account = ? AND state != 'ABORTED' AND reserved_at >= ? AND (both OR ?) "
         "GROUP BY sampling_rate, noise_multiplier",
-        (account, since),
+        (account, since, side == "training"),
     )
     # a row that cannot be must not vanish in a sum: it becomes an event that is refused
-    return [AccountingEvent(rate, noise, -1 if damaged else steps) for rate, noise, steps, damaged in rows]
+    found = [AccountingEvent(rate, noise, -1 if damaged else steps) for rate, noise, steps, damaged in rows]
+    rows = db.execute(
+        "SELECT evaluation, count(*) FROM entry WHERE account = ? AND state != 'ABORTED' AND reserved_at >= ? "
+        "AND (both OR ?) AND evaluation IS NOT NULL GROUP BY evaluation",
+        (account, since, side == "evaluation"),
+    )
+    return [*found, *(AccountingEvent(1.0, noise, scores) for noise, scores in rows)]
 
 
 def _enter(
-    db: sqlite3.Connection, account: str, run: str, round: int, request: str, event: AccountingEvent, signer: Identity
-) -> int:
+    db: sqlite3.Connection, account: str, run: str, round: int, request: str, event: AccountingEvent, signer: Identity,
+    evaluation: float | None = None,
+) -> int:  # fmt: skip
     """Enter a charge, RESERVED or, for the `request` "lost", LOST; return its row."""
     last = db.execute("SELECT max(charge) FROM entry WHERE run = ? AND round = ?", (run, round)).fetchone()[0]
     which = {"account": account, "run": run, "round": round, "charge": (last or 0) + 1}
     values = {
         "request": request, "sampling_rate": event.sampling_rate, "noise_multiplier": event.noise_multiplier,
-        "steps": event.steps,
+        "steps": event.steps, "evaluation": evaluation,
     }  # fmt: skip
     kind = "lost" if request == "lost" else "reserved"
     added = db.execute(
-        "INSERT INTO entry (account, run, round, charge, request, sampling_rate, noise_multiplier, steps, state, "
-        "reserved_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (*which.values(), *values.values(), kind.upper(), _now(db)),
+        "INSERT INTO entry (account, run, round, charge, request, sampling_rate, noise_multiplier, steps, evaluation, "
+        "both, state, reserved_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*which.values(), *values.values(), not _sided(db, account), kind.upper(), _now(db)),
     )
     _note(db, kind, {**which, **values}, signer)
     return int(added.lastrowid or 0)

@@ -42,7 +42,7 @@ Reason = Literal[
 Hex32 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Digest = Annotated[Printable, Field(max_length=64)]  # to compare with
 Hex64 = Annotated[str, Field(pattern="^[0-9a-f]{128}$")]
-Round = Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
+Round = Annotated[int, Field(ge=1, le=MAX_ROUNDS + 1)]  # and the closing exchange
 
 
 class Message(Frozen):
@@ -254,7 +254,7 @@ class UnmaskingShares(_OfRound):
     LONGEST = _LITTLE
     site: Name
     claim: Hex32  # digest of the list of survivors that this answers
-    surplus: Annotated[tuple[Hex32, ...], Field(max_length=8)]  # seeds of noise that the sum does not need
+    surplus: Annotated[tuple[Hex32, ...], Field(max_length=16)]  # seeds of noise that the sum does not need
 
 
 _A = TypeVar("_A", bound=Message)

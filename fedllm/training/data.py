@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedllm.canonical import canonical, canonical_json
+from fedllm.canonical import canonical, canonical_json, digest_of
 from fedllm.config import FileConfig, ModelConfig, TextConfig
 from fedllm.errors import ConfigError, DataError, first_line
 from fedllm.training.sources import resolve
@@ -653,22 +653,47 @@ def group(
     groups: dict[object, list[Tokens]] = {}
     wrong: list[DataError] = []
     for number, (row, found) in enumerate(zip(rows, tokens, strict=True)):
-        key: object = number
-        one = found
-        if unit is not None and not isinstance(row, DataError):
-            who = row.get(unit)
-            if is_missing(who) or isinstance(who, list | dict):
-                one = DataError(
-                    f"{place_of(row, number)}: {unit} is empty, so its privacy unit is unknown. Fill it in."
-                )
-            else:
-                key = person(who)
-        own = groups.setdefault(key, [])
+        who, one = _person_of(row, unit), found
+        if unit is not None and who is None and not isinstance(row, DataError):
+            one = DataError(f"{place_of(row, number)}: {unit} is empty, so its privacy unit is unknown. Fill it in.")
+        own = groups.setdefault(number if who is None else who, [])
         if isinstance(one, DataError):
             wrong.append(one)
         else:
             own.append(one)
     return list(groups.values()), wrong
+
+
+def _person_of(row: Row | DataError, column: str | None) -> str | None:
+    """Return the person that a record belongs to; None if nobody knows."""
+    who = None if column is None or isinstance(row, DataError) else row.get(column)
+    return None if is_missing(who) or isinstance(who, list | dict) else person(who)
+
+
+def identities(rows: Iterable[Row | DataError], data: TextConfig, column: str | None, by_person: bool) -> list[bytes]:
+    """Return bytes that tell the privacy units of `group` from others, in its order: for `fedllm.privacy.split`.
+
+    A record is told by its person, whatever the privacy unit, so that no person is on two sides; where none is
+    known, by the text that is learned, which stays the same if a column is added.
+    """
+    found: dict[object, bytes] = {}
+    columns = _text_columns(data)
+    for number, row in enumerate(rows):
+        who = _person_of(row, column)
+        text = {} if isinstance(row, DataError) else row
+        found.setdefault(
+            who if by_person and who is not None else number,
+            b"text\0" + canonical_json([_spelt(text.get(name)) for name in columns])
+            if who is None
+            else b"person\0" + who.encode(),
+        )
+    return list(found.values())
+
+
+def split_rule(data: TextConfig, column: str | None) -> str:
+    """Return a digest, 16 hexadecimal digits, of what `identities` tells units by: a ledger notices when it changes."""
+    told = ["person", canonical(column)] if column is not None else ["text", *_text_columns(data)]
+    return digest_of(told)[:16]
 
 
 def build_units(table: Table, tokeniser: Tokeniser, unit: str | None, cap: int) -> tuple[PrivacyUnit, ...]:

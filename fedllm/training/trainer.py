@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,10 +10,12 @@ from numpy.typing import NDArray
 
 from fedllm.errors import Cancelled, ConfigError, Diverged
 from fedllm.plan import RunPlan
+from fedllm.privacy.metrics import layout_of
 from fedllm.privacy.randomness import Randomness
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Drawn, PrivacyUnit
 from fedllm.training.engine import Engine
+from fedllm.training.unit_metrics import unit_metrics
 
 
 def train_round(
@@ -73,6 +76,39 @@ def distributed_step(
         drawn = distributed.mechanism.sample(len(units), source if coins is None else coins)
         total = engine.clipped_sum(Drawn(units, drawn), distributed.mechanism, micro_batch, distributed)
     return distributed.noised(total.cpu().numpy(), share), share.seeds
+
+
+def score(
+    adapter: AdapterModel,
+    units: Sequence[PrivacyUnit],
+    plan: RunPlan,
+    vector: NDArray[np.float32],
+    source: Randomness,
+) -> "Scored":
+    """Return how good the adapter float32[d] is on evaluation units: a noised sum, and the exact one for their owner.
+
+    The noise is drawn before a record is looked at. With noise in shares one share alone protects less than was
+    promised: the sum must be masked before it leaves the site.
+    """
+    layout, mechanism, shared = layout_of(plan.model, adapter.vocabulary), plan.score_mechanism, plan.distributed_scores
+    if shared is not None:
+        share = shared.share(layout.dimension, source)
+        values = unit_metrics(adapter, vector, units)
+        return Scored(values, b"", shared.noised(layout.clipped_sum(values, shared), share), share.seeds)
+    noise = mechanism.noise(layout.dimension, source)
+    values = unit_metrics(adapter, vector, units)
+    released = mechanism.noised(layout.clipped_sum(values, None), noise)
+    return Scored(values, released.astype("<f8").tobytes(), np.empty(0, np.uint32), ())
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a site makes of an adapter and its evaluation units."""
+
+    values: NDArray[np.float64]  # [units, metrics], exact: for their owner alone
+    released: bytes  # noise of the site's own: the noised sum, float64[1 + metrics], little endian
+    share: NDArray[np.uint32]  # noise in shares: its part of the sum, uint32[1 + metrics], to be masked
+    seeds: tuple[str, ...]  # secret: of the noise in it that may turn out as excess
 
 
 def _optimizer(adapter: AdapterModel, plan: RunPlan) -> torch.optim.Optimizer:

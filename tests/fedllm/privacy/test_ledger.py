@@ -340,7 +340,7 @@ PrivacyLedger(place, 100.0, 1e-5, signer).reserve("run", 1, "request", event)
 import sqlite3
 db = sqlite3.connect(path, isolation_level=None)
 db.execute("BEGIN IMMEDIATE")  # and dies amidst the next transaction, too
-db.execute("INSERT INTO entry VALUES (99, 'site', 'run', 2, 1, 'r', 0.1, 2.0, 1, 'RESERVED', 0.0, 1, NULL, NULL)")
+db.execute("INSERT INTO entry VALUES (99, 'site', 'run', 2, 1, 'r', 0.1, 2.0, 1, NULL, 0, 'RESERVED', 0, 1, NULL, NULL)")
 print("reserved", flush=True)
 time.sleep(600)
 """
@@ -509,10 +509,10 @@ def test_a_ledger_of_another_version_is_refused_and_stays_as_it_is(
     ledger.reserve("run", 1, "request", EVENT)
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {version}")
-    with pytest.raises(LedgerError, match=f"schema {version}, expected 3"):
+    with pytest.raises(LedgerError, match=f"schema {version}, expected 4"):
         open_ledger(path)
     with closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA user_version = 3")
+        db.execute("PRAGMA user_version = 4")
     assert open_ledger(path).events() == [EVENT]
 
 

@@ -91,6 +91,7 @@ def test_what_contradicts_a_declaration_is_told_and_changes_nothing_that_leaves_
     assert ledger.compare(records(0, 9)) == []
     assert ledger.file.overlaps("b", records(8, 20)) == {"site": 1}
     ledger.file.declare_disjoint("b", records(8, 20), SIGNER)
+    open_ledger(path, "b")
     before = ledger.file.lines()
     assert open_ledger(path, "b").compare(records(8, 20)) == ["site"]
     assert open_ledger(path, "b").compare(records(50, 60)) == ["site"], "what was seen once stays seen"
@@ -115,10 +116,12 @@ def test_the_chain_says_what_was_permitted_and_no_more_than_it_may(path: Path) -
         {"epsilon": BUDGET, "delta": DELTA},
         {"epsilon": None, "delta": DELTA},
     ]
-    assert [e.kind for e in entries if e.kind not in ("reserved", "released")] == ["opened", "budget", "budget"]
+    assert [e.kind for e in entries if e.kind not in ("reserved", "released")] == [
+        "opened", "budget", "split", "budget",
+    ]  # fmt: skip
     assert all(entry.at % 60 == 0 for entry in entries), "to the second it would tell how long a round took"
     known = {"account", "run", "round", "charge", "request", "sampling_rate", "noise_multiplier", "steps", "reply",
-             "epsilon", "delta"}  # fmt: skip
+             "epsilon", "delta", "evaluation", "share", "rule", "key"}  # fmt: skip
     assert {key for entry in entries for key in entry.body} == known
 
 
@@ -165,7 +168,7 @@ def written(path: Path) -> PrivacyLedger:
         ledger.release(ledger.reserve("run", round_, "request", EVENT), b"reply")
     ledger.reserve("run", 3, "request", EVENT)
     ledger.abort("run", 3)
-    ledger.reserve("run", 4, "request", EVENT)
+    ledger.reserve("run", 4, "request", EVENT, 3.0)
     return ledger
 
 
@@ -181,7 +184,7 @@ def test_a_sound_ledger_is_verified(written: PrivacyLedger) -> None:
     assert head == written.file.head()
     assert written.file.knows(head)
     assert [open_entry(line).kind for line in written.file.lines()] == [
-        "opened", "budget", "reserved", "released", "reserved", "released", "reserved", "aborted", "reserved",
+        "opened", "budget", "split", "reserved", "released", "reserved", "released", "reserved", "aborted", "reserved",
     ]  # fmt: skip
 
 
@@ -196,11 +199,14 @@ TABLE_EDITS = {
     "another run": "UPDATE entry SET run = 'y' WHERE round = 1",
     "another round": "UPDATE entry SET round = 99 WHERE round = 1",
     "another account": "UPDATE entry SET account = 'z' WHERE round = 1",
+    "another score": "UPDATE entry SET evaluation = 9.0 WHERE round = 1",
+    "no score": "UPDATE entry SET evaluation = NULL WHERE round = 4",
+    "on both sides": "UPDATE entry SET both = 1 WHERE round = 1",
     "emptied": "DELETE FROM entry",
     "another charge": "UPDATE entry SET charge = 2 WHERE round = 1",
     "given out as lost": "UPDATE entry SET state = 'LOST' WHERE round = 1",
     "never signed": "INSERT INTO entry SELECT 99, account, run, 98, charge, request, sampling_rate, noise_multiplier, "
-    "steps, state, reserved_at, tries, coins, reply FROM entry WHERE round = 1",
+    "steps, evaluation, both, state, reserved_at, tries, coins, reply FROM entry WHERE round = 1",
 }
 
 
@@ -211,7 +217,7 @@ def test_an_edit_of_the_table_is_found(written: PrivacyLedger, path: Path, chang
         written.file.verify([SIGNER.public])
 
 
-@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("number", range(10))
 @pytest.mark.parametrize("change", ["removed", "altered", "signed by a stranger"])
 def test_an_edit_of_the_chain_is_found_and_the_entry_named(
     written: PrivacyLedger, path: Path, number: int, change: str
@@ -224,7 +230,7 @@ def test_an_edit_of_the_chain_is_found_and_the_entry_named(
     else:
         line = make_entry(entry.number, entry.previous, entry.kind, entry.at, entry.body, STRANGER)
         edit(path, "UPDATE chain SET line = ? WHERE number = ?", values=(line, number))
-    if change == "removed" and number == 8:  # the newest: the table still knows what it said
+    if change == "removed" and number == 9:  # the newest: the table still knows what it said
         with pytest.raises(ChainError, match="never signed"):
             copy.verify([SIGNER.public])
         return
@@ -236,10 +242,10 @@ def test_an_edit_of_the_chain_is_found_and_the_entry_named(
 def test_a_cut_tail_is_found_by_the_head_that_others_keep(written: PrivacyLedger, path: Path) -> None:
     """Table and chain cut alike look sound; who was shown a later head knows better, and so does the anchor."""
     head = written.file.head()
-    edit(path, "DELETE FROM chain WHERE number = 8", "DELETE FROM entry WHERE round = 4")
-    assert LedgerFile(path).verify([SIGNER.public]).number == 7
+    edit(path, "DELETE FROM chain WHERE number = 9", "DELETE FROM entry WHERE round = 4")
+    assert LedgerFile(path).verify([SIGNER.public]).number == 8
     assert not LedgerFile(path).knows(head)
-    with pytest.raises(LedgerError, match="lacks entry 8"):
+    with pytest.raises(LedgerError, match="lacks entry 9"):
         written.file.verify([SIGNER.public])
 
 
@@ -260,7 +266,7 @@ def test_a_file_whose_tables_were_torn_apart_is_not_opened(written: PrivacyLedge
         LedgerFile(path)
 
 
-@given(st.integers(0, 8), st.data())
+@given(st.integers(0, 9), st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_flipped_bit_of_the_export_is_found(written: PrivacyLedger, number: int, data: st.DataObject) -> None:
     lines = written.file.lines()
@@ -287,9 +293,9 @@ def test_new_keys_take_the_ledger_over(written: PrivacyLedger, path: Path) -> No
 def test_a_ledger_whose_keys_were_lost_goes_on_and_says_so(written: PrivacyLedger, path: Path) -> None:
     ledger = open_ledger(path, "site", math.inf, STRANGER)
     ledger.reserve("run", 7, "request", EVENT)
-    assert open_entry(ledger.file.lines()[9]).kind == "key"
+    assert open_entry(ledger.file.lines()[10]).kind == "key"
     ledger.file.verify([STRANGER.public])
-    with pytest.raises(ChainError, match="entry 9: signed by"):
+    with pytest.raises(ChainError, match="entry 10: signed by"):
         ledger.file.verify([SIGNER.public])
 
 
