@@ -1,4 +1,4 @@
-"""Canaries: made-up units that a site trains on or not, by coins that it commits to, and what guessing the coins proves.
+"""Canaries: made-up units that a site trains on or not, by coins that it commits to; and what guessing them proves.
 
 A site makes N canaries from a seed, draws a coin for each, and commits to both before the first round. The canaries
 whose coin is 1 train as records do. After the last round two attacks each name the canaries that they take for "in",
@@ -7,6 +7,7 @@ epsilon they refute (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846). A gues
 it costs no budget, and no coin says anything of a record.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -30,7 +31,6 @@ EACH = 1 - (1 - CONFIDENCE) / ATTACKS  # confidence of each bound, so that both 
 _DOMAIN = "fedllm canaries v1"
 _SECRET = 32  # bytes: a nonce that hides the coins, a seed that nobody chose
 _LONGEST = 1 << 17  # characters of an opening: MAX_CANARIES coins, and twice half as many indices
-_DEVIATIONS = 2.0
 
 _Hex = Annotated[str, Field(pattern=re.compile(r"^[0-9a-f]{64}\Z"))]
 _Indices = Annotated[tuple[int, ...], Field(max_length=MAX_CANARIES)]
@@ -79,7 +79,7 @@ class Opening(Frozen):
     def _validate(self) -> "Opening":
         canaries = len(self.secret.coins)
         for guessed in (self.black, self.white):
-            if any(a >= b for a, b in zip(guessed, guessed[1:], strict=False)):
+            if any(a >= b for a, b in itertools.pairwise(guessed)):
                 raise ValueError("guesses are not in order, or one is made twice")
             if guessed and not 0 <= guessed[0] <= guessed[-1] < canaries:
                 raise ValueError(f"a guess on a canary that is none of {canaries}")
@@ -119,7 +119,9 @@ class Opening(Frozen):
             if value != expected:
                 raise CryptoError(f"an opening of canaries for {what}={value!r}, expected {expected!r}")
         if commitment(secret) != committed:
-            raise CryptoError(f"canaries of {site!r}: what is opened is not what was committed to before the first round")
+            raise CryptoError(
+                f"canaries of {site!r}: what is opened is not what was committed to before the first round"
+            )
 
 
 def most_guesses(canaries: int, sampling_rate: float, steps: int) -> int:
@@ -131,10 +133,13 @@ def most_guesses(canaries: int, sampling_rate: float, steps: int) -> int:
 
 
 def usual_guesses(canaries: int, sampling_rate: float, steps: int) -> int:
-    """Return the number of guesses from which an attack profits, 1 at the least: see the comment on _DEVIATIONS."""
-    share = _drawn(canaries, sampling_rate, steps)
-    deviation = math.sqrt(canaries * share * (1 - share))
-    return max(1, math.floor(canaries * share - _DEVIATIONS * deviation))
+    """Return half of `most_guesses`, 1 at the least: the guesses of which an attack is surest.
+
+    One wrong guess costs more than many right ones bring. Of as many guesses as canaries were drawn on average, chance
+    alone makes some wrong. With half as many a perfect attack loses at most log 2 of its bound, and an attack that
+    noise hinders proves up to twice as much (docs/benchmarks.md).
+    """
+    return max(1, most_guesses(canaries, sampling_rate, steps) // 2)
 
 
 def _drawn(canaries: int, sampling_rate: float, steps: int) -> float:
@@ -208,7 +213,9 @@ def pooled(openings: Sequence[Opening], guesses: int, delta: float) -> Result:
 
     def attack(guessed: list[tuple[int, ...]]) -> Attack:
         right = sum(
-            opening.secret.coins[number] == "1" for opening, own in zip(openings, guessed, strict=True) for number in own
+            opening.secret.coins[number] == "1"
+            for opening, own in zip(openings, guessed, strict=True)
+            for number in own
         )
         lower, ceiling = (epsilon_lower_bound(canaries, total, n, delta, EACH) for n in (right, total))
         return Attack(right, total, lower, ceiling)

@@ -31,9 +31,7 @@ def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
     return min(1.0, at_least + 2 * canaries * delta * slope)
 
 
-def epsilon_lower_bound(
-    canaries: int, guesses: int, right: int, delta: float, confidence: float = CONFIDENCE
-) -> float:
+def epsilon_lower_bound(canaries: int, guesses: int, right: int, delta: float, confidence: float = CONFIDENCE) -> float:
     """Return the largest epsilon such that every smaller one is refuted, with `confidence`; 0 if none is.
 
     Rounded down to a millionth. Of k attacks on one run each takes 1 - (1 - CONFIDENCE) / k. Raises ConfigError if
