@@ -31,15 +31,18 @@ def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
     return min(1.0, at_least + 2 * canaries * delta * slope)
 
 
-def epsilon_lower_bound(canaries: int, guesses: int, right: int, delta: float) -> float:
-    """Return the largest epsilon such that every smaller one is refuted, with confidence 95 %; 0 if none is.
+def epsilon_lower_bound(canaries: int, guesses: int, right: int, delta: float, confidence: float = CONFIDENCE) -> float:
+    """Return the largest epsilon such that every smaller one is refuted, with `confidence`; 0 if none is.
 
-    Rounded down to a millionth. Raises ConfigError if there can be no such audit.
+    Rounded down to a millionth. Of k attacks on one run each takes 1 - (1 - CONFIDENCE) / k. Raises ConfigError if
+    there can be no such audit.
     """
     _check(canaries, guesses, right, delta)
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence={confidence:g}: expected more than 0 and less than 1.")
 
     def refuted(epsilon: float) -> bool:
-        return p_value(canaries, guesses, right, epsilon, delta) < 1 - CONFIDENCE
+        return p_value(canaries, guesses, right, epsilon, delta) < 1 - confidence
 
     if not refuted(0.0):
         return 0.0
