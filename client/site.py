@@ -29,6 +29,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from client.canaries import SiteCanaries
 from client.policy import SitePolicy
 from client.records import Declared
 from client.secagg_client import Peers, SecAggClient
@@ -43,6 +44,7 @@ from fedllm.errors import (
     DataError,
     Diverged,
     FedllmError,
+    FolderError,
     Halted,
     LedgerError,
     MessageError,
@@ -73,7 +75,7 @@ from fedllm.protocol.messages import (
 )
 from fedllm.protocol.spending_statement import Statement, sign_statement, update_digest
 from fedllm.secagg.masking import add_mask
-from fedllm.training.data import PrivacyUnit
+from fedllm.training.data import Joined, PrivacyUnit
 from fedllm.training.model_context import ModelContext
 from fedllm.training.self_check import Subject, self_check_once
 from fedllm.training.trainer import Scored, distributed_step, score, train_round
@@ -192,6 +194,14 @@ class PlanSession:
             return OsRandomness()
         seed = self.plan.seed if privacy.insecure_seed is None else privacy.insecure_seed
         return SeededRandomness(seed, self.site, round_)
+
+
+@dataclass(frozen=True)
+class _Canaries:
+    """A site's part in the attack on a run, in one exchange."""
+
+    units: Sequence[PrivacyUnit] = ()  # that train with its records
+    opening: str = ""  # in the closing exchange
 
 
 class Site:
@@ -343,6 +353,7 @@ class Site:
                 "simulation, removes heads.json)."
             )
         self._check_engine(session, request.round)  # before the charge: an engine that fails it costs nothing
+        canaries = self._canaries(request, session, start)
         aside = 0.0
         if not ledger.answered(plan.run, request.round):
             ledger.spent(plan.privacy.delta, [event], score_noise)  # what cannot be computed is not charged either
@@ -357,8 +368,8 @@ class Site:
         hold_back(self._policy.quantum(plan, self._records.declared.size, aside))
         self._unfinished.begin(plan.run, request.round)
         try:
-            used = self._used(request, session, start, mask, reservation.coins, stop)
-            reply = used if isinstance(used, Declined) else self._reply(request, used, spent, head)
+            used = self._used(request, session, start, mask, canaries.units, reservation.coins, stop)
+            reply = used if isinstance(used, Declined) else self._reply(request, used, spent, head, canaries.opening)
         except Cancelled:
             self._unfinished.end()
             raise  # given up for a reason that no record had a part in
@@ -376,6 +387,7 @@ class Site:
         session: PlanSession,
         start: NDArray[np.float32],
         mask: MaskedInputRequest | None,
+        canaries: Sequence[PrivacyUnit],
         coins: bytes,
         stop: threading.Event | None,
     ) -> bytes | Declined:
@@ -391,7 +403,8 @@ class Site:
         if plan.score_noise(request.round) is not None:
             scored = score(context.adapter, session.units("evaluation"), plan, start, source)
             self._note_score(request, scored)
-        training = (context.adapter, context.engine, session.units("training"), plan, start, source,
+        units = Joined(session.units("training"), canaries)
+        training = (context.adapter, context.engine, units, plan, start, source,
                     session.micro_batch)  # fmt: skip
         try:
             if mask is not None:
@@ -419,7 +432,31 @@ class Site:
     def _note_score(self, request: TrainRequest, scored: Scored) -> None:
         """Tell the owner, and nobody else, how good the adapter is on the site's own records, exactly."""
 
-    def _reply(self, request: TrainRequest, payload: bytes, spent: PrivacySpent, head: LedgerHead) -> TrainReply:
+    def _canaries(self, request: TrainRequest, session: PlanSession, start: NDArray[np.float32]) -> "_Canaries":
+        """Take a step of the attack on the run, which no record has a part in; return what trains in this round.
+
+        Where the attack was given up, training goes on without it.
+        """
+        plan, batch = session.plan, session.micro_batch
+        if not plan.canaries:
+            return _Canaries()
+        own = SiteCanaries(self._ledger.file.parent, plan.run, self.name)
+        try:
+            if not session.ledger.commit(plan.run, own.begin(plan.canaries)):
+                raise FolderError(
+                    "the canaries are not those that were committed to. The attack on this run is given up"
+                )
+            if request.round > plan.training.rounds:
+                return _Canaries(opening=own.opening(start, plan.guesses, session.context, plan, batch).to_text())
+            own.saw(request.round, start, session.context, plan, batch)
+            return _Canaries(own.members(session.context, plan))
+        except FolderError as error:
+            _log.warning("%s: %s", self.name, error)
+            return _Canaries()
+
+    def _reply(
+        self, request: TrainRequest, payload: bytes, spent: PrivacySpent, head: LedgerHead, canaries: str
+    ) -> TrainReply:
         plan = request.plan
         statement = Statement(
             site=self.name,
@@ -436,6 +473,7 @@ class Site:
             roster=request.begun.roster,
             record_number=request.begun.number,
             record_digest=request.begun.digest,
+            canaries=canaries,
         )
         return TrainReply(statement=sign_statement(statement, self._identity()), payload=payload)
 

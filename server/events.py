@@ -32,8 +32,8 @@ class RoundMetrics:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
-    # what the sites' own evaluation records say of this round's adapter: units, and metrics, each (value, low, high) of a
-    # 95 % interval; {} if it was not scored
+    # what the sites' own evaluation records say of this round's adapter: units, and metrics, each with its estimate and
+    # the ends of a 95 % interval; {} if it was not scored
     at_sites: dict[str, list[float]] = field(default_factory=dict)
     clipped: float | None = None  # fraction of (some) held-out records whose gradient is longer than clip_norm
 

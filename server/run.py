@@ -21,7 +21,7 @@ from fedllm.errors import CheckpointError, ConfigError, FedllmError
 from fedllm.files import LOCK, try_lock
 from fedllm.plan import RunPlan, default_quorum
 from fedllm.privacy.accounting import calibrate, overrun
-from fedllm.privacy.canaries import most_guesses
+from fedllm.privacy.canaries import usual_guesses
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.metrics import layout_of
 from fedllm.training.engine import Engine
@@ -96,7 +96,8 @@ def make_plan(config: RunConfig, names: Sequence[str]) -> RunPlan:
         "evaluation": _with_noise(config),
     }  # fmt: skip
     canaries = config.audit.canaries
-    guesses = most_guesses(canaries, privacy.sampling_rate, config.training.rounds * config.training.local_steps)
+    steps = config.training.rounds * config.training.local_steps
+    guesses = usual_guesses(canaries, privacy.sampling_rate, steps) if canaries else 0
     plan = parse(RunPlan, {
         "run": uuid.uuid4().hex, "seed": config.seed, "sites": sites, "quorum": quorum, "groups": groups,
         "canaries": canaries, "guesses": guesses,

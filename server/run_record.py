@@ -22,8 +22,8 @@ Bodies, by the entry's kind:
                             round's noise_multiplier is that of the sum with the least
              refused, closed                 with groups: {number: why}, of each whose sum was beyond what honest
                             sites can send, or could not be unmasked
-             scores         of the adapter before the round, at the sites: the noised `total`, the `noise_std` of each of
-                            its coordinates, and the `factor` that it is to be divided by (fedllm.privacy.metrics)
+             scores         of the adapter before the round, at the sites: the noised `total`, the `noise_std` of each
+                            coordinate, and the `factor` that it is to be divided by (fedllm.privacy.metrics)
              adapter_before, adapter_after   digests; equal if the round does not count
              bytes_up, bytes_down            of updates and of requests
     closing  answered, declined, failed, lost, scores   of the exchange after the last round, which trains nothing;

@@ -142,8 +142,8 @@ class SecAggServer:
             bound = bound_of_sum(mechanism, survivors, trimmed)
             bound.check(decoded)
             if mechanism is self._distributed:
-                step = -self._plan.training.learning_rate * decoded / (survivors * self._plan.expected_units)
-                step = step.astype(np.float32)
+                wide = -self._plan.training.learning_rate * decoded / (survivors * self._plan.expected_units)
+                step = wide.astype(np.float32)
             else:
                 scores = ScoreSum(decoded, bound.noise_std, mechanism.clip_before_rounding(self._metrics))
         return Opened(step, trimmed, self.noise_multiplier(survivors, trimmed), scores)
@@ -237,7 +237,7 @@ class SecAggServer:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for parts in pool.map(excess, seeds):
                 for (_, block), part in zip(blocks, parts, strict=True):
-                    block -= part
+                    np.subtract(block, part, out=block)
 
     def _secure(self, number: int, step: bytes) -> bytes:
         return SecAggRequest(plan=self._plan, round=number, payload=step).to_bytes()

@@ -650,6 +650,18 @@ class PrivacyLedger:
             if known is None:
                 self._check(db, run, event, evaluation)
 
+    def commit(self, run: str, commitment: str) -> bool:
+        """Note what the site commits to before a run's first charge; whether the chain holds this commitment."""
+        with self.file.transaction() as db:
+            for (line,) in db.execute("SELECT line FROM chain WHERE kind = 'canaries'"):
+                body = open_entry(line).body
+                if body["run"] == run:
+                    return bool(body["commitment"] == commitment)
+            if db.execute("SELECT 1 FROM entry WHERE run = ?", (run,)).fetchone() is not None:
+                return False
+            _note(db, "canaries", {"run": run, "commitment": commitment}, self._signer)
+        return True
+
     def release(self, reservation: Reservation, reply: bytes) -> None:
         """Mark a round as released, keep its reply and forget what fixed its sample. Only then may `reply` leave."""
         with self.file.transaction() as db:

@@ -767,6 +767,26 @@ class Drawn(Sequence[PrivacyUnit]):
         return self._units[int(self._indices[index])]
 
 
+class Joined(Sequence[PrivacyUnit]):
+    """Units, and others behind them, each made when it is looked at."""
+
+    def __init__(self, first: Sequence[PrivacyUnit], then: Sequence[PrivacyUnit]) -> None:
+        self._first, self._then = first, then
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._then)
+
+    @overload
+    def __getitem__(self, index: int) -> PrivacyUnit: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PrivacyUnit]: ...
+    def __getitem__(self, index: int | slice) -> PrivacyUnit | Sequence[PrivacyUnit]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        return self._first[at] if at < len(self._first) else self._then[at - len(self._first)]
+
+
 def passes(
     units: Sequence[PrivacyUnit], rows: Callable[[int], int], longest: int | None = None
 ) -> Iterator[tuple[list[PrivacyUnit], int]]:
