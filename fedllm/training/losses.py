@@ -18,10 +18,20 @@ def token_losses(adapter: AdapterModel, batch: Batch) -> tuple[Tensor, Tensor]:
     The output head, a large part of a small model's work, runs only where there is a label, and over one record at a
     time: how a product is rounded depends on its number of rows, so that must not be the number of everybody's labels.
     """
+    head, states_MD, targets_M, rows_M = labelled_states(adapter, batch)
+    counts = torch.bincount(rows_M, minlength=len(batch.labels)).tolist()
+    own = zip(torch.split(states_MD, counts), torch.split(targets_M, counts), strict=True)
+    return torch.cat([_own_losses(head, *each) for each in own]), rows_M
+
+
+def labelled_states(adapter: AdapterModel, batch: Batch) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """Return the output head, and of every labelled token, row by row, what the head is given, the token, the row.
+
+    [M, D], int64[M], int64[M]. Where a model does more after its head, the states are its logits, and the head does
+    nothing.
+    """
     targets_NT = batch.labels[:, 1:]
-    labelled_NT = targets_NT != IGNORE
-    rows, columns = labelled_NT.nonzero(as_tuple=True)
-    counts = labelled_NT.sum(1).tolist()
+    rows, columns = (targets_NT != IGNORE).nonzero(as_tuple=True)
     head: nn.Module = nn.Identity()
     if adapter.split is None:
         states_NTD = logits(adapter, batch)
@@ -29,9 +39,7 @@ def token_losses(adapter: AdapterModel, batch: Batch) -> tuple[Tensor, Tensor]:
         transformer, head = adapter.split
         states: Any = transformer(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         states_NTD = states.last_hidden_state[:, -targets_NT.shape[1] - 1 :]  # without virtual tokens
-    states_MD, targets_M = states_NTD[rows, columns], targets_NT[rows, columns]
-    own = zip(torch.split(states_MD, counts), torch.split(targets_M, counts), strict=True)
-    return torch.cat([_own_losses(head, *each) for each in own]), rows
+    return head, states_NTD[rows, columns], targets_NT[rows, columns], rows
 
 
 def _own_losses(head: nn.Module, states_MD: Tensor, targets_M: Tensor) -> Tensor:
