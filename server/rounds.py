@@ -765,7 +765,8 @@ class Coordinator:
                 state = replace(state, failed=state.failed + 1)
             elif site in declined:
                 state = replace(state, declined=state.declined + 1, reason=declined[site])
-            may_have_paid = site in outcome.asked and declined.get(site) not in _UNCHARGED
+            trains = number <= self.plan.training.rounds
+            may_have_paid = trains and site in outcome.asked and declined.get(site) not in _UNCHARGED
             if may_have_paid and number > state.last_charged:
                 state = replace(state, charged=state.charged + 1, last_charged=number)
             state = self._at_least_charged(state)

@@ -58,6 +58,13 @@ class Score:
     metrics: Mapping[str, Estimate | None]  # by name; loss in nats, others 0 to 1. None: too few units to tell anything
 
 
+    @property
+    def table(self) -> dict[str, list[float]]:
+        """Estimate, low and high end by name, of what could be told; `units` first."""
+        told = {"units": self.units, **{name: each for name, each in self.metrics.items() if each is not None}}
+        return {name: [each.value, each.low, each.high] for name, each in told.items()}
+
+
 class Labelled(Protocol):
     """A model as the configuration describes it."""
 
@@ -131,6 +138,13 @@ class Layout:
             vectors = _within(np.rint(vectors * times), distributed.scale)
         total: NDArray[np.float64] = vectors.sum(axis=0)
         return total
+
+    def better(self, table: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> bool:
+        """Whether one score's `table` is better than another's, by the most important metric; any beats none."""
+        name = self.names[0]
+        if name not in table or name not in other:
+            return name in table
+        return table[name][0] < other[name][0] if name == "loss" else table[name][0] > other[name][0]
 
     def spread(self, units: float, noise_std: float) -> NDArray[np.float64]:
         """Return the standard deviation of the noise in each metric's mean over so many units, at most: float64[m].

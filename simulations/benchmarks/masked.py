@@ -32,6 +32,7 @@ from fedllm.config import PrivacyConfig, QuorumConfig
 from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.ops.tls_probe import ONLY_TLS_1_3
 from fedllm.plan import RunPlan, default_quorum
+from fedllm.privacy.metrics import Layout, metric_names
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.protocol.messages import (
     MaskedInputRequest,
@@ -149,7 +150,8 @@ def measure(sites: int, values: int, rounds: int = 4) -> None:
                     f"{rows[-1][5] / 1e3:.0f}", flush=True,
                 )  # fmt: skip
 
-        model = PublicModel(spec, np.zeros(values, np.float32), lambda _: {"loss": None})
+        layout = Layout(metric_names(0), 1.0)  # nothing is scored
+        model = PublicModel(spec, np.zeros(values, np.float32), lambda _: {"loss": None}, layout)
         member_of = deployment._member(office.roster_file)
         channel = SealedChannel(grid, 3600.0, sites, grid.sites, office.identity, member_of, plan)
         roster = {each.site: each.public for each in members}

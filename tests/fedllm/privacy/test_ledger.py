@@ -340,7 +340,8 @@ PrivacyLedger(place, 100.0, 1e-5, signer).reserve("run", 1, "request", event)
 import sqlite3
 db = sqlite3.connect(path, isolation_level=None)
 db.execute("BEGIN IMMEDIATE")  # and dies amidst the next transaction, too
-db.execute("INSERT INTO entry VALUES (99, 'site', 'run', 2, 1, 'r', 0.1, 2.0, 1, NULL, 0, 'RESERVED', 0, 1, NULL, NULL)")
+values = "99, 'site', 'run', 2, 1, 'r', 0.1, 2.0, 1, NULL, 0, 'RESERVED', 0.0, 1, NULL, NULL"
+db.execute(f"INSERT INTO entry VALUES ({values})")
 print("reserved", flush=True)
 time.sleep(600)
 """
