@@ -242,7 +242,7 @@ class Coordinator:
     def _run(self) -> None:
         if not self.records:
             epsilon = 0.0 if self.plan.mechanism.private else None
-            self._record.begin(self.plan, self._spec.digest, self.adapter)
+            self._record.begin(self.plan, self._spec.digest, self.adapter, self._layout.most_loss)
             self._finish(RoundMetrics(0, self.plan.privacy.protects, epsilon))
         elif self.records[-1].loss is None:  # it ended before this was known
             self._evaluate()
@@ -368,7 +368,7 @@ class Coordinator:
         outcome = self._without_liars(outcome)
         self._charge(outcome, counts=False)
         self._note_sites(found.scores)
-        body = {key: outcome.entry("")[key] for key in ("answered", "declined", "failed")}
+        body = {key: outcome.entry("")[key] for key in _NO_CLOSING} | dict(found.entry)
         lost = found.lost or ("" if self._enough(outcome.answers) else f"{len(outcome.answers)} answered")
         self._record.note(
             "closing", {**body, "lost": lost, "adapter": adapter_digest(self.adapter), **_said(found.scores)}

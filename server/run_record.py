@@ -8,6 +8,7 @@ Bodies, by the entry's kind:
              versions       {package: version} at the server
              sites          {name: public identity, 128 hex digits} of the roster; {} in a simulation
              adapter        digest of the adapter that the run starts from
+             most_loss      nats: where a score at the sites cuts the loss of a unit (fedllm.privacy.metrics)
     round    round          1, 2, ...
              counts         whether the round was used; false also if the quorum was lost after sites had answered
              answered       {site: its signed statement, word for word (fedllm.protocol.spending_statement)}
@@ -87,11 +88,12 @@ class RunLog:
         self._last: Entry | None = None
         self._begun: dict[int, set[RoundBegun]] = {}  # by round, the latest and those before a resume
 
-    def begin(self, plan: RunPlan, spec_digest: str, adapter: NDArray[np.float32]) -> None:
+    def begin(self, plan: RunPlan, spec_digest: str, adapter: NDArray[np.float32], most_loss: float) -> None:
         """Start the record; one of an attempt that ended before any site was asked is replaced."""
         body = {
             "plan": plan.model_dump(mode="json"), "plan_digest": plan.digest, "spec_digest": spec_digest,
             "versions": _versions(), "sites": self._roster, "adapter": adapter_digest(adapter),
+            "most_loss": most_loss,
         }  # fmt: skip
         line = make_entry(0, START, "plan", time.time(), body, self._signers[0])
         write_atomically(self.path, line.encode() + b"\n")

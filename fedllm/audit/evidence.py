@@ -22,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_args
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import fedllm
@@ -29,14 +30,17 @@ from fedllm.audit.model import (
     INTEGRITY,
     Account,
     Accountants,
+    Attack,
     Audit,
     Claim,
     Code,
     CrossCheck,
+    Empirical,
     Finding,
     Point,
     Run,
     Site,
+    SiteScore,
     Status,
     Utility,
     Verdict,
@@ -50,8 +54,12 @@ from fedllm.errors import ChainError, CryptoError, PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, PrivacySpent, spent
 from fedllm.privacy.accounting import counted as counted_by
+from fedllm.privacy.canaries import Opening, pooled
 from fedllm.privacy.distributed_noise import DistributedMechanism
+from fedllm.privacy.ledger import SplitsSeen, costlier, on_side
 from fedllm.privacy.ledger_place import MOST_ACCOUNTS, SITE
+from fedllm.privacy.metrics import Layout, metric_names
+from fedllm.privacy.split import SIDES, Side
 from fedllm.processes import without_main
 from fedllm.protocol.spending_statement import Statement, open_statement, roster_digest
 from fedllm.shown import escaped
@@ -99,6 +107,13 @@ class _PlanBody(_Body):
     versions: dict[str, str]
     sites: dict[str, str]
     adapter: str
+    most_loss: float = Field(1.0, gt=0)
+
+
+class _Scores(_Body):
+    total: list[float]
+    noise_std: float = Field(ge=0)
+    factor: float = Field(gt=0, le=1)
 
 
 class _RoundBody(_Body):
@@ -117,6 +132,18 @@ class _RoundBody(_Body):
     closed: dict[str, str] = {}
     bytes_up: int | None = None
     bytes_down: int | None = None
+    scores: _Scores | None = None
+
+
+class _ClosingBody(_Body):
+    answered: dict[str, str]
+    declined: dict[str, str]
+    failed: dict[str, str]
+    lost: str
+    adapter: str
+    trimmed: int | None = None
+    sums: dict[str, int] = {}
+    scores: _Scores | None = None
 
 
 class _BegunBody(_Body):
@@ -128,6 +155,8 @@ class _MarkBody(_Body):  # resumed, end
     round: int
     adapter: str
     stopped: str = ""
+    kept: int | None = None
+    kept_adapter: str = ""
 
 
 class _Reserved(_Body):  # or lost, with an earlier ledger
@@ -138,14 +167,20 @@ class _Reserved(_Body):  # or lost, with an earlier ledger
     sampling_rate: float
     noise_multiplier: float
     steps: int
+    evaluation: float | None = None
 
     @property
     def event(self) -> AccountingEvent:
         return AccountingEvent(self.sampling_rate, self.noise_multiplier, self.steps)
 
 
-class _Disjoint(_Body):
+class _Disjoint(_Body):  # or split
     account: _Name
+
+
+class _Canaries(_Body):
+    run: _Name
+    commitment: str = Field(max_length=64)
 
 
 class _Settled(_Body):  # released, aborted
@@ -179,6 +214,7 @@ class _Metrics(_Body):  # a server.events.RoundMetrics
     bytes_down: int | None = None
     seconds: float = 0.0
     clipped: float | None = None
+    at_sites: dict[str, tuple[float, float, float]] = {}
 
 
 def _as(kind: type[_M], content: object, where: str) -> _M:
@@ -241,6 +277,8 @@ class _Record:
     begun: dict[int, _BegunBody] = field(default_factory=dict)  # by entry
     became: dict[int, int] = field(default_factory=dict)  # begun: the round's entry; none if the run was resumed
     end: _MarkBody | None = None
+    closing: _ClosingBody | None = None
+    scores: dict[int, _Scores] = field(default_factory=dict)  # of the adapter after a round
     adapter: dict[int, str] = field(default_factory=dict)  # digest after a round
     done: int = 0  # the last round
     open: int | None = None  # the `begun` that has no round yet: whoever was asked may have answered
@@ -259,6 +297,11 @@ class _Record:
             names |= {name for name in body.failed if not name.startswith("node ")}
         return sorted(names)
 
+    @property
+    def layout(self) -> Layout:
+        """How metrics lie in a score."""
+        return Layout(metric_names(len(self.plan.model.labels)), self.body.most_loss)
+
 
 @dataclass
 class _Charge:
@@ -266,9 +309,14 @@ class _Charge:
     at: float
     body: _Reserved
     account: str  # the site's, if its own was not declared before
+    both: bool  # whether all of it counts on both sides
     lost: bool  # with an earlier ledger, as its owner states
     released: bool = False
     aborted: int | None = None  # the entry that gave it back
+
+    def events(self, side: Side) -> list[AccountingEvent]:
+        """Return what it costs the units of one side."""
+        return on_side(side, self.body.event, self.body.evaluation, self.both)
 
 
 @dataclass
@@ -284,6 +332,8 @@ class _Ledger:
         default_factory=dict
     )  # accounts beside the site's, by the entry that declares them
     budget: _Budget | None = None
+    splits: SplitsSeen = field(default_factory=SplitsSeen)
+    commitments: dict[str, tuple[int, str]] = field(default_factory=dict)  # by run: the entry, and what it says
 
     @property
     def signer(self) -> PublicIdentity:
@@ -342,6 +392,8 @@ def _read_record(path: Path, checks: _Checks) -> _Record:
             _add_round(record, entry, where, checks)
         elif entry.kind in ("resumed", "end"):
             _add_mark(record, entry, where, checks)
+        elif entry.kind == "closing":
+            _add_closing(record, entry, where, checks)
         elif entry.kind == "begun":
             record.begun[entry.number] = _as(_BegunBody, entry.body, where)
             record.open = entry.number
@@ -367,10 +419,60 @@ def _add_round(record: _Record, entry: Entry, where: str, checks: _Checks) -> No
         checks.note("rounds", False, f"{where}: {len(step.answered)} < {plan.quorum}")
     if step.counts and plan.distributed is not None:
         _check_noise(step, plan, plan.distributed, where, checks)
+    _add_scores(record, step, step.round, step.scores, where, checks)
     if step.counts or step.lost:
         record.rounds.append(step)
         record.done = step.round
         record.adapter[step.round] = step.adapter_after
+
+
+def _add_closing(record: _Record, entry: Entry, where: str, checks: _Checks) -> None:
+    """Take in the exchange after the last round: it trains nothing."""
+    closing = _as(_ClosingBody, entry.body, where)
+    number = record.plan.training.rounds + 1
+    if record.open is not None:
+        checks.note("rounds", record.begun[record.open].round == number, f"{where}: #{record.open}, {number}")
+        record.became[record.open] = entry.number
+        record.open = None
+    right = record.plan.closes and closing.adapter == record.adapter[record.done]
+    checks.note("rounds", right, f"{where}: {record.done}, {closing.adapter[:16]}…")
+    step = _RoundBody(
+        round=number, counts=False, answered=closing.answered, declined=closing.declined, failed=closing.failed,
+        adapter_before=closing.adapter, adapter_after=closing.adapter, lost=closing.lost, trimmed=closing.trimmed,
+        sums=closing.sums,
+    )  # fmt: skip
+    record.attempts.append((entry.number, step))
+    record.closing = closing
+    _add_scores(record, step, record.done + 1, closing.scores, where, checks)
+
+
+def _add_scores(
+    record: _Record, step: _RoundBody, before: int, scores: _Scores | None, where: str, checks: _Checks
+) -> None:
+    """Take in what a round, from 1, or the closing exchange says of the adapter that it starts from."""
+    if scores is None:
+        return
+    plan, layout, shared = record.plan, record.layout, record.plan.distributed_scores
+    if shared is None:
+        noise, factor = plan.score_mechanism.noise_std * math.sqrt(len(step.answered)), 1.0
+    else:
+        sums = [(len(step.answered), step.trimmed if step.trimmed is not None else -1)]
+        if plan.groups:
+            groups = {str(k): len(set(group) & set(step.answered)) for k, group in enumerate(plan.groups, start=1)}
+            sums = [(groups.get(k, 0), trimmed) for k, trimmed in step.sums.items()]
+        known = bool(sums) and all(plan.quorum <= trimmed <= many for many, trimmed in sums)
+        factor = shared.clip_before_rounding(layout.dimension)
+        one = [
+            math.hypot(shared.noise_multiplier(many, trimmed, known=0), shared.rounding_std(many))
+            for many, trimmed in sums
+            if known
+        ]
+        noise = math.hypot(*one) if known else math.nan
+    right = plan.score_noise(step.round) is not None and len(scores.total) == layout.dimension
+    right = right and abs(scores.noise_std - noise) <= _SAME * noise and abs(scores.factor - factor) <= _SAME
+    checks.note("metrics", right, f"{where}: σ {scores.noise_std:.4g} = {noise:.4g}")
+    if right:
+        record.scores[before - 1] = scores
 
 
 def _add_mark(record: _Record, entry: Entry, where: str, checks: _Checks) -> None:
@@ -428,6 +530,7 @@ def _read_ledger(path: Path, name: str, listed: str | None, checks: _Checks) -> 
         for entry in ledger.entries:
             _apply(ledger, open_, entry, f"{file}, entry {entry.number}")
         kinds = {(charge.body.sampling_rate, charge.body.noise_multiplier) for charge in ledger.charges}
+        kinds |= {(1.0, charge.body.evaluation) for charge in ledger.charges if charge.body.evaluation is not None}
         if len(kinds) > _MOST_KINDS:
             raise ChainError(f"{file}: charges of {len(kinds)} mechanisms, at most {_MOST_KINDS} are composed")
     except (ChainError, CryptoError) as error:
@@ -443,13 +546,15 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry:
         body = _as(_Reserved, entry.body, where)
         try:
             body.event.check()
+            AccountingEvent(1.0, 1.0 if body.evaluation is None else body.evaluation, 1).check()
         except PrivacyError as error:
             raise ChainError(f"{where}: {error}") from None
         key = (body.run, body.round, body.charge)
         if key in charges:
             raise ChainError(f"{where}: round {body.round} of run {body.run} is charged twice")
         account = body.account if body.account in ledger.disjoint else SITE
-        charges[key] = _Charge(entry.number, entry.at, body, account, entry.kind == "lost")
+        both = not ledger.splits.sided(account)
+        charges[key] = _Charge(entry.number, entry.at, body, account, both, entry.kind == "lost")
         ledger.charges.append(charges[key])
     elif entry.kind in ("released", "aborted"):
         settled = _as(_Settled, entry.body, where)
@@ -460,14 +565,26 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry:
             charge.released = True
         else:
             charge.aborted = entry.number
-    elif entry.kind == "budget":
+    else:
+        _note_entry(ledger, entry, where)
+
+
+def _note_entry(ledger: _Ledger, entry: Entry, where: str) -> None:
+    """Add an entry that charges nothing."""
+    if entry.kind == "budget":
         ledger.budget = _as(_Budget, entry.body, where)
     elif entry.kind == "disjoint":
         ledger.disjoint.setdefault(_as(_Disjoint, entry.body, where).account, entry.number)
         if len(ledger.accounts) > MOST_ACCOUNTS:
             raise ChainError(f"{where}: more than {MOST_ACCOUNTS} accounts, and every one is composed")
+    elif entry.kind == "split":
+        ledger.splits.see(entry.kind, _as(_Disjoint, entry.body, where).model_dump())
     elif entry.kind == "restarted":
+        ledger.splits.see(entry.kind, {})
         ledger.restarts.append(entry.number)
+    elif entry.kind == "canaries":
+        canaries = _as(_Canaries, entry.body, where)
+        ledger.commitments.setdefault(canaries.run, (entry.number, canaries.commitment))
     elif entry.kind not in ("opened", "key", "clock"):
         raise ChainError(f"{where}: {entry.kind}?")
 
@@ -518,7 +635,7 @@ def assess(
     alone = privacy.mode != "distributed"
     checks.note("peers", "holds" if alone else "unverified", f"{PLAN}: mode={privacy.mode}, sites={plan.sites}")
     checks.note("one_site_a_person", "unverified", f"{RECORD}: {len(sites)}")
-    checks.note("empirical", "unverified", "-")
+    attack = _attacked(record, ledgers, statements, checks)
     findings = checks.findings()
     end = record.end
     return Audit(
@@ -561,6 +678,10 @@ def assess(
             + (f" @ {plan.model.revision}" if plan.model.revision else "")
             + (f" (model.quantize={plan.model.quantize})" if plan.model.quantize != "none" else ""),
             task=plan.model.task,
+            scores=plan.scores,
+            score_epsilon=_score_target(plan) if plan.scores else 0.0,
+            score_noise=plan.score_mechanism.noise_multiplier,
+            canaries=plan.canaries,
             adapter_method=plan.adapter.title,
             adapter_rank=plan.adapter.rank if plan.adapter.has_matrices else 0,
             wire=plan.training.wire,
@@ -576,6 +697,13 @@ def assess(
             for point in _points(ledger, site, plan)
         ),
         utility=utility,
+        scores=tuple(
+            SiteScore(round=round_, metrics=_read_scores(record, scores))
+            for round_, scores in sorted(record.scores.items())
+            if round_ <= record.done
+        ),
+        kept=end.kept if end else None,
+        attack=attack,
     )
 
 
@@ -583,7 +711,7 @@ def _verdict(findings: Iterable[Finding]) -> Verdict:
     status = {finding.code: finding.status for finding in findings}
     if any(status[code] == "fails" for code in INTEGRITY) or status["keys"] == "fails":
         return "unverifiable"
-    if "fails" in (status["protected"], status["plan_target"], status["budget"]):
+    if "fails" in (status["protected"], status["plan_target"], status["budget"], status["empirical"]):
         return "exceeded"
     needed: tuple[Code, ...] = ("ledger_chain", "ledger_complete", "charged_before_release", "epsilon", "statements")
     return "unverifiable" if any(status[code] != "holds" for code in needed) else "within"
@@ -635,10 +763,23 @@ def _check_metrics(
         step = rounds.get(number, start if number == 0 else None)
         right = line.round == number and step is not None and _measured(line, step, record.plan)
         right = right and _number(line.epsilon) >= least.get(number, 0.0)
+        said = _read_scores(record, record.scores[number]) if number in record.scores else {}
+        right = right and _same_scores(line.at_sites, said)
         checks.note("metrics", right, f"{METRICS}, {number}")
     checks.note("metrics", len(read) == len(rounds) + 1, f"{METRICS}: 0–{len(read) - 1}; {RECORD}: {len(rounds)}")
     return tuple(
         Utility(round=line.round, loss=line.loss, perplexity=line.perplexity, accuracy=line.accuracy) for line in read
+    )
+
+
+def _read_scores(record: _Record, scores: _Scores) -> dict[str, tuple[float, float, float]]:
+    found = record.layout.read(np.array(scores.total), scores.noise_std, scores.factor).table
+    return {name: (value, low, high) for name, (value, low, high) in found.items()}
+
+
+def _same_scores(stated: Mapping[str, Sequence[float]], known: Mapping[str, Sequence[float]]) -> bool:
+    return stated.keys() == known.keys() and all(
+        abs(a - b) <= _SAME * max(1.0, abs(b)) for name in known for a, b in zip(stated[name], known[name], strict=True)
     )
 
 
@@ -754,7 +895,6 @@ def _check_statements(papers: _SiteEvidence, checks: _Checks) -> _Signed:
 def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, checks: _Checks) -> None:
     """Compare a site's ledger with what it signed: nothing missing, paid before release, all of it in the record."""
     plan = papers.plan
-    event = plan.mechanism.event(plan.training.local_steps)
     signers = {entry.signer for entry in ledger.entries}
     for number in ledger.restarts:  # what was lost is its owner's word
         checks.note("ledger_complete", "unverified", f"{ledger.name}, #{number}: restarted")
@@ -774,7 +914,7 @@ def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, che
         if signer not in signers:
             checks.note("statements", False, f"{where}: {signer.fingerprint} never signed the ledger")
         charge = charges.get(statement.round)
-        paid = charge is not None and charge.number <= number and charge.aborted is None and charge.body.event == event
+        paid = charge is not None and charge.number <= number and charge.aborted is None and _as_planned(charge, plan)
         checks.note("charged_before_release", paid, f"{where}: #{charge.number if charge else '-'} ≤ #{number}")
         if charge is not None:  # what left the site was noted before it left: its absence is a cut tail
             checks.note("ledger_complete", charge.released, f"{where}: released")
@@ -784,13 +924,27 @@ def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, che
         text = f"{ledger.name}, #{charge.number}"
         if charge.body.account not in (SITE, charge.account):  # every data set had an account in earlier versions
             checks.note("charged_before_release", False, f"{text}: account {charge.body.account}, not declared before")
-        if charge.body.run == plan.run and not charge.lost and charge.body.event != event:  # it saw another plan
-            checks.note("charged_before_release", False, f"{text}: {charge.body.event} ≠ {event}")
+        if charge.body.run == plan.run and not charge.lost and not _as_planned(charge, plan):  # it saw another plan
+            expected = (plan.event(max(1, charge.body.round)), plan.score_noise(max(1, charge.body.round)))
+            checks.note(
+                "charged_before_release", False,
+                f"{text}: {charge.body.event}, {charge.body.evaluation} ≠ {expected[0]}, {expected[1]}",
+            )  # fmt: skip
     for charge in ledger.of(plan.run):
         if charge.released:  # an answer may be lost on its way; who was never asked has none to lose
             known = charge.body.round
             status: Status = "holds" if known in signed else "unverified" if known in asked else "fails"
             checks.note("answers_recorded", status, f"{ledger.name}, {known}: #{charge.number}, released")
+
+
+def _as_planned(charge: _Charge, plan: RunPlan) -> bool:
+    """Whether a charge is what its exchange of a plan costs: for those who train, and for those who evaluate."""
+    number = charge.body.round
+    return (
+        1 <= number <= plan.exchanges
+        and charge.body.event == plan.event(number)
+        and charge.body.evaluation == plan.score_noise(number)
+    )
 
 
 def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks: _Checks) -> None:
@@ -800,33 +954,46 @@ def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks:
     """
     began = time.process_time()
     for account in ledger.accounts:
-        spent([charge.body.event for charge in ledger.charges if charge.account == account], plan.privacy.delta)
+        mine = [charge for charge in ledger.charges if charge.account == account]
+        costlier(spent(_events(mine, side), plan.privacy.delta) for side in SIDES)
         if time.process_time() - began > _MOST_SECONDS_ONCE:
             raise PrivacyError(f"its charges take more than {_MOST_SECONDS_ONCE:g} seconds of CPU to compose once")
     paid = {charge.body.round: charge.account for charge in ledger.of(plan.run)}
     for account in ledger.accounts:
-        mine = [statement for statement, _ in statements if paid.get(statement.round, SITE) == account]
-        _check_account(ledger, account, plan, mine, began, checks)
+        stated = [statement for statement, _ in statements if paid.get(statement.round, SITE) == account]
+        _check_account(ledger, account, plan, stated, began, checks)
+
+
+def _events(charges: Iterable[_Charge], side: Side) -> list[AccountingEvent]:
+    """Return what charges cost the units of one side, equal events as one."""
+    steps: Counter[tuple[float, float]] = Counter()
+    for charge in charges:
+        for event in charge.events(side):
+            steps[event.sampling_rate, event.noise_multiplier] += event.steps
+    return [AccountingEvent(q, s, n) for (q, s), n in sorted(steps.items())]
 
 
 def _check_account(
     ledger: _Ledger, account: str, plan: RunPlan, statements: Sequence[Statement], began: float, checks: _Checks
 ) -> None:
     charges = [charge for charge in ledger.charges if charge.account == account]
-    changes = [(charge.number, charge.body.event, 1) for charge in charges]
-    changes += [(charge.aborted, charge.body.event, -1) for charge in charges if charge.aborted is not None]
+    changes = [(charge.number, charge, 1) for charge in charges]
+    changes += [(charge.aborted, charge, -1) for charge in charges if charge.aborted is not None]
     changes.sort(key=lambda change: change[0])
-    steps: Counter[tuple[float, float]] = Counter()
+    steps: dict[Side, Counter[tuple[float, float]]] = {side: Counter() for side in SIDES}
     position = 0
     for statement in sorted(statements, key=lambda each: each.ledger_number):
         if time.process_time() - began > _MOST_SECONDS:
             raise PrivacyError(f"its charges take more than {_MOST_SECONDS:g} seconds of CPU to compose")
         while position < len(changes) and changes[position][0] <= statement.ledger_number:
-            _, event, sign = changes[position]
-            steps[event.sampling_rate, event.noise_multiplier] += sign * event.steps
+            _, charge, sign = changes[position]
+            for side in SIDES:
+                for event in charge.events(side):
+                    steps[side][event.sampling_rate, event.noise_multiplier] += sign * event.steps
             position += 1
-        events = [AccountingEvent(q, s, n) for (q, s), n in steps.items()]
-        known = _spent(events, plan.privacy.delta, OLD_GRID if statement.grid is None else None)
+        sides = [[AccountingEvent(q, s, n) for (q, s), n in own.items()] for own in steps.values()]
+        grid = OLD_GRID if statement.grid is None else None
+        known = costlier(_spent(events, plan.privacy.delta, grid) for events in sides)
         right = _states(statement, known) and statement.grid in (None, known.grid)
         where = f"{ledger.name}, {statement.round}: ε {_text(statement.epsilon)} (RDP {_text(statement.epsilon_rdp)})"
         computed = f"ε {known.epsilon:.4g} (RDP {known.epsilon_rdp:.4g})"
@@ -939,16 +1106,25 @@ def _site(
     if ledger is not None:  # disjoint accounts do not add up: nobody is in two of them
         most = max(accounts, key=lambda each: (_number(each.charged), _number(each.counted)))
         released, charged, rdp = (_number(each) for each in (most.spent, most.charged, most.charged_rdp))
-        own = [[c.body.event for c in ledger.live(each) if c.body.run == plan.run] for each in ledger.accounts]
-        run = max(_spent(events, delta).epsilon for events in own)
+        own = {
+            side: max(
+                _spent(_events([c for c in ledger.live(each) if c.body.run == plan.run], side), delta).epsilon
+                for each in ledger.accounts
+            )
+            for side in SIDES
+        }
+        run = max(own.values())
     else:  # only what the site has signed elsewhere is known
         last = max((s for s, _ in statements), key=lambda s: (s.round, s.ledger_number), default=None)
         released = charged = run = _number(last.epsilon) if last else 0.0
+        own = dict[Side, float](training=run, evaluation=0.0)
         rdp = _number(last.epsilon_rdp) if last else 0.0
-    where = f"{name}: ε {_text(_finite(run))}"
     if ledger is not None or statements:
-        status: Status = "holds" if run <= plan.privacy.epsilon + _TOLERANCE_PLD else "fails"
-        checks.note("plan_target", status, f"{where} {'≤' if status == 'holds' else '>'} {plan.privacy.epsilon:g}")
+        for side in SIDES:
+            most = plan.privacy.epsilon if side == "training" else _score_target(plan)
+            right = own[side] <= most + _TOLERANCE_PLD
+            text = f"{name}: ε {_text(_finite(own[side]))}"
+            checks.note("plan_target", right, f"{text} {'≤' if right else '>'} {most:g}")
     if budget is None:
         checks.note("budget", "unverified", f"{name}: -")
     for account in accounts:
@@ -989,23 +1165,79 @@ def _account(ledger: _Ledger, name: str, delta: float) -> Account:
     That is what the site's own ledger decides by (`accounting.counted`), at the budget's delta.
     """
     live, budget = ledger.live(name), ledger.budget
-    events = [charge.body.event for charge in live]
-    total = _spent(events, delta)
-    one_plan = len({(c.body.run, c.body.sampling_rate, c.body.noise_multiplier) for c in live}) <= 1
+    sides = {side: _spent(_events(live, side), delta) for side in SIDES}
+    total = costlier(sides.values())
+    plans = {
+        side: len({(c.body.run, e.sampling_rate, e.noise_multiplier) for c in live for e in c.events(side)})
+        for side in SIDES
+    }
     counted = total.epsilon
     if budget is not None and budget.epsilon is not None:
         try:
-            counted = counted_by(events, budget.delta, budget.epsilon, one_plan)
+            counted = max(
+                counted_by(_events(live, side), budget.delta, budget.epsilon, plans[side] <= 1) for side in SIDES
+            )
         except PrivacyError:
             counted = math.inf
     return Account(
         name=name,
         declared=name in ledger.disjoint,
-        spent=_finite(_spent([charge.body.event for charge in live if charge.released], delta).epsilon),
+        spent=_finite(max(_spent(_events([c for c in live if c.released], side), delta).epsilon for side in SIDES)),
+        training=_finite(sides["training"].epsilon),
+        evaluation=_finite(sides["evaluation"].epsilon),
         charged=_finite(total.epsilon),
         charged_rdp=_finite(total.epsilon_rdp),
         counted=_finite(counted),
-        decides="PLD" if one_plan else "RDP",
+        decides="PLD" if max(plans.values()) <= 1 else "RDP",
+    )
+
+
+def _score_target(plan: RunPlan) -> float:
+    return plan.evaluation.epsilon or plan.privacy.epsilon
+
+
+def _attacked(
+    record: _Record, ledgers: Mapping[str, _Ledger | None], statements: Mapping[str, _Signed], checks: _Checks
+) -> Empirical | None:
+    """Open what the sites committed to, count the right guesses again, and hold what they prove against the claim.
+
+    An opening counts if the site's ledger holds the commitment before the run's first charge.
+    """
+    plan, openings = record.plan, list[Opening]()
+    for name, signed in statements.items():
+        ledger = ledgers.get(name)
+        text = next((s.canaries for s, _ in signed if s.round == plan.training.rounds + 1 and s.canaries), "")
+        if not plan.canaries or not text or ledger is None:
+            continue
+        number, committed = ledger.commitments.get(plan.run, (math.inf, ""))
+        first = min((charge.number for charge in ledger.of(plan.run)), default=-1)
+        try:
+            if not number < first:
+                raise CryptoError(f"#{number}: no commitment before the first charge, #{first}")
+            opening = Opening.from_text(text)
+            opening.check(plan.run, name, plan.canaries, plan.guesses, committed)
+        except CryptoError as error:
+            checks.note("statements", False, f"{name}: {error}")
+            continue
+        openings.append(opening)
+    if not openings:
+        checks.note("empirical", "unverified", "-")
+        return None
+    found = pooled(openings, plan.guesses, plan.privacy.delta)
+    claim = plan.privacy.epsilon if plan.mechanism.private else None
+    ceiling = max(found.black.ceiling, found.white.ceiling)
+    proved = max(found.black.lower, found.white.lower)
+    text = f"{len(openings)} / {len(record.sites)}: ε ≥ {proved:.4g} (≤ {ceiling:.4g}), {_text(claim)}"
+    status: Status = "holds" if found.could_have(math.inf if claim is None else claim) else "unverified"
+    checks.note("empirical", "fails" if claim is not None and found.contradicts(claim) else status, text)
+    return Empirical(
+        sites=len(openings),
+        canaries=found.canaries,
+        guesses=found.white.guesses,
+        black=Attack(right=found.black.right, lower=found.black.lower),
+        white=Attack(right=found.white.right, lower=found.white.lower),
+        ceiling=ceiling,
+        claim=claim,
     )
 
 
@@ -1031,16 +1263,15 @@ def _accountants(
     ledger = ledgers.get(worst.name) if worst else None
     step = plan.mechanism.event(plan.training.local_steps)
     if worst is not None and ledger is not None:
-        merged: Counter[tuple[float, float]] = Counter()
-        for charge in ledger.live(_costliest(worst)):
-            merged[charge.body.sampling_rate, charge.body.noise_multiplier] += charge.body.steps
-        events = [AccountingEvent(q, s, n) for (q, s), n in sorted(merged.items())]
+        live = ledger.live(_costliest(worst))
+        events = max((_events(live, side) for side in SIDES), key=lambda each: _spent(each, delta).epsilon)
     else:
         events = (
             [AccountingEvent(step.sampling_rate, step.noise_multiplier, step.steps * worst.answered)] if worst else []
         )
     # other runs may have added their noise another way: what depends on that is of this run alone
-    own = [charge.body.event for charge in ledger.of(plan.run) if charge.aborted is None] if ledger else events
+    alive = [charge for charge in ledger.of(plan.run) if charge.aborted is None] if ledger else []
+    own = _events(alive, "training") if ledger else events
     cost = _spent(events, delta)
     finite = cost.epsilon < math.inf
     estimates = {name: each.estimate(events, delta).epsilon if finite else None for name, each in cross_checks.items()}
@@ -1116,7 +1347,7 @@ def _points(ledger: _Ledger, site: Site, plan: RunPlan) -> list[Point]:
             run=charges[i].body.run,
             round=charges[i].body.round,
             charge=i + 1,
-            epsilon=_finite(_spent([c.body.event for c in charges[: i + 1]], plan.privacy.delta).epsilon),
+            epsilon=_finite(max(_spent(_events(charges[: i + 1], side), plan.privacy.delta).epsilon for side in SIDES)),
         )
         for i in chosen
     ]

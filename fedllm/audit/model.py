@@ -33,7 +33,7 @@ Code = Literal[
     "unit",  # records are grouped by privacy unit as the plan says
     "peers",  # sites aggregate with sites whose keys they have compared themselves
     "one_site_a_person",  # nobody's records are at several sites
-    "empirical",  # an attack was tried
+    "empirical",  # an attack was tried on the run, and what it proves does not contradict the claim
 ]
 # If one of these fails, nothing else in the evidence can be relied on.
 INTEGRITY: frozenset[Code] = frozenset(
@@ -89,6 +89,10 @@ class Claim(Frozen):
     seeded: bool
     base_model: str
     task: str
+    scores: int = 0  # of adapters, on records of units that do not train
+    score_epsilon: float = 0.0  # target for all of them together
+    score_noise: float = 0.0  # of one, where a unit counts 1
+    canaries: int = 0  # of each site
     adapter_method: str
     adapter_rank: int  # 0: the method has none
     wire: str
@@ -102,6 +106,8 @@ class Account(Frozen):
     spent: float | None  # PLD, of all that was released, in every run
     charged: float | None  # PLD, of that and what is reserved and may still be released
     charged_rdp: float | None
+    training: float | None  # PLD, of what was charged for units that train; the larger of the two is `charged`
+    evaluation: float | None  # PLD, for units that evaluate
     counted: float | None  # what the site holds against its budget, at the budget's delta
     decides: Literal["PLD", "RDP"]  # by which accountant: PLD for one plan, RDP of fixed orders for several
 
@@ -198,10 +204,36 @@ class Utility(Frozen):
     accuracy: float | None
 
 
+class SiteScore(Frozen):
+    """What the sites' evaluation units say of the adapter after a round, as it was released under noise."""
+
+    round: int
+    metrics: dict[str, tuple[float, float, float]]  # estimate, and the ends of a 95 % interval; `units` counts them
+
+
+class Attack(Frozen):
+    """What one of the attacks on the run came to."""
+
+    right: int  # canaries rightly taken for "in"
+    lower: float  # epsilon that is proved; all smaller ones are refuted with confidence 97.5 %
+
+
+class Empirical(Frozen):
+    """The attack that was tried on the run: the sites' commitments are opened, and everything is counted again."""
+
+    sites: int  # that opened what they had committed to
+    canaries: int
+    guesses: int  # of each attack
+    black: Attack  # by the loss under the final adapter
+    white: Attack  # by every round's adapter
+    ceiling: float  # what all right guesses would have proved
+    claim: float | None  # epsilon of the plan, which it is held against; None: there is none
+
+
 class Audit(Frozen):
     """The whole audit."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     made: str = Field(pattern=r"^([0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2})?$")  # UTC, by its signer's clock
     program: str  # fedllm's version
     signer: str  # fingerprint of who signs the report; "" for nobody
@@ -214,6 +246,9 @@ class Audit(Frozen):
     risk: Risk
     timeline: tuple[Point, ...]
     utility: tuple[Utility, ...]
+    scores: tuple[SiteScore, ...]
+    kept: int | None  # the round of the adapter that the run ended with, if it was not the last
+    attack: Empirical | None  # None: no attack was planned, or nobody opened anything
 
     def finding(self, code: Code) -> Finding:
         """Return one finding."""

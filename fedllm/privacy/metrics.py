@@ -57,7 +57,6 @@ class Score:
     units: Estimate  # how many units were scored; of these very units, so without sampling
     metrics: Mapping[str, Estimate | None]  # by name; loss in nats, others 0 to 1. None: too few units to tell anything
 
-
     @property
     def table(self) -> dict[str, list[float]]:
         """Estimate, low and high end by name, of what could be told; `units` first."""
