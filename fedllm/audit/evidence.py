@@ -214,7 +214,7 @@ class _Metrics(_Body):  # a server.events.RoundMetrics
     bytes_down: int | None = None
     seconds: float = 0.0
     clipped: float | None = None
-    at_sites: dict[str, tuple[float, float, float]] = {}
+    at_sites: dict[str, list[float]] = {}
 
 
 def _as(kind: type[_M], content: object, where: str) -> _M:
@@ -1106,7 +1106,7 @@ def _site(
     if ledger is not None:  # disjoint accounts do not add up: nobody is in two of them
         most = max(accounts, key=lambda each: (_number(each.charged), _number(each.counted)))
         released, charged, rdp = (_number(each) for each in (most.spent, most.charged, most.charged_rdp))
-        own = {
+        own: dict[Side, float] = {
             side: max(
                 _spent(_events([c for c in ledger.live(each) if c.body.run == plan.run], side), delta).epsilon
                 for each in ledger.accounts
@@ -1117,14 +1117,14 @@ def _site(
     else:  # only what the site has signed elsewhere is known
         last = max((s for s, _ in statements), key=lambda s: (s.round, s.ledger_number), default=None)
         released = charged = run = _number(last.epsilon) if last else 0.0
-        own = dict[Side, float](training=run, evaluation=0.0)
+        own = {"training": run, "evaluation": 0.0}
         rdp = _number(last.epsilon_rdp) if last else 0.0
     if ledger is not None or statements:
         for side in SIDES:
-            most = plan.privacy.epsilon if side == "training" else _score_target(plan)
-            right = own[side] <= most + _TOLERANCE_PLD
+            target = plan.privacy.epsilon if side == "training" else _score_target(plan)
+            right = own[side] <= target + _TOLERANCE_PLD
             text = f"{name}: ε {_text(_finite(own[side]))}"
-            checks.note("plan_target", right, f"{text} {'≤' if right else '>'} {most:g}")
+            checks.note("plan_target", right, f"{text} {'≤' if right else '>'} {target:g}")
     if budget is None:
         checks.note("budget", "unverified", f"{name}: -")
     for account in accounts:
