@@ -24,11 +24,11 @@ from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import calibrate
 from fedllm.privacy.canaries import Opening, Result, pooled, usual_guesses
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
+from fedllm.training import trainer
 from fedllm.training.data import PrivacyUnit, Tokeniser, build_units, read_table
 from fedllm.training.evaluation import Evaluator, open_evaluator
 from fedllm.training.model_context import ModelContext, open_context, use_threads
 from fedllm.training.server_optimizer import ServerOptimizer
-from fedllm.training.trainer import distributed_step, train_round
 from fedllm.values import parse
 from simulations.benchmarks.bench import machine
 
@@ -80,7 +80,7 @@ def _apart(
 ) -> NDArray[np.float32]:  # fmt: skip
     """Return the mean of the sites' updates, float32[d], each with noise of its own."""
     updates = [
-        train_round(
+        trainer.train_round(
             context.adapter, context.engine, units, plan, start, source("noise", number, round_), _BATCH,
             coins=source("coins", number, round_),
         )
@@ -99,7 +99,7 @@ def _together(
         raise ValueError("a plan without noise in shares")
     total, kept = np.zeros(len(start), np.uint32), distributed.revealed_seeds(many)
     for number, units in enumerate(sites):
-        share, seeds = distributed_step(
+        share, seeds = trainer.distributed_step(
             context.adapter, context.engine, units, plan, start, source("noise", number, round_), _BATCH,
             source("coins", number, round_),
         )  # fmt: skip
