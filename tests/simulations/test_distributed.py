@@ -18,6 +18,7 @@ from fedllm.config import SimulationConfig
 from fedllm.crypto.hash_chain import open_entry
 from fedllm.errors import ConfigError
 from fedllm.plan import RunPlan
+from fedllm.privacy.accounting import spent_at_sites
 from fedllm.privacy.distributed_noise import rounded_normals
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.privacy.randomness import SeededRandomness
@@ -148,8 +149,9 @@ def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, mon
     assert audit.accountants.share_alone > audit.accountants.pld
     (two, epsilon_of_two), *_ = audit.accountants.several_sites
     assert two == 2
-    assert epsilon_of_two is not None
-    assert epsilon_of_two > 1.9 * audit.accountants.pld, "a person at two sites moves the one sum twice as far"
+    expected = spent_at_sites([(done.plan.mechanism.event(done.plan.steps), two)], done.plan.privacy.delta)
+    assert epsilon_of_two == pytest.approx(expected.epsilon, abs=1e-6)
+    assert expected.epsilon > 1.9 * audit.accountants.pld, "a person at two sites moves the one sum up to twice as far"
     for body in rounds_of(done.folder):
         assert body["trimmed"] == 4, "everybody was there, and gave the noise away that is not needed"
         assert body["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier)

@@ -56,6 +56,12 @@ def test_spending_is_that_of_all_runs_on_the_same_records(audited: Audited) -> N
     assert {point.run for point in audited.written.audit.timeline} == {"e" * 32, "f" * 32}
 
 
+def test_with_noise_of_each_sites_own_a_person_at_two_pays_twice(audited: Audited) -> None:
+    event = make_plan().mechanism.event(2)  # three of them are of this run
+    (two, epsilon), *_ = audited.written.audit.accountants.several_sites
+    assert (two, epsilon) == (2, pytest.approx(spent([event] * 6, DELTA).epsilon, abs=1e-6))
+
+
 def test_a_reservation_that_was_never_released_is_shown_as_reserved(tmp_path: Path) -> None:
     federation = Federation(tmp_path)
     plan = make_plan(rounds=2)
