@@ -433,7 +433,7 @@ class Site:
     def _note_score(self, request: TrainRequest, scored: Scored) -> None:
         """Tell the owner, and nobody else, how good the adapter is on the site's own records, exactly."""
         names, number = metric_names(len(request.plan.model.labels)), request.round - 1
-        means = dict(zip(names, scored.values.mean(axis=0).tolist() if len(scored.values) else (), strict=False))
+        means = dict(zip(names, scored.values.mean(axis=0).tolist(), strict=True)) if len(scored.values) else {}
         said = ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
         _log.info("%s: round %d on %d units of its own: %s", self.name, number, len(scored.values), said)
         note_score(self._ledger.file, OwnScore(request.plan.run, number, len(scored.values), means))
