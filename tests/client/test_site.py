@@ -761,7 +761,7 @@ def _interrupt(point: str, office: Office, patch: pytest.MonkeyPatch, act: Calla
         act()
 
     if point == "load_units":
-        office.loader.__class__ = type("Interrupted", (Loader,), {"__call__": stop})
+        office.loader.__class__ = type("Interrupted", (Loader,), {"units": stop})
     elif point == "train_round":
         patch.setattr(client.site, "train_round", stop)
     elif point == "encode":
