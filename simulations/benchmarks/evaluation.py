@@ -1,6 +1,6 @@
 """Private evaluation: the noise of a score over sites' own records, and how often its interval holds the truth.
 
-python -m simulations.benchmarks.evaluation --data DATA --model MODELS/stories260k/hf
+python -m simulations.benchmarks.evaluation --data DATA --model MODELS/stories260k
 
 A linear layer on frozen embeddings is learnt without privacy: what is measured here is the measuring. `unit_metrics`
 scores the units of the test split once. In every simulated release 1,000 of them are drawn anew, with replacement, and
