@@ -995,7 +995,8 @@ def on_both_sides(self: SiteRecords, split: Split, side: Side) -> Sequence[int]:
 
 def sides_by_number(self: SiteRecords, split: Split, side: Side) -> Sequence[int]:
     units = len(self.identities)
-    return range(units // 2) if side == "evaluation" else range(units // 2, units)
+    half = (units + 1) // 2
+    return range(half) if side == "evaluation" else range(half, units)
 
 
 def long_vectors(self: Layout, values: NDArray[np.float64]) -> NDArray[np.float64]:
