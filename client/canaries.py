@@ -64,7 +64,7 @@ class SiteCanaries:
         return commitment(secret)
 
     def members(self, context: ModelContext, plan: RunPlan) -> list[PrivacyUnit]:
-        """Return the canaries whose coin is 1: they train with the site's own units, behind them."""
+        """Return the canaries whose coin is 1: they train with the site's own units, before them."""
         secret = self._read().secret
         units = self._units(secret, context, plan)
         return [units[number] for number in secret.members]

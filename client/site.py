@@ -405,9 +405,9 @@ class Site:
         if plan.score_noise(request.round) is not None:
             scored = score(context.adapter, session.units("evaluation"), plan, start, source)
             self._note_score(request, scored)
-        units = Joined(session.units("training"), canaries)
-        training = (context.adapter, context.engine, units, plan, start, source,
-                    session.micro_batch)  # fmt: skip
+        # canaries first: where they stand, and so their coins, must not depend on how many records there are
+        units = Joined(canaries, session.units("training")) if trains else ()
+        training = (context.adapter, context.engine, units, plan, start, source, session.micro_batch)
         try:
             if mask is not None:
                 vectors, seeds = list[NDArray[np.uint32]](), list[tuple[str, ...]]()

@@ -22,6 +22,7 @@ from fedllm.privacy.accounting import spent_at_sites
 from fedllm.privacy.distributed_noise import rounded_normals
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.privacy.randomness import SeededRandomness
+from fedllm.privacy.split import Split
 from fedllm.protocol.messages import (
     ConsistencyCheck,
     ConsistencySignature,
@@ -100,7 +101,7 @@ def pooled(config: SimulationConfig, plan: RunPlan) -> tuple[NDArray[np.float32]
         total = np.zeros(adapter.spec.dimension)
         drawn_units = 0
         for name in data.names:
-            units = data.records(name, plan.model).units(plan)
+            units = data.records(name, plan.model).units(plan, Split(0.0, bytes(32)), "training")
             source = SeededRandomness(plan.privacy.insecure_seed or 0, name, number)
             noise = rounded_normals(source, total.size, distributed._std(distributed._parts[0]))
             source.words(4 * len(distributed._parts[1:]))  # the seeds of the others
@@ -140,7 +141,7 @@ def test_the_federation_trains_as_one_pooled_trainer_would(tmp_path: Path, confi
 
 def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "weasyprint", None)  # PDFs take longer than all else here
-    done = run(configure(tmp_path, audit=True, **SHARED))
+    done = run(configure(tmp_path, audit={"report": True}, **SHARED))
     assert done.plan.quorum == 3, "two thirds of four sites"
     audit, _ = verify(done.folder / "audit", Trust.read(done.folder / KEYS))
     assert (audit.verdict, audit.claim.mode, audit.claim.quorum) == ("within", "distributed", 3)

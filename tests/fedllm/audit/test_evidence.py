@@ -252,6 +252,16 @@ def verdict_on(folder: Path) -> str:
         return "unverifiable"
 
 
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_a_report_of_an_earlier_format_is_said_to_be_one(audited: Audited, tmp_path: Path, earlier: int) -> None:
+    copy = tmp_path / "audit"
+    shutil.copytree(audited.run / "audit", copy)
+    content = json.loads((copy / "audit.json").read_text("utf-8"))
+    (copy / "audit.json").write_text(json.dumps({**content, "format": earlier}), "utf-8")
+    with pytest.raises(ChainError, match=f"format {earlier}, made by an earlier version of fedllm; expected 3"):
+        verify(copy, audited.federation.trust)
+
+
 @pytest.mark.parametrize("name", ["audit.html", "audit.ko.html", "audit.pdf", "audit.ko.pdf", "ledgers/incheon.jsonl"])
 def test_a_file_that_is_altered_missing_or_new_is_found(audited: Audited, tmp_path: Path, name: str) -> None:
     copy = tmp_path / "audit"
