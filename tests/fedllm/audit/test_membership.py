@@ -71,7 +71,7 @@ def test_a_rate_of_true_positives_accuses_no_more_than_it_may() -> None:
 def test_intervals_hold_the_truth(shift: float) -> None:
     normal, runs = NormalDist(), 300
     truth = normal.cdf(shift / math.sqrt(2))
-    held = {"auc": 0, **dict.fromkeys(RATES, 0)}
+    held: dict[str | float, int] = {"auc": 0, **dict.fromkeys(RATES, 0)}
     for seed in range(runs):
         members, others = scores(shift, 400, 300, seed)
         low, high = area(members, others).interval
