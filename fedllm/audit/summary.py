@@ -1,8 +1,10 @@
 """What a finished run leaves in its folder: adapter, model card, plots, and a summary in English and Korean."""
 
+import contextlib
 import math
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -82,6 +84,31 @@ class RunSummary:
 
 def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.float32]) -> None:
     """Write the `final` adapter float32[d], its model card, plots and summaries into the run's folder."""
+    pages = templates()
+    folder = summary.folder
+    adapter.save(final, folder / "adapter", summary.plan.model.source)
+    check_saved(folder / "adapter", adapter, final, summary.plan.model)
+    ends = () if adapter.classifies else answer_end(adapter.tokenizer, summary.data.chats).tokens
+    if ends:
+        generation = GenerationConfig(eos_token_id=list(ends), pad_token_id=adapter.tokenizer.pad_token_id)
+        generation.save_pretrained(folder / "adapter")
+    card = pages.get_template("card.md.j2").render(
+        s=summary, plan=summary.plan, ends=ends, pad=adapter.tokenizer.pad_token_id
+    )
+    (folder / "adapter" / "README.md").write_text(card, "utf-8")
+    for language in ("en", "ko"):
+        text = pages.get_template(f"summary.{language}.md.j2").render(s=summary, plan=summary.plan)
+        (folder / ("summary.md" if language == "en" else "summary.ko.md")).write_text(text, "utf-8")
+    with drawing():
+        for language, suffixes in (("en", ("svg", "png")), ("ko", ("ko.svg",))):
+            say = partial(text_of, "ko" if language == "ko" else "en")
+            for name, figure in (("rounds", _plot_rounds(summary, say)), ("sites", _plot_sites(summary, say))):
+                for suffix in suffixes:
+                    figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight")
+
+
+def templates() -> Environment:
+    """Return the templates of this package's Markdown pages."""
     environment = Environment(  # noqa: S701  # Markdown, not HTML
         loader=PackageLoader("fedllm.audit"),
         undefined=StrictUndefined,
@@ -90,20 +117,12 @@ def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.
         keep_trailing_newline=True,
     )
     environment.filters.update(number=_number, cell=_cell, reason=lambda code: text_of("ko", f"reason.{code}"))
-    folder = summary.folder
-    adapter.save(final, folder / "adapter", summary.plan.model.source)
-    check_saved(folder / "adapter", adapter, final, summary.plan.model)
-    ends = () if adapter.classifies else answer_end(adapter.tokenizer, summary.data.chats).tokens
-    if ends:
-        generation = GenerationConfig(eos_token_id=list(ends), pad_token_id=adapter.tokenizer.pad_token_id)
-        generation.save_pretrained(folder / "adapter")
-    card = environment.get_template("card.md.j2").render(
-        s=summary, plan=summary.plan, ends=ends, pad=adapter.tokenizer.pad_token_id
-    )
-    (folder / "adapter" / "README.md").write_text(card, "utf-8")
-    for language in ("en", "ko"):
-        text = environment.get_template(f"summary.{language}.md.j2").render(s=summary, plan=summary.plan)
-        (folder / ("summary.md" if language == "en" else "summary.ko.md")).write_text(text, "utf-8")
+    return environment
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Draw in this package's style, Korean included."""
     add_font()
     style: dict[Any, Any] = {
         "font.family": ["DejaVu Sans", "Noto Sans KR"],
@@ -115,11 +134,7 @@ def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.
     }
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a name in another script
-        for language, suffixes in (("en", ("svg", "png")), ("ko", ("ko.svg",))):
-            say = partial(text_of, "ko" if language == "ko" else "en")
-            for name, figure in (("rounds", _plot_rounds(summary, say)), ("sites", _plot_sites(summary, say))):
-                for suffix in suffixes:
-                    figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight")
+        yield
 
 
 def _number(value: float | None, digits: int = 4) -> str:
