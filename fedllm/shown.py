@@ -23,7 +23,7 @@ def escaped_lines(text: str, between: str = "\n") -> str:
 def with_interval(name: str, estimate: Sequence[float]) -> str:
     """Return what the sites' evaluation records say of a metric: estimate, and in brackets the 95 % interval.
 
-    Of accuracy the share, as the held-out set's; of whole answers percent, as theirs; of loss nats; of `units` a number.
+    Accuracy is a share, as on the held-out set; exact match percent, as there; loss in nats; `units` a number.
     """
     if name == "exact_match":
         value, low, high = (f"{100 * each:.1f}" for each in estimate)

@@ -91,7 +91,9 @@ def render_html(audit: Audit, language: Language, sections: Sequence[Section] = 
         loader=PackageLoader("fedllm.audit"), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(number=number, interval=with_interval, digest=_digest, evidence=_in_korean if language == "ko" else str)
+    environment.filters.update(
+        number=number, interval=with_interval, digest=_digest, evidence=_in_korean if language == "ko" else str
+    )
     page = environment.get_template(_PAGE).render(
         a=audit, t=say, language=language, sections=sections,
         renderer=" + ".join((renderer(), *(each.title["en"] for each in sections))),

@@ -77,7 +77,7 @@ class RunSummary:
 
     @property
     def at_sites(self) -> list[tuple[str, str, str]]:
-        """Metric, before and after with their intervals, by the sites' evaluation records; none if none could be read."""
+        """Metric, before and after with intervals, by the sites' evaluation records; none if they were not scored."""
         scores = [record["at_sites"] for record in (self.before, self.kept_record)]
         names = sorted({name for score in scores for name in score}, key=METRICS.index)
         return [

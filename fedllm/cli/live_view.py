@@ -117,7 +117,9 @@ class Screen:
             epsilon = f", epsilon {plan.evaluation.epsilon or privacy.epsilon:g}" if privacy.mode != "off" else ""
             lines.add_row("at the sites", f"{plan.scores} scores on records that never train{epsilon} for all of them")
         if plan.canaries:
-            lines.add_row("attack", f"{plan.canaries} canaries at each site, {plan.guesses} guesses by each of 2 attacks")
+            lines.add_row(
+                "attack", f"{plan.canaries} canaries at each site, {plan.guesses} guesses by each of 2 attacks"
+            )
         self._console.print(Panel(lines, title="fedllm", title_align="left", border_style="blue", expand=False))
         for progress, task, total in (
             (self._rounds, self._round_task, plan.training.rounds), (self._sites, self._site_task, len(sites)),
@@ -151,10 +153,8 @@ class Screen:
 
     def _line(self, record: "RoundMetrics", only_sites: bool = False) -> str:
         total = self._plan.training.rounds if self._plan else 0
-        at_sites = [
-            f"{_metric(name)} at the sites {with_interval(name, record.at_sites[name])}"
-            for name in list(record.at_sites)[1:2]  # after `units`, the most important
-        ]
+        said = score_of(record)
+        at_sites = [f"at the sites {said}"] if said else []
         parts = [f"round {record.round}/{total}"]
         if only_sites:
             return " · ".join(parts + at_sites)
@@ -208,7 +208,7 @@ class Screen:
 
     def _results(self, summary: "RunSummary") -> None:
         before, kept = summary.before, summary.kept_record
-        results = Table(title="Before and after", title_justify="left")
+        results = Table(title="Results", title_justify="left")
         results.add_column("")
         for heading in ("before", "after"):
             results.add_column(heading, justify="right")
@@ -227,13 +227,18 @@ class Screen:
             self._console.print("At the sites: in brackets the 95 % interval, of noise and sampling.", highlight=False)
         if summary.out_of_patience:
             self._console.print(
-                f"Ended after round {summary.after['round']}: {summary.plan.evaluation.patience} scores in a row were no "
-                "better than the best.", highlight=False, soft_wrap=True
-            )  # fmt: skip
+                f"Ended after round {summary.after['round']}: scores at the sites no longer improved.", highlight=False
+            )
         if summary.kept is not None:
             self._console.print(
                 f"The adapter is that of round {summary.kept}, which had the best score at the sites.", highlight=False
             )
+
+
+def score_of(record: "RoundMetrics") -> str:
+    """Return the most telling metric of a round's score at the sites, with its interval; "" if it has none."""
+    name = next((name for name in record.at_sites if name != "units"), None)
+    return "" if name is None else f"{_metric(name)} {with_interval(name, record.at_sites[name])}"
 
 
 def _metric(name: str) -> str:
