@@ -64,7 +64,7 @@ class SiteCanaries:
         return commitment(secret)
 
     def members(self, context: ModelContext, plan: RunPlan) -> list[PrivacyUnit]:
-        """Return the canaries whose coin is 1: they train with the site's own units, behind them."""
+        """Return the canaries whose coin is 1: they train with the site's own units, before them."""
         secret = self._read().secret
         units = self._units(secret, context, plan)
         return [units[number] for number in secret.members]
@@ -117,26 +117,24 @@ class SiteCanaries:
         yield from sorted(files, key=lambda file: file.stat().st_mtime_ns)[: -(KEPT - 1)]
 
     def _write(self, state: _State) -> None:
-        content = state.scores.astype("<f8").tobytes() + state.seen.astype("<f4").tobytes()
-        head = {
-            "secret": state.secret.model_dump(), "round": state.round, "opening": state.opening,
-            "content": hashlib.sha256(content).hexdigest(),
-        }  # fmt: skip
-        write_secret(self._path, canonical_json(head) + b"\n" + content)
+        head = canonical_json({"secret": state.secret.model_dump(), "round": state.round, "opening": state.opening})
+        content = b"\n".join([head, state.scores.astype("<f8").tobytes() + state.seen.astype("<f4").tobytes()])
+        write_secret(self._path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
     def _read(self) -> _State:
         try:
-            line, _, content = read_secret(self._path).partition(b"\n")
+            digest, _, content = read_secret(self._path).partition(b"\n")
+            if hashlib.sha256(content).hexdigest().encode() != digest:
+                raise ValueError("not what was written")
+            line, _, numbers = content.partition(b"\n")
             head = read_json(line)
             secret = Secret.model_validate(head["secret"])
             split = 8 * len(secret.coins)
-            if hashlib.sha256(content).hexdigest() != head["content"]:
-                raise ValueError("its content is not what was written")
-            scores, seen = np.frombuffer(content[:split], "<f8"), np.frombuffer(content[split:], "<f4")
-            state = _State(secret, int(head["round"]), scores, seen, str(head["opening"]))
+            scores, seen = np.frombuffer(numbers[:split], "<f8"), np.frombuffer(numbers[split:], "<f4")
+            state = _State(secret, head["round"], scores, seen, head["opening"])
         except FolderError as error:
             raise self._given_up(str(error) if self._path.exists() else f"{self._path} is gone") from None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError):  # or of another version
             raise self._given_up(f"{self._path} is damaged") from None
         if (secret.run, secret.site) != (self._run, self._site):
             raise self._given_up(f"{self._path} is that of run {secret.run} at {secret.site}")

@@ -111,12 +111,12 @@ def _authorities(ca: Path) -> list[CheckResult]:
 
 def _most_spent(office: Office) -> "PrivacySpent":
     """Check the ledger's chain and return what the account that has spent most has spent."""
-    from fedllm.privacy.accounting import PrivacySpent, spent
+    from fedllm.privacy.accounting import PrivacySpent
     from fedllm.privacy.ledger import LedgerFile
 
     ledger, delta = LedgerFile(office.ledger.file, office.ledger.anchor), office.policy.delta
     ledger.verify()
-    each = [spent(ledger.events(account), delta) for account in ledger.accounts()]
+    each = [ledger.spent(account, delta) for account in ledger.accounts()]
     return max(each, key=lambda one: one.epsilon_rdp, default=PrivacySpent(0.0, 0.0, delta))
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from fedllm.errors import DataError, PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.elapsed import Period
-from fedllm.privacy.split import SHARE
+from fedllm.privacy.split import SHARE, SIDES
 from fedllm.protocol.enrolment import fingerprint_digits
 from fedllm.values import MAX_STEPS, Frozen
 
@@ -152,8 +152,8 @@ class SitePolicy(Frozen):
         if self.run_epsilon is not None:
             from fedllm.privacy.accounting import overrun
 
-            for events in (plan.mechanism.event(plan.steps), plan.score_mechanism.event(plan.scores)):
-                over = overrun([events], self.delta, self.run_epsilon, one_plan=True)
+            for side in SIDES:
+                over = overrun(plan.cost(plan.exchanges, side), self.delta, self.run_epsilon, one_plan=True)
                 if over is None:
                     continue
                 raise PrivacyError(f"the run would cost epsilon {over:.4g}, above run_epsilon={self.run_epsilon:g}")

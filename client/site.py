@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.canaries import SiteCanaries
+from client.own_scores import OwnScore, note_score
 from client.policy import SitePolicy
 from client.records import Declared
 from client.secagg_client import Peers, SecAggClient
@@ -57,6 +58,7 @@ from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import PrivacySpent
 from fedllm.privacy.ledger import DataSet, PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace
+from fedllm.privacy.metrics import metric_names
 from fedllm.privacy.randomness import KeyedRandomness, OsRandomness, Randomness, SeededRandomness
 from fedllm.privacy.split import Side, Split
 from fedllm.protocol.messages import (
@@ -403,9 +405,9 @@ class Site:
         if plan.score_noise(request.round) is not None:
             scored = score(context.adapter, session.units("evaluation"), plan, start, source)
             self._note_score(request, scored)
-        units = Joined(session.units("training"), canaries)
-        training = (context.adapter, context.engine, units, plan, start, source,
-                    session.micro_batch)  # fmt: skip
+        # canaries first: where they stand, and so their coins, must not depend on how many records there are
+        units = Joined(canaries, session.units("training")) if trains else ()
+        training = (context.adapter, context.engine, units, plan, start, source, session.micro_batch)
         try:
             if mask is not None:
                 vectors, seeds = list[NDArray[np.uint32]](), list[tuple[str, ...]]()
@@ -431,6 +433,11 @@ class Site:
 
     def _note_score(self, request: TrainRequest, scored: Scored) -> None:
         """Tell the owner, and nobody else, how good the adapter is on the site's own records, exactly."""
+        names, number = metric_names(len(request.plan.model.labels)), request.round - 1
+        means = dict(zip(names, scored.values.mean(axis=0).tolist(), strict=True)) if len(scored.values) else {}
+        said = ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+        _log.info("%s: round %d on %d units of its own: %s", self.name, number, len(scored.values), said)
+        note_score(self._ledger.file, OwnScore(request.plan.run, number, len(scored.values), means))
 
     def _canaries(self, request: TrainRequest, session: PlanSession, start: NDArray[np.float32]) -> "_Canaries":
         """Take a step of the attack on the run, which no record has a part in; return what trains in this round.

@@ -24,7 +24,7 @@ def main() -> None:
     runs = []
     for epsilon in options.epsilon:
         run = fedllm.simulate(
-            [f"name=epsilon-{epsilon:g}", f"privacy.epsilon={epsilon}", "audit=false", *options.overrides]
+            [f"name=epsilon-{epsilon:g}", f"privacy.epsilon={epsilon}", "audit.report=false", *options.overrides]
         )
         print(f"epsilon {run.epsilon:.2f}: held-out loss {run.metrics[-1]['loss']:.3f} nats, {run.folder}")
         runs.append(run)

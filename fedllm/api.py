@@ -58,7 +58,7 @@ class Run:
 
     @property
     def audit(self) -> Path:
-        """Folder of the audit report; it is not there if `audit=false`."""
+        """Folder of the audit report; it is not there if `audit.report=false`."""
         return self.folder / "audit"
 
 

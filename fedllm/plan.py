@@ -28,6 +28,7 @@ from fedllm.errors import ConfigError, PrivacyError
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.split import Side
 from fedllm.values import MAX_HOLDERS, MAX_SITES, Frozen, Names, Printable, Seed
 
 
@@ -152,10 +153,26 @@ class RunPlan(Frozen):
             return None
         return self.score_mechanism.noise_multiplier
 
+    def scores_in(self, exchanges: int) -> int:
+        """Return how many of the first exchanges have a score."""
+        every = self.evaluation.every
+        if every is None or exchanges < 1:
+            return 0
+        closing = exchanges == self.exchanges and self.training.rounds % every != 0
+        return (exchanges - 1) // every + 1 + closing
+
     @property
     def scores(self) -> int:
         """Scores of a whole run."""
-        return sum(self.score_noise(exchange) is not None for exchange in range(1, self.exchanges + 1))
+        return self.scores_in(self.exchanges)
+
+    def cost(self, exchanges: int, side: Side, both: bool = False) -> list[AccountingEvent]:
+        """Return what the first exchanges cost the units of one side; `both`: a ledger counts all on both sides."""
+        steps = min(exchanges, self.training.rounds) * self.training.local_steps
+        training = [self.mechanism.event(steps)] if steps else []
+        scores = self.scores_in(exchanges)
+        evaluation = [self.score_mechanism.event(scores)] if scores else []
+        return [*training, *evaluation] if both else training if side == "training" else evaluation
 
     @property
     def score_mechanism(self) -> Mechanism:

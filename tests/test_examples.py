@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "tour.ipynb"
 QUICK = [
     "training.rounds=1", "privacy.sampling_rate=0.05", "privacy.noise_multiplier=10", "privacy.self_check=false",
-    "data.samples=0", "data.heldout_limit=8", "model.compile=off", "federation.processes=1", "audit=false",
+    "data.samples=0", "data.heldout_limit=8", "model.compile=off", "federation.processes=1", "audit.report=false",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("default")  # third-party packages warn; tests of our own code make them errors

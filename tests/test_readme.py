@@ -26,7 +26,7 @@ QUICK = [
 ]  # fmt: skip
 RAY = ("fedllm simulate experiment=parallel",)
 # What one command shows for all: the search for the noise, the check of the engine at every site, the report.
-ONCE = ["privacy.noise_multiplier=2", "privacy.self_check=false", "audit=false"]
+ONCE = ["privacy.noise_multiplier=2", "privacy.self_check=false", "audit.report=false"]
 
 
 def fenced(page: Path) -> list[str]:

@@ -197,10 +197,11 @@ def _given(estimates: Mapping[str, float | None]) -> dict[str, CrossCheck]:
 def _stored(path: Path) -> Audit:
     try:
         content = read_json(path.read_bytes())
-        if isinstance(content, dict) and content.get("format") == 1:
+        if isinstance(content, dict) and content.get("format") in (1, 2):
             raise ChainError(
-                f"{JSON}: made by an earlier version of fedllm. Its ledgers do not say that they are whole: let the "
-                "sites export them again, and make a new report: fedllm audit report --help"
+                f"{JSON}: format {content['format']}, made by an earlier version of fedllm; expected 3. Make a new "
+                "report: fedllm audit report --help. Ledgers beside format 1 do not say that they are whole: let the "
+                "sites export them again first."
             )
         return Audit.model_validate_json(path.read_bytes())
     except OSError as error:

@@ -52,7 +52,7 @@ from fedllm.crypto.hash_chain import EXPORT, End, Entry, read_chain
 from fedllm.crypto.identity import PublicIdentity
 from fedllm.errors import ChainError, CryptoError, PrivacyError
 from fedllm.plan import RunPlan
-from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, PrivacySpent, spent
+from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, PrivacySpent, spent, spent_at_sites
 from fedllm.privacy.accounting import counted as counted_by
 from fedllm.privacy.canaries import Opening, pooled
 from fedllm.privacy.distributed_noise import DistributedMechanism
@@ -1294,7 +1294,7 @@ def _accountants(
             prv=estimates.pop("prv", None),
             cross_checks=estimates,
             planned=_finite(_spent([plan.mechanism.event(plan.steps)], delta).epsilon),
-            several_sites=tuple((k, _finite(_spent(_of_sites(own, k, plan), delta).epsilon)) for k in several),
+            several_sites=tuple((k, _finite(_at_sites(own, k, plan))) for k in several),
             coalitions=tuple((k, _finite(_spent(_weaker(own, plan, k), delta).epsilon)) for k in _coalitions(plan)),
             share_alone=_finite(_spent(_left(own, 1 / (plan.sites - plan.privacy.colluding_sites)), delta).epsilon)
             if plan.distributed is not None
@@ -1304,16 +1304,18 @@ def _accountants(
     )
 
 
-def _of_sites(events: Sequence[AccountingEvent], k: int, plan: RunPlan) -> list[AccountingEvent]:
-    """Return what a person pays whose records are at k sites.
+def _at_sites(events: Sequence[AccountingEvent], k: int, plan: RunPlan) -> float:
+    """Return the epsilon of a person whose records are at k sites, each of which took part as `events` say.
 
-    With noise of each site's own, k times the events. With one noise for all, a person moves the sum by k clip norms,
-    unless no site drew them: as if drawn with probability 1 - (1 - q)^k, and the noise k times smaller. A mixture of
-    shifts is no further from no shift than its longest (joint convexity of the hockey-stick divergence).
+    With noise of each site's own, k times the events; with one noise for all, k coins in each step of one sum.
     """
+    delta = plan.privacy.delta
     if plan.distributed is None:
-        return list(events) * k
-    return [AccountingEvent(1 - (1 - e.sampling_rate) ** k, e.noise_multiplier / k, e.steps) for e in events]
+        return _spent(list(events) * k, delta).epsilon
+    try:
+        return spent_at_sites([(event, k) for event in events], delta).epsilon
+    except PrivacyError:
+        return math.inf
 
 
 def _coalitions(plan: RunPlan) -> list[int]:

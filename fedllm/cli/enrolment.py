@@ -4,6 +4,7 @@ An entry point: it may import anything, and imports late so that --help is quick
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 import typer
 
 from fedllm.errors import ConfigError, FedllmError
-from fedllm.shown import escaped_lines
+from fedllm.shown import escaped, escaped_lines
 from fedllm.values import address
 
 if TYPE_CHECKING:
@@ -263,6 +264,39 @@ def site_check(home: OfficeOption = OFFICE) -> None:
     from client.doctor import check
 
     report(check(absolute(home)))
+
+
+@site_app.command("report")
+def site_report(home: OfficeOption = OFFICE) -> None:
+    """Show how good each run's adapter is on this site's own records, exactly. Nobody else is told.
+
+    The records are those of the persons who evaluate and never train (policy.evaluation_share).
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from client.office import Office
+    from client.own_scores import own_scores
+
+    scores = own_scores(Office.open(absolute(home)).ledger_file)
+    if not scores:
+        typer.echo("No run has been scored on this site's records yet: runs with evaluation.every are.")
+        return
+    for run in dict.fromkeys(score.run for score in scores):
+        own = [score for score in scores if score.run == run]
+        table = Table(title=f"run {escaped(run)}, on {own[-1].units} units of this site")
+        table.add_column("round", justify="right")
+        names = [name for name in own[-1].metrics if name in own[0].metrics]
+        for name in names:
+            table.add_column(name.replace("_", " "), justify="right")
+        for score in own:
+            table.add_row(str(score.round), *(f"{score.metrics.get(name, math.nan):.4g}" for name in names))
+        Console().print(table)
+        if len(own) > 1 and names:
+            first, last = own[0].metrics[names[0]], own[-1].metrics[names[0]]
+            better = last < first if names[0] == "loss" else last > first
+            word = "better" if better else "no better"
+            typer.echo(f"For this site it is {word}: {names[0].replace('_', ' ')} {first:.4g} -> {last:.4g}")
 
 
 @site_app.command("resume")

@@ -6,7 +6,8 @@ An entry point: it may import anything, and imports late so that --help is quick
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from client.office import Office
     from client.policy import SitePolicy
     from fedllm.plan import RunPlan
-    from fedllm.privacy.accounting import AccountingEvent
+    from fedllm.privacy.accounting import AccountingEvent, PrivacySpent
     from fedllm.privacy.ledger import LedgerFile, Loss
+    from fedllm.privacy.split import Side
 
 ledger_app = typer.Typer(
     help="A site's account of the privacy that was spent.", no_args_is_help=True, callback=keep_private
@@ -72,6 +74,8 @@ def show(home: OfficeOption = OFFICE, file: _FileOption = None) -> None:
     With `--file` budget and delta are those that the ledger states.
     """
     from fedllm.privacy.accounting import counted, spent
+    from fedllm.privacy.ledger import on_side
+    from fedllm.privacy.split import SIDES
 
     ledger, office = _open(home, file)
     budget, delta = (office.policy.epsilon, office.policy.delta) if office else ledger.budget() or (math.inf, _DELTA)
@@ -82,14 +86,19 @@ def show(home: OfficeOption = OFFICE, file: _FileOption = None) -> None:
         table.add_column(name, justify="left" if name in ("account", "rounds") else "right")
     for name in ledger.accounts():
         own = [charge for charge in charges if charge.account == name]
-        total = spent(ledger.events(name), delta)
-        reserved = [charge.event for charge in own if charge.state == "RESERVED"]
+        total = ledger.spent(name, delta)
+        open_ = [charge for charge in own if charge.state == "RESERVED"]
+        both = not ledger.sided(name)
+        reserved = max(
+            spent([e for c in open_ for e in on_side(side, c.event, c.evaluation, both)], delta).epsilon
+            for side in SIDES
+        )
         states = Counter(charge.state.lower() for charge in own)
         # another plan may be next, and then RDP decides, at orders that depend on the budget
-        held = counted(ledger.events(name), delta, budget, one_plan=False)
+        held = max(counted(ledger.events(name, side=side), delta, budget, one_plan=False) for side in SIDES)
         left = "" if budget == math.inf else f"{max(0.0, budget - held):.4g}"
         table.add_row(
-            name, f"{total.epsilon:.4g}", f"{spent(reserved, delta).epsilon:.4g}", f"{total.epsilon_rdp:.4g}",
+            name, f"{total.epsilon:.4g}", f"{reserved:.4g}", f"{total.epsilon_rdp:.4g}",
             left, str(len({charge.run for charge in own})), ", ".join(f"{n} {s}" for s, n in sorted(states.items())),
         )  # fmt: skip
     _console.print(table)
@@ -256,7 +265,6 @@ def restart(
 
 def _losses(stated: list[str]) -> "list[Loss]":
     """Read what the owner states; raises ConfigError."""
-    from fedllm.privacy.accounting import AccountingEvent
     from fedllm.privacy.ledger import EVERYTHING, Loss
 
     if stated in (["nothing"], ["everything"]):
@@ -269,10 +277,8 @@ def _losses(stated: list[str]) -> "list[Loss]":
                 f"--lost={each}: expected PLAN=ROUNDS, such as plan.json=30, or nothing, or everything alone"
             )
         plan = _read_plan(Path(path))
-        event = plan.mechanism.event(plan.training.local_steps)
-        found.append(
-            Loss(plan.run, AccountingEvent(event.sampling_rate, event.noise_multiplier, event.steps * int(rounds)))
-        )
+        exchanges = min(int(rounds), plan.exchanges)
+        found += [Loss(plan.run, event) for event in plan.cost(exchanges, "training", both=True)]  # on both sides
     return found
 
 
@@ -302,7 +308,6 @@ def forecast(
     from client.office import Office
     from client.policy import SitePolicy
     from fedllm.errors import PrivacyError
-    from fedllm.privacy.accounting import spent
     from fedllm.settings_file import read_settings
     from fedllm.values import parse
 
@@ -315,18 +320,16 @@ def forecast(
     else:
         ledger, _ = _open(home, file)
         policy, past = policy or _stated(ledger, planned), _past_in(ledger)
-    event = planned.mechanism.event(planned.training.local_steps)
-    before = past(-math.inf)
-    alone = spent([event] * planned.training.rounds, policy.delta)
-    after = spent([*before, *[event] * planned.training.rounds], policy.delta)
-    typer.echo(f"the run alone: epsilon {alone.epsilon:.4g} at delta {policy.delta:g}")
+    cost = partial(_cost, planned, past, policy.delta)
+    typer.echo(f"the run alone: epsilon {cost(math.inf).epsilon:.4g} at delta {policy.delta:g}")
+    after = cost(-math.inf)
     typer.echo(f"with all before it: epsilon {after.epsilon:.4g} (by RDP {after.epsilon_rdp:.4g})")
-    rounds = planned.training.rounds
-    whole = _fitting(rounds, event, before, policy.delta, policy.epsilon, one_plan=not before)
-    typer.echo(f"rounds that fit the budget of {policy.epsilon:g}: {whole} of {rounds}")
+    rounds, budget = planned.training.rounds, policy.epsilon
+    whole = _fitting(planned, past, -math.inf, policy.delta, budget)
+    typer.echo(f"rounds that fit the budget of {budget:g}: {whole} of {rounds}")
     if policy.period is not None:
-        recent = past(time.time() - policy.period.days * 86_400)
-        now = _fitting(rounds, event, recent, policy.delta, policy.period.epsilon, one_plan=False)
+        since = time.time() - policy.period.days * 86_400
+        now = _fitting(planned, past, since, policy.delta, policy.period.epsilon)
         typer.echo(
             f"rounds that fit now, with at most {policy.period.epsilon:g} in {policy.period.days:g} days: "
             f"{min(whole, now)} of {rounds}"
@@ -341,41 +344,69 @@ def forecast(
     typer.echo("policy: admits the plan" if known else "policy: not known; --policy FILE checks the plan against one")
 
 
-def _fitting(
-    rounds: int, event: "AccountingEvent", before: "list[AccountingEvent]", delta: float, budget: float, one_plan: bool
-) -> int:
-    """Return how many of `rounds` may follow `before`, by the rule that a ledger decides by."""
-    from fedllm.privacy.accounting import overrun
+def _cost(planned: "RunPlan", past: "_Past", delta: float, since: float) -> "PrivacySpent":
+    """Return what a whole run costs the costlier side of an account, with what was charged since a time."""
+    from fedllm.privacy.accounting import spent
+    from fedllm.privacy.ledger import costlier
+    from fedllm.privacy.split import SIDES
 
-    low, high = 0, rounds
+    return costlier(
+        spent([*past.events(since, side), *planned.cost(planned.exchanges, side, past.both)], delta) for side in SIDES
+    )
+
+
+def _fitting(planned: "RunPlan", past: "_Past", since: float, delta: float, budget: float) -> int:
+    """Return how many rounds may follow what was charged since a time, by the rule that a ledger decides by."""
+    from fedllm.privacy.accounting import overrun
+    from fedllm.privacy.split import SIDES
+
+    before = {side: past.events(since, side) for side in SIDES}
+    low, high = 0, planned.training.rounds
     while low < high:
         middle = (low + high + 1) // 2
-        over = overrun([*before, *[event] * middle], delta, budget, one_plan)
-        low, high = (middle, high) if over is None else (low, middle - 1)
+        fits = all(
+            overrun(
+                [*before[side], *planned.cost(middle, side, past.both)], delta, budget,
+                one_plan=since == -math.inf and not any(before.values()),
+            ) is None
+            for side in SIDES
+        )  # fmt: skip
+        low, high = (middle, high) if fits else (low, middle - 1)
     return low
 
 
-_Past = Callable[[float], "list[AccountingEvent]"]  # what was charged since a time
+@dataclass(frozen=True)
+class _Past:
+    """What an account has been charged with."""
+
+    ledger: "LedgerFile | None" = None  # None: there is none yet
+    account: str = ""
+
+    def events(self, since: float, side: "Side") -> "list[AccountingEvent]":
+        """Return what was charged to a side since a time."""
+        return self.ledger.events(self.account, since, side) if self.ledger is not None else []
+
+    @property
+    def both(self) -> bool:
+        """Whether both sides count everything."""
+        return self.ledger is not None and not self.ledger.sided(self.account)
 
 
 def _past_of(office: "Office") -> _Past:
     """Return what a site's records have been charged with."""
     if office.ledger.is_new():
-        return lambda since: []
+        return _Past()
     ledger = _of(office)
     account = ledger.account_of(office.ledger.data_set)
-    return lambda since: ledger.events(account, since)
+    return _Past(ledger if account in ledger.accounts() else None, account)
 
 
 def _past_in(ledger: "LedgerFile") -> _Past:
     """Return what the costliest account of a ledger has been charged with."""
-    from fedllm.privacy.accounting import spent
-
     known = ledger.accounts()
     if not known:
-        return lambda since: []
-    worst = max(known, key=lambda name: spent(ledger.events(name), _DELTA).epsilon_rdp)
-    return lambda since: ledger.events(worst, since)
+        return _Past()
+    return _Past(ledger, max(known, key=lambda name: ledger.spent(name, _DELTA).epsilon_rdp))
 
 
 def _stated(ledger: "LedgerFile", plan: "RunPlan") -> "SitePolicy":

@@ -7,16 +7,19 @@ RDP is computed beside it as an upper bound by another method (RDP >= PLD holds 
 import logging
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.errors import ConfigError, PrivacyError, first_line
+from fedllm.privacy.mixture import Mixture
+from fedllm.values import MAX_SITES
 
 # dp_accounting is imported where it is used: a process that only carries messages imports this module, and never
 # accounts.
@@ -29,6 +32,7 @@ _MOST_NOISE = 10_000.0
 _COARSER = 8  # grid, for a first look at a noise multiplier
 _NO_NOISE = 1e-6  # less cannot be computed with, and counts as none
 _HOPELESS = 100.0  # above this epsilon the RDP bound stands alone: the PLD says no more, and needs memory without end
+_HOPELESS_AT_SITES = 500.0  # the same for somebody at several sites, whose RDP bound is further above
 _MOST_POINTS = 2**23  # of a PLD, for the same reason: a rare and huge loss on a fine grid
 _ROUNDING, _ONCE = 2.0**-51, 64  # of delta, for each step and for each kind of step: see `_rounding`
 _INEXACT = 1e-5  # of mass that float64 may add to a PLD on a fine grid; beyond, it may be above RDP
@@ -69,6 +73,17 @@ class AccountingEvent:
 
 
 @dataclass(frozen=True)
+class _AtSites(AccountingEvent):
+    """The same for a unit at several sites that share one noise: each draws it by a coin of its own."""
+
+    sites: int
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(self.sampling_rate, self.noise_multiplier, self.sites)
+
+
+@dataclass(frozen=True)
 class PrivacySpent:
     """Privacy loss of everything released so far."""
 
@@ -93,6 +108,23 @@ def spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = 
     composed = _merged(events)
     with _one_at_a_time, _computing():
         return _spent(composed, delta, grid)
+
+
+def spent_at_sites(events: Sequence[tuple[AccountingEvent, int]], delta: float) -> PrivacySpent:
+    """Return what somebody has lost whose records are at k sites that share one noise; pairs of an event and its k.
+
+    In a step, each of the k sites draws her with the event's sampling rate, independently of the others, and adds at
+    most one clip norm to the sum. The event's noise multiplier is that of the one noise, relative to one clip norm.
+    `fedllm.privacy.mixture` has the pair of distributions that dominates; such pairs compose, also where a step depends
+    on what those before released (Zhu, Dong and Wang 2022, Theorem 10). With k = 1 throughout, that is what `spent`
+    returns. Raises PrivacyError as that does, and if a k is not a number of sites.
+    """
+    for _, sites in events:
+        if isinstance(sites, bool) or not isinstance(sites, int) or not 1 <= sites <= MAX_SITES:
+            raise PrivacyError(f"a person's records are at {sites!r:.40} sites; expected a count from 1 to {MAX_SITES}")
+    composed = _merged([event for event, _ in events], [sites for _, sites in events])
+    with _one_at_a_time, _computing():
+        return _spent(composed, delta, None)
 
 
 @contextmanager
@@ -173,14 +205,19 @@ def _deltas(events: tuple[AccountingEvent, ...], epsilons: tuple[float, ...], gr
     return tuple(min(1.0, max(0.0, float(delta)) + _rounding(events)) for delta in found)
 
 
-def _merged(events: Sequence[AccountingEvent]) -> tuple[AccountingEvent, ...]:
-    """Check events and put equal ones together: their order does not matter."""
-    merged: dict[tuple[float, float], int] = {}
-    for event in events:
+def _merged(events: Sequence[AccountingEvent], at: Iterable[int] = repeat(1)) -> tuple[AccountingEvent, ...]:
+    """Check events and put equal ones together: their order does not matter. A unit is `at` so many sites."""
+    merged: dict[tuple[float, float, int], int] = {}
+    for event, sites in zip(events, at, strict=False):
         event.check()
-        key = (event.sampling_rate, event.noise_multiplier)
+        q, noise = event.sampling_rate, event.noise_multiplier
+        key = (q, noise / sites, 1) if q == 1 else (q, noise, sites)  # all k draw her: a Gaussian that moves by k
         merged[key] = merged.get(key, 0) + event.steps
-    return tuple(AccountingEvent(q, s, n) for (q, s), n in sorted(merged.items()) if n and q)
+    return tuple(
+        AccountingEvent(q, s, n) if k == 1 else _AtSites(q, s, n, k)
+        for (q, s, k), n in sorted(merged.items())
+        if n and q
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -190,7 +227,7 @@ def _spent(events: tuple[AccountingEvent, ...], delta: float, grid: float | None
     if any(event.noise_multiplier <= 0 for event in events):
         return PrivacySpent(math.inf, math.inf, delta)
     rdp = _epsilon_rdp(events, delta)
-    if not rdp <= _HOPELESS:
+    if not rdp <= (_HOPELESS_AT_SITES if any(isinstance(event, _AtSites) for event in events) else _HOPELESS):
         return PrivacySpent(rdp, rdp, delta)
     grid = grid or grid_of(events, delta)
     if _too_large(events, grid):
@@ -242,9 +279,7 @@ def grid_of(events: Sequence[AccountingEvent], delta: float) -> float:
     steps = sum(event.steps for event in events)
     orders = np.asarray(_RDP_ORDERS)
     with np.errstate(invalid="ignore"):
-        variance = sum(
-            e.steps * float(np.min(2 * _step_rdp(e.sampling_rate, e.noise_multiplier) / orders)) for e in events
-        )
+        variance = sum(e.steps * float(np.min(2 * _event_rdp(e) / orders)) for e in events)
     fine = max(0.02 * math.sqrt(variance / steps), 0.005 * _epsilon_rdp(events, delta) / math.sqrt(steps))
     return 2.0 ** math.floor(math.log2(min(max(fine, _FINEST), _COARSEST)))
 
@@ -256,18 +291,23 @@ def _too_large(events: Sequence[AccountingEvent], grid: float) -> bool:
     """
     from dp_accounting.pld.common import compute_self_convolve_bounds
 
-    lengths, sizes = [], []
+    lengths, sizes, values = [], [], 0.0
     for event in events:
+        if isinstance(event, _AtSites):
+            low, _, high = event.mixture.bounds
+            lengths.append((high - low) / grid)
+            values += event.mixture.values + event.sites * lengths[-1]
+            continue
         q, x = event.sampling_rate, 10 / event.noise_multiplier + 0.5 / event.noise_multiplier**2  # tails of e^-50
         rest = math.log1p(-q) if q < 1 else -math.inf
         span = float(np.logaddexp(rest, math.log(q) + x) - np.logaddexp(rest, math.log(q) - x))
         lengths.append(span / grid)
-    if max(lengths) > _MOST_POINTS / 8 or sum(lengths) > _MOST_POINTS / 2:
+    if max(lengths) > _MOST_POINTS / 8 or sum(lengths) + values > _MOST_POINTS / 2:
         return True
     if len(events) == 1 and lengths[0] * events[0].steps <= _MOST_POINTS:
         return False
     for event in events:
-        pld = _step_pld(event.sampling_rate, event.noise_multiplier, grid)
+        pld = _event_pld(event, grid)
         for step in (pld._pmf_remove, pld._pmf_add):  # it offers no other way to ask before it allocates
             low, high = compute_self_convolve_bounds(step.to_dense_pmf()._probs, event.steps, 1e-15)
             if high - low > _MOST_POINTS:
@@ -279,11 +319,32 @@ def _too_large(events: Sequence[AccountingEvent], grid: float) -> bool:
 
 def _composed(events: tuple[AccountingEvent, ...], grid: float) -> Any:
     """Return the privacy loss distribution of all `events` together."""
-    parts = [_step_pld(event.sampling_rate, event.noise_multiplier, grid).self_compose(event.steps) for event in events]
+    parts = [_event_pld(event, grid).self_compose(event.steps) for event in events]
     composed = parts[0]
     for part in parts[1:]:
         composed = composed.compose(part)
     return composed
+
+
+def _event_pld(event: AccountingEvent, grid: float) -> Any:
+    """Return the privacy loss distribution of one step of `event`."""
+    if isinstance(event, _AtSites):
+        return _mixture_pld(event.mixture, grid)
+    return _step_pld(event.sampling_rate, event.noise_multiplier, grid)
+
+
+@lru_cache(maxsize=64)
+def _mixture_pld(mixture: Mixture, grid: float) -> Any:
+    """Return the same for a person at several sites, both directions of add-or-remove-one (Doroshenko et al. 2022)."""
+    from dp_accounting.pld import pld_pmf, privacy_loss_distribution
+
+    low, high_q, high_p = mixture.bounds
+    parts = []
+    for removed, first, last in ((True, low, high_p), (False, -high_q, -low)):
+        cells = np.arange(math.floor(first / grid), math.ceil(last / grid) + 1)
+        deltas = mixture.deltas(cells.astype(np.float64) * grid, removed)
+        parts.append(pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(grid, int(cells[0]), int(cells[-1]), deltas))
+    return privacy_loss_distribution.PrivacyLossDistribution(*parts)
 
 
 @lru_cache(maxsize=64)
@@ -312,8 +373,28 @@ def _summed_rdp(events: Sequence[AccountingEvent]) -> NDArray[np.float64]:
     """Renyi divergences add up over the steps (Mironov 2017, Proposition 1), so that one step of a kind is enough."""
     total = np.zeros(len(_RDP_ORDERS))
     for event in events:
-        total += event.steps * _step_rdp(event.sampling_rate, event.noise_multiplier)
+        total += event.steps * _event_rdp(event)
     return total
+
+
+def _event_rdp(event: AccountingEvent) -> NDArray[np.float64]:
+    """Return the Renyi divergence of one step of `event` at every order."""
+    if isinstance(event, _AtSites):
+        return _mixture_rdp(event.mixture)
+    return _step_rdp(event.sampling_rate, event.noise_multiplier)
+
+
+@lru_cache(maxsize=1024)
+def _mixture_rdp(mixture: Mixture) -> NDArray[np.float64]:
+    """Return the same for a person at several sites.
+
+    Where that takes too long: as if she moved the sum by k clip norms whenever a site draws her, which costs more.
+    """
+    drawn = -math.expm1(mixture.sites * math.log1p(-mixture.sampling_rate))
+    longest = _step_rdp(drawn, mixture.noise_multiplier / mixture.sites)
+    if mixture.noise_multiplier < _NO_NOISE:
+        return longest
+    return np.maximum(np.minimum(longest, mixture.renyi(_RDP_ORDERS)), 0.0)
 
 
 @lru_cache(maxsize=1024)

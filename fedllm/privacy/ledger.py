@@ -302,6 +302,11 @@ class LedgerFile:
             )
             return [event for row in rows for event in on_side(side, AccountingEvent(*row[:3]), row[3], bool(row[4]))]
 
+    def sided(self, account: str) -> bool:
+        """Whether training and evaluation are charged to different units: else both count everything."""
+        with self.transaction() as db:
+            return _sided(db, account)
+
     def spent(self, account: str, delta: float, since: float = -math.inf) -> PrivacySpent:
         """Return the privacy loss of an account: that of its costlier side."""
         return costlier(spent(self.events(account, since, side), delta) for side in SIDES)

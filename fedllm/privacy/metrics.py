@@ -113,13 +113,14 @@ class Layout:
         squares = np.array([math.sqrt(float(halves @ halves)), *halves])
         return _on_grid(np.sqrt(squares / squares.sum()) * (1 - 1e-9))
 
-    def vectors(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return float64[n, 1+m], a vector of norm 1 at most for each unit; `values` float64[n, m] may be any floats.
-
-        NaN is the worst that the metric can be.
-        """
+    def cut(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return float64[n, m] of values within the range of their metric; NaN is the worst that it can be."""
         worst = [self.most_loss if name == "loss" else 0.0 for name in self.names]
-        cut = np.clip(np.where(np.isnan(values), worst, values), 0.0, self._ranges)
+        return np.clip(np.where(np.isnan(values), worst, values), 0.0, self._ranges)
+
+    def vectors(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return float64[n, 1+m], a vector of norm 1 at most for each unit; `values` float64[n, m] are any floats."""
+        cut = self.cut(values)
         centred = np.column_stack([np.ones(len(cut)), 2.0 * (cut / self._ranges) - 1.0])
         return _within(_on_grid(centred * self._roots), 1.0)
 

@@ -52,7 +52,7 @@ def white_scores(
     arXiv 2302.07956). It costs one gradient a unit. A unit without a finite gradient adds nothing to an adapter, and
     scores 0.
     """
-    width = padded(max((len(record.input_ids) for unit in units for record in unit), default=1), adapter.positions)
+    width = padded(_longest(units), adapter.positions)
     rows = engine.rows(width, micro_batch)
     scores = []
     with adapter.lock:
@@ -82,9 +82,13 @@ def _losses(
     adapter: AdapterModel, values: NDArray[np.float32], units: Sequence[PrivacyUnit], micro_batch: int
 ) -> NDArray[np.float64]:
     adapter.load(values)
-    pad = adapter.tokenizer.pad_token_id
+    pad, width = adapter.tokenizer.pad_token_id, _longest(units)
     found = [
-        unit_losses(adapter, collate(units[first : first + micro_batch], pad, adapter.device, _LENGTH))
+        unit_losses(adapter, collate(units[first : first + micro_batch], pad, adapter.device, width))
         for first in range(0, len(units), micro_batch)
     ]
     return torch.cat(found).double().cpu().numpy() if found else np.zeros(0)
+
+
+def _longest(units: Sequence[PrivacyUnit]) -> int:
+    return max((len(record.input_ids) for unit in units for record in unit), default=1)

@@ -94,18 +94,18 @@ def score(
     if shared is not None:
         share = shared.share(layout.dimension, source)
         values = unit_metrics(adapter, vector, units)
-        return Scored(values, b"", shared.noised(layout.clipped_sum(values, shared), share), share.seeds)
+        return Scored(layout.cut(values), b"", shared.noised(layout.clipped_sum(values, shared), share), share.seeds)
     noise = mechanism.noise(layout.dimension, source)
     values = unit_metrics(adapter, vector, units)
     released = mechanism.noised(layout.clipped_sum(values, None), noise)
-    return Scored(values, released.astype("<f8").tobytes(), np.empty(0, np.uint32), ())
+    return Scored(layout.cut(values), released.astype("<f8").tobytes(), np.empty(0, np.uint32), ())
 
 
 @dataclass(frozen=True)
 class Scored:
     """What a site makes of an adapter and its evaluation units."""
 
-    values: NDArray[np.float64]  # [units, metrics], exact: for their owner alone
+    values: NDArray[np.float64]  # [units, metrics], exact, each in its range: for their owner alone
     released: bytes  # noise of the site's own: the noised sum, float64[1 + metrics], little endian
     share: NDArray[np.uint32]  # noise in shares: its part of the sum, uint32[1 + metrics], to be masked
     seeds: tuple[str, ...]  # secret: of the noise in it that may turn out as excess

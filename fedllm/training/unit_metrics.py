@@ -14,6 +14,7 @@ from fedllm.privacy.metrics import TOP, metric_names
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Example, PrivacyUnit, collate, padded
 from fedllm.training.losses import labelled_states, logits
+from fedllm.training.model import made_up
 
 _log = logging.getLogger("fedllm.site")
 _LOGITS = 1 << 22  # that are in memory at a time
@@ -33,10 +34,11 @@ def unit_metrics(
     A unit that has no record with a label is left out, and so is one that fails. Raises ModelError if it is the model
     that fails, and SpecMismatch if the vector has another shape.
     """
-    classes = int(adapter.model.config.num_labels) if adapter.classifies else 0
-    names, rows = metric_names(classes), []
+    rows = []
     with adapter.lock:
         adapter.load(vector)
+        public = made_up(adapter.vocabulary, 2)[None].to(adapter.device)  # tells how many classes there are
+        names = metric_names(adapter.logits(public, torch.ones_like(public)).shape[-1] if adapter.classifies else 0)
         for unit in units:
             try:
                 found = [each for record in unit if (each := _record_metrics(adapter, record)) is not None]

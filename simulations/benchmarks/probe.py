@@ -41,7 +41,7 @@ Labels = NDArray[np.int64]
 Noise = Callable[[Sequence[NDArray[np.int64]], Array], Array]  # the records drawn at each site, weights -> noised sum
 
 
-def _embeddings(model: Path, texts: Sequence[str], labels: tuple[str, ...]) -> Array:
+def embeddings(model: Path, texts: Sequence[str], labels: tuple[str, ...]) -> Array:
     """Return mean-pooled token states of length 1, float64[n, d]."""
     base = load_base(
         ModelConfig(source=str(model), task="classification", labels=labels, pooling="mean", max_length=64), "cpu"
@@ -147,7 +147,7 @@ def measure(
     train, test = (read_table(str(data / f"{part}.jsonl"), part) for part in ("train", "test"))
     names = tuple(sorted(set(train["label"])))
     number = {name: i for i, name in enumerate(names)}
-    both = _embeddings(model, [*train["text"], *test["text"]], names)
+    both = embeddings(model, [*train["text"], *test["text"]], names)
     y = np.array([number[label] for label in [*train["label"], *test["label"]]])
     order = np.random.default_rng(0).permutation(len(train))
     kept, rest = order[:_KEPT_BACK], order[_KEPT_BACK:]

@@ -45,7 +45,7 @@ def plan_of(base: Path, run: str = "run", **changes: Any) -> RunPlan:
         "training": {"rounds": 4, "local_steps": 1, "learning_rate": 0.1, "wire": "float32"},
     }  # fmt: skip
     for section, own in changes.items():
-        values[section] = {**values[section], **own} if isinstance(own, dict) else own
+        values[section] = {**values.get(section, {}), **own} if isinstance(own, dict) else own
     return parse(RunPlan, values)
 
 

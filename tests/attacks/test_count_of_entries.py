@@ -47,4 +47,4 @@ def test_a_plan_makes_the_same_entries_whatever_the_records(tmp_path: Path, tiny
     office.train(1)
     restarted(office, CHANGES[change]())
     office.train(2)
-    assert kinds(office) == ["opened", "budget", "reserved", "released", "reserved", "released"]
+    assert kinds(office) == ["opened", "budget", "split", "reserved", "released", "reserved", "released"]

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 import client.site
 import fedllm.crypto.primitives
+import fedllm.privacy.canaries
 import fedllm.privacy.ledger
 import fedllm.training.engine
 from client.policy import SitePolicy
@@ -42,7 +43,10 @@ from fedllm.crypto.hash_chain import LedgerHead
 from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import Cancelled, DataError, FedllmError, MessageError, ModelError
 from fedllm.plan import RunPlan
+from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, Reservation
+from fedllm.privacy.metrics import Layout, metric_names
+from fedllm.privacy.split import Side, Split
 from fedllm.protocol.messages import (
     _KINDS,
     MAGIC,
@@ -260,6 +264,10 @@ class Draws:
         """Draw for the ledger."""
         return self._draw("coins", n)
 
+    def canaries(self, n: int) -> bytes:
+        """Draw for the attack on a run."""
+        return self._draw("canaries", n)
+
     def begin_noise(self) -> None:
         """Forget what a self-check has drawn, which the second site of a process needs no more."""
         self._counts["noise"] = 0
@@ -269,34 +277,51 @@ class Draws:
 
 
 class Watched:
-    """Records, and what the ledger said whenever they were used."""
+    """Records, and what the ledger said whenever one side of them was used."""
 
     def __init__(self, records: SiteRecords, ledger: Path, draws: Draws) -> None:
-        self.declared, self.data_set = records.declared, records.data_set
+        self.declared, self.data_set, self.rule = records.declared, records.data_set, records.rule
         self._records, self._ledger, self._draws = records, ledger, draws
         self.used, self.unpaid = list[RunPlan](), list[RunPlan]()
 
-    def units(self, plan: RunPlan) -> Sequence[PrivacyUnit]:
+    def units(self, plan: RunPlan, split: Split, side: Side) -> Sequence[PrivacyUnit]:
         self.used.append(plan)
-        self._draws.begin_noise()
-        if not any(row[:1] + row[3:7] == (plan.run, *paid(plan), "RESERVED") for row in charges(self._ledger)):
+        if len(self.used) == 1:
+            self._draws.begin_noise()
+        if not any(
+            row[0] == plan.run and row[6] == "RESERVED" and row[3:6] == paid(plan, row[1])[:3]
+            and (row[5] if side == "training" else row[12] == plan.evaluation.noise_multiplier)
+            for row in charges(self._ledger)
+        ):  # fmt: skip
             self.unpaid.append(plan)
-        return self._records.units(plan)
+        return self._records.units(plan, split, side)
 
 
-def paid(plan: RunPlan) -> tuple[object, ...]:
-    return plan.privacy.sampling_rate, plan.privacy.noise_multiplier, plan.training.local_steps
+def paid(plan: RunPlan, number: int) -> tuple[object, ...]:
+    """Return what an exchange costs: sampling rate, noise and steps of its training, and the noise of its score."""
+    rounds, every = plan.training.rounds, plan.evaluation.every
+    steps = plan.training.local_steps if number <= rounds else 0
+    scores = every is not None and ((number - 1) % every == 0 or number == rounds + 1)
+    return (
+        plan.privacy.sampling_rate, plan.privacy.noise_multiplier, steps,
+        plan.evaluation.noise_multiplier if scores else None,
+    )  # fmt: skip
 
 
 def charges(ledger: Path) -> list[tuple[Any, ...]]:
-    """Return run, round, charge, event and state of every charge, what was asked and whether there is a reply."""
+    """Return run, round, charge, event and state of every charge, what was asked, whether there is a reply, a score."""
     if not ledger.exists():
         return []
     with closing(sqlite3.connect(f"{ledger.as_uri()}?mode=ro", uri=True)) as db:
         return db.execute(
             "SELECT run, round, charge, sampling_rate, noise_multiplier, steps, state, request, tries, account, "
-            "reply IS NULL, coins IS NULL FROM entry ORDER BY id"
+            "reply IS NULL, coins IS NULL, evaluation FROM entry ORDER BY id"
         ).fetchall()
+
+
+def costs(charge: tuple[Any, ...]) -> bool:
+    """Whether a charge is for the use of records: one for the canaries' guesses alone is not."""
+    return bool(charge[5]) or charge[12] is not None
 
 
 def kinds(ledger: Path) -> list[str]:
@@ -348,7 +373,7 @@ class Twins:
     ) -> None:
         """`self_check`: as by default; it costs more than all else, and uses no record."""
         self.world, self.draws, self.replies, self.number = world, draws, Counter[str](), 0
-        self._self_check, self.furthest, self.slowest = self_check, 0.0, 0.0
+        self._self_check, self.furthest, self.slowest = self_check, [0.0, 0.0], 0.0  # of an update, of a score
         self._folder, self._base, self._epsilon, self._errors = folder, base, epsilon, Errors()
         self.begin()
 
@@ -363,7 +388,7 @@ class Twins:
         kind, trouble = self.world
         text, declared = KINDS[kind]
         policy = SitePolicy(
-            epsilon=self._epsilon, unit=declared.unit, reply_quantum=0.0,
+            epsilon=self._epsilon, unit=declared.unit, reply_quantum=0.0, evaluation_share=0.5, canaries=3,
             peers={name: identity.public.fingerprint for name, identity in PEERS.items()},
         )  # fmt: skip
         self.victims, self.watched = [], []
@@ -385,8 +410,8 @@ class Twins:
         model = plan.model.model_copy(update={"compile": "off"})
         return open_for_training(plan.model_copy(update={"model": model}), model, "cpu", False)
 
-    def plan(self, run: str, mode: str = "local", **changes: Any) -> RunPlan:
-        """Return a plan that both take part in."""
+    def plan(self, run: str, mode: str = "local", closes: bool = True, **changes: Any) -> RunPlan:
+        """Return a plan that both take part in; one that `closes` has scores and canaries."""
         model: Json = {"max_length": 24}
         if self.world[0] == "labels":
             model |= {"task": "classification", "labels": LABELS}
@@ -399,6 +424,8 @@ class Twins:
             },
             "training": {"rounds": 1000},
         }  # fmt: skip
+        if closes:
+            values |= {"evaluation": {"every": 2, "noise_multiplier": 3.0}, "canaries": 3, "guesses": 1}
         return plan_of(self._base, run, **whole, **{**values, **changes})
 
     def head(self) -> LedgerHead | None:
@@ -450,7 +477,7 @@ class Twins:
                 row[1] == message.round and row[6] == "RELEASED" for row in after
             ):
                 raise self._fault("shares of a round that is not charged", frame)
-            if not watched.used and before != after:
+            if not watched.used and [row for row in before if costs(row)] != [row for row in after if costs(row)]:
                 raise self._fault("charged, and no record was used", frame)
             replies.append(reply)
             overflows += bool(watched.used) and isinstance(message, Declined) and message.reason == "training"
@@ -473,38 +500,61 @@ class Twins:
         run, round_ = request.plan.run, request.round
         with closing(sqlite3.connect(f"{place.as_uri()}?mode=ro", uri=True)) as db:
             row = db.execute(
-                "SELECT sampling_rate, noise_multiplier, steps, state, reply FROM entry WHERE run = ? AND round = ? "
-                "ORDER BY charge DESC LIMIT 1",
+                "SELECT sampling_rate, noise_multiplier, steps, evaluation, state, reply FROM entry "
+                "WHERE run = ? AND round = ? ORDER BY charge DESC LIMIT 1",
                 (run, round_),
             ).fetchone()
-        if row != (*paid(request.plan), "RELEASED", reply):
-            raise self._fault(f"an answer left that is not released: {row and row[:4]}", frame)
+        if row != (*paid(request.plan, round_), "RELEASED", reply):
+            raise self._fault(f"an answer left that is not released: {row and row[:5]}", frame)
 
     def _check_payloads(self, request: TrainRequest, payloads: list[bytes]) -> None:
-        """Of the same noise and coins: a record that cannot be used changes nothing, another no more than the clip."""
-        plan, training, privacy = request.plan, request.plan.training, request.plan.privacy
+        """Of the same noise and coins: a record that cannot be used changes nothing, another no more than the clip.
+
+        And that in the update or in the score, never in both.
+        """
+        plan, number = request.plan, request.round
         if not plan.privacy.protects:
             raise self._fault("an answer without noise", request.to_bytes())
         if self.world[1] not in USABLE:
             if payloads[0] != payloads[1]:
                 raise self._fault("a record that cannot be used changes the update", request.to_bytes())
-        elif plan.distributed is not None:
-            one, other = (np.frombuffer(read(unpack(each, 2)[0]).payload, "<u4") for each in payloads)
-            moved = float(np.linalg.norm((one - other).view(np.int32).astype(float))) / plan.distributed.scale
-            self.furthest = max(self.furthest, moved)
-            if not moved <= 1:
-                raise self._fault(f"one record moves a sum by {moved} clip norms", request.to_bytes())
-        elif (training.local_steps, training.optimizer) == (1, "sgd"):
+            return
+        scored = paid(plan, number)[3] is not None
+        if plan.distributed is not None and number <= plan.masked_exchanges:
+            uploads = [np.frombuffer(read(unpack(each, 2)[0]).payload, "<u4") for each in payloads]
+            difference = (uploads[0] - uploads[1]).view(np.int32).astype(float)
+            end = difference.size - (1 + len(metric_names(len(plan.model.labels))) if scored else 0)
+            update, score = difference[:end], difference[end:]
+            self._check_moved(request, float(np.linalg.norm(update)) / plan.distributed.scale)
+            if plan.distributed_scores is not None:
+                self._check_moved(request, float(np.linalg.norm(score)) / plan.distributed_scores.scale, evaluates=True)
+            sides = update.any(), score.any()
+        else:
+            parts = [unpack(each, 2) if scored else (each, b"") for each in payloads]
+            self._check_update(request, [update for update, _ in parts])
+            one, other = (np.frombuffer(score, "<f8") for _, score in parts)
+            moved = float(np.linalg.norm(one - other))
+            self._check_moved(request, moved, one.size * plan.score_mechanism.grid, evaluates=True)
+            sides = parts[0][0] != parts[1][0], parts[0][1] != parts[1][1]
+        if all(sides):
+            raise self._fault("one record moves both update and score", request.to_bytes())
+
+    def _check_update(self, request: TrainRequest, payloads: list[bytes]) -> None:
+        plan, training, privacy = request.plan, request.plan.training, request.plan.privacy
+        if (training.local_steps, training.optimizer) == (1, "sgd") and request.round <= training.rounds:
             start = np.frombuffer(request.payload, "<f4").astype(float)
             one, other = (np.frombuffer(each, training.wire).astype(float) for each in payloads)
             back = plan.expected_units / training.learning_rate / privacy.clip_norm  # to a sum, in clip norms
             digits = {"float32": 2.0**-22, "float16": 2.0**-10}[training.wire]
             off = (np.abs(one) + np.abs(other)) * digits + 2.0**-24 + np.abs(start) * 2.0**-22
             lost = float(np.linalg.norm(off * back + plan.mechanism.grid / privacy.clip_norm))
-            moved = float(np.linalg.norm(one - other)) * back
-            self.furthest = max(self.furthest, moved - lost)
-            if not moved <= 1 + lost:
-                raise self._fault(f"one record moves a sum by {moved} clip norms", request.to_bytes())
+            self._check_moved(request, float(np.linalg.norm(one - other)) * back, lost)
+
+    def _check_moved(self, request: TrainRequest, moved: float, lost: float = 0.0, evaluates: bool = False) -> None:
+        """`moved`, in clip norms, of which `lost` may be rounding."""
+        self.furthest[evaluates] = max(self.furthest[evaluates], moved - lost)
+        if not moved <= 1 + lost:
+            raise self._fault(f"one record moves a sum by {moved} clip norms", request.to_bytes())
 
     def _fault(self, what: str, frame: bytes) -> AssertionError:
         return AssertionError(f"{what[:6000]}\nworld: {self.world}, request {self.number}: {frame[:3000]!r}")
@@ -548,7 +598,7 @@ def task_of(twins: Twins, plan: RunPlan, number: int) -> TrainRequest:
 
 def local_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
     if isinstance(read((yield Ask(Prepare(plan=plan).to_bytes()))), Ready):
-        for number in range(first, plan.training.rounds + 1):
+        for number in range(first, plan.exchanges + 1):
             yield Ask(task_of(twins, plan, number).to_bytes())
 
 
@@ -575,7 +625,7 @@ def shared_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
         *(member.join.join for member in members.values()),
     ]
     cohort = secagg.make_cohort(params, joins)
-    for number in range(first, plan.training.rounds + 1):
+    for number in range(first, plan.masked_exchanges + 1):
         twins.draws.begin(f"peers {session} {number}")
         asked = ShareKeysRequest(context=params.context, round=number, joins=cohort.joins)
         dealt = {name: member.share(asked) for name, member in members.items()}
@@ -602,6 +652,8 @@ def shared_talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
         if isinstance(answer, ConsistencySignature):
             signed = [each for each in (answer, *consents) if isinstance(each, ConsistencySignature)]
             yield secure(secagg.unmasking_request(claim, signed))
+    for number in range(plan.masked_exchanges + 1, plan.exchanges + 1):
+        yield Ask(task_of(twins, plan, number).to_bytes())
 
 
 def talk(twins: Twins, plan: RunPlan, first: int = 1) -> Talk:
@@ -624,13 +676,14 @@ class Fuzz:
 
     def __init__(self, twins: Twins, rng: random.Random, label: str) -> None:
         self.twins, self.rng, self.hits, self._runs = twins, rng, Counter[str](), itertools.count(1)
-        self._label, self.trained = label, 0
+        self._label, self.trained, self.closed = label, 0, 0
 
     def run(self) -> str:
         return f"{self._label} {next(self._runs)}"
 
     def plan(self, mode: str | None = None, **changes: Any) -> RunPlan:
-        return self.twins.plan(self.run(), mode or self.rng.choice(("local", "distributed")), **changes)
+        closes = mode is not None or self.rng.random() < 0.7
+        return self.twins.plan(self.run(), mode or self.rng.choice(("local", "distributed")), closes, **changes)
 
     def text(self, name: str, path: Where, schema: Json, sensible: float) -> str | None:
         """Return something to write in a place; with a chance of `sensible` at the bounds of what belongs there."""
@@ -699,6 +752,22 @@ class Fuzz:
                     ask = None if ask is None else advance(conversation, self.ask(ask.frame))
             ask = None if ask is None else advance(conversation, self.ask(ask.frame))
 
+    def at_the_end(self, mode: str, wanted: Callable[[str], bool]) -> None:
+        """Alter the request that closes a run, each time of a new one; and send it as it is."""
+        for number in itertools.count():
+            conversation = talk(self.twins, self.plan(mode, training={"rounds": 1}))
+            ask = advance(conversation, None)
+            while ask is not None and split(ask.frame)[0].get("round", 0) <= 1:
+                ask = advance(conversation, self.ask(ask.frame))
+            while ask is not None and split(ask.frame)[0]["kind"] != TrainRequest.KIND:
+                ask = advance(conversation, self.ask(ask.frame))
+            changes = list(self.altered(ask, wanted, 0.3)) if ask is not None else []
+            if ask is not None and number < len(changes):
+                self.ask(changes[number](ask))
+            self.closed += ask is not None and isinstance(read(self.ask(ask.frame)), TrainReply)
+            if number >= len(changes):
+                return
+
     def altered(self, ask: Ask, wanted: Callable[[str], bool], sensible: float) -> Iterator[Change]:
         """Yield what alters each wanted field, of a request or of the message of secure aggregation in it."""
         for path, name, schema in places(ask.frame):
@@ -757,7 +826,8 @@ class Fuzz:
             frame, how = ask.frame, self.rng.random()
             header, _ = split(frame)
             if "round" in header and how < 0.3:
-                frame = with_text(frame, ("round",), str(self.rng.choice((1, 2, 3, header["round"] + 1, 1000, 1001))))
+                number = self.rng.choice((1, 2, 3, header["round"] + 1, 1000, 1001, 1002))
+                frame = with_text(frame, ("round",), str(number))
             elif how < 0.5:
                 frame = with_text(frame, ("plan",), json.dumps(self.rng.choice((one, other)).model_dump(mode="json")))
             elif how < 0.7:
@@ -775,6 +845,7 @@ def fuzz(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> M
     draws, count = Draws(), itertools.count()
     monkeypatch.setattr(fedllm.crypto.primitives, "random_bytes", draws.secret)
     monkeypatch.setattr(fedllm.privacy.ledger, "random_bytes", draws.coins)
+    monkeypatch.setattr(fedllm.privacy.canaries, "random_bytes", draws.canaries)
     monkeypatch.setattr(client.site, "OsRandomness", lambda: draws)
 
     def make(world: tuple[str, str], seed: int, epsilon: float = 1e6, self_check: bool = True) -> Fuzz:
@@ -794,7 +865,7 @@ def of_plan(name: str) -> bool:
 @pytest.mark.slow
 def test_every_field_of_every_message_and_plan_altered(fuzz: Made) -> None:
     """Each field at least once, in one of the worlds; those of a plan at all their bounds, and carried out."""
-    hits, trained, replies, furthest = Counter[str](), 0, Counter[str](), 0.0
+    hits, trained, replies, furthest, closed = Counter[str](), 0, Counter[str](), np.zeros(2), 0
     for number, world in enumerate(WORLDS):
         head = fuzz(world, number, self_check=number == 1)
         mine = {
@@ -813,14 +884,17 @@ def test_every_field_of_every_message_and_plan_altered(fuzz: Made) -> None:
             head.plan("distributed"), 8,
             lambda ask, head=head, rest=rest: head.altered(ask, rest.__contains__, 0.3),
         )  # fmt: skip
+        for mode in ("local", "distributed"):
+            head.at_the_end(mode, rest.__contains__)
         head.strangers(head.plan("distributed"), 8, mine.__contains__)
         head.twins.verify()
         hits, trained, replies = hits + head.hits, trained + head.trained, replies + head.twins.replies
-        furthest = max(furthest, head.twins.furthest)
+        furthest, closed = np.maximum(furthest, head.twins.furthest), closed + head.closed
     empty = {name for name in FIELDS if ".plan.groups[" in name}  # in no plan of two sites; the field itself is altered
     assert FIELDS - empty - set(hits) == set()
     assert trained > 100, "altered plans that two sites carry out"
-    assert furthest > 0.5, "else no record was seen to move a sum"
+    assert (furthest > 0.5).all(), "else no record was seen to move a sum, of updates and of scores"
+    assert closed > 10, "runs that were closed"
     assert set(replies) > {"message", "policy", "data", "model", "masks", "ledger", "ready", "update"}, (
         "else nothing was tried"
     )
@@ -873,7 +947,7 @@ def test_all_of_it_for_an_hour(
     fuzz: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """FEDLLM_FUZZ_SECONDS says how long. What fails names the seed of its `episode`."""
-    first, end, furthest, slowest = int.from_bytes(os.urandom(4)), time.monotonic() + HOUR, 0.0, 0.0
+    first, end, furthest, slowest = int.from_bytes(os.urandom(4)), time.monotonic() + HOUR, np.zeros(2), 0.0
     tried, fields = Counter[str](), Counter[str]()
     for seed in itertools.count(first):
         if time.monotonic() > end:
@@ -883,13 +957,14 @@ def test_all_of_it_for_an_hour(
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error}") from error
         tried, fields = tried + head.twins.replies, fields + head.hits
-        furthest, slowest = max(furthest, head.twins.furthest), max(slowest, head.twins.slowest)
+        furthest, slowest = np.maximum(furthest, head.twins.furthest), max(slowest, head.twins.slowest)
         caplog.clear()
         for folder in tmp_path.iterdir():
             shutil.rmtree(folder)
     said = (
         f"{seed - first} episodes, {len(FIELDS & set(fields))} of {len(FIELDS)} fields altered; one record moved a sum "
-        f"by up to {furthest:.3g} clip norms; the slowest request took {slowest:.3g} s; answers: {dict(tried)}"
+        f"of updates by up to {furthest[0]:.3g} clip norms, one of scores by {furthest[1]:.3g}; the slowest request "
+        f"took {slowest:.3g} s; answers: {dict(tried)}"
     )
     with capsys.disabled():
         sys.stdout.write(f"\n{said}\n")
@@ -908,8 +983,28 @@ def free_rounds(self: PrivacyLedger, run: str, round: int, *_: object) -> Reserv
     return Reservation(run, round, None, bytes(32))
 
 
-def long_records_fail(self: Watched, plan: RunPlan) -> Sequence[PrivacyUnit]:
-    found = UNITS(self, plan)
+def free_scores(
+    self: PrivacyLedger, run: str, round: int, request: str, event: AccountingEvent, evaluation: float | None
+) -> Reservation:
+    return RESERVE(self, run, round, request, event)
+
+
+def on_both_sides(self: SiteRecords, split: Split, side: Side) -> Sequence[int]:
+    return range(len(self.identities))
+
+
+def sides_by_number(self: SiteRecords, split: Split, side: Side) -> Sequence[int]:
+    units = len(self.identities)
+    half = (units + 1) // 2
+    return range(half) if side == "evaluation" else range(half, units)
+
+
+def long_vectors(self: Layout, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return VECTORS(self, values) * 3
+
+
+def long_records_fail(self: Watched, plan: RunPlan, split: Split, side: Side) -> Sequence[PrivacyUnit]:
+    found = UNITS(self, plan, split, side)
     if any(len(record.input_ids) == plan.model.max_length for unit in found for record in unit):
         raise MemoryError
     return found
@@ -919,12 +1014,12 @@ def unclipped(gradients: torch.Tensor, *_: object) -> torch.Tensor:
     return gradients.double().sum(0)
 
 
-def reversed_where_one_more(self: Watched, plan: RunPlan) -> Sequence[PrivacyUnit]:
-    found = UNITS(self, plan)
+def reversed_where_one_more(self: Watched, plan: RunPlan, split: Split, side: Side) -> Sequence[PrivacyUnit]:
+    found = UNITS(self, plan, split, side)
     return found[::-1] if any(self._records.wrong.values()) else found
 
 
-ADMIT, UNITS = Site._admit, Watched.units
+ADMIT, UNITS, RESERVE, VECTORS = Site._admit, Watched.units, PrivacyLedger.reserve, Layout.vectors
 LONG, ODD = ("text", "a long one"), ("labels", "a label that nobody declared")
 FAULTS = {
     "a refusal depends on records": (ODD, Site, "_admit", unusable_records_refuse, "makes a difference, reply"),
@@ -932,6 +1027,10 @@ FAULTS = {
     "an exception depends on records": (LONG, Watched, "units", long_records_fail, "came out of Site.handle"),
     "an answer is not kept": (ODD, PrivacyLedger, "release", lambda *_: None, "left that is not released"),
     "nothing is clipped": (LONG, fedllm.training.engine, "clip_and_sum", unclipped, "moves a sum by"),
+    "a score is free": (ODD, PrivacyLedger, "reserve", free_scores, "that is not charged"),
+    "a score is not clipped": (LONG, Layout, "vectors", long_vectors, "moves a sum by"),
+    "one record trains and evaluates": (LONG, SiteRecords, "_on", on_both_sides, "moves both"),
+    "one record changes the others' sides": (LONG, SiteRecords, "_on", sides_by_number, "moves"),
     "one record changes the others": (ODD, Watched, "units", reversed_where_one_more, "changes the update"),
 }
 
@@ -941,12 +1040,14 @@ def test_a_planted_fault_is_found(fuzz: Made, monkeypatch: pytest.MonkeyPatch, f
     world, where, name, wrong, said = FAULTS[fault]
     head = fuzz(world, 0, self_check=False)
 
-    def attack() -> None:
-        plan = head.plan("local")
-        narrow = plan.privacy.model_copy(update={"clip_norm": 1e-3})
-        head.carry_out(talk(head.twins, plan.model_copy(update={"privacy": narrow})), 8)
+    def attack(times: int) -> None:
+        for _ in range(times):  # with another key of the split, so that the record is on both sides in turn
+            plan = head.plan("local")
+            narrow = plan.privacy.model_copy(update={"clip_norm": 1e-3})
+            head.carry_out(talk(head.twins, plan.model_copy(update={"privacy": narrow})), 8)
+            head.twins.begin()
 
-    attack()
+    attack(1)
     monkeypatch.setattr(where, name, wrong)
     with pytest.raises(AssertionError, match=said):
-        attack()
+        attack(8)

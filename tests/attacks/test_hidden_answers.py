@@ -50,7 +50,7 @@ def test_a_site_that_is_called_failed_and_whose_ledger_is_cut_is_missed(tmp_path
     )  # fmt: skip
 
     def keep(entry: Entry) -> bool:
-        return entry.kind in ("opened", "budget") or (
+        return entry.kind in ("opened", "budget", "split") or (
             entry.body.get("round") == first and entry.kind in ("reserved", "released")
         )
 

@@ -275,7 +275,8 @@ class Offices:
     def begin(self) -> None:
         """Start the server, again: a session, which all sites join."""
         assert self.plan.distributed is not None
-        self.masks = SecAggServer(self.plan, self.plan.distributed, self.context.adapter.spec.dimension, self.roster)
+        dimension = self.context.adapter.spec.dimension
+        self.masks = SecAggServer(self.plan, self.plan.distributed, dimension, 0, self.roster)
         for name, site in self.sites.items():
             ready = from_bytes(site.handle(self.masks.question), Ready, Declined)
             assert isinstance(ready, Ready)
@@ -324,7 +325,8 @@ def test_a_site_whose_start_values_differ_is_in_no_sum(offices: Offices) -> None
     start = offices.context.adapter.initial
     honest = offices.task(start)
     uploads = offices.uploads(1, offices.train(dict.fromkeys(offices.sites, honest)))
-    step, _ = offices.masks.step(1, honest.task(honest.payload), uploads, offices.ask)
+    step = offices.masks.step(1, honest.task(honest.payload), uploads, offices.ask).step
+    assert step is not None
     assert np.abs(step).max() < 100, "a gradient and noise, not masks"
 
     victim, others = names(5)[4], names(5)[:4]
@@ -335,7 +337,8 @@ def test_a_site_whose_start_values_differ_is_in_no_sum(offices: Offices) -> None
         offices.masks.step(2, true.task(true.payload), uploads, offices.ask)
     # those that answered no list yet help to open their own sum, in which the victim is not
     del uploads[victim]
-    step, _ = offices.masks.step(2, poisoned.task(poisoned.payload), uploads, offices.ask)
+    step = offices.masks.step(2, poisoned.task(poisoned.payload), uploads, offices.ask).step
+    assert step is not None
     assert np.abs(step).max() < 100
 
 

@@ -23,7 +23,7 @@ def test_a_ledger_that_is_missing_is_refused_and_not_made_anew(branch: Branch, g
     running = branch.open()
     path = branch.office.ledger.file
     path.unlink() if gone != "folder" else shutil.rmtree(path.parent)
-    with pytest.raises(LedgerError, match=r"missing: it had at least 4 entries\..*ledger restart"):
+    with pytest.raises(LedgerError, match=r"missing: it had at least 5 entries\..*ledger restart"):
         branch.open()
     with pytest.raises(LedgerError):
         running.reserve("first", 2, "request", EVENT)
@@ -80,8 +80,8 @@ def test_the_owner_states_what_was_lost_and_it_counts(branch: Branch) -> None:
     with pytest.raises(BudgetExceeded):
         ledger.reserve("another", 1, "request", EVENT)
     entries = [open_entry(line) for line in ledger.file.lines()]
-    assert [entry.kind for entry in entries] == ["opened", "restarted", "lost", "budget", "reserved"]
-    assert entries[1].body["anchor"]["number"] == 5
+    assert [entry.kind for entry in entries] == ["opened", "restarted", "lost", "budget", "split", "reserved"]
+    assert entries[1].body["anchor"]["number"] == 6
     assert entries[2].body["run"] == PLAN.run
     ledger.file.verify([branch.office.identity.public])
     assert "restarted" not in branch.owner("show")

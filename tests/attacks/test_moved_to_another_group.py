@@ -44,7 +44,7 @@ class Offices:
         self.roster: dict[str, PublicIdentity] = {name: each.public for name, each in self.identities.items()}
         self.masks = {name: SecAggClient(name, self.identity_of(name), lambda _: self.roster) for name in NAMES}
         assert plan.distributed is not None
-        self.head = Groups(plan, plan.distributed, 16, self.roster)
+        self.head = Groups(plan, plan.distributed, 16, 0, self.roster)
         self.joins: dict[str, AdvertisedKey] = {}
         self.context = ""
         for name in NAMES:

@@ -19,12 +19,12 @@ def test_an_older_ledger_is_refused_at_its_start_and_while_the_site_runs(branch:
     running = branch.open()
     path.write_bytes(backup)
     LedgerFile(path).verify([branch.office.identity.public])  # sound in itself
-    with pytest.raises(LedgerError, match=r"lacks entry 7.*ledger restart"):
+    with pytest.raises(LedgerError, match=r"lacks entry 8.*ledger restart"):
         branch.open()
-    with pytest.raises(LedgerError, match="lacks entry 7"):
+    with pytest.raises(LedgerError, match="lacks entry 8"):
         running.reserve("second", 1, "request", EVENT)
     assert path.read_bytes() == backup
-    assert any("lacks entry 7" in finding.text for finding in check(branch.folder) if not finding.right)
+    assert any("lacks entry 8" in finding.text for finding in check(branch.folder) if not finding.right)
 
 
 def test_a_ledger_that_went_on_another_way_is_refused(branch: Branch) -> None:
@@ -40,9 +40,9 @@ def test_a_ledger_that_went_on_another_way_is_refused(branch: Branch) -> None:
         ledger.reserve("second", round_, "request", EVENT)
         ledger.reserve("second", round_, "request", EVENT)
         ledger.abort("second", round_)
-    assert ledger.file.head().number >= 7
+    assert ledger.file.head().number >= 8
     place.anchor.write_bytes(newest)
-    with pytest.raises(LedgerError, match="lacks entry 7"):
+    with pytest.raises(LedgerError, match="lacks entry 8"):
         branch.open()
 
 

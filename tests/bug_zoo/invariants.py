@@ -19,6 +19,7 @@ from fedllm.plan import RunPlan
 from fedllm.privacy import accounting
 from fedllm.privacy.accounting import spent
 from fedllm.privacy.randomness import OsRandomness
+from fedllm.privacy.split import Split
 from fedllm.protocol.messages import TrainReply
 from fedllm.protocol.spending_statement import open_statement
 from fedllm.training import self_check
@@ -168,7 +169,8 @@ def a_person_is_one_unit(folder: Path, base: Path) -> str:
     rows = [{"person": person, "text": "x"} for person in people]
     reader = load_reader(plan.model)
     declared, text = Declared(2, "person"), TextConfig(text="{text}")
-    units = load_records(rows, text, "person", declared, {plan.model.source: reader}).units(plan)
+    records = load_records(rows, text, "person", declared, {plan.model.source: reader})
+    units = records.units(plan, Split(0.0, bytes(32)), "training")
     sizes = sorted(map(len, units))
     return "" if sizes == [1, 3] else f"units of {sizes} records, expected [1, 3]"
 

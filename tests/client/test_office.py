@@ -39,11 +39,13 @@ from fedllm.errors import ConfigError, CryptoError, DataError, FederationError, 
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.elapsed import Period
 from fedllm.privacy.ledger import PrivacyLedger
+from fedllm.privacy.split import Split
 from fedllm.protocol.enrolment import Grant
 from fedllm.values import parse
 from server import federation
 
 NAME = "서울-강남"
+ALL = Split(0.0, bytes(32))  # train
 
 
 @pytest.fixture
@@ -613,7 +615,7 @@ def test_a_dry_run_signs_what_it_found_to_hold_and_a_site_starts_with_nothing_el
     with pytest.raises(DataError, match="empty"):
         open_site(Office.open(ready))
     files.write_secret(ready / "records.jsonl", b'{"question": 1, "answer": 2}\n{\n' * 9)
-    assert len(open_site(Office.open(ready))._records.units(plan)) == 18, "the site looks at no number"
+    assert len(open_site(Office.open(ready))._records.units(plan, ALL, "training")) == 18, "the site looks at no number"
     for changes in (
         {"data.size": 101},
         {"data.text": "x"},

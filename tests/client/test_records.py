@@ -17,12 +17,14 @@ from transformers import PreTrainedTokenizerFast
 from client.records import Declared, SiteRecords, load_records
 from fedllm.config import ModelConfig, PrivacyConfig, TextConfig
 from fedllm.errors import DataError
+from fedllm.privacy.split import Split
 from fedllm.training.data import Row, Tokeniser, Tokens, cell, is_missing, read_rows
 from fedllm.training.model import Reader, load_reader
 from tests.conftest import byte_tokenizer
 
 ROWS: list[Row] = [{"q": f"question {i}", "a": f"answer {i}", "who": f"p{i % 3}"} for i in range(7)]
 TEXT = TextConfig(prompt="{q} ", text="{a}")
+ALL = Split(0.0, bytes(32))  # train
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,7 @@ def test_a_token_that_the_model_does_not_know_is_no_fault_of_the_others(reader: 
     small = Reader(reader.tokenizer, reader.positions, known + 1, reader.digest)
     found = load(small, [*ROWS, {"q": f"a{beyond}", "a": "a", "who": "p1"}], Declared(3, "person"))
     assert [f"the model knows {known + 1}" in str(error) for error in found.wrong["m"]] == [True]
-    assert [len(unit) for unit in found.units(plan())] == [3, 2, 2]
+    assert [len(unit) for unit in found.units(plan(), ALL, "training")] == [3, 2, 2]
 
 
 # ---- units -----------------------------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def test_a_token_that_the_model_does_not_know_is_no_fault_of_the_others(reader: 
 
 @pytest.mark.parametrize("cap", [1, 2, 9])
 def test_units_are_cut_to_the_plan(reader: Reader, cap: int) -> None:
-    units = load(reader, ROWS, Declared(3, "person")).units(plan(12, cap))
+    units = load(reader, ROWS, Declared(3, "person")).units(plan(12, cap), ALL, "training")
     assert [len(unit) for unit in units] == [min(cap, size) for size in (3, 2, 2)]
     assert [len(unit) for unit in units[1:]] == [min(cap, 2)] * 2
     assert all(len(record.input_ids) == 12 for unit in units for record in unit)
@@ -163,7 +165,7 @@ def test_a_record_that_cannot_be_used_keeps_its_place_and_so_does_everybody_else
     by_record, by_person = Declared(9, "record"), Declared(3, "person")
     for declared, sizes in ((by_record, [1, 0, 0, 1, 1, 1, 1, 1, 1]), (by_person, [3, 0, 0, 2, 2])):
         found = load(reader, rows, declared)
-        assert [len(unit) for unit in found.units(plan())] == sizes
+        assert [len(unit) for unit in found.units(plan(), ALL, "training")] == sizes
         assert len(found.wrong["m"]) == 2
         assert found.data_set == load(reader, [*ROWS, rows[1]], declared).data_set
 
@@ -174,4 +176,4 @@ def test_a_record_nested_too_deeply_to_be_written_down_is_no_fault_of_the_others
         deep = {"x": deep}
     found = load(reader, [*ROWS, {"q": "q", "a": "a", "who": "p0", "more": deep}], Declared(7, "record"))
     assert len(found.wrong["m"]) == 1
-    assert sum(len(unit) for unit in found.units(plan())) == 7
+    assert sum(len(unit) for unit in found.units(plan(), ALL, "training")) == 7

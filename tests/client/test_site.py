@@ -34,6 +34,7 @@ from fedllm.privacy.elapsed import Period
 from fedllm.privacy.ledger import LedgerFile, PrivacyLedger, fingerprint
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.split import Side, Split
 from fedllm.protocol.messages import (
     MAGIC,
     Declined,
@@ -68,16 +69,15 @@ class Loader:
 
     def __init__(self, units: int = 24, error: BaseException | None = None, declared: int | None = None) -> None:
         self.size, self.error, self.calls = units, error, 0
-        self.data_set, self.declared = DATA, Declared(units if declared is None else declared, "record")
+        self.data_set, self.rule = DATA, "by the test"
+        self.declared = Declared(units if declared is None else declared, "record")
 
-    def units(self, plan: RunPlan) -> tuple[PrivacyUnit, ...]:
-        return self(plan)
-
-    def __call__(self, plan: RunPlan) -> tuple[PrivacyUnit, ...]:
+    def units(self, plan: RunPlan, split: Split, side: Side) -> tuple[PrivacyUnit, ...]:
+        """As many on each side."""
         self.calls += 1
         if self.error is not None:
             raise self.error
-        generator = np.random.default_rng(7)
+        generator = np.random.default_rng(7 if side == "training" else 8)
         return tuple(
             (Example(ids := generator.integers(3, 259, size=12), np.where(np.arange(12) < 4, -100, ids)),)
             for _ in range(self.size)
@@ -653,7 +653,7 @@ def test_what_a_reply_says_beside_the_update_does_not_depend_on_the_records(
     assert statement == Statement(
         NAME, office.plan.run, office.plan.digest, 1, cost.epsilon, cost.epsilon_rdp, 1e-3, reserved.number,
         reserved.digest, update_digest(from_bytes(reply, TrainReply, TrainReply).payload),
-        BEGUN.roster, BEGUN.number, BEGUN.digest, cost.grid,
+        BEGUN.roster, BEGUN.number, BEGUN.digest, grid=cost.grid,
     )  # fmt: skip
     ready = office.site.handle(Prepare(plan=office.plan).to_bytes())
     assert set(header(ready)) == {"kind", "site", "plan_digest", "spec_digest"}
@@ -761,7 +761,7 @@ def _interrupt(point: str, office: Office, patch: pytest.MonkeyPatch, act: Calla
         act()
 
     if point == "load_units":
-        office.loader.__class__ = type("Interrupted", (Loader,), {"__call__": stop})
+        office.loader.__class__ = type("Interrupted", (Loader,), {"units": stop})
     elif point == "train_round":
         patch.setattr(client.site, "train_round", stop)
     elif point == "encode":

@@ -31,6 +31,7 @@ from fedllm.crypto.identity import Identity
 from fedllm.errors import CheckpointError, FederationError, ModelError, QuorumLost
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import spent
+from fedllm.privacy.metrics import Layout, metric_names
 from fedllm.protocol.messages import (
     ENVELOPE_KEY,
     ENVELOPE_RECORD,
@@ -57,6 +58,7 @@ SPEC = AdapterSpec("base", "frozen", 2.0, (TensorSpec("a", (4, 2)), TensorSpec("
 START = np.linspace(-1, 1, DIMENSION).astype(np.float32)
 NAMES = ("서울-강남", "busan", "jeju")
 HEAD_OFFICE = [Identity.generate()]
+LAYOUT = Layout(metric_names(0), 1.0)
 
 Vector = NDArray[np.float32]
 
@@ -241,7 +243,7 @@ class Federation:
     def coordinator(self, observe: Callable[[Event], None] | None = None) -> Coordinator:
         channel = PlainChannel(self.grid, self.config.round_timeout, len(self.sites))
         record = RunLog(self.folder / RECORD_FILE, HEAD_OFFICE, {"jeju": "its identity"})
-        model = PublicModel(SPEC, START, score)
+        model = PublicModel(SPEC, START, score, LAYOUT)
         return Coordinator(self.plan, self.config, model, channel, record, observe or self.events.append, self.heads)
 
     def run(self) -> Coordinator:

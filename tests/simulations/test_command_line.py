@@ -166,7 +166,7 @@ def composed(fedllm: Any, *arguments: str) -> dict[str, Any]:
 def test_cfg_prints_the_whole_configuration_as_yaml(fedllm: Any) -> None:
     values = composed(fedllm)
     assert set(values) == {
-        "name", "output", "seed", "resume", "audit",
+        "name", "output", "seed", "resume", "audit", "evaluation",
         "model", "data", "adapter", "privacy", "training", "federation", "site",
     }  # fmt: skip
     assert values["privacy"]["epsilon"] == 8.0

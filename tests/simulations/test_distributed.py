@@ -18,9 +18,11 @@ from fedllm.config import SimulationConfig
 from fedllm.crypto.hash_chain import open_entry
 from fedllm.errors import ConfigError
 from fedllm.plan import RunPlan
+from fedllm.privacy.accounting import spent_at_sites
 from fedllm.privacy.distributed_noise import rounded_normals
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.privacy.randomness import SeededRandomness
+from fedllm.privacy.split import Split
 from fedllm.protocol.messages import (
     ConsistencyCheck,
     ConsistencySignature,
@@ -99,7 +101,7 @@ def pooled(config: SimulationConfig, plan: RunPlan) -> tuple[NDArray[np.float32]
         total = np.zeros(adapter.spec.dimension)
         drawn_units = 0
         for name in data.names:
-            units = data.records(name, plan.model).units(plan)
+            units = data.records(name, plan.model).units(plan, Split(0.0, bytes(32)), "training")
             source = SeededRandomness(plan.privacy.insecure_seed or 0, name, number)
             noise = rounded_normals(source, total.size, distributed._std(distributed._parts[0]))
             source.words(4 * len(distributed._parts[1:]))  # the seeds of the others
@@ -139,7 +141,7 @@ def test_the_federation_trains_as_one_pooled_trainer_would(tmp_path: Path, confi
 
 def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "weasyprint", None)  # PDFs take longer than all else here
-    done = run(configure(tmp_path, audit=True, **SHARED))
+    done = run(configure(tmp_path, audit={"report": True}, **SHARED))
     assert done.plan.quorum == 3, "two thirds of four sites"
     audit, _ = verify(done.folder / "audit", Trust.read(done.folder / KEYS))
     assert (audit.verdict, audit.claim.mode, audit.claim.quorum) == ("within", "distributed", 3)
@@ -148,8 +150,9 @@ def test_a_run_is_audited_and_verified(tmp_path: Path, configure: Configure, mon
     assert audit.accountants.share_alone > audit.accountants.pld
     (two, epsilon_of_two), *_ = audit.accountants.several_sites
     assert two == 2
-    assert epsilon_of_two is not None
-    assert epsilon_of_two > 1.9 * audit.accountants.pld, "a person at two sites moves the one sum twice as far"
+    expected = spent_at_sites([(done.plan.mechanism.event(done.plan.steps), two)], done.plan.privacy.delta)
+    assert epsilon_of_two == pytest.approx(expected.epsilon, abs=1e-6)
+    assert expected.epsilon > 1.9 * audit.accountants.pld, "a person at two sites moves the one sum up to twice as far"
     for body in rounds_of(done.folder):
         assert body["trimmed"] == 4, "everybody was there, and gave the noise away that is not needed"
         assert body["noise_multiplier"] == pytest.approx(done.plan.mechanism.noise_multiplier)

@@ -658,7 +658,7 @@ def test_a_site_with_a_smaller_budget_drops_out_and_the_others_go_on(tmp_path: P
 def test_a_run_whose_quorum_is_gone_ends_with_its_outputs_and_the_reason(tmp_path: Path, configure: Configure) -> None:
     budgets = dict.fromkeys(BRANCHES[:3], 1.01 * cost(configure(tmp_path), 1))
     with any_pdf():
-        done = run(configure(tmp_path, site={"budgets": budgets}, audit=True))
+        done = run(configure(tmp_path, site={"budgets": budgets}, audit={"report": True}))
     assert "quorum=2" in done.summary.stopped
     assert all(f"{name} declined (budget)" in done.summary.stopped for name in budgets)
     assert [line["round"] for line in done.metrics()] == [0, 1]
@@ -861,7 +861,7 @@ def test_budget_belongs_to_the_records_whichever_head_office_asks(
     budget = for_several_plans(five, privacy.delta)
     assert not lasting("seoul", "first", 2, budget).summary.stopped
     assert not lasting("busan", "second", 2, budget).summary.stopped
-    third = lasting("seoul", "third", 3, budget, audit=True)
+    third = lasting("seoul", "third", 3, budget, audit={"report": True})
     assert "round 2: 0 sites" in third.summary.stopped
     assert "강남 declined (budget)" in third.summary.stopped
     assert {s: len(charged(tmp_path / "offices" / s / "ledger.db")) for s in BRANCHES} == dict.fromkeys(BRANCHES, 5)
@@ -940,7 +940,7 @@ def test_a_run_writes_an_audit_in_both_languages_that_verifies_and_where_no_byte
     tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_plots(monkeypatch)
-    folder = run(configure(tmp_path, audit=True, **SMALL)).folder
+    folder = run(configure(tmp_path, audit={"report": True}, **SMALL)).folder
     audit = folder / "audit"
     found = {file.name for file in audit.iterdir()}
     assert {"audit.html", "audit.ko.html", "audit.json", "audit.sig", "ledgers", "record.jsonl"} <= found

@@ -56,6 +56,12 @@ def test_spending_is_that_of_all_runs_on_the_same_records(audited: Audited) -> N
     assert {point.run for point in audited.written.audit.timeline} == {"e" * 32, "f" * 32}
 
 
+def test_with_noise_of_each_sites_own_a_person_at_two_pays_twice(audited: Audited) -> None:
+    event = make_plan().mechanism.event(2)  # three of them are of this run
+    (two, epsilon), *_ = audited.written.audit.accountants.several_sites
+    assert (two, epsilon) == (2, pytest.approx(spent([event] * 6, DELTA).epsilon, abs=1e-6))
+
+
 def test_a_reservation_that_was_never_released_is_shown_as_reserved(tmp_path: Path) -> None:
     federation = Federation(tmp_path)
     plan = make_plan(rounds=2)
@@ -244,6 +250,16 @@ def verdict_on(folder: Path) -> str:
         return assess(folder).verdict
     except ChainError:
         return "unverifiable"
+
+
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_a_report_of_an_earlier_format_is_said_to_be_one(audited: Audited, tmp_path: Path, earlier: int) -> None:
+    copy = tmp_path / "audit"
+    shutil.copytree(audited.run / "audit", copy)
+    content = json.loads((copy / "audit.json").read_text("utf-8"))
+    (copy / "audit.json").write_text(json.dumps({**content, "format": earlier}), "utf-8")
+    with pytest.raises(ChainError, match=f"format {earlier}, made by an earlier version of fedllm; expected 3"):
+        verify(copy, audited.federation.trust)
 
 
 @pytest.mark.parametrize("name", ["audit.html", "audit.ko.html", "audit.pdf", "audit.ko.pdf", "ledgers/incheon.jsonl"])

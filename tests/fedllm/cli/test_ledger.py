@@ -103,11 +103,11 @@ finally:
 
 def test_verify_finds_the_first_bad_entry_of_a_ledger_and_of_an_export(spent_home: Path, tmp_path: Path) -> None:
     office = Office.open(spent_home)
-    assert "sound: 5 entries" in run("ledger", "verify", "--home", spent_home)
-    assert "sound: 5 entries" in run("ledger", "verify", "--file", office.ledger_file)
+    assert "sound: 6 entries" in run("ledger", "verify", "--home", spent_home)
+    assert "sound: 6 entries" in run("ledger", "verify", "--file", office.ledger_file)
     to = tmp_path / "busan.jsonl"
     run("ledger", "export", to, "--home", spent_home)
-    assert "sound: 5 entries" in run("ledger", "verify", "--file", to, "--key", office.identity.public.to_text())
+    assert "sound: 6 entries" in run("ledger", "verify", "--file", to, "--key", office.identity.public.to_text())
     with pytest.raises(ChainError, match="not trusted"):
         run("ledger", "verify", "--file", to, "--key", "ab" * 64)
     lines = to.read_text("utf-8").splitlines()

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
 
-from fedllm.errors import ConfigError, FedllmError
-from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, calibrate, grid_of, overrun, spent
+from fedllm.errors import ConfigError, FedllmError, PrivacyError
+from fedllm.privacy import accounting
+from fedllm.privacy.accounting import OLD_GRID, AccountingEvent, calibrate, grid_of, overrun, spent, spent_at_sites
 from tests.conftest import SOAK
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[2] / "vectors" / "accounting.json").read_text("utf-8"))
@@ -332,3 +333,91 @@ def test_calibration_gives_everyone_the_same_noise() -> None:
 def test_a_target_that_no_noise_can_meet_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"privacy\.epsilon"):
         calibrate(1e-9, 1e-12, 1.0, 1)
+
+
+DEMO = AccountingEvent(0.1, 0.6029, 9)  # what one site of the demo is charged
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, 7.996), (2, 17.25), (3, 27.11), (8, 82.66)])
+def test_a_person_in_k_sites_with_one_noise_pays_what_the_vector_says(k: int, expected: float) -> None:
+    """Computed with dp-accounting 0.6.0, `from_mixture_gaussian_mechanism`, on grids of 1e-2 and 1e-4."""
+    result = spent_at_sites([(DEMO, k)], DELTA)
+    assert result.epsilon == pytest.approx(expected, abs=PLD_TOLERANCE)
+    assert result.epsilon < result.epsilon_rdp < 1.5 * result.epsilon
+    finer = accounting._spent((accounting._AtSites(0.1, 0.6029, 9, k),), DELTA, 2.0**-8) if k in (2, 3) else result
+    assert finer.epsilon <= result.epsilon <= 1.0001 * finer.epsilon
+
+
+@settings(max_examples=4)
+@given(events, events)
+def test_a_person_in_one_site_pays_the_same_whose_noise_it_is(a: AccountingEvent, b: AccountingEvent) -> None:
+    assert spent_at_sites([(a, 1), (b, 1)], DELTA) == spent([a, b], DELTA)
+
+
+@settings(max_examples=3)
+@given(noises, step_counts, st.integers(1, 5))
+def test_where_everybody_is_drawn_k_sites_move_the_sum_k_times_as_far(noise: float, steps: int, k: int) -> None:
+    expected = spent([AccountingEvent(1.0, noise / k, steps)], DELTA)
+    assert spent_at_sites([(AccountingEvent(1.0, noise, steps), k)], DELTA) == expected
+
+
+@settings(max_examples=4)
+@given(events, st.integers(1, 4), st.integers(1, 50))
+def test_more_sites_or_steps_never_cost_less(event: AccountingEvent, k: int, more: int) -> None:
+    longer = AccountingEvent(event.sampling_rate, event.noise_multiplier, event.steps + more)
+    cost, at_more, of_more = (spent_at_sites([pair], DELTA) for pair in ((event, k), (event, k + 1), (longer, k)))
+    for higher in (at_more, of_more):
+        assert higher.epsilon >= cost.epsilon - GRID
+        assert higher.epsilon_rdp >= cost.epsilon_rdp
+    assert at_more.epsilon > spent([event] * (k + 1), DELTA).epsilon, "noise of each site's own protects more"
+
+
+@settings(max_examples=4)
+@given(events, st.integers(2, 4))
+def test_a_person_in_k_sites_pays_no_more_than_if_she_moved_the_sum_k_times_whenever_she_is_drawn(
+    event: AccountingEvent, k: int
+) -> None:
+    drawn = 1 - (1 - event.sampling_rate) ** k
+    longest = spent([AccountingEvent(drawn, event.noise_multiplier / k, event.steps)], DELTA)
+    result = spent_at_sites([(event, k)], DELTA)
+    assert result.epsilon <= longest.epsilon + GRID
+    assert result.epsilon <= result.epsilon_rdp <= longest.epsilon_rdp
+
+
+def test_training_at_some_sites_and_evaluation_at_others_compose_in_any_order() -> None:
+    pairs = [(DEMO, 2), (AccountingEvent(1.0, 8.0, 5), 3), (AccountingEvent(0.1, 0.6029, 1), 2)]
+    whole = spent_at_sites(pairs, DELTA)
+    assert whole == spent_at_sites(pairs[::-1], DELTA)
+    assert whole == spent_at_sites([(AccountingEvent(0.1, 0.6029, 10), 2), pairs[1]], DELTA)
+    assert all(whole.epsilon > spent_at_sites([pair], DELTA).epsilon for pair in pairs)
+    assert whole.epsilon < whole.epsilon_rdp
+
+
+@pytest.mark.parametrize("k", [2, 50, 5000])
+@pytest.mark.parametrize(("q", "noise", "steps"), [
+    (0.1, 1e-300, 3), (0.1, 1e-6, 3), (0.1, 0.01, 1000), (1e-9, 1e-3, 10), (1e-9, 1e9, 1000), (1 - 2**-53, 1.0, 3),
+    (0.5, 1e9, 1), pytest.param(1e-5, 0.3, 10_000_000, marks=pytest.mark.soak),
+])  # fmt: skip
+def test_a_person_in_k_sites_has_a_bound_whatever_the_numbers(q: float, noise: float, steps: int, k: int) -> None:
+    result = spent_at_sites([(AccountingEvent(q, noise, steps), k)], DELTA)
+    assert 0 <= result.epsilon <= result.epsilon_rdp
+
+
+def test_too_many_sites_are_bounded_by_rdp_before_a_distribution_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a distribution was made")
+
+    monkeypatch.setattr(accounting, "_mixture_pld", never)
+    assert accounting._too_large((accounting._AtSites(1e-4, 0.6, 1000, 1000),), 2.0**-14)
+
+
+def test_without_noise_or_touching_nobody_k_sites_change_nothing() -> None:
+    assert spent_at_sites([(AccountingEvent(0.1, 0.0, 1), 2)], DELTA).epsilon == math.inf
+    assert spent_at_sites([(AccountingEvent(0.0, 1.0, 9), 2), (AccountingEvent(0.1, 1.0, 0), 3)], DELTA).epsilon == 0
+    assert spent_at_sites([], DELTA).epsilon == 0
+
+
+@pytest.mark.parametrize("k", [0, -1, True, 2.0, 5001, math.nan])
+def test_what_is_no_number_of_sites_is_refused(k: Any) -> None:
+    with pytest.raises(PrivacyError, match="expected a count from 1 to 5000"):
+        spent_at_sites([(DEMO, k)], DELTA)

@@ -85,6 +85,24 @@ def test_even_a_perfect_attack_has_a_ceiling() -> None:
     assert epsilon_lower_bound(10, 10, 10, 1e-9) < epsilon_lower_bound(1_000, 1_000, 1_000, 1e-9)
 
 
+def test_a_perfect_attack_proves_three_and_a_half_with_a_hundred_guesses_and_six_with_a_thousand() -> None:
+    for guesses, ceiling in ((100, 3.5), (1_000, 5.8)):
+        assert epsilon_lower_bound(1_000, guesses, guesses, 1e-6) == pytest.approx(ceiling, abs=0.05)
+
+
+def test_more_confidence_proves_less() -> None:
+    bounds = [epsilon_lower_bound(200, 100, 90, 1e-5, confidence) for confidence in (0.9, 0.95, 0.975, 0.999)]
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[1] == epsilon_lower_bound(200, 100, 90, 1e-5)
+    assert p_value(200, 100, 90, bounds[2] + 1e-5, 1e-5) >= 0.025 > p_value(200, 100, 90, bounds[2], 1e-5)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, -1.0, math.nan])
+def test_a_confidence_that_is_none_is_refused(confidence: float) -> None:
+    with pytest.raises(ConfigError, match="confidence="):
+        epsilon_lower_bound(10, 5, 5, 1e-5, confidence)
+
+
 def test_a_large_audit_takes_no_longer_than_its_square_root() -> None:
     m = 10**8
     bound = epsilon_lower_bound(m, m, int(0.7310585786 * m), 1e-12)  # the share at epsilon 1
