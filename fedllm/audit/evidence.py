@@ -1272,6 +1272,8 @@ def _accountants(
     # other runs may have added their noise another way: what depends on that is of this run alone
     alive = [charge for charge in ledger.of(plan.run) if charge.aborted is None] if ledger else []
     own = _events(alive, "training") if ledger else events
+    # where units have no side of their own, all of it is in the other
+    scores = [] if any(charge.both for charge in alive) else _events(alive, "evaluation")
     cost = _spent(events, delta)
     finite = cost.epsilon < math.inf
     estimates = {name: each.estimate(events, delta).epsilon if finite else None for name, each in cross_checks.items()}
@@ -1294,9 +1296,17 @@ def _accountants(
             prv=estimates.pop("prv", None),
             cross_checks=estimates,
             planned=_finite(_spent([plan.mechanism.event(plan.steps)], delta).epsilon),
-            several_sites=tuple((k, _finite(_at_sites(own, k, plan))) for k in several),
-            coalitions=tuple((k, _finite(_spent(_weaker(own, plan, k), delta).epsilon)) for k in _coalitions(plan)),
-            share_alone=_finite(_spent(_left(own, 1 / (plan.sites - plan.privacy.colluding_sites)), delta).epsilon)
+            several_sites=tuple((k, _finite(_at_sites(own, scores, k, plan))) for k in several),
+            coalitions=tuple(
+                (k, _finite(max(_spent(_weaker(each, plan, k), delta).epsilon for each in (own, scores))))
+                for k in _coalitions(plan)
+            ),
+            share_alone=_finite(
+                max(
+                    _spent(_left(each, 1 / (plan.sites - plan.privacy.colluding_sites)), delta).epsilon
+                    for each in (own, scores)
+                )
+            )
             if plan.distributed is not None
             else None,
         ),
@@ -1304,16 +1314,25 @@ def _accountants(
     )
 
 
-def _at_sites(events: Sequence[AccountingEvent], k: int, plan: RunPlan) -> float:
-    """Return the epsilon of a person whose records are at k sites, each of which took part as `events` say.
+def _at_sites(training: Sequence[AccountingEvent], scores: Sequence[AccountingEvent], k: int, plan: RunPlan) -> float:
+    """Return the epsilon of a person whose records are at k sites, each of which took part as the events say.
 
-    With noise of each site's own, k times the events; with one noise for all, k coins in each step of one sum.
+    She trains at some and evaluates at the others, by the keys of the sites; of all cases the worst. With noise of each
+    site's own, every site's events; with one noise for all, as many coins in each step of one sum.
     """
+    cases = range(k + 1) if scores else (k,)
+    return max(_at_trained(training, j, scores, k - j, plan) for j in cases)
+
+
+def _at_trained(
+    training: Sequence[AccountingEvent], trained: int, scores: Sequence[AccountingEvent], scored: int, plan: RunPlan
+) -> float:
     delta = plan.privacy.delta
     if plan.distributed is None:
-        return _spent(list(events) * k, delta).epsilon
+        return _spent([*list(training) * trained, *list(scores) * scored], delta).epsilon
+    pairs = [*((event, trained) for event in training), *((event, scored) for event in scores)]
     try:
-        return spent_at_sites([(event, k) for event in events], delta).epsilon
+        return spent_at_sites([(event, many) for event, many in pairs if many], delta).epsilon
     except PrivacyError:
         return math.inf
 

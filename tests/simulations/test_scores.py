@@ -19,7 +19,9 @@ from fedllm.audit.trust import Trust
 from fedllm.config import SimulationConfig
 from fedllm.crypto.hash_chain import open_entry
 from fedllm.errors import ConfigError, FedllmError
+from fedllm.privacy.accounting import spent_at_sites
 from fedllm.privacy.metrics import Layout
+from fedllm.privacy.split import SIDES
 from fedllm.protocol.messages import TrainRequest, from_bytes
 from server.checkpoint import load_checkpoint
 from server.run_record import RECORD_FILE, key_in
@@ -108,6 +110,12 @@ def test_a_run_with_scores_is_audited_and_every_number_of_them_computed_again(
     assert [score.round for score in audit.scores] == [0, 2, 3]
     assert audit.attack is not None
     assert (audit.attack.sites, audit.attack.canaries) == (4, 16)
+    events = {side: done.plan.cost(done.plan.exchanges, side) for side in SIDES}
+    at_two = []
+    for j in range(3):
+        pairs = [(e, j) for e in events["training"]] + [(e, 2 - j) for e in events["evaluation"]]
+        at_two.append(spent_at_sites([(e, k) for e, k in pairs if k], done.plan.privacy.delta).epsilon)
+    assert dict(audit.accountants.several_sites)[2] == pytest.approx(max(at_two)), "she may be on either side at each"
     for site in audit.sites:
         [account] = site.accounts
         assert account.charged == max(account.training or 0, account.evaluation or 0)
