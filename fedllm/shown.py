@@ -2,6 +2,7 @@
 
 import logging
 import unicodedata
+from collections.abc import Sequence
 
 
 def shows(text: str) -> bool:
@@ -17,6 +18,18 @@ def escaped(text: str) -> str:
 def escaped_lines(text: str, between: str = "\n") -> str:
     """Return `text` line by line as `escaped`."""
     return between.join(map(escaped, text.split("\n")))
+
+
+def with_interval(name: str, estimate: Sequence[float]) -> str:
+    """Return what the sites' evaluation records say of a metric: estimate, and in brackets the 95 % interval.
+
+    Accuracy is a share, as on the held-out set; exact match percent, as there; loss in nats; `units` a number.
+    """
+    if name == "exact_match":
+        value, low, high = (f"{100 * each:.1f}" for each in estimate)
+        return f"{value} % ({low}–{high})"
+    value, low, high = (f"{each:.0f}" if name == "units" else f"{each:.3f}" for each in estimate)
+    return f"{value} ({low}–{high})"
 
 
 class LogLines(logging.Formatter):

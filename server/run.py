@@ -205,7 +205,7 @@ class HeadOfficeRun:
         if evaluator is not None:
             coordinator.observe(Phase("closing evaluation: answers before and after"))
         with ThreadPoolExecutor(1, "evaluation") as beside:
-            kept = coordinator.kept[1]
+            kept_round, kept = coordinator.kept
             answers = beside.submit(_before_and_after, evaluator, adapter.initial, kept)
             try:
                 if audit is not None:
@@ -221,6 +221,7 @@ class HeadOfficeRun:
             sites={name: asdict(state) for name, state in sorted(coordinator.sites.items())},
             budgets=dict(budgets),
             stopped=stopped,
+            kept=None if kept_round == coordinator.round else kept_round,
             seconds=seconds,
             peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 + memory_elsewhere,
             **answers.result(),

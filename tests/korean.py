@@ -7,7 +7,8 @@ from collections.abc import Iterable
 # Names of software, methods, standards, parties and formats, and units of measurement.
 _NAMES = {
     "fedllm", "python", "LoRA", "PEFT", "PLD", "RDP", "PRV", "Opacus", "PyTorch", "DSSE", "Ed", "SHA", "GDPR", "GPU",
-    "UTC", "Dong", "Roth", "Su", "MB", "nat", "float", "trade", "off", "dp", "accounting", "head", "office", "site",
+    "UTC", "Dong", "Roth", "Su", "Steinke", "Nasr", "Jagielski", "MB", "nat", "float", "trade", "off", "dp",
+    "accounting", "head", "office", "site",
 }  # fmt: skip
 _MARKUP = (r"<style.*?</style>", r"<metadata.*?</metadata>", r"<pre.*?</pre>", r"<wbr>", r"<[^<>]*>")
 _FIGURES = (

@@ -41,7 +41,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "securesystemslib": ("fedllm.crypto.",),
     "yaml": ("fedllm.settings_file", *COMMAND_LINE),
     "dp_accounting": ("fedllm.privacy.accounting",),
-    "scipy": ("fedllm.privacy.one_run", "fedllm.privacy.mixture"),
+    "scipy": ("fedllm.privacy.one_run", "fedllm.privacy.mixture", "fedllm.audit.membership"),
     "mpmath": ("fedllm.privacy.distributed_noise",),
     "safetensors": ("fedllm.training.", "server.checkpoint"),
     "matplotlib": ("fedllm.audit.",),

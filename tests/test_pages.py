@@ -56,7 +56,7 @@ def test_the_glossary_defines_every_term_once() -> None:
 
 
 # What pages may name without a file of it in the repository: what a run or an installation makes, and one's own.
-MADE = re.compile(r"^(adapter/README|summary(\.ko)?|results)\.md$")
+MADE = re.compile(r"^(adapter/README|(summary|attack)(\.ko)?|results)\.md$")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -30,7 +30,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import fedllm
 from fedllm.audit.accountants import CROSS_CHECKS
-from fedllm.audit.model import Audit, Finding, Site
+from fedllm.audit.model import Audit, Finding, Site, SiteScore
+from fedllm.shown import with_interval
 
 Language = Literal["en", "ko"]
 LANGUAGES: tuple[Language, ...] = ("en", "ko")
@@ -40,6 +41,8 @@ _FONT = files("fedllm.audit") / "fonts" / "NotoSansKR.otf"
 _BLUE, _ORANGE, _GREY, _GREEN = "#1f5fa8", "#c2571a", "#767b84", "#2c7a4b"
 _BARS = 8  # on the first screen
 _ATTENTION = 7  # findings on the first screen
+_SCORES = 12  # rows of the table of scores
+METRICS = ("accuracy", "loss", "exact_match", "top_5", "units")  # of a score at the sites, as they are shown
 
 _CROSSWALK = (  # law, number, item, what the record shows
     ("law.act", "1", "law.safety", "law.safety.shows"),
@@ -62,7 +65,7 @@ _CROSSWALK = (  # law, number, item, what the record shows
     ("law.35", "c", "law.risks", "law.risks.shows"),
     ("law.35", "d", "law.address", "law.measures.shows"),
 )
-_GLOSSARY = ("epsilon", "unit", "ledger", "pld", "poisson", "adapter", "advantage")
+_GLOSSARY = ("epsilon", "unit", "ledger", "pld", "poisson", "adapter", "advantage", "interval", "canary")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ def render_html(audit: Audit, language: Language, sections: Sequence[Section] = 
         loader=PackageLoader("fedllm.audit"), undefined=StrictUndefined, autoescape=True, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(number=number, digest=_digest, evidence=_in_korean if language == "ko" else str)
+    environment.filters.update(
+        number=number, interval=with_interval, digest=_digest, evidence=_in_korean if language == "ko" else str
+    )
     page = environment.get_template(_PAGE).render(
         a=audit, t=say, language=language, sections=sections,
         renderer=" + ".join((renderer(), *(each.title["en"] for each in sections))),
@@ -97,7 +102,8 @@ def render_html(audit: Audit, language: Language, sections: Sequence[Section] = 
         unit=say(f"unit.{audit.claim.unit}"), protects=_protects(audit),
         tpr=say(f"risk.tpr.{audit.claim.unit}", tpr=_cases(100 * audit.risk.tpr_at_1_percent)),
         several=_several(audit, say), coalition=_coalition(audit, say), crosswalk=_CROSSWALK, glossary=_GLOSSARY,
-        plots=_plots(audit, say), change=_change(audit), cross_checks=CROSS_CHECKS,
+        plots=_plots(audit, say), change=_change(audit), cross_checks=CROSS_CHECKS, find=partial(_find, audit, say),
+        tried=_tried(audit), scores=_shown_scores(audit), metrics=_scored(audit),
     )  # fmt: skip
     return page.replace("/*FONT*/", _font_face(page))
 
@@ -160,6 +166,8 @@ def _why(audit: Audit, say: partial[str]) -> str:
 def _protects(audit: Audit) -> str:
     if audit.finding("protected").status == "fails":
         return "protects.nothing"
+    if _tried(audit) == "contradicted":
+        return "protects.contradicted"
     return "protects.unverifiable" if audit.verdict == "unverifiable" else f"protects.{audit.claim.unit}"
 
 
@@ -207,14 +215,56 @@ def _coalition(audit: Audit, say: partial[str]) -> str:
     return say(key, figures=figures, most=most, alone=number(accountants.share_alone))
 
 
+def _tried(audit: Audit) -> Literal["unplanned", "unopened", "contradicted", "could", "could_not", "off"]:
+    """Return what became of the attack: whether it contradicted the claim, and if not, whether it could have."""
+    attack = audit.attack
+    if attack is None:
+        return "unopened" if audit.claim.canaries else "unplanned"
+    if attack.claim is None:
+        return "off"
+    if max(attack.black.lower, attack.white.lower) > attack.claim:
+        return "contradicted"
+    return "could" if attack.ceiling > attack.claim else "could_not"
+
+
+def _find(audit: Audit, say: partial[str], finding: Finding) -> str:
+    """Return what a finding says, the outcome of an attack with its figures."""
+    attack = audit.attack
+    if finding.code != "empirical" or _tried(audit) == "unplanned":
+        return say(f"find.{finding.code}")
+    if attack is None:
+        return say("find.empirical.unopened")
+    proved = number(max(attack.black.lower, attack.white.lower))
+    key = f"find.empirical.{_tried(audit)}"
+    return say(key, proved=proved, ceiling=number(attack.ceiling), claim=number(attack.claim))
+
+
+def _scored(audit: Audit) -> list[str]:
+    """Return the metrics that the sites' scores have, the most telling first."""
+    names = {name for score in audit.scores for name in score.metrics}
+    return [name for name in METRICS if name in names]
+
+
+def _shown_scores(audit: Audit) -> list[SiteScore]:
+    """Return scores for a table: the first, the last, that of the adapter that was kept, and some between."""
+    scores = audit.scores
+    if len(scores) <= _SCORES:
+        return list(scores)
+    chosen = {round(i * (len(scores) - 1) / (_SCORES - 1)) for i in range(_SCORES)}
+    return [score for i, score in enumerate(scores) if i in chosen or score.round == audit.kept]
+
+
 def _measure(audit: Audit) -> Literal["accuracy", "loss"]:
     return "accuracy" if audit.utility and audit.utility[-1].accuracy is not None else "loss"
 
 
 def _change(audit: Audit) -> tuple[str, str] | None:
-    """Return the held-out measurement before and after; None if there is none."""
+    """Return the held-out measurement before, and of the adapter that the run ended with; None if there is none."""
     values = [getattr(step, _measure(audit)) for step in audit.utility]
-    return (number(values[0]), number(values[-1])) if values and None not in values else None
+    if not values or None in values:
+        return None
+    kept = next((i for i, step in enumerate(audit.utility) if step.round == audit.kept), -1)
+    return number(values[0]), number(values[kept])
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
@@ -241,6 +291,8 @@ def _plots(audit: Audit, say: partial[str]) -> dict[str, Markup]:
             plots["timeline"] = _inline(_plot_timeline(audit, say), "timeline", say("timeline"))
         if _change(audit) is not None:
             plots["utility"] = _inline(_plot_utility(audit, say), "utility", say("utility"))
+        if audit.scores and _scored(audit)[0] != "units":
+            plots["scores"] = _inline(_plot_scores(audit, say), "scores", say("scores"))
     return plots
 
 
@@ -328,6 +380,26 @@ def _plot_utility(audit: Audit, say: partial[str]) -> Figure:
     axes.set(xlabel=say("plot.round"), ylabel=say(f"plot.{measure}"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def _plot_scores(audit: Audit, say: partial[str]) -> Figure:
+    figure, axes = _axes(2.5)
+    name = _scored(audit)[0]
+    draw_scores(axes, {score.round: score.metrics[name] for score in audit.scores if name in score.metrics}, say)
+    if audit.kept is not None:
+        axes.axvline(audit.kept, color=_GREY, linestyle="--", linewidth=1, label=say("plot.kept"))
+    axes.set(xlabel=say("plot.round"), ylabel=say(f"metric.{name}"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(frameon=False, loc="outside upper left", ncols=2)
+    return figure
+
+
+def draw_scores(axes: Axes, scores: Mapping[int, Sequence[float]], say: partial[str]) -> None:
+    """Draw scores at the sites: by round an estimate, as a line, and the ends of its interval, as a band."""
+    estimates, lows, highs = zip(*scores.values(), strict=True)
+    axes.fill_between(list(scores), lows, highs, color=_GREEN, alpha=0.15, linewidth=0)
+    marker = "." if len(scores) < 60 else ""
+    axes.plot(list(scores), estimates, color=_GREEN, marker=marker, label=say("plot.at_sites"))
 
 
 def _font_face(page: str) -> str:

@@ -8,7 +8,7 @@ from fedllm.audit.model import Risk
 from fedllm.privacy.accounting import AccountingEvent, deltas
 
 _RATES = tuple(float(rate) for rate in np.unique(np.round(np.concatenate([
-    [0.0, 0.01, 1.0], np.geomspace(1e-4, 0.1, 16), np.linspace(0.1, 1.0, 37)]), 6)))  # fmt: skip
+    [0.0, 0.001, 0.01, 1.0], np.geomspace(1e-4, 0.1, 16), np.linspace(0.1, 1.0, 37)]), 6)))  # fmt: skip
 
 
 def risk_of(events: Sequence[AccountingEvent], epsilon: float | None, grid: float | None) -> Risk:

@@ -1,8 +1,10 @@
 """What a finished run leaves in its folder: adapter, model card, plots, and a summary in English and Korean."""
 
+import contextlib
 import math
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -19,10 +21,11 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 
 import fedllm
-from fedllm.audit.report import add_font, text_of
+from fedllm.audit.report import METRICS, add_font, draw_scores, text_of
 from fedllm.config import HeldoutConfig
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import spent
+from fedllm.shown import with_interval
 from fedllm.training.adapter import AdapterModel, check_saved
 from fedllm.training.chat import answer_end
 
@@ -44,6 +47,7 @@ class RunSummary:
     stopped: str  # why the run ended early; "" if it did not
     seconds: float  # of this process, from the reading of the data to the last round
     peak_memory_mb: float
+    kept: int | None = None  # the round of the adapter that the run ended with, if it was not the last
     exact_match: tuple[float, float] | None = None  # before, after
     samples: list[tuple[str, str, str, str]] = field(default_factory=list)  # prompt, expected, before, after
 
@@ -61,6 +65,39 @@ class RunSummary:
     def after(self) -> dict[str, Any]:
         """The record of the last completed round."""
         return self.records[-1]
+
+    @property
+    def kept_record(self) -> dict[str, Any]:
+        """The record of the round whose adapter the run ended with."""
+        return self.after if self.kept is None else self.records[self.kept]
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the run ended early because scores at the sites no longer improved."""
+        early = self.after["round"] < self.plan.training.rounds and not self.stopped
+        return early and self.plan.evaluation.patience is not None
+
+    @property
+    def at_sites(self) -> list[tuple[str, str, str]]:
+        """Metric, before and after with intervals, by the sites' evaluation records; none if they were not scored."""
+        scores = [record["at_sites"] for record in (self.before, self.kept_record)]
+        names = sorted({name for score in scores for name in score}, key=METRICS.index)
+        return [
+            (name, *(with_interval(name, score[name]) if name in score else "-" for score in scores)) for name in names
+        ]
+
+    @property
+    def epsilon(self) -> float | None:
+        """The largest epsilon that any site has spent, the closing exchange included; None if no noise was added."""
+        values = [self.after["epsilon"], *(site["epsilon"] for site in self.sites.values())]
+        return None if None in values else max(values)
+
+    @property
+    def score_epsilon(self) -> float:
+        """Epsilon by PLD, at most, of all scores so far, for those who evaluate."""
+        exchanges = [*range(1, self.after["round"] + 1), self.plan.exchanges]
+        scores = sum(self.plan.score_noise(exchange) is not None for exchange in exchanges)
+        return spent([self.plan.score_mechanism.event(scores)], self.plan.privacy.delta).epsilon
 
     @property
     def planned_epsilon(self) -> float:
@@ -82,14 +119,7 @@ class RunSummary:
 
 def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.float32]) -> None:
     """Write the `final` adapter float32[d], its model card, plots and summaries into the run's folder."""
-    environment = Environment(  # noqa: S701  # Markdown, not HTML
-        loader=PackageLoader("fedllm.audit"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(number=_number, cell=_cell, reason=lambda code: text_of("ko", f"reason.{code}"))
+    pages = templates()
     folder = summary.folder
     adapter.save(final, folder / "adapter", summary.plan.model.source)
     check_saved(folder / "adapter", adapter, final, summary.plan.model)
@@ -97,13 +127,40 @@ def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.
     if ends:
         generation = GenerationConfig(eos_token_id=list(ends), pad_token_id=adapter.tokenizer.pad_token_id)
         generation.save_pretrained(folder / "adapter")
-    card = environment.get_template("card.md.j2").render(
+    card = pages.get_template("card.md.j2").render(
         s=summary, plan=summary.plan, ends=ends, pad=adapter.tokenizer.pad_token_id
     )
     (folder / "adapter" / "README.md").write_text(card, "utf-8")
     for language in ("en", "ko"):
-        text = environment.get_template(f"summary.{language}.md.j2").render(s=summary, plan=summary.plan)
+        text = pages.get_template(f"summary.{language}.md.j2").render(s=summary, plan=summary.plan)
         (folder / ("summary.md" if language == "en" else "summary.ko.md")).write_text(text, "utf-8")
+    with drawing():
+        for language, suffixes in (("en", ("svg", "png")), ("ko", ("ko.svg",))):
+            say = partial(text_of, "ko" if language == "ko" else "en")
+            for name, figure in (("rounds", _plot_rounds(summary, say)), ("sites", _plot_sites(summary, say))):
+                for suffix in suffixes:
+                    figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight")
+
+
+def templates() -> Environment:
+    """Return the templates of this package's Markdown pages."""
+    environment = Environment(  # noqa: S701  # Markdown, not HTML
+        loader=PackageLoader("fedllm.audit"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(
+        number=_number, cell=_cell, reason=lambda code: text_of("ko", f"reason.{code}"),
+        metric=lambda name, language: text_of(language, f"metric.{name}"),
+    )  # fmt: skip
+    return environment
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Draw in this package's style, Korean included."""
     add_font()
     style: dict[Any, Any] = {
         "font.family": ["DejaVu Sans", "Noto Sans KR"],
@@ -115,11 +172,7 @@ def write_outputs(summary: RunSummary, adapter: AdapterModel, final: NDArray[np.
     }
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a name in another script
-        for language, suffixes in (("en", ("svg", "png")), ("ko", ("ko.svg",))):
-            say = partial(text_of, "ko" if language == "ko" else "en")
-            for name, figure in (("rounds", _plot_rounds(summary, say)), ("sites", _plot_sites(summary, say))):
-                for suffix in suffixes:
-                    figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight")
+        yield
 
 
 def _number(value: float | None, digits: int = 4) -> str:
@@ -140,21 +193,29 @@ def _brand(figure: Figure, summary: RunSummary, say: partial[str]) -> None:
 
 
 def _plot_rounds(summary: RunSummary, say: partial[str]) -> Figure:
-    """Held-out quality and epsilon by round."""
+    """Quality on the held-out set and at the sites, and epsilon, by round."""
     figure = Figure(figsize=(8.4, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     rounds = [record["round"] for record in summary.records]
-    key = "accuracy" if summary.after["accuracy"] is not None else "loss"
+    scored = any("accuracy" in record["at_sites"] for record in summary.records)
+    key = "accuracy" if summary.after["accuracy"] is not None or scored else "loss"
     values = [record[key] for record in summary.records]
     if values[0] is not None:
-        left.plot(rounds, values, color=_BLUE, marker="o", markersize=3)
+        left.plot(rounds, values, color=_BLUE, marker="o", markersize=3, label=say("picture.heldout"))
         for at in (0, -1):
             left.annotate(f"{values[at]:.3g}", (rounds[at], values[at]), textcoords="offset points", xytext=(0, 6),
                           ha="center", color=_BLUE)  # fmt: skip
         left.margins(y=0.15)
+    scores = {record["round"]: record["at_sites"][key] for record in summary.records if key in record["at_sites"]}
+    if scores:
+        draw_scores(left, scores, say)
+        if summary.kept is not None:
+            left.axvline(summary.kept, color=_GREY, linestyle="--", linewidth=1, label=say("plot.kept"))
+    if scores or values[0] is not None:
+        left.legend(frameon=False, loc="best", fontsize=8)
     else:
         left.text(0.5, 0.5, say("picture.nothing"), ha="center", color=_GREY, transform=left.transAxes)
-    left.set(xlabel=say("plot.round"), title=say(f"plot.{key}"))
+    left.set(xlabel=say("plot.round"), title=say(f"metric.{key}"))
     _epsilon_axis(right, summary, rounds, say)
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

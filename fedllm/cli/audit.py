@@ -1,8 +1,9 @@
-"""`fedllm audit`: report and verify.
+"""`fedllm audit`: report, verify and attack.
 
 An entry point: it may import anything, and imports late so that --help is quick.
 """
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -148,3 +149,46 @@ def verify(
         f"verified: {_VERDICTS[audit.verdict]}; {len(audit.sites)} sites, {audit.run.rounds} rounds, epsilon at most "
         f"{'∞' if spent.pld is None else f'{spent.pld:.4g}'} at delta {spent.delta:g} ({escaped(spent.site)})"
     )
+
+
+@audit_app.command("attack")
+def attack(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run of fedllm simulate.", show_default=False)],
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Try so many records a side, evenly spread over all.", show_default="every record"),
+    ] = None,
+) -> None:
+    """SIMULATION ONLY: try to tell a run's records from held-out ones, by its adapter; write RUN/attack.
+
+    Membership inference by each record's loss before and after training. It reads the real records of every site, which
+    no site would allow in a deployment. The curve is drawn beside the most that the run's epsilon allows.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of the libraries' own
+    from simulations.attack import FOLDER
+    from simulations.attack import attack as try_attack
+
+    found = try_attack(run, limit, typer.echo)
+    typer.echo("SIMULATION ONLY: made with the sites' real records. Keep the figures as you keep the records.")
+    target = found.target
+    typer.echo(
+        f"{target.members} of {target.members_there} members ({target.sites} sites), {target.others} of "
+        f"{target.others_there} non-members"
+    )
+    bound = "" if found.auc_bound is None else f"; the claim allows {found.auc_bound:.3f}"
+    low, high = found.found.interval
+    typer.echo(f"area under the ROC {found.found.auc:.3f} (95 %: {low:.3f} to {high:.3f}){bound}")
+    for hits in found.hits:
+        low, high = (100 * edge for edge in hits.interval)
+        bound = "" if hits.bound is None else f"; the claim allows {100 * hits.bound:.2f} %"
+        typer.echo(
+            f"found at {100 * hits.fpr:g} % false positives: {100 * hits.tpr:.2f} % of members "
+            f"(95 %: {low:.2f} to {high:.2f} %){bound}"
+        )
+    if found.differs:
+        typer.echo(
+            f"Compare with care: before training the two sets already differ (area {found.control.auc:.3f} by the loss "
+            "alone)."
+        )
+    told = "are told apart" if found.succeeds else "are not told apart by this attack; a better one might"
+    typer.echo(f"Members and non-members {told}. Everything is in {run / FOLDER}/")

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from fedllm.shown import escaped_lines
+from fedllm.shown import escaped_lines, with_interval
 
 if TYPE_CHECKING:
     from fedllm.audit.summary import RunSummary
@@ -54,6 +54,7 @@ class Screen:
         self._round_task = self._rounds.add_task("", start=False, total=0, visible=False)
         self._site_task = self._sites.add_task("", start=False, total=0, visible=False, last="")
         self._figures = Text()
+        self._round, self._pace = -1, ""  # of the round that was shown last
         shown = Group(self._figures, self._rounds, self._sites, self._phase)
         self._live = Live(shown, console=console, refresh_per_second=8, transient=True)
         self._plan: RunPlan | None = None
@@ -112,6 +113,13 @@ class Screen:
                 )  # fmt: skip
             if not privacy.protects:
                 lines.add_row("", "[bold red]NOT PRIVATE[/bold red]: sampling and noise come from a seed")
+        if plan.scores:
+            epsilon = f", epsilon {plan.evaluation.epsilon or privacy.epsilon:g}" if privacy.mode != "off" else ""
+            lines.add_row("at the sites", f"{plan.scores} scores on records that never train{epsilon} for all of them")
+        if plan.canaries:
+            lines.add_row(
+                "attack", f"{plan.canaries} canaries at each site, {plan.guesses} guesses by each of 2 attacks"
+            )
         self._console.print(Panel(lines, title="fedllm", title_align="left", border_style="blue", expand=False))
         for progress, task, total in (
             (self._rounds, self._round_task, plan.training.rounds), (self._sites, self._site_task, len(sites)),
@@ -136,18 +144,25 @@ class Screen:
                 self._console.print(Text(note, style="yellow"))
         else:
             self._rounds.update(self._round_task, completed=event.round)
-            line = self._line(event)
-            self._figures.plain = line + self._speed()
+            again = event.round == self._round  # what the sites say of it has come in
+            if not again:
+                self._round, self._pace = event.round, self._speed()
+            self._figures.plain = self._line(event) + self._pace
             if not self._console.is_terminal:
-                self._console.print(line, highlight=False, soft_wrap=True)
+                self._console.print(self._line(event, only_sites=again), highlight=False, soft_wrap=True)
 
-    def _line(self, record: "RoundMetrics") -> str:
+    def _line(self, record: "RoundMetrics", only_sites: bool = False) -> str:
         total = self._plan.training.rounds if self._plan else 0
+        said = score_of(record)
+        at_sites = [f"at the sites {said}"] if said else []
         parts = [f"round {record.round}/{total}"]
+        if only_sites:
+            return " · ".join(parts + at_sites)
         if record.perplexity is not None:
             parts.append(f"held-out perplexity {record.perplexity:.2f}")
         if record.accuracy is not None:
             parts.append(f"held-out accuracy {record.accuracy:.3f}")
+        parts += at_sites
         parts.append("NOT PRIVATE" if not record.private else f"epsilon {record.epsilon:.2f}")
         if record.clipped is not None:
             parts.append(f"{record.clipped:.0%} of held-out gradients clipped")
@@ -192,22 +207,42 @@ class Screen:
         self._console.print(f"{summary.folder}/", style="bold", highlight=False, soft_wrap=True)
 
     def _results(self, summary: "RunSummary") -> None:
-        before, after = summary.before, summary.after
-        results = Table(title="Held-out set" if before["loss"] is not None else None, title_justify="left")
+        before, kept = summary.before, summary.kept_record
+        results = Table(title="Results", title_justify="left")
         results.add_column("")
         for heading in ("before", "after"):
             results.add_column(heading, justify="right")
         if before["perplexity"] is not None:
-            results.add_row("perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}")
+            results.add_row("held-out perplexity", f"{before['perplexity']:.2f}", f"{kept['perplexity']:.2f}")
         if before["accuracy"] is not None:
-            results.add_row("accuracy", f"{before['accuracy']:.3f}", f"{after['accuracy']:.3f}")
+            results.add_row("held-out accuracy", f"{before['accuracy']:.3f}", f"{kept['accuracy']:.3f}")
         if summary.exact_match:
-            results.add_row("exact match", *(f"{100 * share:.1f} %" for share in summary.exact_match))
-        epsilon = after["epsilon"]
-        results.add_row(
-            "epsilon", "0" if epsilon is not None else "∞", f"{epsilon:.2f}" if epsilon is not None else "∞"
-        )
+            results.add_row("held-out exact match", *(f"{100 * share:.1f} %" for share in summary.exact_match))
+        for name, *shown in summary.at_sites:
+            results.add_row(f"{_metric(name)} at the sites", *shown)
+        epsilon = summary.epsilon
+        results.add_row("epsilon", *(("∞", "∞") if epsilon is None else ("0", f"{epsilon:.2f}")))
         self._console.print(results)
+        if summary.at_sites:
+            self._console.print("At the sites: in brackets the 95 % interval, of noise and sampling.", highlight=False)
+        if summary.out_of_patience:
+            self._console.print(
+                f"Ended after round {summary.after['round']}: scores at the sites no longer improved.", highlight=False
+            )
+        if summary.kept is not None:
+            self._console.print(
+                f"The adapter is that of round {summary.kept}, which had the best score at the sites.", highlight=False
+            )
+
+
+def score_of(record: "RoundMetrics") -> str:
+    """Return the most telling metric of a round's score at the sites, with its interval; "" if it has none."""
+    name = next((name for name in record.at_sites if name != "units"), None)
+    return "" if name is None else f"{_metric(name)} {with_interval(name, record.at_sites[name])}"
+
+
+def _metric(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _site_table(summary: "RunSummary") -> Table:

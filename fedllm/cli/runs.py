@@ -268,6 +268,7 @@ def status(
     home: HeadOfficeOption = HEAD_OFFICE,
 ) -> None:
     """Show what became of runs."""
+    from fedllm.cli.live_view import score_of
     from server import deployment
     from server.federation import HeadOffice
 
@@ -278,17 +279,17 @@ def status(
         _follow(folder, name)
         return
     table = Table()
-    for heading in ("run", "state", "rounds", "epsilon", "held-out loss", "sites of the last round"):
+    for heading in ("run", "state", "rounds", "epsilon", "held-out loss", "at the sites", "sites of the last round"):
         table.add_column(heading)
     places = deployment.known_runs(folder) if name is None else [deployment.runs(folder) / name]
     for place in places:
         state = deployment.settle(place)
         last = deployment.last_round(place)
-        cells = ["", "", "", ""]
+        cells = [""] * 5
         if last is not None:
             epsilon = "NOT PRIVATE" if not last.private else f"{last.epsilon:.2f}"
             loss = "" if last.loss is None else f"{last.loss:.4g}"
-            cells = [str(last.round), epsilon, loss, ", ".join(last.answered)]
+            cells = [str(last.round), epsilon, loss, score_of(last), ", ".join(last.answered)]
         table.add_row(place.name, state.state, *cells)
     _console.print(table)
     for place in places:

@@ -302,6 +302,14 @@ class LedgerFile:
             )
             return [event for row in rows for event in on_side(side, AccountingEvent(*row[:3]), row[3], bool(row[4]))]
 
+    def split(self, account: str) -> Split | None:
+        """Return the split of an account's units as it stands; None if none was made."""
+        with self.transaction() as db:
+            row = db.execute("SELECT key FROM split").fetchone()
+            lines = db.execute("SELECT line FROM chain WHERE kind = 'split' ORDER BY number DESC").fetchall()
+        stated = next((b for (line,) in lines if (b := open_entry(line).body)["account"] == account), None)
+        return None if row is None or stated is None else Split(float(stated["share"]), row[0])
+
     def sided(self, account: str) -> bool:
         """Whether training and evaluation are charged to different units: else both count everything."""
         with self.transaction() as db:

@@ -16,6 +16,7 @@ from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.chat import answer_end
 from fedllm.training.data import (
+    Example,
     PrivacyUnit,
     Table,
     Tokeniser,
@@ -26,7 +27,7 @@ from fedllm.training.data import (
     read_table,
 )
 from fedllm.training.engine import Engine
-from fedllm.training.losses import logits, token_losses
+from fedllm.training.losses import logits, record_losses, token_losses
 
 _FEW = 16  # held-out records whose gradients are measured after a round
 _T = TypeVar("_T")
@@ -58,8 +59,8 @@ class Evaluator:
     ):
         self._adapter, self._table, self._tokeniser, self._data = adapter, table, tokeniser, data
         self._micro_batch = micro_batch
-        self._units: tuple[PrivacyUnit, ...] = build_units(table, tokeniser, None, 1)
-        self._classification = not self._units[0][0].labels.ndim
+        self.units: tuple[PrivacyUnit, ...] = build_units(table, tokeniser, None, 1)
+        self._classification = not self.units[0][0].labels.ndim
         self.generates = not self._classification and (data.prompt is not None or data.messages is not None)
         self._end = answer_end(adapter.tokenizer, data.chats)
 
@@ -70,7 +71,7 @@ class Evaluator:
         total = count = right = 0.0
         with adapter.lock:
             adapter.load(vector)
-            for batch in batches(self._units, self._micro_batch, adapter.tokenizer.pad_token_id, adapter.device):
+            for batch in batches(self.units, self._micro_batch, adapter.tokenizer.pad_token_id, adapter.device):
                 if self._classification:
                     scores = logits(adapter, batch).float()
                     total += float(F.cross_entropy(scores, batch.labels, reduction="sum"))
@@ -89,7 +90,7 @@ class Evaluator:
 
     def clipped_share(self, engine: Engine, vector: NDArray[np.float32], mechanism: Mechanism) -> float | None:
         """Return the share of held-out records, of at most 16, whose gradient `mechanism` would shorten."""
-        few = _spread(self._units, _FEW)
+        few = spread(self.units, _FEW)
         with self._adapter.lock:
             self._adapter.load(vector)
             return engine.clipped_share(few, mechanism, min(self._micro_batch, _FEW))
@@ -101,7 +102,7 @@ class Evaluator:
         Returns the share of answers that equal the expected text, and the first `data.samples` of them.
         """
         samples: list[Sample] = []
-        order = sorted(range(len(self._table)), key=lambda i: len(self._units[i][0].input_ids))
+        order = sorted(range(len(self._table)), key=lambda i: len(self.units[i][0].input_ids))
         answers: dict[int, str] = {}
         with self._adapter.lock:
             self._adapter.load(vector)
@@ -113,7 +114,7 @@ class Evaluator:
             prompt, expected = self._tokeniser.question(row, i)
             right += answers[i] == expected
             samples.append(Sample(prompt, expected, answers[i]))
-        return right / len(samples), _spread(samples, self._data.samples)
+        return right / len(samples), spread(samples, self._data.samples)
 
     def _generate(self, rows: Sequence[int]) -> list[str]:
         tokenizer, table = self._adapter.tokenizer, self._table
@@ -141,7 +142,21 @@ class Evaluator:
         return [(text.partition(self._end.text)[0] if self._end.text else text).strip() for text in texts]
 
 
-def _spread(things: Sequence[_T], n: int) -> list[_T]:
+@torch.inference_mode()
+def losses_of(
+    adapter: AdapterModel, vector: NDArray[np.float32], records: Sequence[Example], micro_batch: int
+) -> NDArray[np.float32]:
+    """Return every record's own loss under the adapter float32[d], float32[N] in nats: see `record_losses`."""
+    order = sorted(range(len(records)), key=lambda i: len(records[i].input_ids))  # as `batches` has them
+    found = np.empty(len(records), np.float32)
+    with adapter.lock:
+        adapter.load(vector)
+        cut = batches([(records[i],) for i in order], micro_batch, adapter.tokenizer.pad_token_id, adapter.device)
+        found[order] = torch.cat([record_losses(adapter, batch).float().cpu() for batch in cut]).numpy()
+    return found
+
+
+def spread(things: Sequence[_T], n: int) -> list[_T]:
     """Return `n` things, evenly spread over all."""
     n = min(n, len(things))
     return [things[i * len(things) // n] for i in range(n)]

@@ -1,12 +1,15 @@
 """What a person sees while a federation runs: names and faults of sites are text, whatever is in them."""
 
 import io
+import re
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from fedllm.audit.summary import RunSummary
 from fedllm.cli.live_view import Screen
 from fedllm.config import SimulationConfig
 from fedllm.plan import RunPlan
@@ -18,8 +21,9 @@ HOSTILE = ["[/]", "[/b]", "[bold]", "[red]x[/red]", "\\[", "[link=http://x]", "�
 def _plan(config: SimulationConfig) -> RunPlan:
     privacy = config.privacy.model_copy(update={"units_per_site": 10})
     return RunPlan(
-        run="r", seed=0, model=config.model, adapter=config.adapter, privacy=privacy, training=config.training
-    )
+        run="r", seed=0, model=config.model, adapter=config.adapter, privacy=privacy, training=config.training,
+        evaluation=config.evaluation,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "log file"])
@@ -99,3 +103,62 @@ def test_what_is_done_outside_the_rounds_is_on_the_screen(
         screen.observe(RoundMetrics(1, True, 1.25, 0.9, 2.46, None, answered=["busan"], seconds=1.0))
         screen.observe(Phase("closing"))
         assert "closing" in new()
+
+
+AT_SITES = {"units": [839.1, 835.7, 842.4], "loss": [0.2214, 0.1472, 0.3283], "exact_match": [0.3845, 0.3521, 0.418]}
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "log file"])
+@pytest.mark.parametrize("perplexity", [2.46, None], ids=["held-out set", "none"])
+def test_what_the_sites_say_of_a_round_is_shown_when_it_comes_in(
+    tmp_path: Path, configure: Callable[..., SimulationConfig], terminal: bool, perplexity: float | None
+) -> None:
+    """It comes with the next exchange: then a log says that alone, and the screen all that is known of the round."""
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=200, color_system=None)
+    record = RoundMetrics(1, True, 1.25, None, perplexity, None, answered=["busan"], seconds=1.0)
+    with Screen(console) as screen:
+        screen.announce(_plan(configure(tmp_path)), ["서울", "busan"])
+        screen.observe(record)
+        screen.observe(RoundStarted(2, ["busan"]))
+        screen.observe(replace(record, at_sites=AT_SITES))
+        shown = screen._figures.plain
+        screen.observe(RoundMetrics(2, True, 1.5, None, perplexity, None, answered=["busan"], at_sites=AT_SITES))
+    said = "at the sites loss 0.221 (0.147–0.328)"
+    assert said in shown
+    assert "epsilon 1.25" in shown
+    assert ("perplexity" in shown) == (perplexity is not None)
+    if not terminal:
+        lines = [line for line in output.getvalue().splitlines() if line.startswith("round")]
+        assert lines[1] == f"round 1/3 · {said}"
+        assert f"{said} · epsilon 1.50" in lines[2]
+
+
+def test_before_anything_is_sent_the_screen_says_what_is_scored_and_attacked(
+    tmp_path: Path, configure: Callable[..., SimulationConfig]
+) -> None:
+    output = io.StringIO()
+    plan = _plan(configure(tmp_path, evaluation={"every": 1, "epsilon": 1.5, "noise_multiplier": 9.0}))
+    with Screen(Console(file=output, width=200)) as screen:
+        screen.announce(plan.model_copy(update={"canaries": 40, "guesses": 7}), ["busan"])
+    assert "4 scores on records that never train, epsilon 1.5 for all of them" in output.getvalue()
+    assert "40 canaries at each site, 7 guesses by each of 2 attacks" in output.getvalue()
+
+
+def test_the_closing_table_has_the_sites_scores_before_and_after(
+    tmp_path: Path, configure: Callable[..., SimulationConfig]
+) -> None:
+    """Also with no held-out set, and of the adapter that was kept."""
+    output = io.StringIO()
+    config = configure(tmp_path, evaluation={"every": 1, "noise_multiplier": 9.0, "patience": 1})
+    scores: list[dict[str, list[float]]] = [
+        {**AT_SITES, "loss": [0.6, 0.5, 0.7]}, AT_SITES, {**AT_SITES, "loss": [0.3, 0.2, 0.4]}
+    ]  # fmt: skip
+    records = [asdict(RoundMetrics(n, True, float(n), at_sites=said)) for n, said in enumerate(scores)]
+    summary = RunSummary("run", tmp_path, _plan(config), config.data, records, {}, {}, "", 1.0, 2.0, kept=1)
+    Screen(Console(file=output, width=200)).summarise(summary, 1.0)
+    shown = output.getvalue()
+    assert re.search(r"loss at the sites +│ +0.600 \(0.500–0.700\) │ +0.221 \(0.147–0.328\)", shown)
+    assert "held-out" not in shown
+    assert "The adapter is that of round 1" in shown
+    assert "Ended after round 2: scores at the sites no longer improved." in shown

@@ -22,15 +22,17 @@ from fedllm.audit import bundle, report
 from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.bundle import Written, write_audit
 from fedllm.audit.evidence import assess
-from fedllm.audit.model import Audit, Point, Utility
+from fedllm.audit.model import Attack, Audit, Empirical, Point, SiteScore, Utility
 from fedllm.audit.pdf import render_pdf, rendered, renderer
 from fedllm.audit.report import LANGUAGES, Language, Section, render_html
 from fedllm.audit.trust import Trust
 from fedllm.cli.main import app
 from fedllm.errors import FolderError
 from fedllm.files import write_secret
+from fedllm.privacy.canaries import EACH
+from fedllm.privacy.one_run import epsilon_lower_bound
 from tests.fedllm.audit.conftest import Audited, any_pdf
-from tests.fedllm.audit.evidence import Federation, make_plan
+from tests.fedllm.audit.evidence import SITES, Federation, make_plan
 from tests.korean import english_words
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -66,6 +68,39 @@ class Page(HTMLParser):
             self.text.append(data)
 
 
+def scored(audit: Audit, rounds: int = 3, mode: str = "local", unit: str = "person", kept: int | None = None) -> Audit:
+    """Return an audit of a run whose sites scored the adapter after every round."""
+    scores = tuple(
+        SiteScore(round=n, metrics={
+            "units": (838.2, 834.6, 841.3), "loss": (0.7 / (1 + n), 0.5 / (1 + n), 0.9 / (1 + n)),
+            **({"exact_match": (0.25, 0.125, 0.375)} if n else {}),
+        })
+        for n in range(rounds)
+    )  # fmt: skip
+    claim = audit.claim.model_copy(
+        update={"scores": rounds, "score_epsilon": 1.5, "score_noise": 9.45, "mode": mode, "unit": unit}
+    )
+    return audit.model_copy(update={"claim": claim, "scores": scores, "kept": kept})
+
+
+def attacked(
+    audit: Audit, lower: float = 0.0, ceiling: float = 3.27, claim: float | None = 8.0, canaries: int = 40
+) -> Audit:
+    """Return an audit of a run that was attacked; the verdict stays as it is."""
+    attack = Empirical(
+        sites=2, canaries=80, guesses=14, black=Attack(right=7, lower=0.0), white=Attack(right=11, lower=lower),
+        ceiling=ceiling, claim=claim,
+    )  # fmt: skip
+    contradicted = claim is not None and lower > claim
+    status = "fails" if contradicted else "holds" if claim is not None and ceiling > claim else "unverified"
+    findings = tuple(
+        f.model_copy(update={"status": status, "evidence": ("2 / 3: ε ≥ 0",)}) if f.code == "empirical" else f
+        for f in audit.findings
+    )
+    said = audit.claim.model_copy(update={"canaries": canaries})
+    return audit.model_copy(update={"claim": said, "attack": attack, "findings": findings})
+
+
 def large(audit: Audit, sites: int, rounds: int) -> Audit:
     """Return an audit of many sites and rounds, with long names and all kinds of trouble."""
     base = audit.sites[0]
@@ -89,7 +124,8 @@ def large(audit: Audit, sites: int, rounds: int) -> Audit:
         f.model_copy(update={"status": "fails", "evidence": tuple(f"{'x' * 90} #{i}" for i in range(12)), "more": 990})
         if f.code in ("budget", "epsilon") else f for f in audit.findings
     )  # fmt: skip
-    return audit.model_copy(update={
+    many_rounds = scored(attacked(audit, lower=9.0, canaries=1000), rounds + 1, kept=rounds // 2 + 1)
+    return many_rounds.model_copy(update={
         "sites": many, "timeline": points, "utility": steps, "findings": findings, "verdict": "unverifiable",
     })  # fmt: skip
 
@@ -151,6 +187,113 @@ def test_nothing_on_a_korean_page_is_english_but_names(audited: Audited, html: s
     assert english_words(html, audited.federation.sites) == set()
 
 
+def words_of(audit: Audit, language: Language) -> str:
+    """Return what a page says, with single spaces; one in Korean says it in Korean."""
+    with pytest.MonkeyPatch.context() as patch:  # what takes the time
+        patch.setattr(
+            report, "_plots", lambda audit, say: dict.fromkeys(("tradeoff", "timeline", "utility", "scores"), "")
+        )
+        patch.setattr(report, "_font_face", lambda page: "")
+        page = render_html(audit, language)
+    if language == "ko":
+        assert english_words(page, SITES) == set()
+    return " ".join(" ".join(Page(page).text).split())
+
+
+def said(language: Language, key: str, **values: object) -> str:
+    return " ".join(WORDS[key][LANGUAGES.index(language)].format(**values).split())
+
+
+@pytest.mark.parametrize(("mode", "unit"), [("local", "person"), ("distributed", "record"), ("off", "person")])
+def test_a_score_at_the_sites_is_told_with_its_interval_and_what_it_is_of(
+    audited: Audited, language: Language, mode: str, unit: str
+) -> None:
+    page = words_of(scored(audited.written.audit, mode=mode, unit=unit), language)
+    for figure in ("0.700 (0.500–0.900)", "0.233 (0.167–0.300)", "25.0 % (12.5–37.5)", "838 (835–841)"):
+        assert figure in page
+    for key in ("scores.interval", f"scores.intro.{unit}"):
+        assert said(language, key) in page
+    assert said(language, f"scores.noise.{mode}", noise=9.45) in page
+    assert (said(language, "claim.scores.text", count=3, epsilon="1.5", delta=1e-5) in page) == (mode != "off")
+
+
+def test_both_accounts_of_a_site_are_in_the_report(audited: Audited, language: Language) -> None:
+    audit = scored(audited.written.audit)
+    account = audit.sites[0].accounts[0].model_copy(update={"training": 2.25, "evaluation": 1.125, "charged": 2.25})
+    sites = (audit.sites[0].model_copy(update={"accounts": (account,)}), *audit.sites[1:])
+    page = words_of(audit.model_copy(update={"sites": sites}), language)
+    assert f"{sites[0].name} {account.name} 2.25 1.12 2.25" in page
+    assert said(language, "scores.accounts", delta=1e-5) in page
+
+
+def test_the_report_says_which_adapter_was_kept(audited: Audited, language: Language) -> None:
+    audit = audited.written.audit
+    kept = scored(audit, kept=1).model_copy(update={
+        "utility": tuple(Utility(round=n, loss=4.0 - n, perplexity=None, accuracy=None) for n in range(3))
+    })  # fmt: skip
+    page = words_of(kept, language)
+    assert said(language, "scores.kept", kept=1) in page
+    assert said(language, "utility.text", before="4", after="3") in page
+    last = words_of(scored(audit), language)
+    assert said(language, "scores.kept", kept=1)[-30:] not in last
+
+
+def test_a_run_that_nobody_scored_or_attacked_says_so(audited: Audited, language: Language) -> None:
+    audit = audited.written.audit
+    page = words_of(audit, language)
+    for key in ("scores.unplanned", "attack.unplanned"):
+        assert said(language, key) in page
+    assert page.count(said(language, "find.empirical")) == 2  # on the first screen, and among the checks
+    planned = audit.claim.model_copy(update={"scores": 4, "canaries": 40})
+    page = words_of(audit.model_copy(update={"claim": planned}), language)
+    assert said(language, "scores.unread", count=4) in page
+    assert said(language, "attack.unopened", canaries=40) in page
+    assert page.count(said(language, "find.empirical.unopened")) == 2
+
+
+@pytest.mark.parametrize(
+    ("outcome", "values"),
+    [
+        ("contradicted", {"lower": 8.5, "ceiling": 9.25}),
+        ("could", {"lower": 1.5, "ceiling": 9.25}),
+        ("could_not", {"lower": 1.5}),
+        ("off", {"lower": 1.5, "claim": None}),
+    ],
+)
+def test_what_an_attack_says_of_the_claim_is_in_its_section_and_its_row(
+    audited: Audited, language: Language, outcome: str, values: dict[str, Any]
+) -> None:
+    audit = attacked(audited.written.audit, **values)
+    assert audit.attack is not None
+    page = words_of(audit, language)
+    ceiling, proved = f"{audit.attack.ceiling:.3g}", f"{audit.attack.white.lower:.3g}"
+    claim = "∞" if audit.attack.claim is None else f"{audit.attack.claim:.3g}"
+    assert said(language, f"attack.result.{outcome}", claim=claim, ceiling=ceiling) in page
+    assert said(language, "attack.proved", right=11, guesses=14, lower=proved) in page
+    assert said(language, "attack.nothing", right=7, guesses=14) in page
+    assert said(language, "attack.ceiling.text", ceiling=ceiling) in page
+    row = said(language, f"find.empirical.{outcome}", proved=proved, ceiling=ceiling, claim=claim)
+    attention = audit.finding("empirical").status != "holds"
+    assert page.count(row) == 1 + attention
+    assert (said(language, "protects.contradicted") in page) == (outcome == "contradicted")
+
+
+def test_what_a_perfect_attack_proves_is_what_the_report_says_of_it() -> None:
+    for guesses, figure in ((100, 3.3), (1000, 5.6)):
+        assert epsilon_lower_bound(guesses, guesses, guesses, 1e-9, EACH) == pytest.approx(figure, abs=0.05)
+        for text in WORDS["attack.result.could_not"]:
+            assert re.search(rf"\b{guesses:,}\D.*?\b{figure}(?!\d)", text)
+
+
+def test_an_attack_that_contradicts_the_claim_comes_first_on_the_first_screen(
+    audited: Audited, language: Language
+) -> None:
+    first = render_html(attacked(audited.written.audit, lower=8.5, ceiling=9.25), language).partition("<h2>")[0]
+    items = re.findall(r"<li><span class=\"badge (\w+)\">.*?</span> (.*?)</li>", first)
+    assert items[0] == ("fails", said(language, "find.empirical.contradicted", proved="8.5", claim="8"))
+    assert len(items) <= 7
+
+
 @pytest.mark.parametrize("privacy", [{}, {"mode": "off"}, {"insecure_seed": 3}], ids=["private", "off", "seeded"])
 def test_a_korean_page_says_in_korean_what_is_wrong(tmp_path: Path, privacy: dict[str, Any]) -> None:
     """No end, a missing ledger, one that is not of this run, one that was cut, one that was altered."""
@@ -206,6 +349,7 @@ def test_every_sign_of_a_page_is_in_the_embedded_font(html: str, tmp_path: Path)
 
 def test_a_hundred_sites_and_a_thousand_rounds_fit_on_few_pages(html_of_many: str) -> None:
     assert len(html_of_many) < 3_000_000
+    assert 12 <= html_of_many.count("838 (835–841)") <= 13
     first = html_of_many.partition("<h2>")[0]
     assert first.count('class="bar"') == 8
 

@@ -20,6 +20,7 @@ import fedllm.audit.summary
 from fedllm.audit.summary import RunSummary, write_outputs
 from fedllm.config import AdapterConfig, DataConfig, ModelConfig
 from fedllm.plan import RunPlan
+from fedllm.privacy.accounting import AccountingEvent, spent
 from fedllm.training.adapter import AdapterModel, attach
 from fedllm.training.model import load_base
 
@@ -50,7 +51,20 @@ def site(epsilon: float | None = 1.25, **changes: Any) -> dict[str, Any]:
 def record(round_: int, epsilon: float | None = 1.25, **changes: Any) -> dict[str, Any]:
     return {"round": round_, "private": True, "epsilon": epsilon, "loss": 2.5 / (1 + round_), "perplexity": 12.18,
             "accuracy": None, "answered": [], "declined": {}, "failed": {}, "update_norm": 0.1, "bytes_up": 1,
-            "bytes_down": 2, "seconds": 0.5, **changes}  # fmt: skip
+            "bytes_down": 2, "seconds": 0.5, "at_sites": {}, **changes}  # fmt: skip
+
+
+def scored(round_: int, epsilon: float | None = 1.25, **changes: Any) -> dict[str, Any]:
+    """Return the record of a round whose adapter the sites have scored."""
+    at_sites = {
+        "units": [838.2, 834.6, 841.3],
+        "loss": [0.875 / (1 + round_), 0.75 / (1 + round_), 1.0 / (1 + round_)],
+        "exact_match": [0.125 * round_, 0.0625 * round_, 0.1875 * round_],
+    }
+    return record(round_, epsilon, at_sites=at_sites, **changes)
+
+
+NOTHING_HELD_OUT: dict[str, Any] = {"loss": None, "perplexity": None, "accuracy": None}
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +112,7 @@ def write(
     return go
 
 
+SCORED = {"evaluation.every": 1, "evaluation.noise_multiplier": 2.5, "training.rounds": 2}
 UNPROTECTED: dict[str, dict[str, Any]] = {
     "off": {"privacy.mode": "off"},
     "seeded": {"privacy.insecure_seed": 3},
@@ -214,24 +229,47 @@ def test_the_card_tells_all_that_a_guarantee_is_made_of(write: Write, make_plan:
     assert make_plan().run in card["run"]
 
 
-def test_the_korean_and_the_english_summary_say_the_same_numbers(write: Write) -> None:
-    folder = write()
+@pytest.mark.parametrize("sites", ["not scored", "scored"])
+def test_the_korean_and_the_english_summary_say_the_same_numbers(write: Write, sites: str) -> None:
+    folder = write(SCORED, records=[scored(n) for n in range(3)], kept=1) if sites == "scored" else write()
     english, korean = (re.findall(r"\d+(?:\.\d+)?", (folder / name).read_text("utf-8")) for name in TEXTS[:2])
     assert set(english) - {"1"} == set(korean) - {"1"}  # "one record" is a word in English
 
 
 @pytest.mark.parametrize(
-    "kind", ["plain", "off", "seeded", "nothing held out", "stopped", "first round lost", "declined"]
+    "kind",
+    [
+        "plain",
+        "off",
+        "seeded",
+        "nothing held out",
+        "scored",
+        "scored only",
+        "scored, off",
+        "not all scored",
+        "stopped",
+        "first round lost",
+        "declined",
+    ],
 )
 def test_every_kind_of_run_is_written_without_a_python_none(write: Write, kind: str) -> None:
-    nothing = {"loss": None, "perplexity": None, "accuracy": None}
     kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "plain": ({}, {}),
         "off": ({"privacy.mode": "off"}, without_epsilon()),
         "seeded": ({"privacy.insecure_seed": 0}, {}),
         "nothing held out": (
-            {}, {"records": [record(n, **nothing) for n in range(3)], "exact_match": None, "samples": []}
+            {}, {"records": [record(n, **NOTHING_HELD_OUT) for n in range(3)], "exact_match": None, "samples": []}
         ),
+        "scored": (SCORED, {"records": [scored(n) for n in range(3)]}),
+        "scored only": (
+            SCORED,
+            {"records": [scored(n, **NOTHING_HELD_OUT) for n in range(3)], "exact_match": None, "samples": []},
+        ),
+        "scored, off": (
+            {**SCORED, "privacy.mode": "off", "evaluation.noise_multiplier": None},
+            {**without_epsilon(), "records": [scored(n, None, private=False) for n in range(3)]},
+        ),
+        "not all scored": (SCORED, {"records": [scored(0), record(1), record(2)]}),
         "stopped": ({}, {"stopped": "round 2: 1 sites, federation.quorum=2. 서울 declined (budget)."}),
         "first round lost": (
             {}, {"records": [record(0, 0.0)], "sites": {}, "budgets": {}, "stopped": "no site answered"}
@@ -326,3 +364,52 @@ def test_a_classifier_is_scored_by_its_accuracy(write: Write, tiny_llama: Path) 
     assert code is not None
     compile(code[1], "card", "exec")
     assert "fedllm" not in code[1]  # plain transformers and PEFT
+
+
+@pytest.mark.parametrize("held_out", [True, False], ids=["beside a held-out set", "without one"])
+def test_the_sites_score_is_told_with_its_interval_and_what_it_cost(
+    write: Write, make_plan: Make, held_out: bool
+) -> None:
+    without: dict[str, Any] = {} if held_out else {"exact_match": None, "samples": []}
+    records = [scored(n, **({} if held_out else NOTHING_HELD_OUT)) for n in range(3)]
+    folder = write(SCORED, pictures="svg", records=records, **without)
+    cost = spent([AccountingEvent(1.0, 2.5, 3)], make_plan().privacy.delta).epsilon  # before, between and after
+    for name in TEXTS:
+        text = (folder / name).read_text("utf-8")
+        for said in ("0.875 (0.750–1.000)", "0.292 (0.250–0.333)", "25.0 % (12.5–37.5)", "838 (835–841)", "95 %"):
+            assert said in text, name
+        assert f"{cost:.4g}" in text, name
+    picture = "".join(ET.parse(folder / "rounds.svg").getroot().itertext())
+    assert "at the sites, 95 % interval" in picture
+    assert ("held-out set" in picture) == held_out
+    assert "no score" not in picture
+
+
+def test_what_is_said_of_the_adapter_is_said_of_the_one_that_was_kept(write: Write) -> None:
+    records = [scored(0), scored(1, perplexity=3.75, loss=1.321), scored(2, perplexity=4.625, loss=1.531)]
+    folder = write({**SCORED, "training.keep": "best"}, pictures="svg", records=records, kept=1)
+    for name, said in zip(TEXTS, ("adapter is that of round 1", "1라운드의 어댑터", "adapter of round 1"), strict=True):
+        text = (folder / name).read_text("utf-8")
+        assert said in text
+        assert "3.75" in text
+        assert "0.438 (0.375–0.500)" in text
+        assert "4.625" not in text, "it is of the last round"
+        assert "evaluation.patience" not in text
+    assert "adapter that was kept" in "".join(ET.parse(folder / "rounds.svg").getroot().itertext())
+
+
+@pytest.mark.parametrize("stopped", ["", "round 3: 1 sites, federation.quorum=2."])
+def test_a_run_that_ends_since_scores_improve_no_longer_says_so(write: Write, stopped: str) -> None:
+    plan = {**SCORED, "training.rounds": 9, "evaluation.patience": 4}
+    folder = write(plan, records=[scored(n) for n in range(3)], stopped=stopped)
+    for name, said in zip(
+        TEXTS, ("Scores at the sites no longer", "나아지지 않았습니다", "no longer improved"), strict=True
+    ):
+        assert (said in (folder / name).read_text("utf-8")) == (not stopped), name
+
+
+def test_a_closing_exchange_that_costs_more_than_the_rounds_did_is_in_epsilon(write: Write) -> None:
+    folder = write(SCORED, records=[scored(n) for n in range(3)], sites={name: site(2.375) for name in SITES})
+    said = ("Epsilon 2.375 at", "ε = 2.375,", "| epsilon | 2.375 at")
+    for name, text in zip(TEXTS, said, strict=True):
+        assert text in (folder / name).read_text("utf-8")
