@@ -355,13 +355,13 @@ class Site:
                 "simulation, removes heads.json)."
             )
         self._check_engine(session, request.round)  # before the charge: an engine that fails it costs nothing
-        canaries = self._canaries(request, session, start)
-        aside = 0.0
+        canaries, aside = _Canaries(), 0.0
         if not ledger.answered(plan.run, request.round):
             ledger.spent(plan.privacy.delta, [event], score_noise)  # what cannot be computed is not charged either
             if mask is not None:
                 self._distributed(plan).check(plan, mask)
             aside = session.seconds_aside(request.round, start) if self._policy.record_seconds else 0.0
+            canaries = self._canaries(request, session, start)
         reservation = ledger.reserve(plan.run, request.round, fingerprint.hexdigest(), event, score_noise)
         if reservation.reply is not None:
             return reservation.reply
@@ -447,6 +447,8 @@ class Site:
         plan, batch = session.plan, session.micro_batch
         if not plan.canaries:
             return _Canaries()
+        # a run that is not paid for leaves nothing behind: no entry of the ledger, no file
+        session.ledger.check(plan.run, plan.event(request.round), plan.score_noise(request.round))
         own = SiteCanaries(self._ledger.file.parent, plan.run, self.name)
         try:
             if not session.ledger.commit(plan.run, own.begin(plan.canaries)):

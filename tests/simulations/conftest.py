@@ -79,7 +79,8 @@ def settings(tiny_llama: Path, records: Records) -> dict[str, Any]:
     """The plain data of a small configuration, all but `name` and `output`."""
     return {
         "seed": 5,
-        "audit": {"report": False},  # tests that want one say so: it takes longer than the run
+        # tests that want them say so: a report takes longer than the run
+        "audit": {"report": False, "canaries": 0}, "evaluation": {"every": None},
         "model": {"source": str(tiny_llama), "max_length": 32},
         "data": {
             "train": str(records.train), "heldout": str(records.heldout), "prompt": "{question}\n", "text": "{answer}",
