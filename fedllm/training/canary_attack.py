@@ -79,7 +79,7 @@ def drawn_in_a_round(scores: NDArray[np.float64], rate: float) -> NDArray[np.flo
     if deviation == 0.0:
         return np.zeros(len(scores))
     z = np.clip((scores - scores.mean()) / deviation, -5, 5)
-    return np.log1p(rate * np.expm1(_STRENGTH * z - _STRENGTH**2 / 2))
+    return np.asarray(np.log1p(rate * np.expm1(_STRENGTH * z - _STRENGTH**2 / 2)))
 
 
 def black_scores(
