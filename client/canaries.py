@@ -19,7 +19,7 @@ from fedllm.errors import FolderError
 from fedllm.files import read_secret, remove, write_secret
 from fedllm.plan import RunPlan
 from fedllm.privacy.canaries import Opening, Secret, choose, commitment
-from fedllm.training.canary_attack import black_scores, make_canaries, white_scores
+from fedllm.training.canary_attack import black_scores, drawn_in_a_round, make_canaries, white_scores
 from fedllm.training.data import PrivacyUnit
 from fedllm.training.model_context import ModelContext
 
@@ -102,9 +102,9 @@ class SiteCanaries:
         if 0 < state.round < round_ and state.seen.shape == adapter.shape:
             units = self._units(state.secret, context, plan)
             step = adapter - state.seen
-            scores = scores + white_scores(
-                context.engine, context.adapter, state.seen, step, units, plan.mechanism, batch
-            )
+            found = white_scores(context.engine, context.adapter, state.seen, step, units, plan.mechanism, batch)
+            rate = 1 - (1 - plan.privacy.sampling_rate) ** plan.training.local_steps
+            scores = scores + drawn_in_a_round(found, rate)
         return replace(state, round=round_, seen=adapter, scores=scores)
 
     def _units(self, secret: Secret, context: ModelContext, plan: RunPlan) -> list[PrivacyUnit]:

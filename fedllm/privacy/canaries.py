@@ -137,7 +137,7 @@ def usual_guesses(canaries: int, sampling_rate: float, steps: int) -> int:
 
     One wrong guess costs more than many right ones bring. Of as many guesses as canaries were drawn on average, chance
     alone makes some wrong. With half as many a perfect attack loses at most log 2 of its bound, and an attack that
-    noise hinders proves up to twice as much (docs/benchmarks.md).
+    noise hinders proves up to twice as much.
     """
     return max(1, most_guesses(canaries, sampling_rate, steps) // 2)
 

@@ -21,6 +21,8 @@ from fedllm.training.losses import unit_losses
 
 _LENGTH = 8  # tokens of a canary, as many as every model.max_length admits
 
+_STRENGTH = 2.0  # deviations by which a canary that was drawn is supposed to stand out
+
 
 def make_canaries(seed: bytes, n: int, model: ModelConfig, vocabulary: int) -> list[PrivacyUnit]:
     """Return `n` units of one record each, of 8 tokens of `vocabulary`, as 32 bytes of seed say.
@@ -47,9 +49,9 @@ def white_scores(
 ) -> NDArray[np.float64]:
     """Return float64[n]: how far a step, float32[d] from `start`, went along each unit's own descent.
 
-    That is minus the inner product of the step with the unit's gradient at `start`, clipped as the mechanism does; the
-    sum over the rounds tells units that trained from others (Andrew et al. 2023, arXiv 2302.03098; Nasr et al. 2023,
-    arXiv 2302.07956). It costs one gradient a unit. A unit without a finite gradient adds nothing to an adapter, and
+    That is minus the inner product of the step with the unit's gradient at `start`, clipped as the mechanism does. The
+    rounds together tell units that trained from others (Andrew et al. 2023, arXiv 2302.03098; Nasr et al. 2023, arXiv
+    2302.07956). It costs one gradient a unit. A unit without a finite gradient adds nothing to an adapter, and
     scores 0.
     """
     width = padded(_longest(units), adapter.positions)
@@ -63,6 +65,21 @@ def white_scores(
             scores.append(-(gradients @ along) * mechanism.factors(torch.linalg.vector_norm(gradients, dim=1)))
     found = torch.cat(scores).cpu().numpy() if scores else np.zeros(0)
     return np.where(np.isfinite(found), found, 0.0)
+
+
+def drawn_in_a_round(scores: NDArray[np.float64], rate: float) -> NDArray[np.float64]:
+    """Return float64[n], what a round's white scores say for each unit: the log of a likelihood ratio, to be added up.
+
+    A unit that is in was drawn in this round with probability `rate`, 0 < rate <= 1, and its score is then some
+    deviations higher: log(1 - q + q exp(s z - s^2 / 2)) for a score z in deviations, s = 2. With q = 1 that orders as
+    the sum of scores does; with a small q, one round in which a unit stands out counts for more than many in which
+    it was not drawn, where others' gradients decide.
+    """
+    deviation = float(scores.std()) if len(scores) else 0.0
+    if deviation == 0.0:
+        return np.zeros(len(scores))
+    z = np.clip((scores - scores.mean()) / deviation, -5, 5)
+    return np.asarray(np.log1p(rate * np.expm1(_STRENGTH * z - _STRENGTH**2 / 2)))
 
 
 def black_scores(

@@ -1,5 +1,6 @@
 """What the attack on a run proves: with noise, with less than is claimed, with none; and what its canaries cost.
 
+python -m simulations.benchmarks.canaries forms
 python -m simulations.benchmarks.canaries controls
 python -m simulations.benchmarks.canaries utility
 
@@ -25,7 +26,7 @@ from fedllm.privacy.accounting import calibrate
 from fedllm.privacy.canaries import Opening, Result, pooled, usual_guesses
 from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.training import trainer
-from fedllm.training.data import PrivacyUnit, Tokeniser, build_units, read_table
+from fedllm.training.data import IGNORE, Example, PrivacyUnit, Tokeniser, build_units, read_table
 from fedllm.training.evaluation import Evaluator, open_evaluator
 from fedllm.training.model_context import ModelContext, open_context, use_threads
 from fedllm.training.server_optimizer import ServerOptimizer
@@ -158,6 +159,46 @@ def _cells(results: Sequence[Result], name: str) -> str:
     attacks = [getattr(result, name) for result in results]
     right = ", ".join(str(attack.right) for attack in attacks)
     return f"{right} | {', '.join(f'{attack.lower:.2f}' for attack in attacks)}"
+
+
+@app.command()
+def forms(
+    canaries: Annotated[int, typer.Option(min=2, help="Canaries of each form.")] = 100,
+) -> None:
+    """Compare canaries by length and by what is learned of them: how long their gradients are, and how alike."""
+    use_threads(1)
+    sites, plan, context, _ = _demo(canaries)
+    context.adapter.load(context.adapter.initial)
+    clip, generator = plan.privacy.clip_norm, np.random.default_rng(0)
+    records = _directions(context, sites[0])[1]
+    print("| tokens | learned | length: 5 % are below | cosine with each other | with records |")
+    print("|---:|---|---:|---:|---:|")
+    for tokens in (2, 4, 8, 16, 32):
+        text = generator.integers(0, context.adapter.vocabulary, (canaries, tokens))
+        for learned, first in (("all", 1), ("second half", tokens // 2), ("last", tokens - 1)):
+            labels = np.where(np.arange(tokens) < first, IGNORE, text)
+            lengths, own = _directions(context, [(Example(*each),) for each in zip(text, labels, strict=True)])
+            alike = (own @ own.T)[~np.eye(canaries, dtype=bool)]
+            print(f"| {tokens} | {learned} | {np.percentile(lengths, 5) / clip:.0f} clip norms | {_rms(alike):.3f} "
+                  f"| {_rms(own @ records.T):.3f} |", flush=True)  # fmt: skip
+    print(f"\n{machine()}")
+
+
+def _directions(context: ModelContext, units: Sequence[PrivacyUnit]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the units' gradients as lengths float64[n] and directions float64[n, d]."""
+    width = max(len(record.input_ids) for unit in units for record in unit)
+    rows = context.engine.rows(width, _BATCH)
+    parts = [
+        context.engine.pass_gradients(units[first : first + rows], width, _BATCH).double().numpy()
+        for first in range(0, len(units), rows)
+    ]
+    gradients = np.concatenate(parts)
+    lengths = np.linalg.norm(gradients, axis=1)
+    return lengths, gradients / lengths[:, None]
+
+
+def _rms(values: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean(values**2)))
 
 
 @app.command()

@@ -16,7 +16,7 @@ from fedllm.config import PrivacyConfig, TrainingConfig
 from fedllm.errors import FolderError
 from fedllm.plan import RunPlan
 from fedllm.privacy.canaries import Opening, choose
-from fedllm.training.canary_attack import black_scores, make_canaries, white_scores
+from fedllm.training.canary_attack import black_scores, drawn_in_a_round, make_canaries, white_scores
 from fedllm.training.model_context import ModelContext, open_context
 from tests.client.test_site import Killed
 
@@ -76,7 +76,10 @@ def expected(run: Run, opening: Opening, path: list[NDArray[np.float32]]) -> tup
     units = make_canaries(bytes.fromhex(opening.secret.seed), CANARIES, plan.model, context.adapter.vocabulary)
     black = black_scores(context.adapter, context.adapter.initial, path[-1], units, 8)
     white = sum(
-        white_scores(context.engine, context.adapter, start, end - start, units, plan.mechanism, 8)
+        drawn_in_a_round(
+            white_scores(context.engine, context.adapter, start, end - start, units, plan.mechanism, 8),
+            plan.privacy.sampling_rate,
+        )
         for start, end in itertools.pairwise(path)
     )
     return choose(black, GUESSES), choose(np.asarray(white), GUESSES)
@@ -148,7 +151,10 @@ def test_a_server_that_goes_back_begins_a_new_count(run: Run, adapters: list[NDA
     context, plan = run.context, run.plan
     units = make_canaries(bytes.fromhex(opening.secret.seed), CANARIES, plan.model, context.adapter.vocabulary)
     white = sum(
-        white_scores(context.engine, context.adapter, start, stop - start, units, plan.mechanism, 8)
+        drawn_in_a_round(
+            white_scores(context.engine, context.adapter, start, stop - start, units, plan.mechanism, 8),
+            plan.privacy.sampling_rate,
+        )
         for start, stop in ((a, b), (d, end))
     )
     assert opening.white == choose(np.asarray(white), GUESSES)
