@@ -20,6 +20,7 @@ from fedllm.config import SimulationConfig
 from fedllm.crypto.hash_chain import open_entry
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.privacy.accounting import spent_at_sites
+from fedllm.privacy.ledger import PrivacyLedger
 from fedllm.privacy.metrics import Layout
 from fedllm.privacy.split import SIDES
 from fedllm.protocol.messages import TrainRequest, from_bytes
@@ -142,6 +143,22 @@ def test_a_score_that_was_altered_is_found(
 
     lie(done.folder, key_in(done.folder), altered)
     assert "metrics" in failing(done.folder)
+
+
+def test_scores_that_nobody_paid_for_are_found(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sites whose software leaves them out of the ledger: in the audit, their charges are not the plan's."""
+    honest = PrivacyLedger.reserve
+
+    def free(self: PrivacyLedger, run: str, round: int, request: str, event: Any, evaluation: Any = None) -> Any:
+        return honest(self, run, round, request, event)
+
+    monkeypatch.setattr(PrivacyLedger, "reserve", free)
+    done = run(scored(configure, tmp_path, "local"))
+    audit = write_audit(done.folder, done.folder / "audit", pages=()).audit
+    assert audit.finding("charged_before_release").status == "fails"
+    assert audit.verdict == "unverifiable"
 
 
 def test_the_best_adapter_is_kept(tmp_path: Path, configure: Configure) -> None:
