@@ -181,13 +181,18 @@ def test_the_best_adapter_is_kept(tmp_path: Path, configure: Configure) -> None:
 def test_training_ends_when_scores_no_longer_improve_and_nothing_is_refunded(
     tmp_path: Path, configure: Configure
 ) -> None:
-    done = run(scored(
+    config = scored(
         configure, tmp_path, "off", evaluation={"every": 1, "patience": 2},
         training={"rounds": 9, "learning_rate": 1e-9},
-    ))  # fmt: skip
+    )  # fmt: skip
+    done = run(config)
     assert not done.stopped
     assert 2 <= len(entries(done.folder, "round")) < 9
     assert len(entries(done.folder, "closing")) == 1
+    again = run(config.model_copy(update={"resume": True}))
+    assert (again.records, len(entries(done.folder, "closing"))) == (done.records, 1), "it is over"
+    audit = write_audit(done.folder, done.folder / "audit", pages=()).audit
+    assert {f.code for f in audit.findings if f.status == "fails"} == {"protected", "plan_target", "budget"}
 
 
 class _Killed(BaseException):
@@ -195,16 +200,20 @@ class _Killed(BaseException):
 
 
 @pytest.mark.parametrize("mode", ["distributed", "local"])
-@pytest.mark.parametrize("when", ["before the sites were asked", "after they had answered"])
-def test_a_run_that_was_killed_while_it_closed_is_whole_when_it_is_resumed(
+@pytest.mark.parametrize(
+    "when", ["before the sites were asked", "before it was noted", "after it was noted", "round 3"]
+)
+def test_a_run_that_was_killed_while_scores_came_in_is_whole_when_it_is_resumed(
     tmp_path: Path, configure: Configure, mode: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = scored(configure, tmp_path, mode)
-    name = "_ask" if when.startswith("before") else "_note_sites"
+    name = "_ask" if when.startswith("before the sites") else "_note_sites"
     honest = getattr(server.rounds.Coordinator, name)
 
     def dies(self: Any, *arguments: Any) -> Any:
-        if self.round == 3 and (name != "_ask" or arguments[0] == 4):
+        if self.round == (2 if when == "round 3" else 3) and (name != "_ask" or arguments[0] == 4):
+            if "after" in when or when == "round 3":  # the metrics say it, and the record does not
+                honest(self, *arguments)
             raise _Killed
         return honest(self, *arguments)
 
@@ -217,6 +226,7 @@ def test_a_run_that_was_killed_while_it_closed_is_whole_when_it_is_resumed(
     assert not done.stopped
     ledger = done.folder / "sites" / file_name("busan") / "ledger.db"
     assert len([score for score in own_scores(ledger) if score.round == 3]) <= 1
+    assert mode == "distributed" or sorted(r["round"] for r in done.records if r["at_sites"]) == [0, 2, 3]
     audit = write_audit(done.folder, done.folder / "audit", pages=()).audit
     assert not [f for f in audit.findings if f.status == "fails"]
 
