@@ -173,6 +173,7 @@ def make_plan(tiny_llama: Path) -> MakePlan:
         privacy: dict[str, Any] | None = None,
         training: dict[str, Any] | None = None,
         adapter: dict[str, Any] | None = None,
+        **more: Any,
     ) -> RunPlan:
         values = {
             "run": run,
@@ -185,6 +186,7 @@ def make_plan(tiny_llama: Path) -> MakePlan:
                 "sampling_rate": 0.5, "units_per_site": 24, "noise_multiplier": 1.5, **(privacy or {}),
             },
             "training": {"rounds": 4, "local_steps": 2, "learning_rate": 0.1, "wire": "float32", **(training or {})},
+            **more,
         }  # fmt: skip
         return parse(RunPlan, values)
 
@@ -310,6 +312,33 @@ def test_every_limit_of_the_policy_holds_before_records_and_ledger_are_touched(
     assert office.loader.calls == 0
     assert not office.ledger_path.exists()
     assert any(next(iter(limits)) in record.getMessage() or "permits" in record.getMessage() for record in site_log)
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit"),
+    [
+        ({"canaries": 3, "guesses": 1}, {"canaries": 2}),
+        ({"evaluation": {"every": 1, "noise_multiplier": 0.5}}, {"min_noise_multiplier": 0.6}),
+        ({"evaluation": {"every": 1, "noise_multiplier": 11.0}}, {"max_noise_multiplier": 10.0}),
+        ({"evaluation": {"every": 1, "noise_multiplier": 0.7}}, {"run_epsilon": 10.0}),
+    ],
+    ids=lambda v: next(iter(v)),
+)
+def test_limits_hold_for_scores_and_canaries_as_well(
+    tmp_path: Path, make_plan: MakePlan, asked: dict[str, Any], limit: dict[str, Any]
+) -> None:
+    wide = {"epsilon": 100.0}
+    assert isinstance(Office(tmp_path / "a", make_plan(), **wide, **limit).prepare(), Ready)
+    assert isinstance(Office(tmp_path / "b", make_plan(**asked), **wide).prepare(), Ready)
+    assert reason(Office(tmp_path / "c", make_plan(**asked), **wide, **limit).prepare()) == "policy"
+
+
+def test_a_run_that_is_not_paid_for_leaves_no_canaries(tmp_path: Path, make_plan: MakePlan) -> None:
+    """Else a server could fill a ledger with the runs that it asks for, and have the canaries of others forgotten."""
+    office = Office(tmp_path, make_plan(canaries=3, guesses=1), epsilon=0.01)
+    assert reason(office.train()) == "budget"
+    assert "canaries" not in [open_entry(line).kind for line in LedgerFile(office.ledger_path).lines()]
+    assert not list(tmp_path.glob("*.canaries*"))
 
 
 def test_a_site_that_permits_b_alone_trains_no_method_that_trains_all_it_has(
@@ -751,7 +780,8 @@ def test_an_old_round_is_not_trained_again_once_its_reply_is_gone(
     assert len(office.events()) == 3
 
 
-_POINTS = ["load_units", "train_round", "encode", "release"]
+_POINTS = ["load_units", "score", "train_round", "encode", "release"]
+SCORES = {"every": 1, "noise_multiplier": 2.0}
 
 
 def _interrupt(point: str, office: Office, patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
@@ -762,8 +792,8 @@ def _interrupt(point: str, office: Office, patch: pytest.MonkeyPatch, act: Calla
 
     if point == "load_units":
         office.loader.__class__ = type("Interrupted", (Loader,), {"units": stop})
-    elif point == "train_round":
-        patch.setattr(client.site, "train_round", stop)
+    elif point in ("score", "train_round"):
+        patch.setattr(client.site, point, stop)
     elif point == "encode":
         patch.setattr(client.site.adapter_vector, "encode", stop)
     else:
@@ -772,8 +802,9 @@ def _interrupt(point: str, office: Office, patch: pytest.MonkeyPatch, act: Calla
 
 @pytest.mark.parametrize("point", _POINTS)
 def test_a_crash_after_the_charge_leaves_it_and_the_repeated_round_is_not_charged_again(
-    office: Office, monkeypatch: pytest.MonkeyPatch, point: str
+    office: Office, monkeypatch: pytest.MonkeyPatch, make_plan: MakePlan, point: str
 ) -> None:
+    office.plan = make_plan(evaluation=SCORES)
     request = office.request()
 
     def crash() -> None:
@@ -798,8 +829,9 @@ def test_a_crash_after_the_charge_leaves_it_and_the_repeated_round_is_not_charge
 @pytest.mark.parametrize("point", _POINTS)
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # os.fork, Python 3.12
 def test_a_killed_process_leaves_the_charge_and_no_second_one(
-    office: Office, monkeypatch: pytest.MonkeyPatch, point: str
+    office: Office, monkeypatch: pytest.MonkeyPatch, make_plan: MakePlan, point: str
 ) -> None:
+    office.plan = make_plan(evaluation=SCORES)
     request = office.request()
     readable, writable = os.pipe()
     child = os.fork()
