@@ -149,13 +149,17 @@ class SitePolicy(Frozen):
                     f"{asked}.noise_multiplier={mechanism.noise_multiplier:g} is below the policy's "
                     f"min_noise_multiplier of {least:g}"
                 )
-        if self.run_epsilon is not None:
-            from fedllm.privacy.accounting import overrun
+        self.check_run(plan, both=False)
 
-            for side in SIDES:
-                over = overrun(plan.cost(plan.exchanges, side), self.delta, self.run_epsilon, one_plan=True)
-                if over is None:
-                    continue
+    def check_run(self, plan: RunPlan, both: bool) -> None:
+        """Raise PrivacyError if a run costs more than one may; `both`: the ledger counts all of it on both sides."""
+        if self.run_epsilon is None:
+            return
+        from fedllm.privacy.accounting import overrun
+
+        for side in SIDES:
+            over = overrun(plan.cost(plan.exchanges, side, both), self.delta, self.run_epsilon, one_plan=True)
+            if over is not None:
                 raise PrivacyError(f"the run would cost epsilon {over:.4g}, above run_epsilon={self.run_epsilon:g}")
 
     def check_units(self, units: int) -> None:

@@ -118,7 +118,8 @@ def load_records(
         by = person if declared.unit == "person" else None
         groups[source], wrong[source] = group(kept, tokeniser.read(kept), by)
     known_by = identities(kept, text, person, declared.unit == "person")
-    data_set, rule = fingerprint(members(usable, text, person)), split_rule(text, person)
+    data_set = fingerprint(members(usable, text, person))
+    rule = split_rule(text, person, declared.unit == "person")
     return SiteRecords(declared, data_set, groups, wrong, known_by, rule)
 
 

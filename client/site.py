@@ -263,7 +263,9 @@ class Site:
         self._admit(plan)
         if isinstance(message, SecAggRequest):
             return self._distributed(plan).answer(message)
-        session = PlanSession(self.name, plan, self.open_ledger(), self._records, self._micro_batch, self._open_context)
+        ledger = self.open_ledger()
+        self._policy.check_run(plan, both=not ledger.file.sided(ledger.account))
+        session = PlanSession(self.name, plan, ledger, self._records, self._micro_batch, self._open_context)
         if isinstance(message, Prepare):
             return self._prepare(message, session).to_bytes()
         return self._train(message, session, hold_back, stop)

@@ -174,6 +174,17 @@ class RunPlan(Frozen):
         evaluation = [self.score_mechanism.event(scores)] if scores else []
         return [*training, *evaluation] if both else training if side == "training" else evaluation
 
+    def most(self, rounds: int) -> list[AccountingEvent]:
+        """Return the most that so many of the rounds, one after the other, and the closing exchange cost a unit.
+
+        Whichever rounds they are: the last ones of a run may have more scores than as many first ones.
+        """
+        rounds, every = min(rounds, self.training.rounds), self.evaluation.every
+        found = [self.mechanism.event(rounds * self.training.local_steps)]
+        if every is not None:
+            found.append(self.score_mechanism.event(min(self.scores, -(-rounds // every) + 1)))
+        return found
+
     @property
     def score_mechanism(self) -> Mechanism:
         """The mechanism of one score: every evaluation unit counts, with a vector of metrics of length 1 at most."""

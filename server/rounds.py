@@ -225,6 +225,9 @@ class Coordinator:
             self._best, self._best_round = checkpoint.best, checkpoint.best_round
         write_records(self.folder / METRICS, self.records)
         begun = self._record.resume(self.plan, self.round, self.adapter)
+        if not self._closed:  # else the exchange that scored it is on record
+            self.records[-1] = replace(self.records[-1], at_sites={})
+            write_records(self.folder / METRICS, self.records)
         self._begun = begun if self._masks is not None else {}
         self._repeated = self.round + 2  # the round that was under way, and one more after a damaged checkpoint
 
@@ -259,10 +262,10 @@ class Coordinator:
                 self._charge(outcome, counts=False)
                 self._lose(outcome, "the server was started again", time.monotonic())
             for number in range(self.round + 1, last + 1):
-                if self._no_better():
+                if self._closed or self._no_better():
                     break
                 self._round(number)
-            if self.plan.closes and not may_have_closed:
+            if self.plan.closes and not (may_have_closed or self._closed):
                 self._close(last + 1)
         except QuorumLost as error:
             self._note_scores()
@@ -394,6 +397,11 @@ class Coordinator:
         patience = self.plan.evaluation.patience
         since = sum(bool(each.at_sites) and each.round > self._best_round for each in self.records)
         return patience is not None and since >= patience
+
+    @property
+    def _closed(self) -> bool:
+        """Whether the run was over, with this adapter, before it was resumed."""
+        return self._record.closed == adapter_digest(self.adapter)
 
     @property
     def kept(self) -> tuple[int, NDArray[np.float32]]:

@@ -87,6 +87,7 @@ class RunLog:
         self.path, self._signers, self._roster = path, tuple(signers), dict(roster or {})
         self._last: Entry | None = None
         self._begun: dict[int, set[RoundBegun]] = {}  # by round, the latest and those before a resume
+        self.closed = ""  # digest of the adapter with which the exchange after the last round is over
 
     def begin(self, plan: RunPlan, spec_digest: str, adapter: NDArray[np.float32], most_loss: float) -> None:
         """Start the record; one of an attempt that ended before any site was asked is replaced."""
@@ -115,6 +116,7 @@ class RunLog:
                 "new run."
             )
         self._last = entries[-1]
+        self.closed = next((str(e.body.get("adapter")) for e in reversed(entries) if e.kind == "closing"), "")
         new = self._signers[0].public
         named = {new.to_text()} & {str(entry.body.get("identity")) for entry in entries if entry.kind == "key"}
         if not named and new not in {entry.signer for entry in entries}:

@@ -486,6 +486,8 @@ def _add_mark(record: _Record, entry: Entry, where: str, checks: _Checks) -> Non
     if right:
         record.done = back
         record.rounds = [step for step in record.rounds if step.round <= back]
+        if record.closing is None or record.closing.adapter != mark.adapter:  # its exchange is superseded
+            record.scores = {round_: scores for round_, scores in record.scores.items() if round_ < back}
 
 
 def _check_noise(

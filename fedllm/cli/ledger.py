@@ -245,7 +245,8 @@ def restart(
 ) -> None:  # fmt: skip
     """Go on with an older ledger, or with none: its owner states what is lost, and that counts as spent.
 
-    PLAN is the plan of a run, plan.json in its folder at the server, and ROUNDS how many rounds of it are missing.
+    PLAN is the plan of a run, plan.json in its folder at the server, and ROUNDS how many rounds of it are missing; its
+    last score counts with them.
     `nothing` says that this ledger is the newest, `everything` that nobody knows what is lost: nothing more is trained
     on the records of this account. End the site first.
     """
@@ -277,8 +278,7 @@ def _losses(stated: list[str]) -> "list[Loss]":
                 f"--lost={each}: expected PLAN=ROUNDS, such as plan.json=30, or nothing, or everything alone"
             )
         plan = _read_plan(Path(path))
-        exchanges = min(int(rounds), plan.exchanges)
-        found += [Loss(plan.run, event) for event in plan.cost(exchanges, "training", both=True)]  # on both sides
+        found += [Loss(plan.run, event) for event in plan.most(int(rounds))]  # on both sides
     return found
 
 
@@ -336,6 +336,7 @@ def forecast(
         )
     try:
         policy.admit(planned)
+        policy.check_run(planned, past.both)
         if office is not None:
             office.model(planned.model)
     except PrivacyError as error:

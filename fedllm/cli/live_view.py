@@ -118,7 +118,7 @@ class Screen:
             lines.add_row("at the sites", f"{plan.scores} scores on records that never train{epsilon} for all of them")
         if plan.canaries:
             lines.add_row(
-                "attack", f"{plan.canaries} canaries at each site, {plan.guesses} guesses by each of 2 attacks"
+                "attack", f"{plan.canaries} canaries at each site; guesses by each of 2 attacks: {plan.guesses}"
             )
         self._console.print(Panel(lines, title="fedllm", title_align="left", border_style="blue", expand=False))
         for progress, task, total in (

@@ -690,9 +690,11 @@ def identities(rows: Iterable[Row | DataError], data: TextConfig, column: str | 
     return list(found.values())
 
 
-def split_rule(data: TextConfig, column: str | None) -> str:
+def split_rule(data: TextConfig, column: str | None, by_person: bool) -> str:
     """Return a digest, 16 hexadecimal digits, of what `identities` tells units by: a ledger notices when it changes."""
-    told = ["person", canonical(column)] if column is not None else ["text", *_text_columns(data)]
+    told = [] if column is None else ["person", canonical(column)]
+    if column is None or not by_person:  # a record whose person is unknown is told by its text, and trains
+        told += ["text", *_text_columns(data)]
     return digest_of(told)[:16]
 
 

@@ -71,14 +71,17 @@ class SmallSite:
 
     def answer(self, exchange: int = 1) -> tuple[bytes, np.ndarray]:
         """Return the update and the score, float64[1 + metrics]."""
-        context = open_context(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
-        request = TrainRequest(
-            plan=self.plan, round=exchange, spec_digest=context.adapter.spec.digest, head=None, begun=BEGUN,
-            payload=adapter_vector.encode(context.adapter.initial + np.float32(0.01), "float32"),
-        )  # fmt: skip
-        reply = from_bytes(self.site.handle(request.to_bytes()), TrainReply, TrainReply)
+        reply = from_bytes(self.site.handle(self.request(exchange)), TrainReply, TrainReply)
         update, score = unpack(reply.payload, 2)
         return update, np.frombuffer(score, "<f8")
+
+    def request(self, exchange: int = 1, values: float = 0.01) -> bytes:
+        """What the server asks, of an adapter that is `values` away from the initial one."""
+        context = open_context(self.plan.model, self.plan.adapter, self.plan.seed, "cpu")
+        return TrainRequest(
+            plan=self.plan, round=exchange, spec_digest=context.adapter.spec.digest, head=None, begun=BEGUN,
+            payload=adapter_vector.encode(context.adapter.initial + np.float32(values), "float32"),
+        ).to_bytes()  # fmt: skip
 
     def side(self, who: str) -> Side:
         return Split(0.4, KEY).side(b"person\0" + who.encode())

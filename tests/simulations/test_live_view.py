@@ -142,7 +142,7 @@ def test_before_anything_is_sent_the_screen_says_what_is_scored_and_attacked(
     with Screen(Console(file=output, width=200)) as screen:
         screen.announce(plan.model_copy(update={"canaries": 40, "guesses": 7}), ["busan"])
     assert "4 scores on records that never train, epsilon 1.5 for all of them" in output.getvalue()
-    assert "40 canaries at each site, 7 guesses by each of 2 attacks" in output.getvalue()
+    assert "40 canaries at each site; guesses by each of 2 attacks: 7" in output.getvalue()
 
 
 def test_the_closing_table_has_the_sites_scores_before_and_after(

@@ -20,6 +20,7 @@ from fedllm.config import SimulationConfig
 from fedllm.crypto.hash_chain import open_entry
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.privacy.accounting import spent_at_sites
+from fedllm.privacy.ledger import PrivacyLedger
 from fedllm.privacy.metrics import Layout
 from fedllm.privacy.split import SIDES
 from fedllm.protocol.messages import TrainRequest, from_bytes
@@ -144,6 +145,22 @@ def test_a_score_that_was_altered_is_found(
     assert "metrics" in failing(done.folder)
 
 
+def test_scores_that_nobody_paid_for_are_found(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sites whose software leaves them out of the ledger: in the audit, their charges are not the plan's."""
+    honest = PrivacyLedger.reserve
+
+    def free(self: PrivacyLedger, run: str, round: int, request: str, event: Any, evaluation: Any = None) -> Any:
+        return honest(self, run, round, request, event)
+
+    monkeypatch.setattr(PrivacyLedger, "reserve", free)
+    done = run(scored(configure, tmp_path, "local"))
+    audit = write_audit(done.folder, done.folder / "audit", pages=()).audit
+    assert audit.finding("charged_before_release").status == "fails"
+    assert audit.verdict == "unverifiable"
+
+
 def test_the_best_adapter_is_kept(tmp_path: Path, configure: Configure) -> None:
     """Training that goes astray at the end: without noise, so that the best is certain."""
     config = scored(
@@ -164,13 +181,18 @@ def test_the_best_adapter_is_kept(tmp_path: Path, configure: Configure) -> None:
 def test_training_ends_when_scores_no_longer_improve_and_nothing_is_refunded(
     tmp_path: Path, configure: Configure
 ) -> None:
-    done = run(scored(
+    config = scored(
         configure, tmp_path, "off", evaluation={"every": 1, "patience": 2},
         training={"rounds": 9, "learning_rate": 1e-9},
-    ))  # fmt: skip
+    )  # fmt: skip
+    done = run(config)
     assert not done.stopped
     assert 2 <= len(entries(done.folder, "round")) < 9
     assert len(entries(done.folder, "closing")) == 1
+    again = run(config.model_copy(update={"resume": True}))
+    assert (again.records, len(entries(done.folder, "closing"))) == (done.records, 1), "it is over"
+    audit = write_audit(done.folder, done.folder / "audit", pages=()).audit
+    assert {f.code for f in audit.findings if f.status == "fails"} == {"protected", "plan_target", "budget"}
 
 
 class _Killed(BaseException):
@@ -178,16 +200,20 @@ class _Killed(BaseException):
 
 
 @pytest.mark.parametrize("mode", ["distributed", "local"])
-@pytest.mark.parametrize("when", ["before the sites were asked", "after they had answered"])
-def test_a_run_that_was_killed_while_it_closed_is_whole_when_it_is_resumed(
+@pytest.mark.parametrize(
+    "when", ["before the sites were asked", "before it was noted", "after it was noted", "round 3"]
+)
+def test_a_run_that_was_killed_while_scores_came_in_is_whole_when_it_is_resumed(
     tmp_path: Path, configure: Configure, mode: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = scored(configure, tmp_path, mode)
-    name = "_ask" if when.startswith("before") else "_note_sites"
+    name = "_ask" if when.startswith("before the sites") else "_note_sites"
     honest = getattr(server.rounds.Coordinator, name)
 
     def dies(self: Any, *arguments: Any) -> Any:
-        if self.round == 3 and (name != "_ask" or arguments[0] == 4):
+        if self.round == (2 if when == "round 3" else 3) and (name != "_ask" or arguments[0] == 4):
+            if "after" in when or when == "round 3":  # the metrics say it, and the record does not
+                honest(self, *arguments)
             raise _Killed
         return honest(self, *arguments)
 
@@ -200,6 +226,7 @@ def test_a_run_that_was_killed_while_it_closed_is_whole_when_it_is_resumed(
     assert not done.stopped
     ledger = done.folder / "sites" / file_name("busan") / "ledger.db"
     assert len([score for score in own_scores(ledger) if score.round == 3]) <= 1
+    assert mode == "distributed" or sorted(r["round"] for r in done.records if r["at_sites"]) == [0, 2, 3]
     audit = write_audit(done.folder, done.folder / "audit", pages=()).audit
     assert not [f for f in audit.findings if f.status == "fails"]
 
