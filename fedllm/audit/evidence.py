@@ -434,7 +434,8 @@ def _add_closing(record: _Record, entry: Entry, where: str, checks: _Checks) -> 
         checks.note("rounds", record.begun[record.open].round == number, f"{where}: #{record.open}, {number}")
         record.became[record.open] = entry.number
         record.open = None
-    right = record.plan.closes and closing.adapter == record.adapter[record.done]
+    once = record.closing is None or record.closing.adapter != closing.adapter  # a run that went back closes again
+    right = once and record.plan.closes and closing.adapter == record.adapter[record.done]
     checks.note("rounds", right, f"{where}: {record.done}, {closing.adapter[:16]}…")
     step = _RoundBody(
         round=number, counts=False, answered=closing.answered, declined=closing.declined, failed=closing.failed,
@@ -1212,10 +1213,13 @@ def _attacked(
         if not plan.canaries or not text or ledger is None:
             continue
         number, committed = ledger.commitments.get(plan.run, (math.inf, ""))
-        first = min((charge.number for charge in ledger.of(plan.run)), default=-1)
+        charges = {charge.number: charge.body.round for charge in ledger.of(plan.run)}
+        first, last = min(charges, default=-1), max(charges, default=-1)
         try:
             if not number < first:
                 raise CryptoError(f"#{number}: no commitment before the first charge, #{first}")
+            if charges[last] != plan.exchanges:  # whoever knows the coins can train so that the guesses look blind
+                raise CryptoError(f"#{last}: round {charges[last]} was charged after the canaries were opened")
             opening = Opening.from_text(text)
             opening.check(plan.run, name, plan.canaries, plan.guesses, committed)
         except CryptoError as error:

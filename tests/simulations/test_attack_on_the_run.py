@@ -21,6 +21,7 @@ from fedllm.crypto.hash_chain import open_entry
 from fedllm.privacy import mechanism
 from fedllm.privacy.canaries import Opening, Secret
 from fedllm.privacy.ledger import LedgerFile, PrivacyLedger
+from fedllm.protocol.messages import TrainRequest, from_bytes
 from fedllm.protocol.spending_statement import open_statement
 from server.run_record import RECORD_FILE
 from simulations.simulate import simulate
@@ -182,6 +183,25 @@ def test_a_commitment_after_the_first_charge_is_no_commitment(
     audit = audit_of(attacked(configure, tmp_path))
     assert audit.attack is None
     assert audit.finding("statements").status == "fails"
+
+
+def test_canaries_that_were_opened_before_the_last_round_are_found(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that asks for the closing exchange first knows the coins, and trains on with that."""
+    honest, early = Site.handle, list[str]()
+
+    def handle(self: Site, request: bytes, stop: Any = None) -> bytes:
+        if b'"kind":"train"' in request[:40] and self.name not in early:
+            early.append(self.name)
+            asked = from_bytes(request, TrainRequest, TrainRequest)
+            honest(self, asked.model_copy(update={"round": asked.plan.exchanges}).to_bytes())
+        return honest(self, request, stop)
+
+    monkeypatch.setattr(Site, "handle", handle)
+    audit = audit_of(attacked(configure, tmp_path))
+    assert audit.finding("statements").status != "holds" or audit.attack is None
+    assert audit.verdict == "unverifiable"
 
 
 def test_a_site_takes_part_in_an_attack_only_if_its_policy_allows(
