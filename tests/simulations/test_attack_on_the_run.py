@@ -1,5 +1,6 @@
 """Sites commit to canaries before the first charge, guess after the last round, and the audit counts again."""
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -126,10 +127,12 @@ def _cut(state: Path) -> None:
 
 
 def _of_another(state: Path) -> None:
-    head, _, content = state.read_bytes().partition(b"\n")
+    _, _, content = state.read_bytes().partition(b"\n")
+    head, _, numbers = content.partition(b"\n")
     made = json.loads(head)
     made["secret"] = Secret.draw(made["secret"]["run"], made["secret"]["site"], 8).model_dump()
-    state.write_bytes(json.dumps(made, separators=(",", ":"), sort_keys=True).encode() + b"\n" + content)
+    content = json.dumps(made, separators=(",", ":"), sort_keys=True).encode() + b"\n" + numbers
+    state.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
 
 @pytest.mark.parametrize("tamper", [_gone, _cut, _of_another])
