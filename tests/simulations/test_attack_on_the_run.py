@@ -196,15 +196,16 @@ def test_canaries_that_were_opened_before_the_last_round_are_found(
 
     def handle(self: Site, request: bytes, stop: Any = None) -> bytes:
         if b'"kind":"train"' in request[:40] and self.name not in early:
-            early.append(self.name)
             asked = from_bytes(request, TrainRequest, TrainRequest)
-            honest(self, asked.model_copy(update={"round": asked.plan.exchanges}).to_bytes())
+            if asked.round == 2:  # in the first, no step was seen yet, and the site has nothing to guess by
+                early.append(self.name)
+                honest(self, asked.model_copy(update={"round": asked.plan.exchanges}).to_bytes())
         return honest(self, request, stop)
 
     monkeypatch.setattr(Site, "handle", handle)
     audit = audit_of(attacked(configure, tmp_path))
-    assert audit.finding("statements").status != "holds" or audit.attack is None
-    assert audit.verdict == "unverifiable"
+    assert len(early) == len(BRANCHES)
+    assert audit.attack is None, "what the sites opened then is in no statement of the record, or is refused"
 
 
 def test_a_site_takes_part_in_an_attack_only_if_its_policy_allows(

@@ -250,6 +250,22 @@ def test_a_site_that_answers_no_more_leaves_the_run_without_its_last_score(
     assert write_audit(done.folder, done.folder / "audit", pages=()).audit.verdict == "within"
 
 
+@pytest.mark.parametrize("mode", ["distributed", "local"])
+def test_a_round_that_is_taken_back_has_scored_the_adapter_before_it_all_the_same(
+    tmp_path: Path, configure: Configure, mode: str
+) -> None:
+    """And what it says of that adapter is no word on the round itself, which left it as it was."""
+    done = run(scored(
+        configure, tmp_path, mode, data={"heldout": configure(tmp_path).data.heldout}, evaluation={"every": 1},
+        federation={"gate": 0.0}, training={"learning_rate": 50.0},
+    ))  # fmt: skip
+    lost = [r["round"] for r in done.records if r["lost"]]
+    assert lost, "with such steps some round makes the adapter worse"
+    assert all(r["at_sites"] for r in done.records[:-1])
+    audit = write_audit(done.folder, done.folder / "audit", pages=()).audit
+    assert not [f for f in audit.findings if f.status == "fails"]
+
+
 def test_groups_have_scores_of_their_own_that_are_added_up(tmp_path: Path, configure: Configure) -> None:
     done = run(scored(
         configure, tmp_path, "distributed", privacy={"colluding_sites": 0, "unit": "record"},
