@@ -303,7 +303,8 @@ class Coordinator:
         counts = update is not None and not lost
         self._charge(outcome, counts)
         if lost:
-            self._lose(outcome, lost, began, found)
+            scored = {**found.entry, **_said(found.scores)} if found.scores is not None else {}
+            self._lose(outcome, lost, began, scored)
             self._lost_in_a_row += 1
             if self._lost_in_a_row >= _LOST_IN_A_ROW:
                 raise QuorumLost(
@@ -558,21 +559,20 @@ class Coordinator:
         groups = self.plan.least_groups
         return f"federation.quorum={self._quorum}" + (f" in each of {groups} groups" if self.plan.groups else "")
 
-    def _lose(self, outcome: RoundOutcome, why: str, began: float, found: _Sum | None = None) -> None:
+    def _lose(
+        self, outcome: RoundOutcome, why: str, began: float, scored: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         """Note a round that is not applied: what the sites paid for it stands, and the adapter stays as it is.
 
-        `found` may still say how good the adapter before it is.
+        So does what they said of the adapter that it started from.
         """
-        body = {**outcome.entry(adapter_digest(self.adapter)), "lost": why}
-        if found is not None and found.scores is not None:
-            body |= {**found.entry, **_said(found.scores)}
+        body = {**outcome.entry(adapter_digest(self.adapter)), **scored, "lost": why}
         self._note_scores()  # they are also this round's
         last = self.records[-1]
         record = replace(
             last, round=outcome.number, lost=why, answered=sorted(outcome.answers), declined=dict(outcome.declined),
-            failed=dict(outcome.failed), noise_multiplier=None, without={}, at_sites={}, update_norm=0.0,
-            bytes_up=outcome.bytes_up, bytes_down=outcome.bytes_down, epsilon=self._epsilon(),
-            seconds=time.monotonic() - began,
+            failed=dict(outcome.failed), noise_multiplier=None, without={}, update_norm=0.0, bytes_up=outcome.bytes_up,
+            bytes_down=outcome.bytes_down, epsilon=self._epsilon(), seconds=time.monotonic() - began, at_sites={},
         )  # fmt: skip
         self._finish(record, body)
 

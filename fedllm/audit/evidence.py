@@ -451,9 +451,12 @@ def _add_scores(
     record: _Record, step: _RoundBody, before: int, scores: _Scores | None, where: str, checks: _Checks
 ) -> None:
     """Take in what a round, from 1, or the closing exchange says of the adapter that it starts from."""
-    if scores is None:
-        return
     plan, layout, shared = record.plan, record.layout, record.plan.distributed_scores
+    if scores is None:
+        closed = step.round > plan.training.rounds and not step.lost
+        if (step.counts or closed) and plan.score_noise(step.round) is not None:
+            checks.note("metrics", False, f"{where}: scores?")  # was it not good enough to be told?
+        return
     if shared is None:
         noise, factor = plan.score_mechanism.noise_std * math.sqrt(len(step.answered)), 1.0
     else:
@@ -489,6 +492,23 @@ def _add_mark(record: _Record, entry: Entry, where: str, checks: _Checks) -> Non
         record.rounds = [step for step in record.rounds if step.round <= back]
         if record.closing is None or record.closing.adapter != mark.adapter:  # its exchange is superseded
             record.scores = {round_: scores for round_, scores in record.scores.items() if round_ < back}
+    if entry.kind == "end":
+        _check_kept(record, mark, where, checks)
+
+
+def _check_kept(record: _Record, mark: _MarkBody, where: str, checks: _Checks) -> None:
+    """Check that the adapter that a run ended with is one of its rounds', and the best of those that have a score."""
+    plan, kept = record.plan, record.done if mark.kept is None else mark.kept
+    best = plan.training.keep == "best"
+    if mark.kept is not None:
+        right = best and 0 <= kept <= record.done and mark.kept_adapter == record.adapter.get(kept)
+        checks.note("rounds", right, f"{where}: {kept}, {mark.kept_adapter[:16]}…")
+    if best:  # a server that was started again may not know the last score any more
+        tables = {number: _read_scores(record, scores) for number, scores in record.scores.items()}
+        worse = [number for number, each in tables.items() if record.layout.better(each, tables.get(kept, {}))]
+        checks.note("metrics", "unverified" if worse else "holds", f"{where}: {kept} {'<' if worse else '≥'} {worse}")
+    if plan.closes and not mark.stopped and record.closing is None:
+        checks.note("metrics", "unverified", f"{where}: closing?")
 
 
 def _check_noise(

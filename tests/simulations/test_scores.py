@@ -28,7 +28,7 @@ from server.checkpoint import load_checkpoint
 from server.run_record import RECORD_FILE, key_in
 from simulations.simulate import KEYS, simulate
 from tests.fedllm.audit.test_evidence import failing, lie
-from tests.simulations.conftest import BRANCHES, Configure, merge
+from tests.simulations.conftest import BRANCHES, Configure, Records, merge
 
 SCORED: dict[str, Any] = {
     "data": {"samples": 0, "heldout": None},
@@ -131,7 +131,14 @@ def _less_noise(scores: dict[str, Any]) -> None:
     scores["noise_std"] /= 2
 
 
-@pytest.mark.parametrize(("kind", "change"), [("round", _more), ("closing", _more), ("closing", _less_noise)])
+def _none(scores: dict[str, Any]) -> None:
+    scores.clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [("round", _more), ("closing", _more), ("closing", _less_noise), ("round", _none), ("closing", _none)],
+)
 def test_a_score_that_was_altered_is_found(
     tmp_path: Path, configure: Configure, kind: str, change: Callable[[dict[str, Any]], None]
 ) -> None:
@@ -139,7 +146,14 @@ def test_a_score_that_was_altered_is_found(
     done = run(scored(configure, tmp_path, "distributed"))
 
     def altered(bodies: list[dict[str, Any]]) -> None:
-        change(next(body["scores"] for body in bodies if body["kind"] == kind and "scores" in body))
+        body = next(body for body in bodies if body["kind"] == kind and "scores" in body)
+        change(body["scores"])
+        if not body["scores"]:  # it was not good enough to be told: metrics do not tell it either
+            del body["scores"]
+            path, hidden = done.folder / "metrics.jsonl", body.get("round", 4) - 1
+            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            lines[hidden]["at_sites"] = {}
+            path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
 
     lie(done.folder, key_in(done.folder), altered)
     assert "metrics" in failing(done.folder)
@@ -176,6 +190,32 @@ def test_the_best_adapter_is_kept(tmp_path: Path, configure: Configure) -> None:
     assert np.array_equal(state.best, state.adapter) == (best == 3)
     [end] = entries(done.folder, "end")
     assert end.get("kept", 3) == best
+    write_audit(done.folder, done.folder / "audit", pages=())
+    assert not {"rounds", "metrics"} & failing(done.folder)
+
+    def another(bodies: list[dict[str, Any]]) -> None:
+        """The server says that it kept an adapter of which nobody has heard."""
+        bodies[-1] |= {"kept": best, "kept_adapter": "f" * 64}
+
+    lie(done.folder, key_in(done.folder), another)
+    assert "rounds" in failing(done.folder)
+
+
+def test_a_round_that_the_gate_takes_back_keeps_its_score_in_record_and_audit(
+    tmp_path: Path, configure: Configure, records: Records
+) -> None:
+    """It is the score of the adapter that the round started from; the audit holds the metrics against it."""
+    config = scored(
+        configure, tmp_path, "local", data={"heldout": str(records.heldout)}, evaluation={"every": 2},
+        federation={"gate": 1e-6}, training={"rounds": 3, "learning_rate": 4.0},
+    )  # fmt: skip
+    done = run(config)
+    lost = [body for body in entries(done.folder, "round") if body.get("lost")]
+    assert any(body["round"] in (1, 3) for body in lost)
+    assert [body["round"] for body in entries(done.folder, "round") if "scores" in body] == [1, 3]
+    assert [line["round"] for line in done.records if line["at_sites"]] == [0, 2, 3]
+    write_audit(done.folder, done.folder / "audit", pages=())
+    assert not {"rounds", "metrics"} & failing(done.folder)
 
 
 def test_training_ends_when_scores_no_longer_improve_and_nothing_is_refunded(
