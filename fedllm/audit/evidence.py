@@ -1229,8 +1229,16 @@ def _attacked(
     plan, openings = record.plan, list[Opening]()
     for name, signed in statements.items():
         ledger = ledgers.get(name)
-        text = next((s.canaries for s, _ in signed if s.round == plan.training.rounds + 1 and s.canaries), "")
-        if not plan.canaries or not text or ledger is None:
+        closing = plan.training.rounds + 1
+        text = next((s.canaries for s, _ in signed if s.round == closing and s.canaries), "")
+        if not plan.canaries or ledger is None:
+            continue
+        ends = [charge.number for charge in ledger.of(plan.run) if charge.body.round == closing and charge.released]
+        later = max((charge.number for charge in ledger.of(plan.run) if charge.body.round < closing), default=-1)
+        if ends and (ends[-1] < later or closing not in {s.round for s, _ in signed}):
+            # the server asked before the last round, for an attack on another adapter, or hides what was opened
+            checks.note("empirical", "unverified", f"{name}: #{ends[-1]} (#{later}), {closing}")
+        if not text:
             continue
         number, committed = ledger.commitments.get(plan.run, (math.inf, ""))
         charges = {charge.number: charge.body.round for charge in ledger.of(plan.run)}

@@ -14,7 +14,7 @@ import server.run
 from client.canaries import SiteCanaries
 from client.site import Site
 from fedllm.audit.bundle import write_audit
-from fedllm.audit.evidence import file_name
+from fedllm.audit.evidence import assess, file_name
 from fedllm.audit.model import Audit
 from fedllm.audit.summary import RunSummary
 from fedllm.config import SimulationConfig
@@ -24,8 +24,10 @@ from fedllm.privacy.canaries import Opening, Secret
 from fedllm.privacy.ledger import LedgerFile, PrivacyLedger
 from fedllm.protocol.messages import TrainRequest, from_bytes
 from fedllm.protocol.spending_statement import open_statement
-from server.run_record import RECORD_FILE
+from server.rounds import Coordinator
+from server.run_record import RECORD_FILE, key_in
 from simulations.simulate import simulate
+from tests.fedllm.audit.test_evidence import lie
 from tests.simulations.conftest import BRANCHES, Configure, merge
 from tests.simulations.test_canary_controls import base  # noqa: F401  # a fixture
 
@@ -177,6 +179,42 @@ def test_coins_that_are_opened_otherwise_than_committed_are_found(
     assert "busan" in audit.finding("statements").evidence[0]
     assert audit.attack is not None
     assert audit.attack.sites == 3
+
+
+def test_an_opening_that_the_server_hides_leaves_the_attack_unverified(tmp_path: Path, configure: Configure) -> None:
+    """It knows who guessed well before it writes who has answered."""
+    done = attacked(configure, tmp_path)
+    audit_of(done)  # hands in the ledgers
+
+    def hide(bodies: list[dict[str, Any]]) -> None:
+        closing = next(body for body in bodies if body["kind"] == "closing")
+        del closing["answered"]["busan"]
+        closing["failed"]["busan"] = "no answer"
+
+    lie(done.folder / "audit", key_in(done.folder), hide)
+    audit = assess(done.folder / "audit")
+    assert audit.attack is not None
+    assert audit.attack.sites == 3
+    assert audit.finding("empirical").status == "unverified"
+    assert "busan" in audit.finding("empirical").evidence[0]
+
+
+def test_an_attack_on_an_adapter_before_the_last_leaves_it_unverified(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has the canaries opened after the first round, when next to nothing is to be seen, and trains on."""
+    honest, close = Coordinator._round, Coordinator._close
+
+    def early(self: Coordinator, number: int) -> None:
+        if number == 2:
+            close(self, self.plan.training.rounds + 1)
+        honest(self, number)
+
+    monkeypatch.setattr(Coordinator, "_round", early)
+    monkeypatch.setattr(Coordinator, "_close", lambda *_: None)
+    audit = audit_of(attacked(configure, tmp_path))
+    assert audit.attack is not None
+    assert audit.finding("empirical").status == "unverified"
 
 
 def test_a_commitment_after_the_first_charge_is_no_commitment(
