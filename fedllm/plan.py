@@ -28,6 +28,7 @@ from fedllm.errors import ConfigError, PrivacyError
 from fedllm.privacy.accounting import AccountingEvent
 from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
+from fedllm.privacy.metrics import metric_names
 from fedllm.privacy.split import Side
 from fedllm.values import MAX_HOLDERS, MAX_SITES, Frozen, Names, Printable, Seed
 
@@ -69,7 +70,9 @@ class RunPlan(Frozen):
         if self.privacy.mode == "distributed":
             check_distributed(self.privacy, self.training, self.sites, self.quorum)
             try:
-                _ = self.distributed, self.distributed_scores
+                _, scores = self.distributed, self.distributed_scores
+                if scores is not None:  # else a site finds out when it has paid
+                    scores.clip_before_rounding(1 + len(metric_names(len(self.model.labels))))
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return self

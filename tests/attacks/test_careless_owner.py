@@ -13,13 +13,14 @@ import pytest
 from client.policy import widest
 from client.records import Declared, load_records
 from fedllm.config import TextConfig
-from fedllm.errors import PrivacyError
+from fedllm.errors import ConfigError, PrivacyError
 from fedllm.plan import RunPlan
 from fedllm.privacy.accounting import spent
 from fedllm.privacy.ledger import LedgerFile
 from fedllm.privacy.split import Side, Split
 from fedllm.protocol.messages import Declined, Message, from_bytes
 from fedllm.training.model import load_reader
+from fedllm.values import parse
 from tests.bug_zoo.test_two_sides import SmallSite, scored
 
 ROWS: list[dict[str, Any]] = [{"who": None, "text": f"record {n}", "note": f"note {n}"} for n in range(40)]
@@ -60,6 +61,21 @@ def test_the_limit_of_a_run_holds_for_what_counts_on_both_sides(tiny_llama: Path
     policy.admit(plan)
     with pytest.raises(PrivacyError, match="run_epsilon"):
         policy.check_run(plan, both=True)
+
+
+def test_a_plan_whose_scores_32_bits_are_too_coarse_for_is_none() -> None:
+    """A site that charged for it would stop when it rounds its sum, until its owner acts."""
+    plan: dict[str, Any] = {
+        "run": "run", "seed": 0, "model": {"source": "none"}, "adapter": {}, "sites": 3, "quorum": 3,
+        "privacy": {
+            "mode": "distributed", "units_per_site": 30_000_000, "sampling_rate": 1e-4, "noise_multiplier": 10.0,
+            "delta": 1e-9,
+        },
+        "training": {"rounds": 3, "local_steps": 1},
+    }  # fmt: skip
+    assert parse(RunPlan, plan)
+    with pytest.raises(ConfigError, match="coarsely"):
+        parse(RunPlan, plan | {"evaluation": {"every": 1, "noise_multiplier": 10.0}})
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 12, 20])
