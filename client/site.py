@@ -59,7 +59,7 @@ from fedllm.privacy.accounting import PrivacySpent
 from fedllm.privacy.ledger import DataSet, PrivacyLedger
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.privacy.metrics import metric_names
-from fedllm.privacy.randomness import KeyedRandomness, OsRandomness, Randomness, SeededRandomness
+from fedllm.privacy.randomness import Beside, KeyedRandomness, OsRandomness, Randomness, SeededRandomness
 from fedllm.privacy.split import Side, Split
 from fedllm.protocol.messages import (
     Declined,
@@ -373,7 +373,9 @@ class Site:
         self._unfinished.begin(plan.run, request.round)
         try:
             used = self._used(request, session, start, mask, canaries.units, reservation.coins, stop)
-            reply = used if isinstance(used, Declined) else self._reply(request, used, spent, head, canaries.opening)
+            reply = (
+                used if isinstance(used, Declined) else self._reply(request, start, used, spent, head, canaries.opening)
+            )
         except Cancelled:
             self._unfinished.end()
             raise  # given up for a reason that no record had a part in
@@ -402,7 +404,10 @@ class Site:
         """
         plan, context, trains = session.plan, session.context, request.round <= session.plan.training.rounds
         source = session.randomness(request.round)
-        own_coins = KeyedRandomness(coins, b"fedllm poisson sample v1") if source.private else source
+        own_coins: Randomness = source
+        if source.private:  # canaries have coins of their own: which records are drawn does not depend on them
+            of_canaries = KeyedRandomness(coins, b"fedllm canary sample v1")
+            own_coins = Beside(of_canaries, len(canaries), KeyedRandomness(coins, b"fedllm poisson sample v1"))
         scored: Scored | None = None
         if plan.score_noise(request.round) is not None:
             scored = score(context.adapter, session.units("evaluation"), plan, start, source)
@@ -466,8 +471,9 @@ class Site:
             return _Canaries()
 
     def _reply(
-        self, request: TrainRequest, payload: bytes, spent: PrivacySpent, head: LedgerHead, canaries: str
-    ) -> TrainReply:
+        self, request: TrainRequest, start: NDArray[np.float32], payload: bytes, spent: PrivacySpent, head: LedgerHead,
+        canaries: str,
+    ) -> TrainReply:  # fmt: skip
         plan = request.plan
         statement = Statement(
             site=self.name,
@@ -485,6 +491,7 @@ class Site:
             record_number=request.begun.number,
             record_digest=request.begun.digest,
             canaries=canaries,
+            adapter=hashlib.sha256(start.astype("<f4").tobytes()).hexdigest(),
         )
         return TrainReply(statement=sign_statement(statement, self._identity()), payload=payload)
 

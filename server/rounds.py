@@ -736,6 +736,7 @@ class Coordinator:
             "round": number,
             "delta": self.plan.privacy.delta,
             "update": update_digest(reply.payload),
+            "adapter": adapter_digest(self.adapter),
         }
         for name, value in expected.items():
             if getattr(statement, name) != value:

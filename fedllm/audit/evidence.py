@@ -834,7 +834,7 @@ class _SiteEvidence:
     plan: RunPlan
     absent: bool  # as the reader knows
     last: End  # of the record
-    answers: tuple[tuple[int, int, str], ...]  # entry of the record, round, statement
+    answers: tuple[tuple[int, int, str, str], ...]  # entry of the record, round, adapter before it, statement
     # what the site may have signed for: entries of the record that ask it, each with round, digest, roster's digest
     begun: Mapping[int, tuple[int, str, str]]
 
@@ -852,10 +852,10 @@ class _SiteChecks:
 
 def _examined(folder: Path, record: _Record, absent: Collection[str]) -> list[_SiteChecks]:
     """Examine every site; on all cores if there are many signatures to check."""
-    answers: dict[str, list[tuple[int, int, str]]] = {name: [] for name in record.sites}
+    answers: dict[str, list[tuple[int, int, str, str]]] = {name: [] for name in record.sites}
     for number, step in record.attempts:
         for name, line in step.answered.items():
-            answers[name].append((number, step.round, line))
+            answers[name].append((number, step.round, step.adapter_before, line))
     begun = {n: (each.round, record.entries[n].digest, roster_digest(each.sites)) for n, each in record.begun.items()}
     papers = []
     asks = {number: frozenset(each.sites) for number, each in record.begun.items()}
@@ -895,15 +895,15 @@ def _check_statements(papers: _SiteEvidence, checks: _Checks) -> _Signed:
     """Open a site's statements; those that are not about their round, or not signed, are left out and noted."""
     found: _Signed = []
     plan, digest = papers.plan, papers.plan.digest
-    for number, round_, line in papers.answers:
+    for number, round_, adapter, line in papers.answers:
         where = f"{RECORD} #{number}, {papers.name}"
         try:
             statement, signer = open_statement(line)
         except CryptoError as error:
             checks.note("statements", False, f"{where}: {error}")
             continue
-        about = (statement.site, statement.run, statement.plan, statement.round, statement.delta)
-        right = about == (papers.name, plan.run, digest, round_, plan.privacy.delta)
+        about = (statement.site, statement.run, statement.plan, statement.round, statement.delta, statement.adapter)
+        right = about == (papers.name, plan.run, digest, round_, plan.privacy.delta, adapter)
         checks.note("statements", right, f"{where}: {signer.fingerprint}" if right else f"{where}: {about}")
         if right:
             found.append((statement, signer))

@@ -49,6 +49,17 @@ class KeyedRandomness:
         return np.frombuffer(b"".join(bytes(block) for block in primitives.keystream(key, 8 * n)), "<u8")
 
 
+class Beside:
+    """The words of one source, and before them `many` of another: what either gives does not depend on the other."""
+
+    def __init__(self, first: Randomness, many: int, then: Randomness) -> None:
+        self._first, self._many, self._then = first, many, then
+        self.private = first.private and then.private
+
+    def words(self, n: int) -> NDArray[np.uint64]:
+        return np.concatenate([self._first.words(self._many), self._then.words(n - self._many)])
+
+
 class SeededRandomness:
     """Reproducible words for experiments and non-private runs. Protects nobody.
 

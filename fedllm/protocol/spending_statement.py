@@ -37,6 +37,7 @@ class Statement:
     roster: str = ""  # `roster_digest` of the sites that the server said it asks in this round; "": earlier versions
     record_number: int = 0  # the newest entry of the server's run record, as it said: the one that begins the round
     record_digest: str = ""
+    adapter: str = ""  # SHA-256 of float32[d], little endian, hex: that the site was sent, to train from or to score
     canaries: str = ""  # in the closing exchange: their opening (fedllm.privacy.canaries)
     grid: float | None = None  # of the privacy loss, on which `epsilon` was computed; None: 1e-4, or there is no PLD
 
@@ -72,7 +73,7 @@ def open_statement(line: str) -> tuple[Statement, PublicIdentity]:
         raise CryptoError("a signed statement of unknown form") from None
     numbers = (statement.epsilon, statement.epsilon_rdp, statement.delta, statement.grid)
     texts = (statement.site, statement.run, statement.plan, statement.ledger_digest, statement.update,
-             statement.roster, statement.record_digest, statement.canaries)  # fmt: skip
+             statement.roster, statement.record_digest, statement.canaries, statement.adapter)  # fmt: skip
     counts = (statement.round, statement.ledger_number, statement.record_number)
     if (
         not canonical

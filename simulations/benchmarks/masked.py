@@ -8,6 +8,7 @@ sites share two processes here, so their work, which in a federation is done by 
 """
 
 import asyncio
+import hashlib
 import os
 import sys
 import tempfile
@@ -85,13 +86,13 @@ class _Untrained:
         start, asked = unpack(message.payload, 2)
         mask = from_bytes(asked, MaskedInputRequest, MaskedInputRequest)
         self._masks.check(plan, mask)
-        upload = cast(Any, plan.distributed).upload(np.zeros(len(start) // 4), OsRandomness())
-        payload = pack(*self._masks.mask(plan, mask, message.task(start), *upload))
+        vector, seeds = cast(Any, plan.distributed).upload(np.zeros(len(start) // 4), OsRandomness())
+        payload = pack(*self._masks.mask(plan, mask, message.task(start), vector, (seeds,)))
         said = Statement(
             site=self._name, run=plan.run, plan=plan.digest, round=message.round, epsilon=1.0, epsilon_rdp=1.0,
             delta=plan.privacy.delta, ledger_number=message.round, ledger_digest=_DIGEST,
             update=update_digest(payload), roster=message.begun.roster, record_number=message.begun.number,
-            record_digest=message.begun.digest,
+            record_digest=message.begun.digest, adapter=hashlib.sha256(start).hexdigest(),
         )  # fmt: skip
         return TrainReply(statement=sign_statement(said, self._identity), payload=payload).to_bytes()
 

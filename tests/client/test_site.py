@@ -51,6 +51,7 @@ from fedllm.training import self_check
 from fedllm.training.data import Example, PrivacyUnit
 from fedllm.training.model_context import ModelContext, open_context
 from fedllm.values import parse
+from server.run_record import adapter_digest
 from tests.fedllm.privacy.budgets import for_several_plans
 
 SECRET = "Hong-Gildong-8210-4242"  # stands for everything that must not leave a site
@@ -682,7 +683,7 @@ def test_what_a_reply_says_beside_the_update_does_not_depend_on_the_records(
     assert statement == Statement(
         NAME, office.plan.run, office.plan.digest, 1, cost.epsilon, cost.epsilon_rdp, 1e-3, reserved.number,
         reserved.digest, update_digest(from_bytes(reply, TrainReply, TrainReply).payload),
-        BEGUN.roster, BEGUN.number, BEGUN.digest, grid=cost.grid,
+        BEGUN.roster, BEGUN.number, BEGUN.digest, adapter_digest(office.context().adapter.initial), grid=cost.grid,
     )  # fmt: skip
     ready = office.site.handle(Prepare(plan=office.plan).to_bytes())
     assert set(header(ready)) == {"kind", "site", "plan_digest", "spec_digest"}

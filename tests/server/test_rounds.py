@@ -1,6 +1,7 @@
 """The round loop: what misbehaving sites, crashes and lost quorums can do to a run, which is nothing."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -109,6 +110,7 @@ class FakeSite:
         statement = Statement(
             reply.site, reply.run, reply.plan, reply.round, reply.epsilon, reply.epsilon_rdp, reply.delta, entry,
             f"digest {entry}", update_digest(reply.payload), begun.roster, begun.number, begun.digest,
+            hashlib.sha256(request.payload).hexdigest(),
         )  # fmt: skip
         return TrainReply(
             statement=sign_statement(replace(statement, **self.says), self.identity), payload=reply.payload

@@ -133,6 +133,7 @@ class Federation:
             epsilon=cost.epsilon if finite else None, epsilon_rdp=cost.epsilon_rdp if finite else None,
             delta=cost.delta, ledger_number=head.number, ledger_digest=head.digest, update=update_digest(b"update"),
             roster=roster_digest(asked), record_number=begun.number, record_digest=begun.digest,
+            adapter=f"{number - 1:064x}",
         )  # fmt: skip
         ledger.release(reservation, b"reply")
         return sign_statement(statement, self.identities[site])

@@ -501,3 +501,16 @@ def test_nothing_released_means_no_advantage() -> None:
 def test_an_audit_reads_back_as_it_was_written(audited: Audited) -> None:
     content = (audited.run / "audit" / "audit.json").read_bytes()
     assert Audit.model_validate_json(content) == audited.written.audit
+
+
+def test_a_statement_on_another_adapter_than_the_record_names_is_found(small: tuple[Federation, Path]) -> None:
+    """A server could have another adapter scored, or attacked, than the one it says it trained."""
+    federation, run = small
+
+    def change(bodies: list[dict[str, Any]]) -> None:
+        answered = next(body["answered"] for body in bodies if body["kind"] == "round")
+        site = min(answered)
+        answered[site] = resign(answered[site], {"adapter": "f" * 64}, federation.identities[site])
+
+    lie(run, federation.head_office, change)
+    assert "statements" in failing(run)

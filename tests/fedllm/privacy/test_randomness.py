@@ -12,7 +12,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness, float_safe_normals, normals, uniforms
+from fedllm.privacy.randomness import (
+    Beside,
+    KeyedRandomness,
+    OsRandomness,
+    Randomness,
+    SeededRandomness,
+    float_safe_normals,
+    normals,
+    uniforms,
+)
 
 ROOT = Path(__file__).parents[3]
 FALSE_ALARM = 1e-9 / 5  # chance that a correct implementation fails one statistical test; 1e-9 for all of them
@@ -257,3 +266,16 @@ def test_the_search_for_foreign_generators_leaves_the_seeded_source_alone() -> N
     source = "class SeededRandomness:\n    def words(self):\n        return np.random.default_rng(0)\n"
     assert not list(foreign_draws(source))
     assert not list(foreign_draws("torch.manual_seed(0)", seed_allowed=True))
+
+
+def test_two_sources_side_by_side_do_not_move_one_another() -> None:
+    """Which records are drawn does not depend on how many canaries there are, nor the other way round."""
+
+    def words(many: int, n: int) -> list[int]:
+        first, then = KeyedRandomness(b"a" * 32, b"first"), KeyedRandomness(b"b" * 32, b"then")
+        found = Beside(first, many, then)
+        assert found.private
+        return [int(word) for word in found.words(n)]
+
+    assert words(3, 10)[3:] == words(0, 7) == words(5, 12)[5:]
+    assert words(3, 10)[:3] == words(3, 3)
