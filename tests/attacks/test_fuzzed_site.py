@@ -402,12 +402,12 @@ class Twins:
             victim.site._records = watched
             self.victims.append(victim)
             self.watched.append(watched)
-        one, more = (set(victim.records.identities) for victim in self.victims)
-        side = "evaluation" if trouble == "a plain record" else "training"  # of the record that one has more
-        keys = (hashlib.sha256(b"split %d" % n).digest() for n in itertools.count())
-        key = next(key for key in keys if {Split(0.5, key).side(each) for each in more - one} <= {side})
-        for victim in self.victims:
-            victim.site._split_key = key
+        if trouble == "a plain record":  # that one world at least has it evaluate; in the others its side is drawn
+            one, more = (set(victim.records.identities) for victim in self.victims)
+            keys = (hashlib.sha256(b"split %d" % n).digest() for n in itertools.count())
+            key = next(key for key in keys if {Split(0.5, key).side(each) for each in more - one} == {"evaluation"})
+            for victim in self.victims:
+                victim.site._split_key = key
 
     def context(self, plan: RunPlan) -> ModelContext:
         """As a site opens it; compiling, which takes a minute and looks at no record, has tests of its own."""

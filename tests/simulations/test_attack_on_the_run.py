@@ -243,7 +243,7 @@ def test_canaries_that_were_opened_before_the_last_round_are_found(
     monkeypatch.setattr(Site, "handle", handle)
     audit = audit_of(attacked(configure, tmp_path))
     assert len(early) == len(BRANCHES)
-    assert audit.attack is None, "what the sites opened then is in no statement of the record, or is refused"
+    assert audit.finding("empirical").status == "unverified"
 
 
 def test_a_site_takes_part_in_an_attack_only_if_its_policy_allows(
