@@ -201,20 +201,29 @@ def test_the_best_adapter_is_kept(tmp_path: Path, configure: Configure) -> None:
     assert "rounds" in failing(done.folder)
 
 
+@pytest.mark.parametrize(("mode", "every"), [("distributed", 1), ("local", 1), ("local", 2)])
 def test_a_round_that_the_gate_takes_back_keeps_its_score_in_record_and_audit(
-    tmp_path: Path, configure: Configure, records: Records
+    tmp_path: Path, configure: Configure, records: Records, monkeypatch: pytest.MonkeyPatch, mode: str, every: int
 ) -> None:
-    """It is the score of the adapter that the round started from; the audit holds the metrics against it."""
+    """It is the score of the adapter that the round started from; the audit holds the metrics against it.
+
+    And it is no word on the round itself, which left the adapter as it was. What the held-out set says is scripted:
+    under fresh noise a round might be better that ought to be taken back.
+    """
+    losses = iter([1.0, 2.0, 0.5, 0.9])  # of the base model, and after each round
+    monkeypatch.setattr(server.run, "_score", lambda *_: {"loss": next(losses)})
     config = scored(
-        configure, tmp_path, "local", data={"heldout": str(records.heldout)}, evaluation={"every": 2},
-        federation={"gate": 1e-6}, training={"rounds": 3, "learning_rate": 4.0},
+        configure, tmp_path, mode, data={"heldout": str(records.heldout)}, evaluation={"every": every},
+        federation={"gate": 1e-6}, training={"rounds": 3},
     )  # fmt: skip
     done = run(config)
-    lost = [body for body in entries(done.folder, "round") if body.get("lost")]
-    assert any(body["round"] in (1, 3) for body in lost)
-    assert [body["round"] for body in entries(done.folder, "round") if "scores" in body] == [1, 3]
-    assert [line["round"] for line in done.records if line["at_sites"]] == [0, 2, 3]
-    write_audit(done.folder, done.folder / "audit", pages=())
+    assert not done.stopped
+    assert [body["round"] for body in entries(done.folder, "round") if body.get("lost")] == [1, 3]
+    exchanges, scored_rounds = {1: ([1, 2, 3], [0, 1, 2, 3]), 2: ([1, 3], [0, 2, 3])}[every]
+    assert [body["round"] for body in entries(done.folder, "round") if "scores" in body] == exchanges
+    assert [line["round"] for line in done.records if line["at_sites"]] == scored_rounds
+    audit = write_audit(done.folder, done.folder / "audit", pages=()).audit
+    assert not [f for f in audit.findings if f.status == "fails"]
     assert not {"rounds", "metrics"} & failing(done.folder)
 
 
@@ -288,22 +297,6 @@ def test_a_site_that_answers_no_more_leaves_the_run_without_its_last_score(
     [closing] = entries(done.folder, "closing")
     assert (closing["answered"], len(closing["failed"])) == ({}, 4)
     assert write_audit(done.folder, done.folder / "audit", pages=()).audit.verdict == "within"
-
-
-@pytest.mark.parametrize("mode", ["distributed", "local"])
-def test_a_round_that_is_taken_back_has_scored_the_adapter_before_it_all_the_same(
-    tmp_path: Path, configure: Configure, mode: str
-) -> None:
-    """And what it says of that adapter is no word on the round itself, which left it as it was."""
-    done = run(scored(
-        configure, tmp_path, mode, data={"heldout": configure(tmp_path).data.heldout}, evaluation={"every": 1},
-        federation={"gate": 0.0}, training={"learning_rate": 50.0},
-    ))  # fmt: skip
-    lost = [r["round"] for r in done.records if r["lost"]]
-    assert lost, "with such steps some round makes the adapter worse"
-    assert all(r["at_sites"] for r in done.records[:-1])
-    audit = write_audit(done.folder, done.folder / "audit", pages=()).audit
-    assert not [f for f in audit.findings if f.status == "fails"]
 
 
 def test_groups_have_scores_of_their_own_that_are_added_up(tmp_path: Path, configure: Configure) -> None:
