@@ -46,6 +46,7 @@ class SiteCanaries:
     def __init__(self, folder: Path, run: str, site: str) -> None:
         """`folder` is the site's own; it keeps the files of the last runs."""
         self._run, self._site, self._folder = run, site, folder
+        self._state: _State | None = None  # as the file has it: it holds an adapter, and is read once
         self._path = folder / (hashlib.sha256(run.encode()).hexdigest()[:32] + _ENDING)
 
     def begin(self, canaries: int) -> str:
@@ -117,11 +118,18 @@ class SiteCanaries:
         yield from sorted(files, key=lambda file: file.stat().st_mtime_ns)[: -(KEPT - 1)]
 
     def _write(self, state: _State) -> None:
+        self._state = None
         head = canonical_json({"secret": state.secret.model_dump(), "round": state.round, "opening": state.opening})
         content = b"\n".join([head, state.scores.astype("<f8").tobytes() + state.seen.astype("<f4").tobytes()])
         write_secret(self._path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        self._state = state
 
     def _read(self) -> _State:
+        if self._state is None:
+            self._state = self._load()
+        return self._state
+
+    def _load(self) -> _State:
         try:
             digest, _, content = read_secret(self._path).partition(b"\n")
             if hashlib.sha256(content).hexdigest().encode() != digest:

@@ -11,7 +11,7 @@ from fedllm.plan import RunPlan
 from fedllm.privacy.elapsed import Period
 from fedllm.privacy.split import SHARE, SIDES
 from fedllm.protocol.enrolment import fingerprint_digits
-from fedllm.values import MAX_STEPS, Frozen
+from fedllm.values import MAX_STEPS, MOST_CANARIES, Frozen
 
 
 class SitePolicy(Frozen):
@@ -56,7 +56,7 @@ class SitePolicy(Frozen):
     """Share of the privacy units that evaluate and never train. Fix it once: after a change every round counts on
     both accounts.
     """
-    canaries: int = Field(0, ge=0, le=1000)
+    canaries: int = Field(0, ge=0, le=MOST_CANARIES)
     """The most made-up records that a plan may have this site train on, to try an attack on the run."""
     modes: tuple[Literal["local", "distributed", "off"], ...] = Field(("local", "distributed", "off"), min_length=1)
     """Values of `privacy.mode` that a plan may have."""
@@ -140,6 +140,7 @@ class SitePolicy(Frozen):
             if value > most:
                 raise PrivacyError(f"{asked}={value:g} is above the policy's {limit} of {most:g}")
         self._admit_noise(plan)
+        self.check_run(plan, both=False)
 
     def _admit_noise(self, plan: RunPlan) -> None:
         least = self.min_noise_multiplier
@@ -149,7 +150,6 @@ class SitePolicy(Frozen):
                     f"{asked}.noise_multiplier={mechanism.noise_multiplier:g} is below the policy's "
                     f"min_noise_multiplier of {least:g}"
                 )
-        self.check_run(plan, both=False)
 
     def check_run(self, plan: RunPlan, both: bool) -> None:
         """Raise PrivacyError if a run costs more than one may; `both`: the ledger counts all of it on both sides."""
@@ -194,7 +194,7 @@ def widest(epsilon: float, delta: float, **limits: Any) -> SitePolicy:
     wide: dict[str, Any] = {
         "min_units": 1, "allow_unprotected": True, "max_rank": 4096, "max_length": 1_000_000,
         "max_records_per_person": 1_000_000, "max_local_steps": MAX_STEPS, "max_sampling_rate": 1.0,
-        "canaries": 1000, "min_noise_multiplier": 0.0, "max_noise_multiplier": 1e6, "colluding_sites": 0,
+        "canaries": MOST_CANARIES, "min_noise_multiplier": 0.0, "max_noise_multiplier": 1e6, "colluding_sites": 0,
         "reply_quantum": 0.0,
     }  # fmt: skip
     return SitePolicy(epsilon=1.0, delta=delta, **{**wide, **limits}).model_copy(update={"epsilon": epsilon})

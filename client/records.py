@@ -7,7 +7,7 @@ the same whatever they hold.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, overload
+from typing import Literal
 
 from fedllm.config import ModelConfig, TextConfig
 from fedllm.errors import DataError
@@ -15,6 +15,7 @@ from fedllm.plan import RunPlan
 from fedllm.privacy.ledger import DataSet, fingerprint
 from fedllm.privacy.split import Side, Split
 from fedllm.training.data import (
+    MadeWhenTaken,
     PrivacyUnit,
     Row,
     Tokeniser,
@@ -79,7 +80,7 @@ class SiteRecords:
         return {}
 
 
-class _Cut(Sequence[PrivacyUnit]):
+class _Cut(MadeWhenTaken):
     """Units of a plan: no more records of a person and no longer ones than it allows."""
 
     def __init__(self, groups: Sequence[Sequence[Tokens]], plan: RunPlan) -> None:
@@ -89,13 +90,7 @@ class _Cut(Sequence[PrivacyUnit]):
     def __len__(self) -> int:
         return len(self._groups)
 
-    @overload
-    def __getitem__(self, index: int) -> PrivacyUnit: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[PrivacyUnit]: ...
-    def __getitem__(self, index: int | slice) -> PrivacyUnit | Sequence[PrivacyUnit]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def take(self, index: int) -> PrivacyUnit:
         return tuple(tokens.record(self._limit, self._labels) for tokens in self._groups[index][: self._cap])
 
 

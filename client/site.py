@@ -491,7 +491,7 @@ class Site:
             record_number=request.begun.number,
             record_digest=request.begun.digest,
             canaries=canaries,
-            adapter=hashlib.sha256(start.astype("<f4").tobytes()).hexdigest(),
+            adapter=adapter_vector.adapter_digest(start),
         )
         return TrainReply(statement=sign_statement(statement, self._identity()), payload=payload)
 

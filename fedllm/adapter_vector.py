@@ -1,5 +1,6 @@
 """An adapter as one flat vector: which tensor lies where, its digest, and its bytes on the wire."""
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -60,6 +61,11 @@ class AdapterSpec:
             raise SpecMismatch(
                 f"expected float32[{self.dimension}] for this adapter, found {vector.dtype}{list(vector.shape)}"
             )
+
+
+def adapter_digest(adapter: NDArray[np.float32]) -> str:
+    """Return what records, statements and requests call an adapter float32[d]: SHA-256, hex, little endian."""
+    return hashlib.sha256(np.ascontiguousarray(adapter, "<f4").tobytes()).hexdigest()
 
 
 WireDtype = Literal["float32", "float16"]

@@ -16,6 +16,7 @@ from fedllm.values import (
     MAX_HOLDERS,
     MAX_ROUNDS,
     MAX_STEPS,
+    MOST_CANARIES,
     Beta,
     BySite,
     Column,
@@ -273,6 +274,13 @@ class EvaluationConfig(Frozen):
     patience: int | None = Field(None, ge=1, le=MAX_ROUNDS)
     """End the training after so many scores in a row that are no better than the best. Null: never."""
 
+    def scores_in(self, exchanges: int, rounds: int) -> int:
+        """Return how many of the first exchanges of a run of so many rounds have a score; the closing one has."""
+        if self.every is None or exchanges < 1:
+            return 0
+        closing = exchanges > rounds and rounds % self.every != 0
+        return (exchanges - 1) // self.every + 1 + closing
+
     @model_validator(mode="after")
     def _validate(self) -> "EvaluationConfig":
         if self.every is None and (self.patience or self.noise_multiplier or self.epsilon):
@@ -283,7 +291,7 @@ class EvaluationConfig(Frozen):
 class AttackConfig(Frozen):
     """The attack that is tried on a run (one-run audit, Steinke, Nasr and Jagielski 2023)."""
 
-    canaries: int = Field(0, ge=0, le=1000)
+    canaries: int = Field(0, ge=0, le=MOST_CANARIES)
     """Made-up records at every site, each of which it trains on or not by a secret coin; in the end it guesses which.
     0: no attack.
     """

@@ -30,7 +30,7 @@ from fedllm.privacy.distributed_noise import DistributedMechanism
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.metrics import metric_names
 from fedllm.privacy.split import Side
-from fedllm.values import MAX_HOLDERS, MAX_SITES, Frozen, Names, Printable, Seed
+from fedllm.values import MAX_HOLDERS, MAX_SITES, MOST_CANARIES, Frozen, Names, Printable, Seed
 
 
 class RunPlan(Frozen):
@@ -50,8 +50,8 @@ class RunPlan(Frozen):
     privacy: PrivacyConfig
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
-    canaries: int = Field(0, ge=0, le=1000)  # of each site
-    guesses: int = Field(0, ge=0, le=1000)  # of each site and attack: which of its canaries are in
+    canaries: int = Field(0, ge=0, le=MOST_CANARIES)  # of each site
+    guesses: int = Field(0, ge=0, le=MOST_CANARIES)  # of each site and attack: which of its canaries are in
 
     @model_validator(mode="after")
     def _validate(self) -> "RunPlan":
@@ -158,16 +158,17 @@ class RunPlan(Frozen):
 
     def scores_in(self, exchanges: int) -> int:
         """Return how many of the first exchanges have a score."""
-        every = self.evaluation.every
-        if every is None or exchanges < 1:
-            return 0
-        closing = exchanges == self.exchanges and self.training.rounds % every != 0
-        return (exchanges - 1) // every + 1 + closing
+        return self.evaluation.scores_in(exchanges, self.training.rounds)
 
     @property
     def scores(self) -> int:
         """Scores of a whole run."""
         return self.scores_in(self.exchanges)
+
+    @property
+    def score_epsilon(self) -> float:
+        """Target for all scores of a run together."""
+        return self.evaluation.epsilon or self.privacy.epsilon
 
     def cost(self, exchanges: int, side: Side, both: bool = False) -> list[AccountingEvent]:
         """Return what the first exchanges cost the units of one side; `both`: a ledger counts all on both sides."""

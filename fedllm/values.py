@@ -17,6 +17,7 @@ MAX_SITES = 5_000  # of a federation: their roster fits the header of a message
 MAX_NAME = 200  # characters of a site's name; bytes of UTF-8 of one that is deployed: with an ending it names a file
 HEAD_OFFICE = "head-office"  # the server, where sites are named beside it: no site has that name
 MAX_ROUNDS = 1_000_000
+MOST_CANARIES = 1_000  # of a site, that a plan may ask for; an opening has room for more
 MAX_STEPS = 1_000_000  # of a whole run: as far as the accountants were tried
 # magnitude of a value that a round starts from: far beyond what training finds in an adapter, and products of three
 # layers of them still have squares in float32

@@ -144,10 +144,8 @@ def bound_of_sum(distributed: DistributedMechanism, survivors: int, trimmed: int
     """Return what the sum of so many sites, in gradient units, is bound by; `trimmed` had excess noise removed."""
     clip = distributed.mechanism.clip_norm
     length = clip * _most_units(distributed.expected_units * survivors)
-    noise = clip * distributed.noise_multiplier(survivors, trimmed, known=0)
-    return Bound(
-        length, min(length, survivors * distributed.most), math.hypot(noise, distributed.rounding_std(survivors))
-    )
+    coordinate = min(length, survivors * distributed.most)
+    return Bound(length, coordinate, distributed.noise_std(survivors, trimmed))
 
 
 def _most_units(nominal: float) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm import adapter_vector
-from fedllm.adapter_vector import AdapterSpec
+from fedllm.adapter_vector import AdapterSpec, adapter_digest
 from fedllm.config import QuorumConfig
 from fedllm.crypto.hash_chain import LedgerHead
 from fedllm.crypto.identity import PublicIdentity
@@ -48,7 +48,7 @@ from server.events import (
     write_records,
 )
 from server.ledger_heads import LedgerHeads
-from server.run_record import RunLog, adapter_digest
+from server.run_record import RunLog
 from server.secagg_server import Ask, Groups, ScoreSum, SecAggServer
 
 if TYPE_CHECKING:

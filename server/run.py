@@ -87,8 +87,8 @@ def make_plan(config: RunConfig, names: Sequence[str]) -> RunPlan:
     groups = tuple(tuple(sorted(names)[k::many]) for k in range(many)) if many > 1 else ()
     sites = len(groups[0]) if groups else len(names)
     quorum = config.federation.quorum or default_quorum(privacy, sites)
+    steps = config.training.rounds * config.training.local_steps
     if privacy.mode != "off" and privacy.noise_multiplier is None:
-        steps = config.training.rounds * config.training.local_steps
         noise = calibrate(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps)
         privacy = privacy.model_copy(update={"noise_multiplier": noise})
     parts = {
@@ -96,7 +96,6 @@ def make_plan(config: RunConfig, names: Sequence[str]) -> RunPlan:
         "evaluation": _with_noise(config),
     }  # fmt: skip
     canaries = config.audit.canaries
-    steps = config.training.rounds * config.training.local_steps
     guesses = usual_guesses(canaries, privacy.sampling_rate, steps) if canaries else 0
     plan = parse(RunPlan, {
         "run": uuid.uuid4().hex, "seed": config.seed, "sites": sites, "quorum": quorum, "groups": groups,
@@ -104,10 +103,9 @@ def make_plan(config: RunConfig, names: Sequence[str]) -> RunPlan:
         "poisoned_sites": config.federation.poisoned_sites if groups else 0,
         **{name: part.model_dump() for name, part in parts.items()},
     })  # fmt: skip
-    target = config.evaluation.epsilon or privacy.epsilon
     for group, given, events, epsilon in (
         ("privacy", config.privacy.noise_multiplier, plan.mechanism.event(plan.steps), privacy.epsilon),
-        ("evaluation", config.evaluation.noise_multiplier, plan.score_mechanism.event(plan.scores), target),
+        ("evaluation", config.evaluation.noise_multiplier, plan.score_mechanism.event(plan.scores), plan.score_epsilon),
     ):
         over = overrun([events], privacy.delta, epsilon, one_plan=True) if given is not None else None
         if plan.mechanism.private and over is not None:
@@ -123,8 +121,7 @@ def _with_noise(config: RunConfig) -> EvaluationConfig:
     own, privacy = config.evaluation, config.privacy
     if privacy.mode == "off" or own.every is None or own.noise_multiplier is not None:
         return own
-    rounds = config.training.rounds
-    scores = 1 + (rounds - 1) // own.every + 1
+    scores = own.scores_in(config.training.rounds + 1, config.training.rounds)
     noise = calibrate(own.epsilon or privacy.epsilon, privacy.delta, 1.0, scores)
     return own.model_copy(update={"noise_multiplier": noise})
 

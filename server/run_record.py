@@ -45,7 +45,6 @@ entry is on disk before the checkpoint, so the record is never behind; nothing t
 """
 
 import contextlib
-import hashlib
 import os
 import platform
 import time
@@ -57,6 +56,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedllm.adapter_vector import adapter_digest
 from fedllm.crypto.hash_chain import START, Entry, make_entry, open_entry, read_chain
 from fedllm.crypto.identity import Identity
 from fedllm.errors import ChainError, CheckpointError
@@ -67,11 +67,6 @@ from server.checkpoint import cannot_write, write_atomically
 
 RECORD_FILE, RECORD_KEY = "record.jsonl", "record.key"
 _PACKAGES = ("fedllm", "torch", "transformers", "peft", "opacus", "dp-accounting", "flwr", "numpy", "cryptography")
-
-
-def adapter_digest(adapter: NDArray[np.float32]) -> str:
-    """Return what the record calls an adapter float32[d]."""
-    return hashlib.sha256(np.ascontiguousarray(adapter, "<f4").tobytes()).hexdigest()
 
 
 def key_in(folder: Path) -> Identity:

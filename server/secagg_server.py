@@ -148,20 +148,23 @@ class SecAggServer:
                 scores = ScoreSum(decoded, bound.noise_std, mechanism.clip_before_rounding(self._metrics))
         return Opened(step, trimmed, self.noise_multiplier(survivors, trimmed), scores)
 
-    def _blocks(self, number: int, total: NDArray[np.uint32]) -> list[tuple[DistributedMechanism, NDArray[np.uint32]]]:
-        """Return the parts of a sum uint32[n], each with the mechanism that it was made by."""
-        blocks = [(self._distributed, self._dimension)] if number <= self._plan.training.rounds else []
+    def _parts(self, number: int) -> list[tuple[DistributedMechanism, int]]:
+        """Return by which mechanisms an exchange's sum is made, and how many of its values by each."""
+        parts = [(self._distributed, self._dimension)] if number <= self._plan.training.rounds else []
         if self._scores is not None and self._plan.score_noise(number) is not None:
-            blocks.append((self._scores, self._metrics))
+            parts.append((self._scores, self._metrics))
+        return parts
+
+    def _length(self, number: int) -> int:
+        return sum(length for _, length in self._parts(number))
+
+    def _blocks(self, number: int, total: NDArray[np.uint32]) -> list[tuple[DistributedMechanism, NDArray[np.uint32]]]:
+        """Return the parts of a sum uint32[n], views, each with the mechanism that it was made by."""
         found, position = [], 0
-        for mechanism, length in blocks:
+        for mechanism, length in self._parts(number):
             found.append((mechanism, total[position : position + length]))
             position += length
         return found
-
-    def _length(self, number: int) -> int:
-        scored = self._metrics if self._plan.score_noise(number) is not None else 0
-        return scored + (self._dimension if number <= self._plan.training.rounds else 0)
 
     def noise_multiplier(self, survivors: int, trimmed: int) -> float:
         """Return the sum's noise multiplier, as seen by the server with the sites that may collude with it."""
@@ -179,8 +182,7 @@ class SecAggServer:
         consents: list[ConsistencySignature] = []
         reveals: list[UnmaskingShares] = []
         faults: list[str] = []
-        blocks = len(self._blocks(number, np.empty(0, np.uint32)))
-        surplus = blocks * len(self._distributed.revealed_seeds(len(uploads)))
+        surplus = len(self._parts(number)) * len(self._distributed.revealed_seeds(len(uploads)))
         question: dict[str, bytes] = dict.fromkeys(uploads, self._secure(number, survivor_list.to_bytes()))
         while question:
             for site, data in ask(question, threshold):
@@ -225,7 +227,7 @@ class SecAggServer:
 
     def _take_off(self, number: int, total: NDArray[np.uint32], seeds: Iterable[Sequence[str]], survivors: int) -> None:
         """Subtract excess noise in place; drawing it again is most of the server's work, hence on all cores."""
-        blocks = self._blocks(number, total)  # views
+        blocks = self._blocks(number, total)
 
         def excess(own: Sequence[str]) -> list[NDArray[np.uint32]]:
             each = len(own) // len(blocks)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedllm.adapter_vector import adapter_digest
 from fedllm.audit.evidence import file_name
 from fedllm.audit.membership import Attack, Target, attack_of, write_attack
 from fedllm.audit.risk import risk_of
@@ -29,7 +30,7 @@ from fedllm.training.evaluation import losses_of, open_evaluator, spread
 from fedllm.training.model_context import open_context, use_threads
 from server.checkpoint import CONFIG, Checkpoint, load_checkpoint, read_as, writing
 from server.events import CHECKPOINT, PLAN
-from server.run_record import RECORD_FILE, adapter_digest
+from server.run_record import RECORD_FILE
 from simulations.sites import folder_of, simulated_data
 
 FOLDER = "attack"  # in the run's folder

@@ -65,19 +65,23 @@ def without_pdfs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedllm.audit.bundle.rendered", lambda page: b"%PDF-")
 
 
+def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a Llama of about 20k random parameters and a byte-level tokenizer to a folder, and return that."""
+    torch.manual_seed(seed)
+    values: dict[str, Any] = {
+        "vocab_size": 259, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**{**values, **changes})).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama of about 20k random parameters and a byte-level tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture

@@ -42,14 +42,8 @@ _PAGES = ("audit.html", "audit.ko.html", "audit.pdf", "audit.ko.pdf")
 
 _NEAR = 1e-5  # relative, between figures of two machines
 _NEAR_CROSS = 1e-3  # between those of two versions of a cross-check, which promises 0.01
-_COMPUTED = (
-    ".sites",
-    ".accountants",
-    ".risk",
-    ".timeline",
-    ".scores",
-    ".attack",
-)  # where they are; all else is copied from the evidence,
+# where they are; all else is copied from the evidence,
+_COMPUTED = (".sites", ".accountants", ".risk", ".timeline", ".scores", ".attack")
 _COPIED = (".accountants.delta", ".accountants.events")  # and so are these
 
 

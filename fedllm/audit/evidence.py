@@ -460,18 +460,9 @@ def _add_scores(
     if shared is None:
         noise, factor = plan.score_mechanism.noise_std * math.sqrt(len(step.answered)), 1.0
     else:
-        sums = [(len(step.answered), step.trimmed if step.trimmed is not None else -1)]
-        if plan.groups:
-            groups = {str(k): len(set(group) & set(step.answered)) for k, group in enumerate(plan.groups, start=1)}
-            sums = [(groups.get(k, 0), trimmed) for k, trimmed in step.sums.items()]
-        known = bool(sums) and all(plan.quorum <= trimmed <= many for many, trimmed in sums)
+        sums, known = _sums(step, plan)
         factor = shared.clip_before_rounding(layout.dimension)
-        one = [
-            math.hypot(shared.noise_multiplier(many, trimmed, known=0), shared.rounding_std(many))
-            for many, trimmed in sums
-            if known
-        ]
-        noise = math.hypot(*one) if known else math.nan
+        noise = math.hypot(*(shared.noise_std(*sum_) for sum_ in sums)) if known else math.nan
     right = plan.score_noise(step.round) is not None and len(scores.total) == layout.dimension
     right = right and abs(scores.noise_std - noise) <= _SAME * noise and abs(scores.factor - factor) <= _SAME
     checks.note("metrics", right, f"{where}: σ {scores.noise_std:.4g} = {noise:.4g}")
@@ -511,22 +502,36 @@ def _check_kept(record: _Record, mark: _MarkBody, where: str, checks: _Checks) -
         checks.note("metrics", "unverified", f"{where}: closing?")
 
 
+def _answered_of(step: _RoundBody, plan: RunPlan) -> dict[str, int]:
+    """Return how many sites of each group answered, by its number in the plan, from 1, as text."""
+    return {str(k): len(set(group) & set(step.answered)) for k, group in enumerate(plan.groups, start=1)}
+
+
+def _sums(step: _RoundBody, plan: RunPlan) -> tuple[list[tuple[int, int]], bool]:
+    """Return, of every sum that was used, how many sites are in it and from how many excess noise was removed.
+
+    Also whether all of that can be: a sum opens with as many reveals as the quorum, and each that counts has its seeds.
+    """
+    if plan.groups:
+        groups = _answered_of(step, plan)
+        sums = [(groups[k], trimmed) for k, trimmed in step.sums.items() if k in groups]
+    else:
+        sums = [(len(step.answered), -1 if step.trimmed is None else step.trimmed)]
+    return sums, bool(sums) and all(plan.quorum <= trimmed <= many for many, trimmed in sums)
+
+
 def _check_noise(
     step: _RoundBody, plan: RunPlan, distributed: DistributedMechanism, where: str, checks: _Checks
 ) -> None:
     """Compare the noise that a round of noise in shares is said to have had with what its answers make of it."""
-    groups = {str(k): len(set(group) & set(step.answered)) for k, group in enumerate(plan.groups, start=1)}
-    sums = {k: (groups[k], trimmed) for k, trimmed in step.sums.items() if k in groups}
-    if groups:  # each was unmasked, refused or not unmasked, and those that were used outvote the others
+    if groups := _answered_of(step, plan):
+        # each was unmasked, refused or not unmasked, and those that were used outvote the others
         listed = [*step.sums, *step.refused, *step.closed]
         whole = sorted(listed) == sorted(groups) and plan.outvotes(len(step.sums), len(step.refused))
         whole = whole and all(groups[k] >= plan.quorum for k in (*step.sums, *step.refused))
         checks.note("rounds", whole, f"{where}: {len(step.sums)} + {len(step.refused)} / {len(groups)}")
-    else:
-        sums = {"": (len(step.answered), -1 if step.trimmed is None else step.trimmed)}
-    # a sum opens with as many reveals as the quorum, and every one that counts has its seeds
-    known = bool(sums) and all(plan.quorum <= trimmed <= many for many, trimmed in sums.values())
-    fits = [(many, trimmed if known else many) for many, trimmed in sums.values() if many >= plan.quorum]
+    sums, known = _sums(step, plan)
+    fits = [(many, trimmed if known else many) for many, trimmed in sums if many >= plan.quorum]
     noise = min((distributed.noise_multiplier(*sum_, plan.privacy.colluding_sites) for sum_ in fits), default=math.inf)
     stated = step.noise_multiplier if known else None
     right = stated is not None and abs(stated - noise) < _SAME * noise
@@ -702,7 +707,7 @@ def assess(
             + (f" (model.quantize={plan.model.quantize})" if plan.model.quantize != "none" else ""),
             task=plan.model.task,
             scores=plan.scores,
-            score_epsilon=_score_target(plan) if plan.scores else 0.0,
+            score_epsilon=plan.score_epsilon if plan.scores else 0.0,
             score_noise=plan.score_mechanism.noise_multiplier,
             canaries=plan.canaries,
             adapter_method=plan.adapter.title,
@@ -1144,7 +1149,7 @@ def _site(
         rdp = _number(last.epsilon_rdp) if last else 0.0
     if ledger is not None or statements:
         for side in SIDES:
-            target = plan.privacy.epsilon if side == "training" else _score_target(plan)
+            target = plan.privacy.epsilon if side == "training" else plan.score_epsilon
             right = own[side] <= target + _TOLERANCE_PLD
             text = f"{name}: ε {_text(_finite(own[side]))}"
             checks.note("plan_target", right, f"{text} {'≤' if right else '>'} {target:g}")
@@ -1213,10 +1218,6 @@ def _account(ledger: _Ledger, name: str, delta: float) -> Account:
         counted=_finite(counted),
         decides="PLD" if max(plans.values()) <= 1 else "RDP",
     )
-
-
-def _score_target(plan: RunPlan) -> float:
-    return plan.evaluation.epsilon or plan.privacy.epsilon
 
 
 def _attacked(

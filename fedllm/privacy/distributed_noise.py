@@ -265,6 +265,11 @@ class DistributedMechanism:
         """Return what rounding their draws to whole quanta adds to each coordinate's noise, at most; gradient units."""
         return self.quantum * math.sqrt(survivors * len(self._parts) / 12)
 
+    def noise_std(self, survivors: int, trimmed: int) -> float:
+        """Return the deviation of the noise in each coordinate of a sum, rounding included, gradient units."""
+        noise = self.mechanism.clip_norm * self.noise_multiplier(survivors, trimmed, known=0)
+        return math.hypot(noise, self.rounding_std(survivors))
+
     def noise_multiplier(self, survivors: int, trimmed: int, known: int) -> float:
         """Return the noise multiplier of a sum for those who know the noise of `known` of its sites.
 

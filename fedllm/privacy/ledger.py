@@ -306,8 +306,7 @@ class LedgerFile:
         """Return the split of an account's units as it stands; None if none was made."""
         with self.transaction() as db:
             row = db.execute("SELECT key FROM split").fetchone()
-            lines = db.execute("SELECT line FROM chain WHERE kind = 'split' ORDER BY number DESC").fetchall()
-        stated = next((b for (line,) in lines if (b := open_entry(line).body)["account"] == account), None)
+            stated = _stated_split(db, account)
         return None if row is None or stated is None else Split(float(stated["share"]), row[0])
 
     def sided(self, account: str) -> bool:
@@ -315,9 +314,9 @@ class LedgerFile:
         with self.transaction() as db:
             return _sided(db, account)
 
-    def spent(self, account: str, delta: float, since: float = -math.inf) -> PrivacySpent:
+    def spent(self, account: str, delta: float) -> PrivacySpent:
         """Return the privacy loss of an account: that of its costlier side."""
-        return costlier(spent(self.events(account, since, side), delta) for side in SIDES)
+        return costlier(spent(self.events(account, side=side), delta) for side in SIDES)
 
     def budget(self) -> tuple[float, float] | None:
         """Return the epsilon and delta that the chain stated last; None before any was stated."""
@@ -533,9 +532,7 @@ class PrivacyLedger:
             db.execute("INSERT INTO split VALUES (?)", row)
         split = Split(share, row[0])
         body = {"account": self.account, "share": share, "rule": rule, "key": split.key_digest}
-        lines = db.execute("SELECT line FROM chain WHERE kind = 'split' ORDER BY number DESC").fetchall()
-        before = next((b for (line,) in lines if (b := open_entry(line).body)["account"] == self.account), None)
-        if before != body:
+        if _stated_split(db, self.account) != body:
             _note(db, "split", body, self._signer)
         return split
 
@@ -707,14 +704,13 @@ class PrivacyLedger:
 
         It is that of the costlier side. `also` and `evaluation` count what is not charged yet.
         """
-        delta = self.delta if delta is None else delta
-        with self.file.transaction() as db:
-            both = not _sided(db, self.account)
-        more = {side: [e for each in also for e in on_side(side, each, None, both)] for side in SIDES}
-        if evaluation is not None:
-            for side in SIDES:
-                more[side] += on_side(side, AccountingEvent(0.0, 0.0, 0), evaluation, both)
-        return costlier(spent([*self.events(side), *more[side]], delta) for side in SIDES)
+        delta, both = self.delta if delta is None else delta, not self.file.sided(self.account)
+
+        def more(side: Side) -> list[AccountingEvent]:
+            charges = [*((event, None) for event in also), (AccountingEvent(0.0, 0.0, 0), evaluation)]
+            return [event for charge in charges for event in on_side(side, *charge, both)]
+
+        return costlier(spent([*self.events(side), *more(side)], delta) for side in SIDES)
 
 
 def on_side(side: Side, event: AccountingEvent, evaluation: float | None, both: bool) -> list[AccountingEvent]:
@@ -752,6 +748,12 @@ class SplitsSeen:
     def sided(self, account: str) -> bool:
         """Whether every unit has had one side from the first charge to the account on: else both count everything."""
         return self._splits.get(account, 0) == 1 and not self._restarted
+
+
+def _stated_split(db: sqlite3.Connection, account: str) -> dict[str, Any] | None:
+    """Return what the chain said last of an account's split; None if nothing yet."""
+    lines = db.execute("SELECT line FROM chain WHERE kind = 'split' ORDER BY number DESC")
+    return next((body for (line,) in lines if (body := open_entry(line).body)["account"] == account), None)
 
 
 def _sided(db: sqlite3.Connection, account: str) -> bool:

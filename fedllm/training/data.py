@@ -769,8 +769,24 @@ class Drawn(Sequence[PrivacyUnit]):
         return self._units[int(self._indices[index])]
 
 
-class Joined(Sequence[PrivacyUnit]):
-    """Units, and others behind them, each made when it is looked at."""
+class MadeWhenTaken(Sequence[PrivacyUnit]):
+    """Units that are made by `take`, each when it is looked at; a slice holds those that it names."""
+
+    def take(self, index: int) -> PrivacyUnit:
+        """Return a unit, by its place from 0."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> PrivacyUnit: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PrivacyUnit]: ...
+    def __getitem__(self, index: int | slice) -> PrivacyUnit | Sequence[PrivacyUnit]:
+        places = range(len(self))[index]
+        return self.take(places) if isinstance(places, int) else [self.take(place) for place in places]
+
+
+class Joined(MadeWhenTaken):
+    """Units, and others behind them."""
 
     def __init__(self, first: Sequence[PrivacyUnit], then: Sequence[PrivacyUnit]) -> None:
         self._first, self._then = first, then
@@ -778,15 +794,8 @@ class Joined(Sequence[PrivacyUnit]):
     def __len__(self) -> int:
         return len(self._first) + len(self._then)
 
-    @overload
-    def __getitem__(self, index: int) -> PrivacyUnit: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[PrivacyUnit]: ...
-    def __getitem__(self, index: int | slice) -> PrivacyUnit | Sequence[PrivacyUnit]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = range(len(self))[index]
-        return self._first[at] if at < len(self._first) else self._then[at - len(self._first)]
+    def take(self, index: int) -> PrivacyUnit:
+        return self._first[index] if index < len(self._first) else self._then[index - len(self._first)]
 
 
 def passes(

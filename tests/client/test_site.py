@@ -24,7 +24,7 @@ from client.records import Declared
 from client.site import Site
 from client.unfinished import Unfinished
 from fedllm import adapter_vector
-from fedllm.adapter_vector import WireDtype
+from fedllm.adapter_vector import WireDtype, adapter_digest
 from fedllm.crypto.hash_chain import LedgerHead, open_entry
 from fedllm.crypto.identity import Identity
 from fedllm.errors import Cancelled, ConfigError, DataError, Diverged, Halted, ModelError
@@ -51,7 +51,6 @@ from fedllm.training import self_check
 from fedllm.training.data import Example, PrivacyUnit
 from fedllm.training.model_context import ModelContext, open_context
 from fedllm.values import parse
-from server.run_record import adapter_digest
 from tests.fedllm.privacy.budgets import for_several_plans
 
 SECRET = "Hong-Gildong-8210-4242"  # stands for everything that must not leave a site

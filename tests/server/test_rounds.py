@@ -25,7 +25,7 @@ import server.events
 import server.rounds
 import server.run_record
 from fedllm import adapter_vector
-from fedllm.adapter_vector import AdapterSpec, TensorSpec
+from fedllm.adapter_vector import AdapterSpec, TensorSpec, adapter_digest
 from fedllm.config import FederationConfig
 from fedllm.crypto.hash_chain import Entry, LedgerHead, read_chain
 from fedllm.crypto.identity import Identity
@@ -52,7 +52,7 @@ from server.checkpoint import load_checkpoint
 from server.events import CHECKPOINT, METRICS, Event, Phase, RoundMetrics, RoundStarted, SiteAnswered
 from server.ledger_heads import HEADS, LedgerHeads
 from server.rounds import Coordinator, PublicModel
-from server.run_record import RECORD_FILE, RunLog, adapter_digest
+from server.run_record import RECORD_FILE, RunLog
 
 DIMENSION = 12
 SPEC = AdapterSpec("base", "frozen", 2.0, (TensorSpec("a", (4, 2)), TensorSpec("b", (4,))))

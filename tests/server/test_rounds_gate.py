@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedllm.adapter_vector import adapter_digest
 from fedllm.audit.evidence import _Checks, _read_record
 from fedllm.errors import QuorumLost
 from fedllm.plan import RunPlan
 from server.events import RoundMetrics
-from server.run_record import RECORD_FILE, adapter_digest
+from server.run_record import RECORD_FILE
 from tests.server.test_rounds import (  # noqa: F401  # one is a fixture
     NAMES,
     START,

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedllm.config import SimulationConfig
 from fedllm.crypto.hash_chain import make_entry, open_entry
@@ -21,7 +19,7 @@ from server.checkpoint import load_checkpoint, save_checkpoint
 from server.run_record import key_in
 from simulations.attack import attack
 from simulations.simulate import simulate
-from tests.conftest import byte_tokenizer
+from tests.conftest import save_llama
 from tests.simulations.conftest import CommandsHere, write
 
 Configure = Callable[..., SimulationConfig]
@@ -45,14 +43,7 @@ def _rows(first: int, count: int) -> list[dict[str, Any]]:
 
 def _base(folder: Path, seed: int) -> None:
     """A Llama of random weights, so large that its head can tell any letter from the others."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=True, initializer_range=0.5,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save_llama(folder, seed, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.5)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import fedllm.privacy.canaries
 from fedllm.plan import RunPlan
@@ -23,7 +21,7 @@ from fedllm.training.model_context import open_context
 from fedllm.values import parse
 from simulations.benchmarks.canaries import from_the_system, train
 from tests.bug_zoo.faults import no_noise, shared_step_without_its_share
-from tests.conftest import byte_tokenizer
+from tests.conftest import save_llama
 
 CLAIM, DELTA = 2.0, 1e-5
 RATE, ROUNDS = 0.5, 4
@@ -35,16 +33,10 @@ FALSE_ALARM = 1e-6
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama wide enough that 200 canaries do not get into each other's way: in 16 dimensions they would."""
-    folder = tmp_path_factory.mktemp("wide-llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=259, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=True, initializer_range=0.1,
+    return save_llama(
+        tmp_path_factory.mktemp("wide-llama"), hidden_size=128, intermediate_size=256, num_hidden_layers=1,
+        initializer_range=0.1,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def records(seed: int) -> list[PrivacyUnit]:
