@@ -95,8 +95,8 @@ class RunSummary:
     @property
     def score_epsilon(self) -> float:
         """Epsilon by PLD, at most, of all scores so far, for those who evaluate."""
-        exchanges = [*range(1, self.after["round"] + 1), self.plan.exchanges]
-        scores = sum(self.plan.score_noise(exchange) is not None for exchange in exchanges)
+        closing = self.plan.evaluation.every is not None  # has one, also where training ended early
+        scores = self.plan.scores_in(self.after["round"]) + closing
         return spent([self.plan.score_mechanism.event(scores)], self.plan.privacy.delta).epsilon
 
     @property

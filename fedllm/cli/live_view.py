@@ -114,7 +114,7 @@ class Screen:
             if not privacy.protects:
                 lines.add_row("", "[bold red]NOT PRIVATE[/bold red]: sampling and noise come from a seed")
         if plan.scores:
-            epsilon = f", epsilon {plan.evaluation.epsilon or privacy.epsilon:g}" if privacy.mode != "off" else ""
+            epsilon = f", epsilon {plan.score_epsilon:g}" if privacy.mode != "off" else ""
             lines.add_row("at the sites", f"{plan.scores} scores on records that never train{epsilon} for all of them")
         if plan.canaries:
             lines.add_row(
