@@ -14,6 +14,7 @@
     │   └── SpecMismatch   an update made for another adapter
     ├── FolderError        a folder or file of an installation that cannot be read, written or trusted
     ├── CryptoError        keys, certificates, signatures or sealed bytes that are not what they should be
+    ├── ReleaseError       a released model that is not what was signed, or may not be used as asked
     ├── CheckpointError    a checkpoint that cannot be written, read or continued
     ├── FederationError    the federation cannot go on
     │   └── QuorumLost     fewer sites answered than the quorum
@@ -83,6 +84,10 @@ class FolderError(FedllmError):
 
 class CryptoError(FedllmError):
     """Keys, certificates, signatures or sealed bytes are not what they should be."""
+
+
+class ReleaseError(FedllmError):
+    """A released model is not what was signed, or may not be used as asked."""
 
 
 class CheckpointError(FedllmError):

@@ -1,0 +1,206 @@
+"""What a release is and what it claims: one signed file beside the files of the model. Needs no torch.
+
+release.json is a DSSE envelope, signed by head office, over a `Manifest`: the digest of every file of the folder, what
+the model was made of, and the privacy claim with the digest of the evidence behind it.
+"""
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from fedllm.audit.trust import Trust
+from fedllm.canonical import canonical_json, read_json
+from fedllm.crypto.identity import Identity
+from fedllm.crypto.signed_documents import open_envelope, sign_envelope
+from fedllm.errors import CryptoError, ReleaseError, first_line
+from fedllm.files import cannot_read, cannot_write, replace_file
+from fedllm.values import HEAD_OFFICE, Frozen, Label, Printable
+
+MANIFEST = "release.json"
+_TYPE = "application/vnd.fedllm.release+json"
+_MOST_BYTES, _MOST_FILES = 16 << 20, 10_000  # of a manifest, and in it
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # SHA-256, in hex
+
+
+class Base(Frozen):
+    """The public model that was tuned."""
+
+    source: Printable
+    revision: Printable | None
+    digest: Digest  # of its weights: fedllm.training.model.BaseModel.digest
+
+
+class Training(Frozen):
+    """The run that made the adapter."""
+
+    run: Printable  # the plan's id of the run
+    plan: Digest  # of the plan
+    record: Digest  # of the last entry of the run's record
+    adapter: Digest  # of the trained values, as that entry has it
+    signer: Printable  # fingerprint of the identity that signed the record
+
+
+class Privacy(Frozen):
+    """What is promised to one privacy unit of one site, over the whole run."""
+
+    mode: Literal["local", "distributed", "off"]
+    unit: Literal["record", "person"]
+    epsilon: float | None = Field(ge=0)  # the largest that any site has spent; None: it has no bound
+    delta: float
+    seeded: bool  # sampling and noise came from a seed: no protection
+    verdict: Literal["within", "exceeded", "unverifiable"]  # of the audit
+    audit: Digest  # of the audit's audit.json
+
+    @property
+    def private(self) -> bool:
+        """Whether the model may be called private."""
+        return self.mode != "off" and not self.seeded and self.epsilon is not None
+
+
+class Reading(Frozen):
+    """How the model was trained to read a text and to answer."""
+
+    prompt: str | None  # template of the prompt, as `data.prompt`; None: a bare text, or a conversation
+    system: str | None = None  # as `data.system`
+    chat: bool = False  # through the base's own chat template
+    max_length: int = Field(ge=1)  # tokens of prompt and answer together
+
+
+class Manifest(Frozen):
+    """What a release is; everything in it is public."""
+
+    format: Literal[1] = 1
+    made: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}$")  # UTC, by its signer's clock
+    program: Printable  # fedllm's version
+    name: Printable  # of the run, or of the student
+    form: Literal["adapter", "merged", "student"]
+    quantized: Literal["none", "int8", "nf4"] = "none"
+    task: Literal["causal-lm", "classification"]
+    labels: tuple[Label, ...] = ()
+    pooling: Literal["native", "mean"] = "native"
+    base: Base
+    training: Training
+    privacy: Privacy
+    reading: Reading
+    teacher: Digest | None = None  # a student: of its teacher's release.json; the claim is the teacher's
+    public_data: tuple[Digest, ...] = ()  # a student: of the files it was taught on, which cost nothing
+    signer: Printable  # fingerprint of who signs this: DSSE does not sign it
+    files: dict[str, Digest] = Field(
+        max_length=_MOST_FILES
+    )  # every file of the folder but this: path with / -> SHA-256
+
+    @model_validator(mode="after")
+    def _validate(self) -> "Manifest":
+        if (self.form == "student") != (self.teacher is not None):
+            raise ValueError("a student names its teacher, and nothing else does")
+        return self
+
+
+def sign_release(folder: Path, manifest: Manifest, signer: Identity) -> Manifest:
+    """Write `manifest` to a folder, with the digests of the files that lie there and the signer's name, signed.
+
+    Returns what was signed. Raises ReleaseError for a file that a release cannot hold, FolderError if it cannot be
+    written.
+    """
+    signed = manifest.model_copy(update={"files": digests(folder), "signer": signer.public.fingerprint})
+    text = sign_envelope(canonical_json(signed.model_dump(mode="json")), _TYPE, signer)
+    try:
+        replace_file(folder / MANIFEST, text.encode() + b"\n", 0o644)
+    except OSError as error:
+        raise cannot_write(folder / MANIFEST, error) from error
+    return signed
+
+
+def verify_release(folder: Path, trust: Trust) -> Manifest:
+    """Return what a release claims, after everything that can be checked offline: signer, and every file.
+
+    Raises ReleaseError that names the first file that is missing, changed or not signed for, or says that the
+    signature is not head office's.
+    """
+    manifest = read_manifest(folder, trust)
+    found = digests(folder)
+    for name in sorted(manifest.files.keys() | found.keys()):
+        if name not in found:
+            raise ReleaseError(f"{folder}: {name} is missing. Copy the release again.")
+        if name not in manifest.files:
+            raise ReleaseError(f"{folder}: {name} was added: nobody has signed for it. Copy the release again.")
+        if found[name] != manifest.files[name]:
+            raise ReleaseError(f"{folder}: {name} was changed since it was signed. Copy the release again.")
+    return manifest
+
+
+def read_manifest(folder: Path, trust: Trust) -> Manifest:
+    """Return what head office has signed for a release; its files are not looked at. Raises ReleaseError."""
+    path = folder / MANIFEST
+    try:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise ReleaseError(f"{path}: {size:,} bytes, expected at most {_MOST_BYTES:,}. Is it a release?")
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise ReleaseError(
+            f"{folder} holds no release: there is no {MANIFEST}. Name a folder that `fedllm release export` has made."
+        ) from None
+    except UnicodeDecodeError:
+        raise ReleaseError(f"{path}: not a signed envelope. Copy the release again.") from None
+    except OSError as error:
+        raise cannot_read(path, error) from None
+    try:
+        payload, signer = open_envelope(text.removesuffix("\n"), _TYPE)
+        read_json(payload)  # no key twice
+        manifest = Manifest.model_validate_json(payload)
+    except CryptoError as error:
+        raise ReleaseError(f"{path}: {error}. Copy the release again.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ReleaseError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise ReleaseError(f"{path}: {first_line(error)}") from None
+    if not trust.knows(HEAD_OFFICE, signer):
+        raise ReleaseError(
+            f"{path} is signed by {signer.fingerprint}, which is not a key that you trust as {HEAD_OFFICE}. Compare it "
+            "with head office by another way before you add it to your file of keys."
+        )
+    if manifest.signer != signer.fingerprint:
+        raise ReleaseError(f"{path}: it names {manifest.signer} as its signer, and {signer.fingerprint} signed it.")
+    return manifest
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256, in hex, of every file in a folder but its manifest, by its path with /.
+
+    Raises ReleaseError for what is no plain file: what a link points to is not what was signed.
+    """
+    found: dict[str, str] = {}
+    try:
+        for root, folders, names in os.walk(folder, onerror=_raise):
+            for name in sorted((*folders, *names)):
+                path = Path(root) / name
+                mode = path.lstat().st_mode
+                inside = path.relative_to(folder).as_posix()
+                if stat.S_ISREG(mode):
+                    if inside != MANIFEST:
+                        with path.open("rb") as file:
+                            found[inside] = hashlib.file_digest(file, "sha256").hexdigest()
+                elif not stat.S_ISDIR(mode):
+                    raise ReleaseError(f"{path}: neither a file nor a folder, but a link or the like. Remove it.")
+    except OSError as error:
+        raise cannot_read(folder, error) from None
+    return found
+
+
+def manifest_digest(folder: Path) -> str:
+    """Return the SHA-256, in hex, of a release's manifest: by it others name the release. Raises FolderError."""
+    try:
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    except OSError as error:
+        raise cannot_read(folder / MANIFEST, error) from None
+
+
+def _raise(error: OSError) -> None:
+    raise error
