@@ -14,11 +14,12 @@ from pydantic import Field, ValidationError, model_validator
 
 from fedllm.audit.trust import Trust
 from fedllm.canonical import canonical_json, read_json
+from fedllm.config import ModelConfig, TextConfig
 from fedllm.crypto.identity import Identity
 from fedllm.crypto.signed_documents import open_envelope, sign_envelope
 from fedllm.errors import CryptoError, ReleaseError, first_line
 from fedllm.files import cannot_read, cannot_write, replace_file
-from fedllm.values import HEAD_OFFICE, Frozen, Label, Printable
+from fedllm.values import HEAD_OFFICE, Frozen, Label, Printable, Seed
 
 MANIFEST = "release.json"
 _TYPE = "application/vnd.fedllm.release+json"
@@ -33,6 +34,7 @@ class Base(Frozen):
     source: Printable
     revision: Printable | None
     digest: Digest  # of its weights: fedllm.training.model.BaseModel.digest
+    seed: Seed = 0  # draws the head that a classifier's checkpoint lacks
 
 
 class Training(Frozen):
@@ -62,15 +64,6 @@ class Privacy(Frozen):
         return self.mode != "off" and not self.seeded and self.epsilon is not None
 
 
-class Reading(Frozen):
-    """How the model was trained to read a text and to answer."""
-
-    prompt: str | None  # template of the prompt, as `data.prompt`; None: a bare text, or a conversation
-    system: str | None = None  # as `data.system`
-    chat: bool = False  # through the base's own chat template
-    max_length: int = Field(ge=1)  # tokens of prompt and answer together
-
-
 class Manifest(Frozen):
     """What a release is; everything in it is public."""
 
@@ -86,7 +79,8 @@ class Manifest(Frozen):
     base: Base
     training: Training
     privacy: Privacy
-    reading: Reading
+    reading: TextConfig  # how a record became text in training; a question is put the same way
+    max_length: int = Field(ge=8)  # tokens of a record, question and answer together
     teacher: Digest | None = None  # a student: of its teacher's release.json; the claim is the teacher's
     public_data: tuple[Digest, ...] = ()  # a student: of the files it was taught on, which cost nothing
     signer: Printable  # fingerprint of who signs this: DSSE does not sign it
@@ -99,6 +93,14 @@ class Manifest(Frozen):
         if (self.form == "student") != (self.teacher is not None):
             raise ValueError("a student names its teacher, and nothing else does")
         return self
+
+    @property
+    def model(self) -> ModelConfig:
+        """The base as a run would name it."""
+        return ModelConfig(
+            source=self.base.source, revision=self.base.revision, task=self.task, labels=self.labels,
+            pooling=self.pooling, max_length=self.max_length,
+        )  # fmt: skip
 
 
 def sign_release(folder: Path, manifest: Manifest, signer: Identity) -> Manifest:

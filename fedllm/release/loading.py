@@ -1,0 +1,137 @@
+"""A release in memory: its model, how it is asked, and what it answers."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from fedllm.errors import ModelError, ReleaseError, first_line
+from fedllm.release.manifest import Manifest
+from fedllm.training.chat import AnswerEnd, answer_end
+from fedllm.training.data import Row, Tokeniser
+from fedllm.training.model import MeanPooledClassifier, load_base, pick_device
+
+BASE = "base"  # folder in a release of an adapter whose base cannot be had by its name
+HEAD = "classifier.safetensors"  # of a merged classifier with mean pooling, beside its encoder
+_AT_ONCE = 32  # questions that are answered together
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release that was verified and loaded."""
+
+    folder: Path
+    manifest: Manifest
+    model: Any  # of transformers, a MeanPooledClassifier, or a PeftModel where PEFT cannot merge
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return cast(torch.device, next(p.device for p in self.model.parameters()))
+
+    @cached_property
+    def tokeniser(self) -> Tokeniser:
+        """What makes tokens of records, as in training."""
+        return Tokeniser(self.tokenizer, self.manifest.model, self.manifest.reading)
+
+    @cached_property
+    def end(self) -> AnswerEnd:
+        """What ends an answer."""
+        return answer_end(self.tokenizer, self.manifest.reading.chats)
+
+    def prompts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Return the tokens that ask each row's question, as in training."""
+        return [self.tokeniser.prompt_ids(row, number) for number, row in enumerate(rows)]
+
+    def answers(self, prompts: Sequence[list[int]], most: int, **options: Any) -> list[str]:
+        """Return the answer to each prompt: greedy, at most `most` tokens, or as `options` of `generate` say.
+
+        Answers do not depend on what else is asked, but for the last bits of padded arithmetic.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        found: dict[int, str] = {}
+        for start in range(0, len(order), _AT_ONCE):
+            some = order[start : start + _AT_ONCE]
+            found.update(zip(some, self._answers([prompts[i] for i in some], most, options), strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def _answers(self, prompts: Sequence[list[int]], most: int, options: dict[str, Any]) -> list[str]:
+        pad = cast(int, self.tokenizer.pad_token_id)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
+        prompts = [prompt[-max(1, limit - most) :] for prompt in prompts]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        ends = list(self.end.tokens) or None
+        chosen = {"do_sample": False, **options}
+        output: Tensor = self.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=most, pad_token_id=pad, eos_token_id=ends, **chosen
+        )
+        texts = self.tokenizer.batch_decode(
+            [self.end.cut(answer) for answer in output[:, width:].tolist()], skip_special_tokens=True
+        )
+        return [(str(text).partition(self.end.text)[0] if self.end.text else str(text)).strip() for text in texts]
+
+
+def load_release(folder: Path, manifest: Manifest, device: str = "auto") -> Release:
+    """Load the model of a release whose manifest was read, for use: nothing in it trains.
+
+    LoRA's kinds are merged in memory. Raises ModelError if it does not load, and ReleaseError if the base is another
+    one than the release was made for.
+    """
+    where = pick_device(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        load = _with_adapter if manifest.form == "adapter" else _whole
+        model = load(folder, manifest, where)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{folder} does not load ({first_line(error)}). Are the versions those of constraints.txt?"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{folder}: its tokenizer has no pad token. Export the release again.")
+    return Release(folder, manifest, model.eval().requires_grad_(False), tokenizer)
+
+
+def _with_adapter(folder: Path, manifest: Manifest, device: str) -> Any:
+    inside = folder / BASE
+    model = manifest.model
+    if inside.is_dir():
+        model = model.model_copy(update={"source": str(inside), "revision": None})
+    base = load_base(model, device, manifest.base.seed)
+    if base.digest != manifest.base.digest:
+        raise ReleaseError(
+            f"{model.source} holds other weights (SHA-256 {base.digest[:16]}...) than the base that the adapter in "
+            f"{folder} was trained on ({manifest.base.digest[:16]}...). Give that base its place again."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft, on reading its own configuration
+        tuned = PeftModel.from_pretrained(cast(Any, base.model), str(folder)).eval()
+        mergeable = not tuned.peft_config["default"].is_prompt_learning
+        return cast(Any, tuned).merge_and_unload() if mergeable else tuned
+
+
+def _whole(folder: Path, manifest: Manifest, device: str) -> nn.Module:
+    if manifest.pooling == "mean":
+        encoder = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype="auto")
+        model: Any = MeanPooledClassifier(encoder, len(manifest.labels))
+        model.classifier.load_state_dict(load_file(folder / HEAD))
+        return cast(nn.Module, model.to(device))
+    kind: Any = AutoModelForCausalLM if manifest.task == "causal-lm" else AutoModelForSequenceClassification
+    return cast(nn.Module, kind.from_pretrained(folder, trust_remote_code=False, dtype="auto", device_map=device))
