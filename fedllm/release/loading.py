@@ -114,7 +114,7 @@ def _with_adapter(folder: Path, manifest: Manifest, device: str) -> Any:
     model = manifest.model
     if inside.is_dir():
         model = model.model_copy(update={"source": str(inside), "revision": None})
-    base = load_base(model, device, manifest.base.seed)
+    base = load_base(model, device)
     if base.digest != manifest.base.digest:
         raise ReleaseError(
             f"{model.source} holds other weights (SHA-256 {base.digest[:16]}...) than the base that the adapter in "

@@ -19,7 +19,7 @@ from fedllm.crypto.identity import Identity
 from fedllm.crypto.signed_documents import open_envelope, sign_envelope
 from fedllm.errors import CryptoError, ReleaseError, first_line
 from fedllm.files import cannot_read, cannot_write, replace_file
-from fedllm.values import HEAD_OFFICE, Frozen, Label, Printable, Seed
+from fedllm.values import HEAD_OFFICE, Frozen, Label, Printable
 
 MANIFEST = "release.json"
 _TYPE = "application/vnd.fedllm.release+json"
@@ -34,7 +34,6 @@ class Base(Frozen):
     source: Printable
     revision: Printable | None
     digest: Digest  # of its weights: fedllm.training.model.BaseModel.digest
-    seed: Seed = 0  # draws the head that a classifier's checkpoint lacks
 
 
 class Training(Frozen):
