@@ -38,7 +38,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import GenerationState
+from transformers.cli.serving.utils import GenerationState, InferenceThread
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedllm.crypto.certificates import read_certificates
@@ -237,6 +237,7 @@ class Application:
         self._routes = {HEALTH: ("GET", self._health), MODELS: ("GET", self._models)}
         if self.generator is None:
             self._routes[CLASSIFY] = ("POST", self._classify)
+            self._thread = InferenceThread()  # one: threads would meet in the model's configuration
             return
         models, state = _OneModel(self.release), _State(self.generator)
         self._chat_handler, self._completion_handler = _Chat(models, state), _Completion(models, state)
@@ -432,7 +433,7 @@ class Application:
 
     async def _classify(self, body: object, send: _Send, count: _Count) -> None:
         inputs = asked.classification(body, self._name)
-        found, count.tokens_in = await asyncio.to_thread(self._classes, inputs)
+        found, count.tokens_in = await self._thread.async_submit(self._classes, inputs)
         usage = {"prompt_tokens": count.tokens_in, "completion_tokens": 0, "total_tokens": count.tokens_in}
         answer = {
             "id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": self._name,
