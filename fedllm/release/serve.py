@@ -149,6 +149,7 @@ def tell_nothing() -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], True
     logging.root.handlers = [_Places(logging.WARNING)]
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its server has a warning for every request
     logging.captureWarnings(True)
     sys.excepthook = lambda _, error, __: say(f"error {_place(error)}")
     threading.excepthook = lambda args: say(f"error {_place(args.exc_value) if args.exc_value else args.exc_type}")
