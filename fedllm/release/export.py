@@ -55,7 +55,7 @@ Quantised = Literal["none", "int8", "nf4"]
 _PARTS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")  # of a base: no code
 _FLAWED = 0.5  # logits that are further away than this share of their size are those of another model
 # so far may logits be that bitsandbytes computes from weights that are rounded in the same way (docs/support.md)
-_LIKE_ROUNDED = {"int8": 0.1, "nf4": 0.05}
+_LIKE_ROUNDED = {"int8": 0.3, "nf4": 0.1}
 _WHOLE = {"nf4": (64, 32), "int8": (1, 1)}  # inputs and outputs of a layer are multiples of these
 
 
@@ -159,8 +159,8 @@ def _noted(run: FinishedRun, merge: bool) -> Iterator[str]:
             + ("merged with the rounded weights, as it was trained" if merge else
                "on the base as it is the adapter answers somewhat differently; --merge has the rounded weights")
         )  # fmt: skip
-    if run.stopped:
-        yield f"the run ended early: {run.stopped}"
+    if run.outcome.stopped:
+        yield f"the run ended early: {run.outcome.stopped}"
 
 
 def _tuned(run: FinishedRun) -> tuple[BaseModel, AdapterModel]:

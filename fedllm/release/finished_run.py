@@ -39,7 +39,6 @@ class FinishedRun:
     outcome: Outcome
     audit: Audit
     privacy: Privacy
-    stopped: str  # why it ended early, or ""
 
     @property
     def training(self) -> Training:
@@ -98,7 +97,7 @@ def read_run(folder: Path, signer: Identity, audit: Path | None = None) -> Finis
         mode=plan.privacy.mode, unit=plan.privacy.unit, epsilon=read.accountants.pld, delta=plan.privacy.delta,
         seeded=plan.privacy.insecure_seed is not None, verdict=read.verdict, audit=digest,
     )  # fmt: skip
-    return FinishedRun(folder, name, description, reading, found, read, privacy, found.stopped)
+    return FinishedRun(folder, name, description, reading, found, read, privacy)
 
 
 def _check(folder: Path, audit: Path, found: Outcome, read: Audit) -> None:

@@ -24,8 +24,8 @@ from fedllm.errors import ModelError
 Quantisation = Literal["int8", "nf4"]
 _BLOCK = 64  # values of nf4 with one scale: that of bitsandbytes and transformers
 _MISSING = "model.quantize=nf4 needs bitsandbytes. Run: pip install 'fedllm[quantize]'"
-# says on import that kernels, which nobody needs, cannot be fetched from a hub
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# says that kernels cannot be fetched from a hub, which nobody needs, and of every layer in what type it computes
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 _AT_ONCE = 1 << 22  # values that are quantised at once; a multiple of the block
 
 
