@@ -110,6 +110,7 @@ runs.register(app)
 ledger.register(app)
 audit.register(app)
 privacy.register(app)
+release.register(app)
 serve.register(app)
 release.register(app)
 
