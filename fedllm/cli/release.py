@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from fedllm.release.evaluate import Evaluation
     from fedllm.release.manifest import Manifest, Privacy
 
-release_app = typer.Typer(help="A run's model for use: exported with its evidence, checked, evaluated, taught to smaller ones.", no_args_is_help=True)
+release_app = typer.Typer(
+    help="A run's model for use: exported with its evidence, checked, evaluated, taught to smaller ones.",
+    no_args_is_help=True,
+)
 
 DestArgument = Annotated[Path, typer.Argument(help="The release's folder.", show_default=False)]
 TrustOption = Annotated[
