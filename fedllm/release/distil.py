@@ -32,7 +32,7 @@ from fedllm.crypto.identity import Identity
 from fedllm.errors import DataError, Diverged, FolderError, ModelError, PrivacyError, ReleaseError, first_line
 from fedllm.files import cannot_read, new_folder
 from fedllm.release.loading import Release
-from fedllm.release.manifest import Base, Manifest, manifest_digest, sign_release
+from fedllm.release.manifest import MANIFEST, Base, Manifest, manifest_digest, sign_release
 from fedllm.release.pages import write_pages
 from fedllm.release.questions import Questions, check_answers
 from fedllm.release.synthesize import RECORDS, is_set, verify_set
@@ -146,7 +146,7 @@ def teach(release: Release, source: str, transfer: Transfer, how: Teaching, say:
         tokenizer = release.tokenizer if by_logits else base.tokenizer
         tokeniser = Tokeniser(tokenizer, config, questions.release.manifest.reading, base.vocabulary)
         examples = [tokeniser(row, number) for number, row in enumerate(rows)]
-    losses = _train(base.model, examples, release if by_logits else None, how, cast(int, tokenizer.pad_token_id), say)
+    losses = fit(base.model, examples, how, cast(int, tokenizer.pad_token_id), say, release if by_logits else None)
     return Student(base, config, tokenizer, by_logits, len(examples), losses)
 
 
@@ -227,10 +227,14 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self._say(f"epoch {len(self.losses)}/{self._epochs}: loss {self.losses[-1]:.4f}")
 
 
-def _train(
-    model: Any, examples: Sequence[Example], teacher: Release | None, how: Teaching, pad: int, say: Say
+def fit(
+    model: Any, examples: Sequence[Example], how: Teaching, pad: int, say: Say, teacher: Release | None = None
 ) -> tuple[float, ...]:
-    """Train a model in place and return the mean loss of every epoch. Nothing is evaluated, and nothing sent."""
+    """Train a model in place on public records and return the mean loss of every epoch, in nats a learned token.
+
+    `teacher`: whose logits are learned; None: the records' own tokens. Nothing is evaluated, and nothing sent. Raises
+    Diverged.
+    """
     on_cpu = next(model.parameters()).device.type == "cpu"
     with tempfile.TemporaryDirectory(prefix="fedllm-") as folder:
         arguments = TrainingArguments(
@@ -240,6 +244,7 @@ def _train(
             push_to_hub=False, disable_tqdm=True, remove_unused_columns=False, use_cpu=on_cpu,
             dataloader_pin_memory=not on_cpu,
         )  # fmt: skip
+        arguments._n_gpu = min(1, arguments.n_gpu)  # the device that the teacher is on, and no other
         trainer = _Teacher(
             teacher, how.temperature, model=model, args=arguments, train_dataset=list(examples),
             data_collator=lambda some: _batch(some, pad),
@@ -276,8 +281,15 @@ def distil(
     """Teach the model `source` on the questions in `data`, write it to a new folder as a release, and sign that.
 
     `public`: everybody may read `data`. Raises what `read_transfer` and `teach` raise, FolderError for a folder that is
-    not empty or cannot be written, ReleaseError for a signer that `trust` does not know as head office.
+    not empty or cannot be written, ReleaseError for a signer that `trust` does not know as head office, and for a
+    student that has learned from records of its own.
     """
+    place = resolve(source)
+    if isinstance(place, Path) and (place / MANIFEST).exists():
+        raise ReleaseError(
+            f"--student {source} is a release itself: what it tells of records adds to what the teacher tells, and no "
+            "claim counts both. Give a public model."
+        )
     if not trust.knows(HEAD_OFFICE, signer.public):
         raise ReleaseError(
             f"--key: {signer.public.fingerprint} is no key that your file of keys trusts as {HEAD_OFFICE}, so that the "
@@ -300,6 +312,8 @@ def distil(
             folder, "student", m=manifest, teacher=release.manifest, s=student, how=how, transfer=transfer,
             weights=(weights(release.model), weights(student.base.model)),
         )  # fmt: skip
+        for path in (folder, *folder.rglob("*")):  # whoever serves it may be another user
+            path.chmod(0o755 if path.is_dir() else 0o644)
         return sign_release(folder, manifest, signer)
 
 

@@ -375,6 +375,14 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(
     assert set(tmp_path.iterdir()) == before
 
 
+def test_a_student_that_has_learned_from_records_of_its_own_is_refused(
+    tiny_release: Released, loaded: Release, public: Path, tmp_path: Path
+) -> None:
+    trust, signer = Trust.read(tiny_release.trust), tiny_release.signer
+    with pytest.raises(ReleaseError, match="is a release itself"):
+        distil(loaded, str(tiny_release.folder), public, tmp_path / "out", trust, signer, FAST, silent, public=True)
+
+
 def test_a_key_that_nobody_would_trust_is_told_before_the_training(
     tiny_release: Released, loaded: Release, small: str, public: Path, tmp_path: Path
 ) -> None:
