@@ -1,0 +1,17 @@
+#!/bin/sh
+# Ask a served model one question with curl, and print the pieces of its answer as they come.
+#
+#   FEDLLM_URL=https://127.0.0.1:8443/v1 FEDLLM_CA=ca.pem FEDLLM_TOKEN=... sh examples/serving/ask_curl.sh
+#
+# Token and question go through pipes: all users of a machine can read the arguments of a command.
+set -eu
+ask() {
+    printf 'Authorization: Bearer %s\n' "$FEDLLM_TOKEN" |
+        curl --silent --show-error --fail-with-body --tlsv1.3 --cacert "$FEDLLM_CA" --header @- "$@"
+}
+
+model=$(ask "$FEDLLM_URL/models" | sed 's/.*"id": *"\([^"]*\)".*/\1/')  # a server has one
+ask "$FEDLLM_URL/chat/completions" --no-buffer --header 'Content-Type: application/json' --data @/dev/fd/3 3<<END
+{"model": "$model", "messages": [{"role": "user", "content": "부가세 환급 몇 번 창구죠?"}],
+ "max_tokens": 40, "temperature": 0, "stream": true}
+END
