@@ -5,13 +5,8 @@
 #
 # Token and question go through pipes: all users of a machine can read the arguments of a command.
 set -eu
-ask() {
-    printf 'Authorization: Bearer %s\n' "$FEDLLM_TOKEN" |
-        curl --silent --show-error --fail-with-body --tlsv1.3 --cacert "$FEDLLM_CA" --header @- "$@"
-}
-
-model=$(ask "$FEDLLM_URL/models" | sed 's/.*"id": *"\([^"]*\)".*/\1/')  # a server has one
-ask "$FEDLLM_URL/chat/completions" --no-buffer --header 'Content-Type: application/json' --data @/dev/fd/3 3<<END
-{"model": "$model", "messages": [{"role": "user", "content": "부가세 환급 몇 번 창구죠?"}],
- "max_tokens": 40, "temperature": 0, "stream": true}
+printf 'Authorization: Bearer %s\n' "$FEDLLM_TOKEN" |
+    curl --silent --show-error --fail-with-body --no-buffer --tlsv1.3 --cacert "$FEDLLM_CA" \
+        --header @- --header 'Content-Type: application/json' --data @/dev/fd/3 "$FEDLLM_URL/chat/completions" 3<<'END'
+{"messages": [{"role": "user", "content": "부가세 환급 몇 번 창구죠?"}], "max_tokens": 40, "temperature": 0, "stream": true}
 END
