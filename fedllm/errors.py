@@ -15,6 +15,7 @@
     ├── FolderError        a folder or file of an installation that cannot be read, written or trusted
     ├── CryptoError        keys, certificates, signatures or sealed bytes that are not what they should be
     ├── ReleaseError       a released model that is not what was signed, or may not be used as asked
+    │   └── Refused        a request to a served model that is not answered
     ├── CheckpointError    a checkpoint that cannot be written, read or continued
     ├── FederationError    the federation cannot go on
     │   └── QuorumLost     fewer sites answered than the quorum
@@ -23,6 +24,8 @@
 
 Each text says what was found (name=value), what was expected, and what to do.
 """
+
+from collections.abc import Mapping
 
 
 def first_line(error: BaseException) -> str:
@@ -88,6 +91,15 @@ class CryptoError(FedllmError):
 
 class ReleaseError(FedllmError):
     """A released model is not what was signed, or may not be used as asked."""
+
+
+class Refused(ReleaseError):
+    """A request to a served model is not answered; its text is for the sender, and quotes nothing of the request."""
+
+    def __init__(self, status: int, text: str, code: str, headers: Mapping[str, str] | None = None) -> None:
+        """`status` is HTTP's, `code` a word for programs, `headers` go beside the answer."""
+        super().__init__(text)
+        self.status, self.code, self.headers = status, code, dict(headers or {})
 
 
 class CheckpointError(FedllmError):

@@ -1,0 +1,201 @@
+"""`fedllm serve`: answers of a released model, and the tokens of those who may ask.
+
+An entry point: it may import anything, and imports late so that --help is quick.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from fedllm.cli.enrolment import absolute, keep_private
+from fedllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedllm.release.serve import Door
+
+_EXTRA = ("fastapi", "uvicorn", "openai")
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+class _Serve(TyperGroup):
+    """`fedllm serve DEST` is `fedllm serve run DEST`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the command in that was left out."""
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+serve_app = typer.Typer(
+    cls=_Serve,
+    help="Serve a released model at the office, in OpenAI's form, over TLS: fedllm serve DEST --trust KEYS ...\n\n"
+    "fedllm serve DEST is short for fedllm serve run DEST, whose --help has all options.",
+    no_args_is_help=True,
+    callback=keep_private,
+)
+token_app = typer.Typer(help="Who may ask: bearer tokens by name.", no_args_is_help=True)
+serve_app.add_typer(token_app, name="token")
+
+_Home = Annotated[
+    Path, typer.Option("--home", envvar="FEDLLM_HOME", help="The server's place: tokens, and what it serves.",
+                       show_default="~/.fedllm/serve")
+]  # fmt: skip
+HOME = Path("~/.fedllm/serve")
+_Name = Annotated[str, typer.Argument(help="Whose token, such as desk-3.", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the main command."""
+    app.add_typer(serve_app, name="serve")
+
+
+@serve_app.command("run")
+def run(
+    dest: Annotated[Path, typer.Argument(help="The release, of fedllm release export.", show_default=False)],
+    trust: Annotated[
+        Path, typer.Option("--trust", help="Your file of keys, lines NAME KEY: head-office's is needed.",
+                           show_default=False)
+    ],
+    host: Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0: in every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0: any that is free.", min=0, max=65535)] = 8443,
+    tls_cert: Annotated[
+        Path | None, typer.Option("--tls-cert", help="The server's certificate, PEM.", show_default=False)
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Its key, PEM.", show_default=False)] = None,
+    office: Annotated[
+        Path | None, typer.Option("--office", help="A site's folder: the certificate to serve with, of its grant.",
+                                  show_default=False)
+    ] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option("--client-ca", help="PEM: demand client certificates of this authority.",
+                                  show_default=False)
+    ] = None,
+    plaintext: Annotated[bool, typer.Option("--plaintext", help="No TLS; on loopback only.")] = False,
+    max_epsilon: Annotated[
+        float | None, typer.Option("--max-epsilon", help="Refuse a model that promises less; inf: also one that is "
+                                   "NOT PRIVATE.", show_default="any that is finite")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Prompt and answer together.", min=2,
+                                 show_default="what the model takes, at most 4096")
+    ] = None,
+    max_body: Annotated[int, typer.Option("--max-body", help="Bytes of a request.", min=1024)] = 262_144,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", help="Answers at once; eight times as many requests wait.", min=1, max=1024)
+    ] = 32,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds of a request, waiting included.", min=1)] = 120.0,
+    home: _Home = HOME,
+) -> None:  # fmt: skip
+    """Serve a release until the process is stopped. Its manifest is verified first, and every file.
+
+    What is asked and answered is written nowhere. The log, on standard output, has for every request time, status,
+    route, whose token, numbers of tokens, milliseconds.
+    """
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} missing here. Install what serving needs: pip install 'fedllm[serve]'")
+    from fedllm.audit.trust import Trust
+    from fedllm.release.manifest import verify_release
+
+    place = absolute(home)
+    certificate, key = _certificate(tls_cert, tls_key, office, plaintext)
+    manifest = verify_release(dest, Trust.read(trust))
+    os.environ.update(_QUIET)
+    typer.echo(f"loading {manifest.name} from {dest}")
+    from fedllm.release import serve
+    from fedllm.release.loading import load_release
+    from fedllm.release.tokens import TOKENS
+
+    serve.check_epsilon(manifest, max_epsilon)
+    door = serve.Door(host, port, place / TOKENS, certificate, key, client_ca)
+    serve.check_door(door)
+    release = load_release(dest.absolute(), manifest)
+    room = serve.positions(release)
+    if max_tokens is not None and max_tokens > room:
+        raise ConfigError(f"--max-tokens={max_tokens}: the model takes at most {room}")
+    limits = serve.Limits(max_tokens or room, max_body, concurrency, timeout)
+
+    def ready(url: str) -> None:
+        _note(place, dest.absolute(), trust.absolute(), url, door)
+        privacy = manifest.privacy
+        claim = f"epsilon {privacy.epsilon:.4g} at delta {privacy.delta:g}" if privacy.private else "NOT PRIVATE"
+        typer.echo(f"serving {manifest.name} ({claim}) at {url}")
+
+    serve.run(release, door, limits, ready)
+    typer.echo("stopped")
+
+
+def _certificate(
+    cert: Path | None, key: Path | None, office: Path | None, plaintext: bool
+) -> tuple[Path | None, Path | None]:
+    """Return the files of the certificate to serve with; raises ConfigError unless there is one way."""
+    ways = [cert is not None or key is not None, office is not None, plaintext]
+    if sum(ways) != 1:
+        raise ConfigError(
+            "the line is encrypted by a certificate: give --tls-cert and --tls-key, or --office FOLDER with the one of "
+            "the grant; or --plaintext, on loopback only. One of them."
+        )
+    if office is None:
+        return cert, key
+    from client.office import Office
+
+    found = Office.open(absolute(office))
+    _ = found.coordinators  # without a grant there is no certificate: its error says how to get one
+    return found.in_use.serving_file.with_suffix(".pem"), found.in_use.serving_file
+
+
+def _note(home: Path, dest: Path, trust: Path, url: str, door: "Door") -> None:
+    """Write down for `fedllm doctor` what is served, and where."""
+    import json
+
+    from fedllm.files import write_secret
+
+    served: dict[str, Any] = {
+        "release": str(dest), "trust": str(trust), "url": url, "pid": os.getpid(),
+        "certificate": None if door.certificate is None else str(door.certificate.absolute()),
+        "key": None if door.key is None else str(door.key.absolute()),
+    }  # fmt: skip
+    write_secret(home / "serving.json", json.dumps(served, indent=1).encode() + b"\n")
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+@token_app.command("add")
+def token_add(name: _Name, home: _Home = HOME) -> None:
+    """Make a token and print it, this once: only its digest is kept."""
+    from fedllm.release.tokens import TOKENS, add_token
+
+    typer.echo(add_token(absolute(home) / TOKENS, name))
+
+
+@token_app.command("list")
+def token_list(home: _Home = HOME) -> None:
+    """List whose tokens are good, and since when."""
+    from fedllm.release.tokens import TOKENS, read_tokens
+
+    tokens = read_tokens(absolute(home) / TOKENS)
+    for name, token in sorted(tokens.items()):
+        typer.echo(f"{name}  since {token.made:%Y-%m-%d %H:%M} UTC")
+    if not tokens:
+        typer.echo("nobody has a token: fedllm serve token add NAME")
+
+
+@token_app.command("revoke")
+def token_revoke(name: _Name, home: _Home = HOME) -> None:
+    """Refuse a token from now on, also where the server runs already."""
+    from fedllm.release.tokens import TOKENS, revoke_token
+
+    revoke_token(absolute(home) / TOKENS, name)
+    typer.echo(f"the token of {name} is refused from now on")
