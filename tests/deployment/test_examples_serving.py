@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from client.office import init_office, install
 from fedllm.cli.main import app
 from server.federation import admit, init_federation
-from tests.conftest import SOAK, some_of_the_demo
+from tests.conftest import some_of_the_demo
 from tests.deployment.harness import Program, free_port
 from tests.fedllm.audit.conftest import any_pdf
 
@@ -182,10 +182,11 @@ def test_the_walk_through_comes_from_records_to_a_korean_answer(walked: tuple[Ma
 
 @pytest.mark.timeout(3600)
 @NEEDED
+@pytest.mark.parametrize("installs", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_a_finished_run_comes_to_answers_over_tls_as_the_page_says(
-    tmp_path: Path, walked: tuple[Machine, list[str]]
+    tmp_path: Path, walked: tuple[Machine, list[str]], installs: bool
 ) -> None:
-    if SOAK and not reaches_pypi():
+    if installs and not reaches_pypi():
         pytest.skip("pip reaches no index: the clients' packages cannot be installed")
     (tmp_path / "federation.yaml").write_text("name: Hanbit Bank\nhost: head.example.com\n", "utf-8")
     head = init_federation(tmp_path / "federation.yaml", tmp_path / "head")
@@ -199,7 +200,7 @@ def test_a_finished_run_comes_to_answers_over_tls_as_the_page_says(
         shutil.copy(run / "trusted-keys.txt", here.desk)
         asked = 0
         for line in (line for block in blocks(PAGE) for line in block.commands):
-            if not SOAK:
+            if not installs:
                 line = line.replace("openai/bin/", "")  # it is installed for the tests
                 if "/bin/" in line or "venv" in line or line.startswith("pip "):
                     continue
