@@ -215,6 +215,13 @@ def test_a_finished_run_comes_to_answers_over_tls_as_the_page_says(
     assert here.token not in log
 
 
+def test_the_korean_walk_through_has_the_commands_and_headings_of_the_english_one() -> None:
+    korean, english = (page.read_text("utf-8") for page in (ROOT / "docs" / "walkthrough.ko.md", WALK))
+    fences, headings = (re.compile(r"^```.*?^```", re.M | re.S), re.compile(r"^##? ", re.M))
+    assert fences.findall(korean) == fences.findall(english)
+    assert len(headings.findall(korean)) == len(headings.findall(english))
+
+
 def test_every_example_is_on_the_page_and_every_command_of_the_page_is_run() -> None:
     for example in EXAMPLES.glob("*.*"):
         assert f"examples/serving/{example.name}" in PAGE.read_text("utf-8"), example.name
