@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -24,6 +23,10 @@ from fedllm.release.manifest import Manifest
 from fedllm.training.chat import AnswerEnd, answer_end
 from fedllm.training.data import Row, Tokeniser
 from fedllm.training.model import MeanPooledClassifier, load_base, pick_device
+from fedllm.training.quantised import unseen
+
+with unseen():
+    from peft import PeftModel
 
 BASE = "base"  # folder in a release of an adapter whose base cannot be had by its name
 HEAD = "classifier.safetensors"  # of a merged classifier with mean pooling, beside its encoder
@@ -120,7 +123,7 @@ def _with_adapter(folder: Path, manifest: Manifest, device: str) -> Any:
             f"{model.source} holds other weights (SHA-256 {base.digest[:16]}...) than the base that the adapter in "
             f"{folder} was trained on ({manifest.base.digest[:16]}...). Give that base its place again."
         )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), unseen():
         warnings.simplefilter("ignore")  # of peft, on reading its own configuration
         tuned = PeftModel.from_pretrained(cast(Any, base.model), str(folder)).eval()
         mergeable = not tuned.peft_config["default"].is_prompt_learning

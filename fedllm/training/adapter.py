@@ -123,14 +123,14 @@ class AdapterModel:
         apart, length, name = max((float((x - y).norm()), float(y.norm()), tensor.name) for tensor, x, y in parts)
         return f"{_saved_name(name)}, by {apart / max(length, 1e-30):.3g} of its length"
 
-    def save(self, vector: NDArray[np.float32], folder: Path, base: str) -> None:
+    def save(self, vector: NDArray[np.float32], folder: Path, base: str, revision: str | None = None) -> None:
         """Write the adapter float32[d] in PEFT format, naming its `base`, and read it back.
 
         PeftModel.from_pretrained(model, folder) loads it. The live values are neither used nor changed. Raises
         ModelError if a value of `vector` is not in the file under the name that PEFT gives it.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        values = {name: torch.from_numpy(array.copy()) for name, array in self.spec.split(vector).items()}
+        values = self._values(vector)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             state = get_peft_model_state_dict(
@@ -141,13 +141,17 @@ class AdapterModel:
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / "adapter_model.safetensors"
         )
-        self._check_file(folder / "adapter_model.safetensors", values)
+        self.check_file(folder / "adapter_model.safetensors", vector)
         config = copy.deepcopy(self.config)
-        config.base_model_name_or_path, config.inference_mode = base, True
+        config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
         config.save_pretrained(str(folder))
 
-    def _check_file(self, path: Path, values: dict[str, Tensor]) -> None:
-        """Raise ModelError unless the file at `path` holds `values` and the frozen part of the adapter."""
+    def _values(self, vector: NDArray[np.float32]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array.copy()) for name, array in self.spec.split(vector).items()}
+
+    def check_file(self, path: Path, vector: NDArray[np.float32]) -> None:
+        """Raise ModelError unless the file at `path` holds the adapter float32[d], and the frozen part of it."""
+        values = self._values(vector)
         kept = ("lora_", ".modules_to_save.default.")
         live = {
             name: p.detach().cpu() for name, p in self.model.named_parameters() if any(part in name for part in kept)
