@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -39,6 +40,20 @@ def replace_file(path: Path, data: bytes, mode: int | None = None) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise an OSError for what libraries in Rust make of one: it says in words alone what the system said."""
+    try:
+        yield
+    except FedllmError:
+        raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def is_full(error: OSError) -> bool:

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,14 +77,10 @@ def cannot_write(path: Path, error: OSError) -> FedllmError:
 def writing(place: Path) -> Iterator[None]:
     """Turn what writers of other libraries raise if there is no room into the error of `cannot_write`."""
     try:
-        yield
+        with files.system_errors():
+            yield
     except OSError as error:
         raise cannot_write(place, error) from error
-    except SafetensorError as error:  # says in words alone what the system said, e.g. "... (os error 28)"
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:  # about tensors, and no matter of the disk
-            raise
-        raise cannot_write(place, OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

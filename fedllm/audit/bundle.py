@@ -183,6 +183,21 @@ def verify(folder: Path, trust: Trust, absent: Collection[str] = ()) -> tuple[Au
     return audit, left
 
 
+def reread(folder: Path, trust: Trust) -> Audit:
+    """Return the audit in a folder, its figures computed again from the evidence, for whoever made it.
+
+    Unlike `verify` it compares neither the pages nor the sites' keys; a signature must be by somebody of `trust`.
+    Raises ChainError if the audit does not say what the evidence does, or a signature does not fit.
+    """
+    stored = _stored(folder / JSON)
+    audit = assess(folder, None, stored.made, stored.signer, _given(stored.accountants.estimates))
+    if difference := _difference(json.loads(stored.model_dump_json()), json.loads(audit.model_dump_json()), ""):
+        raise ChainError(f"{JSON}: {difference}")
+    if stored.signer or (folder / SIGNATURE).exists():
+        _check_signature(folder, audit, trust)
+    return stored
+
+
 def _given(estimates: Mapping[str, float | None]) -> dict[str, CrossCheck]:
     """Return accountants that say what was said."""
     return {name: CrossCheck("", lambda *_, said=value: Estimate(said)) for name, value in estimates.items()}

@@ -106,6 +106,7 @@ class _PlanBody(_Body):
     plan_digest: str
     versions: dict[str, str]
     sites: dict[str, str]
+    spec_digest: str = ""
     adapter: str
     most_loss: float = Field(1.0, gt=0)
 
@@ -627,6 +628,30 @@ def names_and_end(folder: Path) -> tuple[list[str], End]:
     """
     record = _read_record(folder / RECORD, _Checks())
     return record.sites, record.last
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to, as the server's record states it."""
+
+    plan: RunPlan
+    spec: str  # digest of the adapter's shape, and of the base
+    adapter: str  # digest of the adapter that it ended with
+    signers: tuple[PublicIdentity, ...]  # of the record; the last one vouches for all of it
+    head: str  # digest of the record's last entry
+    stopped: str  # why it ended early, or ""
+
+
+def outcome(folder: Path) -> Outcome:
+    """Return what the run in a folder came to. Raises ChainError if its record cannot be read, or has no end."""
+    record = _read_record(folder / RECORD, _Checks())
+    last, end = record.entries[-1], record.end
+    if end is None or last.kind != "end":
+        raise ChainError(f"{RECORD} has no end: the run goes on, or was interrupted. Let it end, or resume it")
+    return Outcome(
+        record.plan, record.body.spec_digest, end.kept_adapter if end.kept is not None else end.adapter,
+        tuple(dict.fromkeys(entry.signer for entry in record.entries)), last.digest, end.stopped,
+    )  # fmt: skip
 
 
 def assess(

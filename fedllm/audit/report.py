@@ -5,13 +5,14 @@ gives the same page, byte for byte, wherever the same software renders it.
 """
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -105,7 +106,7 @@ def render_html(audit: Audit, language: Language, sections: Sequence[Section] = 
         plots=_plots(audit, say), change=_change(audit), cross_checks=CROSS_CHECKS, find=partial(_find, audit, say),
         tried=_tried(audit), scores=_shown_scores(audit), metrics=_scored(audit),
     )  # fmt: skip
-    return page.replace("/*FONT*/", _font_face(page))
+    return page.replace("/*FONT*/", font_face(page))
 
 
 def to_json(audit: Audit) -> bytes:
@@ -277,7 +278,9 @@ def add_font() -> None:
         font_manager.fontManager.addfont(path)
 
 
-def _plots(audit: Audit, say: partial[str]) -> dict[str, Markup]:
+@contextlib.contextmanager
+def drawing_inline() -> Iterator[None]:
+    """Draw what stands in a page: texts as outlines, Korean included, and the same bytes every time."""
     add_font()
     style: dict[Any, Any] = {
         "font.family": ["Noto Sans KR", "DejaVu Sans"], "font.size": 9, "axes.unicode_minus": False,
@@ -286,17 +289,22 @@ def _plots(audit: Audit, say: partial[str]) -> dict[str, Markup]:
     }  # fmt: skip
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        plots = {"tradeoff": _inline(_plot_tradeoff(audit, say), "tradeoff", say("tradeoff"))}
+        yield
+
+
+def _plots(audit: Audit, say: partial[str]) -> dict[str, Markup]:
+    with drawing_inline():
+        plots = {"tradeoff": inline(_plot_tradeoff(audit, say), "tradeoff", say("tradeoff"))}
         if audit.timeline:
-            plots["timeline"] = _inline(_plot_timeline(audit, say), "timeline", say("timeline"))
+            plots["timeline"] = inline(_plot_timeline(audit, say), "timeline", say("timeline"))
         if _change(audit) is not None:
-            plots["utility"] = _inline(_plot_utility(audit, say), "utility", say("utility"))
+            plots["utility"] = inline(_plot_utility(audit, say), "utility", say("utility"))
         if audit.scores and _scored(audit)[0] != "units":
-            plots["scores"] = _inline(_plot_scores(audit, say), "scores", say("scores"))
+            plots["scores"] = inline(_plot_scores(audit, say), "scores", say("scores"))
     return plots
 
 
-def _inline(figure: Figure, name: str, label: str) -> Markup:
+def inline(figure: Figure, name: str, label: str) -> Markup:
     """Return a figure as an SVG element, its ids made its own so that several fit on one page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -402,7 +410,7 @@ def draw_scores(axes: Axes, scores: Mapping[int, Sequence[float]], say: partial[
     axes.plot(list(scores), estimates, color=_GREEN, marker=marker, label=say("plot.at_sites"))
 
 
-def _font_face(page: str) -> str:
+def font_face(page: str) -> str:
     """Return the CSS that embeds the glyphs of `page`; signs that the font lacks come from the reader's system."""
     options = Options()
     options.layout_features = ["kern"]

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 import fedllm
-from fedllm.cli import audit, enrolment, ledger, privacy, runs, serve
+from fedllm.cli import audit, enrolment, ledger, privacy, release, runs, serve
 from fedllm.errors import FedllmError
 from fedllm.shown import escaped_lines
 
@@ -110,7 +110,9 @@ runs.register(app)
 ledger.register(app)
 audit.register(app)
 privacy.register(app)
+release.register(app)
 serve.register(app)
+release.register(app)
 
 
 def _say_error(message: str) -> None:

@@ -92,23 +92,8 @@ class AdapterModel:
         return _logits(self.model, input_ids, attention_mask)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """Return the tokens, int64[N, new], that `generate` of transformers adds to texts padded on the left.
-
-        PEFT 0.21's own gives other tokens than the model's logits if there are virtual ones: transformers 5 does not
-        tell it any more where a text begins. So the base generates, and is given what PEFT makes of the virtual tokens.
-        """
-        if not self.config.is_prompt_learning:
-            whole: Tensor = self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
-            return whole[:, input_ids.shape[1] :]
-        base: Any = self.model.get_base_model()
-        inputs, given = _prompted(self.model, input_ids, attention_mask), 0
-        if "input_ids" in inputs:  # as if it had read tokens before the text
-            blank = input_ids.new_full((len(input_ids), self.config.num_virtual_tokens), options["pad_token_id"])
-            inputs["input_ids"] = torch.cat([blank, input_ids], dim=1)
-            given = inputs["input_ids"].shape[1]
-        with _quiet():
-            new: Tensor = base.generate(**inputs, **options)
-        return new[:, given:]
+        """Return the tokens, int64[N, new], that `generate` of transformers adds to texts padded on the left."""
+        return generated(self.model, input_ids, attention_mask, **options)
 
     def load(self, vector: NDArray[np.float32]) -> None:
         """Set the values from float32[d]; raises SpecMismatch on another shape."""
@@ -123,14 +108,14 @@ class AdapterModel:
         apart, length, name = max((float((x - y).norm()), float(y.norm()), tensor.name) for tensor, x, y in parts)
         return f"{_saved_name(name)}, by {apart / max(length, 1e-30):.3g} of its length"
 
-    def save(self, vector: NDArray[np.float32], folder: Path, base: str) -> None:
+    def save(self, vector: NDArray[np.float32], folder: Path, base: str, revision: str | None = None) -> None:
         """Write the adapter float32[d] in PEFT format, naming its `base`, and read it back.
 
         PeftModel.from_pretrained(model, folder) loads it. The live values are neither used nor changed. Raises
         ModelError if a value of `vector` is not in the file under the name that PEFT gives it.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        values = {name: torch.from_numpy(array.copy()) for name, array in self.spec.split(vector).items()}
+        values = self._values(vector)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             state = get_peft_model_state_dict(
@@ -141,13 +126,17 @@ class AdapterModel:
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in state.items()}, folder / "adapter_model.safetensors"
         )
-        self._check_file(folder / "adapter_model.safetensors", values)
+        self.check_file(folder / "adapter_model.safetensors", vector)
         config = copy.deepcopy(self.config)
-        config.base_model_name_or_path, config.inference_mode = base, True
+        config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
         config.save_pretrained(str(folder))
 
-    def _check_file(self, path: Path, values: dict[str, Tensor]) -> None:
-        """Raise ModelError unless the file at `path` holds `values` and the frozen part of the adapter."""
+    def _values(self, vector: NDArray[np.float32]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array.copy()) for name, array in self.spec.split(vector).items()}
+
+    def check_file(self, path: Path, vector: NDArray[np.float32]) -> None:
+        """Raise ModelError unless the file at `path` holds the adapter float32[d], and the frozen part of it."""
+        values = self._values(vector)
         kept = ("lora_", ".modules_to_save.default.")
         live = {
             name: p.detach().cpu() for name, p in self.model.named_parameters() if any(part in name for part in kept)
@@ -174,6 +163,27 @@ class AdapterModel:
             tokens = torch.arange(self.config.num_virtual_tokens, device=self.device)
             found: Tensor = functional_call(encoder, own, (tokens[None],))[0]
         return found.cpu()
+
+
+def generated(model: PeftModel, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+    """Return the tokens, int64[N, new], that `generate` of transformers adds to texts padded on the left.
+
+    PEFT 0.21's own gives other tokens than the model's logits if there are virtual ones: transformers 5 does not tell
+    it any more where a text begins. So the base generates, and is given what PEFT makes of the virtual tokens.
+    """
+    config = model.peft_config["default"]
+    if not config.is_prompt_learning:
+        whole: Tensor = model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return whole[:, input_ids.shape[1] :]
+    base: Any = model.get_base_model()
+    inputs, given = _prompted(model, input_ids, attention_mask), 0
+    if "input_ids" in inputs:  # as if it had read tokens before the text
+        blank = input_ids.new_full((len(input_ids), config.num_virtual_tokens), options["pad_token_id"])
+        inputs["input_ids"] = torch.cat([blank, input_ids], dim=1)
+        given = inputs["input_ids"].shape[1]
+    with _quiet():
+        new: Tensor = base.generate(**inputs, **options)
+    return new[:, given:]
 
 
 def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32], model: ModelConfig) -> bool:

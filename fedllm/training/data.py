@@ -335,11 +335,11 @@ def _text_columns(data: TextConfig) -> list[str]:
     """Return the columns that become text; raises ConfigError where a template is more than plain {column} fields."""
     if data.messages is not None:
         return [data.messages]
-    names = [*_fields(data.prompt or ""), *_fields(data.text or "")]
+    names = [*fields_of(data.prompt or ""), *fields_of(data.text or "")]
     return [data.columns.get(name, column_name(name)) for name in names]
 
 
-def _fields(template: str) -> list[str]:
+def fields_of(template: str) -> list[str]:
     """Return the columns that a template names; raises ConfigError if it is more than plain {column} fields."""
     try:
         parts = list(string.Formatter().parse(template))
@@ -372,7 +372,7 @@ def render(
     """
     try:
         values = dict[str, str]()
-        for name in _fields(template):
+        for name in fields_of(template):
             value = row.get(columns.get(name, column_name(name)))
             blank = given and isinstance(value, str)
             values[name] = cell(value) if blank else text_of(value, columns.get(name, name))

@@ -1,13 +1,15 @@
 """How good an adapter is on the public held-out set: perplexity, exact match, accuracy, sample answers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedllm.config import HeldoutConfig, ModelConfig
@@ -16,6 +18,7 @@ from fedllm.privacy.mechanism import Mechanism
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.chat import answer_end
 from fedllm.training.data import (
+    Batch,
     Example,
     PrivacyUnit,
     Table,
@@ -23,7 +26,9 @@ from fedllm.training.data import (
     batches,
     build_units,
     check_columns,
+    collate,
     naming,
+    passes,
     read_table,
 )
 from fedllm.training.engine import Engine
@@ -142,18 +147,28 @@ class Evaluator:
         return [(text.partition(self._end.text)[0] if self._end.text else text).strip() for text in texts]
 
 
-@torch.inference_mode()
 def losses_of(
     adapter: AdapterModel, vector: NDArray[np.float32], records: Sequence[Example], micro_batch: int
 ) -> NDArray[np.float32]:
     """Return every record's own loss under the adapter float32[d], float32[N] in nats: see `record_losses`."""
-    order = sorted(range(len(records)), key=lambda i: len(records[i].input_ids))  # as `batches` has them
-    found = np.empty(len(records), np.float32)
     with adapter.lock:
         adapter.load(vector)
-        cut = batches([(records[i],) for i in order], micro_batch, adapter.tokenizer.pad_token_id, adapter.device)
-        found[order] = torch.cat([record_losses(adapter, batch).float().cpu() for batch in cut]).numpy()
-    return found
+        each = partial(record_losses, adapter)
+        return each_record(each, records, lambda _: micro_batch, adapter.tokenizer.pad_token_id, adapter.device)
+
+
+@torch.inference_mode()
+def each_record(
+    found: Callable[[Batch], Tensor], records: Sequence[Example], rows: Callable[[int], int], pad_id: int,
+    device: torch.device,
+) -> NDArray[np.float32]:  # fmt: skip
+    """Return what is `found` for every record, [N, ...] as float32; a pass has at most `rows(width)` of them."""
+    order = sorted(range(len(records)), key=lambda i: len(records[i].input_ids))  # as `passes` has them
+    cut = passes([(records[i],) for i in order], rows)
+    values = torch.cat([found(collate(some, pad_id, device, width)).float().cpu() for some, width in cut]).numpy()
+    sorted_back = np.empty_like(values)
+    sorted_back[order] = values
+    return sorted_back
 
 
 def spread(things: Sequence[_T], n: int) -> list[_T]:

@@ -1,18 +1,29 @@
 """Losses that keep records apart: a mean over the tokens of one record, never over a batch."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import IGNORE, Batch
 
 _LOGITS = 1 << 22  # logits that are in memory at a time: 16 MiB of float32, a third-level cache
 
 
-def token_losses(adapter: AdapterModel, batch: Batch) -> tuple[Tensor, Tensor]:
+class Scores(Protocol):
+    """A model that says how likely a text, or a class, is: an adapter in training, or a release."""
+
+    @property
+    def split(self) -> tuple[Callable[..., Any], nn.Module] | None:
+        """Transformer and output head, where the second after the first is all there is to the model."""
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return [N, T, vocabulary] of the text's own tokens, or [N, classes]."""
+
+
+def token_losses(adapter: Scores, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the loss of every labelled token and the row it belongs to, float32[M] and int64[M] (causal LM).
 
     The output head, a large part of a small model's work, runs only where there is a label, and over one record at a
@@ -24,7 +35,7 @@ def token_losses(adapter: AdapterModel, batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.cat([_own_losses(head, *each) for each in own]), rows_M
 
 
-def labelled_states(adapter: AdapterModel, batch: Batch) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+def labelled_states(adapter: Scores, batch: Batch) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     """Return the output head, and of every labelled token, row by row, what the head is given, the token, the row.
 
     [M, D], int64[M], int64[M]. Where a model does more after its head, the states are its logits, and the head does
@@ -86,7 +97,7 @@ class _HeadLosses(torch.autograd.Function):
         return gradient * upstream_M[0][:, None].to(gradient.dtype), None, None, None
 
 
-def record_losses(adapter: AdapterModel, batch: Batch) -> Tensor:
+def record_losses(adapter: Scores, batch: Batch) -> Tensor:
     """Return float32[N]: each record's mean loss over its own labelled tokens, or its classification loss.
 
     A mean over the tokens of the batch would couple records: one more record would change the others' gradients.
@@ -97,12 +108,12 @@ def record_losses(adapter: AdapterModel, batch: Batch) -> Tensor:
     return _mean_by(rows_M, losses_M, len(batch.labels))
 
 
-def unit_losses(adapter: AdapterModel, batch: Batch) -> Tensor:
+def unit_losses(adapter: Scores, batch: Batch) -> Tensor:
     """Return float32[units]: the mean over each unit's records in the batch."""
     return _mean_by(batch.unit_of_row, record_losses(adapter, batch), batch.units)
 
 
-def logits(adapter: AdapterModel, batch: Batch) -> Tensor:
+def logits(adapter: Scores, batch: Batch) -> Tensor:
     """Return the model's logits, [N, T, vocabulary] or [N, classes]."""
     return adapter.logits(batch.input_ids, batch.attention_mask)
 

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class BaseModel:
     positions: int  # the most tokens that a record may have
     vocabulary: int  # rows of its token embedding
     new: tuple[str, ...] = ()  # modules of a classifier that its checkpoint lacks, and that were drawn at random
+    stored: torch.dtype = torch.float32  # of its weights on disk, as its configuration says
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,16 @@ def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     digest = weights_digest(model)
     if config.quantize != "none":
-        quantise(model, [name for name in linear_layers(model) if name not in new], config.quantize)
+        quantise(model, quantised_layers(model, new), config.quantize)
     positions, vocabulary = _limits(config, model, tokenizer)
     if config.task == "causal-lm":
         _check_causal(config, model, vocabulary)
     # by it decoders find a record's last token, which a classifier reads
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
-    return BaseModel(model.to(torch.device(device)), tokenizer, digest, positions, vocabulary, new)
+    stored = next((found for each in (shape, shape.get_text_config()) if (found := each.dtype) is not None), None)
+    return BaseModel(
+        model.to(torch.device(device)), tokenizer, digest, positions, vocabulary, new, stored or torch.float32
+    )
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -176,6 +180,11 @@ def linear_layers(model: nn.Module) -> list[str]:
     heads = {id(m) for n, m in model.named_children() if isinstance(m, nn.Linear) or n in HEADS}
     heads |= {id(inner) for m in model.children() if id(m) in heads for inner in m.modules()}
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and id(m) not in heads]
+
+
+def quantised_layers(model: nn.Module, new: Collection[str]) -> list[str]:
+    """Return the names of the layers that model.quantize rounds; `new` were drawn at random, and are trained."""
+    return [name for name in linear_layers(model) if name not in new]
 
 
 def weights(model: nn.Module) -> int:

@@ -24,6 +24,8 @@ from fedllm.errors import ModelError
 Quantisation = Literal["int8", "nf4"]
 _BLOCK = 64  # values of nf4 with one scale: that of bitsandbytes and transformers
 _MISSING = "model.quantize=nf4 needs bitsandbytes. Run: pip install 'fedllm[quantize]'"
+# says that kernels cannot be fetched from a hub, which nobody needs, and of every layer in what type it computes
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 _AT_ONCE = 1 << 22  # values that are quantised at once; a multiple of the block
 
 
@@ -99,6 +101,18 @@ def quantise(model: nn.Module, names: Iterable[str], kind: Quantisation) -> None
         setattr(model.get_submodule(parent), last, QuantisedLinear(weight, layer.bias, kind))
 
 
+def round_weights(model: nn.Module, names: Iterable[str], kind: Quantisation) -> None:
+    """Give the named layers the weights that `quantise` would have them multiply by, in place.
+
+    Raises ModelError as `quantise` does.
+    """
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        turned = isinstance(layer, Conv1D)
+        weight_OI = QuantisedLinear(layer.weight.T.contiguous() if turned else layer.weight, None, kind).weight
+        layer.weight.data = weight_OI.T.contiguous() if turned else weight_OI
+
+
 def missing_for_nf4() -> str:
     """Return what must be installed for nf4, with the command; empty if nothing."""
     return "" if importlib.util.find_spec("bitsandbytes") else _MISSING
@@ -146,8 +160,6 @@ def _values(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.
 
 def _functional() -> Any:
     """Return bitsandbytes' functions; raises ModelError if it is not installed."""
-    # it says that kernels which are not used here cannot be fetched from a hub
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional
     except ImportError:

@@ -284,6 +284,23 @@ def heldout_rows(train: Iterable[dict[str, str]], korean: int = 8, english: int 
     return rows
 
 
+def public_questions(n: int, taken: Iterable[str], seed: str = "public") -> list[str]:
+    """``n`` different questions as the bank's customers ask them, from no customer, none of them among ``taken``.
+
+    Whoever asks knows what the bank does and how people speak, and none of its facts. The wordings that are reserved
+    for the held-out rows are not used.
+    """
+    seen, rng, bank, found = set(taken), random.Random(f"{SEED}/{seed}"), facts(), list[str]()
+    while len(found) < n:
+        fact, branch, lang = rng.choice(bank), rng.choice(BRANCHES), rng.choice(("ko", "ko", "en"))
+        name, d4 = _person(lang, rng, held=False), f"{rng.randrange(10**4):04d}"
+        question = _question(fact, lang, branch, name, d4, rng, held=False)
+        if question not in seen:
+            seen.add(question)
+            found.append(question)
+    return found
+
+
 def check(train: Sequence[dict[str, str]], heldout: Sequence[dict[str, str]]) -> dict[str, object]:
     """Check what the demo relies on and return the corpus's statistics.
 

@@ -193,7 +193,7 @@ def words_of(audit: Audit, language: Language) -> str:
         patch.setattr(
             report, "_plots", lambda audit, say: dict.fromkeys(("tradeoff", "timeline", "utility", "scores"), "")
         )
-        patch.setattr(report, "_font_face", lambda page: "")
+        patch.setattr(report, "font_face", lambda page: "")
         page = render_html(audit, language)
     if language == "ko":
         assert english_words(page, SITES) == set()

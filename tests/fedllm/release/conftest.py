@@ -1,18 +1,17 @@
 """A finished run with its evidence, and releases: one of that run, and one that needs no run."""
 
 import shutil
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import PeftModel
 
 from fedllm.audit.trust import Trust
 from fedllm.config import ModelConfig, SimulationConfig, TextConfig
 from fedllm.crypto.identity import Identity
-from fedllm.plan import RunPlan
+from fedllm.release.export import export
+from fedllm.release.finished_run import KEY, read_run
 from fedllm.release.manifest import Base, Manifest, Privacy, Training, read_manifest, sign_release
 from fedllm.training.model import load_base
 from fedllm.values import HEAD_OFFICE, parse
@@ -119,18 +118,8 @@ def release(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Rel
     """The merged release of a finished run."""
 
     def make(new: Path) -> None:
-        plan = RunPlan.model_validate_json((finished_run / "plan.json").read_text("utf-8"))
-        base = load_base(plan.model, "cpu")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PEFT
-            tuned: Any = PeftModel.from_pretrained(base.model, str(finished_run / "adapter"))
-        tuned.merge_and_unload().save_pretrained(new / "release")
-        base.tokenizer.save_pretrained(new / "release")
-        signer = Identity.read(finished_run / "record.key")
-        manifest = a_manifest(new / "release", name="run", base=Base(
-            source=plan.model.source, revision=None, digest=base.digest
-        ))  # fmt: skip
-        sign_release(new / "release", manifest, signer)
+        signer = Identity.read(finished_run / KEY)
+        export(read_run(finished_run, signer), new / "release", signer, merge=True)
 
     folder = once(tmp_path_factory, "release", make) / "release"
-    return Released(folder, finished_run / "record.key", finished_run / "trusted-keys.txt")
+    return Released(folder, finished_run / KEY, finished_run / "trusted-keys.txt")
