@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -20,6 +20,7 @@ from transformers import (
 
 from fedllm.errors import ModelError, ReleaseError, first_line
 from fedllm.release.manifest import Manifest
+from fedllm.training.adapter import generated
 from fedllm.training.chat import AnswerEnd, answer_end
 from fedllm.training.data import Row, Tokeniser
 from fedllm.training.model import MeanPooledClassifier, load_base, pick_device
@@ -83,11 +84,11 @@ class Release:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         ends = list(self.end.tokens) or None
         chosen = {"do_sample": False, **options}
-        output: Tensor = self.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=most, pad_token_id=pad, eos_token_id=ends, **chosen
-        )
+        output = generated(
+            self.model, ids, mask, max_new_tokens=most, pad_token_id=pad, eos_token_id=ends, **chosen
+        )  # fmt: skip
         texts = self.tokenizer.batch_decode(
-            [self.end.cut(answer) for answer in output[:, width:].tolist()], skip_special_tokens=True
+            [self.end.cut(answer) for answer in output.tolist()], skip_special_tokens=True
         )
         return [(str(text).partition(self.end.text)[0] if self.end.text else str(text)).strip() for text in texts]
 
