@@ -29,9 +29,9 @@ from fedllm.crypto.identity import Identity
 from fedllm.crypto.signed_documents import open_envelope, sign_envelope
 from fedllm.errors import ConfigError, CryptoError, DataError, ReleaseError, first_line
 from fedllm.files import new_folder, read
+from fedllm.release.cards import write_pages
 from fedllm.release.loading import Release
 from fedllm.release.manifest import Digest, Privacy, Training, digests, manifest_digest
-from fedllm.release.pages import write_pages
 from fedllm.release.questions import ANSWER, Questions, answer_place, check_answers, question_columns
 from fedllm.settings_file import read_settings
 from fedllm.training.data import Row, fields_of, read_rows, render
