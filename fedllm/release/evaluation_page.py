@@ -12,6 +12,8 @@ from typing import Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from fedllm.audit.report import LANGUAGES, Language, drawing_inline, font_face, inline, number
 from fedllm.release.evaluate import LESS_IS_BETTER, OWN, Answer, Estimate, Estimates, Evaluation, Metric, tells
@@ -104,11 +106,11 @@ def _figure(metric: Metric, value: float) -> str:
 def _change(language: Language, metric: Metric, difference: Estimate) -> str:
     """Return a difference with its interval, each with its sign; shares in points of a percent."""
     value, low, high = (
-        ("+" if each > 0 else "−" if each < 0 else "±") + _figure(metric, abs(each)) for each in difference
+        ("+" if each > 0 else "−" if each < 0 else "") + _figure(metric, abs(each)) for each in difference
     )
     if metric in _SHARES:
         value = text_of(language, "points", value=value)
-    return f"{value} ({low} … {high})"
+    return text_of(language, "from_to", value=value, low=low, high=high)
 
 
 def _outcome(metric: Metric, difference: Estimate) -> Literal["better", "worse", "unclear"]:
@@ -194,7 +196,7 @@ def _marked(answer: str, expected: str) -> Markup:
 def _plot(names: Sequence[str], scores: Sequence[Estimates], colours: Sequence[str], language: Language) -> Figure:
     """Draw each metric in a panel of its own: a dot and its interval for each name, the first on top."""
     metrics = list(scores[0])
-    figure = Figure(figsize=(7.2, 0.9 + 0.34 * len(names)), layout="constrained")
+    figure = Figure(figsize=(7.2, 0.9 + 0.34 * len(names)), layout=ConstrainedLayoutEngine(w_pad=0.1))
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         scale = 100 if metric in _SHARES else 1
@@ -209,10 +211,11 @@ def _plot(names: Sequence[str], scores: Sequence[Estimates], colours: Sequence[s
         axes.set_title(f"{text_of(language, f'metric.{metric}')}{unit}", fontsize=9, loc="left")
         axes.set_xlabel(text_of(language, best), fontsize=8, color="#555b66")
         ends = [scale * end for estimates in scores for end in estimates[metric][1:]]
-        if metric in LESS_IS_BETTER and min(ends) > 0 and max(ends) > 20 * min(ends):
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        if metric in LESS_IS_BETTER and max(ends) > 20 * min(ends):
             axes.set_xscale("log")
         elif metric not in LESS_IS_BETTER:
-            axes.set_xlim(min(0, *ends), max(ends) * 1.06 or 1)
+            axes.set_xlim(-0.04 * (max(ends) or 1), 1.06 * (max(ends) or 1))
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
     panels[0].set_yticks(range(len(names)), [_short(name) for name in names])

@@ -92,23 +92,8 @@ class AdapterModel:
         return _logits(self.model, input_ids, attention_mask)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """Return the tokens, int64[N, new], that `generate` of transformers adds to texts padded on the left.
-
-        PEFT 0.21's own gives other tokens than the model's logits if there are virtual ones: transformers 5 does not
-        tell it any more where a text begins. So the base generates, and is given what PEFT makes of the virtual tokens.
-        """
-        if not self.config.is_prompt_learning:
-            whole: Tensor = self.model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
-            return whole[:, input_ids.shape[1] :]
-        base: Any = self.model.get_base_model()
-        inputs, given = _prompted(self.model, input_ids, attention_mask), 0
-        if "input_ids" in inputs:  # as if it had read tokens before the text
-            blank = input_ids.new_full((len(input_ids), self.config.num_virtual_tokens), options["pad_token_id"])
-            inputs["input_ids"] = torch.cat([blank, input_ids], dim=1)
-            given = inputs["input_ids"].shape[1]
-        with _quiet():
-            new: Tensor = base.generate(**inputs, **options)
-        return new[:, given:]
+        """Return the tokens, int64[N, new], that `generate` of transformers adds to texts padded on the left."""
+        return generated(self.model, input_ids, attention_mask, **options)
 
     def load(self, vector: NDArray[np.float32]) -> None:
         """Set the values from float32[d]; raises SpecMismatch on another shape."""
@@ -178,6 +163,27 @@ class AdapterModel:
             tokens = torch.arange(self.config.num_virtual_tokens, device=self.device)
             found: Tensor = functional_call(encoder, own, (tokens[None],))[0]
         return found.cpu()
+
+
+def generated(model: PeftModel, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+    """Return the tokens, int64[N, new], that `generate` of transformers adds to texts padded on the left.
+
+    PEFT 0.21's own gives other tokens than the model's logits if there are virtual ones: transformers 5 does not tell
+    it any more where a text begins. So the base generates, and is given what PEFT makes of the virtual tokens.
+    """
+    config = model.peft_config["default"]
+    if not config.is_prompt_learning:
+        whole: Tensor = model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return whole[:, input_ids.shape[1] :]
+    base: Any = model.get_base_model()
+    inputs, given = _prompted(model, input_ids, attention_mask), 0
+    if "input_ids" in inputs:  # as if it had read tokens before the text
+        blank = input_ids.new_full((len(input_ids), config.num_virtual_tokens), options["pad_token_id"])
+        inputs["input_ids"] = torch.cat([blank, input_ids], dim=1)
+        given = inputs["input_ids"].shape[1]
+    with _quiet():
+        new: Tensor = base.generate(**inputs, **options)
+    return new[:, given:]
 
 
 def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32], model: ModelConfig) -> bool:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from jinja2 import Template
 from pyarrow import Table, parquet
 from sacrebleu.metrics.chrf import CHRF
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
+import conf
 from fedllm.audit.trust import Trust
 from fedllm.cli.main import app
 from fedllm.config import ModelConfig, TextConfig
@@ -29,6 +34,7 @@ from fedllm.release.evaluate import OWN, Answer, Evaluation, evaluate, read_reco
 from fedllm.release.evaluation_page import render_html, text_of
 from fedllm.release.loading import load_release
 from fedllm.release.manifest import Base, Manifest, digests, manifest_digest, sign_release, verify_release
+from fedllm.settings_file import read_settings
 from fedllm.training.model import load_base
 from tests.conftest import byte_tokenizer, save_llama
 from tests.fedllm.audit.test_report import Page
@@ -590,3 +596,44 @@ def test_nothing_is_written_into_a_release(place: Place, merged: Path, data: Pat
     assert isinstance(result.exception, ReleaseError)
     assert "lies in the release" in str(result.exception)
     assert digests(merged) == before
+
+
+# ---- lm-evaluation-harness -------------------------------------------------------------------------------------------
+
+TASK = Path(__file__).parents[3] / "examples" / "lm_eval" / "heldout.yaml"
+
+
+def test_the_harness_asks_as_the_demo_was_trained() -> None:
+    task, how = read_settings(TASK), yaml.safe_load((Path(conf.__file__).parent / "data/demo-heldout.yaml").read_text())
+    assert Template(task["doc_to_text"]).render(question="몇 번 창구?") == how["prompt"].format(question="몇 번 창구?")
+    assert Template(task["doc_to_target"]).render(answer="3번") == how["text"].format(answer="3번").strip()
+    assert task["output_type"] == "generate_until"  # what the server can answer
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("lm_eval") is None, reason="lm_eval is not on the path: docs/evaluation.md")
+def test_the_harness_asks_a_served_release(place: Place, merged: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copy(data, tmp_path / "heldout.jsonl")
+    fedllm = [sys.executable, "-m", "fedllm.cli", "serve"]
+    ours = {**os.environ, "FEDLLM_HOME": str(tmp_path / "home")}
+    said = subprocess.run([*fedllm, "token", "add", "harness"], env=ours, check=True, capture_output=True, text=True)
+    token = next(word for word in said.stdout.split() if word.startswith("fedllm-"))
+    command = [*fedllm, "run", str(merged), "--trust", str(place.keys), "--plaintext", "--port", "0"]
+    with subprocess.Popen(command, env=ours, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = next(line.split()[-1] for line in server.stdout or () if line.startswith("serving"))
+            arguments = f"model=tiny,base_url={address}/v1/completions,tokenizer_backend=None,tokenized_requests=False"
+            run = [
+                "lm_eval", "--model", "local-completions", "--model_args", arguments, "--include_path",
+                str(TASK.parent), "--tasks", "fedllm_heldout", "--output_path", "found", "--log_samples",
+            ]  # fmt: skip
+            environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            subprocess.run(run, cwd=tmp_path, env={**environment, "OPENAI_API_KEY": token}, check=True, timeout=600)
+        finally:
+            server.terminate()
+    (found,) = (tmp_path / "found").glob("**/results_*.json")
+    results = json.loads(found.read_text("utf-8"))["results"]["fedllm_heldout"]
+    assert results["exact_match,stripped"] == 0.0
+    assert 0 <= results["chrf,stripped"] <= 100
+    (samples,) = (tmp_path / "found").glob("**/samples_*.jsonl")
+    assert len(samples.read_text("utf-8").splitlines()) == len(ROWS)
