@@ -198,9 +198,10 @@ def units(
     reads = tuple(path.expanduser().absolute() for path in (dest, trust, tls_cert, tls_key))
     named = dict(zip(("--trust", "--tls-cert", "--tls-key"), reads[1:], strict=True))
     options = [word for name, path in named.items() for word in (name, str(path))]
+    outside = tuple(path for path in reads if not path.is_relative_to(place))
     unit = service_files.ServiceSpec(
         "fedllm-serve", "Answers of a released model", ("serve", "run", str(reads[0]), *options, "--home", str(place),
-        "--host", host, "--port", str(port)), user, (place,), reads,
+        "--host", host, "--port", str(port)), user, (place,), outside,
         hidden=tuple(path.expanduser().absolute() for path in hide or ()),
         devices=Path("/dev/nvidiactl").exists(), forgets=True,
     )  # fmt: skip
