@@ -246,6 +246,22 @@ def test_an_adapter_file_that_holds_something_else_is_refused(fedllm: Cli, run: 
     assert "cannot be read" in refused(fedllm, run)
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "gone", "folder"])
+@pytest.mark.parametrize(
+    "name", ["record.jsonl", "plan.json", CONFIG, "audit/audit.json", "audit/record.jsonl", "adapter", RECORD_KEY]
+)
+def test_a_damaged_run_is_one_clear_error(fedllm: Cli, run: Path, name: str, damage: str) -> None:
+    path = run / name if name != "adapter" else run / "adapter" / "adapter_model.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "gone":
+        path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "noise": b"\xff" + data[1:]}[damage])
+        path.chmod(0o600)
+    refused(fedllm, run)
+
+
 def test_another_base_is_refused(tmp_path: Path) -> None:
     base = save_llama(tmp_path / "base")
     run, _ = trained(tmp_path / "run", language(base))
