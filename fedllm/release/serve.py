@@ -113,7 +113,9 @@ def positions(release: Release) -> int:
     """Return how many tokens the model takes, as far as its configuration says; at most 4096."""
     config = release.model.config
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(4096, most) if isinstance(most, int) and most > 0 else 4096
+    virtual = sum(one.num_virtual_tokens or 0 for one in getattr(release.model, "peft_config", {}).values()
+                  if one.is_prompt_learning)  # fmt: skip
+    return (min(4096, most) if isinstance(most, int) and most > 0 else 4096) - virtual
 
 
 # ---- a process that tells nothing ------------------------------------------------------------------------------------
