@@ -69,7 +69,7 @@ def test_the_korean_readme_has_the_commands_figures_and_links_of_the_english_one
         return sorted(re.findall(r"\d+(?:[.,]\d+)*(?:e-\d+)?", prose(page)))
 
     def links(page: Path) -> list[str]:
-        text = page.read_text("utf-8").replace("README.ko.md", "README.md").replace(".ko.", ".en.")
+        text = page.read_text("utf-8").replace(".ko.md", ".md").replace(".ko.", ".en.")
         patterns = (r"\]\((\S+)\)", r"^\[.+\]: (\S+)$", r'src\w*="(\S+)"')
         return sorted(link for pattern in patterns for link in re.findall(pattern, text, flags=re.MULTILINE))
 

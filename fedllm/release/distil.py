@@ -137,11 +137,13 @@ def teach(release: Release, source: str, transfer: Transfer, how: Teaching, say:
         questions = Questions.of(release, transfer.rows).once()
         say(f"the teacher answers {len(questions.rows)} questions")
         answers = questions.answers()
-        rows = [row for row, answer in zip(questions.records(answers), answers, strict=True) if answer]
+        said = [row for row, answer in zip(questions.records(answers), answers, strict=True) if answer]
+        rows = [row for row in said if questions.has_room(row)]
+        left_out = f"{len(answers) - len(said)} empty answers, {len(said) - len(rows)} too long for a record"
         if not rows:
-            raise DataError("the teacher answers none of the questions with a text. Ask what it was trained on.")
+            raise DataError(f"no answer of the teacher can be used: {left_out}. Ask what it was trained on.")
         if len(rows) < len(answers):
-            say(f"left out: {len(answers) - len(rows)} questions to which the teacher says nothing")
+            say(f"left out: {left_out}")
         # where both have one vocabulary, the teacher's tokenizer with its special tokens and template is the student's
         tokenizer = release.tokenizer if by_logits else base.tokenizer
         tokeniser = Tokeniser(tokenizer, config, questions.release.manifest.reading, base.vocabulary)

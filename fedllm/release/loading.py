@@ -78,18 +78,19 @@ class Release:
     def _answers(self, prompts: Sequence[list[int]], most: int, options: dict[str, Any]) -> list[str]:
         pad = cast(int, self.tokenizer.pad_token_id)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
+        virtual = isinstance(self.model, PeftModel)  # as its tokens cannot be merged
+        limit -= self.model.peft_config["default"].num_virtual_tokens if virtual else 0
         prompts = [prompt[-max(1, limit - most) :] for prompt in prompts]
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         ends = list(self.end.tokens) or None
-        chosen = {"do_sample": False, **options}
-        output = generated(
-            self.model, ids, mask, max_new_tokens=most, pad_token_id=pad, eos_token_id=ends, **chosen
-        )  # fmt: skip
-        texts = self.tokenizer.batch_decode(
-            [self.end.cut(answer) for answer in output.tolist()], skip_special_tokens=True
-        )
+        chosen = {"max_new_tokens": most, "pad_token_id": pad, "eos_token_id": ends, "do_sample": False, **options}
+        if virtual:
+            new = generated(self.model, ids, mask, **chosen)
+        else:
+            new = self.model.generate(input_ids=ids, attention_mask=mask, **chosen)[:, width:]
+        texts = self.tokenizer.batch_decode([self.end.cut(answer) for answer in new.tolist()], skip_special_tokens=True)
         return [(str(text).partition(self.end.text)[0] if self.end.text else str(text)).strip() for text in texts]
 
 

@@ -59,6 +59,12 @@ class Questions:
         """Return records, to be read by `self.release.manifest.reading`, with these answers."""
         return [self._record(row, answer) for row, answer in zip(self.rows, answers, strict=True)]
 
+    def has_room(self, record: Row) -> bool:
+        """Whether a record ends within what one of training holds: a longer answer was cut, and has no end."""
+        tokeniser = self.release.tokeniser
+        tokens = len(tokeniser.prompt_ids(record)) + len(tokeniser.answer_ids(record))
+        return tokens <= self.release.manifest.max_length
+
     def _record(self, row: Row, answer: str) -> Row:
         column = self.release.manifest.reading.messages
         if column is None:

@@ -197,7 +197,7 @@ def synthesize(
     for record, answer in zip(questions.records(answers), answers, strict=True):
         if not any(map(str.isalnum, answer)):
             empty += 1
-        elif _length(questions.release, record) > release.manifest.max_length:
+        elif not questions.has_room(record):
             too_long += 1
         else:
             row, said = (record, answer) if place is None else _in_columns(record, answer, *place)
@@ -213,10 +213,6 @@ def _row(reading: TextConfig, question: Mapping[str, str]) -> Row:
     if reading.messages is None:
         return question
     return {reading.messages: [{"role": "user", "content": question[reading.messages]}]}
-
-
-def _length(release: Release, record: Row) -> int:
-    return len(release.tokeniser.prompt_ids(record)) + len(release.tokeniser.answer_ids(record))
 
 
 def _in_columns(record: Row, answer: str, column: str, before: str, after: str) -> tuple[Row, str]:

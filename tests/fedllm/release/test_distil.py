@@ -3,7 +3,7 @@
 import errno
 import json
 import math
-from collections.abc import Sequence
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,19 @@ from typer.testing import CliRunner
 
 from fedllm.audit.trust import Trust
 from fedllm.cli.main import app
+from fedllm.config import ModelConfig
+from fedllm.crypto.identity import Identity
 from fedllm.errors import ConfigError, DataError, Diverged, FolderError, ModelError, PrivacyError, ReleaseError
 from fedllm.release.distil import Teaching, Transfer, _batch, _Teacher, distil, read_transfer, soft_loss, teach
 from fedllm.release.loading import Release, load_release
-from fedllm.release.manifest import manifest_digest, verify_release
+from fedllm.release.manifest import manifest_digest, sign_release, verify_release
 from fedllm.release.synthesize import RECORDS, Sampling, write_set
 from fedllm.training.data import IGNORE
+from fedllm.training.model import load_base
+from fedllm.training.sources import resolve
+from simulations.benchmarks.students import halve
 from tests.conftest import save_llama
-from tests.fedllm.release.conftest import Released, keys_of
+from tests.fedllm.release.conftest import Released, a_manifest, keys_of
 
 QUESTIONS = [f"Where is counter {number}?" for number in range(6)]
 FAST = Teaching(epochs=2, learning_rate=1e-2, batch=3)
@@ -34,6 +39,13 @@ FAST = Teaching(epochs=2, learning_rate=1e-2, batch=3)
 @pytest.fixture
 def loaded(tiny_release: Released) -> Release:
     return load_release(tiny_release.folder, tiny_release.manifest, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def answers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have teachers answer in a few words: what a model of random weights says has no end."""
+    if request.node.name != "test_the_command_teaches_and_tells":
+        monkeypatch.setattr(Release, "answers", lambda self, prompts, most, **_: [f"no. {len(p)}" for p in prompts])
 
 
 @pytest.fixture
@@ -221,17 +233,11 @@ def test_a_student_of_a_model_that_is_not_private_says_so(
 
 
 @pytest.fixture
-def sampled(loaded: Release, tiny_release: Released, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sampled(loaded: Release, tiny_release: Released, tmp_path: Path) -> Path:
     """A synthetic set of the teacher's, signed."""
-
-    def answers(self: Release, prompts: Sequence[list[int]], most: int, **options: Any) -> list[str]:
-        return ["3"] * len(prompts)
-
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text(json.dumps({"prompts": QUESTIONS}), "utf-8")
-    with monkeypatch.context() as patch:
-        patch.setattr(Release, "answers", answers)
-        write_set(tmp_path / "set", loaded, prompts, 6, Sampling(), None, tiny_release.signer)
+    write_set(tmp_path / "set", loaded, prompts, 6, Sampling(), None, tiny_release.signer)
     return tmp_path / "set"
 
 
@@ -299,11 +305,13 @@ def test_a_teacher_that_says_nothing_teaches_nothing(
     loaded: Release, small: str, transfer: Transfer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(Release, "answers", lambda self, prompts, most, **_: ["3", *[""] * (len(prompts) - 1)])
+    monkeypatch.setattr(
+        Release, "answers", lambda self, prompts, most, **_: ["3", "", *["x" * 60] * (len(prompts) - 2)]
+    )
     assert teach(loaded, small, transfer, FAST, said.append).questions == 1
-    assert f"left out: {len(QUESTIONS) - 1} questions to which the teacher says nothing" in said
+    assert f"left out: 1 empty answers, {len(QUESTIONS) - 2} too long for a record" in said
     monkeypatch.setattr(Release, "answers", lambda self, prompts, most, **_: [""] * len(prompts))
-    with pytest.raises(DataError, match="answers none of the questions"):
+    with pytest.raises(DataError, match="no answer of the teacher can be used: 6 empty"):
         teach(loaded, small, transfer, FAST, silent)
 
 
@@ -343,10 +351,9 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_or_is_refused(
         teach(loaded, str(folder), transfer, FAST, silent)
 
 
-@pytest.mark.parametrize("student", ["/no/such/model", "no-such-owner/no-such-model"])
-def test_a_student_that_is_not_there_is_one_clear_error(loaded: Release, transfer: Transfer, student: str) -> None:
-    with pytest.raises((ModelError, ConfigError), match=student):
-        teach(loaded, student, transfer, FAST, silent)
+def test_a_student_that_is_not_there_is_one_clear_error(loaded: Release, transfer: Transfer) -> None:
+    with pytest.raises(ConfigError, match="/no/such/model"):
+        teach(loaded, "/no/such/model", transfer, FAST, silent)
 
 
 def test_a_loss_that_is_no_number_ends_the_training(loaded: Release, small: str, transfer: Transfer) -> None:
@@ -407,12 +414,30 @@ def command(released: Released, student: str, data: Path, out: Path, *more: str)
     return done.output
 
 
-def test_the_command_teaches_and_tells(tiny_release: Released, small: str, public: Path, tmp_path: Path) -> None:
-    said = command(tiny_release, small, public, tmp_path / "out", "--data-is-public")
-    assert said.splitlines()[0] == "the teacher answers 6 questions"
+def test_the_command_teaches_and_tells(tmp_path: Path) -> None:
+    """On the demo's base, which answers by itself."""
+    key, trust = keys_of(tmp_path)
+    folder = tmp_path / "release"
+    shutil.copytree(Path(resolve("pkg://simulations.demo/base")), folder)
+    sign_release(folder, a_manifest(folder, max_length=96), Identity.read(key))
+    released = Released(folder, key, trust)
+    base = load_base(ModelConfig(source=str(folder), max_length=96), "cpu")
+    small = halve(base.model, base.tokenizer, tmp_path / "small")
+    (tmp_path / "topics.yaml").write_text('{"prompts": ["What is the fee for {x}?"], "lists": {"x": ["a", "b"]}}')
+    done = CliRunner().invoke(
+        app,
+        ["release", "synthesize", str(folder), "--prompts", str(tmp_path / "topics.yaml"), "--out",
+         str(tmp_path / "set"), "--trust", str(trust), "--n", "8", "--key", str(key)],
+    )  # fmt: skip
+    assert done.exception is None, done.output
+    said = command(released, str(small), tmp_path / "set", tmp_path / "out")
+    assert said.splitlines()[0].startswith("the teacher answers ")
     assert "epoch 2/2" in said
     assert "epsilon 2.5 at delta 1e-05, for one person of a site" in said
-    assert verify_release(tmp_path / "out", Trust.read(tiny_release.trust)).form == "student"
+    found = verify_release(tmp_path / "out", Trust.read(trust))
+    assert found.form == "student"
+    student = load_release(tmp_path / "out", found, "cpu")
+    assert student.answers(student.prompts([{"question": "What is the fee for a?", "answer": "-"}]), 40) != [""]
 
 
 def test_the_command_refuses_before_it_trains(tiny_release: Released, small: str, public: Path, tmp_path: Path) -> None:
