@@ -92,7 +92,7 @@ class AdapterModel:
         return logits_of(self.model, input_ids, attention_mask)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """Return the tokens, int64[N, new], that `generate` of transformers adds to texts padded on the left."""
+        """Return the tokens, int64[N, new], that are added to texts padded on the left: see `generated`."""
         return generated(self.model, input_ids, attention_mask, **options)
 
     def load(self, vector: NDArray[np.float32]) -> None:
@@ -165,24 +165,24 @@ class AdapterModel:
         return found.cpu()
 
 
-def generated(model: PeftModel, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+def generated(model: Any, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
     """Return the tokens, int64[N, new], that `generate` of transformers adds to texts padded on the left.
 
-    PEFT 0.21's own gives other tokens than the model's logits if there are virtual ones: transformers 5 does not tell
-    it any more where a text begins. So the base generates, and is given what PEFT makes of the virtual tokens.
+    `model` is one of transformers, or of PEFT. PEFT 0.21's own gives other tokens than the model's logits if there are
+    virtual ones: transformers 5 does not tell it any more where a text begins. So the base generates, and is given what
+    PEFT makes of the virtual tokens. `options` name the `pad_token_id`.
     """
-    config = model.peft_config["default"]
-    if not config.is_prompt_learning:
+    virtual = _virtual_tokens(model)
+    if not virtual:
         whole: Tensor = model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
         return whole[:, input_ids.shape[1] :]
-    base: Any = model.get_base_model()
     inputs, given = _prompted(model, input_ids, attention_mask), 0
     if "input_ids" in inputs:  # as if it had read tokens before the text
-        blank = input_ids.new_full((len(input_ids), config.num_virtual_tokens), options["pad_token_id"])
+        blank = input_ids.new_full((len(input_ids), virtual), options["pad_token_id"])
         inputs["input_ids"] = torch.cat([blank, input_ids], dim=1)
         given = inputs["input_ids"].shape[1]
     with _quiet():
-        new: Tensor = base.generate(**inputs, **options)
+        new: Tensor = cast(Any, model.get_base_model()).generate(**inputs, **options)
     return new[:, given:]
 
 
@@ -232,6 +232,12 @@ def _saved_name(name: str) -> str:
     return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
 
 
+def _virtual_tokens(model: Any) -> int:
+    """Return how many tokens an adapter puts before every text."""
+    config: Any = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out what transformers 5 says of how PEFT 0.21 calls it."""
@@ -242,8 +248,7 @@ def _quiet() -> Iterator[None]:
 
 def logits_of(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return logits [N, T, vocabulary] of the text's own tokens, or [N, classes], of any model."""
-    virtual = isinstance(model, PeftModel) and model.peft_config["default"].is_prompt_learning
-    with _quiet() if virtual else contextlib.nullcontext():
+    with _quiet() if _virtual_tokens(model) else contextlib.nullcontext():
         output: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
     return output[:, -input_ids.shape[1] :] if output.ndim == 3 else output
 
