@@ -172,7 +172,7 @@ def _repeatable(device: torch.device) -> Iterator[None]:
     """Compute equal bits from equal input, as a CPU does anyway.
 
     On a GPU many threads add to one number, in the backward pass of attention and of indices, in the order in which
-    they are ready, unless that is forbidden.
+    they are ready, unless that is forbidden. Raises ModelError if the model has an operation that does only that.
     """
     if device.type != "cuda":
         yield
@@ -183,6 +183,12 @@ def _repeatable(device: torch.device) -> Iterator[None]:
     settings.fill_uninitialized_memory = False  # what is not read needs no value
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error).lower():
+            raise
+        raise ModelError(
+            f"the model has an operation that does not repeat its bits on a GPU ({first_line(error)}). Use the CPU."
+        ) from error
     finally:
         torch.set_deterministic_debug_mode(before[0])
         settings.fill_uninitialized_memory = before[1]

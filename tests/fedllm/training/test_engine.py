@@ -21,7 +21,7 @@ from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.training import losses
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Example, PrivacyUnit, batches
-from fedllm.training.engine import Engine, clip_and_sum
+from fedllm.training.engine import Engine, _repeatable, clip_and_sum
 from tests.fedllm.training.conftest import conv1d
 
 FALSE_ALARM = 1e-6  # chance that a correct implementation fails one statistical test
@@ -609,3 +609,14 @@ def test_gradients_on_a_gpu_are_computed_by_algorithms_that_repeat_their_bits(
         assert not torch.are_deterministic_algorithms_enabled()
         assert torch.utils.deterministic.fill_uninitialized_memory
     assert modes == [False, True]
+
+
+def test_an_operation_that_cannot_repeat_its_bits_on_a_gpu_is_an_error_of_ours() -> None:
+    with (
+        pytest.raises(ModelError, match=r"\(this has no deterministic implementation\)\. Use the CPU"),
+        _repeatable(torch.device("cuda")),
+    ):
+        raise RuntimeError("this has no deterministic implementation")
+    with pytest.raises(RuntimeError, match="out of memory"), _repeatable(torch.device("cuda")):
+        raise RuntimeError("out of memory")
+    assert not torch.are_deterministic_algorithms_enabled()
