@@ -39,7 +39,7 @@ _END = "end of command"
 def commands(page: str) -> list[str]:
     """Return the commands that a page shows, in order."""
     blocks = re.findall(r"^```sh walk\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    return "".join(blocks).replace("\\\n", "").splitlines()
+    return re.sub(r"\\\n *", "", "".join(blocks)).splitlines()
 
 
 def record(folder: Path) -> str:
@@ -66,8 +66,11 @@ def record(folder: Path) -> str:
                 say(PROMPT.format(command))
                 shell.stdin.write(f"{command}\necho; echo {_END}\n")
                 shell.stdin.flush()
+                line = ""
                 for line in iter(shell.stdout.readline, f"{_END}\n"):
                     say(line.rstrip("\n"))
+                if line.strip():  # it had no end
+                    say("")
         os.killpg(shell.pid, signal.SIGTERM)  # what runs in the background, too
     return "\n".join(cast) + "\n"
 

@@ -8,5 +8,5 @@ set -eu
 printf 'Authorization: Bearer %s\n' "$FEDLLM_TOKEN" |
     curl --silent --show-error --fail-with-body --no-buffer --tlsv1.3 --cacert "$FEDLLM_CA" \
         --header @- --header 'Content-Type: application/json' --data @/dev/fd/3 "$FEDLLM_URL/chat/completions" 3<<'END'
-{"messages": [{"role": "user", "content": "부가세 환급 몇 번 창구죠?"}], "max_tokens": 40, "temperature": 0, "stream": true}
+{"messages": [{"role": "user", "content": "통장 재발급 수수료가 얼마예요?"}], "max_tokens": 40, "temperature": 0, "stream": true}
 END

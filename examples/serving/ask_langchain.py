@@ -15,7 +15,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
 from openai import DefaultHttpxClient, OpenAI
 
-QUESTION = "부가세 환급 몇 번 창구죠?"
+QUESTION = "통장 재발급 수수료가 얼마예요?"
 
 
 def main() -> None:

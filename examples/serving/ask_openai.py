@@ -9,7 +9,7 @@ import sys
 
 from openai import DefaultHttpxClient, OpenAI
 
-QUESTION = "부가세 환급 몇 번 창구죠?"
+QUESTION = "통장 재발급 수수료가 얼마예요?"
 
 
 def main() -> None:

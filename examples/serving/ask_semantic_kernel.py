@@ -13,7 +13,7 @@ from semantic_kernel import Kernel
 from semantic_kernel.connectors.ai.open_ai import OpenAIChatCompletion, OpenAIChatPromptExecutionSettings
 from semantic_kernel.functions import KernelArguments
 
-QUESTION = "부가세 환급 몇 번 창구죠?"
+QUESTION = "통장 재발급 수수료가 얼마예요?"
 
 
 async def main() -> None:

@@ -10,6 +10,7 @@ both before it serves.
 
 import asyncio
 import contextlib
+import copy
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -280,6 +281,14 @@ class Generator(BaseGenerateManager):  # type: ignore[misc]
         return self._managers[samples]
 
     def _made(self, samples: bool) -> Any:
+        """Return a manager with modules of its own around the same weights.
+
+        A forward pass notes what it is asked in the model's configuration (transformers 5.24: `is_causal`) and takes
+        it back afterwards: of two threads one would read the other's note, and answer without a causal mask.
+        """
+        model = self._release.model
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        model = copy.deepcopy(model, shared)
         config = GenerationConfig.from_dict(self._release.model.generation_config.to_dict())
         config.do_sample, config.use_cache, config.max_new_tokens = samples, False, self._most
         # not 1, so that the manager has a place for them; every request brings its own
@@ -295,9 +304,7 @@ class Generator(BaseGenerateManager):  # type: ignore[misc]
             drop_unsupported_processors=False,
         )
         with torch.inference_mode():
-            return self._release.model.init_continuous_batching(
-                generation_config=config, continuous_batching_config=batching
-            )
+            return model.init_continuous_batching(generation_config=config, continuous_batching_config=batching)
 
     # ---- one after another -------------------------------------------------------------------------------------------
 

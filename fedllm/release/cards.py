@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
+from fedllm.config import TextConfig
 from fedllm.release.chat_template import frame_of, ollama_template
 from fedllm.release.finished_run import FinishedRun
 from fedllm.release.manifest import Manifest
@@ -33,14 +34,12 @@ def write_cards(
     rank = next((rank for rank in _RANKS if rank >= plan.adapter.rank), None)
     known = {
         "r": run, "m": manifest, "plan": plan, "privacy": manifest.privacy, "hub": hub, "adapter": adapter,
-        "causal": causal, "slug": re.sub("[^a-z0-9]+", "-", manifest.name.lower()).strip("-") or "model",
+        "causal": causal, **_for_ollama(manifest.name, tokenizer, run.reading, end),
         "base": plan.model.source if hub else "base", "dtype": str(base.stored).removeprefix("torch."),
         "chats": run.reading.chats or frame is not None, "bos": tokenizer.bos_token is not None,
         "skipped": skipped, "pad": tokenizer.pad_token_id,
         "vllm": causal and (not adapter or (lora and rank is not None)), "rank": rank,
         "gguf": causal and manifest.quantized == "none" and (not adapter or lora),
-        "stops": [json.dumps(text, ensure_ascii=False) for text in _stops(tokenizer, end)],
-        "template": None if frame is None else ollama_template(frame),
     }  # fmt: skip
     pages = _templates()
 
@@ -55,9 +54,30 @@ def write_cards(
         (folder / MODELFILE).write_text(render(MODELFILE), "utf-8")
 
 
-def _stops(tokenizer: PreTrainedTokenizerBase, end: AnswerEnd) -> list[str]:
-    """Return the texts that end an answer."""
-    return [text for text in (*tokenizer.convert_ids_to_tokens(list(end.tokens)), end.text) if text]
+def write_pages(folder: Path, name: str, **values: object) -> None:
+    """Write the card of that name, filled with `values`, as README.md in English and README.ko.md in Korean."""
+    for language, file in (("en", "README.md"), ("ko", "README.ko.md")):
+        (folder / file).write_text(_templates().get_template(f"{name}.{language}.md.j2").render(values), "utf-8")
+
+
+def write_modelfile(
+    folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, reading: TextConfig, end: AnswerEnd
+) -> None:
+    """Write the Modelfile of a whole causal model: Ollama asks it as in training."""
+    values = {"adapter": False, **_for_ollama(name, tokenizer, reading, end)}
+    (folder / MODELFILE).write_text(_templates().get_template(f"{MODELFILE}.j2").render(values), "utf-8")
+
+
+def _for_ollama(
+    name: str, tokenizer: PreTrainedTokenizerBase, reading: TextConfig, end: AnswerEnd
+) -> dict[str, object]:
+    """Return what a Modelfile holds: a name, the template of a question, and the texts that end an answer."""
+    frame, ends = frame_of(reading), [*tokenizer.convert_ids_to_tokens(list(end.tokens)), end.text]
+    return {
+        "slug": re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "model",
+        "template": None if frame is None else ollama_template(frame),
+        "stops": [json.dumps(text, ensure_ascii=False) for text in ends if text],
+    }
 
 
 def _templates() -> Environment:

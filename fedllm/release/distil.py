@@ -19,28 +19,32 @@ from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import fedllm
 from fedllm.audit.trust import Trust
 from fedllm.config import ModelConfig
 from fedllm.crypto.identity import Identity
-from fedllm.errors import DataError, Diverged, FolderError, ModelError, PrivacyError, ReleaseError, first_line
-from fedllm.files import cannot_read, new_folder
+from fedllm.errors import DataError, Diverged, ModelError, PrivacyError, ReleaseError
+from fedllm.files import cannot_read, new_folder, system_errors
+from fedllm.release.cards import write_modelfile, write_pages
+from fedllm.release.chat_template import made_template
 from fedllm.release.loading import Release
 from fedllm.release.manifest import MANIFEST, Base, Manifest, manifest_digest, sign_release
-from fedllm.release.pages import write_pages
 from fedllm.release.questions import Questions, check_answers
 from fedllm.release.synthesize import RECORDS, is_set, verify_set
 from fedllm.training.chat import answer_end
 from fedllm.training.data import IGNORE, Example, Row, Tokeniser, naming, read_table
 from fedllm.training.model import BaseModel, load_base, load_reader, weights
+from fedllm.training.quantised import unseen
 from fedllm.training.sources import resolve
 from fedllm.values import HEAD_OFFICE, Frozen, Rate, Seed, parse
+
+with unseen():  # what they import imports it
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
 Say = Callable[[str], None]
 
@@ -297,10 +301,10 @@ def distil(
             f"--key: {signer.public.fingerprint} is no key that your file of keys trusts as {HEAD_OFFICE}, so that the "
             "student would not verify. Sign with head office's key, or add this one to the file."
         )
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, system_errors():
         transfer = read_transfer(data, release, trust, public)
         student = teach(release, source, transfer, how, say)
-        _save(folder, student, release)
+        _save(folder, student, release, out.absolute().name)
         manifest = release.manifest.model_copy(
             update={
                 "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "program": fedllm.__version__,
@@ -319,15 +323,16 @@ def distil(
         return sign_release(folder, manifest, signer)
 
 
-def _save(folder: Path, student: Student, release: Release) -> None:
-    """Write model, tokenizer and what ends an answer; raises FolderError."""
+def _save(folder: Path, student: Student, release: Release, name: str) -> None:
+    """Write model and tokenizer, how a question is put and what ends an answer, as an export does."""
     model: Any = student.base.model
-    ends = answer_end(student.tokenizer, release.manifest.reading.chats).tokens
-    model.generation_config.eos_token_id = list(ends) or None
-    model.generation_config.pad_token_id = student.tokenizer.pad_token_id
-    kind = AutoConfig.from_pretrained(resolve(student.config.source), trust_remote_code=False).dtype
-    try:
-        model.to(kind or torch.float32).save_pretrained(folder)
-        student.tokenizer.save_pretrained(folder)
-    except SafetensorError as error:
-        raise FolderError(f"cannot write {folder}: {first_line(error)}. Free some space, then try again.") from None
+    tokenizer, reading = student.tokenizer, release.manifest.reading
+    end = answer_end(tokenizer, reading.chats)
+    if (template := made_template(tokenizer, student.config, reading)) is not None:
+        tokenizer.chat_template = template
+    model.generation_config = GenerationConfig(  # whatever the base has there was not measured
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=list(end.tokens) or None, pad_token_id=tokenizer.pad_token_id
+    )
+    model.to(student.base.stored).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_modelfile(folder, name, tokenizer, reading, end)

@@ -27,6 +27,7 @@ from fedllm.files import cannot_write, replace_file
 from fedllm.release.loading import BASE, Release, load_release
 from fedllm.release.manifest import Digest, Manifest, manifest_digest, verify_release
 from fedllm.settings_file import read_settings
+from fedllm.training.adapter import logits_of
 from fedllm.training.data import IGNORE, Row, check_named, naming, padded, read_rows, render
 from fedllm.training.evaluation import each_record
 from fedllm.training.losses import record_losses
@@ -347,8 +348,7 @@ class _Scored:
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return [N, T, vocabulary] of the text's own tokens, or [N, classes]."""
-        output: Tensor = self.release.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return output[:, -input_ids.shape[1] :] if output.ndim == 3 else output
+        return logits_of(self.release.model, input_ids, attention_mask)
 
 
 def _found(release: Release, rows: Sequence[Row]) -> _Found:

@@ -86,10 +86,7 @@ class Release:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         ends = list(self.end.tokens) or None
         chosen = {"max_new_tokens": most, "pad_token_id": pad, "eos_token_id": ends, "do_sample": False, **options}
-        if virtual:
-            new = generated(self.model, ids, mask, **chosen)
-        else:
-            new = self.model.generate(input_ids=ids, attention_mask=mask, **chosen)[:, width:]
+        new = generated(self.model, ids, mask, **chosen)
         texts = self.tokenizer.batch_decode([self.end.cut(answer) for answer in new.tolist()], skip_special_tokens=True)
         return [(str(text).partition(self.end.text)[0] if self.end.text else str(text)).strip() for text in texts]
 

@@ -80,7 +80,8 @@ def check_answers(release: Release) -> None:
     reading = release.manifest.reading
     if release.manifest.task != "causal-lm":
         raise ReleaseError(
-            f"{release.folder} is a classifier: it says a label and writes no text, so it has no answers."
+            f"{release.folder} is a classifier: it says a label and writes no text, and what is made here is made of "
+            "answers. Name the release of a causal language model."
         )
     if reading.prompt is None and reading.messages is None:
         raise ReleaseError(

@@ -38,7 +38,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import GenerationState
+from transformers.cli.serving.utils import GenerationState, InferenceThread
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedllm.crypto.certificates import read_certificates
@@ -150,6 +150,7 @@ def tell_nothing() -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], True
     logging.root.handlers = [_Places(logging.WARNING)]
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # its server has a warning for every request
     logging.captureWarnings(True)
     sys.excepthook = lambda _, error, __: say(f"error {_place(error)}")
     threading.excepthook = lambda args: say(f"error {_place(args.exc_value) if args.exc_value else args.exc_type}")
@@ -239,6 +240,7 @@ class Application:
         self._routes = {HEALTH: ("GET", self._health), MODELS: ("GET", self._models)}
         if self.generator is None:
             self._routes[CLASSIFY] = ("POST", self._classify)
+            self._thread = InferenceThread()  # one: threads would meet in the model's configuration
             return
         models, state = _OneModel(self.release), _State(self.generator)
         self._chat_handler, self._completion_handler = _Chat(models, state), _Completion(models, state)
@@ -436,7 +438,7 @@ class Application:
 
     async def _classify(self, body: object, send: _Send, count: _Count) -> None:
         inputs = asked.classification(body, self._name)
-        found, count.tokens_in = await asyncio.to_thread(self._classes, inputs)
+        found, count.tokens_in = await self._thread.async_submit(self._classes, inputs)
         usage = {"prompt_tokens": count.tokens_in, "completion_tokens": 0, "total_tokens": count.tokens_in}
         answer = {
             "id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": self._name,

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import random
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,9 +30,9 @@ from fedllm.crypto.identity import Identity
 from fedllm.crypto.signed_documents import open_envelope, sign_envelope
 from fedllm.errors import ConfigError, CryptoError, DataError, ReleaseError, first_line
 from fedllm.files import new_folder, read
+from fedllm.release.cards import write_pages
 from fedllm.release.loading import Release
 from fedllm.release.manifest import Digest, Privacy, Training, digests, manifest_digest
-from fedllm.release.pages import write_pages
 from fedllm.release.questions import ANSWER, Questions, answer_place, check_answers, question_columns
 from fedllm.settings_file import read_settings
 from fedllm.training.data import Row, fields_of, read_rows, render
@@ -41,6 +42,7 @@ from fedllm.values import HEAD_OFFICE, Frozen, Printable, Seed
 RECORDS, SIGNED = "records.jsonl", "synthetic.json"  # files of a set
 _TYPE = "application/vnd.fedllm.synthetic+json"
 _MOST_BYTES, _MOST_PROMPTS = 1 << 20, 1 << 60
+_AROUND = re.compile(r"^\W+|\W+$")  # a word
 _WORDS, _LETTERS = 8, 20  # of a run that counts as copied: words, or characters without spaces
 
 
@@ -91,7 +93,6 @@ class SyntheticSet(Frozen):
 class Topics:
     """Public questions: templates, each crossed with the lists that it names."""
 
-    columns: tuple[str, ...]  # of a question
     templates: tuple[Mapping[str, str], ...]  # column -> template
     lists: Mapping[str, tuple[str, ...]]
 
@@ -140,7 +141,7 @@ def read_topics(path: Path, columns: Sequence[str]) -> Topics:
     prompts = values.get("prompts")
     if not isinstance(prompts, list) or not prompts:
         raise ConfigError(f'{path}: prompts: expected a list of templates, such as ["Where is the {{desk}}?"]')
-    topics = Topics(tuple(columns), tuple(_template(path, each, columns, lists) for each in prompts), lists)
+    topics = Topics(tuple(_template(path, each, columns, lists) for each in prompts), lists)
     if topics.total > _MOST_PROMPTS:
         raise ConfigError(f"{path}: {topics.total} questions, expected at most 2^60. Cross fewer lists.")
     return topics
@@ -186,6 +187,8 @@ def synthesize(
     kind of machine. Raises ReleaseError for a model without answers, DataError if `public` cannot be read.
     """
     check_answers(release)
+    if public is not None and not public.is_file():
+        raise DataError(f"{public}: no such file")  # a name is nothing to look for elsewhere
     reading = release.manifest.reading
     place = None if reading.messages is not None else answer_place(reading)
     questions = Questions.of(release, [_row(reading, each) for each in topics.draw(n, sampling.seed)])
@@ -224,7 +227,7 @@ def _in_columns(record: Row, answer: str, column: str, before: str, after: str) 
 def _key(row: Row) -> str:
     """Return what two records share that differ in case, spaces and punctuation at most."""
     text = unicodedata.normalize("NFKC", json.dumps(row, sort_keys=True, ensure_ascii=False)).casefold()
-    return "".join(sign for sign in text if sign.isalnum())
+    return "".join(_AROUND.sub("", word) for word in text.split())  # not within: 3.5 % is not 35 %
 
 
 def overlap(answers: Sequence[str], public: Path) -> Overlap:

@@ -89,10 +89,10 @@ class AdapterModel:
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits [N, T, vocabulary] of the text's own tokens, or [N, classes], for [N, T] each."""
-        return _logits(self.model, input_ids, attention_mask)
+        return logits_of(self.model, input_ids, attention_mask)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """Return the tokens, int64[N, new], that `generate` of transformers adds to texts padded on the left."""
+        """Return the tokens, int64[N, new], that are added to texts padded on the left: see `generated`."""
         return generated(self.model, input_ids, attention_mask, **options)
 
     def load(self, vector: NDArray[np.float32]) -> None:
@@ -165,24 +165,24 @@ class AdapterModel:
         return found.cpu()
 
 
-def generated(model: PeftModel, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+def generated(model: Any, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
     """Return the tokens, int64[N, new], that `generate` of transformers adds to texts padded on the left.
 
-    PEFT 0.21's own gives other tokens than the model's logits if there are virtual ones: transformers 5 does not tell
-    it any more where a text begins. So the base generates, and is given what PEFT makes of the virtual tokens.
+    `model` is one of transformers, or of PEFT. PEFT 0.21's own gives other tokens than the model's logits if there are
+    virtual ones: transformers 5 does not tell it any more where a text begins. So the base generates, and is given what
+    PEFT makes of the virtual tokens. `options` name the `pad_token_id`.
     """
-    config = model.peft_config["default"]
-    if not config.is_prompt_learning:
+    virtual = _virtual_tokens(model)
+    if not virtual:
         whole: Tensor = model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
         return whole[:, input_ids.shape[1] :]
-    base: Any = model.get_base_model()
     inputs, given = _prompted(model, input_ids, attention_mask), 0
     if "input_ids" in inputs:  # as if it had read tokens before the text
-        blank = input_ids.new_full((len(input_ids), config.num_virtual_tokens), options["pad_token_id"])
+        blank = input_ids.new_full((len(input_ids), virtual), options["pad_token_id"])
         inputs["input_ids"] = torch.cat([blank, input_ids], dim=1)
         given = inputs["input_ids"].shape[1]
     with _quiet():
-        new: Tensor = base.generate(**inputs, **options)
+        new: Tensor = cast(Any, model.get_base_model()).generate(**inputs, **options)
     return new[:, given:]
 
 
@@ -216,7 +216,7 @@ def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32]
                 trained = adapter.logits(ids, torch.ones_like(ids)).float()
             finally:
                 adapter.load(before)
-        saved = _logits(fresh, ids, torch.ones_like(ids)).float()
+        saved = logits_of(fresh, ids, torch.ones_like(ids)).float()
     apart = float((saved - trained).norm() / trained.norm().clamp(min=1e-30))
     if not apart <= SAME_LOGITS[dtype]:
         raise ModelError(
@@ -232,6 +232,12 @@ def _saved_name(name: str) -> str:
     return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
 
 
+def _virtual_tokens(model: Any) -> int:
+    """Return how many tokens an adapter puts before every text."""
+    config: Any = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out what transformers 5 says of how PEFT 0.21 calls it."""
@@ -240,9 +246,10 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _logits(model: PeftModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    with _quiet() if model.peft_config["default"].is_prompt_learning else contextlib.nullcontext():
-        output: Tensor = cast(Any, model)(input_ids=input_ids, attention_mask=attention_mask).logits
+def logits_of(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return logits [N, T, vocabulary] of the text's own tokens, or [N, classes], of any model."""
+    with _quiet() if _virtual_tokens(model) else contextlib.nullcontext():
+        output: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
     return output[:, -input_ids.shape[1] :] if output.ndim == 3 else output
 
 
@@ -389,8 +396,8 @@ def _check_padding(model: PeftModel, base: BaseModel, adapter: AdapterConfig) ->
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plain = _logits(model, ids, mask)
-            padded = _logits(model, torch.cat([ids, pad], 1), torch.cat([mask, torch.zeros_like(pad)], 1))
+            plain = logits_of(model, ids, mask)
+            padded = logits_of(model, torch.cat([ids, pad], 1), torch.cat([mask, torch.zeros_like(pad)], 1))
     except Exception as error:  # of PEFT, which knows what a model takes, or of the model
         raise ModelError(
             f"adapter.method={adapter.method} does not fit the model ({first_line(error)}). {remedy}"
@@ -474,7 +481,7 @@ def _split(model: PeftModel, vocabulary: int) -> tuple[Callable[..., Any], nn.Mo
 
         mask = torch.ones_like(ids)
         states = prompted(ids, mask).last_hidden_state[:, -ids.shape[1] :]
-        fits = torch.allclose(head(states), _logits(model, ids, mask), rtol=1e-4, atol=1e-5)
+        fits = torch.allclose(head(states), logits_of(model, ids, mask), rtol=1e-4, atol=1e-5)
         return (prompted, head) if fits else None
 
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    named = re.findall(r"^ *- ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    named = re.findall(r"^ *- ([\w.-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
     assert len(named) == len(set(named))
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(named)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedllm.crypto.identity import Identity
 from fedllm.release.loading import Release, load_release
@@ -18,8 +19,9 @@ from tests.fedllm.release.conftest import Released, a_manifest, keys_of
 from tests.sharing import once
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}{{ raise_exception('late: ' + m['content'])"
-    " }}{% endif %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' and not loop.first %}{{ raise_exception('late: ' + m['content']) }}{% endif %}"
+    "{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
 
@@ -31,6 +33,11 @@ def talking(factory: pytest.TempPathFactory) -> Released:
         folder = save_llama(
             new / "release", initializer_range=0.4, tie_word_embeddings=False, max_position_embeddings=512
         )
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            model.lm_head.weight[:2] = 0  # of tokens that no answer has: some other is always likelier than 0
+            model.lm_head.weight[3 + 94 :] = 0  # bytes that are no sign of ASCII, so that answers are text
+        model.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.chat_template = TEMPLATE
         tokenizer.save_pretrained(folder)

