@@ -55,11 +55,15 @@ def frame_of(reading: TextConfig) -> Frame | None:
 
 
 def made_template(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, reading: TextConfig) -> str | None:
-    """Return a chat template that puts the last turn of the user as in training; None if there can be none.
+    """Return a chat template that puts the last turn of the user as in training; None to leave the base's as it is.
 
-    Earlier turns, and one of the system, were not in training, and are left out. Whatever tokens the text makes are
-    compared with those of training: some tokenizers make others at the beginning of a text than within.
+    Of a run that went through the base's template it is that one, given the system turn and the prompt of training.
+    Otherwise one is made where a prompt has one field. Earlier turns, and one of the system, were not in training, and
+    are left out of it. Whatever tokens the text makes are compared with those of training: some tokenizers make others
+    at the beginning of a text than within.
     """
+    if reading.chats:
+        return _introduced(tokenizer, reading)
     frame = frame_of(reading)
     if frame is None:
         return None
@@ -72,6 +76,26 @@ def made_template(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, readin
         for gap in ("", '{{- " " -}}')
     ]
     return next((each for each in candidates if _as_in_training(tokenizer, each, model, reading)), candidates[0])
+
+
+def _introduced(tokenizer: PreTrainedTokenizerBase, reading: TextConfig) -> str | None:
+    """Return the base's chat template with what training put before it; None if that was nothing."""
+    frame = Frame.of(reading.prompt) if reading.chat and reading.prompt else None
+    before = ""
+    if frame is not None and frame.pieces != ("", ""):
+        asked = ' ~ message["content"] ~ '.join(json.dumps(text, ensure_ascii=False) for text in frame.pieces)
+        before += (
+            '{%- set kept = namespace(turns=[]) -%}{%- for message in messages -%}{%- if message["role"] == "user" -%}'
+            f'{{%- set kept.turns = kept.turns + [{{"role": "user", "content": {asked}}}] -%}}'
+            "{%- else -%}{%- set kept.turns = kept.turns + [message] -%}{%- endif -%}{%- endfor -%}"
+            "{%- set messages = kept.turns -%}"
+        )
+    if reading.system is not None:
+        before += (
+            '{%- if messages[0]["role"] != "system" -%}{%- set messages = [{"role": "system", "content": '
+            f"{json.dumps(reading.system, ensure_ascii=False)}}}] + messages -%}}{{%- endif -%}}"
+        )
+    return before + '{{- "" }}' + tokenizer.get_chat_template() if before else None  # no blank of the base's is cut
 
 
 def _as_in_training(tokenizer: PreTrainedTokenizerBase, template: str, model: ModelConfig, reading: TextConfig) -> bool:

@@ -48,7 +48,7 @@ from fedllm.training.model import (
     made_up,
     quantised_layers,
 )
-from fedllm.training.quantised import missing_for_nf4, round_weights, unseen
+from fedllm.training.quantised import missing_for_nf4, quiet_bitsandbytes, round_weights, unseen
 from fedllm.training.sources import resolve
 
 Quantised = Literal["none", "int8", "nf4"]
@@ -313,6 +313,7 @@ def _apart(a: Tensor, b: Tensor) -> float:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out what PEFT, transformers and bitsandbytes say of one another, and their bars."""
+    quiet_bitsandbytes()
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

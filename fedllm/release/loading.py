@@ -24,7 +24,7 @@ from fedllm.training.adapter import generated
 from fedllm.training.chat import AnswerEnd, answer_end
 from fedllm.training.data import Row, Tokeniser
 from fedllm.training.model import MeanPooledClassifier, load_base, pick_device
-from fedllm.training.quantised import unseen
+from fedllm.training.quantised import quiet_bitsandbytes, unseen
 
 with unseen():
     from peft import PeftModel
@@ -98,6 +98,7 @@ def load_release(folder: Path, manifest: Manifest, device: str = "auto") -> Rele
     one than the release was made for.
     """
     where = pick_device(device)
+    quiet_bitsandbytes()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         load = _with_adapter if manifest.form == "adapter" else _whole

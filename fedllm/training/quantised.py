@@ -24,8 +24,6 @@ from fedllm.errors import ModelError
 Quantisation = Literal["int8", "nf4"]
 _BLOCK = 64  # values of nf4 with one scale: that of bitsandbytes and transformers
 _MISSING = "model.quantize=nf4 needs bitsandbytes. Run: pip install 'fedllm[quantize]'"
-# says that kernels cannot be fetched from a hub, which nobody needs, and of every layer in what type it computes
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 _AT_ONCE = 1 << 22  # values that are quantised at once; a multiple of the block
 
 
@@ -113,6 +111,11 @@ def round_weights(model: nn.Module, names: Iterable[str], kind: Quantisation) ->
         layer.weight.data = weight_OI.T.contiguous() if turned else weight_OI
 
 
+def quiet_bitsandbytes() -> None:
+    """Let it not say that kernels nobody needs cannot be fetched from a hub, nor of each layer how it computes."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def missing_for_nf4() -> str:
     """Return what must be installed for nf4, with the command; empty if nothing."""
     return "" if importlib.util.find_spec("bitsandbytes") else _MISSING
@@ -160,6 +163,7 @@ def _values(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.
 
 def _functional() -> Any:
     """Return bitsandbytes' functions; raises ModelError if it is not installed."""
+    quiet_bitsandbytes()
     try:
         from bitsandbytes import functional
     except ImportError:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from tests.conftest import byte_tokenizer, save_llama
 from tests.fedllm.audit.conftest import any_pdf
 from tests.fedllm.release.conftest import Released, small_run
 from tests.fedllm.release.runs import SIGNER, trained
-from tests.fedllm.training.bases import classifier, language
+from tests.fedllm.training.bases import classifier, language, make
+from tests.fedllm.training.test_chat import chatting
 from tests.korean import english_words
 from tests.simulations.conftest import CommandsHere, Result
 
@@ -246,6 +248,22 @@ def test_an_adapter_file_that_holds_something_else_is_refused(fedllm: Cli, run: 
     assert "cannot be read" in refused(fedllm, run)
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "gone", "folder"])
+@pytest.mark.parametrize(
+    "name", ["record.jsonl", "plan.json", CONFIG, "audit/audit.json", "audit/record.jsonl", "adapter", RECORD_KEY]
+)
+def test_a_damaged_run_is_one_clear_error(fedllm: Cli, run: Path, name: str, damage: str) -> None:
+    path = run / name if name != "adapter" else run / "adapter" / "adapter_model.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "gone":
+        path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "noise": b"\xff" + data[1:]}[damage])
+        path.chmod(0o600)
+    refused(fedllm, run)
+
+
 def test_another_base_is_refused(tmp_path: Path) -> None:
     base = save_llama(tmp_path / "base")
     run, _ = trained(tmp_path / "run", language(base))
@@ -437,6 +455,42 @@ def test_a_chat_template_makes_the_tokens_of_training(prompt: str, tiny_llama: P
         whole = tokenizer.apply_chat_template(turns, return_dict=False)
         example = Tokeniser(tokenizer, model, reading)(row, 0)
         assert whole == example.input_ids.tolist()
+
+
+@pytest.mark.parametrize("system", [None, '친절하게 "답"하세요.\n{{ x }}'])
+@pytest.mark.parametrize("prompt", ["{question}", "Q {{1}}: {question}\n한국어로?"])
+def test_a_chat_goes_through_the_bases_template_as_in_training(system: str | None, prompt: str, tmp_path: Path) -> None:
+    base = make(tmp_path / "base", "llama", tokenizer=chatting())
+    run, _ = trained(tmp_path / "run", language(base), rank=2, alpha=4.0)
+    reading = TextConfig(prompt=prompt, text="{answer}", chat=True, system=system)
+    made = export(replace(run, reading=reading), tmp_path / "release", SIGNER, merge=True)
+    tokenizer = AutoTokenizer.from_pretrained(made.folder)
+    tokeniser = Tokeniser(chatting(), run.outcome.plan.model.model_copy(update={"max_length": 500}), reading)
+    turns = [{"role": "user", "content": "왜 {{ y }}?"}]
+    row = {"question": "왜 {{ y }}?", "answer": "b"}
+    asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert asked == tokeniser.prompt_ids(row)
+    whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": "b"}], return_dict=False)
+    assert whole == tokeniser(row, 0).input_ids.tolist()
+    if system is not None:  # a conversation with a system turn of its own keeps it
+        own = [{"role": "system", "content": "own"}, *turns]
+        assert system not in tokenizer.apply_chat_template(own, tokenize=False)
+    elif prompt == "{question}":
+        assert tokenizer.chat_template == chatting().chat_template
+    closing = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    generation = json.loads((made.folder / "generation_config.json").read_text("utf-8"))
+    assert generation["eos_token_id"] == [2, closing]
+    modelfile = (made.folder / "Modelfile").read_text("utf-8")
+    assert "TEMPLATE" not in modelfile  # Ollama knows those of bases
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile
+
+
+def test_a_template_of_the_base_gives_way_to_the_prompt_of_training(tmp_path: Path) -> None:
+    base = make(tmp_path / "base", "llama", tokenizer=chatting())
+    run, _ = trained(tmp_path / "run", language(base), rank=2, alpha=4.0)
+    folder = export(run, tmp_path / "release", SIGNER).folder
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "why"}], tokenize=False) == "<s>Q: why\nA:"
 
 
 def test_a_tokenizer_that_reads_the_beginning_of_a_text_otherwise_makes_the_tokens_of_training(
