@@ -328,7 +328,7 @@ class Application:
     def _who(self, scope: _Scope) -> str:
         """Return who asks, by token or, where no tokens are used, by client certificate; raises Refused."""
         if self.tokens is None:
-            return escaped(str(scope.get("state", {}).get("peer") or "certificate")).replace(" ", "_")
+            return str(scope.get("state", {}).get("peer") or "certificate").replace(" ", "_")
         shown = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, token = shown[0].decode("latin-1").partition(" ") if len(shown) == 1 else ("", "", "")
         try:
