@@ -673,8 +673,8 @@ def _is_loopback(host: str) -> bool:
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens; raises ConfigError with the reason if it cannot."""
     try:
-        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        opened = socket.socket(family, kind)
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        opened = socket.socket(family, kind, protocol)  # of TCP by name: else asyncio leaves TCP_NODELAY out
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(place)
         opened.listen(2048)
@@ -703,7 +703,9 @@ def run(release: Release, door: Door, limits: Limits, ready: Callable[[str], Non
     generator = None
     if release.manifest.task == "causal-lm":
         own = release.model.generation_config
-        own.eos_token_id = list(release.end.tokens) or own.eos_token_id
+        ends = own.eos_token_id or []
+        ends = [ends] if isinstance(ends, int) else ends
+        own.eos_token_id = list(dict.fromkeys((*release.end.tokens, *ends))) or None
         own.pad_token_id = release.tokenizer.pad_token_id
         generator = Generator(release, limits.concurrency, limits.tokens)
         if generator.why_not is not None:

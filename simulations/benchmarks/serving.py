@@ -5,7 +5,10 @@ OMP_NUM_THREADS=1 python -m simulations.benchmarks.serving --model MODELS/storie
 Every server answers the same questions, greedily, in the same run: in each round one after another, so that whatever
 else the machine does meets all of them. Clients are threads that ask one question after another over a
 connection that stands already.
-A ratio is that of two servers in the same round; of all rounds its median is given, with the least and the largest.
+A ratio is that of two servers in the same round; of all rounds its median is given, with the least and the largest. "By
+processor time" is the same for tokens a second of what the server's process has used, which other work on the machine
+disturbs less. Answers that differ from those of `generate` to one question at a time: of `generate` with as many
+questions at once as there are clients, of fedllm serve, and of transformers' batching.
 """
 
 import http.client
@@ -26,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 
@@ -90,8 +94,8 @@ def _release(source: Path, place: Path) -> tuple[Path, Path]:
 
 
 @contextmanager
-def _started(command: list[str], log: Path, ready: Callable[[], bool]) -> Iterator[None]:
-    """Run a server until the block ends."""
+def _started(command: list[str], log: Path, ready: Callable[[], bool]) -> Iterator[psutil.Process]:
+    """Run a server until the block ends; gives its process."""
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         try:
@@ -100,7 +104,7 @@ def _started(command: list[str], log: Path, ready: Callable[[], bool]) -> Iterat
                 if process.poll() is not None or time.monotonic() > until:
                     raise typer.BadParameter(f"{' '.join(command)} does not start:\n{log.read_text()}")
                 time.sleep(0.2)
-            yield
+            yield psutil.Process(process.pid)
         finally:
             process.terminate()
             try:
@@ -145,8 +149,21 @@ def _theirs(folder: Path, port: int, batches: bool) -> tuple[list[str], _Server]
     return command, _Server(name, port, str(folder))
 
 
-def _rate(server: _Server, clients: int, questions: list[str], most: int) -> tuple[float, dict[str, str]]:
-    """Have so many clients ask all questions between them; return tokens a second, and the answers."""
+@dataclass(frozen=True)
+class _Speed:
+    """How fast answers were made, and which they were."""
+
+    seconds: float  # tokens a second
+    work: float  # tokens a second of the server's processor time
+    texts: dict[str, str]  # by question
+
+
+def _rate(process: psutil.Process, server: _Server, clients: int, questions: list[str], most: int) -> _Speed:
+    """Have so many clients ask all questions between them."""
+
+    def used() -> float:
+        times = process.cpu_times()
+        return float(times.user + times.system)
 
     connections = [server.connect() for _ in range(clients)]
     for connection in connections:
@@ -157,19 +174,20 @@ def _rate(server: _Server, clients: int, questions: list[str], most: int) -> tup
         return [(question, *server.ask(connections[number], question, most)) for question in mine]
 
     with ThreadPoolExecutor(clients) as pool:
-        begin = time.monotonic()
+        begin, before = time.monotonic(), used()
         found = [one for some in pool.map(client, range(clients)) for one in some]
-        took = time.monotonic() - begin
-    return sum(tokens for *_, tokens in found) / took, {question: text for question, text, _ in found}
+        took, work = time.monotonic() - begin, used() - before
+    tokens = sum(number for *_, number in found)
+    return _Speed(tokens / took, tokens / work, {question: text for question, text, _ in found})
 
 
-def _bare(release: Release, clients: int, questions: list[str], most: int) -> tuple[float, dict[str, str]]:
-    """Call `generate` on so many questions at once; return tokens a second, and the answers."""
+def _bare(release: Release, clients: int, questions: list[str], most: int) -> _Speed:
+    """Call `generate` on so many questions at once."""
     import torch
 
     tokenizer, model = release.tokenizer, release.model
     tokenizer.padding_side = "left"
-    count, texts, begin = 0, dict[str, str](), time.monotonic()
+    count, texts, begin, before = 0, dict[str, str](), time.monotonic(), time.process_time()
     for start in range(0, len(questions), clients):
         some = questions[start : start + clients]
         inputs = tokenizer(some, return_tensors="pt", padding=True)
@@ -184,7 +202,7 @@ def _bare(release: Release, clients: int, questions: list[str], most: int) -> tu
             last = next((i for i, token in enumerate(answer) if token in ends), len(answer) - 1)
             count += last + 1
             texts[question] = tokenizer.decode(answer[: last + 1], skip_special_tokens=True)
-    return count / (time.monotonic() - begin), texts
+    return _Speed(count / (time.monotonic() - begin), count / (time.process_time() - before), texts)
 
 
 def _spread(values: list[float], form: str) -> str:
@@ -196,9 +214,10 @@ def _measure(console: Console, model: Path, counts: list[int], rounds: int, most
         place = Path(temporary)
         folder, keys = _release(model, place)
         started = [_ours(folder, keys, place, port), _theirs(folder, port + 1, True), _theirs(folder, port + 2, False)]
+        processes = []
         for number, (command, server) in enumerate(started):
-            console.print(f"$ {' '.join(command[-len(command) :])}".replace(temporary, "DIR"), soft_wrap=True)
-            stack.enter_context(_started(command, place / f"{number}.log", partial(_answers, server)))
+            console.print(f"$ {' '.join(command)}".replace(temporary, "DIR"), soft_wrap=True)
+            processes.append(stack.enter_context(_started(command, place / f"{number}.log", partial(_answers, server))))
         from fedllm.audit.trust import Trust
         from fedllm.release.manifest import verify_release
 
@@ -207,32 +226,31 @@ def _measure(console: Console, model: Path, counts: list[int], rounds: int, most
         release.model.generation_config.eos_token_id = [ends] if isinstance(ends, int) else ends
         servers = [server for _, server in started]
         names = ["generate", *(server.name for server in servers)]
+        heads = (*names, "fedllm serve / transformers' batching", "by processor time", "answers that differ")
         console.print(f"\n{model.name}: tokens a second, median of {rounds} rounds (least to most)\n")
-        console.print(
-            f"| clients | {' | '.join(names)} | fedllm serve / transformers' batching | answers that differ |"
-        )
-        console.print(f"| ---: |{' ---: |' * (len(names) + 2)}")
+        console.print(f"| clients | {' | '.join(heads)} |\n| ---: |{' ---: |' * len(heads)}", soft_wrap=True)
         for clients in counts:
             total = max(4, 2 * clients)
             questions = [f"{_OPENINGS[i % 4]} {_THINGS[i // 4 % 8]} {i}" for i in range(total)]
-            rates: dict[str, list[float]] = {name: [] for name in names}
-            wrong = 0
+            right = _bare(release, 1, questions, most).texts
+            speeds: dict[str, list[_Speed]] = {name: [] for name in names}
             for number in range(rounds + 1):  # the first one warms up
-                speed, right = _bare(release, clients, questions, most)
-                found = {"generate": speed}
-                for server in servers:
-                    some = questions if server is not servers[2] else questions[:4]  # answered one after another
-                    found[server.name], texts = _rate(server, clients, some, most)
-                    wrong += sum(texts[q] != right[q] for q in questions) if server is servers[0] else 0
+                found = [_bare(release, clients, questions, most)]
+                for process, server in zip(processes, servers, strict=True):
+                    some = questions if server is not servers[2] else questions[:4]  # it answers one after another
+                    found.append(_rate(process, server, clients, some, most))
                 if number:
-                    for name, value in found.items():
-                        rates[name].append(value)
-            ratios = [a / b for a, b in zip(rates[names[1]], rates[names[2]], strict=True)]
-            cells = [_spread(rates[name], ".0f") for name in names]
-            asked = (rounds + 1) * total
-            console.print(
-                f"| {clients} | {' | '.join(cells)} | {_spread(ratios, '.2f')} | {wrong} of {asked} |", soft_wrap=True
-            )
+                    for name, speed in zip(names, found, strict=True):
+                        speeds[name].append(speed)
+            pairs = list(zip(speeds[names[1]], speeds[names[2]], strict=True))
+            wrong = [sum(one.texts[q] != right[q] for one in speeds[name] for q in questions) for name in names[:3]]
+            cells = [
+                *(_spread([one.seconds for one in speeds[name]], ".0f") for name in names),
+                _spread([a.seconds / b.seconds for a, b in pairs], ".2f"),
+                _spread([a.work / b.work for a, b in pairs], ".2f"),
+                f"{wrong[0]}, {wrong[1]} and {wrong[2]} of {rounds * total}",
+            ]
+            console.print(f"| {clients} | {' | '.join(cells)} |", soft_wrap=True)
 
 
 def main(

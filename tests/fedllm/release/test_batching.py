@@ -225,6 +225,22 @@ def test_an_error_inside_the_model_is_told_without_its_text(
     assert asyncio.run(whole(alone, model, "hello")) == bare(model, "hello")[0]
 
 
+def test_answers_that_part_at_a_tie_are_the_same_and_others_are_not(batched: Generator, model: Release) -> None:
+    prompt = model.tokenizer("hello")["input_ids"]
+    ids = torch.tensor([prompt])
+    best, second = model.model(ids).logits[0, -1].topk(2).indices.tolist()
+    own = batched._release.model.lm_head.weight
+    assert batched._same(prompt, [best, 7], [best, 7])
+    assert not batched._same(prompt, [best, 7], [best])
+    assert not batched._same(prompt, [best, 7], [second, 7])
+    kept = own[second].clone()
+    own[second] = own[best]  # the same logit, to the last bit
+    try:
+        assert batched._same(prompt, [best, 7], [second, 9])
+    finally:
+        own[second] = kept
+
+
 def test_a_model_whose_batched_answers_differ_is_answered_one_after_another(
     model: Release, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -396,3 +397,9 @@ def test_a_door_that_anybody_could_pass_or_overhear_is_not_opened(tmp_path: Path
     revoke_token(tokens, "desk")
     with pytest.raises(ConfigError, match="nobody has a token"):
         serve.check_door(Door("127.0.0.1", 0, tokens, some, some))
+
+
+def test_what_is_sent_leaves_at_once() -> None:
+    """Without TCP_NODELAY every answer would wait 40 ms for an acknowledgement; asyncio sets it if it knows it is TCP."""
+    with serve.listen("127.0.0.1", 0) as opened:
+        assert opened.proto == socket.IPPROTO_TCP
