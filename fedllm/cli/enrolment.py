@@ -54,7 +54,7 @@ HeadOfficeOption = Annotated[
 OfficeOption = Annotated[
     Path, typer.Option("--home", envvar="FEDLLM_HOME", help="The site's folder.", show_default="~/.fedllm/site")
 ]
-HEAD_OFFICE, OFFICE = Path("~/.fedllm/head-office"), Path("~/.fedllm/site")
+HEAD_OFFICE, OFFICE, SERVING = Path("~/.fedllm/head-office"), Path("~/.fedllm/site"), Path("~/.fedllm/serve")
 _Fingerprint = Annotated[
     str | None,
     typer.Option(

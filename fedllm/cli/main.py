@@ -112,7 +112,6 @@ audit.register(app)
 privacy.register(app)
 release.register(app)
 serve.register(app)
-release.register(app)
 
 
 def _say_error(message: str) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from fedllm.cli.enrolment import (
     HEAD_OFFICE,
     OFFICE,
+    SERVING,
     HeadOfficeOption,
     OfficeOption,
     absolute,
@@ -327,7 +328,7 @@ def server_units(folder: _UnitsFolder = _UNITS, home: HeadOfficeOption = HEAD_OF
         "fedllm-server", f"The server of {office.config.name}", ("server", "start", "--home", str(home)), user,
         (home,), leaves=True,
     )  # fmt: skip
-    _write_units(
+    write_units(
         folder, [server], [home / "log" / "*.log"], service_files.compose([server], {server.name: office.config.port})
     )
 
@@ -359,7 +360,7 @@ def site_units(
         user, (home,), reads, group=group, network=one_user, devices=gpu,
     )  # fmt: skip
     if one_user:
-        _write_units(folder, [site], [home / "log" / "*.log"], None)
+        write_units(folder, [site], [home / "log" / "*.log"], None)
         return
     if group is None or office.socket is None:
         raise ConfigError(
@@ -376,23 +377,25 @@ def site_units(
     )  # fmt: skip
     site = replace(site, after=(relay_unit.name,))
     composed = service_files.compose([site, relay_unit], {}, office.socket)
-    _write_units(folder, [site, relay_unit], [home / "log" / "*.log"], composed, relay)
+    write_units(folder, [site, relay_unit], [home / "log" / "*.log"], composed, relay)
 
 
-def _write_units(
-    folder: Path, all_units: "list[ServiceSpec]", logs: list[Path], composed: str | None, relay: Path | None = None
-) -> None:
+def write_units(
+    folder: Path, all_units: "list[ServiceSpec]", logs: list[Path], composed: str | None, relay: Path | None = None,
+    extra: str | None = None,
+) -> None:  # fmt: skip
     """Write the files and say what comes next."""
     from fedllm.ops import service_files
 
     folder = folder.expanduser().absolute()
     files = {f"{unit.name}.service": service_files.service(unit) for unit in all_units}
-    rotations = [service_files.rotation(all_units[0].name, all_units[0].user, logs)]
+    rotations = [service_files.rotation(all_units[0].name, all_units[0].user, logs)] if logs else []
     if relay is not None:
         rotations.append(service_files.rotation(all_units[1].name, all_units[1].user, [relay / "*.log"]))
-    files[f"{all_units[0].name}.logrotate"] = "\n".join(rotations)
+    if rotations:  # else the log is the journal's
+        files[f"{all_units[0].name}.logrotate"] = "\n".join(rotations)
     if composed is not None:
-        files |= {"compose.yaml": composed, "Dockerfile": service_files.dockerfile(folder, all_units)}
+        files |= {"compose.yaml": composed, "Dockerfile": service_files.dockerfile(folder, all_units, extra)}
     for path in service_files.write(folder, files):
         typer.echo(path)
     names = " ".join(f"{unit.name}.service" for unit in all_units)
@@ -407,8 +410,8 @@ def doctor(
     home: Annotated[
         Path | None,
         typer.Option(
-            "--home", envvar="FEDLLM_HOME", help="The server's, a site's or a relay's folder.",
-            show_default="both that ~/.fedllm may hold",
+            "--home", envvar="FEDLLM_HOME", help="The server's, a site's, a relay's or a served model's folder.",
+            show_default="all that ~/.fedllm may hold",
         ),
     ] = None,
 ) -> None:  # fmt: skip
@@ -417,12 +420,12 @@ def doctor(
     Checks certificates, keys, permissions, clock, ports, disk, versions, the ledger, the running processes and the
     way to the other end.
     """
-    places = [absolute(place) for place in ([HEAD_OFFICE, OFFICE] if home is None else [home])]
+    places = [absolute(place) for place in ([HEAD_OFFICE, OFFICE, SERVING] if home is None else [home])]
     found = [place for place in places if place.is_dir()]
     if not found:
         raise ConfigError(
             f"there is nothing at {' and '.join(map(str, places))}. Give the folder as --home, or make one: fedllm "
-            "init-federation, or fedllm site init"
+            "init-federation, fedllm site init, or fedllm serve token add"
         )
     report([finding for place in found for finding in _examine(place)])
 
@@ -441,7 +444,11 @@ def _examine(folder: Path) -> "list[CheckResult]":
         from client.doctor import examine_relay
 
         return examine_relay(folder)
+    if (folder / "tokens.json").exists() or (folder / "serving.json").exists():
+        from fedllm.release.doctor import examine
+
+        return examine(folder)
     raise ConfigError(
         f"{folder} is neither the server's folder (federation.yaml), nor a site's (site.yaml), nor a relay's "
-        "(relay.json), or it may not be read by this user"
+        "(relay.json), nor a served model's (tokens.json), or it may not be read by this user"
     )

@@ -6,13 +6,14 @@ An entry point: it may import anything, and imports late so that --help is quick
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
 from typer.core import TyperGroup
 
-from fedllm.cli.enrolment import absolute, keep_private
+from fedllm.cli.enrolment import SERVING, absolute, keep_private
+from fedllm.cli.runs import write_units
 from fedllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +52,13 @@ _Home = Annotated[
     Path, typer.Option("--home", envvar="FEDLLM_HOME", help="The server's place: tokens, and what it serves.",
                        show_default="~/.fedllm/serve")
 ]  # fmt: skip
-HOME = Path("~/.fedllm/serve")
+_Dest = Annotated[Path, typer.Argument(help="The release, of fedllm release export.", show_default=False)]
+_Trust = Annotated[
+    Path, typer.Option("--trust", help="Your file of keys, lines NAME KEY: head-office's is needed.",
+                       show_default=False)
+]  # fmt: skip
+_Host = Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0: in every network.")]
+_Port = Annotated[int, typer.Option("--port", help="0: any that is free.", min=0, max=65535)]
 _Name = Annotated[str, typer.Argument(help="Whose token, such as desk-3.", show_default=False)]
 
 
@@ -62,13 +69,10 @@ def register(app: typer.Typer) -> None:
 
 @serve_app.command("run")
 def run(
-    dest: Annotated[Path, typer.Argument(help="The release, of fedllm release export.", show_default=False)],
-    trust: Annotated[
-        Path, typer.Option("--trust", help="Your file of keys, lines NAME KEY: head-office's is needed.",
-                           show_default=False)
-    ],
-    host: Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0: in every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="0: any that is free.", min=0, max=65535)] = 8443,
+    dest: _Dest,
+    trust: _Trust,
+    host: _Host = "127.0.0.1",
+    port: _Port = 8443,
     tls_cert: Annotated[
         Path | None, typer.Option("--tls-cert", help="The server's certificate, PEM.", show_default=False)
     ] = None,
@@ -95,7 +99,7 @@ def run(
         int, typer.Option("--concurrency", help="Answers at once; eight times as many requests wait.", min=1, max=1024)
     ] = 32,
     timeout: Annotated[float, typer.Option("--timeout", help="Seconds of a request, waiting included.", min=1)] = 120.0,
-    home: _Home = HOME,
+    home: _Home = SERVING,
 ) -> None:  # fmt: skip
     """Serve a release until the process is stopped. Its manifest is verified first, and every file.
 
@@ -157,23 +161,60 @@ def _certificate(
 
 def _note(home: Path, dest: Path, trust: Path, url: str, door: "Door") -> None:
     """Write down for `fedllm doctor` what is served, and where."""
-    import json
-
     from fedllm.files import write_secret
+    from fedllm.release.doctor import SERVING as FILE
+    from fedllm.release.doctor import Serving
 
-    served: dict[str, Any] = {
-        "release": str(dest), "trust": str(trust), "url": url, "pid": os.getpid(),
-        "certificate": None if door.certificate is None else str(door.certificate.absolute()),
-        "key": None if door.key is None else str(door.key.absolute()),
-    }  # fmt: skip
-    write_secret(home / "serving.json", json.dumps(served, indent=1).encode() + b"\n")
+    served = Serving(
+        release=str(dest), trust=str(trust), url=url, pid=os.getpid(),
+        certificate=None if door.certificate is None else str(door.certificate.absolute()),
+        key=None if door.key is None else str(door.key.absolute()),
+    )  # fmt: skip
+    write_secret(home / FILE, served.model_dump_json(indent=1).encode() + b"\n")
+
+
+@serve_app.command("units")
+def units(
+    dest: _Dest,
+    trust: _Trust,
+    tls_cert: Annotated[Path, typer.Option("--tls-cert", help="The server's certificate, PEM.", show_default=False)],
+    tls_key: Annotated[Path, typer.Option("--tls-key", help="Its key, PEM.", show_default=False)],
+    folder: Annotated[Path, typer.Option("--to", help="Where to write them.")] = Path("fedllm-units"),
+    user: Annotated[str, typer.Option("--user", help="Who serves: a user of its own.")] = "fedllm-serve",
+    place: Annotated[Path, typer.Option("--place", help="That user's place, for its tokens.")] = Path(
+        "/var/lib/fedllm-serve"
+    ),
+    host: _Host = "0.0.0.0",  # noqa: S104  # a service is for others; TLS and tokens are at the door
+    port: _Port = 8443,
+    hide: Annotated[
+        list[Path] | None, typer.Option("--hide", help="A folder that the service must not see: records, a site's.",
+                                        show_default=False)
+    ] = None,
+) -> None:  # fmt: skip
+    """Write a systemd unit and a compose file for serving, by a user that sees neither records nor a site's keys."""
+    from fedllm.ops import service_files
+
+    service_files.check_account(user, None)
+    reads = tuple(path.expanduser().absolute() for path in (dest, trust, tls_cert, tls_key))
+    named = dict(zip(("--trust", "--tls-cert", "--tls-key"), reads[1:], strict=True))
+    options = [word for name, path in named.items() for word in (name, str(path))]
+    outside = tuple(path for path in reads if not path.is_relative_to(place))
+    unit = service_files.ServiceSpec(
+        "fedllm-serve", "Answers of a released model", ("serve", "run", str(reads[0]), *options, "--home", str(place),
+        "--host", host, "--port", str(port)), user, (place,), outside,
+        hidden=tuple(path.expanduser().absolute() for path in hide or ()),
+        devices=Path("/dev/nvidiactl").exists(), forgets=True,
+    )  # fmt: skip
+    write_units(folder, [unit], [], service_files.compose([unit], {unit.name: port}), extra="serve")
+    typer.echo(f"before: install -d -o {user} -m 700 {place}")
+    typer.echo(f"and: sudo -u {user} fedllm serve token add NAME --home {place}")
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
 @token_app.command("add")
-def token_add(name: _Name, home: _Home = HOME) -> None:
+def token_add(name: _Name, home: _Home = SERVING) -> None:
     """Make a token and print it, this once: only its digest is kept."""
     from fedllm.release.tokens import TOKENS, add_token
 
@@ -181,7 +222,7 @@ def token_add(name: _Name, home: _Home = HOME) -> None:
 
 
 @token_app.command("list")
-def token_list(home: _Home = HOME) -> None:
+def token_list(home: _Home = SERVING) -> None:
     """List whose tokens are good, and since when."""
     from fedllm.release.tokens import TOKENS, read_tokens
 
@@ -193,7 +234,7 @@ def token_list(home: _Home = HOME) -> None:
 
 
 @token_app.command("revoke")
-def token_revoke(name: _Name, home: _Home = HOME) -> None:
+def token_revoke(name: _Name, home: _Home = SERVING) -> None:
     """Refuse a token from now on, also where the server runs already."""
     from fedllm.release.tokens import TOKENS, revoke_token
 

@@ -39,6 +39,7 @@ class ServiceSpec:
     devices: bool = False  # a GPU
     after: tuple[str, ...] = ()
     leaves: bool = False  # its children go on when it is ended or started anew
+    forgets: bool = False  # what it holds in memory never reaches a disk, as core or as swapped pages
 
 
 _SERVICE = Template("""\
@@ -52,7 +53,7 @@ StartLimitIntervalSec=0
 [Service]
 ExecStart=$command
 User=$user
-$group$runtime
+$group$runtime$forgets
 Restart=always
 RestartSec=5
 TimeoutStopSec=60
@@ -108,6 +109,7 @@ def service(unit: ServiceSpec) -> str:
         kill="process" if unit.leaves else "mixed",
         group=f"SupplementaryGroups={unit.group}\n" if unit.group else "",
         runtime=f"RuntimeDirectory={unit.runtime}\nRuntimeDirectoryMode=0710\n" if unit.runtime else "",
+        forgets="LimitCORE=0\nMemorySwapMax=0\n" if unit.forgets else "",
         writes=" ".join(_word(str(place)) for place in unit.writes),
         hidden="what lies below" if unit.hidden else "other users' processes",
         home="read-only" if _below(places, _HOMES) else "yes",
@@ -165,7 +167,7 @@ _DOCKERFILE = Template("""\
 FROM python:3.11-slim
 COPY fedllm-*.whl constraints.txt /install/
 RUN pip install --no-cache-dir --constraint /install/constraints.txt \\
-    --extra-index-url https://download.pytorch.org/whl/cpu /install/fedllm-*.whl
+    --extra-index-url https://download.pytorch.org/whl/cpu $wheel
 # The numbers are those of this machine, so that files keep their owners.
 ${users}ENTRYPOINT ["fedllm"]
 """)
@@ -231,8 +233,11 @@ def compose(units: Sequence[ServiceSpec], ports: Mapping[str, int], socket: Path
     return "\n".join(parts) + "\n"
 
 
-def dockerfile(folder: Path, units: Sequence[ServiceSpec]) -> str:
-    """Return the Dockerfile of the image that `compose` uses, with this machine's users and groups."""
+def dockerfile(folder: Path, units: Sequence[ServiceSpec], extra: str | None = None) -> str:
+    """Return the Dockerfile of the image that `compose` uses, with this machine's users and groups.
+
+    `extra` is one of fedllm's that the image needs.
+    """
     lines, groups = [], {}
     for unit in units:
         user = pwd.getpwnam(unit.user)
@@ -245,7 +250,10 @@ def dockerfile(folder: Path, units: Sequence[ServiceSpec]) -> str:
     for user in {unit.user: pwd.getpwnam(unit.user) for unit in units}.values():
         if user.pw_uid:
             lines.append(f"RUN useradd --no-create-home --uid {user.pw_uid} --gid {user.pw_gid} {user.pw_name}")
-    return _DOCKERFILE.substitute(folder=shlex.quote(str(folder)), users="".join(f"{line}\n" for line in lines))
+    wheel = "/install/fedllm-*.whl" if extra is None else f'"$(echo /install/fedllm-*.whl)[{extra}]"'
+    return _DOCKERFILE.substitute(
+        folder=shlex.quote(str(folder)), users="".join(f"{line}\n" for line in lines), wheel=wheel
+    )
 
 
 def _json(value: object) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from fedllm.errors import Refused
 
 _MOST_STOPS, _MOST_TURNS = 16, 1000
+# Logits divided by less are infinite, and no number can be drawn of them: vLLM raises a temperature likewise.
+_COLDEST, _NARROWEST = 0.01, 1e-6
 _ROLES = ("system", "developer", "user", "assistant")
 # They change no answer here: who asks, what is kept (nothing), and where it is computed.
 _HARMLESS = {"user", "metadata", "stream_options", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -96,6 +98,10 @@ def _asks_nothing(name: str, value: object) -> bool:
 def _asked(content: Mapping[str, Any], question: dict[str, Any]) -> Asked:
     temperature = _number(content, "temperature", 0.0, 2.0)
     top_p = _number(content, "top_p", 0.0, 1.0)
+    if temperature:
+        temperature = max(temperature, _COLDEST)
+    if top_p is not None:
+        top_p = max(top_p, _NARROWEST)  # the likeliest token alone; to the library, 0 means that nothing was asked
     most = _count(content, "max_completion_tokens") or _count(content, "max_tokens")
     stream = content.get("stream") or False
     if not isinstance(stream, bool):

@@ -29,6 +29,11 @@ from transformers.utils.chat_parsing import ResponseParser
 
 from fedllm.errors import ReleaseError
 from fedllm.release.loading import Release
+from fedllm.training.adapter import generated
+from fedllm.training.quantised import unseen
+
+with unseen():
+    from peft import PeftModel
 
 FAILED = "failed"  # all that is said of an error inside the library, which may quote what was asked
 _PAGE = 64  # tokens whose keys and values are kept together
@@ -158,7 +163,7 @@ class Generator(BaseGenerateManager):  # type: ignore[misc]
 
     def __init__(self, release: Release, concurrency: int, most: int) -> None:
         """`concurrency` answers at once, of at most `most` tokens with their prompts. Raises ReleaseError."""
-        self._release, self._most = release, most
+        self._release, self._most, self._virtual = release, most, isinstance(release.model, PeftModel)
         self._blocks = 1 + concurrency * -(-min(most, _AT_ONCE) // _PAGE) + -(-most // _PAGE)
         self._managers: dict[bool, Any] = {}  # by whether it samples
         self._thread: InferenceThread | None = None
@@ -320,17 +325,23 @@ class Generator(BaseGenerateManager):  # type: ignore[misc]
 
     @torch.inference_mode()
     def _generate(self, prompt: list[int], config: GenerationConfig, streamer: _Answer | None) -> list[int]:
-        ids = torch.tensor([prompt], device=self._release.device)
-        made = self._release.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
+        ids, model = torch.tensor([prompt], device=self._release.device), self._release.model
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        options = {"generation_config": config, "streamer": streamer, "pad_token_id": config.pad_token_id}
+        new = (
+            generated(model, **given, **options)
+            if self._virtual
+            else model.generate(**given, **options)[:, ids.shape[1] :]
         )
-        found: list[int] = made[0, len(prompt) :].tolist()
+        found: list[int] = new[0].tolist()
         return found
 
     # ---- which way ---------------------------------------------------------------------------------------------------
 
     def _try(self) -> str | None:
         """Answer two prompts both ways; return why they cannot be batched, None if they can."""
+        if self._virtual:
+            return "its adapter has virtual tokens, which cannot be merged"
         config = GenerationConfig.from_dict(self._release.model.generation_config.to_dict())
         config.do_sample, config.max_new_tokens, config.use_cache = False, _TRIED_TOKENS, True
         prompts = [self._release.tokenizer(text)["input_ids"] for text in _TRIED]

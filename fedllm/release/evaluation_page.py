@@ -100,7 +100,10 @@ def with_ends(metric: Metric, estimate: Estimate, language: Language = "en") -> 
 def _figure(metric: Metric, value: float) -> str:
     if metric in _SHARES:
         return f"{100 * value:.1f}"
-    return f"{value:.1f}" if metric == "chrf" else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.3g}"
+    if metric == "chrf":
+        return f"{value:.1f}"
+    # perplexities are above 1: what is small is a difference of two
+    return f"{value:.4f}" if 0 < abs(value) < 0.1 else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.3g}"
 
 
 def _change(language: Language, metric: Metric, difference: Estimate) -> str:

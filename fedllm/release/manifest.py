@@ -19,6 +19,7 @@ from fedllm.crypto.identity import Identity
 from fedllm.crypto.signed_documents import open_envelope, sign_envelope
 from fedllm.errors import CryptoError, ReleaseError, first_line
 from fedllm.files import cannot_read, cannot_write, replace_file
+from fedllm.shown import escaped
 from fedllm.values import HEAD_OFFICE, Frozen, Label, Printable
 
 MANIFEST = "release.json"
@@ -124,14 +125,17 @@ def verify_release(folder: Path, trust: Trust) -> Manifest:
     signature is not head office's.
     """
     manifest = read_manifest(folder, trust)
-    found = digests(folder)
-    for name in sorted(manifest.files.keys() | found.keys()):
+    found = _files(folder)
+    for name in sorted(manifest.files.keys() | found.keys()):  # before any is read: one that was added may be endless
         if name not in found:
-            raise ReleaseError(f"{folder}: {name} is missing. Copy the release again.")
+            raise ReleaseError(f"{folder}: {escaped(name)} is missing. Copy the release again.")
         if name not in manifest.files:
-            raise ReleaseError(f"{folder}: {name} was added: nobody has signed for it. Copy the release again.")
-        if found[name] != manifest.files[name]:
-            raise ReleaseError(f"{folder}: {name} was changed since it was signed. Copy the release again.")
+            raise ReleaseError(
+                f"{folder}: {escaped(name)} was added: nobody has signed for it. Copy the release again."
+            )
+    for name, digest in digests(folder).items():
+        if digest != manifest.files[name]:
+            raise ReleaseError(f"{folder}: {escaped(name)} was changed since it was signed. Copy the release again.")
     return manifest
 
 
@@ -139,9 +143,11 @@ def read_manifest(folder: Path, trust: Trust) -> Manifest:
     """Return what head office has signed for a release; its files are not looked at. Raises ReleaseError."""
     path = folder / MANIFEST
     try:
-        size = path.stat().st_size
-        if size > _MOST_BYTES:
-            raise ReleaseError(f"{path}: {size:,} bytes, expected at most {_MOST_BYTES:,}. Is it a release?")
+        state = path.lstat()
+        if not stat.S_ISREG(state.st_mode):  # a pipe would never end
+            raise ReleaseError(f"{path}: no file, but a link or the like. Copy the release again.")
+        if state.st_size > _MOST_BYTES:
+            raise ReleaseError(f"{path}: {state.st_size:,} bytes, expected at most {_MOST_BYTES:,}. Is it a release?")
         text = path.read_text("utf-8")
     except FileNotFoundError:
         raise ReleaseError(
@@ -179,17 +185,34 @@ def digests(folder: Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     try:
+        for name, path in _files(folder).items():
+            with path.open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise cannot_read(folder, error) from None
+    return found
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return every file in a folder but its manifest, by its path with /. Raises ReleaseError as `digests` does."""
+    found: dict[str, Path] = {}
+    try:
         for root, folders, names in os.walk(folder, onerror=_raise):
+            if not folders and not names:  # even so a library may take it for what it is named like
+                raise ReleaseError(
+                    f"{escaped(root)}: nothing is in this folder, and nobody has signed for it. Remove it."
+                )
             for name in sorted((*folders, *names)):
                 path = Path(root) / name
                 mode = path.lstat().st_mode
                 inside = path.relative_to(folder).as_posix()
                 if stat.S_ISREG(mode):
                     if inside != MANIFEST:
-                        with path.open("rb") as file:
-                            found[inside] = hashlib.file_digest(file, "sha256").hexdigest()
+                        found[inside] = path
                 elif not stat.S_ISDIR(mode):
-                    raise ReleaseError(f"{path}: neither a file nor a folder, but a link or the like. Remove it.")
+                    raise ReleaseError(
+                        f"{folder}: {escaped(inside)}: neither a file nor a folder, but a link or the like. Remove it."
+                    )
     except OSError as error:
         raise cannot_read(folder, error) from None
     return found

@@ -50,6 +50,7 @@ from fedllm.release.batching import FAILED, Generator
 from fedllm.release.loading import Release
 from fedllm.release.manifest import Manifest, manifest_digest
 from fedllm.release.tokens import Gatekeeper, read_tokens
+from fedllm.shown import escaped
 from fedllm.training.data import text_of
 from fedllm.values import address
 
@@ -113,7 +114,9 @@ def positions(release: Release) -> int:
     """Return how many tokens the model takes, as far as its configuration says; at most 4096."""
     config = release.model.config
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(4096, most) if isinstance(most, int) and most > 0 else 4096
+    virtual = sum(one.num_virtual_tokens or 0 for one in getattr(release.model, "peft_config", {}).values()
+                  if one.is_prompt_learning)  # fmt: skip
+    return (min(4096, most) if isinstance(most, int) and most > 0 else 4096) - virtual
 
 
 # ---- a process that tells nothing ------------------------------------------------------------------------------------
@@ -215,6 +218,7 @@ class _Count:
     """What the log says of a request."""
 
     who: str = "-"
+    method: str = "-"
     route: str = "-"
     status: int = 0
     tokens_in: int = 0
@@ -262,8 +266,8 @@ class Application:
             raise
         finally:
             say(
-                f"{count.status or 499} {scope['method'] if count.route != '-' else '-'} {count.route} "
-                f"who={count.who} in={count.tokens_in} out={count.tokens_out} {1000 * (time.monotonic() - begin):.0f}ms"
+                f"{count.status or 499} {count.method} {count.route} who={escaped(count.who)} "
+                f"in={count.tokens_in} out={count.tokens_out} {1000 * (time.monotonic() - begin):.0f}ms"
             )
 
     async def _answer(self, scope: _Scope, receive: _Receive, send: _Send, count: _Count) -> None:
@@ -308,6 +312,8 @@ class Application:
 
     def _route(self, scope: _Scope, count: _Count) -> tuple[str, Callable[..., Awaitable[None]]]:
         found = self._routes.get(scope["path"])
+        if scope["method"] in ("GET", "POST"):  # others are of the client's making
+            count.method = scope["method"]
         if found is None:
             count.who = self._who(scope)
             raise Refused(404, f"there is nothing here. Routes: {', '.join(self._routes)}", "not_found")
@@ -536,7 +542,8 @@ class _Protocol(H11Protocol):
         self._expect()
 
     def _expect(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
+        # once it is answered, what is left of a body has as much time: nobody reads it
+        if self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE:
             self._late = self._cancelled(self._late)
         elif self._late is None:
             self._late = self.loop.call_later(_HEAD_PATIENCE, self.transport.abort)

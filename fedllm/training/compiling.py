@@ -23,7 +23,9 @@ from fedllm.errors import ModelError, first_line
 from fedllm.training.data import IGNORE, Batch
 from fedllm.training.precision import SAME_COMPILED
 
-_PAYS_FROM = {"cpu": 4e12, "cuda": 4e14}  # parameters x tokens; cpu: twice what docs/benchmarks.md has
+# Parameters x tokens; twice what docs/benchmarks.md has. On a GPU never: compiled code is given one record at a time,
+# and a pass of 32 took little longer than one of one.
+_PAYS_FROM = {"cpu": 4e12}
 # In bfloat16 on the CPU, attention written out and compiled with its block beats SDPA, .79 to .88 of a step at 32 to
 # 512 tokens. It holds scores of all pairs of tokens, so the longest are left to SDPA.
 _SHORT = 256  # tokens

@@ -39,6 +39,7 @@ _log = logging.getLogger("fedllm.site")
 _TOGETHER = 8  # records of a pass at the most: more gain nothing
 _TOKENS = 512  # tokens of a pass that are enough to make it efficient
 _LARGE = 1e9  # parameters x tokens x threads from which a record makes an efficient pass by itself
+_GPU_TOGETHER, _GPU_TOKENS, _GPU_LARGE = 32, 8192, 1e12  # the same on a GPU; the last of parameters x tokens of a pass
 _QUANTUM = 42  # -log2 of the clip norm's share that a clipped row is rounded to; int64 holds 2^21 such rows
 _EXACT = 1024  # rows whose sum float64 holds exactly, in quanta, and what was carried over: up to 2^53
 _CARRY = 2.0**32  # quanta
@@ -164,6 +165,33 @@ def _threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Compute equal bits from equal input, as a CPU does anyway.
+
+    On a GPU many threads add to one number, in the backward pass of attention and of indices, in the order in which
+    they are ready, unless that is forbidden. Raises ModelError if the model has an operation that does only that.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    settings: Any = torch.utils.deterministic
+    before = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
+    settings.fill_uninitialized_memory = False  # what is not read needs no value
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error).lower():
+            raise
+        raise ModelError(
+            f"the model has an operation that does not repeat its bits on a GPU ({first_line(error)}). Use the CPU."
+        ) from error
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 class _Optimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
@@ -363,9 +391,15 @@ class Engine:
         If one record makes an efficient pass, it has a pass to itself, on all threads: nothing depends on other
         records.
         """
-        if self.alone or self._experts or self.compiled or self._size * width * torch.get_num_threads() >= _LARGE:
+        if self.alone or self._experts or self.compiled:
             return 1
-        return max(1, min(_TOGETHER, _TOKENS // width, micro_batch))
+        if self._adapter.device.type == "cuda":  # which takes as long for one small record as for many
+            most = min(_GPU_TOGETHER, _GPU_TOKENS // width, int(_GPU_LARGE / (self._size * width)))
+        elif self._size * width * torch.get_num_threads() >= _LARGE:
+            most = 1
+        else:
+            most = min(_TOGETHER, _TOKENS // width)
+        return max(1, min(most, micro_batch))
 
     @property
     def compiled(self) -> bool:
@@ -484,8 +518,9 @@ class Engine:
 
         Last bits depend on the shapes of tensors, on the number of threads and, with several threads, on a record's
         place. So a pass has always the same number of records, padded with empty ones if there are too few; several
-        records are computed by one thread; the compiler's code serves one at a time. `self_check` measures that a
-        record's place and company then change no bit, with the model, the processor and the libraries that are there.
+        records are computed by one thread, or on a GPU by algorithms that repeat their bits; the compiler's code serves
+        one at a time. `self_check` measures that a record's place and company then change no bit, with the model, the
+        processor and the libraries that are there.
         """
         adapter, rows = self._adapter, self.rows(width, micro_batch)
         batch = collate(units, adapter.tokenizer.pad_token_id, adapter.device, width, rows)
@@ -493,6 +528,10 @@ class Engine:
             return self._gradients(batch)[: len(units)]
 
     def _gradients(self, batch: Batch) -> Tensor:
+        with _repeatable(self._adapter.device):
+            return self._own_gradients(batch)
+
+    def _own_gradients(self, batch: Batch) -> Tensor:
         if self.alone:
             return _added(
                 torch.stack([self._gradient(batch, row) for row in range(len(batch.unit_of_row))]),

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ _UNLIMITED = 1 << 31
 _FILES = ("*.json", "*.safetensors", "*.bin")  # settings, weights, tokenizer: what a model is loaded from
 _PAYS_IN_BFLOAT16 = 20_000_000  # parameters; an estimate
 _FIRST, _MADE_UP = 3, 16  # first token of made-up records, and how many different ones they hold
+_WORKSPACE, _REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS repeats its bits
 _FEWEST, _SHORTEST = 8, 16  # tokens of a vocabulary, and of the longest record: the self-check needs so many
 
 
@@ -450,9 +452,11 @@ def pick_dtype(dtype: str, model: nn.Module) -> torch.dtype:
 def pick_device(device: str) -> str:
     """Return `device`, where auto is cuda if there is one; raises ModelError if it is absent."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device).cpu()  # values go there and come back, as they do not from "meta"
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"site.device={device} is not usable here ({first_line(error)}). Use auto or cpu.") from None
+    if device.startswith("cuda") and os.environ.get(_WORKSPACE) not in _REPEATABLE:
+        os.environ[_WORKSPACE] = _REPEATABLE[0]  # read before the first product
     return device

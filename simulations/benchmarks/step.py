@@ -49,15 +49,16 @@ from simulations.benchmarks.bench import machine
 
 Step = Callable[[], None]
 # hidden, layers, MLP, heads, key-value heads, vocabulary
-_SIZES = {
+SIZES = {
     "5M": (256, 5, 704, 4, 4, 4_096), "30M": (512, 8, 1408, 8, 4, 16_384), "135M": (576, 30, 1536, 9, 3, 49_152),
+    "1B": (2048, 22, 5632, 32, 4, 32_000),
 }  # fmt: skip
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MECHANISM = Mechanism(clip_norm=1.0, noise_multiplier=1.0, sampling_rate=0.1)
 
 
-def _base(size: str) -> LlamaForCausalLM:
-    hidden, layers, mlp, heads, kv_heads, vocabulary = _SIZES[size]
+def base_model(size: str) -> LlamaForCausalLM:
+    hidden, layers, mlp, heads, kv_heads, vocabulary = SIZES[size]
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -69,7 +70,7 @@ def _base(size: str) -> LlamaForCausalLM:
 
 def records(size: str, batch: int, tokens: int, labelled: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and labels, int64[batch, tokens]; the last `labelled` of each record carries loss."""
-    ids = torch.randint(3, _SIZES[size][-1], (batch, tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, SIZES[size][-1], (batch, tokens), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[:, : tokens - round(labelled * tokens)] = IGNORE
     return ids, labels
@@ -77,17 +78,17 @@ def records(size: str, batch: int, tokens: int, labelled: float) -> tuple[torch.
 
 def _peft_model(size: str, dtype: torch.dtype, targets: tuple[str, ...] | str) -> Any:
     config = LoraConfig(r=8, lora_alpha=16, target_modules=targets if isinstance(targets, str) else list(targets))
-    return get_peft_model(_base(size).to(dtype), config)
+    return get_peft_model(base_model(size).to(dtype), config)
 
 
 def _trainable(model: Any) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _peft(
+def peft_step(
     size: str, dtype: torch.dtype, ids: torch.Tensor, labels: torch.Tensor, targets: Any, compiled: bool = False
 ) -> Step:
-    model = _peft_model(size, dtype, targets).train()
+    model = _peft_model(size, dtype, targets).train().to(ids.device)
     for block in model.get_base_model().model.layers if compiled else ():
         block.forward = torch.compile(block.forward, dynamic=True, options={"compile_threads": 1})
     optimizer = torch.optim.AdamW(_trainable(model), lr=1e-4)
@@ -147,7 +148,7 @@ def _ghost(size: str, dtype: torch.dtype, ids: torch.Tensor, labels: torch.Tenso
     return step
 
 
-def _no_text() -> Any:
+def no_text() -> Any:
     """Return a tokenizer of nothing: the engine asks it for its padding only."""
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), pad_token="<pad>")
 
@@ -161,7 +162,7 @@ def fedllm_step(
         compile="on" if compiled else "off", max_length=max(8, ids.shape[1]),
     )  # fmt: skip
     lora = AdapterConfig(rank=8, alpha=16.0, targets=targets, train=train)
-    adapter = attach(BaseModel(_base(size).eval(), _no_text(), "0" * 64, 2_048, _SIZES[size][-1]), model, lora, 0)
+    adapter = attach(BaseModel(base_model(size).eval(), no_text(), "0" * 64, 2_048, SIZES[size][-1]), model, lora, 0)
     engine = Engine(adapter)
     privacy = PrivacyConfig(units_per_site=1_000, noise_multiplier=1.0)
     plan = RunPlan(run="benchmark", seed=0, model=model, adapter=lora, privacy=privacy, training=TrainingConfig())
@@ -174,8 +175,8 @@ def fedllm_step(
 
 
 _ARRANGEMENTS: dict[str, Callable[..., Step]] = {
-    "peft": _peft,
-    "peft compiled": partial(_peft, compiled=True),
+    "peft": peft_step,
+    "peft compiled": partial(peft_step, compiled=True),
     "hooks": _hooks,
     "ghost": _ghost,
     "fedllm": fedllm_step,
@@ -206,7 +207,7 @@ def _peak_mb_alone(arguments: list[str]) -> float:
 
 
 def measure(
-    sizes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(_SIZES)}.")] = "5M,30M,135M",
+    sizes: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(SIZES)}.")] = "5M,30M,135M",
     dtypes: Annotated[str, typer.Option(help="Of the base model, comma-separated.")] = "float32,bfloat16",
     arrangements: Annotated[str, typer.Option(help="Semicolon-separated; peft must be among them.")] = ";".join(
         _ARRANGEMENTS

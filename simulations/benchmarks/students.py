@@ -80,16 +80,17 @@ def main(
     print("| model | weights | learned from | held-out exact match | Korean | English | CPU time |")
     print("|---|---:|---|---:|---:|---:|---:|")
 
-    def row(name: str, source: str, found: Release, began: float) -> None:
-        spent, shares = time.process_time() - began, exact_match(found, held)
+    def row(name: str, source: str, found: Release, began: float | None = None) -> None:
+        spent = "-" if began is None else f"{time.process_time() - began:.0f} s"
+        shares = exact_match(found, held)
         cells = " | ".join(f"{100 * shares[part]:.1f} %" for part in ("all", "ko", "en"))
-        print(f"| {name} | {weights(found.model):,} | {source} | {cells} | {spent:.0f} s |", flush=True)
+        print(f"| {name} | {weights(found.model):,} | {source} | {cells} | {spent} |", flush=True)
 
     with tempfile.TemporaryDirectory() as place:
         folder, base = Path(place), load_base(model, "cpu")
         own = {"tokenizer": base.tokenizer, "model": base.model}
-        row("the base", "public text", replace(teacher, **own), time.process_time())
-        row("the teacher", "the sites' records, under differential privacy", teacher, time.process_time())
+        row("the base", "public text", replace(teacher, **own))
+        row("the teacher", "the sites' records, under differential privacy", teacher)
 
         began = time.process_time()
         prompts = folder / "prompts.yaml"
@@ -104,29 +105,17 @@ def main(
 
         fresh = load_base(model, "cpu")
         half = halve(fresh.model, fresh.tokenizer, folder / "half")
-        row(
-            "half the blocks",
-            "public text",
-            replace(teacher, model=load_base(_at(half, model), "cpu").model),
-            time.process_time(),
-        )
+        halved = load_base(model.model_copy(update={"source": str(half)}), "cpu")
+        row("half the blocks", "public text", replace(teacher, model=halved.model))
         public = folder / "public.jsonl"
         public.write_text("".join(json.dumps({"question": text}) + "\n" for text in asked), "utf-8")
         for targets in ("logits", "answers"):
             began, out = time.process_time(), folder / targets
             teaching = how.model_copy(update={"targets": targets})
             found = distil(teacher, str(half), public, out, keys, signer, teaching, _silent, public=True)
-            row(
-                "half the blocks",
-                f"the teacher's {targets}, {questions:,} questions",
-                load_release(out, found, "cpu"),
-                began,
-            )
+            learned = f"the teacher's {targets}, {questions:,} questions"
+            row("half the blocks", learned, load_release(out, found, "cpu"), began)
     print(f"\n{len(held)} held-out questions, seed {seed}, {epochs} epochs. {machine()}")
-
-
-def _at(folder: Path, model: ModelConfig) -> ModelConfig:
-    return model.model_copy(update={"source": str(folder)})
 
 
 def _silent(line: str) -> None:

@@ -74,7 +74,7 @@ def _clip_in_parts(patch: Patch, cut: Callable[[list[str]], list[list[int]]]) ->
         shapes[:] = [(name, p.numel()) for name, p in adapter.trainable.items()]
 
     def faulty(gradients: Tensor, mechanism: Mechanism, distributed: object) -> Tensor:
-        total = torch.zeros(gradients.shape[1], dtype=torch.float64)
+        total = torch.zeros(gradients.shape[1], dtype=torch.float64, device=gradients.device)
         starts = np.cumsum([0, *(size for _, size in shapes)])
         for group in cut([name for name, _ in shapes]):
             here = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group])

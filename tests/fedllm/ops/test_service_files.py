@@ -148,8 +148,10 @@ def test_systemd_takes_the_units(head: Path, site: Path, tmp_path: Path) -> None
     assert run("server", "units", str(tmp_path / "u"), "--home", str(head)).exit_code == 0
     assert run("site", "units", str(tmp_path / "one"), "--one-user", "--home", str(site)).exit_code == 0
     assert with_relay(site, tmp_path / "two").exit_code == 0
+    tls = ("--trust", "/srv/keys", "--tls-cert", "/srv/c.pem", "--tls-key", "/srv/k.pem", "--user", "daemon")
+    assert run("serve", "units", "/srv/release", *tls, "--to", str(tmp_path / "three")).exit_code == 0
     found = [str(path) for path in tmp_path.glob("*/*.service")]
-    assert len(found) == 4
+    assert len(found) == 5
     for path in found:
         done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,3 +101,13 @@ def test_a_text_to_classify_is_one_or_several_or_in_columns() -> None:
     for wrong in (None, [], 3, [3], {"q": 3}, ["a"] * 1001):
         with pytest.raises(Refused, match="input"):
             asked.classification({"input": wrong}, "m")
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-3])
+def test_no_temperature_makes_logits_infinite_which_would_end_the_thread_that_answers_all(temperature: float) -> None:
+    found = chat(temperature=temperature).body["temperature"]
+    assert np.isfinite(np.float32(1e30) / np.float32(found))
+
+
+def test_top_p_of_0_is_the_narrowest_and_not_taken_for_none() -> None:
+    assert 0 < chat(top_p=0).body["top_p"] < 1e-3

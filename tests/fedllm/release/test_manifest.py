@@ -89,6 +89,34 @@ def test_what_is_no_plain_file_is_refused(copy: Path, trust: Trust, tmp_path: Pa
         verify_release(copy, trust)
 
 
+def test_a_manifest_that_is_a_pipe_is_refused_and_not_waited_for(copy: Path, trust: Trust) -> None:
+    (copy / MANIFEST).unlink()
+    os.mkfifo(copy / MANIFEST)
+    with pytest.raises(ReleaseError, match="no file, but a link or the like"):
+        verify_release(copy, trust)
+
+
+def test_an_added_file_is_named_before_any_is_read(copy: Path, trust: Trust) -> None:
+    with (copy / "endless.bin").open("wb") as file:
+        file.truncate(1 << 42)  # no bytes on the disk, and an hour's to read
+    with pytest.raises(ReleaseError, match=r"endless\.bin was added"):
+        verify_release(copy, trust)
+
+
+def test_an_empty_folder_is_named_for_an_adapter_would_take_it_for_its_base(copy: Path, trust: Trust) -> None:
+    (copy / "base").mkdir()
+    with pytest.raises(ReleaseError, match="base: nothing is in this folder"):
+        verify_release(copy, trust)
+
+
+def test_a_files_name_cannot_write_a_line_of_its_own(copy: Path, trust: Trust) -> None:
+    (copy / "a\nverified: 9 files\x1b[0m").touch()
+    with pytest.raises(ReleaseError) as refused:
+        verify_release(copy, trust)
+    assert "\n" not in str(refused.value)
+    assert "\x1b" not in str(refused.value)
+
+
 def test_a_stranger_is_not_believed(copy: Path, trust: Trust, tiny_release: Released) -> None:
     stranger = Identity.generate()
     sign_release(copy, tiny_release.manifest, stranger)

@@ -21,7 +21,7 @@ from fedllm.privacy.randomness import OsRandomness, Randomness, SeededRandomness
 from fedllm.training import losses
 from fedllm.training.adapter import AdapterModel
 from fedllm.training.data import Batch, Example, PrivacyUnit, batches
-from fedllm.training.engine import Engine, clip_and_sum
+from fedllm.training.engine import Engine, _repeatable, clip_and_sum
 from tests.fedllm.training.conftest import conv1d
 
 FALSE_ALARM = 1e-6  # chance that a correct implementation fails one statistical test
@@ -568,3 +568,55 @@ def test_the_share_of_clipped_units_is_the_share_of_long_gradients(
     between = float(norms[0] + norms[1]) / 2
     assert engine.clipped_share(units, Mechanism(between, 1.0, 0.5), 3) == 0.75
     assert engine.clipped_share(units, Mechanism(between, 0.0, 0.5), 3) is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "width", "micro_batch", "records"),
+    [(5e6, 128, 64, 32), (5e6, 128, 8, 8), (5e6, 1024, 64, 8), (1e9, 128, 64, 7), (7e9, 1024, 64, 1)],
+)
+def test_on_a_gpu_a_pass_has_more_records_whatever_the_threads(
+    open_adapter: Open, monkeypatch: pytest.MonkeyPatch, parameters: float, width: int, micro_batch: int, records: int
+) -> None:
+    engine = Engine(open_adapter("llama"))
+    monkeypatch.setattr(AdapterModel, "device", torch.device("cuda"))
+    monkeypatch.setattr(engine, "_size", int(parameters))
+    found = set()
+    before = torch.get_num_threads()
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        found.add(engine.rows(width, micro_batch))
+    torch.set_num_threads(before)
+    assert found == {records}
+
+
+def test_gradients_on_a_gpu_are_computed_by_algorithms_that_repeat_their_bits(
+    open_adapter: Open, make_units: MakeUnits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, modes = open_adapter("llama"), list[bool]()
+    engine, batch = Engine(adapter), one_batch(make_units("llama"))
+    honest = Engine._own_gradients
+
+    def own(self: Engine, batch: Any) -> torch.Tensor:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        with monkeypatch.context() as there:
+            there.setattr(AdapterModel, "device", torch.device("cpu"))
+            return honest(self, batch)
+
+    monkeypatch.setattr(Engine, "_own_gradients", own)
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(AdapterModel, "device", torch.device(device))
+        engine.unit_gradients(batch)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory
+    assert modes == [False, True]
+
+
+def test_an_operation_that_cannot_repeat_its_bits_on_a_gpu_is_an_error_of_ours() -> None:
+    with (
+        pytest.raises(ModelError, match=r"\(this has no deterministic implementation\)\. Use the CPU"),
+        _repeatable(torch.device("cuda")),
+    ):
+        raise RuntimeError("this has no deterministic implementation")
+    with pytest.raises(RuntimeError, match="out of memory"), _repeatable(torch.device("cuda")):
+        raise RuntimeError("out of memory")
+    assert not torch.are_deterministic_algorithms_enabled()

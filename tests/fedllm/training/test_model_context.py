@@ -1,15 +1,18 @@
 """A process loads a base model once, however many sites ask for it."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedllm.config import AdapterConfig, ModelConfig
 from fedllm.errors import ModelError
 from fedllm.training import model_context
+from fedllm.training.model import pick_device
 from fedllm.training.model_context import open_context
 
 MakeConfig = Callable[[str], ModelConfig]
@@ -78,3 +81,19 @@ def test_a_device_that_is_not_there_is_an_error_of_ours(
     with pytest.raises(ModelError, match=r"site\.device"):
         open_context(model_config("llama"), ADAPTER, 0, device)
     assert not loads
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, ":4096:8"), (":0:0", ":4096:8"), (":16:8", ":16:8")])
+def test_on_a_gpu_products_have_a_workspace_with_which_they_repeat_their_bits(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+) -> None:
+    variable = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.setenv(variable, given or "")
+    if given is None:
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("cpu") == "cpu"
+    assert os.environ.get(variable) == given
+    assert pick_device("auto") == "cuda"
+    assert os.environ[variable] == kept
