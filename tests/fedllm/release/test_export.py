@@ -396,6 +396,16 @@ MADE: dict[str, tuple[Callable[[Path], ModelConfig], dict[str, Any], dict[str, A
 }
 
 
+def test_a_card_says_what_somebody_at_several_sites_is_promised(release: Released) -> None:
+    """It is less than k times as much: with one noise for all sites, epsilon grows faster than their number."""
+    audit = json.loads((release.key.parent / "audit" / "audit.json").read_text("utf-8"))
+    (_, two), (_, three), *_ = audit["accountants"]["several_sites"]
+    english, korean = ((release.folder / name).read_text("utf-8") for name in ("README.md", "README.ko.md"))
+    assert f"at epsilon {two:.4g} at 2 sites, {three:.4g} at 3 sites" in english
+    assert f"지점 2곳에 있으면 {two:.4g}, 지점 3곳에 있으면 {three:.4g}" in korean
+    assert "add up" not in english
+
+
 def test_the_korean_card_is_korean(release: Released) -> None:
     page = re.sub(r"```.*?```", "", (release.folder / "README.ko.md").read_text("utf-8"), flags=re.DOTALL)
     names = ["English", "vLLM", "llama.cpp", "GGUF", "Ollama", "Llama, Mistral, Gemma, Phi-3", "float32", "generated"]
