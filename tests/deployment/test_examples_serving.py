@@ -25,6 +25,7 @@ from fedllm.cli.main import app
 from server.federation import admit, init_federation
 from tests.conftest import some_of_the_demo
 from tests.deployment.harness import Program, free_port
+from tests.deployment.test_docs import NAMESPACE, SYSTEMCTL, can_have_a_namespace, closed_to_others
 from tests.fedllm.audit.conftest import any_pdf
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -159,6 +160,15 @@ def machine(folder: Path) -> Iterator[Machine]:
             made.server.stop()
 
 
+def admitted_site(folder: Path, home: Path) -> None:
+    """Make a federation, and in a home folder a site that was admitted to it."""
+    (folder / "federation.yaml").write_text("name: Hanbit Bank\nhost: head.example.com\n", "utf-8")
+    head = init_federation(folder / "federation.yaml", folder / "head")
+    site = init_office(home / ".fedllm" / "site", "seoul-gangnam")
+    grant = admit(head.folder, site.join_file.read_bytes(), site.identity.public.fingerprint)
+    install(site.folder, grant.read_bytes(), head.identity.public.fingerprint)
+
+
 @pytest.fixture(scope="module", name="walked")
 def _walked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, list[str]]]:
     """A machine on which the commands of the walk-through have run, and what each has said."""
@@ -188,18 +198,14 @@ def test_a_finished_run_comes_to_answers_over_tls_as_the_page_says(
 ) -> None:
     if installs and not reaches_pypi():
         pytest.skip("pip reaches no index: the clients' packages cannot be installed")
-    (tmp_path / "federation.yaml").write_text("name: Hanbit Bank\nhost: head.example.com\n", "utf-8")
-    head = init_federation(tmp_path / "federation.yaml", tmp_path / "head")
     run = walked[0].desk / "runs" / "desk"
     with machine(tmp_path) as here:
-        site = init_office(here.home / ".fedllm" / "site", "seoul-gangnam")
-        grant = admit(head.folder, site.join_file.read_bytes(), site.identity.public.fingerprint)
-        install(site.folder, grant.read_bytes(), head.identity.public.fingerprint)
+        admitted_site(tmp_path, here.home)
         (here.desk / "runs").mkdir()
         (here.desk / "runs" / "demo").symlink_to(run)
         shutil.copy(run / "trusted-keys.txt", here.desk)
         asked = 0
-        for line in (line for block in blocks(PAGE) for line in block.commands):
+        for line in (line for block in blocks(PAGE) if block.who != "root" for line in block.commands):
             if not installs:
                 line = line.replace("openai/bin/", "")  # it is installed for the tests
                 if "/bin/" in line or "venv" in line or line.startswith("pip "):
@@ -213,6 +219,36 @@ def test_a_finished_run_comes_to_answers_over_tls_as_the_page_says(
     answered = re.findall(r" 200 POST /v1/chat/completions who=desk-3 in=\d+ out=\d+ \d+ms$", log, flags=re.MULTILINE)
     assert len(answered) >= asked >= 2
     assert here.token not in log
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@NEEDED
+@pytest.mark.skipif(not can_have_a_namespace(), reason="needs root and leave to make namespaces")
+@pytest.mark.skipif(any(place.startswith("/tmp/") for place in closed_to_others()), reason="Python lies below /tmp")
+def test_administrators_come_to_a_service_of_its_own_user(tmp_path: Path, walked: tuple[Machine, list[str]]) -> None:
+    you, tools = tmp_path / "you", tmp_path / "tools"
+    admitted_site(tmp_path, you)
+    shutil.copytree(walked[0].desk / "desk", you / "release")
+    shutil.copy(walked[0].desk / "runs" / "desk" / "trusted-keys.txt", you)
+    tools.mkdir()
+    (tools / "systemctl").write_text(SYSTEMCTL)
+    (tools / "systemctl").chmod(0o755)
+    [lines] = [block.commands for block in blocks(PAGE) if block.who == "root"]
+    script = "\n".join(lines).replace("/home/you", str(you)).replace("8443", str(walked[0].port))
+    checks = """
+until_said "serving: answers" runuser -u fedllm-serve -- fedllm doctor --home /var/lib/fedllm-serve
+curl --silent --fail --cacert $SITE/keys/ca.pem https://127.0.0.1:8443/health
+! runuser -u fedllm-serve -- cat $SITE/keys/1/serving 2>/dev/null
+"""
+    done = subprocess.run(
+        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "bash", "-c",
+         f"{NAMESPACE}ip link set lo up; mkdir $T/desk; cd $T/desk\n{script}{checks}"],
+        capture_output=True, text=True, timeout=1500, check=False, stdin=subprocess.DEVNULL,
+        env={**walked[0].variables, "T": str(tmp_path), "STARTED": "fedllm-serve", "SITE": str(you / ".fedllm" / "site"),
+             "HIDDEN": " ".join(closed_to_others()), "PATH": f"{tools}:{walked[0].variables['PATH']}:/usr/sbin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_korean_walk_through_has_the_commands_and_headings_of_the_english_one() -> None:
