@@ -94,7 +94,7 @@ def read_run(folder: Path, signer: Identity, audit: Path | None = None) -> Finis
     plan = found.plan
     name, description, reading = _configured(folder / _CONFIG)
     privacy = Privacy(
-        mode=plan.privacy.mode, unit=plan.privacy.unit, epsilon=read.accountants.pld, delta=plan.privacy.delta,
+        mode=plan.privacy.mode, unit=plan.privacy.unit, epsilon=_largest(read), delta=plan.privacy.delta,
         seeded=plan.privacy.insecure_seed is not None, verdict=read.verdict, audit=digest,
     )  # fmt: skip
     return FinishedRun(folder, name, description, reading, found, read, privacy)
@@ -118,6 +118,17 @@ def _check(folder: Path, audit: Path, found: Outcome, read: Audit) -> None:
             f"{folder} is not released: its audit says {read.verdict} ({finding.code}: "
             f"{'; '.join(finding.evidence[:1])}). Read {audit / bundle.JSON}."
         )
+
+
+def _largest(audit: Audit) -> float | None:
+    """Return the largest epsilon of any site; None if one has no bound.
+
+    It is by a site's events or, where its ledger is missing, by its signed word: without a ledger, the audit's
+    accountants know of this run alone, and a site may have spent in others before.
+    """
+    known = [audit.accountants.pld, *(site.charged for site in audit.sites)]
+    finite = [epsilon for epsilon in known if epsilon is not None]
+    return max(finite) if len(finite) == len(known) else None
 
 
 def _plan_as_recorded(path: Path, found: Outcome) -> None:

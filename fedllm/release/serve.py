@@ -213,6 +213,10 @@ class _Completion(_Sampled, CompletionHandler):  # type: ignore[misc]
     pass
 
 
+class _Gone(Exception):
+    """The client has gone before it had asked."""
+
+
 @dataclass
 class _Count:
     """What the log says of a request."""
@@ -261,9 +265,8 @@ class Application:
 
         try:
             await self._answer(scope, receive, counted, count)
-        except asyncio.CancelledError:
-            count.status = count.status or 499
-            raise
+        except _Gone:
+            pass  # nobody is there to be answered
         finally:
             say(
                 f"{count.status or 499} {count.method} {count.route} who={escaped(count.who)} "
@@ -290,6 +293,8 @@ class Application:
                 else:
                     await self._watched(handler, scope, receive, noted, count)
             return
+        except _Gone:
+            raise
         except Refused as error:
             refusal = error
         except TimeoutError:
@@ -323,7 +328,7 @@ class Application:
     def _who(self, scope: _Scope) -> str:
         """Return who asks, by token or, where no tokens are used, by client certificate; raises Refused."""
         if self.tokens is None:
-            return str(scope.get("state", {}).get("peer") or "certificate")
+            return str(scope.get("state", {}).get("peer") or "certificate").replace(" ", "_")
         shown = [value for name, value in scope["headers"] if name == b"authorization"]
         scheme, _, token = shown[0].decode("latin-1").partition(" ") if len(shown) == 1 else ("", "", "")
         try:
@@ -366,7 +371,7 @@ class Application:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise asyncio.CancelledError
+                        raise _Gone
                     parts.append(message.get("body", b""))
                     size, more = size + len(parts[-1]), message.get("more_body", False)
                     if size > most:

@@ -1,9 +1,10 @@
 """Speed of `fedllm serve`, over TLS with a token, beside transformers' own server and a bare `generate`.
 
-OMP_NUM_THREADS=2 python -m simulations.benchmarks.serving --model MODELS/stories260k/hf --model simulations/demo/base
+OMP_NUM_THREADS=1 python -m simulations.benchmarks.serving --model MODELS/stories260k/hf --model simulations/demo/base
 
 Every server answers the same questions, greedily, in the same run: in each round one after another, so that whatever
-else the machine does meets all of them. Clients are threads that ask one question after another over one connection.
+else the machine does meets all of them. Clients are threads that ask one question after another over a
+connection that stands already.
 A ratio is that of two servers in the same round; of all rounds its median is given, with the least and the largest.
 """
 
@@ -147,10 +148,13 @@ def _theirs(folder: Path, port: int, batches: bool) -> tuple[list[str], _Server]
 def _rate(server: _Server, clients: int, questions: list[str], most: int) -> tuple[float, dict[str, str]]:
     """Have so many clients ask all questions between them; return tokens a second, and the answers."""
 
+    connections = [server.connect() for _ in range(clients)]
+    for connection in connections:
+        connection.connect()
+
     def client(number: int) -> list[tuple[str, str, int]]:
-        connection = server.connect()
         mine = questions[number::clients]
-        return [(question, *server.ask(connection, question, most)) for question in mine]
+        return [(question, *server.ask(connections[number], question, most)) for question in mine]
 
     with ThreadPoolExecutor(clients) as pool:
         begin = time.monotonic()
@@ -209,7 +213,7 @@ def _measure(console: Console, model: Path, counts: list[int], rounds: int, most
         )
         console.print(f"| ---: |{' ---: |' * (len(names) + 2)}")
         for clients in counts:
-            total = max(8, 2 * clients)
+            total = max(4, 2 * clients)
             questions = [f"{_OPENINGS[i % 4]} {_THINGS[i // 4 % 8]} {i}" for i in range(total)]
             rates: dict[str, list[float]] = {name: [] for name in names}
             wrong = 0
@@ -217,7 +221,7 @@ def _measure(console: Console, model: Path, counts: list[int], rounds: int, most
                 speed, right = _bare(release, clients, questions, most)
                 found = {"generate": speed}
                 for server in servers:
-                    some = questions if server is not servers[2] else questions[:8]  # answered one after another
+                    some = questions if server is not servers[2] else questions[:4]  # answered one after another
                     found[server.name], texts = _rate(server, clients, some, most)
                     wrong += sum(texts[q] != right[q] for q in questions) if server is servers[0] else 0
                 if number:

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -112,7 +113,7 @@ class House:
         with log.open("ab") as file:
             process = subprocess.Popen(
                 [sys.executable, "-c", _RUN.format(before=before), *self.command(home, "--port", str(port), *more)],
-                stdout=file, stderr=file, cwd=place, env=environment,
+                stdout=file, stderr=file, cwd=place, env=environment, preexec_fn=_with_cores,
             )  # fmt: skip
         try:
             until(lambda: f"{process.pid}" in _noted(home) or process.poll() is not None, what="the server")
@@ -121,6 +122,12 @@ class House:
             process.kill()
             raise
         return Served(place, process, int(_noted(home).rpartition(":")[2].partition(" ")[0]), self.context(), token)
+
+
+def _with_cores() -> None:
+    """Allow core dumps, as some systems do."""
+    hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
 
 
 def _noted(home: Path) -> str:

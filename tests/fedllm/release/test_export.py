@@ -24,7 +24,7 @@ from fedllm.crypto.identity import Identity
 from fedllm.errors import FedllmError, FolderError, ReleaseError
 from fedllm.release.chat_template import Frame, made_template, ollama_template
 from fedllm.release.export import export
-from fedllm.release.finished_run import read_run
+from fedllm.release.finished_run import _largest, read_run
 from fedllm.release.loading import BASE, load_release
 from fedllm.release.manifest import verify_release
 from fedllm.training.data import Tokeniser
@@ -149,6 +149,32 @@ def test_head_office_signs_a_run_of_a_deployment_with_its_own_key(fedllm: Cli, r
     result = fedllm(*arguments)
     assert result.code == 0, result.text
     assert fedllm("release", "verify", str(dest), "--trust", str(run / "trusted-keys.txt")).code == 0
+
+
+def test_gaps_in_the_evidence_are_stated_and_make_no_claim_smaller(
+    fedllm: Cli, run: Path, tmp_path: Path, release: Released
+) -> None:
+    """Without ledgers the audit counts the answers of this run; what the sites have signed of all their runs counts."""
+    (tmp_path / "none").mkdir()
+    key = Identity.read(run / RECORD_KEY)
+    with any_pdf():
+        audit = write_audit(run, tmp_path / "report", [("audit", "en")], tmp_path / "none", key).audit
+    assert audit.verdict == "unverifiable"
+    found = read_run(run, key, tmp_path / "report").privacy
+    assert found.verdict == "unverifiable"
+    assert found.epsilon is not None
+    assert release.manifest.privacy.epsilon is not None
+    assert found.epsilon == pytest.approx(release.manifest.privacy.epsilon, abs=1e-3)
+    before = audit.model_copy(update={"sites": (audit.sites[0].model_copy(update={"charged": 7.5}), *audit.sites[1:])})
+    assert _largest(before) == 7.5
+    unbounded = audit.sites[0].model_copy(update={"charged": None})
+    assert _largest(audit.model_copy(update={"sites": (unbounded, *audit.sites[1:])})) is None
+    dest = tmp_path / "release"
+    result = fedllm("release", "export", str(run), str(dest), "--audit", str(tmp_path / "report"))
+    assert result.code == 0, result.text
+    assert "cannot verify" in result.text
+    assert "not all of it could be verified" in (dest / "README.md").read_text("utf-8")
+    assert "전부 검증하지는 못했습니다" in (dest / "README.ko.md").read_text("utf-8")
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -370,6 +396,16 @@ MADE: dict[str, tuple[Callable[[Path], ModelConfig], dict[str, Any], dict[str, A
 }
 
 
+def test_a_card_says_what_somebody_at_several_sites_is_promised(release: Released) -> None:
+    """It is less than k times as much: with one noise for all sites, epsilon grows faster than their number."""
+    audit = json.loads((release.key.parent / "audit" / "audit.json").read_text("utf-8"))
+    (_, two), (_, three), *_ = audit["accountants"]["several_sites"]
+    english, korean = ((release.folder / name).read_text("utf-8") for name in ("README.md", "README.ko.md"))
+    assert f"at epsilon {two:.4g} at 2 sites, {three:.4g} at 3 sites" in english
+    assert f"지점 2곳에 있으면 {two:.4g}, 지점 3곳에 있으면 {three:.4g}" in korean
+    assert "add up" not in english
+
+
 def test_the_korean_card_is_korean(release: Released) -> None:
     page = re.sub(r"```.*?```", "", (release.folder / "README.ko.md").read_text("utf-8"), flags=re.DOTALL)
     names = ["English", "vLLM", "llama.cpp", "GGUF", "Ollama", "Llama, Mistral, Gemma, Phi-3", "float32", "generated"]
@@ -481,7 +517,7 @@ def test_a_chat_goes_through_the_bases_template_as_in_training(system: str | Non
     generation = json.loads((made.folder / "generation_config.json").read_text("utf-8"))
     assert generation["eos_token_id"] == [2, closing]
     modelfile = (made.folder / "Modelfile").read_text("utf-8")
-    assert "TEMPLATE" not in modelfile  # Ollama knows those of bases
+    assert "\nTEMPLATE" not in modelfile  # Ollama knows those of bases
     assert 'PARAMETER stop "<|im_end|>"' in modelfile
 
 
