@@ -235,9 +235,9 @@ def test_administrators_come_to_a_service_of_its_own_user(tmp_path: Path, walked
     (tools / "systemctl").write_text(SYSTEMCTL)
     (tools / "systemctl").chmod(0o755)
     [lines] = [block.commands for block in blocks(PAGE) if block.who == "root"]
-    script = "\n".join(lines).replace("/home/you", str(you)).replace("8443", str(walked[0].port))
+    script = "\n".join(lines).replace("/home/you", str(you))
     checks = """
-until_said "serving: answers" runuser -u fedllm-serve -- fedllm doctor --home /var/lib/fedllm-serve
+until_said "answers, over TLS 1.3" runuser -u fedllm-serve -- fedllm doctor --home /var/lib/fedllm-serve
 curl --silent --fail --cacert $SITE/keys/ca.pem https://127.0.0.1:8443/health
 ! runuser -u fedllm-serve -- cat $SITE/keys/1/serving 2>/dev/null
 """
@@ -245,7 +245,7 @@ curl --silent --fail --cacert $SITE/keys/ca.pem https://127.0.0.1:8443/health
         ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "bash", "-c",
          f"{NAMESPACE}ip link set lo up; mkdir $T/desk; cd $T/desk\n{script}{checks}"],
         capture_output=True, text=True, timeout=1500, check=False, stdin=subprocess.DEVNULL,
-        env={**walked[0].variables, "T": str(tmp_path), "STARTED": "fedllm-serve", "SITE": str(you / ".fedllm" / "site"),
+        env={**walked[0].variables, "T": str(tmp_path), "STARTED": "fedllm-serve", "SITE": f"{you}/.fedllm/site",
              "HIDDEN": " ".join(closed_to_others()), "PATH": f"{tools}:{walked[0].variables['PATH']}:/usr/sbin"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
