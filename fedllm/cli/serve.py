@@ -130,6 +130,7 @@ def run(
         _note(place, dest.absolute(), trust.absolute(), url, door)
         privacy = manifest.privacy
         claim = f"epsilon {privacy.epsilon:.4g} at delta {privacy.delta:g}" if privacy.private else "NOT PRIVATE"
+        claim += ", which its audit could not verify" if privacy.private and privacy.verdict != "within" else ""
         typer.echo(f"serving {manifest.name} ({claim}) at {url}")
 
     serve.run(release, door, limits, ready)

@@ -218,6 +218,18 @@ def _files(folder: Path) -> dict[str, Path]:
     return found
 
 
+def check_public(model: str | Path) -> None:
+    """Raise ReleaseError where a model that is begun with, a hub's name or a folder, is a release itself.
+
+    What it tells of records adds to what comes of it, and no claim here counts both.
+    """
+    if isinstance(model, Path) and (model / MANIFEST).exists():
+        raise ReleaseError(
+            f"{model} is a release itself: what it tells of records adds to what is learnt on top of it, and no claim "
+            "counts both. Begin with a public model."
+        )
+
+
 def manifest_digest(folder: Path) -> str:
     """Return the SHA-256, in hex, of a release's manifest: by it others name the release. Raises FolderError."""
     try:
