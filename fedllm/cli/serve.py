@@ -3,6 +3,7 @@
 An entry point: it may import anything, and imports late so that --help is quick.
 """
 
+import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,6 +109,8 @@ def run(
     from fedllm.audit.trust import Trust
     from fedllm.release.manifest import verify_release
 
+    if not math.isfinite(timeout):
+        raise ConfigError(f"--timeout={timeout}: expected seconds, 1 or more")
     place = absolute(home)
     certificate, key = _certificate(tls_cert, tls_key, office, plaintext)
     manifest = verify_release(dest, Trust.read(trust))

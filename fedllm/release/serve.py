@@ -664,11 +664,12 @@ def check_door(door: Door) -> bool:
             raise ConfigError(f"--plaintext is for this machine alone, and {door.host} is not its loopback: 127.0.0.1")
         if door.client_ca is not None:
             raise ConfigError("--client-ca: client certificates need TLS. Leave out --plaintext.")
-    if read_tokens(door.tokens) or door.client_ca is None:
+    # a file without tokens is one whose last token was revoked: that must not let more people in than before
+    if door.client_ca is None or door.tokens.exists():
         if not read_tokens(door.tokens):
             raise ConfigError(
                 f"nobody has a token ({door.tokens}), so nobody could ask. First: fedllm serve token add NAME; or "
-                "demand client certificates: --client-ca"
+                "demand client certificates alone: --client-ca, and remove that file if it is there"
             )
         return True
     return False

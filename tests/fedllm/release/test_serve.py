@@ -376,6 +376,17 @@ def test_a_model_that_is_not_private_is_served_only_on_demand(released: Released
             serve.check_epsilon(manifest, most)
 
 
+def test_the_last_token_that_is_revoked_does_not_open_the_door_to_certificates_alone(tmp_path: Path) -> None:
+    files = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "ca.pem"
+    door = Door("127.0.0.1", 0, tmp_path / "tokens.json", *files)
+    assert not serve.check_door(door), "certificates alone, where tokens were never used"
+    add_token(door.tokens, "desk")
+    assert serve.check_door(door)
+    revoke_token(door.tokens, "desk")
+    with pytest.raises(ConfigError, match="nobody has a token"):
+        serve.check_door(door)
+
+
 def test_a_door_that_anybody_could_pass_or_overhear_is_not_opened(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.json"
     some = Path("a.pem")
