@@ -439,7 +439,11 @@ class Application:
 
     async def _classify(self, body: object, send: _Send, count: _Count) -> None:
         inputs = asked.classification(body, self._name)
-        found, count.tokens_in = await self._thread.async_submit(self._classes, inputs)
+        gone = threading.Event()
+        try:
+            found, count.tokens_in = await self._thread.async_submit(self._classes, inputs, gone)
+        finally:
+            gone.set()  # what waits in the thread's queue cannot be taken out of it
         usage = {"prompt_tokens": count.tokens_in, "completion_tokens": 0, "total_tokens": count.tokens_in}
         answer = {
             "id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": self._name,
@@ -448,11 +452,16 @@ class Application:
         await _send_all(JSONResponse(answer), send)
 
     @torch.inference_mode()
-    def _classes(self, inputs: list[str | dict[str, str]]) -> tuple[list[dict[str, Any]], int]:
-        """Return each input's label and probabilities, in the form of vLLM's /classify, and the tokens of all."""
+    def _classes(self, inputs: list[str | dict[str, str]], gone: threading.Event) -> tuple[list[dict[str, Any]], int]:
+        """Return each input's label and probabilities, in the form of vLLM's /classify, and the tokens of all.
+
+        Ends early once `gone` is set: nobody waits any more.
+        """
         release, labels = self.release, self.release.manifest.labels
         found, total = [], 0
         for number, one in enumerate(inputs):
+            if gone.is_set():
+                break
             ids = self._read(one, number)
             total += len(ids)
             tokens = torch.tensor([ids], device=release.device)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -353,6 +354,33 @@ def test_a_classifier_says_the_label_and_how_sure_it_is(classifier: Application,
         assert refused.status == 400
         assert SECRET not in refused.body.decode()
     assert post(classifier, CHAT, chat(), token).status == 404
+
+
+def test_texts_of_a_client_that_has_gone_are_classified_no_more(
+    classifier: Application, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, begun, more = [], threading.Event(), threading.Event()
+
+    def slowly(_: str, number: int) -> list[int]:
+        read.append(number)
+        begun.set()
+        assert more.wait(60)
+        return [1]
+
+    monkeypatch.setattr(classifier, "_read", slowly)
+
+    async def leave() -> None:
+        gone = asyncio.Event()
+        body = {"input": ["a"] * 100}
+        some = [asyncio.ensure_future(ask(classifier, "POST", CLASSIFY, body, token, leave=gone)) for _ in range(2)]
+        await asyncio.to_thread(begun.wait, 60)
+        gone.set()
+        await asyncio.gather(*some)
+        more.set()
+        await ask(classifier, "POST", CLASSIFY, {"input": "a"}, token)
+
+    asyncio.run(leave())
+    assert len(read) == 2, "one that had begun, and one of the client that is still there"
 
 
 # ---- what may be served, and to whom ---------------------------------------------------------------------------------
