@@ -32,7 +32,7 @@ from fedllm.files import cannot_read, new_folder, system_errors
 from fedllm.release.cards import write_modelfile, write_pages
 from fedllm.release.chat_template import made_template
 from fedllm.release.loading import Release
-from fedllm.release.manifest import Base, Manifest, check_public, manifest_digest, sign_release
+from fedllm.release.manifest import Base, Manifest, check_place, check_public, manifest_digest, sign_release
 from fedllm.release.questions import Questions, check_answers
 from fedllm.release.synthesize import RECORDS, is_set, verify_set
 from fedllm.training.chat import answer_end
@@ -290,6 +290,7 @@ def distil(
     not empty or cannot be written, ReleaseError for a signer that `trust` does not know as head office, and for a
     student that has learned from records of its own.
     """
+    check_place(out, [release.folder])
     check_public(resolve(source))
     if not trust.knows(HEAD_OFFICE, signer.public):
         raise ReleaseError(
