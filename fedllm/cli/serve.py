@@ -3,6 +3,7 @@
 An entry point: it may import anything, and imports late so that --help is quick.
 """
 
+import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,6 +113,8 @@ def run(
     from fedllm.audit.trust import Trust
     from fedllm.release.manifest import verify_release
 
+    if not math.isfinite(timeout):
+        raise ConfigError(f"--timeout={timeout}: expected seconds, 1 or more")
     place = absolute(home)
     certificate, key = _certificate(tls_cert, tls_key, office, plaintext)
     manifest = verify_release(dest, Trust.read(trust))
@@ -134,6 +137,7 @@ def run(
         _note(place, dest.absolute(), trust.absolute(), url, door)
         privacy = manifest.privacy
         claim = f"epsilon {privacy.epsilon:.4g} at delta {privacy.delta:g}" if privacy.private else "NOT PRIVATE"
+        claim += ", which its audit could not verify" if privacy.private and privacy.verdict != "within" else ""
         typer.echo(f"serving {manifest.name} ({claim}) at {url}")
 
     serve.run(release, door, limits, ready)

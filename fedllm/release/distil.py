@@ -32,7 +32,7 @@ from fedllm.files import cannot_read, new_folder, system_errors
 from fedllm.release.cards import write_modelfile, write_pages
 from fedllm.release.chat_template import made_template
 from fedllm.release.loading import Release
-from fedllm.release.manifest import MANIFEST, Base, Manifest, manifest_digest, sign_release
+from fedllm.release.manifest import Base, Manifest, check_place, check_public, manifest_digest, sign_release
 from fedllm.release.questions import Questions, check_answers
 from fedllm.release.synthesize import RECORDS, is_set, verify_set
 from fedllm.training.chat import answer_end
@@ -290,12 +290,8 @@ def distil(
     not empty or cannot be written, ReleaseError for a signer that `trust` does not know as head office, and for a
     student that has learned from records of its own.
     """
-    place = resolve(source)
-    if isinstance(place, Path) and (place / MANIFEST).exists():
-        raise ReleaseError(
-            f"--student {source} is a release itself: what it tells of records adds to what the teacher tells, and no "
-            "claim counts both. Give a public model."
-        )
+    check_place(out, [release.folder])
+    check_public(resolve(source))
     if not trust.knows(HEAD_OFFICE, signer.public):
         raise ReleaseError(
             f"--key: {signer.public.fingerprint} is no key that your file of keys trusts as {HEAD_OFFICE}, so that the "

@@ -25,7 +25,7 @@ from fedllm.config import TextConfig
 from fedllm.errors import ConfigError, DataError, FedllmError, ModelError, ReleaseError
 from fedllm.files import cannot_write, replace_file
 from fedllm.release.loading import BASE, Release, load_release
-from fedllm.release.manifest import Digest, Manifest, manifest_digest, verify_release
+from fedllm.release.manifest import Digest, Manifest, check_place, manifest_digest, verify_release
 from fedllm.settings_file import read_settings
 from fedllm.training.adapter import logits_of
 from fedllm.training.data import IGNORE, Row, check_named, naming, padded, read_rows, render
@@ -195,15 +195,6 @@ def write(evaluation: Evaluation, folder: Path, pages: Mapping[str, str], releas
             replace_file(folder / name, text.encode())
     except OSError as error:
         raise cannot_write(folder, error) from error
-
-
-def check_place(folder: Path, releases: Sequence[Path]) -> None:
-    """Raise ReleaseError where `folder` lies in a release, which another file would break."""
-    for release in releases:
-        if folder.resolve().is_relative_to(release.resolve()):
-            raise ReleaseError(
-                f"--out {folder} lies in the release {release}, where nobody signed for it. Choose another."
-            )
 
 
 # ---- what is read ----------------------------------------------------------------------------------------------------

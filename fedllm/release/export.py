@@ -36,7 +36,7 @@ from fedllm.release.cards import write_cards
 from fedllm.release.chat_template import made_template
 from fedllm.release.finished_run import FinishedRun
 from fedllm.release.loading import BASE, HEAD, load_release
-from fedllm.release.manifest import Base, Manifest, sign_release
+from fedllm.release.manifest import Base, Manifest, check_public, sign_release
 from fedllm.training.adapter import AdapterModel, attach
 from fedllm.training.chat import AnswerEnd, answer_end
 from fedllm.training.model import (
@@ -137,6 +137,7 @@ def export(
 def _check_form(run: FinishedRun, merge: bool, quantize: Quantised) -> None:
     """Raise ReleaseError if a run cannot be released in a form."""
     plan = run.outcome.plan
+    check_public(resolve(plan.model.source))
     if merge and plan.adapter.virtual_tokens:
         raise ReleaseError(
             f"--merge: {plan.adapter.title} adds {plan.adapter.tokens} virtual tokens to a text and changes no weight "

@@ -7,6 +7,7 @@ the model was made of, and the privacy claim with the digest of the evidence beh
 import hashlib
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -216,6 +217,27 @@ def _files(folder: Path) -> dict[str, Path]:
     except OSError as error:
         raise cannot_read(folder, error) from None
     return found
+
+
+def check_place(folder: Path, releases: Sequence[Path]) -> None:
+    """Raise ReleaseError where `folder` lies in a release, which another file would break."""
+    for release in releases:
+        if folder.resolve().is_relative_to(release.resolve()):
+            raise ReleaseError(
+                f"--out {folder} lies in the release {release}, where nobody signed for it. Choose another."
+            )
+
+
+def check_public(model: str | Path) -> None:
+    """Raise ReleaseError where a model that is begun with, a hub's name or a folder, is a release itself.
+
+    What it tells of records adds to what comes of it, and no claim here counts both.
+    """
+    if isinstance(model, Path) and (model / MANIFEST).exists():
+        raise ReleaseError(
+            f"{model} is a release itself: what it tells of records adds to what is learnt on top of it, and no claim "
+            "counts both. Begin with a public model."
+        )
 
 
 def manifest_digest(folder: Path) -> str:

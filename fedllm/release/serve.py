@@ -59,7 +59,8 @@ CHAT, COMPLETIONS, MODELS, CLASSIFY, HEALTH = (
 )  # fmt: skip
 _HEAD_PATIENCE, _STALLED = 15.0, 30.0  # seconds for the head of a request, and for a reader that reads nothing
 _GRACE = 45  # seconds in which answers end once the process is asked to stop; systemd waits 60
-_CONNECTIONS = 1024
+_CONNECTIONS = 1024  # beside those of requests that are answered, or wait
+_OPEN_FILES = 65_536  # more than one machine has ports: connections that never finish a handshake take no room here
 _PR_SET_DUMPABLE = 4  # prctl(2)
 _FAILED_EVENT = f'data: {{"error": "{FAILED}"}}\n\n'  # as the library's handlers write it
 
@@ -445,7 +446,11 @@ class Application:
 
     async def _classify(self, body: object, send: _Send, count: _Count) -> None:
         inputs = asked.classification(body, self._name)
-        found, count.tokens_in = await self._thread.async_submit(self._classes, inputs)
+        gone = threading.Event()
+        try:
+            found, count.tokens_in = await self._thread.async_submit(self._classes, inputs, gone)
+        finally:
+            gone.set()  # what waits in the thread's queue cannot be taken out of it
         usage = {"prompt_tokens": count.tokens_in, "completion_tokens": 0, "total_tokens": count.tokens_in}
         answer = {
             "id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": self._name,
@@ -454,11 +459,16 @@ class Application:
         await _send_all(JSONResponse(answer), send)
 
     @torch.inference_mode()
-    def _classes(self, inputs: list[str | dict[str, str]]) -> tuple[list[dict[str, Any]], int]:
-        """Return each input's label and probabilities, in the form of vLLM's /classify, and the tokens of all."""
+    def _classes(self, inputs: list[str | dict[str, str]], gone: threading.Event) -> tuple[list[dict[str, Any]], int]:
+        """Return each input's label and probabilities, in the form of vLLM's /classify, and the tokens of all.
+
+        Ends early once `gone` is set: nobody waits any more.
+        """
         release, labels = self.release, self.release.manifest.labels
         found, total = [], 0
         for number, one in enumerate(inputs):
+            if gone.is_set():
+                break
             ids = self._read(one, number)
             total += len(ids)
             tokens = torch.tensor([ids], device=release.device)
@@ -530,16 +540,33 @@ def _error(refusal: Refused) -> Any:
 class _Protocol(H11Protocol):
     """A connection that slow and silent clients cannot hold."""
 
+    since = 0.0  # monotonic seconds of its last request, or of its beginning
     _late: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request, and note whose certificate was shown."""
         super().connection_made(transport)
+        self.since = self.loop.time()
+        self._make_room()
         shown = cast(dict[str, Any], transport.get_extra_info("peercert") or {})
         subject = {name: value for part in shown.get("subject", ()) for name, value in part}
         self.app_state = {**self.app_state, "peer": subject.get("commonName")}
         self._expect()
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether no request is here that waits for an answer; of one that has it, nobody reads the rest of a body."""
+        return self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
+
+    def _make_room(self) -> None:
+        """Where all places are taken, let the connection go that has asked nothing for longest: it locks nobody out."""
+        if len(self.connections) < cast(int, self.limit_concurrency):
+            return
+        silent = [one for one in cast(set[_Protocol], self.connections) if one is not self and one.is_silent]
+        oldest = min(silent, key=lambda one: one.since, default=self)
+        self.connections.discard(oldest)
+        oldest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Read on; the head of a request has to come as a whole."""
@@ -547,8 +574,8 @@ class _Protocol(H11Protocol):
         self._expect()
 
     def _expect(self) -> None:
-        # once it is answered, what is left of a body has as much time: nobody reads it
-        if self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE:
+        if not self.is_silent:
+            self.since = self.loop.time()
             self._late = self._cancelled(self._late)
         elif self._late is None:
             self._late = self.loop.call_later(_HEAD_PATIENCE, self.transport.abort)
@@ -628,7 +655,9 @@ class _Certificate:
 
     def _load(self) -> None:
         read(self._files[1])  # its error names the file
-        self.context.load_cert_chain(*self._files, password="")  # nobody is there to be asked
+        # first into a context that nobody uses: one that fails has lost its key, and answers nobody any more
+        for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.context):
+            context.load_cert_chain(*self._files, password="")  # nobody is there to be asked
 
     def renew(self) -> None:
         """Take up the files if they were replaced; keeps what it has if they cannot be used."""
@@ -651,11 +680,12 @@ def check_door(door: Door) -> bool:
             raise ConfigError(f"--plaintext is for this machine alone, and {door.host} is not its loopback: 127.0.0.1")
         if door.client_ca is not None:
             raise ConfigError("--client-ca: client certificates need TLS. Leave out --plaintext.")
-    if read_tokens(door.tokens) or door.client_ca is None:
+    # a file without tokens is one whose last token was revoked: that must not let more people in than before
+    if door.client_ca is None or door.tokens.exists():
         if not read_tokens(door.tokens):
             raise ConfigError(
                 f"nobody has a token ({door.tokens}), so nobody could ask. First: fedllm serve token add NAME; or "
-                "demand client certificates: --client-ca"
+                "demand client certificates alone: --client-ca, and remove that file if it is there"
             )
         return True
     return False
@@ -699,7 +729,7 @@ def run(release: Release, door: Door, limits: Limits, ready: Callable[[str], Non
         certificate = _Certificate(door.certificate, door.key, door.client_ca)
     opened = listen(door.host, door.port)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4 * _CONNECTIONS)), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, _OPEN_FILES)), hard))
     generator = None
     if release.manifest.task == "causal-lm":
         own = release.model.generation_config
@@ -719,9 +749,10 @@ def run(release: Release, door: Door, limits: Limits, ready: Callable[[str], Non
                 certificate.renew()
             return generator is None or generator.alive()
 
+        room = _CONNECTIONS + limits.concurrency + limits.waiting
         config = uvicorn.Config(
             cast(Any, app), http=_Protocol, ws="none", loop="asyncio", lifespan="off", log_config=None,
-            access_log=False, server_header=False, proxy_headers=False, limit_concurrency=_CONNECTIONS,
+            access_log=False, server_header=False, proxy_headers=False, limit_concurrency=room,
             timeout_keep_alive=30, timeout_graceful_shutdown=_GRACE,
             ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
         )  # fmt: skip

@@ -32,7 +32,7 @@ from fedllm.errors import ConfigError, CryptoError, DataError, ReleaseError, fir
 from fedllm.files import new_folder, read
 from fedllm.release.cards import write_pages
 from fedllm.release.loading import Release
-from fedllm.release.manifest import Digest, Privacy, Training, digests, manifest_digest
+from fedllm.release.manifest import Digest, Privacy, Training, check_place, digests, manifest_digest
 from fedllm.release.questions import ANSWER, Questions, answer_place, check_answers, question_columns
 from fedllm.settings_file import read_settings
 from fedllm.training.data import Row, fields_of, read_rows, render
@@ -284,6 +284,7 @@ def write_set(
     and ReleaseError where no record is left.
     """
     check_answers(release)
+    check_place(out, [release.folder])
     topics = read_topics(prompts, question_columns(release.manifest.reading))
     with new_folder(out) as folder:
         records, counts, shared = synthesize(release, topics, n, sampling, public)

@@ -394,6 +394,15 @@ def test_a_student_that_has_learned_from_records_of_its_own_is_refused(
         distil(loaded, str(tiny_release.folder), public, tmp_path / "out", trust, signer, FAST, silent, public=True)
 
 
+def test_a_student_is_not_written_into_its_teachers_folder_which_would_verify_no_more(
+    tiny_release: Released, loaded: Release, small: str, public: Path
+) -> None:
+    trust, signer = Trust.read(tiny_release.trust), tiny_release.signer
+    with pytest.raises(ReleaseError, match="lies in the release"):
+        distil(loaded, small, public, tiny_release.folder / "out", trust, signer, FAST, silent, public=True)
+    assert not (tiny_release.folder / "out").exists()
+
+
 def test_a_key_that_nobody_would_trust_is_told_before_the_training(
     tiny_release: Released, loaded: Release, small: str, public: Path, tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ from fedllm.release.chat_template import Frame, made_template, ollama_template
 from fedllm.release.export import export
 from fedllm.release.finished_run import _largest, read_run
 from fedllm.release.loading import BASE, load_release
-from fedllm.release.manifest import verify_release
+from fedllm.release.manifest import MANIFEST, verify_release
 from fedllm.training.data import Tokeniser
 from server.checkpoint import CONFIG
 from server.events import CHECKPOINT
@@ -296,6 +296,15 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     save_llama(base, seed=1)
     with pytest.raises(ReleaseError, match="holds other weights"):
         export(run, tmp_path / "release", SIGNER)
+
+
+def test_a_run_on_top_of_a_release_is_refused_for_its_epsilon_is_not_all_that_was_spent(tmp_path: Path) -> None:
+    base = save_llama(tmp_path / "base")
+    run, _ = trained(tmp_path / "run", language(base))
+    (base / MANIFEST).touch()
+    with pytest.raises(ReleaseError, match="is a release itself"):
+        export(run, tmp_path / "release", SIGNER)
+    assert not (tmp_path / "release").exists()
 
 
 def test_virtual_tokens_cannot_be_merged(tmp_path: Path, tiny_llama: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -356,6 +357,33 @@ def test_a_classifier_says_the_label_and_how_sure_it_is(classifier: Application,
     assert post(classifier, CHAT, chat(), token).status == 404
 
 
+def test_texts_of_a_client_that_has_gone_are_classified_no_more(
+    classifier: Application, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, begun, more = [], threading.Event(), threading.Event()
+
+    def slowly(_: str, number: int) -> list[int]:
+        read.append(number)
+        begun.set()
+        assert more.wait(60)
+        return [1]
+
+    monkeypatch.setattr(classifier, "_read", slowly)
+
+    async def leave() -> None:
+        gone = asyncio.Event()
+        body = {"input": ["a"] * 100}
+        some = [asyncio.ensure_future(ask(classifier, "POST", CLASSIFY, body, token, leave=gone)) for _ in range(2)]
+        await asyncio.to_thread(begun.wait, 60)
+        gone.set()
+        await asyncio.gather(*some)
+        more.set()
+        await ask(classifier, "POST", CLASSIFY, {"input": "a"}, token)
+
+    asyncio.run(leave())
+    assert len(read) == 2, "one that had begun, and one of the client that is still there"
+
+
 # ---- what may be served, and to whom ---------------------------------------------------------------------------------
 
 
@@ -375,6 +403,17 @@ def test_a_model_that_is_not_private_is_served_only_on_demand(released: Released
     for most in (None, 1e9):
         with pytest.raises(ReleaseError, match="To serve it all the same: --max-epsilon inf"):
             serve.check_epsilon(manifest, most)
+
+
+def test_the_last_token_that_is_revoked_does_not_open_the_door_to_certificates_alone(tmp_path: Path) -> None:
+    files = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "ca.pem"
+    door = Door("127.0.0.1", 0, tmp_path / "tokens.json", *files)
+    assert not serve.check_door(door), "certificates alone, where tokens were never used"
+    add_token(door.tokens, "desk")
+    assert serve.check_door(door)
+    revoke_token(door.tokens, "desk")
+    with pytest.raises(ConfigError, match="nobody has a token"):
+        serve.check_door(door)
 
 
 def test_a_door_that_anybody_could_pass_or_overhear_is_not_opened(tmp_path: Path) -> None:

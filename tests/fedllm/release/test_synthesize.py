@@ -267,6 +267,13 @@ def test_the_command_writes_records_cards_and_a_signed_claim(tiny_release: Relea
         assert "0.0 %" in text
 
 
+def test_a_set_is_not_written_into_the_release_which_would_verify_no_more(tmp_path: Path, loaded: Release) -> None:
+    (tmp_path / "topics.yaml").write_text(TOPICS, "utf-8")
+    with pytest.raises(ReleaseError, match="lies in the release"):
+        write_set(loaded.folder / "set", loaded, tmp_path / "topics.yaml", 4, Sampling(), None, None)
+    assert not (loaded.folder / "set").exists()
+
+
 @pytest.mark.usefixtures("answering")
 def test_a_set_of_a_model_that_is_not_private_says_so(tiny_release: Released, tmp_path: Path, loaded: Release) -> None:
     privacy = loaded.manifest.privacy.model_copy(update={"mode": "off", "epsilon": None})
