@@ -17,7 +17,9 @@ async def _answered(scope: Any, receive: Any, send: Any) -> None:
 async def _after(sent: bytes, drip: bytes) -> bytes:
     """Send, then `drip` again and again until the server closes the connection; returns what it said."""
     opened = serve.listen("127.0.0.1", 0)
-    config = uvicorn.Config(_answered, http=serve._Protocol, lifespan="off", log_config=None, timeout_keep_alive=0.5)  # type: ignore[arg-type]
+    config = uvicorn.Config(
+        _answered, http=serve._Protocol, ws="none", lifespan="off", log_config=None, timeout_keep_alive=0.5
+    )  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server._serve([opened]))
     reader, writer = await asyncio.open_connection(*opened.getsockname())
