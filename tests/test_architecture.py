@@ -20,6 +20,7 @@ ENTRY_POINTS = (*COMMAND_LINE, API)
 STOCK = (  # what others do, to compare with
     "simulations.benchmarks.step", "simulations.benchmarks.batch_memory", "simulations.benchmarks.probe",
     "simulations.benchmarks.bench", "simulations.benchmarks.quantise", "simulations.benchmarks.gpu",
+    "simulations.benchmarks.serving",
 )  # fmt: skip
 
 # Third party -> the only modules (or packages, with a dot at the end) that may import it. One concept, one file.

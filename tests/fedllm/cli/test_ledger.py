@@ -1,6 +1,7 @@
 """The ledger's commands, as an owner and a privacy officer use them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_an_export_holds_no_record_and_no_count_of_records(spent_home: Path, tmp
     run("ledger", "export", to, "--home", spent_home)
     said = str([entry.body for entry in read_chain(to.read_text("utf-8").splitlines(), "export")])
     assert "q1" not in said
-    assert "120" not in said
+    assert not re.search("(?<![0-9a-f])120(?![0-9a-f])", said), "digests are drawn by chance, and may hold it"
     with pytest.raises(FedllmError, match="Nothing was overwritten"):
         run("ledger", "export", to, "--home", spent_home)
 

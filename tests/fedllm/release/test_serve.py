@@ -439,6 +439,6 @@ def test_a_door_that_anybody_could_pass_or_overhear_is_not_opened(tmp_path: Path
 
 
 def test_what_is_sent_leaves_at_once() -> None:
-    """Without TCP_NODELAY every answer would wait 40 ms for an acknowledgement; asyncio sets it if it knows it is TCP."""
+    """Without TCP_NODELAY an answer waits 40 ms for an acknowledgement; asyncio sets it on what it knows is TCP."""
     with serve.listen("127.0.0.1", 0) as opened:
         assert opened.proto == socket.IPPROTO_TCP
