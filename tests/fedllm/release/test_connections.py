@@ -25,7 +25,6 @@ async def _serving(room: int = 100) -> AsyncIterator[tuple[str, int]]:
     """Serve at a free port; gives the address."""
     opened = serve.listen("127.0.0.1", 0)
     config = uvicorn.Config(
-<<<<<<< HEAD
         _answered,
         http=serve._Protocol,
         ws="none",
@@ -34,10 +33,6 @@ async def _serving(room: int = 100) -> AsyncIterator[tuple[str, int]]:
         timeout_keep_alive=1,
         limit_concurrency=room,
     )
-=======
-        _answered, http=serve._Protocol, ws="none", lifespan="off", log_config=None, timeout_keep_alive=0.5
-    )  # type: ignore[arg-type]
->>>>>>> srv
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server._serve([opened]))
     try:
