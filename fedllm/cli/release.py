@@ -172,8 +172,9 @@ def evaluate(
     from fedllm.audit.trust import Trust
     from fedllm.release import evaluate as work
     from fedllm.release.evaluation_page import render_html
+    from fedllm.release.manifest import check_place
 
-    work.check_place(out, dest)
+    check_place(out, dest)
     found = work.evaluate(dest, data, Trust.read(trust), prompts, limit, lambda line: typer.echo(escaped(line)))
     pages = {"evaluation.html": lang.value} if lang else {"evaluation.html": "en", "evaluation.ko.html": "ko"}
     texts = {name: render_html(found, "ko" if which == "ko" else "en") for name, which in pages.items()}
