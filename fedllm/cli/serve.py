@@ -91,6 +91,9 @@ def run(
         float | None, typer.Option("--max-epsilon", help="Refuse a model that promises less; inf: also one that is "
                                    "NOT PRIVATE.", show_default="any that is finite")
     ] = None,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Also a model whose audit could not verify its epsilon.")
+    ] = False,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Prompt and answer together.", min=2,
                                  show_default="what the model takes, at most 4096")
@@ -124,7 +127,7 @@ def run(
     from fedllm.release.loading import load_release
     from fedllm.release.tokens import TOKENS
 
-    serve.check_epsilon(manifest, max_epsilon)
+    serve.check_epsilon(manifest, max_epsilon, allow_unverified)
     door = serve.Door(host, port, place / TOKENS, certificate, key, client_ca)
     serve.check_door(door)
     release = load_release(dest.absolute(), manifest)

@@ -99,9 +99,17 @@ class Door:
 # ---- what may be served ----------------------------------------------------------------------------------------------
 
 
-def check_epsilon(manifest: Manifest, most: float | None) -> None:
-    """Raise ReleaseError if a model promises less than `most` asks, in epsilon; None: anything finite will do."""
+def check_epsilon(manifest: Manifest, most: float | None, unverified: bool = False) -> None:
+    """Raise ReleaseError if a model promises less than `most` asks, in epsilon; None: anything finite will do.
+
+    `unverified`: a figure will do that its audit could not verify, as some of the evidence was missing.
+    """
     privacy = manifest.privacy
+    if privacy.private and privacy.verdict != "within" and not unverified:
+        raise ReleaseError(
+            f"{manifest.name} states epsilon {privacy.epsilon:.4g}, and its audit could not verify it: evidence is "
+            "missing. Ask head office for a release of a complete audit; --allow-unverified serves this one."
+        )
     spent = cast(float, privacy.epsilon) if privacy.private else math.inf
     said = f"epsilon {spent:.4g} at delta {privacy.delta:g}" if privacy.private else "NOT PRIVATE"
     if spent <= (sys.float_info.max if most is None else most):

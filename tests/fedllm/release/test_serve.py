@@ -405,6 +405,16 @@ def test_a_model_that_is_not_private_is_served_only_on_demand(released: Released
             serve.check_epsilon(manifest, most)
 
 
+def test_an_epsilon_that_its_audit_could_not_verify_is_served_only_on_demand(released: Released) -> None:
+    privacy = released.manifest.privacy.model_copy(update={"verdict": "unverifiable"})
+    manifest = released.manifest.model_copy(update={"privacy": privacy})
+    with pytest.raises(ReleaseError, match=r"could not verify it.*--allow-unverified"):
+        serve.check_epsilon(manifest, 3.0)
+    serve.check_epsilon(manifest, 3.0, unverified=True)
+    with pytest.raises(ReleaseError, match="and --max-epsilon="):
+        serve.check_epsilon(manifest, 2.0, unverified=True)
+
+
 def test_the_last_token_that_is_revoked_does_not_open_the_door_to_certificates_alone(tmp_path: Path) -> None:
     files = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "ca.pem"
     door = Door("127.0.0.1", 0, tmp_path / "tokens.json", *files)
