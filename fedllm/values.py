@@ -12,7 +12,7 @@ from fedllm.canonical import canonical
 from fedllm.errors import ConfigError
 from fedllm.shown import shows
 
-MAX_HOLDERS = 512  # sites of one secure aggregation
+MAX_HOLDERS = 1024  # sites of one secure aggregation
 MAX_SITES = 5_000  # of a federation: their roster fits the header of a message
 MAX_NAME = 200  # characters of a site's name; bytes of UTF-8 of one that is deployed: with an ending it names a file
 HEAD_OFFICE = "head-office"  # the server, where sites are named beside it: no site has that name

@@ -23,7 +23,8 @@ clipped so that they are within the clip after rounding: the sensitivity is the 
 sized for t, the sum of all N would carry more noise than was asked for. So a share comes in parts, and once it is
 settled that u >= t sites are in the sum, each reveals the seeds of parts that are not needed, which the server removes
 again (after Jiang, Wang and Chen, "Dordis", EuroSys 2024, XNoise). In units of the mechanism's variance over (N - c)(t
-- c), a share has N - c, of which t - c have no seed; with u survivors each reveals u - t of the others.
+- c), a share has N - c, of which t - c have no seed; with u survivors each reveals at most u - t of the others. (Where N -
+t is above 15, parts come in steps: up to a fifteenth of N - t may stay that is not needed, unless all sites are there.)
 
 Why enough stays, also against a server that tells sites different things. A site reveals seeds once a round,
 with the shares it reveals for the one list that it answers; whatever that says, t - c units stay. Let S be the honest
@@ -56,6 +57,10 @@ from fedllm.privacy.randomness import KeyedRandomness, Randomness
 _LEAST_STD = 16.0  # quanta; see above
 _REACH = 19.0  # no draw is further out, in standard deviations: sqrt(2 * 256 * ln 2) = 18.84
 _BLOCK = 8192  # pairs of draws at a time: their arrays stay in the processor's cache
+_COSINE = [(-1) ** k / math.factorial(2 * k) for k in range(9)]  # of the square of an angle
+_SINE = [(-1) ** k / math.factorial(2 * k + 1) for k in range(8)]
+_SIGNS = np.array([[1.0, -1.0, -1.0, 1.0], [1.0, 1.0, -1.0, -1.0]])  # of cosine and sine, by quarter of the turn
+_STEPS = 15  # 1 + 2 + 4 + 8: in so many the excess noise is divided
 _COARSEST = 0.02  # fraction of the clip norm that rounding a unit's vector may take
 
 
@@ -66,34 +71,80 @@ def rounded_normals(source: Randomness, n: int, std: float) -> NDArray[np.int64]
     first, with a bound on the error; the few that are too near to the middle between two integers for that are
     computed again with as many digits as it takes. The total variation distance to the exact law is below n 2^-180.
     """
+    result = np.zeros(n, np.int64)
+    _add_rounded_normals(result, source, std)
+    return result
+
+
+def _add_rounded_normals(total_n: NDArray[np.int64], source: Randomness, std: float) -> None:
+    """Add a draw to each of int64[n], in place, and a few thousand at a time: what they take stays in the cache."""
     if not 0 < std < 2**31:
         raise PrivacyError(f"std={std:g} of a noise share must be between 0 and 2^31")
-    pairs = (n + 1) // 2
-    radius_words, angle_words = source.words(2 * pairs).reshape(2, pairs)
-    result = np.empty((2, pairs), np.int64)
-    for first in range(0, pairs, _BLOCK):
-        block = slice(first, first + _BLOCK)
-        draws, error = _quickly(radius_words[block], angle_words[block], std)
+    for first in range(0, len(total_n), 2 * _BLOCK):
+        part = total_n[first : first + 2 * _BLOCK]
+        pairs = (len(part) + 1) // 2
+        radius_words, angle_words = source.words(2 * pairs).reshape(2, pairs)
+        draws, error = _quickly(radius_words, angle_words, std)
         rounded = np.rint(draws)
-        result[:, block] = rounded
-        unclear = (0.5 - np.abs(draws - rounded) <= error).any(axis=0) | (radius_words[block] == 0)
-        for i in first + np.flatnonzero(unclear):
-            result[:, i] = _exactly(int(radius_words[i]), int(angle_words[i]), source, std)
-    return result.reshape(-1)[:n]
+        draws -= rounded
+        apart = np.abs(draws, out=draws)
+        unclear = (np.maximum(*apart) + error >= 0.5) | (radius_words == 0)
+        for i in np.flatnonzero(unclear):
+            rounded[:, i] = _exactly(int(radius_words[i]), int(angle_words[i]), source, std)
+        part += rounded.reshape(-1)[: len(part)].astype(np.int64)
 
 
 def _quickly(
     radius_words: NDArray[np.uint64], angle_words: NDArray[np.uint64], std: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return float64[2, n] of draws before rounding, and by how much a pair may be off, whatever more bits say."""
-    u = (radius_words.astype(np.float64) + 0.5) * 2.0**-64
-    u_error = 2.0**-53 + 0.5 / (radius_words.astype(np.float64) + 0.5)  # relative
-    radius = np.sqrt(-2.0 * np.log(np.minimum(u, 1.0 - 2.0**-53)))
-    angle = (angle_words.astype(np.float64) + 0.5) * (2.0 * np.pi * 2.0**-64)
-    # of log, sqrt, cos and sin each 4 units in the last place at most; four times what adds up
-    error = 4.0 * std * (radius * 2.0**-48 + u_error / radius)
-    draws = np.stack([radius * np.cos(angle), radius * np.sin(angle)]) * std
+    u = radius_words.astype(np.float64)
+    u += 0.5
+    u_error = 0.5 / u  # relative
+    u_error += 2.0**-53
+    u *= 2.0**-64
+    radius = np.log(np.minimum(u, 1.0 - 2.0**-53, out=u), out=u)
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    # of log, sqrt, cosine and sine each 4 units in the last place at most; four times what adds up
+    error = (4.0 * std) * (radius * 2.0**-48 + u_error / radius)
+    draws = _cosine_and_sine(angle_words)
+    radius *= std
+    draws *= radius
     return draws, error
+
+
+def _cosine_and_sine(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return float64[2, n]: cosine and sine of the angle (word + 1/2) / 2^64 of a turn, within 2^-51.
+
+    Of what is beyond the nearest quarter turn, at most an eighth, by Taylor's series: its first term left out is below
+    5e-17. NumPy's own functions take four times as long, most of it for angles of any size.
+    """
+    moved = words + np.uint64(1 << 61)
+    quarter = (moved >> np.uint64(62)).view(np.int64)
+    x = ((moved << np.uint64(2)) ^ np.uint64(1 << 63)).view(np.int64).astype(np.float64)
+    x += 2.0
+    x *= math.pi / 2 * 2.0**-64
+    square = x * x
+    found = np.empty((2, len(words)))
+    cosine, sine = found
+    _series(square, _COSINE, cosine)
+    _series(square, _SINE, sine)
+    sine *= x
+    odd = (quarter & 1).astype(np.bool_)
+    cosine[odd], sine[odd] = sine[odd], cosine[odd]
+    cosine *= _SIGNS[0][quarter]
+    sine *= _SIGNS[1][quarter]
+    return found
+
+
+def _series(x: NDArray[np.float64], coefficients: Sequence[float], out: NDArray[np.float64]) -> None:
+    """Write the value of a polynomial at every x, float64[n], to `out` (Horner)."""
+    np.multiply(x, coefficients[-1], out=out)
+    for coefficient in coefficients[-2:0:-1]:
+        out += coefficient
+        out *= x
+    out += coefficients[0]
 
 
 def _exactly(radius_word: int, angle_word: int, source: Randomness, std: float) -> tuple[int, int]:
@@ -112,7 +163,7 @@ def _exactly(radius_word: int, angle_word: int, source: Randomness, std: float) 
 
 def _keyed(seed: str) -> KeyedRandomness:
     """Return the words that a seed of 256 bits stands for."""
-    return KeyedRandomness(bytes.fromhex(seed), b"fedllm surplus noise v1")
+    return KeyedRandomness(bytes.fromhex(seed), b"fedllm surplus noise v2")
 
 
 @dataclass(frozen=True)
@@ -152,15 +203,19 @@ class DistributedMechanism:
 
     @cached_property
     def _parts(self) -> tuple[int, ...]:
-        """Units of variance in the parts of a share: what always stays, then parts that have a seed.
+        """Units of variance in the parts of a share: what always stays, then at most four parts that have a seed.
 
-        The latter are halves of what is left, so that some of them add up to any number.
+        The latter are 1, 2, 4 and 8 steps of a fifteenth of all, the last as large as is left. No part is larger than
+        a step and all smaller parts together, so the largest that fit come to any number, but for less than a step. To
+        draw noise again is most of the server's work, and grows with the number of parts.
         """
-        parts, surplus = [self.quorum - self.colluding], self.sites - self.quorum
-        while surplus:
-            parts.append((surplus + 1) // 2)
-            surplus -= parts[-1]
-        return tuple(parts)
+        left = self.sites - self.quorum
+        size, parts = max(1, -(-left // _STEPS)), list[int]()
+        while left:
+            parts.append(min(size, left))
+            left -= parts[-1]
+            size *= 2
+        return (self.quorum - self.colluding, *sorted(parts, reverse=True))
 
     def _std(self, units: int) -> float:
         """Return the standard deviation of so many units, quanta."""
@@ -211,7 +266,7 @@ class DistributedMechanism:
         noise = rounded_normals(source, dimension, self._std(self._parts[0]))
         seeds = tuple(source.words(4).tobytes().hex() for _ in self._parts[1:])
         for seed, units in zip(seeds, self._parts[1:], strict=True):
-            noise += rounded_normals(_keyed(seed), dimension, self._std(units))
+            _add_rounded_normals(noise, _keyed(seed), self._std(units))
         return Share(noise, seeds)
 
     def noised(self, clipped_sum: NDArray[np.float64], share: Share) -> NDArray[np.uint32]:
@@ -234,7 +289,10 @@ class DistributedMechanism:
         return self.noised(clipped_sum, share), share.seeds
 
     def revealed_seeds(self, survivors: int) -> tuple[int, ...]:
-        """Return which of a share's seeds are not needed if so many sites are in a sum; raises PrivacyError."""
+        """Return which of a share's seeds are not needed if so many sites are in a sum; raises PrivacyError.
+
+        Their parts have survivors - quorum units, or less than a step fewer: see `_parts`.
+        """
         left = survivors - self.quorum
         if not 0 <= left <= self.sites - self.quorum:
             raise PrivacyError(f"{survivors} survivors, expected {self.quorum} to {self.sites}")
@@ -249,7 +307,7 @@ class DistributedMechanism:
         """Return uint32[d], modulo 2^32: the excess noise of a site, drawn again from the seeds that it revealed."""
         total = np.zeros(dimension, np.int64)
         for seed, index in zip(seeds, self.revealed_seeds(survivors), strict=True):
-            total += rounded_normals(_keyed(seed), dimension, self._std(self._parts[1 + index]))
+            _add_rounded_normals(total, _keyed(seed), self._std(self._parts[1 + index]))
         return (total % 2**32).astype(np.uint32)
 
     def decode(self, total: NDArray[np.uint32]) -> NDArray[np.float64]:
@@ -277,6 +335,7 @@ class DistributedMechanism:
         server may have seeds that came too late to be used: against it, count all as trimmed.
         """
         full = self.sites - self.colluding
-        kept = sorted([full - (survivors - self.quorum)] * trimmed + [full] * (survivors - trimmed))
+        gone = sum(self._parts[1 + index] for index in self.revealed_seeds(survivors)) if trimmed else 0
+        kept = sorted([full - gone] * trimmed + [full] * (survivors - trimmed))
         units = sum(kept[: max(0, survivors - known)])
         return self.mechanism.noise_multiplier * math.sqrt(units / (full * (self.quorum - self.colluding)))

@@ -124,9 +124,9 @@ def test_the_longest_lists_fit_the_header() -> None:
     """Names of 200 characters of three bytes each, at the limit of holders."""
     federation = Federation(2)
     join, dealing = federation.cohort.joins[0], federation.share(1)["지점-001"].dealing
-    long = "가" * 197
-    joins = tuple(join.model_copy(update={"site": f"{long}{i:03}"}) for i in range(MAX_HOLDERS))
-    dealings = tuple(dealing.model_copy(update={"site": f"{long}{i:03}"}) for i in range(MAX_HOLDERS))
+    long = "가" * 196
+    joins = tuple(join.model_copy(update={"site": f"{long}{i:04}"}) for i in range(MAX_HOLDERS))
+    dealings = tuple(dealing.model_copy(update={"site": f"{long}{i:04}"}) for i in range(MAX_HOLDERS))
     context = federation.params.context
     for message in (
         ShareKeysRequest(context=context, round=1, joins=joins),
