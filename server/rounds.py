@@ -21,7 +21,6 @@ from fedllm.privacy.accounting import spent
 from fedllm.privacy.metrics import Layout
 from fedllm.protocol.messages import (
     Declined,
-    MaskedInput,
     Prepare,
     Ready,
     Reason,
@@ -70,7 +69,7 @@ _PAUSE, _PAUSE_MAX = 0.005, 5.0  # seconds between looks for sites that may come
 class _Answer:
     """A site's update, checked with what the site signed of it."""
 
-    update: NDArray[np.float32] | MaskedInput | None  # None in the closing exchange, unless there are masks
+    update: NDArray[np.float32] | None  # None in the closing exchange, and where masks hide it in the sum
     score: NDArray[np.float64] | None  # [1 + metrics], with noise of the site's own
     line: str  # the statement, as it was signed
     statement: Statement
@@ -483,7 +482,6 @@ class Coordinator:
                 else:
                     statement, signer = self._signed(reply, site, number, self._channel.identities(node))
                     self._check_head(statement, known.get(site))
-                    update = self._update(reply, site, number)
                     if self._forgot(statement):  # to ask again would cost it budget for nothing
                         forgetful.add(site)
                         self._dropped.add(node)
@@ -491,6 +489,9 @@ class Coordinator:
                             f"epsilon_rdp={statement.epsilon_rdp:.4g}, and {self.sites[site].stated:.4g} before. "
                             "Is its ledger lost?"
                         )
+                    update = self._update(
+                        reply, site, number
+                    )  # the last that can fail: a masked one is in the sum then
                     answers[site] = _Answer(*update, reply.statement, statement, signer.to_text(), len(data))
             except MessageError as error:
                 failed[site] = str(error)
@@ -524,10 +525,10 @@ class Coordinator:
             return _Sum(
                 self._rule.combine(plain, self._federation.weights), noise_std=noise, scores=ScoreSum.of(scores)
             )
-        uploads, task = cast(Mapping[str, MaskedInput], updates), common.task(common.payload)
+        task = common.task(common.payload)
         try:
             if isinstance(masks, Groups):
-                together = masks.step(number, task, uploads, self._asker(number))
+                together = masks.step(number, task, updates, self._asker(number))
                 return _Sum(
                     together.step, noise_multiplier=together.noise_multiplier,
                     without=together.refused | together.closed, scores=together.scores,
@@ -536,7 +537,7 @@ class Coordinator:
                         "refused": together.refused, "closed": together.closed,
                     },
                 )  # fmt: skip
-            opened = masks.step(number, task, uploads, self._asker(number))
+            opened = masks.step(number, task, updates, self._asker(number))
         except FedllmError as error:
             return _Sum(lost=str(error))
         entry = {"noise_multiplier": opened.noise_multiplier, "trimmed": opened.trimmed}
@@ -664,14 +665,15 @@ class Coordinator:
 
     def _update(
         self, reply: TrainReply, site: str, number: int
-    ) -> tuple[NDArray[np.float32] | MaskedInput | None, NDArray[np.float64] | None]:
-        """Return the update float32[d] or the masked upload, and the score, of noise of the site's own.
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float64] | None]:
+        """Return the update float32[d] and the score, of noise of the site's own; add a masked upload to the others.
 
         Raises MessageError if it is none of the plan.
         """
         plan, payload, score = self.plan, reply.payload, None
         if self._masks is not None and number <= plan.masked_exchanges:
-            return self._masks.read(site, number, *unpack(payload, 2)), None
+            self._masks.read(site, number, *unpack(payload, 2))
+            return None, None
         if plan.score_noise(number) is not None:
             payload, said = unpack(payload, 2)
             if len(said) != 8 * self._layout.dimension:

@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -62,6 +62,7 @@ class SecAggServer:
         self._cohort: Cohort | None = None
         self._dealt: dict[str, KeyShares] = {}  # of the next round, from the cohort
         self._participants: dict[str, KeyShares] = {}  # of the present round
+        self._uploads: secagg.MaskedSum | None = None  # the same
         self.liars: dict[str, str] = {}  # of the last sum that was opened: whose shares were wrong, and how
 
     @property
@@ -108,23 +109,27 @@ class SecAggServer:
                     failed[site] = str(error)
         self._dealt = {}
         self._participants = dealt
-        return {site: secagg.masked_input_request(cohort, number, dealt, site).to_bytes() for site in dealt}, failed
+        self._uploads = secagg.MaskedSum(cohort, number, self._length(number))
+        return secagg.masked_input_requests(cohort, number, dealt), failed
 
-    def read(self, site: str, number: int, masked: bytes, following: bytes) -> MaskedInput:
-        """Check an upload, and keep the site's shares for the next round; raises MessageError."""
+    def read(self, site: str, number: int, masked: bytes, following: bytes) -> None:
+        """Check an upload, add it to the others, and keep the site's shares for the next round.
+
+        Raises MessageError; then the upload is in no sum.
+        """
         cohort = self._at(number)
         upload = from_bytes(masked, MaskedInput, MaskedInput)
         if upload.site != site:
             raise MessageError(f"an upload of site={upload.site}")
-        secagg.read_masked_input(cohort, number, upload, self._length(number))
         if following:
             shares = from_bytes(following, KeyShares, KeyShares)
             self._check_key_shares(cohort, number + 1, shares, site)
+        self._summed(number).add(upload)
+        if following:
             self._dealt[site] = shares
-        return upload
 
-    def step(self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask) -> "Opened":
-        """Return what the sum of the uploads says.
+    def step(self, number: int, task: str, uploads: Collection[str], ask: Ask) -> "Opened":
+        """Return what the sum of the uploads says, which are those of the sites named.
 
         `task` is the digest of the request, the same for all sites. The sum is the first thing that can be read; it is
         divided by public numbers: survivors, and the expected units of each. Raises FedllmError if unmasking
@@ -170,9 +175,7 @@ class SecAggServer:
         """Return the sum's noise multiplier, as seen by the server with the sites that may collude with it."""
         return self._distributed.noise_multiplier(survivors, trimmed, self._plan.privacy.colluding_sites)
 
-    def unmask(
-        self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask
-    ) -> tuple[NDArray[np.uint32], int]:
+    def unmask(self, number: int, task: str, uploads: Collection[str], ask: Ask) -> tuple[NDArray[np.uint32], int]:
         """Return the sum of the uploads, uint32[n], and from how many of them excess noise was removed."""
         cohort, threshold = self._at(number), self._plan.quorum
         dealings = (self._participants[site].dealing for site in sorted(self._participants))
@@ -214,7 +217,7 @@ class SecAggServer:
                 f"{len(reveals)} of {len(uploads)} sites helped to unmask the sum, at least {threshold} are needed. "
                 f"{'; '.join(faults)}"
             )
-        unmasked = secagg.unmask(cohort, self._participants, survivor_list, uploads, reveals, self._length(number))
+        unmasked = secagg.unmask(cohort, self._participants, survivor_list, self._summed(number), reveals)
         for holder, dealer in unmasked.doubtful[:_SAID]:
             _log.warning(
                 "round %d: a share of %s's secret that %s gave back is wrong: one of the two made it", number, dealer,
@@ -248,6 +251,11 @@ class SecAggServer:
         if shares.dealing.site != site:
             raise MessageError(f"shares of site={shares.dealing.site}")
         secagg.check_key_shares(cohort, number, shares)
+
+    def _summed(self, number: int) -> secagg.MaskedSum:
+        if self._uploads is None:
+            raise FedllmError(f"round {number}: no site has shared secrets")
+        return self._uploads
 
     def _at(self, number: int) -> Cohort:
         if self._cohort is None:
@@ -341,11 +349,11 @@ class Groups:
             failed |= undealt
         return masking, failed
 
-    def read(self, site: str, number: int, masked: bytes, following: bytes) -> MaskedInput:
-        """Check an upload, and keep the site's shares for the next round; raises MessageError."""
-        return self._masks_of(site).read(site, number, masked, following)
+    def read(self, site: str, number: int, masked: bytes, following: bytes) -> None:
+        """Check and add an upload, as `SecAggServer.read` does; raises MessageError."""
+        self._masks_of(site).read(site, number, masked, following)
 
-    def step(self, number: int, task: str, uploads: Mapping[str, MaskedInput], ask: Ask) -> Combined:
+    def step(self, number: int, task: str, uploads: Collection[str], ask: Ask) -> Combined:
         """Return the median of the steps of the groups' sums.
 
         A group whose sum is beyond what honest sites can send counts against the poisoned sites. Raises QuorumLost
@@ -354,7 +362,7 @@ class Groups:
         opened = dict[str, Opened]()
         refused, closed = dict[str, str](), dict[str, str]()
         for index, (group, masks) in enumerate(self._of.items(), start=1):
-            here = {site: upload for site, upload in uploads.items() if site in group}
+            here = set(uploads) & set(group)
             try:
                 if len(here) < self._plan.quorum:
                     raise QuorumLost(f"{len(here)} sites answered, {self._plan.quorum} are needed")

@@ -23,8 +23,8 @@ clipped so that they are within the clip after rounding: the sensitivity is the 
 sized for t, the sum of all N would carry more noise than was asked for. So a share comes in parts, and once it is
 settled that u >= t sites are in the sum, each reveals the seeds of parts that are not needed, which the server removes
 again (after Jiang, Wang and Chen, "Dordis", EuroSys 2024, XNoise). In units of the mechanism's variance over (N - c)(t
-- c), a share has N - c, of which t - c have no seed; with u survivors each reveals at most u - t of the others. (Where N -
-t is above 15, parts come in steps: up to a fifteenth of N - t may stay that is not needed, unless all sites are there.)
+- c), a share has N - c, of which t - c have no seed; with u survivors each reveals at most u - t of the others. (Where
+N - t is above 15, parts come in steps: up to a fifteenth of N - t may stay without need, unless all sites are there.)
 
 Why enough stays, also against a server that tells sites different things. A site reveals seeds once a round,
 with the shares it reveals for the one list that it answers; whatever that says, t - c units stay. Let S be the honest

@@ -55,11 +55,12 @@ HKDF-SHA256. The sum itself is protected by noise, elsewhere.
 """
 
 from fedllm.secagg.aggregator import (
+    MaskedSum,
     check_key_shares,
     check_unmasking_shares,
     consistency_check,
     masked_input_request,
-    read_masked_input,
+    masked_input_requests,
     unmask,
     unmasking_request,
 )
@@ -77,6 +78,7 @@ from fedllm.secagg.session import (
 
 __all__ = [
     "Cohort",
+    "MaskedSum",
     "Participant",
     "SessionParams",
     "Vector",
@@ -89,7 +91,7 @@ __all__ = [
     "consistency_check",
     "make_cohort",
     "masked_input_request",
-    "read_masked_input",
+    "masked_input_requests",
     "unmask",
     "unmasking_request",
 ]

@@ -46,11 +46,24 @@ def check_key_shares(cohort: Cohort, number: int, shares: KeyShares) -> None:
 def masked_input_request(cohort: Cohort, number: int, dealt: Mapping[str, KeyShares], site: str) -> MaskedInputRequest:
     """Return the shares and signed mask keys that one site needs (`dealt`: checked, by participant): O(n) bytes."""
     names = sorted(dealt)
-    sealed = b"".join(_sealed_to(cohort, dealt[name], site) for name in names if name != site)
     return MaskedInputRequest(
         context=cohort.params.context, round=number, joins=cohort.digest,
-        dealings=tuple(dealt[name].dealing for name in names), payload=sealed,
+        dealings=tuple(dealt[name].dealing for name in names), payload=_sealed_for(cohort, dealt, names, site),
     )  # fmt: skip
+
+
+def masked_input_requests(cohort: Cohort, number: int, dealt: Mapping[str, KeyShares]) -> dict[str, bytes]:
+    """Return every participant's request as bytes; all but the payload is the same, and written once."""
+    names = sorted(dealt)
+    if not names:
+        return {}
+    first = masked_input_request(cohort, number, dealt, names[0])
+    frame = first.model_copy(update={"payload": b""}).to_bytes()
+    return {name: frame + _sealed_for(cohort, dealt, names, name) for name in names}
+
+
+def _sealed_for(cohort: Cohort, dealt: Mapping[str, KeyShares], names: Sequence[str], site: str) -> bytes:
+    return b"".join(_sealed_to(cohort, dealt[name], site) for name in names if name != site)
 
 
 def _sealed_to(cohort: Cohort, shares: KeyShares, site: str) -> bytes:
@@ -78,14 +91,25 @@ def unmasking_request(survivor_list: ConsistencyCheck, consents: Iterable[Consis
     )
 
 
-def read_masked_input(cohort: Cohort, number: int, masked: MaskedInput, dimension: int) -> Vector:
-    """Return uint32[dimension], still masked; raises MessageError. A site whose upload is refused has dropped out."""
-    _expect(cohort, number, masked, masked.site)
-    if len(masked.payload) != WORD.itemsize * dimension:
-        raise MessageError(
-            f"site={masked.site!r} uploaded {len(masked.payload)} bytes, expected {WORD.itemsize * dimension}"
-        )
-    return np.frombuffer(masked.payload, WORD)
+class MaskedSum:
+    """The uploads of a round, added up as they come: their sum is all that is kept of them."""
+
+    def __init__(self, cohort: Cohort, number: int, dimension: int) -> None:
+        self._cohort, self._number = cohort, number
+        self.sites: set[str] = set()  # whose uploads are in it
+        self.total_d: Vector = np.zeros(dimension, WORD)  # mod 2^32, still masked
+
+    def add(self, masked: MaskedInput) -> None:
+        """Add an upload; raises MessageError. A site whose upload is refused has dropped out."""
+        _expect(self._cohort, self._number, masked, masked.site)
+        if len(masked.payload) != self.total_d.nbytes:
+            raise MessageError(
+                f"site={masked.site!r} uploaded {len(masked.payload)} bytes, expected {self.total_d.nbytes}"
+            )
+        if masked.site in self.sites:
+            raise MessageError(f"site={masked.site!r} uploaded twice in round {self._number}")
+        self.total_d += np.frombuffer(masked.payload, WORD)
+        self.sites.add(masked.site)
 
 
 def check_unmasking_shares(cohort: Cohort, survivor_list: ConsistencyCheck, reveal: UnmaskingShares) -> None:
@@ -128,19 +152,18 @@ def unmask(
     cohort: Cohort,
     dealt: Mapping[str, KeyShares],
     survivor_list: ConsistencyCheck,
-    uploads: Mapping[str, MaskedInput],
+    uploads: MaskedSum,
     reveals: Sequence[UnmaskingShares],
-    dimension: int,
 ) -> Unmasked:
     """Return the sum of the survivors' vectors from what the sites sent.
 
-    `dealt` holds the participants, `uploads` exactly the survivors. Raises MessageError on an answer that does not
-    belong here (see the `check_` functions, which take answers one by one), QuorumLost on fewer than t reveals, and
-    FederationError if a secret cannot be reconstructed.
+    `dealt` holds the participants, `uploads` the sum of the survivors' and no other's. Raises MessageError on an answer
+    that does not belong here (see the `check_` functions, which take answers one by one), QuorumLost on fewer than t
+    reveals, and FederationError if a secret cannot be reconstructed.
     """
     threshold, number, common = cohort.params.threshold, survivor_list.round, survivor_list.common
     check_survivor_list(cohort.params, survivor_list, dealt)
-    if set(uploads) != set(survivor_list.survivors):
+    if uploads.sites != set(survivor_list.survivors):
         raise FederationError(f"round {number}: uploads and survivors differ. Only sites that uploaded can survive.")
     answers = {reveal.site: reveal for reveal in reveals}
     if len(answers) != len(reveals):
@@ -156,9 +179,7 @@ def unmask(
     search = _Search(cohort, holders)
     survivors = set(survivor_list.survivors)
     doubtful: list[tuple[str, str]] = []
-    total_d = np.zeros(dimension, WORD)
-    for site in survivor_list.survivors:
-        total_d += read_masked_input(cohort, number, uploads[site], dimension)
+    total_d = uploads.total_d.copy()
     for index, dealer in enumerate(sorted(dealt)):
         mask_key = dealt[dealer].dealing
         shares = [_share_at(answers[holder], index) for holder in holders]

@@ -149,7 +149,15 @@ class Federation:
         uploads = self.mask(number, dealt, vectors)
         claim = self.claim(number, dealt, uploads)
         reveals = self.reveals(claim, list(uploads), list(uploads))
-        return secagg.unmask(self.cohort, dealt, claim, uploads, reveals, len(next(iter(vectors.values()))))
+        return secagg.unmask(self.cohort, dealt, claim, self.added(number, uploads), reveals)
+
+    def added(self, number: int, uploads: Mapping[str, MaskedInput], dimension: int | None = None) -> secagg.MaskedSum:
+        """Return what the server keeps of uploads, of the first one's length where `dimension` is not given."""
+        length = len(next(iter(uploads.values())).payload) // 4 if dimension is None else dimension
+        result = secagg.MaskedSum(self.cohort, number, length)
+        for upload in uploads.values():
+            result.add(upload)
+        return result
 
 
 def random_vectors(sites: Collection[str], dimension: int, seed: int = 0) -> dict[str, Vector]:
@@ -183,7 +191,7 @@ def make_vectors() -> dict[str, Any]:
                 consents = federation.consents(claim, survivors)
                 messages += [*consents, secagg.unmasking_request(claim, consents)]
             reveals = federation.reveals(claim, survivors, survivors)
-            unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, 5)
+            unmasked = secagg.unmask(federation.cohort, dealt, claim, federation.added(number, uploads), reveals)
             messages += reveals
             rounds.append({"survivors": survivors, "sum": unmasked.total_d.tolist()})
     first = {kind: next(m for m in messages if isinstance(m, kind)) for kind in KINDS}

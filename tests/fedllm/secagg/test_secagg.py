@@ -77,12 +77,11 @@ def finish(federation, number, dealt, uploads, when, vectors) -> None:  # type: 
                 federation.members[site].reveal(proof)
         return
     reveals = federation.reveals(claim, signers, answering)
-    dimension = len(next(iter(vectors.values())))
     if len(reveals) < threshold:
         with pytest.raises(QuorumLost, match=f"round {number}"):
-            secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, dimension)
+            secagg.unmask(federation.cohort, dealt, claim, federation.added(claim.round, uploads), reveals)
         return
-    unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, dimension)
+    unmasked = secagg.unmask(federation.cohort, dealt, claim, federation.added(claim.round, uploads), reveals)
     assert unmasked.doubtful == ()
     assert unmasked.total_d.dtype == np.uint32
     assert unmasked.total_d.tolist() == total({site: vectors[site] for site in uploads}).tolist()
@@ -129,7 +128,7 @@ def test_a_site_that_was_started_again_is_a_dropout_and_then_takes_part_again() 
         reborn.share(federation.share_request(2))
     others = [name for name in uploads if name != site]
     reveals = federation.reveals(claim, (), others)  # it uploaded: its vector is in the sum
-    unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, 8)
+    unmasked = secagg.unmask(federation.cohort, dealt, claim, federation.added(claim.round, uploads), reveals)
     assert unmasked.total_d.tolist() == total(vectors).tolist()
     federation.cohort = secagg.make_cohort(federation.params, [m.join.join for m in federation.members.values()])
     assert federation.run(2, vectors).total_d.tolist() == total(vectors).tolist()
@@ -204,7 +203,7 @@ def test_one_wrong_share_is_found_and_the_sum_is_still_right(holder: int, dealer
     claim = federation.claim(1, dealt, uploads)
     reveals = federation.reveals(claim, list(uploads), list(uploads))
     reveals = [spoil(r, dealer) if r.site == sites[holder] else r for r in reveals]
-    unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, 8)
+    unmasked = secagg.unmask(federation.cohort, dealt, claim, federation.added(claim.round, uploads), reveals)
     assert unmasked.total_d.tolist() == total(vectors).tolist()
     assert unmasked.doubtful in ((), ((sites[holder], sites[dealer]),))  # nobody who is not concerned
     needed = [site for site in sites if site in uploads][:4]
@@ -221,7 +220,7 @@ def test_a_wrong_share_that_changes_only_bits_without_meaning_is_found_too() -> 
     claim = federation.claim(1, dealt, uploads)
     reveals = federation.reveals(claim, list(uploads), list(uploads))
     reveals = [spoil(r, 0) if r.site == "지점-005" else r for r in reveals]
-    unmasked = secagg.unmask(federation.cohort, dealt, claim, uploads, reveals, 8)
+    unmasked = secagg.unmask(federation.cohort, dealt, claim, federation.added(claim.round, uploads), reveals)
     assert unmasked.doubtful == (("지점-005", "지점-001"),)
     assert unmasked.total_d.tolist() == total(vectors).tolist()
 
@@ -234,7 +233,13 @@ def test_where_no_share_is_to_spare_the_round_ends_and_names_all_who_may_be_at_f
     claim = federation.claim(1, dealt, uploads)
     reveals = federation.reveals(claim, (), ["지점-001", "지점-003", "지점-004"])
     with pytest.raises(FederationError, match=r"지점-002.*지점-001, 지점-003, 지점-004.*or one of the others"):
-        secagg.unmask(federation.cohort, dealt, claim, uploads, [spoil(reveals[0], 1), *reveals[1:]], 8)
+        secagg.unmask(
+            federation.cohort,
+            dealt,
+            claim,
+            federation.added(claim.round, uploads),
+            [spoil(reveals[0], 1), *reveals[1:]],
+        )
 
 
 # ---- what an upload says ---------------------------------------------------------------------------------------------

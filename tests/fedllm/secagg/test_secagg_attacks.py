@@ -380,9 +380,18 @@ def test_a_masked_upload_of_another_length(five: Federation) -> None:
     for payload in (uploads[B].payload[:-4], uploads[B].payload + bytes(4), uploads[B].payload[:-1], b""):
         spoiled = uploads[B].model_copy(update={"payload": payload})
         with pytest.raises(MessageError, match=f"{B}.*expected {4 * DIMENSION}"):
-            secagg.read_masked_input(five.cohort, 1, spoiled, DIMENSION)
+            secagg.MaskedSum(five.cohort, 1, DIMENSION).add(spoiled)
     with pytest.raises(MessageError, match="another session, round"):
-        secagg.read_masked_input(five.cohort, 2, uploads[B], DIMENSION)
+        secagg.MaskedSum(five.cohort, 2, DIMENSION).add(uploads[B])
+
+
+def test_a_second_upload_of_a_site_is_in_no_sum(five: Federation) -> None:
+    uploads = five.mask(1, five.share(1), vectors_of(five))
+    total = five.added(1, uploads)
+    before = total.total_d.copy()
+    with pytest.raises(MessageError, match=f"{B}.*twice in round 1"):
+        total.add(uploads[B])
+    assert np.array_equal(total.total_d, before)
 
 
 # ---- repeated requests -----------------------------------------------------------------------------------------------
@@ -547,7 +556,7 @@ def test_fast_path_while_somebody_dropped_out(five: Federation) -> None:
     lie = five.claim(1, dealt, dealt)
     reveals = five.reveals(lie, (), [A, B, C, D])
     with pytest.raises(FederationError, match="uploads and survivors differ"):
-        secagg.unmask(five.cohort, dealt, lie, uploads, reveals, DIMENSION)
+        secagg.unmask(five.cohort, dealt, lie, five.added(1, uploads), reveals)
     honest = five.claim(1, dealt, uploads)
     for site in (A, B, C, D):
         with pytest.raises(PrivacyError, match="two lists of survivors"):
@@ -589,7 +598,7 @@ def test_surplus_noise_fetched_with_one_list_and_the_sum_read_with_another() -> 
     signers = [*honest[1:], colluder]
     reveals = federation.reveals(without, signers, signers)
     del uploads[dropped]
-    read = secagg.unmask(federation.cohort, dealt, without, uploads, reveals, DIMENSION).total_d
+    read = secagg.unmask(federation.cohort, dealt, without, federation.added(without.round, uploads), reveals).total_d
     assert np.array_equal(read, total({site: vectors[site] for site in uploads})), "the sum can be read"
     units = sum(sum(distributed._parts) - sum(distributed._parts[1 + k] for k in given[site]) for site in honest)
     assert units == (8 - 1) * (6 - 1), "with the mechanism's variance, to the unit"
@@ -639,9 +648,9 @@ def test_answers_that_do_not_belong_to_the_round(five: Federation) -> None:
     ]
     for answers, text in spoiled:
         with pytest.raises(MessageError, match=text):
-            secagg.unmask(five.cohort, dealt, claim, uploads, answers, DIMENSION)
+            secagg.unmask(five.cohort, dealt, claim, five.added(1, uploads), answers)
     with pytest.raises(QuorumLost, match="2 sites revealed their shares, expected at least 3"):
-        secagg.unmask(five.cohort, dealt, claim, uploads, reveals[:2], DIMENSION)
+        secagg.unmask(five.cohort, dealt, claim, five.added(1, uploads), reveals[:2])
 
 
 def test_shares_that_the_server_refuses(five: Federation) -> None:

@@ -110,7 +110,7 @@ def test_a_refused_request_changes_nothing(data: st.DataObject) -> None:
     with pytest.raises(FedllmError):
         member.unmask(claim.model_copy(update={**changed, "dropped": ("x",)}))
     reveals = federation.reveals(claim, (), list(uploads))
-    unmasked = unmask(federation.cohort, dealt, claim, uploads, reveals, 3)
+    unmasked = unmask(federation.cohort, dealt, claim, federation.added(claim.round, uploads), reveals)
     assert unmasked.total_d.tolist() == total(vectors).tolist()
 
 
