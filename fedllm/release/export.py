@@ -100,7 +100,7 @@ def export(
         rounded: Tensor | None = None
         if merge:
             model = _merged(run, adapter, base)
-            _save(model, base, new)
+            _save(model, _generation(base, end), new)
             if quantize != "none":
                 skipped, rounded = _quantise(model, base, new, quantize, adapter)
                 if skipped:
@@ -200,14 +200,14 @@ def _merged(run: FinishedRun, adapter: AdapterModel, base: BaseModel) -> Any:
     return model.to(base.stored)
 
 
-def _save(model: Any, base: BaseModel, folder: Path) -> None:
+def _save(model: Any, generation: GenerationConfig, folder: Path) -> None:
     with _quiet():
         if isinstance(model, MeanPooledClassifier):
             model.encoder.save_pretrained(folder)
             save_file({k: v.contiguous() for k, v in model.classifier.state_dict().items()}, folder / HEAD)
         else:
             if model.can_generate():  # whatever the base has there, such as how to sample, was not measured
-                model.generation_config = GenerationConfig.from_pretrained(folder)
+                model.generation_config = generation
             model.save_pretrained(folder)
 
 

@@ -40,7 +40,11 @@ def trained(folder: Path, model: ModelConfig, scale: float = 0.2, **adapter: Any
         training=TrainingConfig(rounds=1),
     )  # fmt: skip
     outcome = Outcome(plan, attached.spec.digest, adapter_digest(values), (SIGNER.public,), "1" * 64, "")
-    audit: Any = SimpleNamespace(sites=("a", "b"), run=SimpleNamespace(rounds=1))
+    audit: Any = SimpleNamespace(
+        sites=("a", "b"),
+        run=SimpleNamespace(rounds=1),
+        accountants=SimpleNamespace(several_sites=((2, 7.5), (3, None))),
+    )
     privacy = Privacy(
         mode="local", unit="record", epsilon=2.5, delta=1e-3, seeded=False, verdict="within", audit="2" * 64
     )
