@@ -305,11 +305,22 @@ class Offices:
         }
 
     def uploads(self, number: int, answers: Mapping[str, Message]) -> dict[str, MaskedInput]:
+        """Have the server add the uploads up; return them, since one that cheats keeps them."""
         found = {}
         for name, answer in answers.items():
             assert isinstance(answer, TrainReply)
-            found[name] = self.masks.read(name, number, *unpack(answer.payload, 2))
+            masked, following = unpack(answer.payload, 2)
+            self.masks.read(name, number, masked, following)
+            found[name] = from_bytes(masked, MaskedInput, MaskedInput)
         return found
+
+    def keep(self, number: int, uploads: Mapping[str, MaskedInput]) -> None:
+        """Have the server forget its sum, and add up these uploads alone."""
+        cohort = self.masks._cohort
+        assert cohort is not None
+        self.masks._uploads = secagg.MaskedSum(cohort, number, self.context.adapter.spec.dimension)
+        for upload in uploads.values():
+            self.masks._uploads.add(upload)
 
     def charges(self, name: str) -> int:
         return len(LedgerFile(self.ledgers[name].file).charges()) if self.ledgers[name].file.exists() else 0
@@ -337,6 +348,7 @@ def test_a_site_whose_start_values_differ_is_in_no_sum(offices: Offices) -> None
         offices.masks.step(2, true.task(true.payload), uploads, offices.ask)
     # those that answered no list yet help to open their own sum, in which the victim is not
     del uploads[victim]
+    offices.keep(2, uploads)
     step = offices.masks.step(2, poisoned.task(poisoned.payload), uploads, offices.ask).step
     assert step is not None
     assert np.abs(step).max() < 100
