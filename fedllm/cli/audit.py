@@ -59,7 +59,7 @@ def report(
     signer = Identity.read(source) if source is not None else None
     pages = [("audit", lang.value)] if lang is not None else [("audit", "en"), ("audit.ko", "ko")]
     written = write_audit(run, out or run / FOLDER, pages, ledgers, signer, CROSS_CHECKS)
-    typer.echo(f"{_VERDICTS[written.audit.verdict]}. The report is in {written.folder}")
+    typer.echo(f"{VERDICTS[written.audit.verdict]}. The report is in {written.folder}")
     _list(written.audit, "fails")
     _list(written.audit, "unverified")
     if signer is None:
@@ -80,7 +80,7 @@ def _list(audit: "Audit", status: "Status") -> bool:
     return bool(found)
 
 
-_VERDICTS = {"within": "within budget", "exceeded": "exceeded", "unverifiable": "cannot verify"}
+VERDICTS = {"within": "within budget", "exceeded": "exceeded", "unverifiable": "cannot verify"}
 
 
 @audit_app.command("verify")
@@ -130,7 +130,7 @@ def verify(
             f for f in audit.findings if f.status == "unverified"
         ]
         raise ChainError(
-            f"the audit is sound, and its verdict is: {_VERDICTS[audit.verdict]} "
+            f"the audit is sound, and its verdict is: {VERDICTS[audit.verdict]} "
             f"({found[0].code}: {found[0].evidence[0]})"
         )
     if left and not allow_uncompared:
@@ -146,7 +146,7 @@ def verify(
         )
     spent = audit.accountants
     typer.echo(
-        f"verified: {_VERDICTS[audit.verdict]}; {len(audit.sites)} sites, {audit.run.rounds} rounds, epsilon at most "
+        f"verified: {VERDICTS[audit.verdict]}; {len(audit.sites)} sites, {audit.run.rounds} rounds, epsilon at most "
         f"{'∞' if spent.pld is None else f'{spent.pld:.4g}'} at delta {spent.delta:g} ({escaped(spent.site)})"
     )
 

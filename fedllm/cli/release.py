@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedllm.cli.audit import VERDICTS, Lang
 from fedllm.errors import ReleaseError
 from fedllm.shown import escaped
 
@@ -37,13 +38,6 @@ class Quantised(Enum):
     none = "none"
     int8 = "int8"
     nf4 = "nf4"
-
-
-class Lang(Enum):
-    """Languages of a page."""
-
-    ko = "ko"
-    en = "en"
 
 
 class Targets(Enum):
@@ -123,12 +117,11 @@ def _claim(manifest: "Manifest") -> None:
         typer.echo("NOT PRIVATE: the model may give away the records that it was trained on.")
     epsilon = "∞" if privacy.epsilon is None or privacy.mode == "off" else f"{privacy.epsilon:.4g}"
     form = manifest.form + (f", {manifest.quantized}" if manifest.quantized != "none" else "")
-    verdict = {"within": "within budget", "exceeded": "exceeded", "unverifiable": "cannot verify"}[privacy.verdict]
     lines = {
         "name": f"{manifest.name} ({form}, {manifest.task})",
         "base": f"{base.source}{f' @ {base.revision}' if base.revision else ''}, SHA-256 {base.digest[:16]}…",
         "epsilon": f"{epsilon} at delta {privacy.delta:g}, for one {privacy.unit} of one site (mode {privacy.mode})",
-        "audit": f"{verdict}; audit.json SHA-256 {privacy.audit[:16]}…",
+        "audit": f"{VERDICTS[privacy.verdict]}; audit.json SHA-256 {privacy.audit[:16]}…",
         "run": f"{training.run}, record {training.record[:16]}…, signed by {training.signer}",
         "adapter": f"SHA-256 {training.adapter[:16]}…",
         "made": f"{manifest.made} UTC by fedllm {manifest.program}",
@@ -316,9 +309,7 @@ def synthesize(
 
 
 def _promise(privacy: "Privacy") -> str:
-    if not privacy.private:
-        return "NOT PRIVATE"
-    return f"epsilon {privacy.epsilon:.4g} at delta {privacy.delta:g}, for one {privacy.unit} of one site"
+    return f"{privacy.said}, for one {privacy.unit} of one site" if privacy.private else privacy.said
 
 
 def _say(line: str) -> None:

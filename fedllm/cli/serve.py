@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fedllm.cli.enrolment import SERVING, absolute, keep_private
+from fedllm.cli.release import DestArgument, TrustOption
 from fedllm.cli.runs import write_units
 from fedllm.errors import ConfigError
 
@@ -53,11 +54,6 @@ _Home = Annotated[
     Path, typer.Option("--home", envvar="FEDLLM_HOME", help="The server's place: tokens, and what it serves.",
                        show_default="~/.fedllm/serve")
 ]  # fmt: skip
-_Dest = Annotated[Path, typer.Argument(help="The release, of fedllm release export.", show_default=False)]
-_Trust = Annotated[
-    Path, typer.Option("--trust", help="Your file of keys, lines NAME KEY: head-office's is needed.",
-                       show_default=False)
-]  # fmt: skip
 _Host = Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0: in every network.")]
 _Port = Annotated[int, typer.Option("--port", help="0: any that is free.", min=0, max=65535)]
 _Name = Annotated[str, typer.Argument(help="Whose token, such as desk-3.", show_default=False)]
@@ -70,8 +66,8 @@ def register(app: typer.Typer) -> None:
 
 @serve_app.command("run")
 def run(
-    dest: _Dest,
-    trust: _Trust,
+    dest: DestArgument,
+    trust: TrustOption,
     host: _Host = "127.0.0.1",
     port: _Port = 8443,
     tls_cert: Annotated[
@@ -139,9 +135,8 @@ def run(
     def ready(url: str) -> None:
         _note(place, dest.absolute(), trust.absolute(), url, door)
         privacy = manifest.privacy
-        claim = f"epsilon {privacy.epsilon:.4g} at delta {privacy.delta:g}" if privacy.private else "NOT PRIVATE"
-        claim += ", which its audit could not verify" if privacy.private and privacy.verdict != "within" else ""
-        typer.echo(f"serving {manifest.name} ({claim}) at {url}")
+        unsure = ", which its audit could not verify" if privacy.private and privacy.verdict != "within" else ""
+        typer.echo(f"serving {manifest.name} ({privacy.said}{unsure}) at {url}")
 
     serve.run(release, door, limits, ready)
     typer.echo("stopped")
@@ -182,8 +177,8 @@ def _note(home: Path, dest: Path, trust: Path, url: str, door: "Door") -> None:
 
 @serve_app.command("units")
 def units(
-    dest: _Dest,
-    trust: _Trust,
+    dest: DestArgument,
+    trust: TrustOption,
     tls_cert: Annotated[Path, typer.Option("--tls-cert", help="The server's certificate, PEM.", show_default=False)],
     tls_key: Annotated[Path, typer.Option("--tls-key", help="Its key, PEM.", show_default=False)],
     folder: Annotated[Path, typer.Option("--to", help="Where to write them.")] = Path("fedllm-units"),

@@ -77,7 +77,7 @@ def _release(served: Serving) -> list[CheckResult]:
     text = f"release: {manifest.name} in {served.release} verifies, every file"
     if not privacy.private:
         return [warning(f"{text}; it is NOT PRIVATE")]
-    return [ok(f"{text}; epsilon {privacy.epsilon:.4g} at delta {privacy.delta:g} for a {privacy.unit}")]
+    return [ok(f"{text}; {privacy.said} for a {privacy.unit}")]
 
 
 def _certificate(served: Serving) -> list[CheckResult]:

@@ -24,7 +24,7 @@ from fedllm.audit.trust import Trust
 from fedllm.config import TextConfig
 from fedllm.errors import ConfigError, DataError, FedllmError, ModelError, ReleaseError
 from fedllm.files import cannot_write, replace_file
-from fedllm.release.loading import BASE, Release, load_release
+from fedllm.release.loading import Release, base_of, load_release
 from fedllm.release.manifest import Digest, Manifest, check_place, manifest_digest, verify_release
 from fedllm.settings_file import read_settings
 from fedllm.training.adapter import logits_of
@@ -158,10 +158,11 @@ def evaluate(
         raise ConfigError("chrF needs sacrebleu. Run: pip install 'fedllm[evaluate]'")
     rows, there = read_records(data, first.reading, limit, [m.reading for m in manifests.values()], templates)
     say(f"{len(rows):,} of {there:,} records of {data}, which you call public: nothing is counted for their scores")
-    notes = _notes_on(data, manifests, len(rows))
+    names, digest = _names(manifests), _digest(data)
+    notes = _notes_on(digest, dict(zip(names, manifests.values(), strict=True)), len(rows))
     columns, bases = list[_Column](), set[str]()
     tried = dict[str, _Found]()
-    for (folder, manifest), name in zip(manifests.items(), _names(manifests), strict=True):
+    for (folder, manifest), name in zip(manifests.items(), names, strict=True):
         say(f"{name}: {folder}")
         release = load_release(folder, manifest)
         if manifest.base.digest not in bases:
@@ -183,7 +184,7 @@ def evaluate(
         del release  # its memory is the next one's
     if len({column.found.tokens.sum() for column in columns}) > 1 and first.task == "causal-lm":
         notes.append(Note(code="tokens", values={}))
-    return _compared(first, data, there, columns, tried if templates else {}, templates, notes)
+    return _compared(first, (data, digest), there, columns, tried if templates else {}, templates, notes)
 
 
 def write(evaluation: Evaluation, folder: Path, pages: Mapping[str, str], releases: Sequence[Path]) -> None:
@@ -401,14 +402,12 @@ def _asked_by(release: Release, reading: TextConfig) -> Release:
 def _base_of(release: Release) -> Release | Note:
     """Return the base of a release, read as the release is; a note why there is none to compare with."""
     manifest = release.manifest
-    base, inside, config = manifest.base, release.folder / BASE, manifest.model
-    if inside.is_dir():
-        config = config.model_copy(update={"source": str(inside), "revision": None})
+    base = manifest.base
     told = {"base": base.source}
     if manifest.pooling == "mean":
         return Note(code="new_head", values=told)
     try:
-        loaded = load_base(config, pick_device("auto"))
+        loaded = load_base(base_of(release.folder, manifest), pick_device("auto"))
     except (ModelError, ConfigError) as error:
         return Note(code="no_base", values={**told, "why": str(error)})
     if loaded.digest != base.digest:
@@ -488,8 +487,8 @@ def _estimates(drawn: Mapping[Metric, NDArray[np.float64]]) -> Estimates:
 
 
 def _compared(
-    first: Manifest, data: str, there: int, columns: Sequence[_Column], tried: Mapping[str, _Found], prompts: Prompts,
-    notes: list[Note],
+    first: Manifest, data: tuple[str, str | None], there: int, columns: Sequence[_Column], tried: Mapping[str, _Found],
+    prompts: Prompts, notes: list[Note],
 ) -> Evaluation:  # fmt: skip
     drawn = dict(zip((c.name for c in columns), _drawn_all([c.found for c in columns], first.task), strict=True))
     lead = next(column.name for column in columns if column.manifest is not None)
@@ -505,8 +504,8 @@ def _compared(
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         program=fedllm.__version__,
         task=first.task,
-        data=data,
-        data_digest=_digest(data),
+        data=data[0],
+        data_digest=data[1],
         records=len(some.tokens),
         records_there=there,
         models=tuple(_model(column, _estimates(drawn[column.name])) for column in columns),
@@ -579,17 +578,10 @@ def _names(manifests: Mapping[Path, Manifest]) -> list[str]:
     ]
 
 
-def _notes_on(data: str, manifests: Mapping[Path, Manifest], records: int) -> list[Note]:
-    digest = _digest(data)
-    notes = [
-        Note(code="taught", values={"name": name})
-        for name, manifest in zip(_names(manifests), manifests.values(), strict=True)
-        if digest in manifest.public_data
-    ]
+def _notes_on(digest: str | None, named: Mapping[str, Manifest], records: int) -> list[Note]:
+    notes = [Note(code="taught", values={"name": name}) for name, each in named.items() if digest in each.public_data]
     notes += [
-        Note(code="not_private", values={"name": name})
-        for name, manifest in zip(_names(manifests), manifests.values(), strict=True)
-        if not manifest.privacy.private
+        Note(code="not_private", values={"name": name}) for name, each in named.items() if not each.privacy.private
     ]
     return notes + ([Note(code="few", values={"records": str(records)})] if records < _FEW else [])
 

@@ -18,9 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fedllm.config import ModelConfig
 from fedllm.errors import ModelError, ReleaseError, first_line
 from fedllm.release.manifest import Manifest
-from fedllm.training.adapter import generated
+from fedllm.training.adapter import answered, virtual_tokens
 from fedllm.training.chat import AnswerEnd, answer_end
 from fedllm.training.data import Row, Tokeniser
 from fedllm.training.model import MeanPooledClassifier, load_base, pick_device
@@ -74,21 +75,16 @@ class Release:
             found.update(zip(some, self._answers([prompts[i] for i in some], most, options), strict=True))
         return [found[i] for i in range(len(prompts))]
 
+    @cached_property
+    def positions(self) -> int:
+        """The most tokens of a prompt and its answer; 2^31 where the model's configuration has no limit."""
+        declared = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return (declared if isinstance(declared, int) and declared > 0 else 1 << 31) - virtual_tokens(self.model)
+
     @torch.inference_mode()
     def _answers(self, prompts: Sequence[list[int]], most: int, options: dict[str, Any]) -> list[str]:
-        pad = cast(int, self.tokenizer.pad_token_id)
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
-        virtual = isinstance(self.model, PeftModel)  # as its tokens cannot be merged
-        limit -= self.model.peft_config["default"].num_virtual_tokens if virtual else 0
-        prompts = [prompt[-max(1, limit - most) :] for prompt in prompts]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        ends = list(self.end.tokens) or None
-        chosen = {"max_new_tokens": most, "pad_token_id": pad, "eos_token_id": ends, "do_sample": False, **options}
-        new = generated(self.model, ids, mask, **chosen)
-        texts = self.tokenizer.batch_decode([self.end.cut(answer) for answer in new.tolist()], skip_special_tokens=True)
-        return [(str(text).partition(self.end.text)[0] if self.end.text else str(text)).strip() for text in texts]
+        room = max(1, self.positions - most)
+        return answered(self.model, self.tokenizer, self.end, [prompt[-room:] for prompt in prompts], most, **options)
 
 
 def load_release(folder: Path, manifest: Manifest, device: str = "auto") -> Release:
@@ -112,11 +108,14 @@ def load_release(folder: Path, manifest: Manifest, device: str = "auto") -> Rele
     return Release(folder, manifest, model.eval().requires_grad_(False), tokenizer)
 
 
-def _with_adapter(folder: Path, manifest: Manifest, device: str) -> Any:
+def base_of(folder: Path, manifest: Manifest) -> ModelConfig:
+    """Return the base of a release as it is to be had: in its folder, or by its name."""
     inside = folder / BASE
-    model = manifest.model
-    if inside.is_dir():
-        model = model.model_copy(update={"source": str(inside), "revision": None})
+    return manifest.model.model_copy(update={"source": str(inside), "revision": None} if inside.is_dir() else {})
+
+
+def _with_adapter(folder: Path, manifest: Manifest, device: str) -> Any:
+    model = base_of(folder, manifest)
     base = load_base(model, device)
     if base.digest != manifest.base.digest:
         raise ReleaseError(

@@ -7,9 +7,9 @@ the model was made of, and the privacy claim with the digest of the evidence beh
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -28,6 +28,19 @@ _TYPE = "application/vnd.fedllm.release+json"
 _MOST_BYTES, _MOST_FILES = 16 << 20, 10_000  # of a manifest, and in it
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # SHA-256, in hex
+
+
+class Signed(Frozen):
+    """What head office signs about a folder."""
+
+    format: Literal[1] = 1
+    made: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}$")  # UTC, by its signer's clock
+    program: Printable  # fedllm's version
+    signer: Printable | None = None  # fingerprint of who signs this: DSSE does not sign it
+    files: dict[str, Digest] = Field({}, max_length=_MOST_FILES)  # of the folder, but this: path with / -> SHA-256
+
+
+_T = TypeVar("_T", bound=Signed)
 
 
 class Base(Frozen):
@@ -64,13 +77,15 @@ class Privacy(Frozen):
         """Whether the model may be called private."""
         return self.mode != "off" and not self.seeded and self.epsilon is not None
 
+    @property
+    def said(self) -> str:
+        """The claim in a few words of English."""
+        return f"epsilon {self.epsilon:.4g} at delta {self.delta:g}" if self.private else "NOT PRIVATE"
 
-class Manifest(Frozen):
+
+class Manifest(Signed):
     """What a release is; everything in it is public."""
 
-    format: Literal[1] = 1
-    made: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}$")  # UTC, by its signer's clock
-    program: Printable  # fedllm's version
     name: Printable  # of the run, or of the student
     form: Literal["adapter", "merged", "student"]
     quantized: Literal["none", "int8", "nf4"] = "none"
@@ -84,10 +99,8 @@ class Manifest(Frozen):
     max_length: int = Field(ge=8)  # tokens of a record, question and answer together
     teacher: Digest | None = None  # a student: of its teacher's release.json; the claim is the teacher's
     public_data: tuple[Digest, ...] = ()  # a student: of the files it was taught on, which cost nothing
-    signer: Printable  # fingerprint of who signs this: DSSE does not sign it
-    files: dict[str, Digest] = Field(
-        max_length=_MOST_FILES
-    )  # every file of the folder but this: path with / -> SHA-256
+    signer: Printable
+    files: dict[str, Digest] = Field(max_length=_MOST_FILES)
 
     @model_validator(mode="after")
     def _validate(self) -> "Manifest":
@@ -111,12 +124,17 @@ def sign_release(folder: Path, manifest: Manifest, signer: Identity) -> Manifest
     written.
     """
     signed = manifest.model_copy(update={"files": digests(folder), "signer": signer.public.fingerprint})
-    text = sign_envelope(canonical_json(signed.model_dump(mode="json")), _TYPE, signer)
-    try:
-        replace_file(folder / MANIFEST, text.encode() + b"\n", 0o644)
-    except OSError as error:
-        raise cannot_write(folder / MANIFEST, error) from error
+    write_signed(folder / MANIFEST, signed, _TYPE, signer)
     return signed
+
+
+def write_signed(path: Path, value: Signed, payload_type: str, signer: Identity) -> None:
+    """Write what `read_signed` reads; raises FolderError."""
+    text = sign_envelope(canonical_json(value.model_dump(mode="json")), payload_type, signer)
+    try:
+        replace_file(path, text.encode() + b"\n", 0o644)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def verify_release(folder: Path, trust: Trust) -> Manifest:
@@ -126,44 +144,42 @@ def verify_release(folder: Path, trust: Trust) -> Manifest:
     signature is not head office's.
     """
     manifest = read_manifest(folder, trust)
-    found = _files(folder)
-    for name in sorted(manifest.files.keys() | found.keys()):  # before any is read: one that was added may be endless
-        if name not in found:
-            raise ReleaseError(f"{folder}: {escaped(name)} is missing. Copy the release again.")
-        if name not in manifest.files:
-            raise ReleaseError(
-                f"{folder}: {escaped(name)} was added: nobody has signed for it. Copy the release again."
-            )
-    for name, digest in digests(folder).items():
-        if digest != manifest.files[name]:
-            raise ReleaseError(f"{folder}: {escaped(name)} was changed since it was signed. Copy the release again.")
+    check_files(folder, manifest.files)
     return manifest
 
 
 def read_manifest(folder: Path, trust: Trust) -> Manifest:
     """Return what head office has signed for a release; its files are not looked at. Raises ReleaseError."""
-    path = folder / MANIFEST
+    if not os.path.lexists(folder / MANIFEST):
+        raise ReleaseError(
+            f"{folder} holds no release: there is no {MANIFEST}. Name a folder that `fedllm release export` has made."
+        )
+    return read_signed(folder / MANIFEST, _TYPE, Manifest, trust, _MOST_BYTES)
+
+
+def read_signed(path: Path, payload_type: str, kind: type[_T], trust: Trust, most: int, what: str = "release") -> _T:
+    """Return the `kind` that head office has signed in a file of at most `most` bytes; people call its folder `what`.
+
+    Raises ReleaseError for what is no such file, and for another signer than `trust` knows.
+    """
+    again = f"Copy the {what} again."
     try:
         state = path.lstat()
         if not stat.S_ISREG(state.st_mode):  # a pipe would never end
-            raise ReleaseError(f"{path}: no file, but a link or the like. Copy the release again.")
-        if state.st_size > _MOST_BYTES:
-            raise ReleaseError(f"{path}: {state.st_size:,} bytes, expected at most {_MOST_BYTES:,}. Is it a release?")
+            raise ReleaseError(f"{path}: no file, but a link or the like. {again}")
+        if state.st_size > most:
+            raise ReleaseError(f"{path}: {state.st_size:,} bytes, expected at most {most:,}. Is it a {what}?")
         text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise ReleaseError(
-            f"{folder} holds no release: there is no {MANIFEST}. Name a folder that `fedllm release export` has made."
-        ) from None
     except UnicodeDecodeError:
-        raise ReleaseError(f"{path}: not a signed envelope. Copy the release again.") from None
+        raise ReleaseError(f"{path}: not a signed envelope. {again}") from None
     except OSError as error:
         raise cannot_read(path, error) from None
     try:
-        payload, signer = open_envelope(text.removesuffix("\n"), _TYPE)
+        payload, signer = open_envelope(text.removesuffix("\n"), payload_type)
         read_json(payload)  # no key twice
-        manifest = Manifest.model_validate_json(payload)
+        found = kind.model_validate_json(payload)
     except CryptoError as error:
-        raise ReleaseError(f"{path}: {error}. Copy the release again.") from None
+        raise ReleaseError(f"{path}: {error}. {again}") from None
     except ValidationError as error:
         first = error.errors()[0]
         raise ReleaseError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -174,19 +190,33 @@ def read_manifest(folder: Path, trust: Trust) -> Manifest:
             f"{path} is signed by {signer.fingerprint}, which is not a key that you trust as {HEAD_OFFICE}. Compare it "
             "with head office by another way before you add it to your file of keys."
         )
-    if manifest.signer != signer.fingerprint:
-        raise ReleaseError(f"{path}: it names {manifest.signer} as its signer, and {signer.fingerprint} signed it.")
-    return manifest
+    if found.signer != signer.fingerprint:
+        raise ReleaseError(f"{path}: it names {found.signer} as its signer, and {signer.fingerprint} signed it.")
+    return found
 
 
-def digests(folder: Path) -> dict[str, str]:
+def check_files(folder: Path, signed: Mapping[str, str], but: str = MANIFEST, what: str = "release") -> None:
+    """Raise ReleaseError that names the first file of a folder, all `but` one, that is not as it was signed."""
+    again = f"Copy the {what} again."
+    found = _files(folder, but)
+    for name in sorted(signed.keys() | found.keys()):  # before any is read: one that was added may be endless
+        if name not in found:
+            raise ReleaseError(f"{folder}: {escaped(name)} is missing. {again}")
+        if name not in signed:
+            raise ReleaseError(f"{folder}: {escaped(name)} was added: nobody has signed for it. {again}")
+    for name, digest in digests(folder, but).items():
+        if digest != signed[name]:
+            raise ReleaseError(f"{folder}: {escaped(name)} was changed since it was signed. {again}")
+
+
+def digests(folder: Path, but: str = MANIFEST) -> dict[str, str]:
     """Return the SHA-256, in hex, of every file in a folder but its manifest, by its path with /.
 
     Raises ReleaseError for what is no plain file: what a link points to is not what was signed.
     """
     found: dict[str, str] = {}
     try:
-        for name, path in _files(folder).items():
+        for name, path in _files(folder, but).items():
             with path.open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -194,7 +224,7 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def _files(folder: Path, but: str) -> dict[str, Path]:
     """Return every file in a folder but its manifest, by its path with /. Raises ReleaseError as `digests` does."""
     found: dict[str, Path] = {}
     try:
@@ -208,7 +238,7 @@ def _files(folder: Path) -> dict[str, Path]:
                 mode = path.lstat().st_mode
                 inside = path.relative_to(folder).as_posix()
                 if stat.S_ISREG(mode):
-                    if inside != MANIFEST:
+                    if inside != but:
                         found[inside] = path
                 elif not stat.S_ISDIR(mode):
                     raise ReleaseError(

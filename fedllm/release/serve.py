@@ -51,6 +51,7 @@ from fedllm.release.loading import Release
 from fedllm.release.manifest import Manifest, manifest_digest
 from fedllm.release.tokens import Gatekeeper, read_tokens
 from fedllm.shown import escaped
+from fedllm.training.adapter import virtual_tokens
 from fedllm.training.data import text_of
 from fedllm.values import address
 
@@ -111,21 +112,18 @@ def check_epsilon(manifest: Manifest, most: float | None, unverified: bool = Fal
             "missing. Ask head office for a release of a complete audit; --allow-unverified serves this one."
         )
     spent = cast(float, privacy.epsilon) if privacy.private else math.inf
-    said = f"epsilon {spent:.4g} at delta {privacy.delta:g}" if privacy.private else "NOT PRIVATE"
     if spent <= (sys.float_info.max if most is None else most):
         return
     if not privacy.private:
-        raise ReleaseError(f"{manifest.name} is {said}. To serve it all the same: --max-epsilon inf")
-    raise ReleaseError(f"{manifest.name}: {said}, and --max-epsilon={most:g} permits less. Serve another release.")
+        raise ReleaseError(f"{manifest.name} is {privacy.said}. To serve it all the same: --max-epsilon inf")
+    raise ReleaseError(
+        f"{manifest.name}: {privacy.said}, and --max-epsilon={most:g} permits less. Serve another release."
+    )
 
 
 def positions(release: Release) -> int:
     """Return how many tokens the model takes, as far as its configuration says; at most 4096."""
-    config = release.model.config
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    virtual = sum(one.num_virtual_tokens or 0 for one in getattr(release.model, "peft_config", {}).values()
-                  if one.is_prompt_learning)  # fmt: skip
-    return (min(4096, most) if isinstance(most, int) and most > 0 else 4096) - virtual
+    return min(4096 - virtual_tokens(release.model), release.positions)
 
 
 # ---- a process that tells nothing ------------------------------------------------------------------------------------

@@ -17,27 +17,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import Field
 
 import fedllm
 from fedllm.audit.trust import Trust
-from fedllm.canonical import canonical, canonical_json, read_json
+from fedllm.canonical import canonical
 from fedllm.config import TextConfig
 from fedllm.crypto.identity import Identity
-from fedllm.crypto.signed_documents import open_envelope, sign_envelope
-from fedllm.errors import ConfigError, CryptoError, DataError, ReleaseError, first_line
+from fedllm.errors import ConfigError, DataError, ReleaseError
 from fedllm.files import new_folder, read
 from fedllm.release.cards import write_pages
 from fedllm.release.loading import Release
-from fedllm.release.manifest import Digest, Privacy, Training, check_place, digests, manifest_digest
+from fedllm.release.manifest import (
+    Digest,
+    Privacy,
+    Signed,
+    Training,
+    check_files,
+    check_place,
+    digests,
+    manifest_digest,
+    read_signed,
+    write_signed,
+)
 from fedllm.release.questions import ANSWER, Questions, answer_place, check_answers, question_columns
 from fedllm.settings_file import read_settings
 from fedllm.training.data import Row, fields_of, read_rows, render
 from fedllm.training.text_files import column_name
-from fedllm.values import HEAD_OFFICE, Frozen, Printable, Seed
+from fedllm.values import Frozen, Seed
 
 RECORDS, SIGNED = "records.jsonl", "synthetic.json"  # files of a set
 _TYPE = "application/vnd.fedllm.synthetic+json"
@@ -72,12 +81,9 @@ class Overlap(Frozen):
     runs: int  # of the kept answers: share a run of 8 words, or of 20 characters without spaces
 
 
-class SyntheticSet(Frozen):
-    """What is signed about a set."""
+class SyntheticSet(Signed):
+    """What is signed about a set; without a signer it stands in the cards alone."""
 
-    format: Literal[1] = 1
-    made: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}$")  # UTC, by its maker's clock
-    program: Printable  # fedllm's version
     release: Digest  # of the release.json of the model that answered
     training: Training
     privacy: Privacy  # the claim of that release, which is that of the set
@@ -85,8 +91,6 @@ class SyntheticSet(Frozen):
     prompts: Digest  # of the file of prompts
     counts: Counts
     overlap: Overlap | None
-    signer: Printable | None = None  # fingerprint; DSSE does not sign it
-    files: dict[str, Digest] = Field({})  # of the folder, but this
 
 
 @dataclass(frozen=True)
@@ -302,10 +306,9 @@ def write_set(
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in records]
         (folder / RECORDS).write_text("".join(lines), "utf-8")
         write_pages(folder, "synthetic", s=found, m=release.manifest, columns=sorted(records[0]))
-        found = found.model_copy(update={"files": digests(folder)})
+        found = found.model_copy(update={"files": digests(folder, SIGNED)})
         if signer is not None:
-            text = sign_envelope(canonical_json(found.model_dump(mode="json")), _TYPE, signer)
-            (folder / SIGNED).write_text(text + "\n", "utf-8")
+            write_signed(folder / SIGNED, found, _TYPE, signer)
     return found
 
 
@@ -317,20 +320,6 @@ def is_set(data: Path) -> bool:
 def verify_set(data: Path, trust: Trust) -> SyntheticSet:
     """Return what a signed set claims, after its signer and every file were checked; raises ReleaseError."""
     folder = data if data.is_dir() else data.parent
-    path = folder / SIGNED
-    try:
-        payload, signer = open_envelope(read(path, _MOST_BYTES).decode().removesuffix("\n"), _TYPE)
-        read_json(payload)  # no key twice
-        found = SyntheticSet.model_validate_json(payload)
-    except (CryptoError, ValueError, RecursionError) as error:
-        raise ReleaseError(f"{path}: {first_line(error)}. Copy the set again.") from None
-    if not trust.knows(HEAD_OFFICE, signer) or found.signer != signer.fingerprint:
-        raise ReleaseError(
-            f"{path} is signed by {signer.fingerprint}, which is not a key that you trust as {HEAD_OFFICE}. Compare it "
-            "with head office by another way before you add it to your file of keys."
-        )
-    there = {name: digest for name, digest in digests(folder).items() if name != SIGNED}
-    for name in sorted(found.files.keys() | there.keys()):
-        if found.files.get(name) != there.get(name):
-            raise ReleaseError(f"{folder}: {name} is not as it was signed. Copy the set again.")
+    found = read_signed(folder / SIGNED, _TYPE, SyntheticSet, trust, _MOST_BYTES, "set")
+    check_files(folder, found.files, SIGNED, "set")
     return found

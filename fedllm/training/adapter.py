@@ -7,7 +7,7 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from fedllm.adapter_vector import AdapterSpec, TensorSpec
 from fedllm.config import AdapterConfig, ModelConfig
 from fedllm.errors import ModelError, first_line
+from fedllm.training.chat import AnswerEnd
 from fedllm.training.model import HEADS, BaseModel, linear_layers, load_base, made_up, pick_dtype, weights
 from fedllm.training.precision import SAME_LOGITS
 from fedllm.training.quantised import unseen
@@ -90,10 +91,6 @@ class AdapterModel:
     def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits [N, T, vocabulary] of the text's own tokens, or [N, classes], for [N, T] each."""
         return logits_of(self.model, input_ids, attention_mask)
-
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
-        """Return the tokens, int64[N, new], that are added to texts padded on the left: see `generated`."""
-        return generated(self.model, input_ids, attention_mask, **options)
 
     def load(self, vector: NDArray[np.float32]) -> None:
         """Set the values from float32[d]; raises SpecMismatch on another shape."""
@@ -172,7 +169,7 @@ def generated(model: Any, input_ids: Tensor, attention_mask: Tensor, **options: 
     virtual ones: transformers 5 does not tell it any more where a text begins. So the base generates, and is given what
     PEFT makes of the virtual tokens. `options` name the `pad_token_id`.
     """
-    virtual = _virtual_tokens(model)
+    virtual = virtual_tokens(model)
     if not virtual:
         whole: Tensor = model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
         return whole[:, input_ids.shape[1] :]
@@ -184,6 +181,26 @@ def generated(model: Any, input_ids: Tensor, attention_mask: Tensor, **options: 
     with _quiet():
         new: Tensor = cast(Any, model.get_base_model()).generate(**inputs, **options)
     return new[:, given:]
+
+
+def answered(
+    model: Any, tokenizer: Any, end: AnswerEnd, prompts: Sequence[Sequence[int]], most: int, **options: Any
+) -> list[str]:
+    """Return what a model answers to prompts, as text: greedy, at most `most` tokens each, up to what ends an answer.
+
+    `options` are of transformers' `generate`.
+    """
+    pad, width = tokenizer.pad_token_id, max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # padded on the left, so that every answer begins at `width`
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    device = next(model.parameters()).device
+    chosen = {"do_sample": False, "eos_token_id": list(end.tokens) or None, **options}
+    new = generated(model, ids.to(device), mask.to(device), max_new_tokens=most, pad_token_id=pad, **chosen)
+    texts = tokenizer.batch_decode([end.cut(answer) for answer in new.tolist()], skip_special_tokens=True)
+    return [(str(text).partition(end.text)[0] if end.text else str(text)).strip() for text in texts]
 
 
 def check_saved(folder: Path, adapter: AdapterModel, vector: NDArray[np.float32], model: ModelConfig) -> bool:
@@ -232,7 +249,7 @@ def _saved_name(name: str) -> str:
     return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
 
 
-def _virtual_tokens(model: Any) -> int:
+def virtual_tokens(model: Any) -> int:
     """Return how many tokens an adapter puts before every text."""
     config: Any = model.peft_config["default"] if isinstance(model, PeftModel) else None
     return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
@@ -248,7 +265,7 @@ def _quiet() -> Iterator[None]:
 
 def logits_of(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return logits [N, T, vocabulary] of the text's own tokens, or [N, classes], of any model."""
-    with _quiet() if _virtual_tokens(model) else contextlib.nullcontext():
+    with _quiet() if virtual_tokens(model) else contextlib.nullcontext():
         output: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
     return output[:, -input_ids.shape[1] :] if output.ndim == 3 else output
 

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import string
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta
@@ -772,9 +773,9 @@ class Drawn(Sequence[PrivacyUnit]):
 class MadeWhenTaken(Sequence[PrivacyUnit]):
     """Units that are made by `take`, each when it is looked at; a slice holds those that it names."""
 
+    @abstractmethod
     def take(self, index: int) -> PrivacyUnit:
         """Return a unit, by its place from 0."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> PrivacyUnit: ...

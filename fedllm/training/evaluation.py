@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fedllm.config import HeldoutConfig, ModelConfig
 from fedllm.errors import ModelError
 from fedllm.privacy.mechanism import Mechanism
-from fedllm.training.adapter import AdapterModel
+from fedllm.training.adapter import AdapterModel, answered
 from fedllm.training.chat import answer_end
 from fedllm.training.data import (
     Batch,
@@ -127,24 +127,7 @@ class Evaluator:
         new_tokens = max(len(self._tokeniser.answer_ids(table[i], i)) for i in rows) + 8
         room = max(1, self._adapter.positions - new_tokens)
         prompts = [self._tokeniser.prompt_ids(table[i], i)[-room:] for i in rows]
-        width = max(map(len, prompts))
-        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # padded on the left, so that every answer begins at `width`
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        device = self._adapter.device
-        output = self._adapter.generate(
-            ids.to(device),
-            mask.to(device),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=list(self._end.tokens) or None,
-        )
-        answers = [self._end.cut(answer) for answer in output.tolist()]
-        texts = [str(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-        return [(text.partition(self._end.text)[0] if self._end.text else text).strip() for text in texts]
+        return answered(self._adapter.model, tokenizer, self._end, prompts, new_tokens)
 
 
 def losses_of(

@@ -1,6 +1,7 @@
 """What was trained, what PEFT loads, what was merged and what a folder gives back are one model."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from fedllm.release.export import Quantised, export
 from fedllm.release.finished_run import FinishedRun
 from fedllm.release.loading import load_release
 from fedllm.release.manifest import verify_release
-from fedllm.training.adapter import AdapterModel
+from fedllm.training.adapter import AdapterModel, generated
 from fedllm.training.data import Tokeniser
 from tests.fedllm.release.runs import SIGNER, trained
 from tests.fedllm.training.bases import CAUSAL, LABELS, classifier, language, make
@@ -53,7 +54,7 @@ def compared(run: FinishedRun, adapter: AdapterModel, folder: Path, bound: float
     """Export a run in its forms, and compare what was trained with what comes back."""
     ids = torch.randint(3, adapter.vocabulary, (3, 9), generator=torch.Generator().manual_seed(1))
     expected = logits(adapter.model, ids)
-    answers = None if adapter.classifies else greedy(adapter.generate, ids)
+    answers = None if adapter.classifies else greedy(partial(generated, adapter.model), ids)
     forms = [False] if adapter.config.is_prompt_learning else [False, True]
     for merge in forms:
         made = export(run, folder / f"merge-{merge}", SIGNER, merge, **options)
@@ -252,8 +253,8 @@ def test_a_release_is_asked_as_in_training(merge: bool, method: dict[str, Any], 
     for prompt in release.prompts(asked):
         (answer,) = release.answers([prompt], 8)
         ids = torch.tensor([prompt])
-        (expected,) = adapter.generate(
-            ids, torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=2
+        (expected,) = generated(
+            adapter.model, ids, torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=2
         ).tolist()
         text = adapter.tokenizer.decode(release.end.cut(expected), skip_special_tokens=True)
         assert answer == text.strip()

@@ -1,6 +1,7 @@
 """Synthetic records: what is asked, what is kept, what is told of them, and what is refused."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -293,6 +294,20 @@ def test_a_set_that_was_changed_does_not_verify(tiny_release: Released, tmp_path
         file.write(" ")
     with pytest.raises(ReleaseError, match=name):
         verify_set(tmp_path / "set", Trust.read(tiny_release.trust))
+
+
+@pytest.mark.usefixtures("answering")
+def test_what_never_ends_in_a_set_is_named_and_not_read(tiny_release: Released, tmp_path: Path) -> None:
+    command(tiny_release, tmp_path, "--key", str(tiny_release.key))
+    folder, trust = tmp_path / "set", Trust.read(tiny_release.trust)
+    with (folder / "endless.bin").open("wb") as file:
+        file.truncate(1 << 42)  # no bytes on the disk, and an hour's to read
+    with pytest.raises(ReleaseError, match=r"endless\.bin was added"):
+        verify_set(folder, trust)
+    (folder / SIGNED).unlink()
+    os.mkfifo(folder / SIGNED)
+    with pytest.raises(ReleaseError, match="no file, but a link or the like"):
+        verify_set(folder, trust)
 
 
 @pytest.mark.usefixtures("answering")

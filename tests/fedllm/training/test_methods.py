@@ -20,7 +20,7 @@ from fedllm.plan import RunPlan
 from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.training import self_check
-from fedllm.training.adapter import AdapterModel, attach, check_saved
+from fedllm.training.adapter import AdapterModel, attach, check_saved, generated
 from fedllm.training.data import PrivacyUnit
 from fedllm.training.engine import Engine
 from fedllm.training.model import load_base
@@ -314,7 +314,8 @@ def test_generation_follows_the_logits_whatever_the_padding(open_method: Open, m
     for row, text in enumerate(texts):
         ids[row, width - len(text) :], mask[row, width - len(text) :] = torch.tensor(text), 1
     with torch.no_grad():
-        found = adapter.generate(ids, mask, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None)
+        options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        found = generated(adapter.model, ids, mask, **options)
         for row, text in enumerate(texts):
             whole = torch.tensor([text])
             for _ in range(new):

@@ -16,7 +16,7 @@ from fedllm.privacy.mechanism import Mechanism
 from fedllm.privacy.metrics import layout_of
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.training import unit_metrics as module
-from fedllm.training.adapter import AdapterModel, attach
+from fedllm.training.adapter import AdapterModel, attach, generated
 from fedllm.training.data import IGNORE, Example, PrivacyUnit, Tokeniser, build_units, collate, read_table
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
@@ -124,8 +124,14 @@ def test_exact_match_is_that_of_greedy_decoding_on_the_demo(method: str) -> None
         prompt = tokeniser.prompt_ids(table[number], number)
         ids = torch.tensor([prompt])
         with torch.inference_mode():
-            answer = adapter.generate(
-                ids, torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
+            answer = generated(
+                adapter.model,
+                ids,
+                torch.ones_like(ids),
+                max_new_tokens=8,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
             )[0].tolist()
         for place in (None, number):
             told = list(answer)
