@@ -332,9 +332,6 @@ def test_nothing_that_is_asked_or_answered_is_written_and_a_crash_is_survived(se
     again = house.start("desk", port=served.port)  # at once, at the same port
     served.process = again.process
     assert served.ask(CHAT, chat())[1]["choices"][0]["message"]["content"] == said
-    os.kill(served.process.pid, signal.SIGKILL)
-    served.process.wait()
-    served.process = house.start("desk", port=served.port).process
     _ends_with_its_streams(served)
     expect_nothing_of(served.place, SECRET, tail, said, said[:12])
 

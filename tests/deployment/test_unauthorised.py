@@ -272,7 +272,9 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_by_the_office(federa
     federation.ready()
     before = len(branch.charged())
     me, site = head.office.identity, branch.office.identity.public
-    plan = make_plan(config_of("not-asked", 1), ["a", "b", "c"])
+    # one that the policy declines, which is an answer of the site, and comes before its self-check
+    costly = {"privacy.epsilon": 1000, "privacy.noise_multiplier": 0.05}
+    plan = make_plan(config_of("not-asked", 1, **costly), ["a", "b", "c"])
     known = {"run": plan.run, "plan": plan.digest}
     genuine = _sealed(Prepare(plan=plan), site, me, **known)
     begun = RoundBegun(roster="0" * 64, number=1, digest="0" * 64)
@@ -292,7 +294,7 @@ def test_what_the_pinned_head_office_did_not_ask_is_refused_by_the_office(federa
     answer = _ask(head, branch.name, genuine)
     binding, payload, _ = sealed_envelope.open_sealed(answer, me, [site])
     assert binding.request == sealed_envelope.digest(genuine)
-    assert isinstance(from_bytes(payload, Ready, Declined), Ready)
+    assert isinstance(from_bytes(payload, Ready, Declined), Declined)
     others["a replay"] = genuine
     others["older than the last"] = _sealed(train, site, me, **known, round_=1, number=1)
     for request in others.values():
