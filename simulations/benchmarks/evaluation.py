@@ -79,14 +79,15 @@ def _scored(task: _Task, data: Path, source: Path) -> tuple[Layout, Array]:
     model = parse(ModelConfig, {
         "source": str(source), "task": "classification", "pooling": "mean", "max_length": 64, "labels": list(labels),
     })  # fmt: skip
-    adapter = open_context(model, AdapterConfig(), 0, "cpu").adapter
+    context = open_context(model, AdapterConfig(), 0, "cpu")
+    adapter = context.adapter
     parts = adapter.spec.split(adapter.initial)
     head = next(name for name in parts if "classifier" in name)
     vector = np.concatenate([(weights if name == head else part).ravel() for name, part in parts.items()])
     text = DataConfig(train="unused", text="{text}", label=task.label)
     units = build_units(test, Tokeniser(adapter.tokenizer, model, text, adapter.vocabulary), task.unit, _RECORDS)
     chosen = Drawn(units, generator.permutation(len(units))[: task.pool])
-    return layout_of(model, adapter.vocabulary), unit_metrics(adapter, vector.astype(np.float32), chosen)
+    return layout_of(model, adapter.vocabulary), unit_metrics(context.engine, vector.astype(np.float32), chosen, 64)
 
 
 def _release(layout: Layout, sites: list[Array], mode: Mode, mechanism: Mechanism) -> Score:

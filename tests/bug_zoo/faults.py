@@ -444,7 +444,7 @@ def frozen_part_trained_without_noise(patch: Patch) -> None:
     def faulty(self: Engine, optimizer: Any, units: Sequence[PrivacyUnit], micro_batch: int) -> None:
         honest(self, optimizer, units, micro_batch)
         with torch.no_grad():
-            for name, p in self._adapter.model.named_parameters():
+            for name, p in self.adapter.model.named_parameters():
                 if "lora_A" in name and not p.requires_grad:
                     p.add_(1e-3)
 
