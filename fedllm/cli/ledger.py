@@ -248,7 +248,7 @@ def restart(
     PLAN is the plan of a run, plan.json in its folder at the server, and ROUNDS how many rounds of it are missing; its
     last score counts with them.
     `nothing` says that this ledger is the newest, `everything` that nobody knows what is lost: nothing more is trained
-    on the records of this account. End the site first.
+    on any records of this site. Losses count on every account, and what is open stays spent. End the site first.
     """
     from fedllm.files import locked
     from fedllm.privacy.accounting import spent

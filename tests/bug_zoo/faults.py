@@ -599,7 +599,7 @@ def one_site_more_than_there_is(patch: Patch) -> None:
 
 def surplus_from_the_same_seeds(patch: Patch) -> None:
     honest = shared_noise._keyed
-    patch.setattr(shared_noise, "_keyed", lambda _: honest("5a" * 32))
+    patch.setattr(shared_noise, "_keyed", lambda _, place=b"": honest("5a" * 32, place))
 
 
 def shares_from_a_seed(patch: Patch) -> None:
