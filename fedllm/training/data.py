@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from fedllm.canonical import canonical, canonical_json, digest_of
 from fedllm.config import FileConfig, ModelConfig, TextConfig
 from fedllm.errors import ConfigError, DataError, first_line
+from fedllm.training.chat import ANSWER
 from fedllm.training.sources import resolve
 from fedllm.training.text_files import Record, column_name, text_rows
 
@@ -321,6 +322,7 @@ def text_of(value: object, what: str) -> str:
 
 
 _ROLES = ("system", "user", "assistant", "tool")
+_SAID_ELSEWHERE = ("tool_calls", "function_call")  # of what an assistant says, beside its content
 Turn = dict[str, str]  # role and content
 
 
@@ -332,8 +334,11 @@ def conversation(value: object, what: str) -> list[Turn]:
         raise DataError(f"{what} is no conversation: expected a list of objects with role and content")
     if any(turn.get("role") not in _ROLES for turn in value):
         raise DataError(f"{what}: a turn has no role, or none of {', '.join(_ROLES)}")
+    beside = [name for turn in value for name in _SAID_ELSEWHERE if turn.get(name)]
+    if beside:
+        raise DataError(f"{what}: a turn has {beside[0]}, and only content is learned. Write the call into content.")
     turns = [
-        {"role": turn["role"], "content": text_of(turn.get("content"), f"{what}: the content of a turn")}
+        {"role": turn["role"], "content": text_of(_joined(turn.get("content"), what), f"{what}: the content of a turn")}
         for turn in value
     ]
     while turns and turns[-1]["role"] != "assistant":
@@ -341,6 +346,16 @@ def conversation(value: object, what: str) -> list[Turn]:
     if not turns:
         raise DataError(f"{what} has no turn of the assistant, so there is nothing to learn")
     return turns
+
+
+def _joined(content: object, what: str) -> object:
+    """Return the content of a turn, joined to one text where it is a list of parts that are text alone."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{what}: a turn has a part that is no text, such as an image. Leave the record out.")
+    return "".join(map(str, texts))
 
 
 def cell(value: object) -> str:
@@ -429,11 +444,12 @@ class Tokeniser:
 
     def _write(self, row: Row, number: int) -> _Written:
         if self._classifies:
-            value = row.get(self._data.label or "")
+            value, place = row.get(self._data.label or ""), place_of(row, number)
             label = canonical(cell(value))
-            if label not in self._labels or is_missing(value):
-                place = place_of(row, number)
-                raise DataError(f"{place}: label {value!r} is not among model.labels. Declare it or drop the record.")
+            if is_missing(value):
+                raise DataError(f"{place}: {self._data.label} is empty. Fill it in or leave the record out.")
+            if label not in self._labels:
+                raise DataError(f"{place}: label {label!r} is not among model.labels. Declare it or drop the record.")
             return _Written((render(self._data.text or "", row, number, self._data.columns),), label=label)
         turns = self._turns(row, number)
         if self._data.messages is not None:
@@ -480,7 +496,11 @@ class Tokeniser:
         Some templates write a turn that others follow in a shorter form (without what was thought, say): then what it
         says is looked up, and what closes it.
         """
-        opening, alone = self._chat(turns[:number], opens=True), self._chat(turns[: number + 1], opens=False)
+        alone = self._chat(turns[: number + 1], opens=False)
+        if number:
+            opening = self._chat(turns[:number], opens=True)
+        else:  # who speaks first has nothing before that a template could write
+            opening = self._chat([{**turns[0], "content": ANSWER}, *turns[1:]], opens=False).partition(ANSWER)[0]
         if not whole.startswith(opening):
             return 0, 0
         if whole.startswith(alone):
