@@ -381,7 +381,7 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "no micro-batch": (["site.micro_batch=0"], ["site.micro_batch=0"]),
     "rank 0": (["adapter.rank=0"], ["adapter.rank=0"]),
     "too short": (["model.max_length=7"], ["model.max_length=7"]),
-    "labels that are numbers": (["model.labels=[0,1.5]"], ["model.labels.1=1.5", "in quotes"]),
+    "labels without a name": (["model.labels=[0,null]"], ["model.labels.1=None"]),
     "labels for a causal model": (["model.labels=[a,b]"], ["labels", "classification"]),
     "negative seed": (["seed=-1", "federation=iid", "federation.partition.sites=2"], ["seed=-1"]),
     "enormous seed": (["seed=99999999999999999999"], ["seed"]),
@@ -430,7 +430,7 @@ def test_classification_without_labels_or_label_is_refused(fedllm: Any, tmp_path
     refused(fedllm("simulate", *base, "model.labels=[a,b]"), "data.label")
     refused(fedllm("simulate", *base, "model.labels=[a,b]", "data.label=x", "data.prompt=x"), "data.prompt")
     refused(fedllm("simulate", *base, "model.labels=nope.json"), "nope.json")
-    for content in (b"{bad", b'{"a": 1}', b'"abc"', b"[1, 2]", b"\xff\xfe"):
+    for content in (b"{bad", b'{"a": 1}', b'"abc"', b"[1, null]", b"\xff\xfe"):
         (tmp_path / "labels.json").write_bytes(content)
         refused(fedllm("simulate", *base, f"model.labels={tmp_path / 'labels.json'}"), "model.labels")
 
