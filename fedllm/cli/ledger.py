@@ -324,15 +324,14 @@ def forecast(
     typer.echo(f"the run alone: epsilon {cost(math.inf).epsilon:.4g} at delta {policy.delta:g}")
     after = cost(-math.inf)
     typer.echo(f"with all before it: epsilon {after.epsilon:.4g} (by RDP {after.epsilon_rdp:.4g})")
-    rounds, budget = planned.training.rounds, policy.epsilon
+    budget, period = policy.epsilon, policy.period
     whole = _fitting(planned, past, -math.inf, policy.delta, budget)
-    typer.echo(f"rounds that fit the budget of {budget:g}: {whole} of {rounds}")
-    if policy.period is not None:
-        since = time.time() - policy.period.days * 86_400
-        now = _fitting(planned, past, since, policy.delta, policy.period.epsilon)
+    typer.echo(f"rounds that fit the budget of {budget:g}: {_rounds_of(planned, whole)}")
+    if period is not None:
+        now = _fitting(planned, past, time.time() - period.days * 86_400, policy.delta, period.epsilon)
         typer.echo(
-            f"rounds that fit now, with at most {policy.period.epsilon:g} in {policy.period.days:g} days: "
-            f"{min(whole, now)} of {rounds}"
+            f"rounds that fit now, with at most {period.epsilon:g} in {period.days:g} days: "
+            f"{_rounds_of(planned, min(whole, now))}"
         )
     try:
         policy.admit(planned)
@@ -357,12 +356,15 @@ def _cost(planned: "RunPlan", past: "_Past", delta: float, since: float) -> "Pri
 
 
 def _fitting(planned: "RunPlan", past: "_Past", since: float, delta: float, budget: float) -> int:
-    """Return how many rounds may follow what was charged since a time, by the rule that a ledger decides by."""
+    """Return how many of the run's exchanges, the closing one too, may follow what was charged since a time.
+
+    By the rule that a ledger decides by.
+    """
     from fedllm.privacy.accounting import overrun
     from fedllm.privacy.split import SIDES
 
     before = {side: past.events(since, side) for side in SIDES}
-    low, high = 0, planned.training.rounds
+    low, high = 0, planned.exchanges
     while low < high:
         middle = (low + high + 1) // 2
         fits = all(
@@ -374,6 +376,14 @@ def _fitting(planned: "RunPlan", past: "_Past", since: float, delta: float, budg
         )  # fmt: skip
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
+
+
+def _rounds_of(planned: "RunPlan", exchanges: int) -> str:
+    """Return how many of the rounds so many exchanges are, and whether the score after the last of them fits, too."""
+    rounds = planned.training.rounds
+    if exchanges < rounds or planned.evaluation.every is None:
+        return f"{min(exchanges, rounds)} of {rounds}"
+    return f"{rounds} of {rounds}, " + ("and the closing score" if exchanges > rounds else "but not the closing score")
 
 
 @dataclass(frozen=True)
