@@ -114,10 +114,10 @@ def spent_at_sites(events: Sequence[tuple[AccountingEvent, int]], delta: float) 
     """Return what somebody has lost whose records are at k sites that share one noise; pairs of an event and its k.
 
     In a step, each of the k sites draws the person with the event's sampling rate, independently of the others, and
-    adds at most one clip norm to the sum. The event's noise multiplier is that of the one noise, relative to one clip norm.
-    `fedllm.privacy.mixture` has the pair of distributions that dominates; such pairs compose, also where a step depends
-    on what those before released (Zhu, Dong and Wang 2022, Theorem 10). With k = 1 throughout, that is what `spent`
-    returns. Raises PrivacyError as that does, and if a k is not a number of sites.
+    adds at most one clip norm to the sum. The event's noise multiplier is that of the one noise, relative to one clip
+    norm. `fedllm.privacy.mixture` has the pair of distributions that dominates; such pairs compose, even if a step
+    depends on what those before released (Zhu, Dong and Wang 2022, Theorem 10). With k = 1 throughout, that is what
+    `spent` returns. Raises PrivacyError as that does, and if a k is not a number of sites.
     """
     for _, sites in events:
         if isinstance(sites, bool) or not isinstance(sites, int) or not 1 <= sites <= MAX_SITES:
