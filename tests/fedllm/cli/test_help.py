@@ -28,3 +28,12 @@ def test_every_argument_and_option_is_explained() -> None:
         assert command.help, path
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{path}: {parameter.name}"
+
+
+def test_paragraphs_fill_the_terminal_and_examples_keep_their_lines() -> None:
+    """Typer would break the lines of a terminal of 80 columns once more where the docstring has a line break."""
+    for path, command in commands(get_command(app)):
+        for line in (command.help or "").split("\n"):
+            assert not line.startswith(" ") or len(line) <= 79, path
+    restart = dict(commands(get_command(app)))["fedllm ledger restart"].help or ""
+    assert [len(part.splitlines()) for part in restart.split("\n\n")] == [1, 1, 1]
