@@ -15,6 +15,7 @@ from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.bundle import FOLDER as AUDIT
 from fedllm.audit.bundle import write_audit
 from fedllm.audit.evidence import LEDGERS, file_name
+from fedllm.audit.model import Empirical
 from fedllm.audit.summary import RunSummary
 from fedllm.config import SimulationConfig
 from fedllm.crypto.hash_chain import End, open_entry
@@ -261,8 +262,8 @@ def _run(
     return begun[0], ""
 
 
-def _audit(folder: Path, observe: Callable[[Event], None]) -> None:
-    """Write the audit report in both languages, and the keys to verify it with."""
+def _audit(folder: Path, observe: Callable[[Event], None]) -> Empirical | None:
+    """Write the audit report in both languages, and the keys to verify it with; return what the attack came to."""
     signer = key_in(folder)
     pages = [("audit", "en"), ("audit.ko", "ko")]
     written = write_audit(
@@ -274,6 +275,7 @@ def _audit(folder: Path, observe: Callable[[Event], None]) -> None:
     write_atomically(folder / KEYS, ("\n".join([heading, *lines]) + "\n").encode())
     for problem in written.problems:
         logging.getLogger("fedllm").warning(problem)
+    return written.audit.attack
 
 
 @contextlib.contextmanager

@@ -1382,8 +1382,9 @@ def _accountants(
 def _at_sites(training: Sequence[AccountingEvent], scores: Sequence[AccountingEvent], k: int, plan: RunPlan) -> float:
     """Return the epsilon of a person whose records are at k sites, each of which took part as the events say.
 
-    She trains at some and evaluates at the others, by the keys of the sites; of all cases the worst. With noise of each
-    site's own, every site's events; with one noise for all, as many coins in each step of one sum.
+    The person's records train at some sites and evaluate at the others, as the keys of the sites decide; this is the
+    worst of all cases. If each site adds noise of its own, the events of all sites compose; if there is one noise for
+    all, each step is one sum into which so many sites may draw the person.
     """
     cases = range(k + 1) if scores else (k,)
     return max(_at_trained(training, j, scores, k - j, plan) for j in cases)

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedllm.config import TextConfig
 from fedllm.errors import DataError, ReleaseError
+from fedllm.release.chat_template import space_before
 from fedllm.release.loading import Release
 from fedllm.training.data import Row, fields_of
 from fedllm.training.text_files import column_name
@@ -118,8 +119,7 @@ def as_answered(reading: TextConfig) -> TextConfig:
     """Return how a record is read whose answer is a model's own, whole: white space before it as in training."""
     if reading.messages is not None or reading.text is None:
         return reading
-    space = reading.text[: len(reading.text) - len(reading.text.lstrip())]
-    return reading.model_copy(update={"text": f"{space}{{{ANSWER}}}"})
+    return reading.model_copy(update={"text": f"{space_before(reading)}{{{ANSWER}}}"})
 
 
 def _asked(reading: TextConfig, value: Any) -> Any:

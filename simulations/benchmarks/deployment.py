@@ -50,7 +50,7 @@ def main(
         "experiment": "demo-offices", "training.rounds": rounds, "privacy.mode": mode, "privacy.units_per_site": units,
         "data.samples": 0, "federation.quorum": len(BRANCHES),
     }  # fmt: skip
-    commands = [("site", "relay", str(_relay_of(home))) for home in homes]
+    commands: list[tuple[str, ...]] = [("site", "relay", str(_relay_of(home))) for home in homes]
     commands += [("site", "start", "--home", str(home)) for home in homes]
     commands += [("server", "start", "--home", str(head.folder))]
     programs = [

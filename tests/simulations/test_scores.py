@@ -116,7 +116,7 @@ def test_a_run_with_scores_is_audited_and_every_number_of_them_computed_again(
     for j in range(3):
         pairs = [(e, j) for e in events["training"]] + [(e, 2 - j) for e in events["evaluation"]]
         at_two.append(spent_at_sites([(e, k) for e, k in pairs if k], done.plan.privacy.delta).epsilon)
-    assert dict(audit.accountants.several_sites)[2] == pytest.approx(max(at_two)), "she may be on either side at each"
+    assert dict(audit.accountants.several_sites)[2] == pytest.approx(max(at_two)), "on either side at each"
     for site in audit.sites:
         [account] = site.accounts
         assert account.charged == max(account.training or 0, account.evaluation or 0)
