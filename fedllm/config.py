@@ -625,12 +625,6 @@ class SimulationConfig(RunConfig):
                 "data.unit: privacy.unit=person needs the column that names the person. Name it, or set "
                 "privacy.unit=record"
             )
-        if self.federation.backend == "ray" and self.privacy.mode == "distributed":
-            raise ValueError(
-                "federation.backend=ray: a site's secrets of secure aggregation live in one process, and Ray moves "
-                "sites between processes. Use federation.backend=in-process, or noise of each site's own with "
-                "privacy=local (experiment=parallel sets both)"
-            )
         return self
 
     @property

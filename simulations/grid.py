@@ -3,13 +3,11 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
 
-from fedllm.errors import ConfigError
 from server.grid import OneRunGrid
 
 _LAST_WORK = 10.0  # seconds; a node that never returns holds up the end of a run for no longer
@@ -94,37 +92,3 @@ class InProcessGrid(OneRunGrid):
         with self._lock:  # free again before its reply is seen
             self._busy.discard(node)
         self._replied(message, reply)
-
-
-def run_ray(run: Callable[[Grid], None], client_app: ClientApp, nodes: int, cpus: float, gpus: float) -> None:
-    """Call `run` with the Grid of Flower's simulation engine, every site in a Ray actor with `cpus` and `gpus`.
-
-    Raises ConfigError if this machine has not as many, and what `run` raises: Flower would only log it.
-    """
-    import ray
-    from flwr.simulation import run_simulation
-
-    # Started here, as Flower would do, to ask how much there is: Ray heeds a container's limits.
-    ray.init(include_dashboard=False, logging_level="error", log_to_driver=True)
-    there = ray.cluster_resources()
-    for key, kind, asked in (("cpus_per_site", "CPU", cpus), ("gpus_per_site", "GPU", gpus)):
-        if asked > there.get(kind, 0):
-            raise ConfigError(f"federation.{key}={asked:g}, but Ray finds {there.get(kind, 0):g} here. Lower it.")
-    server_app, errors = ServerApp(), list[BaseException]()
-
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        del context  # Flower's run configuration is not used
-        try:
-            run(grid)
-        except BaseException as error:
-            errors.append(error)
-
-    run_simulation(
-        server_app=server_app,
-        client_app=client_app,
-        num_supernodes=nodes,
-        backend_config={"client_resources": {"num_cpus": cpus, "num_gpus": gpus}},
-    )
-    if errors:
-        raise errors[0]

@@ -55,6 +55,16 @@ def warm_up(federation: FederationConfig) -> None:
                 os.environ[name] = value
 
 
+def process_ended(fewer: str) -> FederationError:
+    """Return the error of a process that has ended with its sites; the sites' log has it too. `fewer`: what to do."""
+    error = FederationError(
+        f"a process that trains sites has ended. Was it killed for memory? {fewer} or lower site.micro_batch, and "
+        "continue with resume=true."
+    )
+    _site_log.error(str(error))
+    return error
+
+
 class Workers:
     """`processes` that share the sites of a run among them; each takes one request after the other."""
 
@@ -82,10 +92,7 @@ class Workers:
                 pipe.send((site, request))
                 answer, self._used[worker], notes = pipe.recv()
             except (EOFError, OSError):
-                raise FederationError(
-                    "a process that trains sites has ended. Was it killed for memory? Lower federation.processes or "
-                    "site.micro_batch, and continue with resume=true."
-                ) from None
+                raise process_ended("Lower federation.processes") from None
         for note in notes:
             _site_log.handle(note)
         if isinstance(answer, FedllmError):

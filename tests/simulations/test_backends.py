@@ -22,7 +22,9 @@ from simulations.grid import InProcessGrid
 from simulations.simulate import simulate
 
 # Coins and noise are the same as well, since here a seed predicts them.
-SMALL: dict[str, Any] = {"privacy": {"insecure_seed": 7}, "training": {"rounds": 2, "local_steps": 1}}
+SMALL: dict[str, Any] = {
+    "privacy": {"mode": "distributed", "insecure_seed": 7}, "training": {"rounds": 2, "local_steps": 1},
+}  # fmt: skip
 
 
 def compare(folder: Path) -> None:
