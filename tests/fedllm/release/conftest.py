@@ -89,7 +89,7 @@ def small_run(output: Path, base: Path, **changes: Any) -> Path:
                  "text": " {answer}", "unit": "customer_id", "description": "generated"},
         "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
         "privacy": {"mode": "local", "unit": "person", "records_per_person": 2, "epsilon": 8.0, "delta": 1e-3,
-                    "sampling_rate": 0.4, "noise_multiplier": 1.0, "units_per_site": 12},
+                    "sampling_rate": 0.4, "noise_multiplier": 1.0, "units_per_site": 12, "self_check": False},
         "training": {"rounds": 2, "learning_rate": 0.5, "wire": "float32"},
         "federation": {"partition": {"by": "natural", "column": "branch"}, "quorum": 2, "processes": 1},
         "site": {},
