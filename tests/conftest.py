@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -65,6 +66,19 @@ def without_pdfs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the PDFs of an audit: they take longer than all else of a small run."""
     monkeypatch.setattr("fedllm.audit.bundle.renderer", nullcontext)
     monkeypatch.setattr("fedllm.audit.bundle.rendered", lambda page: b"%PDF-")
+
+
+def leave_out_plots(patch: pytest.MonkeyPatch) -> None:
+    """Leave out the plots beside a run's summary: they take as long as all else of a small run."""
+    picture = SimpleNamespace(savefig=lambda path, **_: path.write_text("a picture", "utf-8"))
+    for name in ("_plot_rounds", "_plot_sites"):
+        patch.setattr(f"fedllm.audit.summary.{name}", lambda *_: picture)
+
+
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `leave_out_plots`, for one test."""
+    leave_out_plots(monkeypatch)
 
 
 def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:

@@ -16,7 +16,7 @@ from fedllm.release.manifest import Base, Manifest, Privacy, Training, read_mani
 from fedllm.training.model import load_base
 from fedllm.values import HEAD_OFFICE, parse
 from simulations.simulate import simulate
-from tests.conftest import save_llama
+from tests.conftest import leave_out_plots, save_llama
 from tests.fedllm.audit.conftest import any_pdf
 from tests.sharing import once
 from tests.simulations.conftest import _rows as rows_of
@@ -96,7 +96,8 @@ def small_run(output: Path, base: Path, **changes: Any) -> Path:
     }  # fmt: skip
     for section, change in changes.items():
         values[section] = {**values[section], **change} if isinstance(change, dict) else change
-    with any_pdf():
+    with any_pdf(), pytest.MonkeyPatch.context() as patch:
+        leave_out_plots(patch)
         simulate(parse(SimulationConfig, values), lambda *_: None, lambda _: None)
     return output / "run"
 
