@@ -50,9 +50,11 @@ def main(
         "experiment": "demo-offices", "training.rounds": rounds, "privacy.mode": mode, "privacy.units_per_site": units,
         "data.samples": 0, "federation.quorum": len(BRANCHES),
     }  # fmt: skip
-    commands: list[tuple[str, ...]] = [("site", "relay", str(_relay_of(home))) for home in homes]
-    commands += [("site", "start", "--home", str(home)) for home in homes]
-    commands += [("server", "start", "--home", str(head.folder))]
+    commands = [
+        *(("site", "relay", str(_relay_of(home))) for home in homes),
+        *(("site", "start", "--home", str(home)) for home in homes),
+        ("server", "start", "--home", str(head.folder)),
+    ]
     programs = [
         subprocess.Popen([*_FEDLLM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) for words in commands
     ]
