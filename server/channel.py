@@ -117,9 +117,10 @@ class Channel(ABC):
 
 
 def _open(opener: Opener, content: "RecordDict") -> bytes | str:
-    """Return the answer in a transport's envelope; text says why it cannot be used."""
+    """Return the answer, taken out of a transport's envelope; text says why it cannot be used."""
     record = content.config_records.get(ENVELOPE_RECORD)
-    value = record.get(ENVELOPE_KEY) if record is not None else None
+    # taken out: Flower's records are in a cycle of references, which may be there for long
+    value = record.pop(ENVELOPE_KEY, None) if record is not None else None
     try:
         return opener(value if isinstance(value, bytes) else b"")
     except (MessageError, CryptoError) as error:

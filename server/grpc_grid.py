@@ -20,8 +20,7 @@ from flwr.app import Error, Message
 from fedllm.errors import FederationError, MessageError
 from fedllm.protocol.link import CONTROL, OPTIONS, Payload, parts, request_id
 from fedllm.protocol.link_pb2 import Answer, Nothing, Request, Run, Sites
-from fedllm.protocol.messages import ENVELOPE_KEY, ENVELOPE_RECORD
-from server.grid import OneRunGrid, envelope
+from server.grid import OneRunGrid, data_of, envelope
 
 _AGAIN = (0.1, 1.0)  # seconds until a request is made again: at random between these
 _LONGER, _LONGEST = 1.5, 4.0  # times as long each time, since it is sealed again; times as long at most
@@ -167,7 +166,7 @@ class GrpcGrid(OneRunGrid):
 
         found: bytes | MessageError | _Gone | None = None
         async with self._making:  # one after another: what is made waits for room
-            request: list[bytes] = [await asyncio.to_thread(_content, message)]
+            request: list[bytes] = [await asyncio.to_thread(data_of, message)]
             size = len(request[0])
             sent = await self._down.take(size)
 
@@ -205,8 +204,3 @@ class GrpcGrid(OneRunGrid):
         if isinstance(found, bytes):
             return found
         raise found or _Gone()
-
-
-def _content(message: Message) -> bytes:
-    data: Any = message.content.config_records[ENVELOPE_RECORD][ENVELOPE_KEY]
-    return bytes(data)

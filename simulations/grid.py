@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from server.grid import OneRunGrid
 
 _LAST_WORK = 10.0  # seconds; a node that never returns holds up the end of a run for no longer
-_AT_ONCE = 32  # nodes that work, or whose reply nobody has fetched yet
+_AT_ONCE = 16  # nodes that work, or whose reply nobody has fetched yet
 
 
 class InProcessGrid(OneRunGrid):

@@ -180,7 +180,7 @@ def measure(sites: int, values: int, rounds: int = 2) -> None:
     cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
     print(
         f"{sites} sites, {values} values: rounds {counted} count; {used.ru_maxrss / 1024:.0f} MB at most, "
-        f"{before.ru_maxrss / 1024:.0f} at the start; {cpu:.1f} s of CPU with the sites', "
+        f"{before.ru_maxrss / 1024:.0f} at the start; {cpu:.1f} s of CPU with the sites', in "
         f"{time.monotonic() - began:.0f} s"
     )
 
