@@ -530,8 +530,8 @@ class Tokeniser:
         else:
             last = len(given) - self._ends[1]
             found = Tokens(_ids(given[: min(last, limit)] + given[last:]), _ids([]), text.label, ends=self._ends)
-        if not len(found.given) + len(found.learned):
-            raise DataError(f"{place}: its text is empty. Fill it in or leave the record out.")
+        if not len(found.given if text.label is not None else found.learned):
+            raise DataError(f"{place}: the tokenizer makes no token of its text. Leave the record out.")
         return found
 
     def _check_template(self) -> None:
@@ -544,13 +544,15 @@ class Tokeniser:
         asked = [*system, {"role": "user", "content": "a"}]
         try:
             self._chat(asked, opens=True)
-            self._chat([*asked, {"role": "assistant", "content": "b"}], opens=False)
+            one, other = (self._chat([*asked, {"role": "assistant", "content": said}], opens=False) for said in "bc")
         except Exception as error:  # a template may raise anything
             turns = "a user's and an assistant's turn" if not system else "a system, a user's and an assistant's turn"
             hint = "If it wants a system turn, set data.system" if not system else "Leave data.system out"
             raise ConfigError(
                 f"{setting}: the chat template of {source} refuses {turns} ({first_line(error)}). {hint}."
             ) from None
+        if one == other:
+            raise ConfigError(f"{setting}: the chat template of {source} does not write what the assistant says")
 
     def _chat(self, turns: Sequence[Turn], opens: bool) -> str:
         return str(self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opens))

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from fedllm.config import ModelConfig, TextConfig
@@ -28,6 +29,7 @@ from fedllm.training.data import (
     Example,
     PrivacyUnit,
     Tokeniser,
+    Tokens,
     batches,
     build_units,
     check_named,
@@ -457,7 +459,7 @@ def test_a_label_becomes_its_place_in_the_declared_list(
 
 @pytest.mark.parametrize("label", ["중립", "", None, ["긍정"], 0, 3.5, True])
 def test_a_label_that_was_not_declared_is_a_data_error(tokenizer: PreTrainedTokenizerFast, label: object) -> None:
-    with pytest.raises(DataError, match=r"record 5: label .* is not among model\.labels"):
+    with pytest.raises(DataError, match=r"record 5: label.* (is not among model\.labels|is empty)"):
         tokeniser(tokenizer, **CLASSIFICATION)({"text": "좋아요", "label": label}, 4)
 
 
@@ -525,6 +527,17 @@ def test_a_record_that_gives_no_token_at_all_is_refused(tokenizer: PreTrainedTok
     table = [{"text": "좋아요", "label": "긍정"}, {"text": "", "label": "부정"}]
     with pytest.raises(DataError, match="record 2"):
         build_units(table, tokeniser(tokenizer, **CLASSIFICATION), None, 1)
+
+
+def test_an_answer_that_gives_no_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A tokenizer may leave letters out; where it has no end-of-sequence token, nothing would be learned."""
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.normalizer = normalizers.Replace("😀", "")
+    other.eos_token = None
+    rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": "😀"}]
+    good, bad = tokeniser(other).read(rows)
+    assert isinstance(good, Tokens)
+    assert "record 2: the tokenizer makes no token of its text" in str(bad)
 
 
 # Batches
