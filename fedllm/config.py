@@ -292,7 +292,7 @@ class AttackConfig(Frozen):
     """The attack that is tried on a run (one-run audit, Steinke, Nasr and Jagielski 2023)."""
 
     canaries: int = Field(0, ge=0, le=MOST_CANARIES)
-    """Made-up records at every site, each of which it trains on or not by a secret coin; in the end it guesses which.
+    """Made-up records at every site, each trained on with probability 1/2, in secret; in the end it guesses which.
     0: no attack.
     """
 

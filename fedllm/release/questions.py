@@ -81,13 +81,13 @@ def check_answers(release: Release) -> None:
     reading = release.manifest.reading
     if release.manifest.task != "causal-lm":
         raise ReleaseError(
-            f"{release.folder} is a classifier: it says a label and writes no text, and what is made here is made of "
-            "answers. Name the release of a causal language model."
+            f"{release.folder} is a classifier: it chooses a label and writes no text. Name the release of a causal "
+            "language model."
         )
     if reading.prompt is None and reading.messages is None:
         raise ReleaseError(
-            f"{release.folder} was trained on bare texts (data.prompt=null): it continues a text and answers no "
-            "question. Train with data.prompt."
+            f"{release.folder} was trained without a prompt (data.prompt=null): it continues a text and answers no "
+            "question. Name a release that was trained with data.prompt."
         )
 
 
@@ -107,8 +107,8 @@ def answer_place(reading: TextConfig) -> tuple[str, str, str]:
     fields = fields_of(template)
     if len(fields) != 1:
         raise ReleaseError(
-            f"data.text={template!r} makes an answer of {len(fields)} columns, expected one: an answer cannot be taken "
-            "apart again."
+            f"data.text={template!r} makes an answer of {len(fields)} columns, expected one: an answer could not be "
+            "divided into columns again."
         )
     before, _, after = template.partition(f"{{{fields[0]}}}")
     before, after = (part.replace("{{", "{").replace("}}", "}").strip() for part in (before, after))

@@ -110,7 +110,7 @@ def check_epsilon(manifest: Manifest, most: float | None, unverified: bool = Fal
     if privacy.private and privacy.verdict != "within" and not unverified:
         raise ReleaseError(
             f"{manifest.name} states epsilon {privacy.epsilon:.4g}, and its audit could not verify it: evidence is "
-            "missing. Ask head office for a release of a complete audit; --allow-unverified serves this one."
+            "missing. Ask head office for a release with a complete audit; --allow-unverified serves this one."
         )
     spent = cast(float, privacy.epsilon) if privacy.private else math.inf
     if spent <= (sys.float_info.max if most is None else most):
@@ -663,7 +663,7 @@ class _Certificate:
                 self.context.load_verify_locations(client_ca)
         except ssl.SSLError as error:
             raise ConfigError(
-                f"{certificate} and {key} do not make a certificate with its key, or --client-ca is none "
+                f"{certificate} and {key} are no certificate with its key, or --client-ca is no certificate "
                 f"({error.reason}). They are PEM, the key without a password."
             ) from None
 
@@ -698,8 +698,8 @@ def check_door(door: Door) -> bool:
     if door.client_ca is None or door.tokens.exists():
         if not read_tokens(door.tokens):
             raise ConfigError(
-                f"nobody has a token ({door.tokens}), so nobody could ask. First: fedllm serve token add NAME; or "
-                "demand client certificates alone: --client-ca, and remove that file if it is there"
+                f"nobody has a token ({door.tokens}), so nobody could ask. Run first: fedllm serve token add NAME. To "
+                "demand client certificates alone: give --client-ca, and remove that file if it exists."
             )
         return True
     return False

@@ -453,7 +453,7 @@ def divisor_is_public(s: Subject) -> str:
     return ""
 
 
-def coins_are_poisson(s: Subject) -> str:
+def sampling_is_poisson(s: Subject) -> str:
     """Each unit enters each step independently, at the plan's rate: no shuffled, cycled or fixed batches."""
     rate = s.plan.privacy.sampling_rate
     batches = _listen(s, _UNITS, _STEPS).batches
@@ -634,7 +634,7 @@ CHECKS: dict[str, Check] = {
         order_changes_nothing, company_changes_no_bit, large_activation_stays_its_units_own,
         unit_that_is_not_finite_counts_zero, empty_batch_is_a_noisy_step,
         noise_has_the_charged_deviation, noise_is_fresh, release_lies_on_the_grid, divisor_is_public,
-        coins_are_poisson, charge_is_the_mechanism,
+        sampling_is_poisson, charge_is_the_mechanism,
         weights_change_as_the_optimiser_says, sum_in_quanta_is_within_the_clip, share_has_its_deviation,
         upload_is_a_sum_with_its_share,
     )
