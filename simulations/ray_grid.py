@@ -39,7 +39,7 @@ class _Homes(BasicActorPool):
 
     def __init__(self, sites: int, actor_type: Any, client_resources: Any, actor_kwargs: Any) -> None:
         super().__init__(actor_type, client_resources, actor_kwargs)
-        self._sites = sites
+        self._sites, self._ended, self._ending = sites, set[int](), False
         self._asked: dict[Any, tuple[Message, str, Context]] = {}
         self.actors_capacity = min(self.actors_capacity, sites)
         there = partial(os.chdir, os.getcwd())
@@ -64,7 +64,8 @@ class _Homes(BasicActorPool):
             _, reply, context = ray.get(future)
         except RayError as error:
             if isinstance(error, RayActorError):
-                process_ended("Raise federation.cpus_per_site")
+                if not self._ending:
+                    process_ended("Raise federation.cpus_per_site", int(site) % len(self.pool), self._ended)
             else:
                 _site_log.error("site %s: %s", site, getattr(error, "cause", error))
             reply = Message(Error(code=0, reason=type(error).__name__), reply_to=message)
@@ -72,6 +73,7 @@ class _Homes(BasicActorPool):
 
     def end(self) -> None:
         """Kill the actors, whatever they do: a site that never returned, or a run that is stopped."""
+        self._ending = True
         for actor in self.pool:
             ray.kill(actor)
 

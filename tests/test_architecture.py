@@ -64,7 +64,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "omegaconf": COMMAND_LINE,
     "flwr": ("client.", "server.", "simulations."),
     "flwr_datasets": ("simulations.",),
-    "ray": ("simulations.",),
+    "ray": ("simulations.ray_grid",),
     "grpc": ("client.", "server."),
     "google": ("fedllm.protocol.",),  # protobuf
     "pickle": (),

@@ -354,10 +354,6 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "next to no noise": (["privacy.noise_multiplier=1e-9"], ["privacy.noise_multiplier"]),
     "unknown mode": (["privacy.mode=maximal"], ["privacy.mode='maximal'", "local"]),
     "person without a column": (["data.unit=null"], ["data.unit", "person", "privacy.unit=record"]),
-    "Ray with shares of noise": (
-        ["privacy.mode=distributed", "federation.backend=ray"],
-        ["federation.backend=ray", "in-process", "privacy=local"],
-    ),
     "weights with shares of noise": (
         ["privacy.mode=distributed", "federation.weights={busan: 2.0}"],
         ["federation.weights", "privacy=local"],
