@@ -54,7 +54,7 @@ WORDS = {
         site=("Every site", "records and keys stay here"),
         steps=(
             ("1  Charge", "The ledger writes the", "cost to disk before a", "record is used."),
-            ("2  Sample and clip", "Chance picks records.", "Each one's gradient is", "cut to a fixed norm."),
+            ("2  Sample and clip", "Records are drawn at", "random. Each gradient", "is clipped to a norm."),
             ("3  Add noise", "Each site adds a part.", "The parts add up to", "the planned noise."),
             ("4  Mask", "Secure aggregation", "hides each update", "from the server."),
         ),

@@ -190,5 +190,5 @@ def attack(
             f"Compare with care: before training the two sets already differ (area {found.control.auc:.3f} by the loss "
             "alone)."
         )
-    told = "are told apart" if found.succeeds else "are not told apart by this attack; a better one might"
+    told = "can be told apart" if found.succeeds else "cannot be told apart by this attack; a better one might"
     typer.echo(f"Members and non-members {told}. Everything is in {run / FOLDER}/")

@@ -120,7 +120,7 @@ def _with_adapter(folder: Path, manifest: Manifest, device: str) -> Any:
     if base.digest != manifest.base.digest:
         raise ReleaseError(
             f"{model.source} holds other weights (SHA-256 {base.digest[:16]}...) than the base that the adapter in "
-            f"{folder} was trained on ({manifest.base.digest[:16]}...). Give that base its place again."
+            f"{folder} was trained on ({manifest.base.digest[:16]}...). Put that base there."
         )
     with warnings.catch_warnings(), unseen():
         warnings.simplefilter("ignore")  # of peft, on reading its own configuration

@@ -47,6 +47,7 @@ from fedllm.files import read, stamp
 from fedllm.protocol.enrolment import now
 from fedllm.release import asked
 from fedllm.release.batching import FAILED, Generator
+from fedllm.release.chat_template import space_before
 from fedllm.release.loading import Release
 from fedllm.release.manifest import Manifest, manifest_digest
 from fedllm.release.tokens import Gatekeeper, read_tokens
@@ -109,7 +110,7 @@ def check_epsilon(manifest: Manifest, most: float | None, unverified: bool = Fal
     if privacy.private and privacy.verdict != "within" and not unverified:
         raise ReleaseError(
             f"{manifest.name} states epsilon {privacy.epsilon:.4g}, and its audit could not verify it: evidence is "
-            "missing. Ask head office for a release of a complete audit; --allow-unverified serves this one."
+            "missing. Ask head office for a release with a complete audit; --allow-unverified serves this one."
         )
     spent = cast(float, privacy.epsilon) if privacy.private else math.inf
     if spent <= (sys.float_info.max if most is None else most):
@@ -424,19 +425,25 @@ class Application:
 
     async def _chat(self, body: object, send: _Send, count: _Count) -> None:
         known = ChatCompletionHandler._valid_params_class.__annotations__
-        await self._generated(self._chat_handler, asked.chat(body, self._name, known), "chatcmpl", send, count)
+        question = asked.chat(body, self._name, known)
+        lead = space_before(self.release.manifest.reading)  # a completion keeps it: it is all that follows the prompt
+        await self._generated(self._chat_handler, question, "chatcmpl", send, count, lead)
 
     async def _complete(self, body: object, send: _Send, count: _Count) -> None:
         known = CompletionHandler._valid_params_class.__annotations__
         await self._generated(self._completion_handler, asked.completion(body, self._name, known), "cmpl", send, count)
 
-    async def _generated(self, handler: Any, question: asked.Asked, kind: str, send: _Send, count: _Count) -> None:
+    async def _generated(
+        self, handler: Any, question: asked.Asked, kind: str, send: _Send, count: _Count, lead: str = ""
+    ) -> None:
+        """Send the answer, without `lead` before it."""
         generator, number = cast(Generator, self.generator), f"{kind}-{uuid.uuid4().hex}"
         if question.most is not None and question.most > self.limits.tokens:
             text = f"max_tokens: this server has room for {self.limits.tokens} tokens, those of the prompt included"
             raise asked.wrong(text)
         end = self.release.end.text
         generator.stops[number] = (*question.stop, *([end] if end else []))
+        generator.leads[number] = lead
         try:
             try:
                 response = await handler.handle_request(question.body, number)
@@ -445,6 +452,7 @@ class Application:
             await _send_all(response, send)
         finally:
             generator.stops.pop(number, None)
+            generator.leads.pop(number, None)
             prompt, answer = generator.answers.pop(number, (0, None))
             count.tokens_in, count.tokens_out = prompt, answer.total_tokens if answer is not None else 0
             if answer is not None:
@@ -655,7 +663,7 @@ class _Certificate:
                 self.context.load_verify_locations(client_ca)
         except ssl.SSLError as error:
             raise ConfigError(
-                f"{certificate} and {key} do not make a certificate with its key, or --client-ca is none "
+                f"{certificate} and {key} are no certificate with its key, or --client-ca is no certificate "
                 f"({error.reason}). They are PEM, the key without a password."
             ) from None
 
@@ -690,8 +698,8 @@ def check_door(door: Door) -> bool:
     if door.client_ca is None or door.tokens.exists():
         if not read_tokens(door.tokens):
             raise ConfigError(
-                f"nobody has a token ({door.tokens}), so nobody could ask. First: fedllm serve token add NAME; or "
-                "demand client certificates alone: --client-ca, and remove that file if it is there"
+                f"nobody has a token ({door.tokens}), so nobody could ask. Run first: fedllm serve token add NAME. To "
+                "demand client certificates alone: give --client-ca, and remove that file if it exists."
             )
         return True
     return False

@@ -161,8 +161,14 @@ def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
         model.eval()
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"model.source={config.source}: its tokenizer has neither a pad nor an eos token")
+            raise ModelError(
+                f"model.source={config.source}: its tokenizer has neither a pad nor an eos token. Give it one "
+                "(tokenizer.eos_token = ...), and save it in a folder with the model."
+            )
         tokenizer.pad_token_id = tokenizer.eos_token_id
+    infinite = next((name for name, each in model.named_parameters() if not each.isfinite().all()), None)
+    if infinite is not None:
+        raise ModelError(f"model.source={config.source}: {infinite} holds what is no number (NaN or infinity)")
     digest = weights_digest(model)
     if config.quantize != "none":
         quantise(model, quantised_layers(model, new), config.quantize)
@@ -256,6 +262,11 @@ def _check_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocab
     tokens = tokenizer.get_vocab()
     if vocabulary < _FEWEST:
         raise ModelError(f"model.source={config.source} knows {vocabulary} tokens, expected at least {_FEWEST}")
+    if len(set(tokens) - set(tokenizer.all_special_tokens)) < 2:  # transformers makes one up where its file is lost
+        raise ModelError(
+            f"model.source={config.source}: its tokenizer knows no text, as if its files were missing. Put "
+            "tokenizer.json, or the vocabulary that the tokenizer was made of, beside the weights."
+        )
     # a special token that no text makes may lie beyond: the image token of Gemma 3; a record that has it is refused
     used = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
     special = set(tokenizer.all_special_ids) - used
@@ -317,7 +328,10 @@ def _explained(config: ModelConfig, source: str | Path) -> Iterator[None]:
         hint = "without network, give a local folder as model.source"
         if isinstance(source, Path):
             hint = "the folder needs config.json, weights and tokenizer files"
-        if any(word in str(error).lower() for word in ("sentencepiece", "tiktoken")):
+        if "deserializing header" in str(error):
+            hint = "a file of weights is damaged, or a Git LFS pointer in its place: git lfs pull"
+        backend = any(word in str(error).lower() for word in ("sentencepiece", "tiktoken"))
+        if backend and not (isinstance(source, Path) and not any(source.glob("*.model"))):
             hint = (
                 "it has only a tokenizer.model: pip install sentencepiece protobuf, or write tokenizer.json where they "
                 "are installed, by AutoTokenizer.from_pretrained(model).save_pretrained(model)"

@@ -41,6 +41,7 @@ _ROUNDED = 0.05  # fraction of the clip norm that rounding to quanta may take, a
 _TAIL = math.log(1e9 * 2 * 100)  # -log of the chance of one tail of one comparison; fewer than 100 beside loops
 _DRAWS = 1 << 16  # of noise, at the least: its deviation is known to 2 percent then
 _UNITS, _STEPS = 256, 512  # of the sampling
+_STEPS_OF_EXCESS = 15  # in so many, at most, the excess noise of a share is divided: fedllm.privacy.distributed_noise
 _SIZES, _LONGEST = (1, 2, 1, 1), (7, 7, 7, 12)  # of the made-up units: records, and tokens of a record
 _ALONE = "With micro_batch=1 every record is computed alone"
 _LARGE = 100.0  # activation; LLM.int8 treats columns apart from 6
@@ -467,7 +468,7 @@ def divisor_is_public(s: Subject) -> str:
     return ""
 
 
-def coins_are_poisson(s: Subject) -> str:
+def sampling_is_poisson(s: Subject) -> str:
     """Each unit enters each step independently, at the plan's rate: no shuffled, cycled or fixed batches."""
     rate = s.plan.privacy.sampling_rate
     batches = _listen(s, _UNITS, _STEPS).batches
@@ -603,18 +604,18 @@ def share_has_its_deviation(s: Subject) -> str:
         surplus = np.stack(
             [distributed.surplus([x[k] for k in distributed.revealed_seeds(present)], present, d) for _, x in shares]
         )
-        parts = [
-            ("is left", np.stack([upload for upload, _ in shares]) - surplus, sites - colluding - present + quorum)
-        ]
-        if present > quorum:
-            parts.append(("may be taken off", surplus, present - quorum))
-        for what, words, units in parts:
-            draws = words.view(np.int32) / (one * math.sqrt(units))
-            found = float((draws**2).sum())
-            if not _as_wide_as_noise(found, draws.size):
-                wide = math.sqrt(found / draws.size)
+        # excess noise is made in steps of a fifteenth: of what could go, less than a step may stay
+        stays = -(-(sites - quorum) // _STEPS_OF_EXCESS) - 1 if quorum < present < sites else 0
+        left, off = np.stack([upload for upload, _ in shares]) - surplus, present - quorum
+        parts = [("is left", left, sites - colluding - off, stays), ("may be taken off", surplus, off - stays, stays)]
+        for what, words, units, more in parts:
+            draws = words.view(np.int32) / one
+            found = float((draws**2).mean())
+            near = min(max(found, units, 0), units + more)
+            if not (found == 0 if near == 0 else _as_wide_as_noise(draws.size * found / near, draws.size)):
+                wide = math.sqrt(found / max(units, 1))
                 return f"what {what} of a share, of {present} sites, has {wide:.4g} times the deviation counted on"
-            if privacy.protects and any(_alike(draws[0], draws[k]) for k in (1, -1)):
+            if near and privacy.protects and any(_alike(*(draws[[0, k]] / math.sqrt(near))) for k in (1, -1)):
                 return f"what {what} of a share, of {present} sites, comes twice"
     return ""
 
@@ -648,7 +649,7 @@ CHECKS: dict[str, Check] = {
         order_changes_nothing, company_changes_no_bit, large_activation_stays_its_units_own,
         unit_that_is_not_finite_counts_zero, empty_batch_is_a_noisy_step,
         noise_has_the_charged_deviation, noise_is_fresh, release_lies_on_the_grid, divisor_is_public,
-        coins_are_poisson, charge_is_the_mechanism,
+        sampling_is_poisson, charge_is_the_mechanism,
         weights_change_as_the_optimiser_says, sum_in_quanta_is_within_the_clip, share_has_its_deviation,
         upload_is_a_sum_with_its_share,
     )

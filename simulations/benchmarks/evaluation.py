@@ -71,11 +71,11 @@ def _learnt(x_ND: Array, y_N: NDArray[np.int64], classes: int) -> Array:
 def _scored(task: _Task, data: Path, source: Path) -> tuple[Layout, Array]:
     """Return the layout and the metrics of the test split's units, float64[n, m]."""
     train, test = (read_table(str(data / task.folder / f"{part}.jsonl"), part) for part in ("train", "test"))
-    labels = tuple(sorted(set(train[task.label])))
+    labels = tuple(sorted({row[task.label] for row in train}))
     generator = np.random.default_rng(0)
-    some = generator.permutation(len(train))[:_TRAINING]
-    texts, y = train.select(some)["text"], train.select(some)[task.label]
-    weights = _learnt(embeddings(source, texts, labels), np.array([labels.index(each) for each in y]), len(labels))
+    some = [train[i] for i in generator.permutation(len(train))[:_TRAINING]]
+    y = np.array([labels.index(row[task.label]) for row in some])
+    weights = _learnt(embeddings(source, [row["text"] for row in some], labels), y, len(labels))
     model = parse(ModelConfig, {
         "source": str(source), "task": "classification", "pooling": "mean", "max_length": 64, "labels": list(labels),
     })  # fmt: skip

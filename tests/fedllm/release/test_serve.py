@@ -19,6 +19,7 @@ from fedllm.config import TextConfig
 from fedllm.errors import ConfigError, Refused, ReleaseError
 from fedllm.release import serve
 from fedllm.release.batching import Generator
+from fedllm.release.chat_template import space_before
 from fedllm.release.loading import Release
 from fedllm.release.serve import CHAT, CLASSIFY, COMPLETIONS, HEALTH, MODELS, Application, Door, Limits
 from fedllm.release.tokens import Gatekeeper, add_token, revoke_token
@@ -90,7 +91,7 @@ def bare(reference: Release, prompt: str, most: int = 16) -> str:
 def test_a_chat_is_answered_as_generate_would_whole_and_in_a_stream(
     app: Application, token: str, reference: Release, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = bare(reference, "user: hello\nassistant:")
+    expected = bare(reference, "user: hello\nassistant:").removeprefix(" ")
     whole = post(app, CHAT, chat(), token)
     assert whole.status == 200
     assert whole.json["choices"][0]["message"] == {"content": expected, "role": "assistant"}
@@ -119,6 +120,30 @@ def test_a_completion_ends_at_a_stop_text_that_is_no_part_of_it(
     stream = post(app, COMPLETIONS, {**body, "stream": True}, token)
     assert "".join(one["choices"][0]["text"] for one in stream.events) == expected.partition(stop)[0]
     assert stream.events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_an_answer_does_not_begin_with_the_space_that_training_put_before_it(
+    app: Application, token: str, reference: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A completion keeps it: prompt and completion together are the text as it was written in training."""
+    expected = bare(reference, "user: hello\nassistant:")
+    monkeypatch.setattr(serve, "space_before", lambda reading: expected[:1])
+    assert post(app, CHAT, chat(), token).json["choices"][0]["message"]["content"] == expected[1:]
+    stream = post(app, CHAT, chat(stream=True), token)
+    assert "".join(one["choices"][0]["delta"].get("content", "") for one in stream.events) == expected[1:]
+    body = {"prompt": "user: hello\nassistant:", "max_tokens": 16, "temperature": 0}
+    assert post(app, COMPLETIONS, body, token).json["choices"][0]["text"] == expected
+
+
+@pytest.mark.parametrize(
+    ("reading", "space"),
+    [
+        (TextConfig(prompt="Q: {q}\nA:", text=" {a}"), " "), (TextConfig(prompt="{q}", text="\n\n{a} {b}"), "\n\n"),
+        (TextConfig(prompt="{q}", text="{a}"), ""), (TextConfig(prompt="{q}", text=" {a}", chat=True), ""),
+    ],
+)  # fmt: skip
+def test_the_space_before_an_answer_is_that_of_the_template(reading: TextConfig, space: str) -> None:
+    assert space_before(reading) == space
 
 
 def test_temperature_is_heeded_where_the_release_itself_does_not_sample(app: Application, token: str) -> None:

@@ -5,7 +5,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -169,13 +168,13 @@ def test_a_model_that_knows_its_answers_by_heart_matches_them_exactly_and_evalua
     data = DataConfig(train="unused", prompt="{question} ", text="{answer}", samples=4)
     adapter, config = open_adapter("untied", rank=8, alpha=16.0), model_config("untied")
     tokeniser, engine = Tokeniser(adapter.tokenizer, config, data), Engine(adapter)
-    units = build_units(datasets.Dataset.from_list(rows), tokeniser, None, 1)
+    units = build_units(rows, tokeniser, None, 1)
     optimizer = engine.optimizer(
         torch.optim.Adam([adapter.flat], lr=0.02), Mechanism(1.0, 0.0, 1.0), 2.0, OsRandomness()
     )
     for _ in range(60):
         engine.step(optimizer, units, 8)
-    table = datasets.Dataset.from_list([*rows, {"question": "one", "answer": "abd"}])
+    table = [*rows, {"question": "one", "answer": "abd"}]
     vector = adapter.vector()
     found = unit_metrics(adapter, vector, build_units(table, tokeniser, None, 1))
     assert found[:, 1].tolist() == [1.0, 1.0, 0.0]
