@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +20,7 @@ from flwr.simulation.ray_transport import ray_actor
 
 import simulations.ray_grid
 from fedllm.config import SimulationConfig
-from fedllm.errors import ConfigError
+from fedllm.errors import CheckpointError, ConfigError
 from server.checkpoint import Checkpoint, load_checkpoint
 from simulations.simulate import simulate
 from simulations.sites import SITE_LOG
@@ -232,7 +234,7 @@ def test_a_run_on_ray_survives_a_killed_process_and_ctrl_c_leaves_none_and_it_ca
     def rounds() -> list[int]:
         try:
             return sorted(state.rounds for state in reached(tmp_path, "run").sites.values())
-        except (OSError, FileNotFoundError):
+        except CheckpointError:
             return [0]
 
     until(lambda: rounds()[0] >= 1)
@@ -254,37 +256,43 @@ def test_a_run_on_ray_survives_a_killed_process_and_ctrl_c_leaves_none_and_it_ca
     assert rounds()[1:] == [60, 60, 60]
 
 
+NODES = """
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+print("address", cluster.address, flush=True)
+input()
+cluster.shutdown()
+"""
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_run_spreads_its_sites_over_the_machines_of_a_cluster(
-    fedllm: CommandLine, overrides: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fedllm: CommandLine, overrides: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """Two nodes of Ray's, on this machine."""
-    from ray.cluster_utils import Cluster
-
-    for name, value in {"TMPDIR": "/tmp", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
-        monkeypatch.setenv(name, value)
-    before = set(psutil.Process().children(recursive=True))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
-        raylets = [
-            process for process in set(psutil.Process().children(recursive=True)) - before if process.name() == "raylet"
-        ]
+    environment = {**os.environ, **ON_RAY, "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    with subprocess.Popen(
+        [sys.executable, "-c", NODES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as nodes:
+        assert nodes.stdout is not None
+        address = next(line.split()[1] for line in nodes.stdout if line.startswith("address"))
+        raylets = [process for process in psutil.Process(nodes.pid).children() if process.name() == "raylet"]
         assert len(raylets) == 2
-        federation = {"backend": "ray", "quorum": 4, "round_timeout": 500.0}
         command = fedllm.start(
-            "simulate", *overrides(tmp_path, "ray", federation=federation, **SMALL),
-            env={**ON_RAY, "RAY_ADDRESS": cluster.address},
-        )  # fmt: skip
-        most = [0, 0]
-        while psutil.pid_exists(command.pid) and psutil.Process(command.pid).status() != psutil.STATUS_ZOMBIE:
+            "simulate",
+            *overrides(tmp_path, "ray", federation={"backend": "ray", "quorum": 4, "round_timeout": 500.0}, **SMALL),
+            env={**ON_RAY, "RAY_ADDRESS": address},
+        )
+        process, most = psutil.Process(command.pid), [0, 0]
+        while process.status() != psutil.STATUS_ZOMBIE:  # nobody has waited for it yet
             most = [max(was, len(actors_of(raylet))) for was, raylet in zip(most, raylets, strict=True)]
             time.sleep(0.05)
-        result = command.wait()
-        assert result.code == 0, result.text
-        assert most == [1, 1]
-    finally:
-        cluster.shutdown()
+        nodes.communicate("\n")
+    result = command.wait()
+    assert result.code == 0, result.text
+    assert most == [1, 1]
     assert [state.rounds for state in reached(tmp_path, "ray").sites.values()] == [2] * 4
