@@ -149,6 +149,7 @@ def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
     with _explained(config, source):
         shape = _shape(config, source, where)
         _check_head(config, shape)
+        _check_weights(source, where)
         if getattr(shape, "quantization_config", None) is not None:
             raise ModelError(
                 f"model.source={config.source} holds quantised weights (4-bit and the like), which are not supported: "
@@ -375,6 +376,16 @@ def _base_of_adapter(source: str | Path, where: dict[str, Any]) -> str | None:
     return None
 
 
+def _check_weights(source: str | Path, where: dict[str, Any]) -> None:
+    """Raise OSError unless weights are in safetensors; transformers would have a service of the hub convert others."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if all(cached_file(source, each, _raise_exceptions_for_missing_entries=False, **where) is None for each in names):
+        raise OSError(
+            "there is no model.safetensors. A pickle of weights (.bin) may bring code, and is not read: if you trust "
+            "it, load it elsewhere and save it anew with save_pretrained"
+        )
+
+
 def _check_head(config: ModelConfig, shape: Any) -> None:
     """Raise ModelError where a checkpoint's own head has other classes than the labels, or them in another order."""
     head = any("ForSequenceClassification" in name for name in getattr(shape, "architectures", None) or ())
@@ -419,7 +430,12 @@ def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> tuple[Any, 
     transformers_logging.disable_progress_bar()
     try:
         model, found = kind.from_pretrained(
-            source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, **options
+            source,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
