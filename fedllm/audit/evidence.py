@@ -1,6 +1,6 @@
 """From a folder of evidence to an audit: every signature, chain and epsilon is checked again. Needs no torch.
 
-record.jsonl          the server's run record (server.run_record says what is in it)
+record.jsonl          the server's run log (server.run_record says what is in it)
 plan.json             the plan that the sites were sent
 metrics.jsonl         what the server measured after each round, on public data
 ledgers/SITE.jsonl    a site's ledger, by `fedllm ledger export`

@@ -252,10 +252,11 @@ def _attack(attack: "Empirical") -> str:
     """Return what the attack on the run came to, as the report says at length."""
     black, white = attack.black, attack.white
     guessed = f"Attack on {attack.canaries} canaries: {black.right} and {white.right} of {attack.guesses} guesses right"
-    proved = f"{guessed}, which proves epsilon {max(black.lower, white.lower):.2f}"
+    most = max(black.lower, white.lower)
+    proved = f"{guessed}, which proves {f'epsilon {most:.2f}' if most else 'nothing'}"
     if attack.claim is None:
         return f"{proved}. No noise was added, so there is no claim that it could contradict."
-    verdict = "contradicted" if max(black.lower, white.lower) > attack.claim else "not contradicted"
+    verdict = "contradicted" if most > attack.claim else "not contradicted"
     able = "" if attack.ceiling > attack.claim else ": with so few guesses it could not have been"
     return f"{proved}; all right would prove {attack.ceiling:.2f}. The claim of {attack.claim:g} is {verdict}{able}."
 

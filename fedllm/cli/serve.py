@@ -19,7 +19,7 @@ from fedllm.cli.runs import write_units
 from fedllm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedllm.release.serve import Door
+    from fedllm.release.serve import Access
 
 _EXTRA = ("fastapi", "uvicorn", "openai")
 _QUIET = {
@@ -124,8 +124,8 @@ def run(
     from fedllm.release.tokens import TOKENS
 
     serve.check_epsilon(manifest, max_epsilon, allow_unverified)
-    door = serve.Door(host, port, place / TOKENS, certificate, key, client_ca)
-    serve.check_door(door)
+    access = serve.Access(host, port, place / TOKENS, certificate, key, client_ca)
+    serve.check_access(access)
     release = load_release(dest.absolute(), manifest)
     room = serve.positions(release)
     if max_tokens is not None and max_tokens > room:
@@ -133,12 +133,12 @@ def run(
     limits = serve.Limits(max_tokens or room, max_body, concurrency, timeout)
 
     def ready(url: str) -> None:
-        _note(place, dest.absolute(), trust.absolute(), url, door)
+        _note(place, dest.absolute(), trust.absolute(), url, access)
         privacy = manifest.privacy
         unsure = ", which its audit could not verify" if privacy.private and privacy.verdict != "within" else ""
         typer.echo(f"serving {manifest.name} ({privacy.said}{unsure}) at {url}")
 
-    serve.run(release, door, limits, ready)
+    serve.run(release, access, limits, ready)
     typer.echo("stopped")
 
 
@@ -161,7 +161,7 @@ def _certificate(
     return found.in_use.serving_file.with_suffix(".pem"), found.in_use.serving_file
 
 
-def _note(home: Path, dest: Path, trust: Path, url: str, door: "Door") -> None:
+def _note(home: Path, dest: Path, trust: Path, url: str, access: "Access") -> None:
     """Write down for `fedllm doctor` what is served, and where."""
     from fedllm.files import write_secret
     from fedllm.release.doctor import SERVING as FILE
@@ -169,8 +169,8 @@ def _note(home: Path, dest: Path, trust: Path, url: str, door: "Door") -> None:
 
     served = Serving(
         release=str(dest), trust=str(trust), url=url, pid=os.getpid(),
-        certificate=None if door.certificate is None else str(door.certificate.absolute()),
-        key=None if door.key is None else str(door.key.absolute()),
+        certificate=None if access.certificate is None else str(access.certificate.absolute()),
+        key=None if access.key is None else str(access.key.absolute()),
     )  # fmt: skip
     write_secret(home / FILE, served.model_dump_json(indent=1).encode() + b"\n")
 
@@ -186,7 +186,7 @@ def units(
     place: Annotated[Path, typer.Option("--place", help="That user's folder, for its tokens.")] = Path(
         "/var/lib/fedllm-serve"
     ),
-    host: _Host = "0.0.0.0",  # noqa: S104  # a service is for others; TLS and tokens are at the door
+    host: _Host = "0.0.0.0",  # noqa: S104  # a service is for others; TLS and tokens protect it
     port: _Port = 8443,
     hide: Annotated[
         list[Path] | None, typer.Option("--hide", help="A folder that the service must not see: records, a site's.",

@@ -249,7 +249,7 @@ class Generator(BaseGenerateManager):  # type: ignore[misc]
     def _fit(self, config: GenerationConfig, prompt: int) -> None:
         room = self._most - prompt
         if room < 1:
-            from fedllm.release.asked import wrong
+            from fedllm.release.openai_request import wrong
 
             text = f"the prompt has {prompt} tokens, and with an answer of at least one there is room for {self._most}"
             raise wrong(text, "context_length_exceeded")
