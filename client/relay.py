@@ -22,6 +22,7 @@ from fedllm.errors import ConfigError, FolderError, MessageError
 from fedllm.files import check_private, make_socket, read, read_secret, write_secret
 from fedllm.protocol.link import (
     CONNECT,
+    LINK,
     OPTIONS,
     SERVER_OPTIONS,
     Payload,
@@ -187,9 +188,8 @@ async def serve(folder: Path) -> None:
 
 def _server(connect: Callable[[object, Any], Awaitable[None]]) -> grpc.aio.Server:
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    service, _, method = CONNECT[1:].partition("/")
-    handlers: Any = {method: grpc.stream_stream_rpc_method_handler(connect)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    handlers: Any = {"Connect": grpc.stream_stream_rpc_method_handler(connect)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(LINK, handlers),))
     return server
 
 

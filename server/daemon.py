@@ -11,7 +11,7 @@ import logging
 import resource
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,9 +24,9 @@ from fedllm.errors import ConfigError, CryptoError, FedllmError, MessageError
 from fedllm.files import make_socket, stamp
 from fedllm.protocol.link import (
     AHEAD,
-    CONNECT,
     CONTROL,
     HELLO,
+    LINK,
     SERVER_OPTIONS,
     VERSION,
     milliseconds,
@@ -258,25 +258,18 @@ class Daemon:
         over = asyncio.Event()
         sending = asyncio.create_task(_send(link, asked, context, over))
         left = -1
-
-        async def say_last(frame: Answer) -> None:
-            over.set()
-            await context.write(frame.SerializeToString())
-            await sending  # two may not read at once
-            await _read_away(context)
-
         try:
             while left:
                 match await answer.get():
                     case Part() as part:
                         left = (part.size if left < 0 else left) - len(part.data)
                         await context.write(Answer(part=part).SerializeToString())
-                    case Refusal() as refusal:
+                    case found:
                         left = 0
-                        await say_last(Answer(refused=plain(refusal.text)))
-                    case None:
-                        left = 0
-                        await say_last(Answer(gone=f"the connection to {link.site} has ended"))
+                        over.set()
+                        gone = Answer(gone=f"the connection to {link.site} has ended")
+                        why = gone if found is None else Answer(refused=plain(found.text))
+                        await _say_last(context, why, sending)
         except grpc.aio.InternalError:  # whoever asked is gone a moment before this is cancelled
             raise asyncio.CancelledError from None
         finally:
@@ -309,7 +302,7 @@ class Daemon:
                 )
         except OSError as error:
             await context.abort(_Code.INTERNAL, f"the run's process cannot be started: {error}")
-        self._runs = [each for each in self._runs if each.poll() is None] + [process]
+        self._runs.append(process)
         _log.info("run %s: process %d", name, process.pid)
         return Nothing().SerializeToString()
 
@@ -322,13 +315,11 @@ def _revoked(member: RosterEntry) -> str:
     return f"{member.site} was revoked on {member.revoked_at:%Y-%m-%d}; the server may admit it anew, with new keys"
 
 
-async def _say_last(context: _Context, frame: Answer) -> None:
-    """Say why there is no answer, and wait until it was heard."""
+async def _say_last(context: _Context, frame: Answer, reading: "asyncio.Task[None] | None" = None) -> None:
+    """Say why there is no answer, and wait until it was heard, and until whoever reads has ended: two may not."""
     await context.write(frame.SerializeToString())
-    await _read_away(context)
-
-
-async def _read_away(context: _Context) -> None:
+    if reading is not None:
+        await reading
     while isinstance(await context.read(), bytes):
         pass
 
@@ -349,19 +340,14 @@ async def _send(link: _Link, first: Request, context: _Context, over: asyncio.Ev
 # ---- serving ---------------------------------------------------------------------------------------------------------
 
 
-def _stream(handle: Callable[[Any, _Context], Awaitable[None]]) -> "grpc.RpcMethodHandler[bytes, bytes]":
-    return grpc.stream_stream_rpc_method_handler(handle)
-
-
-def _unary(handle: Callable[[bytes, _Context], Awaitable[bytes]]) -> "grpc.RpcMethodHandler[bytes, bytes]":
-    return grpc.unary_unary_rpc_method_handler(handle)
+def _server(service: str, handlers: Any, options: list[tuple[str, int]]) -> grpc.aio.Server:
+    server = grpc.aio.server(options=options)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    return server
 
 
 async def _open_port(daemon: Daemon, office: HeadOffice) -> grpc.aio.Server:
-    server = grpc.aio.server(options=_PORT)
-    service, _, method = CONNECT[1:].partition("/")
-    handlers = {method: _stream(daemon.connect)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    server = _server(LINK, {"Connect": grpc.stream_stream_rpc_method_handler(daemon.connect)}, _PORT)
     authorities = b"".join(pair.certificate for pair in office.authorities)
     credentials = grpc.ssl_server_credentials(
         [(office.server.key, office.server.certificate)], authorities, require_client_auth=True
@@ -379,9 +365,9 @@ async def _open_port(daemon: Daemon, office: HeadOffice) -> grpc.aio.Server:
 
 
 async def _open_socket(daemon: Daemon, socket: Path) -> grpc.aio.Server:
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    handlers = {"Ask": _stream(daemon.ask), "Look": _unary(daemon.look), "Start": _unary(daemon.start)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(CONTROL, handlers),))
+    unary = grpc.unary_unary_rpc_method_handler
+    ask: Any = grpc.stream_stream_rpc_method_handler(daemon.ask)
+    server = _server(CONTROL, {"Ask": ask, "Look": unary(daemon.look), "Start": unary(daemon.start)}, SERVER_OPTIONS)
     make_socket(socket, server.add_insecure_port)  # two daemons at once are kept out by the folder's lock
     await server.start()
     return server

@@ -3,9 +3,11 @@
 import logging
 import math
 import os
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +84,7 @@ class SecAggServer:
             self._dealt.pop(site, None)
         self._joins[site] = message.join
 
-    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
+    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[Mapping[str, bytes], dict[str, str]]:
         """Have `sites` share a round's secrets; return a MaskedInputRequest for each that did, and why others did not.
 
         Nothing is asked if all shared them with their last uploads: that is the round of two exchanges. Raises
@@ -110,7 +112,7 @@ class SecAggServer:
         self._dealt = {}
         self._participants = dealt
         self._uploads = secagg.MaskedSum(cohort, number, self._length(number))
-        return secagg.masked_input_requests(cohort, number, dealt), failed
+        return secagg.MaskedInputRequests(cohort, number, dealt), failed
 
     def read(self, site: str, number: int, masked: bytes, following: bytes) -> None:
         """Check an upload, add it to the others, and keep the site's shares for the next round.
@@ -333,9 +335,9 @@ class Groups:
         """Take a site's AdvertiseKeys; raises MessageError if they are not its own."""
         self._masks_of(site).join(site, payload)
 
-    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
+    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[Mapping[str, bytes], dict[str, str]]:
         """Have secrets shared in every group, as `SecAggServer.deal` does. A group below its quorum is left out."""
-        masking, failed, present = dict[str, bytes](), dict[str, str](), set(sites)
+        masking, failed, present = ChainMap[str, bytes](), dict[str, str](), set(sites)
         for group, masks in self._of.items():
             here = present & set(group)
             try:
@@ -345,7 +347,7 @@ class Groups:
             if len(asked) < self._plan.quorum:
                 undealt = {**dict.fromkeys(asked, f"{len(asked)} sites of its group shared secrets"), **undealt}
                 asked = {}
-            masking |= asked
+            masking.maps.append(cast(dict[str, bytes], asked))
             failed |= undealt
         return masking, failed
 

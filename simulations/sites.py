@@ -20,7 +20,7 @@ from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import DataError
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.shown import LogLines
-from fedllm.training.data import Row, check_named, naming, person, place_of, read_rows, text_of
+from fedllm.training.data import Row, check_named, columns_of, naming, person, place_of, read_rows, text_of
 from fedllm.training.model import Reader, load_reader
 from fedllm.training.model_context import open_for_training, use_threads
 from server.checkpoint import writing
@@ -43,9 +43,7 @@ class SimulatedData:
         rows = [row for row in found if not isinstance(row, DataError)]
         if rows:
             with naming(data.train):
-                check_named(
-                    list(dict.fromkeys(column for row in rows for column in row)), data, [data.unit, cut.column]
-                )
+                check_named(columns_of(rows), data, [data.unit, cut.column])
         if not found:
             raise DataError(f"{data.train} holds no records")
         placed = [_placed(row, number, [cut.column, self._unit]) for number, row in enumerate(found)]

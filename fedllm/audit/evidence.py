@@ -349,9 +349,17 @@ class _Ledger:
         """Every account: the site's own, and those that its owner declared."""
         return [SITE, *self.disjoint]
 
+    def on(self, account: str) -> list[_Charge]:
+        """Return what was charged to an account; what is lost was charged to all, as nobody knows to which."""
+        return [charge for charge in self.charges if charge.account == account or charge.lost]
+
     def live(self, account: str) -> list[_Charge]:
         """Return what counts against an account's budget."""
-        return [charge for charge in self.charges if charge.account == account and charge.aborted is None]
+        return [charge for charge in self.on(account) if charge.aborted is None]
+
+    def restarted_since(self, charge: _Charge) -> bool:
+        """Whether the ledger was restarted after a charge: what became of it since may be lost."""
+        return any(number > charge.number for number in self.restarts)
 
 
 def _lines(path: Path) -> list[str]:
@@ -592,7 +600,7 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry:
             raise ChainError(f"{where}: {entry.kind}, but round {settled.round} of run {settled.run} is not reserved")
         if entry.kind == "released":
             charge.released = True
-        else:
+        elif not ledger.restarted_since(charge):  # else it may have been released, and stays spent
             charge.aborted = entry.number
     else:
         _note_entry(ledger, entry, where)
@@ -970,7 +978,8 @@ def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, che
         paid = charge is not None and charge.number <= number and charge.aborted is None and _as_planned(charge, plan)
         checks.note("charged_before_release", paid, f"{where}: #{charge.number if charge else '-'} ≤ #{number}")
         if charge is not None:  # what left the site was noted before it left: its absence is a cut tail
-            checks.note("ledger_complete", charge.released, f"{where}: released")
+            gone = not charge.released and ledger.restarted_since(charge)
+            checks.note("ledger_complete", "unverified" if gone else charge.released, f"{where}: released")
     signed = {statement.round for statement, _ in statements}
     asked = {round_ for round_, _, _ in papers.begun.values()}
     for charge in ledger.charges:
@@ -1007,8 +1016,7 @@ def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks:
     """
     began = time.process_time()
     for account in ledger.accounts:
-        mine = [charge for charge in ledger.charges if charge.account == account]
-        costlier(spent(_events(mine, side), plan.privacy.delta) for side in SIDES)
+        costlier(spent(_events(ledger.on(account), side), plan.privacy.delta) for side in SIDES)
         if time.process_time() - began > _MOST_SECONDS_ONCE:
             raise PrivacyError(f"its charges take more than {_MOST_SECONDS_ONCE:g} seconds of CPU to compose once")
     paid = {charge.body.round: charge.account for charge in ledger.of(plan.run)}
@@ -1029,7 +1037,7 @@ def _events(charges: Iterable[_Charge], side: Side) -> list[AccountingEvent]:
 def _check_account(
     ledger: _Ledger, account: str, plan: RunPlan, statements: Sequence[Statement], began: float, checks: _Checks
 ) -> None:
-    charges = [charge for charge in ledger.charges if charge.account == account]
+    charges = ledger.on(account)
     changes = [(charge.number, charge, 1) for charge in charges]
     changes += [(charge.aborted, charge, -1) for charge in charges if charge.aborted is not None]
     changes.sort(key=lambda change: change[0])

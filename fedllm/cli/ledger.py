@@ -249,8 +249,9 @@ def restart(
     PLAN is the plan of a run, plan.json in its folder at the server. ROUNDS is how many of its rounds are missing; its
     closing score counts as one.
 
-    `nothing` states that this ledger is the newest. `everything` states that nobody knows what is lost: this account's
-    records are never trained on again. Stop the site first.
+    `nothing` states that this ledger is the newest. `everything` states that nobody knows what is lost: nothing more is
+    trained on any records of this site. Losses count on every account, and what is open stays spent. Stop the site
+    first.
     """
     from fedllm.files import locked
     from fedllm.privacy.accounting import spent

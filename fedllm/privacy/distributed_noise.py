@@ -43,7 +43,7 @@ good as AES-256, as the masks are.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,8 +76,14 @@ def rounded_normals(source: Randomness, n: int, std: float) -> NDArray[np.int64]
     return result
 
 
-def _add_rounded_normals(total_n: NDArray[np.int64], source: Randomness, std: float) -> None:
-    """Add a draw to each of int64[n], in place, and a few thousand at a time: what they take stays in the cache."""
+def _add_rounded_normals(
+    total_n: NDArray[np.int64], source: Randomness, std: float, further: Callable[[int], Randomness] | None = None
+) -> None:
+    """Add a draw to each of int64[n], in place, and a few thousand at a time: what they take stays in the cache.
+
+    A pair that is computed again has its further digits from `further`, given its number, or else from `source`. Which
+    pairs these are depends on the processor: NumPy's logarithm has other last digits on another one.
+    """
     if not 0 < std < 2**31:
         raise PrivacyError(f"std={std:g} of a noise share must be between 0 and 2^31")
     for first in range(0, len(total_n), 2 * _BLOCK):
@@ -90,7 +96,8 @@ def _add_rounded_normals(total_n: NDArray[np.int64], source: Randomness, std: fl
         apart = np.abs(draws, out=draws)
         unclear = (np.maximum(*apart) + error >= 0.5) | (radius_words == 0)
         for i in np.flatnonzero(unclear):
-            rounded[:, i] = _exactly(int(radius_words[i]), int(angle_words[i]), source, std)
+            digits = source if further is None else further(first // 2 + int(i))
+            rounded[:, i] = _exactly(int(radius_words[i]), int(angle_words[i]), digits, std)
         part += rounded.reshape(-1)[: len(part)].astype(np.int64)
 
 
@@ -161,9 +168,14 @@ def _exactly(radius_word: int, angle_word: int, source: Randomness, std: float) 
         return int(mpmath.nint(radius * mpmath.cos(angle))), int(mpmath.nint(radius * mpmath.sin(angle)))
 
 
-def _keyed(seed: str) -> KeyedRandomness:
-    """Return the words that a seed of 256 bits stands for."""
-    return KeyedRandomness(bytes.fromhex(seed), b"fedllm surplus noise v2")
+def _add_surplus(total_n: NDArray[np.int64], seed: str, std: float) -> None:
+    """Add the part of a share that a seed of 256 bits stands for: the same on every machine, so it can be taken off."""
+    _add_rounded_normals(total_n, _keyed(seed), std, lambda pair: _keyed(seed, b" pair %d" % pair))
+
+
+def _keyed(seed: str, place: bytes = b"") -> KeyedRandomness:
+    """Return the words that a seed stands for."""
+    return KeyedRandomness(bytes.fromhex(seed), b"fedllm surplus noise v2" + place)
 
 
 @dataclass(frozen=True)
@@ -266,7 +278,7 @@ class DistributedMechanism:
         noise = rounded_normals(source, dimension, self._std(self._parts[0]))
         seeds = tuple(source.words(4).tobytes().hex() for _ in self._parts[1:])
         for seed, units in zip(seeds, self._parts[1:], strict=True):
-            _add_rounded_normals(noise, _keyed(seed), self._std(units))
+            _add_surplus(noise, seed, self._std(units))
         return Share(noise, seeds)
 
     def noised(self, clipped_sum: NDArray[np.float64], share: Share) -> NDArray[np.uint32]:
@@ -307,7 +319,7 @@ class DistributedMechanism:
         """Return uint32[d], modulo 2^32: the excess noise of a site, drawn again from the seeds that it revealed."""
         total = np.zeros(dimension, np.int64)
         for seed, index in zip(seeds, self.revealed_seeds(survivors), strict=True):
-            _add_rounded_normals(total, _keyed(seed), self._std(self._parts[1 + index]))
+            _add_surplus(total, seed, self._std(self._parts[1 + index]))
         return (total % 2**32).astype(np.uint32)
 
     def decode(self, total: NDArray[np.uint32]) -> NDArray[np.float64]:

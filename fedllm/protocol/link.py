@@ -14,7 +14,8 @@ from fedllm.protocol.link_pb2 import Part
 from fedllm.shown import escaped
 
 VERSION = 1
-CONNECT = "/fedllm.link.Link/Connect"
+LINK = "fedllm.link.Link"
+CONNECT = f"/{LINK}/Connect"
 CONTROL = "fedllm.link.Control"
 ID = 32  # bytes of a request's id
 PART = 1 << 20  # bytes of a payload in one frame

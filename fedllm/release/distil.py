@@ -94,8 +94,7 @@ def read_transfer(data: Path, release: Release, trust: Trust, public: bool) -> T
         digest = hashlib.sha256(data.read_bytes()).hexdigest()
     except OSError as error:
         raise cannot_read(data, error) from None
-    table = read_table(str(data), "train")
-    return Transfer(data, tuple(table), digest, synthetic)
+    return Transfer(data, tuple(read_table(str(data), "train")), digest, synthetic)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ from fedllm.training.quantised import missing_for_nf4, quiet_bitsandbytes, round
 from fedllm.training.sources import resolve
 
 Quantised = Literal["none", "int8", "nf4"]
-_PARTS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")  # of a base: no code
+_PARTS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of a base: no code
 _FLAWED = 0.5  # logits that are further away than this share of their size are those of another model
 # so far may logits be that bitsandbytes computes from weights that are rounded in the same way (docs/support.md)
 _LIKE_ROUNDED = {"int8": 0.3, "nf4": 0.1}
@@ -248,7 +248,7 @@ def _quantise(
     with _quiet():
         quantised = auto.from_pretrained(
             folder, quantization_config=BitsAndBytesConfig(**options), device_map="cpu", dtype=base.stored,
-            trust_remote_code=False,
+            trust_remote_code=False, use_safetensors=True,
         )  # fmt: skip
         for path in folder.glob("model*.safetensors*"):
             path.unlink()

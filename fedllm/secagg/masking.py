@@ -21,8 +21,12 @@ def self_mask_key(cohort: Cohort, number: int, common: str, site: str, seed: int
 
 def pair_mask_key(cohort: Cohort, number: int, common: str, own: str, key: AgreementKey, peer: SignedMaskKey) -> bytes:
     """Return the key of the mask between two sites; raises CryptoError on a peer's key of small order."""
-    secret = key.agree(bytes.fromhex(peer.key))
-    return primitives.derive(secret, cohort.document("pair mask", number, common, *sorted((own, peer.site))))
+    return agreed_mask_key(cohort, number, common, own, key.agree(bytes.fromhex(peer.key)), peer.site)
+
+
+def agreed_mask_key(cohort: Cohort, number: int, common: str, own: str, agreed: bytes, peer: str) -> bytes:
+    """Return the key of the mask between two sites, from what their keys of the round agree on."""
+    return primitives.derive(agreed, cohort.document("pair mask", number, common, *sorted((own, peer))))
 
 
 def share_key(cohort: Cohort, number: int, agreed: bytes, sender: str, receiver: str, mask_key: bytes) -> bytes:

@@ -23,7 +23,7 @@ from fedllm.protocol.messages import (
     UnmaskingRequest,
     UnmaskingShares,
 )
-from fedllm.secagg.masking import WORD, add_mask, mask_sign, pair_mask_key, seed_commitment, self_mask_key, share_key
+from fedllm.secagg.masking import WORD, add_mask, agreed_mask_key, mask_sign, seed_commitment, self_mask_key, share_key
 from fedllm.secagg.session import (
     SEALED,
     Cohort,
@@ -43,9 +43,17 @@ from fedllm.secagg.session import (
 )
 
 
+@dataclass(frozen=True)
+class _FromPeer:
+    """What another participant shared with this site, and what the masks' keys of the two agree on."""
+
+    shares: tuple[bytes, bytes]  # of its seed and its mask key
+    agreed: bytes
+
+
 @dataclass
 class _Round:
-    """What a site holds for one round; the fields below only ever go from None to their one value."""
+    """What a site holds for one round; the fields from `asked` on only ever go from None to their one value."""
 
     cohort: Cohort
     agreed: dict[str, bytes]  # the secret agreed with each peer's key
@@ -54,6 +62,8 @@ class _Round:
     key: AgreementKey
     shares: KeyShares  # as sent
     own: tuple[bytes, bytes]  # its own shares of seed and mask key
+    # what `check` opened of a request, so that `mask` need not: opening is most of a site's work among many
+    opened: tuple[MaskedInputRequest, dict[str, _FromPeer]] | None = None
     asked: str | None = None  # digest of the one vector, task and participants that were masked
     common: str = ""  # `common_digest` of that
     held: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # every participant's shares of seed and key
@@ -118,7 +128,13 @@ class Participant:
         common = common_digest(state.cohort, state.number, task, request.dealings)
         asked = digest_of_document(common.encode() + request.to_bytes() + hashlib.sha256(total_d.data).digest())
         if state.asked is None:
-            state.held, state.pair_keys = self._open(state, request, common)
+            peers = self._open(state, request)
+            state.held = {self.site: state.own, **{peer: found.shares for peer, found in peers.items()}}
+            state.pair_keys = {
+                peer: agreed_mask_key(state.cohort, state.number, common, self.site, found.agreed, peer)
+                for peer, found in peers.items()
+            }
+            state.opened = None
             state.asked, state.common, state.surplus = asked, common, surplus
         elif state.asked != asked:
             raise PrivacyError(
@@ -134,11 +150,11 @@ class Participant:
         )
 
     def check(self, request: MaskedInputRequest) -> None:
-        """Raise what `mask` would raise of this request and a new vector. Nothing changes."""
+        """Raise what `mask` would raise of this request and a new vector; what it is answered stays the same."""
         state = self._state(request)
         if state.asked is not None:
             raise PrivacyError(f"round {request.round}: site={self.site!r} has masked a vector already")
-        self._open(state, request, "")
+        state.opened = request, self._open(state, request)
 
     def unmask(self, request: ConsistencyCheck) -> ConsistencySignature | UnmaskingShares:
         """Answer the round's list of survivors: with shares of seeds if nobody dropped out, or else with a signature.
@@ -265,10 +281,10 @@ class Participant:
         seed_share, key_share = pairs[cohort.place[self.site] - 1]
         return _Round(cohort, agreed, number, seed, key, shares, (seed_share, key_share))
 
-    def _open(
-        self, state: _Round, request: MaskedInputRequest, common: str
-    ) -> tuple[dict[str, tuple[bytes, bytes]], dict[str, bytes]]:
-        """Check what the participants shared; return the shares for this site, and the keys of pairwise masks."""
+    def _open(self, state: _Round, request: MaskedInputRequest) -> dict[str, _FromPeer]:
+        """Check what the other participants shared, and return it."""
+        if state.opened is not None and state.opened[0] == request:
+            return state.opened[1]
         cohort, number = state.cohort, state.number
         dealings = {mask_key.site: mask_key for mask_key in request.dealings}
         names = [mask_key.site for mask_key in request.dealings]
@@ -284,7 +300,7 @@ class Participant:
             raise MessageError(
                 f"round {number}: {len(request.payload)} bytes of sealed shares, expected {SEALED * len(dealings)}"
             )
-        held, pair_keys = {self.site: state.own}, {}
+        found = {}
         for index, (name, mask_key) in enumerate(dealings.items()):
             signed = check_mask_key(cohort, number, mask_key)
             sealed = request.payload[SEALED * index : SEALED * (index + 1)]
@@ -292,14 +308,14 @@ class Participant:
                 pair = primitives.open_once(
                     share_key(cohort, number, state.agreed[name], name, self.site, signed), sealed, signed
                 )
-                pair_keys[name] = pair_mask_key(cohort, number, common, self.site, state.key, mask_key)
+                agreed = state.key.agree(bytes.fromhex(mask_key.key))
             except CryptoError as error:
                 raise MessageError(
                     f"round {number}: what site={name!r} shared with site={self.site!r} cannot be used ({error}): that "
                     "site made it wrongly, or the server altered it. Leave that site out of the round and ask again."
                 ) from None
-            held[name] = pair[: shamir.SHARE], pair[shamir.SHARE :]
-        return held, pair_keys
+            found[name] = _FromPeer((pair[: shamir.SHARE], pair[shamir.SHARE :]), agreed)
+        return found
 
 
 def _reveal(state: _Round, site: str, survivor_list: ConsistencyCheck) -> UnmaskingShares:

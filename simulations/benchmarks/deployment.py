@@ -1,9 +1,9 @@
-"""What a deployed round costs beside the same round in one process: a daemon and three sites on loopback.
+"""What a deployed round costs beside the same round in one process: a daemon and three sites with relays on loopback.
 
     python -m simulations.benchmarks.deployment --out runs/deployment
 
-Three branches of the demo, same records, plan and rounds: once deployed (a daemon, a run's process, three sites, TLS),
-once as `fedllm simulate`, in turn. Replies leave when they are ready (policy.reply_quantum: 0).
+Three branches of the demo, same records, plan and rounds: once deployed (a daemon, a run's process, three sites, each
+with its relay, TLS), once as `fedllm simulate`, in turn. Replies leave when they are ready (policy.reply_quantum: 0).
 """
 
 import json
@@ -22,6 +22,7 @@ import psutil
 import typer
 
 from client import office as site_folder
+from client.relay import export_relay_folder
 from fedllm.config import ModelConfig
 from fedllm.training.model import load_reader
 from server import federation
@@ -49,16 +50,21 @@ def main(
         "experiment": "demo-offices", "training.rounds": rounds, "privacy.mode": mode, "privacy.units_per_site": units,
         "data.samples": 0, "federation.quorum": len(BRANCHES),
     }  # fmt: skip
-    programs = [
-        subprocess.Popen([*_FEDLLM, *words, "--home", str(home)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-        for words, home in ((("server", "start"), head.folder), *((("site", "start"), home) for home in homes))
+    commands = [
+        *(("site", "relay", str(_relay_of(home))) for home in homes),
+        *(("site", "start", "--home", str(home)) for home in homes),
+        ("server", "start", "--home", str(head.folder)),
     ]
+    programs = [
+        subprocess.Popen([*_FEDLLM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) for words in commands
+    ]
+    site = [psutil.Process(programs[number].pid) for number in (0, len(homes))]  # the first one's relay and process
     try:
         until = time.monotonic() + 300
         while len(_online(head)) < len(BRANCHES) and time.monotonic() < until:
             time.sleep(0.2)
-        waiting = _memory_mb(psutil.Process(programs[1].pid))
-        with _Memory(programs[1].pid) as memory:
+        waiting = _memory_mb(site)
+        with _Memory(site) as memory:
             _run("submit", {"name": "deployed", **plan}, "--home", str(head.folder))
         deployed = _seconds(head.folder / "runs" / "deployed")
     finally:
@@ -78,7 +84,8 @@ def main(
     print(f"s a round deployed        {_spread(deployed)}")
     print(f"s a round in one process  {_spread(simulated)}")
     print(f"ratio of the medians      {median(deployed) / median(simulated):.2f}")
-    print(f"memory of a site, MB   {waiting:.0f} while it waits, {memory.peak_mb:.0f} at most")
+    for label, found in (("while it waits", waiting), ("at most", memory.peak_mb)):
+        print(f"memory of a site, MB   {sum(found):.0f} {label}, its relay's part {found[0]:.0f}")
 
 
 def _online(head: federation.HeadOffice) -> Sequence[object]:
@@ -130,27 +137,33 @@ def _provision(
                 "epsilon": 100.0, "delta": 1e-5, "unit": "person", "min_units": 1, "reply_quantum": 0.0,
                 "max_sampling_rate": 1.0, "peers": peers,
             },
-            "models": {_BASE: _BASE}, "resources": {"threads": 1},
+            "models": {_BASE: _BASE}, "resources": {"threads": 1}, "socket": str(home / "link.sock"),
         }  # fmt: skip
         (home / "site.yaml").write_text(json.dumps(settings), "utf-8")
         grant = federation.admit(head.folder, office.join_file.read_bytes(), office.identity.public.fingerprint)
-        site_folder.install(home, grant.read_bytes(), head.identity.public.fingerprint)
-        granted, model = site_folder.Office.open(home), ModelConfig(source=_BASE)
+        granted = site_folder.install(home, grant.read_bytes(), head.identity.public.fingerprint)
+        export_relay_folder(granted, _relay_of(home))
+        model = ModelConfig(source=_BASE)
         granted.declare({_BASE: load_reader(model).digest}, {_BASE: granted.files_digest(model)})
     return federation.HeadOffice.open(head.folder), homes
 
 
-def _memory_mb(top: psutil.Process) -> float:
-    return sum(each.memory_info().rss for each in [top, *top.children(recursive=True)]) / 2**20
+def _relay_of(home: Path) -> Path:
+    return home.with_name(f"{home.name}-relay")
+
+
+def _memory_mb(processes: Sequence[psutil.Process]) -> list[float]:
+    """Return what processes hold, MB, each with all below it."""
+    return [sum(each.memory_info().rss for each in (top, *top.children(recursive=True))) / 2**20 for top in processes]
 
 
 class _Memory:
-    """The most memory that a process and all below it held at one time."""
+    """The most memory that processes and all below them held at one time."""
 
-    def __init__(self, pid: int) -> None:
-        self._top, self._over = psutil.Process(pid), threading.Event()
+    def __init__(self, processes: Sequence[psutil.Process]) -> None:
+        self._processes, self._over = processes, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.peak_mb = 0.0
+        self.peak_mb = [0.0]
 
     def __enter__(self) -> "_Memory":
         self._thread.start()
@@ -162,7 +175,7 @@ class _Memory:
 
     def _watch(self) -> None:
         while not self._over.wait(0.2):
-            self.peak_mb = max(self.peak_mb, _memory_mb(self._top))
+            self.peak_mb = max(self.peak_mb, _memory_mb(self._processes), key=sum)
 
 
 if __name__ == "__main__":

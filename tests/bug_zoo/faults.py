@@ -444,7 +444,7 @@ def frozen_part_trained_without_noise(patch: Patch) -> None:
     def faulty(self: Engine, optimizer: Any, units: Sequence[PrivacyUnit], micro_batch: int) -> None:
         honest(self, optimizer, units, micro_batch)
         with torch.no_grad():
-            for name, p in self._adapter.model.named_parameters():
+            for name, p in self.adapter.model.named_parameters():
                 if "lora_A" in name and not p.requires_grad:
                     p.add_(1e-3)
 
@@ -599,7 +599,7 @@ def one_site_more_than_there_is(patch: Patch) -> None:
 
 def surplus_from_the_same_seeds(patch: Patch) -> None:
     honest = shared_noise._keyed
-    patch.setattr(shared_noise, "_keyed", lambda _: honest("5a" * 32))
+    patch.setattr(shared_noise, "_keyed", lambda _, place=b"": honest("5a" * 32, place))
 
 
 def shares_from_a_seed(patch: Patch) -> None:

@@ -167,6 +167,29 @@ def test_the_same_request_gets_the_same_answer() -> None:
     assert once == federation.reveals(claim, list(uploads), list(uploads))
 
 
+def test_what_was_checked_is_not_opened_again_and_another_request_is() -> None:
+    federation = Federation(4)
+    dealt = federation.share(1)
+    member, vector = federation.members["지점-001"], np.zeros(8, np.uint32)
+    request = federation.masked_input_request(1, dealt, "지점-001")
+    fewer = federation.masked_input_request(1, {k: dealt[k] for k in sorted(dealt)[:3]}, "지점-001")
+    with mock.patch("fedllm.crypto.primitives.open_once", wraps=primitives.open_once) as opened:
+        member.check(request)
+        member.check(fewer)
+        assert opened.call_count == 3 + 2
+        upload = member.mask(wire(fewer), TASK, vector)
+        assert opened.call_count == 3 + 2
+        federation.members["지점-002"].mask(federation.masked_input_request(1, dealt, "지점-002"), TASK, vector)
+        assert opened.call_count == 3 + 2 + 3
+    altered = bytearray(request.payload)
+    altered[0] ^= 1
+    third = federation.members["지점-003"]
+    third.check(asked := federation.masked_input_request(1, dealt, "지점-003"))
+    with pytest.raises(MessageError):
+        third.mask(asked.model_copy(update={"payload": bytes(altered)}), TASK, vector)
+    assert upload == member.mask(fewer, TASK, vector)
+
+
 @pytest.mark.parametrize(("sites", "threshold"), [(24, 14), pytest.param(128, 70, marks=pytest.mark.soak)])
 def test_many_sites_work(sites: int, threshold: int) -> None:
     """All sites check the same signatures; here, in one process, each is checked once."""
