@@ -1,10 +1,8 @@
 """Every command, argument and option says in --help what it is."""
 
 from collections.abc import Iterator
-from importlib.metadata import version
 
 import click
-import pytest
 from typer.main import get_command
 
 from fedllm.cli.main import app
@@ -17,10 +15,6 @@ def commands(command: click.Command, path: str = "fedllm") -> Iterator[tuple[str
         yield from commands(inner, f"{path} {name}")
 
 
-@pytest.mark.skipif(
-    tuple(map(int, version("click").split(".")[:2])) >= (8, 5),
-    reason="this click is newer than that of constraints.txt, and typer loses the help of arguments",
-)
 def test_every_argument_and_option_is_explained() -> None:
     found = list(commands(get_command(app)))
     assert len(found) > 40
