@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from tests.running import (  # noqa: F401  # hooks
-    pytest_collection_finish,
+    pytest_collection,
     pytest_collection_modifyitems,
     pytest_sessionfinish,
     pytest_sessionstart,

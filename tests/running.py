@@ -6,6 +6,7 @@ import getpass
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import psutil
@@ -62,12 +63,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
 
-gc.disable()  # a tenth of the time would go into looking through modules, of which nothing is ever garbage
-
-
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Have the search for garbage pass over what was imported: it took a third of the time of many files."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 # ---- that nothing is left behind -------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ import fedllm.crypto.primitives
 import fedllm.privacy.canaries
 import fedllm.privacy.ledger
 import fedllm.training.engine
+import fedllm.training.self_check
 from client.policy import SitePolicy
 from client.records import SiteRecords
 from client.site import Site
@@ -73,7 +74,7 @@ from fedllm.training.model_context import ModelContext, open_for_training
 from tests.attacks.office import BEGUN, IDENTITY, LABELS, Victim, plan_of, read
 from tests.attacks.test_clip_switched_off import EXTREMES
 from tests.attacks.test_refusals import KINDS, ROWS, TEMPLATE, TROUBLE, USABLE
-from tests.conftest import save_llama
+from tests.conftest import SOAK, save_llama
 
 HOUR = float(os.environ.get("FEDLLM_FUZZ_SECONDS", "3600"))  # of the long form
 MOST_CPU, MOST_MEMORY = 300.0, 1 << 30  # seconds and bytes that one request may take, generously
@@ -862,6 +863,8 @@ def fuzz(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     monkeypatch.setattr(fedllm.privacy.ledger, "random_bytes", draws.coins)
     monkeypatch.setattr(fedllm.privacy.canaries, "random_bytes", draws.canaries)
     monkeypatch.setattr(client.site, "OsRandomness", lambda: draws)
+    if not SOAK:  # takes as long as all other checks of the engine
+        monkeypatch.delitem(fedllm.training.self_check.CHECKS, "company-changes-no-bit")
 
     def make(world: tuple[str, str], seed: int, epsilon: float = 1e6, self_check: bool = True) -> Fuzz:
         twins = Twins(tmp_path / str(next(count)), base, world, draws, epsilon, self_check)
