@@ -661,7 +661,7 @@ def build_units(rows: Sequence[Row], tokeniser: Tokeniser, unit: str | None, cap
 
 def is_missing(value: object) -> bool:
     """Whether a cell is empty: null, not a number, or text of nothing that shows. Somebody may be called None."""
-    return value is None or (isinstance(value, float | Decimal) and math.isnan(value)) or not canonical(value)
+    return not _cell(value)
 
 
 def members(rows: Iterable[Row], data: TextConfig, unit: str | None) -> Iterator[bytes]:
@@ -681,10 +681,16 @@ def members(rows: Iterable[Row], data: TextConfig, unit: str | None) -> Iterator
 def _spelt(value: object) -> object:
     """Return a cell, or all cells of a row, list or object, in their one spelling; empty ones of a row are left out."""
     if isinstance(value, dict):
-        return {canonical(key): _spelt(cell) for key, cell in value.items() if not is_missing(cell)}
+        return {canonical(key): spelt for key, cell in value.items() if (spelt := _spelt(cell)) != ""}
     if isinstance(value, list):
         return [_spelt(cell) for cell in value]
-    return "" if is_missing(value) else canonical(value)
+    return _cell(value)
+
+
+def _cell(value: object) -> str:
+    """Return the one spelling of a cell, empty if the cell is."""
+    missing = value is None or (isinstance(value, float | Decimal) and math.isnan(value))
+    return "" if missing else canonical(value)
 
 
 def person(value: object) -> str:
