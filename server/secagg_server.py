@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import threading
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -149,8 +150,9 @@ class SecAggServer:
             bound = bound_of_sum(mechanism, survivors, trimmed)
             bound.check(decoded)
             if mechanism is self._distributed:
-                wide = -self._plan.training.learning_rate * decoded / (survivors * self._plan.expected_units)
-                step = wide.astype(np.float32)
+                decoded *= -self._plan.training.learning_rate
+                decoded /= survivors * self._plan.expected_units
+                step = decoded.astype(np.float32)
             else:
                 scores = ScoreSum(decoded, bound.noise_std, mechanism.clip_before_rounding(self._metrics))
         return Opened(step, trimmed, self.noise_multiplier(survivors, trimmed), scores)
@@ -232,19 +234,16 @@ class SecAggServer:
 
     def _take_off(self, number: int, total: NDArray[np.uint32], seeds: Iterable[Sequence[str]], survivors: int) -> None:
         """Subtract excess noise in place; drawing it again is most of the server's work, hence on all cores."""
-        blocks = self._blocks(number, total)
+        blocks, turn = self._blocks(number, total), threading.Lock()
 
-        def excess(own: Sequence[str]) -> list[NDArray[np.uint32]]:
+        def take_off(own: Sequence[str]) -> None:
             each = len(own) // len(blocks)
-            return [
-                mechanism.surplus(own[k * each : (k + 1) * each], survivors, block.size)
-                for k, (mechanism, block) in enumerate(blocks)
-            ]
+            for k, (mechanism, block) in enumerate(blocks):
+                mechanism.take_off(block, own[k * each : (k + 1) * each], survivors, turn)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for parts in pool.map(excess, seeds):
-                for (_, block), part in zip(blocks, parts, strict=True):
-                    np.subtract(block, part, out=block)
+            for _ in pool.map(take_off, seeds):
+                pass
 
     def _secure(self, number: int, step: bytes) -> bytes:
         return SecAggRequest(plan=self._plan, round=number, payload=step).to_bytes()

@@ -164,6 +164,7 @@ def _site(config_json: str, folder: str, number: int) -> Site:
 def _set_up(config_json: str, folder: str) -> None:
     """Make this process ready for sites of a run, and forget those of another."""
     _site.cache_clear()
+    _roster.cache_clear()
     config = SimulationConfig.model_validate_json(config_json)
     if parent_process() is not None or config.federation.backend == "ray":  # Ray's own log would be public
         log_to(Path(folder))
@@ -217,7 +218,12 @@ def resume_sites(config: SimulationConfig, names: list[str], folder: Path) -> No
 
 def roster_of(config: SimulationConfig, names: list[str], folder: Path) -> dict[str, PublicIdentity]:
     """Return who the sites are; in a simulation all of them can look at one another's keys."""
-    place = folder_of(config, folder)
+    return _roster(folder_of(config, folder), tuple(names))
+
+
+@lru_cache(maxsize=1)
+def _roster(place: Path, names: tuple[str, ...]) -> dict[str, PublicIdentity]:
+    """Read every site's keys, once for all sites of a process."""
     return {name: Identity.load_or_create(place / file_name(name) / "identity").public for name in names}
 
 

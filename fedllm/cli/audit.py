@@ -74,7 +74,7 @@ def _list(audit: "Audit", status: "Status") -> bool:
 
     found = [finding for finding in audit.findings if finding.status == status and finding.code in INTEGRITY]
     for finding in found:
-        more = len(finding.evidence) - 1 + finding.more
+        more = max(0, len(finding.evidence) - 1) + finding.more
         first = finding.evidence[0] if finding.evidence else "-"
         typer.echo(f"{status}: {finding.code}: {escaped(first)}{f' (and {more} more)' if more else ''}")
     return bool(found)

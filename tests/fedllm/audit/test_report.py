@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gc
 import json
 import math
 import os
@@ -616,3 +617,17 @@ def test_a_few_sites_are_listed_at_once_by_name(html: str, html_of_many: str) ->
     for page in (html, html_of_many):
         assert "details" not in Page(page).tags
         assert page.count('<table class="sites">') == 1
+
+
+def test_on_paper_there_is_the_first_group_of_many_sites(audited: Audited) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weasyprint = pytest.importorskip("weasyprint", exc_type=(ImportError, OSError))
+        page = render_html(large(audited.written.audit, 151, 10), "en")
+        pages = weasyprint.HTML(string=page).render().pages
+    words = " ".join(b.text for p in pages for b in p._page_box.descendants() if type(b).__name__ == "TextBox")
+    del pages
+    gc.collect()  # what weasyprint keeps in a folder goes with its cycles
+    assert len(set(re.findall(r"지점-\d+-", words))) < 60, "50, and the first screen's"
+    assert "only the first 50 of 151 sites are listed" in words
+    assert "All 151 sites by name" not in words
