@@ -501,9 +501,8 @@ def restart(place: LedgerPlace, signer: Identity, lost: Sequence[Loss]) -> Ledge
             _take_over(db, signer)
             anchor = None if known is None else {"number": known.number, "digest": known.digest}
             _note(db, "restarted", {"anchor": anchor}, signer)
-            account = _account(db, place.data_set)
             for loss in lost:
-                _enter(db, account, loss.run, 0, "lost", loss.event, signer)
+                _enter(db, SITE, loss.run, 0, "lost", loss.event, signer)
             newest = _head(db)
         write_anchor(place.anchor, newest)
     return newest

@@ -34,6 +34,10 @@ HEADS = ("classifier", "score")  # PEFT trains and saves these of every sequence
 _UNLIMITED = 1 << 31
 _FILES = ("*.json", "*.safetensors", "*.bin")  # settings, weights, tokenizer: what a model is loaded from
 _PAYS_IN_BFLOAT16 = 20_000_000  # parameters; an estimate
+_NO_WEIGHTS = (
+    "there is no model.safetensors. A pickle of weights (.bin) may bring code, and is not read: if you trust it, load "
+    "it elsewhere and save it anew with save_pretrained"
+)
 _FIRST, _MADE_UP = 3, 16  # first token of made-up records, and how many different ones they hold
 _WORKSPACE, _REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS repeats its bits
 _FEWEST, _SHORTEST = 8, 16  # tokens of a vocabulary, and of the longest record: the self-check needs so many
@@ -127,6 +131,8 @@ def files_digest(config: ModelConfig, known: dict[str, Any]) -> str:
     source, where = _located(config)
     with _explained(config, source):
         folder = source if isinstance(source, Path) else Path(str(cached_file(source, "config.json", **where))).parent
+        if not any(folder.glob("*.safetensors")):  # whoever declares a model is told
+            raise OSError(_NO_WEIGHTS)
         digest = hashlib.sha256()
         for path in sorted({path for pattern in _FILES for path in folder.glob(pattern)}):
             state = path.stat()
@@ -380,10 +386,7 @@ def _check_weights(source: str | Path, where: dict[str, Any]) -> None:
     """Raise OSError unless weights are in safetensors; transformers would have a service of the hub convert others."""
     names = ("model.safetensors", "model.safetensors.index.json")
     if all(cached_file(source, each, _raise_exceptions_for_missing_entries=False, **where) is None for each in names):
-        raise OSError(
-            "there is no model.safetensors. A pickle of weights (.bin) may bring code, and is not read: if you trust "
-            "it, load it elsewhere and save it anew with save_pretrained"
-        )
+        raise OSError(_NO_WEIGHTS)
 
 
 def _check_head(config: ModelConfig, shape: Any) -> None:

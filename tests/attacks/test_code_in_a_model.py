@@ -19,7 +19,7 @@ from fedllm.config import ModelConfig
 from fedllm.errors import ModelError, ReleaseError
 from fedllm.release.loading import _with_adapter
 from fedllm.release.manifest import Manifest
-from fedllm.training.model import load_base
+from fedllm.training.model import files_digest, load_base
 
 ROOT = Path(__file__).parents[2]
 # loads weights into a model that is there, by a configuration that names no code
@@ -48,8 +48,12 @@ def test_weights_in_a_pickle_are_refused_harmless_or_not(tiny_llama: Path, tmp_p
     load_base(ModelConfig(source=str(model), max_length=64), "cpu")
     (model / "model.safetensors").unlink()
     torch.save(weights, model / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"no model\.safetensors.*may bring code.*save_pretrained"):
-        load_base(ModelConfig(source=str(model), max_length=64), "cpu")
+    config = ModelConfig(source=str(model), max_length=64)
+    refused = pytest.raises(ModelError, match=r"no model\.safetensors.*may bring code.*save_pretrained")
+    with refused:
+        load_base(config, "cpu")
+    with refused:  # and by `fedllm site check`
+        files_digest(config, {})
 
 
 def test_an_adapter_in_a_pickle_is_no_release(tmp_path: Path) -> None:
