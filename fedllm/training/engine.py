@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -439,6 +440,16 @@ class Engine:
         clipped and added pass by pass, in constant memory. What a unit adds is a function of that unit alone, to the
         last bit: see `pass_gradients`. A unit that fails contributes nothing, and nobody else's part changes.
         """
+        with self._norms_kept():
+            return self._clipped_sum(units, mechanism, micro_batch, distributed)
+
+    def _clipped_sum(
+        self,
+        units: Sequence[PrivacyUnit],
+        mechanism: Mechanism,
+        micro_batch: int,
+        distributed: DistributedMechanism | None,
+    ) -> Tensor:
         began, held = time.perf_counter(), 0
         total = torch.zeros(self.adapter.flat.numel(), dtype=torch.float64, device=self.adapter.device)
         earlier, carry = torch.zeros_like(total), _CARRY * (1.0 if distributed is not None else _quantum(mechanism))
@@ -562,6 +573,32 @@ class Engine:
             )  # fmt: skip
         records = int((batch.unit_of_row == owner).sum())  # a unit's loss is the mean over its records
         return torch.cat([part.reshape(-1).float() for part in parts]) / records
+
+    @contextmanager
+    def _norms_kept(self) -> Iterator[None]:
+        """Take the norms of DoRA's weights once while the adapter stays as it is, and not for every record.
+
+        They are constants to the gradient (Liu et al. 2024, section 4.3), and of the adapter alone.
+        """
+        layers = [] if self.compiled else [m for m in self.adapter.model.modules() if isinstance(m, DoraLinearLayer)]
+
+        def once(find: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            found = list[Tensor]()
+
+            def kept(**given: Any) -> Tensor:
+                if not found:
+                    found.append(find(**given).detach())
+                return found[0]
+
+            return kept
+
+        try:
+            for layer in layers:
+                layer.get_lora_weight, layer.get_weight_norm = once(layer.get_lora_weight), once(layer.get_weight_norm)
+            yield
+        finally:
+            for layer in layers:
+                del layer.get_lora_weight, layer.get_weight_norm
 
     @contextmanager
     def _per_unit(self, batch: Batch) -> Iterator[list[Tensor]]:

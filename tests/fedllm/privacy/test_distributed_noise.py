@@ -286,9 +286,7 @@ def test_a_seed_stands_for_the_same_noise_where_another_processor_is_less_sure(m
     seed, std, quickly = "5a" * 32, 2.0**29, distributed._quickly
 
     def noise() -> np.ndarray:
-        total = np.zeros(100_001, np.int64)
-        distributed._add_surplus(total, seed, std)
-        return total
+        return np.concatenate([draws for _, draws in distributed._surplus_by_block(seed, 100_001, std)])
 
     again: list[int] = []
     exactly = distributed._exactly
