@@ -20,12 +20,13 @@ def client_app(connect: Callable[[Context], Handler]) -> ClientApp:
     app = ClientApp()
 
     def carry(message: Message, context: Context) -> Message:
-        record = message.content.config_records[ENVELOPE_RECORD]
+        content = message.content
+        record = content.config_records[ENVELOPE_RECORD]
         if WHO in record:
             name = RecordDict({ENVELOPE_RECORD: ConfigRecord({WHO: str(context.node_config[WHO])})})
             return Message(name, reply_to=message)
         record[ENVELOPE_KEY] = connect(context)(cast(bytes, record[ENVELOPE_KEY]), message.metadata.ttl)
-        return Message(message.content, reply_to=message)
+        return Message(content, reply_to=message)
 
     app.query()(carry)
     app.train()(carry)

@@ -359,13 +359,12 @@ def _check_records(office: Office) -> list[CheckResult]:
     data, own = office.data, office.config.data
     found = [_check_mode(Path(data.train))] if not data.train.startswith("pkg://") else []
     os.environ.update(office.environment)
-    from fedllm.training.data import cell, check_named, is_missing, naming, person, read_rows
+    from fedllm.training.data import cell, check_named, columns_of, is_missing, naming, person, read_rows
 
     rows = list(read_rows(data.train, data.train_split, data))
     usable = [row for row in rows if not isinstance(row, DataError)]
-    columns = list(dict.fromkeys(column for row in usable for column in row))
     with naming(data.train):
-        check_named(columns, data, [data.unit])
+        check_named(columns_of(usable), data, [data.unit])
     found.append(ok(f"records: {len(usable)} in {data.train}, with every column that is needed"))
     found += _faults("records", len(rows), [row for row in rows if isinstance(row, DataError)])
     if data.label is not None:

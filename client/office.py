@@ -346,7 +346,7 @@ def install(folder: Path, data: bytes, heard: str | None = None) -> Office:
             if not any(same_fingerprint(heard, identity.fingerprint) for identity in grant.identities):
                 raise CryptoError(
                     "the fingerprint does not fit this grant. Hear it once more, on a number that you know; if it "
-                    "still differs, the file was exchanged on its way: ask for it again by another way."
+                    "still differs, somebody replaced the file on its way: ask for it again over another channel."
                 )
         elif needs_fingerprint(folder, data):
             raise CryptoError(

@@ -102,8 +102,11 @@ def load_records(
 
     `person` is the column that names the person a record belongs to, None if there is none.
     """
-    kept = [_known(row, number, text, person) for number, row in enumerate(rows)]
-    usable = [row for row in kept if not isinstance(row, DataError)]
+    kept, data_set = list[Row | DataError](), set[bytes]()
+    for number, row in enumerate(rows):
+        found = row if isinstance(row, DataError) else _members(row, number, text, person)
+        kept.append(found if isinstance(found, DataError) else row)
+        data_set |= frozenset() if isinstance(found, DataError) else found
     groups, wrong = {}, {}
     for source, reader in readers.items():
         longest = min(reader.positions, _LONGEST)
@@ -113,17 +116,13 @@ def load_records(
         by = person if declared.unit == "person" else None
         groups[source], wrong[source] = group(kept, tokeniser.read(kept), by)
     known_by = identities(kept, text, person, declared.unit == "person")
-    data_set = fingerprint(members(usable, text, person))
     rule = split_rule(text, person, declared.unit == "person")
-    return SiteRecords(declared, data_set, groups, wrong, known_by, rule)
+    return SiteRecords(declared, frozenset(data_set), groups, wrong, known_by, rule)
 
 
-def _known(row: Row | DataError, number: int, text: TextConfig, person: str | None) -> Row | DataError:
-    """Return a row, or an error where it has no fingerprint."""
-    if isinstance(row, DataError):
-        return row
+def _members(row: Row, number: int, text: TextConfig, person: str | None) -> DataSet | DataError:
+    """Return the fingerprint of a row, or an error where it has none."""
     try:
-        list(members([row], text, person))
+        return fingerprint(members([row], text, person))
     except Exception as error:  # nested more deeply than can be written down
         return DataError(f"{place_of(row, number)}: it cannot be written as text ({type(error).__name__})")
-    return row

@@ -410,7 +410,7 @@ class Site:
             own_coins = Beside(of_canaries, len(canaries), KeyedRandomness(coins, b"fedllm poisson sample v1"))
         scored: Scored | None = None
         if plan.score_noise(request.round) is not None:
-            scored = score(context.adapter, session.units("evaluation"), plan, start, source)
+            scored = score(context.engine, session.units("evaluation"), plan, start, source, session.micro_batch)
             self._note_score(request, scored)
         # canaries first: where they stand, and so their coins, must not depend on how many records there are
         units = Joined(canaries, session.units("training")) if trains else ()

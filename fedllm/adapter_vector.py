@@ -65,7 +65,7 @@ class AdapterSpec:
 
 def adapter_digest(adapter: NDArray[np.float32]) -> str:
     """Return what records, statements and requests call an adapter float32[d]: SHA-256, hex, little endian."""
-    return hashlib.sha256(np.ascontiguousarray(adapter, "<f4").tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(adapter, "<f4").data).hexdigest()
 
 
 WireDtype = Literal["float32", "float16"]

@@ -25,7 +25,7 @@ def canonical(value: object) -> str:
     """
     text = str(value)
     if not text.isprintable() or not text.isascii():
-        text = text.translate({ord(sign): None for sign in set(text) if _is_invisible(sign)})
+        text = text.translate(_SHOWN)
         text = unicodedata.normalize("NFC", text)
     text = " ".join(text.split())
     if _FLOAT.fullmatch(text):
@@ -35,8 +35,16 @@ def canonical(value: object) -> str:
     return text
 
 
-def _is_invisible(sign: str) -> bool:
-    return ord(sign) in _INVISIBLE or (unicodedata.category(sign) in ("Cc", "Cf") and not sign.isspace())
+class _Shown(dict[int, int | None]):
+    """What becomes of a character, found out when it is first met: itself, or nothing if it is invisible."""
+
+    def __missing__(self, code: int) -> int | None:
+        sign = chr(code)
+        gone = code in _INVISIBLE or (unicodedata.category(sign) in ("Cc", "Cf") and not sign.isspace())
+        return self.setdefault(code, None if gone else code)
+
+
+_SHOWN = _Shown()
 
 
 def read_json(data: bytes | str) -> Any:

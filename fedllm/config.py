@@ -292,7 +292,7 @@ class AttackConfig(Frozen):
     """The attack that is tried on a run (one-run audit, Steinke, Nasr and Jagielski 2023)."""
 
     canaries: int = Field(0, ge=0, le=MOST_CANARIES)
-    """Made-up records at every site, each of which it trains on or not by a secret coin; in the end it guesses which.
+    """Made-up records at every site, each trained on with probability 1/2, in secret; in the end it guesses which.
     0: no attack.
     """
 
@@ -486,15 +486,15 @@ class FederationConfig(QuorumConfig):
     """A federation of simulated sites."""
 
     backend: Literal["in-process", "ray"] = "in-process"
-    """`in-process`: all sites on this machine. `ray`: Flower's simulation engine, with GPUs if there are any."""
+    """`in-process`: all sites on this machine. `ray`: Flower's simulation engine, on GPUs and several machines too."""
     partition: PartitionConfig
     """How the records become those of sites."""
     processes: int | None = Field(None, ge=1, le=1024)
     """In-process: processes that train sites at the same time. Null: one for each core."""
     cpus_per_site: float = Field(1.0, gt=0)
-    """Ray: CPU cores that one site takes."""
+    """Ray: CPU cores that one process of sites takes."""
     gpus_per_site: float = Field(0.0, ge=0)
-    """Ray: GPUs that one site takes."""
+    """Ray: GPUs that one process of sites takes."""
 
 
 class ComputeConfig(Frozen):
@@ -624,12 +624,6 @@ class SimulationConfig(RunConfig):
             raise ValueError(
                 "data.unit: privacy.unit=person needs the column that names the person. Name it, or set "
                 "privacy.unit=record"
-            )
-        if self.federation.backend == "ray" and self.privacy.mode == "distributed":
-            raise ValueError(
-                "federation.backend=ray: a site's secrets of secure aggregation live in one process, and Ray moves "
-                "sites between processes. Use federation.backend=in-process, or noise of each site's own with "
-                "privacy=local (experiment=parallel sets both)"
             )
         return self
 

@@ -9,7 +9,7 @@
     │   ├── BudgetExceeded the site's privacy budget does not admit the request
     │   └── SecAggError    a step of secure aggregation that does not fit what this site did before
     ├── LedgerError        the site's durable record of spent budget cannot be used
-    ├── ChainError         a ledger or run record that was altered, or is not signed by whom it should be
+    ├── ChainError         a ledger or run log that was altered, or is not signed by whom it should be
     ├── MessageError       bytes from the other side that are not a valid message
     │   └── SpecMismatch   an update made for another adapter
     ├── FolderError        a folder or file of an installation that cannot be read, written or trusted
@@ -70,7 +70,7 @@ class LedgerError(FedllmError):
 
 
 class ChainError(FedllmError):
-    """A ledger or run record was altered, or is not signed by whom it should be."""
+    """A ledger or run log was altered, or is not signed by whom it should be."""
 
 
 class MessageError(FedllmError):

@@ -14,6 +14,7 @@ from fedllm.privacy.distributed_noise import DistributedMechanism
 
 FALSE_ALARM = 1e-9  # probability, of each of three bounds: number of units, length, largest coordinate
 TIMES_NOMINAL = 2  # so many times the nominal number of units there may be, all pulling one way
+_BLOCK = 1 << 16  # values that are looked at together
 _LOG = -math.log(FALSE_ALARM)
 _RELATIVE, _ABSOLUTE = 2.0**-11, 2.0**-25  # by which a value is rounded at most on its way: float16
 # largest step of Adam with torch's betas, in learning rates: |m| / sqrt(v) by Cauchy and Schwarz, bias corrections too
@@ -102,17 +103,27 @@ class Bound:
 
     def check(self, update: NDArray[np.floating]) -> None:
         """Raise MessageError if float[d] is beyond a limit, also before it was rounded on its way."""
-        x = np.abs(update.astype(np.float64))
-        length, largest = self.limits(x.size)
+        length, largest = self.limits(update.size)
+        norm, most_of_all = _norms(update)
         for what, value, rounded, most in (
-            ("length", float(np.linalg.norm(x)), math.sqrt(x.size) * _ABSOLUTE, length),
-            ("largest value", float(np.max(x, initial=0)), _ABSOLUTE, largest),
+            ("length", norm, math.sqrt(update.size) * _ABSOLUTE, length),
+            ("largest value", most_of_all, _ABSOLUTE, largest),
         ):
             if not value - rounded <= (1 + _RELATIVE) * most:  # nor is NaN
                 raise MessageError(
                     f"an update with {what}={value:.4g}, expected {most:.4g} at most: training under this plan gives "
                     "none. A site is poisoned or faulty, or has too many units for privacy.units_per_site"
                 )
+
+
+def _norms(x: NDArray[np.floating]) -> tuple[float, float]:
+    """Return L2 norm and largest magnitude of float[d], NaN if one is; in float64 a block at a time, not a copy."""
+    squares, largest = 0.0, 0.0
+    for first in range(0, x.size, _BLOCK):
+        part = np.abs(x[first : first + _BLOCK].astype(np.float64))
+        squares += float(part @ part)
+        largest = float(np.max(part, initial=largest))  # NaN stays
+    return math.sqrt(squares), largest
 
 
 def bound_of_update(plan: RunPlan, dimension: int) -> Bound | None:

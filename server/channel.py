@@ -1,8 +1,11 @@
 """How messages reach sites: plain inside one process; over a network signed, sealed, and to the roster alone."""
 
+import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fedllm.crypto.identity import Identity, PublicIdentity
@@ -58,35 +61,50 @@ class Channel(ABC):
     ) -> Iterator[tuple[int, bytes | str] | None]:
         """Send every node its payload and yield (node, answer) as answers come in; text says why there is none.
 
-        Once `enough` have answered, the others have little time left. Yields None before every look at the inbox:
-        there is time for something else.
+        A payload is looked up when it is sent, perhaps again, and from another thread. Once `enough` have answered, the
+        others have little time left. Yields None before every look at the inbox: there is time for something else.
         """
-        from flwr.app import ConfigRecord, Message, RecordDict  # late: who reads what runs have left needs no Flower
+        from flwr.app import Message  # late: who reads what runs have left needs no Flower
+
+        from server.grid import OneRunGrid, Request, envelope
 
         waiting, openers, silent = dict[str, int](), dict[int, Opener](), dict.fromkeys(payloads, "no answer in time")
-        for node, payload in payloads.items():
+
+        def sealed(node: int) -> bytes:
+            data, openers[node] = self.seal(node, round_, payloads[node])
+            return data
+
+        for node in payloads:
             try:
-                data, openers[node] = self.seal(node, round_, payload)
+                self.identities(node)
+                message = (
+                    Request(partial(sealed, node), node, kind, self._timeout)
+                    if isinstance(self._grid, OneRunGrid)
+                    else Message(envelope(sealed(node)), node, kind, ttl=self._timeout)
+                )
             except MessageError as error:  # revoked a moment ago
                 silent[node] = str(error)
                 continue
-            content = RecordDict({ENVELOPE_RECORD: ConfigRecord({ENVELOPE_KEY: data})})
-            message = Message(content, node, kind, ttl=self._timeout)
             waiting.update(dict.fromkeys(self._grid.push_messages([message]), node))
         deadline, pause = time.monotonic() + self._timeout, _POLL
         answered = 0
-        while waiting and time.monotonic() < deadline:
-            yield None
-            replies = list(self._grid.pull_messages(list(waiting)))
-            for reply in replies:
-                node = waiting.pop(reply.metadata.reply_to_message_id)
-                del silent[node]
-                answered += 1
-                if answered == enough:
-                    deadline = min(deadline, time.monotonic() + PATIENCE)
-                yield node, self._fault(node) if reply.has_error() else _open(openers[node], reply.content)
-            pause = _POLL if replies else min(1.5 * pause, _POLL_MAX)
-            time.sleep(pause if waiting else 0)
+        try:
+            while waiting and time.monotonic() < deadline:
+                yield None
+                replies = deque(self._grid.pull_messages(list(waiting)))
+                pause = _POLL if replies else min(1.5 * pause, _POLL_MAX)
+                while replies:
+                    reply = replies.popleft()  # and with it goes what it holds
+                    node = waiting.pop(reply.metadata.reply_to_message_id)
+                    del silent[node]
+                    answered += 1
+                    if answered == enough:
+                        deadline = min(deadline, time.monotonic() + PATIENCE)
+                    yield node, self._fault(node) if reply.has_error() else _open(openers.pop(node), reply.content)
+                time.sleep(pause if waiting else 0)
+        finally:
+            if isinstance(self._grid, OneRunGrid):
+                self._grid.forget(waiting)
         yield from silent.items()
 
     def _fault(self, node: int) -> str:
@@ -99,9 +117,10 @@ class Channel(ABC):
 
 
 def _open(opener: Opener, content: "RecordDict") -> bytes | str:
-    """Return the answer in a transport's envelope; text says why it cannot be used."""
+    """Return the answer, taken out of a transport's envelope; text says why it cannot be used."""
     record = content.config_records.get(ENVELOPE_RECORD)
-    value = record.get(ENVELOPE_KEY) if record is not None else None
+    # taken out: Flower's records are in a cycle of references, which may be there for long
+    value = record.pop(ENVELOPE_KEY, None) if record is not None else None
     try:
         return opener(value if isinstance(value, bytes) else b"")
     except (MessageError, CryptoError) as error:
@@ -143,7 +162,7 @@ class SealedChannel(Channel):
         """
         super().__init__(grid, timeout, expected_sites)
         self._online, self._identity, self._member_of, self._plan = online, identity, member_of, plan
-        self._number = 0
+        self._number, self._counting = 0, threading.Lock()
         self._sites: dict[int, str] = {}  # of all nodes that were online
 
     def nodes(self) -> dict[int, str | None]:
@@ -159,10 +178,9 @@ class SealedChannel(Channel):
     def seal(self, node: int, round_: int, payload: bytes) -> tuple[bytes, Opener]:
         """Seal `payload` to the site behind a node; only what that site answers to it is opened."""
         # grows over restarts of the server too: sites refuse a number that does not
-        self._number = max(self._number + 1, time.time_ns())
-        binding = Binding(
-            direction="to-site", run=self._plan.run, plan=self._plan.digest, round=round_, number=self._number
-        )
+        with self._counting:
+            number = self._number = max(self._number + 1, time.time_ns())
+        binding = Binding(direction="to-site", run=self._plan.run, plan=self._plan.digest, round=round_, number=number)
         sealed = sealed_envelope.seal(payload, binding, self._identity, self._member(node).public)
         answer = {"direction": "to-head-office", "request": sealed_envelope.digest(sealed)}
         expected = binding.model_copy(update=answer)

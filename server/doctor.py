@@ -220,7 +220,7 @@ def _way(office: HeadOffice) -> list[CheckResult]:
         return [*found, failure(f"ports: {explain_failure(config.host, config.port, error)}")]
     except OSError as error:
         text = f"ports: from this machine, {explain_failure(config.host, config.port, error)}"
-        return [*found, warning(f"{text} Sites may come by another way: look at one with fedllm doctor.")]
+        return [*found, warning(f"{text} Sites may use another route: run fedllm doctor at one.")]
     return [*found, ok(f"ports: sites reach {address(config.host, config.port)}, TLS 1.3 and gRPC, as seen from here")]
 
 

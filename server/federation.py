@@ -211,8 +211,8 @@ def admit(folder: Path, join: bytes, heard: str) -> Path:
     if not same_fingerprint(heard, request.public.fingerprint):
         raise CryptoError(
             f"the fingerprint does not fit this join request of {request.site}. Hear it once more on a number that you "
-            "know, from the person at the site; if it still differs, the file was exchanged on its way: ask for it "
-            "again by another way."
+            "know, from the person at the site; if it still differs, somebody replaced the file on its way: ask "
+            "for it again over another channel."
         )
     with _changing(folder) as office:
         member = office.roster.find(request.site)

@@ -70,7 +70,3 @@ class Roster(Frozen):
     def of_link_key(self, line: str) -> RosterEntry | None:
         """Return the newest admission that a key belongs to, also one that was revoked."""
         return next((member for member in reversed(self.members) if line in member.link_keys), None)
-
-    def site_of_identity(self, identity: PublicIdentity) -> RosterEntry | None:
-        """Return the entry that an identity belongs to, unless it was revoked."""
-        return next((member for member in self.active if identity in member.identities), None)

@@ -352,7 +352,8 @@ class Coordinator:
             payload=adapter_vector.encode(self.adapter, "float32"),
         )
         known = self._known_heads()
-        outcome = self._collect(outcome, self._requests(nodes, common, masking, known), known)
+        requests = _Requests({n: self._site_of_node[n] for n in nodes}, common, masking, known)
+        outcome = self._collect(outcome, requests, known)
         return outcome, self._aggregate(common, outcome.answers)
 
     def _close(self, number: int) -> None:
@@ -435,12 +436,12 @@ class Coordinator:
         above = f"federation.gate={gate:g} above the lowest so far, {lowest:.4g}"
         return before, {}, f"held-out loss {loss:.4g}, expected {limit:.4g} at most: {above}."
 
-    def _gather(self, number: int) -> tuple[RoundOutcome, list[int], dict[str, bytes]]:
+    def _gather(self, number: int) -> tuple[RoundOutcome, list[int], Mapping[str, bytes]]:
         """Return who takes part in a round, by site and by node, and what secure aggregation asks of each site.
 
         A site that lost its secrets advertises keys anew, and then all share secrets again.
         """
-        declined, masking = dict[str, Reason](), dict[str, bytes]()
+        declined, masking = dict[str, Reason](), cast(Mapping[str, bytes], {})
         for _ in range(_DEALS):
             nodes, refused, failed = self._ready()
             declined |= refused
@@ -459,9 +460,7 @@ class Coordinator:
         asked = [self._site_of_node[n] for n in nodes]
         return RoundOutcome(number, asked, declined=declined, failed=failed), nodes, masking
 
-    def _collect(
-        self, before: RoundOutcome, requests: Mapping[int, bytes], known: Mapping[str, LedgerHead]
-    ) -> RoundOutcome:
+    def _collect(self, before: RoundOutcome, requests: "_Requests", known: Mapping[str, LedgerHead]) -> RoundOutcome:
         """Ask the sites for their updates, and return the outcome with what they answered.
 
         `known` is what was seen of the sites' ledgers before.
@@ -498,7 +497,7 @@ class Coordinator:
             self.observe(SiteAnswered(number, site, site in answers, declined.get(site) or failed.get(site, "")))
         return replace(
             before, answers=answers, declined=declined, failed=failed, forgetful=frozenset(forgetful),
-            bytes_down=sum(map(len, requests.values())),
+            bytes_down=requests.bytes_made,
         )  # fmt: skip
 
     def _aggregate(self, common: TrainRequest, answers: Mapping[str, _Answer]) -> _Sum:
@@ -697,24 +696,6 @@ class Coordinator:
                 known[site] = LedgerHead(state.head_number, state.head_digest)
         return known
 
-    def _requests(
-        self, nodes: list[int], common: TrainRequest, masking: Mapping[str, bytes], known: Mapping[str, LedgerHead]
-    ) -> dict[int, bytes]:
-        """Return the request of a round to each node.
-
-        `common` is what they all are asked for; `masking` what secure aggregation asks of each site, empty if there
-        is none; `known` what was seen of the sites' ledgers.
-        """
-        return {
-            node: common.model_copy(
-                update={
-                    "head": known.get(site := self._site_of_node[node]),
-                    "payload": pack(common.payload, masking[site]) if masking else common.payload,
-                }
-            ).to_bytes()
-            for node in nodes
-        }
-
     def _signed(
         self, reply: TrainReply, site: str, number: int, signers: tuple[PublicIdentity, ...] | None
     ) -> tuple[Statement, PublicIdentity]:
@@ -856,6 +837,42 @@ class Coordinator:
             self._best if self._best_round >= 0 else None, self._best_round,
         )  # fmt: skip
         save_checkpoint(self.folder / CHECKPOINT, state)
+
+
+class _Requests(Mapping[int, bytes]):
+    """The requests of a round by node, each made when it is looked up: all at once they are a copy of the adapter each.
+
+    `sites` names them by node; `common` is what they all are asked for; `masking` what secure aggregation asks of each
+    site, empty if there is none; `known` what was seen of the sites' ledgers.
+    """
+
+    def __init__(
+        self, sites: Mapping[int, str], common: TrainRequest, masking: Mapping[str, bytes],
+        known: Mapping[str, LedgerHead],
+    ) -> None:  # fmt: skip
+        self._sites, self._common, self._masking, self._known = sites, common, masking, known
+        self._sizes: dict[int, int] = {}
+
+    def __getitem__(self, node: int) -> bytes:
+        site, payload = self._sites[node], self._common.payload
+        update = {
+            "head": self._known.get(site),
+            "payload": pack(payload, self._masking[site]) if self._masking else payload,
+        }
+        request = self._common.model_copy(update=update).to_bytes()
+        self._sizes[node] = len(request)
+        return request
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    @property
+    def bytes_made(self) -> int:
+        """The size of those that were made, together."""
+        return sum(self._sizes.values())
 
 
 _NO_CLOSING: Mapping[str, Any] = MappingProxyType({"answered": {}, "declined": {}, "failed": {}})

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedllm.audit.model import Empirical
 from fedllm.audit.summary import RunSummary, write_outputs
 from fedllm.config import EvaluationConfig, RunConfig
 from fedllm.crypto.identity import PublicIdentity
@@ -189,15 +190,17 @@ class HeadOfficeRun:
 
     def finish(
         self, coordinator: Coordinator, stopped: str, budgets: Mapping[str, float], seconds: float,
-        memory_elsewhere: float = 0.0, audit: Callable[[], None] | None = None,
+        memory_elsewhere: float = 0.0, audit: Callable[[], Empirical | None] | None = None,
     ) -> RunSummary:  # fmt: skip
         """Write all outputs; `stopped` says why the run ended early, `budgets` what sites permit if it is known.
 
-        `memory_elsewhere` is what other processes of the run used at most, MB. `audit` is called beside the closing
-        evaluation, and not beside the plots: matplotlib's settings are the process's.
+        `memory_elsewhere` is what other processes of the run used at most, MB. `audit` writes the report and returns
+        what the attack came to. It is called beside the closing evaluation, and not beside the plots: matplotlib's
+        settings are the process's.
         """
         adapter = self._context.adapter
         failed: BaseException | None = None
+        attack: Empirical | None = None
         evaluator = self._evaluator if coordinator.round else None  # else there is no after
         if evaluator is not None:
             coordinator.observe(Phase("closing evaluation: answers before and after"))
@@ -206,7 +209,7 @@ class HeadOfficeRun:
             answers = beside.submit(_before_and_after, evaluator, adapter.initial, kept)
             try:
                 if audit is not None:
-                    audit()
+                    attack = audit()
             except FedllmError as error:  # the outputs come first
                 failed = error
         summary = RunSummary(
@@ -221,6 +224,7 @@ class HeadOfficeRun:
             kept=None if kept_round == coordinator.round else kept_round,
             seconds=seconds,
             peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 + memory_elsewhere,
+            attack=attack,
             **answers.result(),
         )
         coordinator.observe(Phase("writing adapter, plots and summaries"))

@@ -1,4 +1,4 @@
-"""The run record, `record.jsonl`: what the server can show of a run, signed and chained (fedllm.crypto.hash_chain).
+"""The run log, `record.jsonl`: what the server can show of a run, signed and chained (fedllm.crypto.hash_chain).
 
 One entry a line, signed by the server's identity; in a simulation by a key made in the run's folder (`record.key`).
 Bodies, by the entry's kind:

@@ -3,9 +3,12 @@
 import logging
 import math
 import os
+import threading
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +85,7 @@ class SecAggServer:
             self._dealt.pop(site, None)
         self._joins[site] = message.join
 
-    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
+    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[Mapping[str, bytes], dict[str, str]]:
         """Have `sites` share a round's secrets; return a MaskedInputRequest for each that did, and why others did not.
 
         Nothing is asked if all shared them with their last uploads: that is the round of two exchanges. Raises
@@ -110,7 +113,7 @@ class SecAggServer:
         self._dealt = {}
         self._participants = dealt
         self._uploads = secagg.MaskedSum(cohort, number, self._length(number))
-        return secagg.masked_input_requests(cohort, number, dealt), failed
+        return secagg.MaskedInputRequests(cohort, number, dealt), failed
 
     def read(self, site: str, number: int, masked: bytes, following: bytes) -> None:
         """Check an upload, add it to the others, and keep the site's shares for the next round.
@@ -147,8 +150,9 @@ class SecAggServer:
             bound = bound_of_sum(mechanism, survivors, trimmed)
             bound.check(decoded)
             if mechanism is self._distributed:
-                wide = -self._plan.training.learning_rate * decoded / (survivors * self._plan.expected_units)
-                step = wide.astype(np.float32)
+                decoded *= -self._plan.training.learning_rate
+                decoded /= survivors * self._plan.expected_units
+                step = decoded.astype(np.float32)
             else:
                 scores = ScoreSum(decoded, bound.noise_std, mechanism.clip_before_rounding(self._metrics))
         return Opened(step, trimmed, self.noise_multiplier(survivors, trimmed), scores)
@@ -230,19 +234,16 @@ class SecAggServer:
 
     def _take_off(self, number: int, total: NDArray[np.uint32], seeds: Iterable[Sequence[str]], survivors: int) -> None:
         """Subtract excess noise in place; drawing it again is most of the server's work, hence on all cores."""
-        blocks = self._blocks(number, total)
+        blocks, turn = self._blocks(number, total), threading.Lock()
 
-        def excess(own: Sequence[str]) -> list[NDArray[np.uint32]]:
+        def take_off(own: Sequence[str]) -> None:
             each = len(own) // len(blocks)
-            return [
-                mechanism.surplus(own[k * each : (k + 1) * each], survivors, block.size)
-                for k, (mechanism, block) in enumerate(blocks)
-            ]
+            for k, (mechanism, block) in enumerate(blocks):
+                mechanism.take_off(block, own[k * each : (k + 1) * each], survivors, turn)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for parts in pool.map(excess, seeds):
-                for (_, block), part in zip(blocks, parts, strict=True):
-                    np.subtract(block, part, out=block)
+            for _ in pool.map(take_off, seeds):
+                pass
 
     def _secure(self, number: int, step: bytes) -> bytes:
         return SecAggRequest(plan=self._plan, round=number, payload=step).to_bytes()
@@ -333,9 +334,9 @@ class Groups:
         """Take a site's AdvertiseKeys; raises MessageError if they are not its own."""
         self._masks_of(site).join(site, payload)
 
-    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[dict[str, bytes], dict[str, str]]:
+    def deal(self, number: int, sites: Iterable[str], ask: Ask) -> tuple[Mapping[str, bytes], dict[str, str]]:
         """Have secrets shared in every group, as `SecAggServer.deal` does. A group below its quorum is left out."""
-        masking, failed, present = dict[str, bytes](), dict[str, str](), set(sites)
+        masking, failed, present = ChainMap[str, bytes](), dict[str, str](), set(sites)
         for group, masks in self._of.items():
             here = present & set(group)
             try:
@@ -345,7 +346,7 @@ class Groups:
             if len(asked) < self._plan.quorum:
                 undealt = {**dict.fromkeys(asked, f"{len(asked)} sites of its group shared secrets"), **undealt}
                 asked = {}
-            masking |= asked
+            masking.maps.append(cast(dict[str, bytes], asked))
             failed |= undealt
         return masking, failed
 

@@ -2,23 +2,23 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Iterable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
 
-from fedllm.errors import ConfigError
 from server.grid import OneRunGrid
 
 _LAST_WORK = 10.0  # seconds; a node that never returns holds up the end of a run for no longer
+_AT_ONCE = 16  # nodes that work, or whose reply nobody has fetched yet
 
 
 class InProcessGrid(OneRunGrid):
-    """Delivers messages to `nodes` virtual nodes, each message on a thread of its own.
+    """Delivers messages to `nodes` virtual nodes, each message on a thread, `_AT_ONCE` at a time.
 
     Node i (1-based) runs `client_app` with partition-id i-1, as in Flower's simulation. Sites that share a model take
-    turns by its lock. A node that never returns keeps its thread, counts as offline, and holds up nobody else.
+    turns by its lock. A node that never returns keeps its thread, counts as offline, and a few hold up nobody else.
     """
 
     def __init__(self, client_app: ClientApp, nodes: int) -> None:
@@ -26,6 +26,8 @@ class InProcessGrid(OneRunGrid):
         self._client_app = client_app
         self._contexts = {node: self._context(node, nodes) for node in range(1, nodes + 1)}
         self._busy: set[int] = set()
+        self._queued: deque[Message] = deque()
+        self._threads = 0
 
     @staticmethod
     def _context(node: int, nodes: int) -> Context:
@@ -42,14 +44,44 @@ class InProcessGrid(OneRunGrid):
             if node in self._busy:
                 return False
             self._busy.add(node)
-        threading.Thread(target=self._run_node, args=(message,), daemon=True, name=f"node-{node}").start()
+            self._queued.append(message)
+            self._start()
         return True
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come in to these messages; as many others may be worked on."""
+        found = super().pull_messages(message_ids)
+        with self._lock:
+            self._start()
+        return found
+
+    @property
+    def _next(self) -> bool:
+        return bool(self._queued) and self._threads + len(self._replies) < _AT_ONCE
+
+    def _start(self) -> None:
+        """Start threads; with the lock held."""
+        while self._next:
+            message = self._queued.popleft()
+            self._threads += 1
+            name = f"node-{message.metadata.dst_node_id}"
+            threading.Thread(target=self._run_nodes, args=(message,), daemon=True, name=name).start()
 
     def close(self) -> None:
         """Wait a while for the nodes that still work: a run that is resumed in this process needs their folders."""
         deadline = time.monotonic() + _LAST_WORK
         while self._busy and time.monotonic() < deadline:
             time.sleep(0.01)
+
+    def _run_nodes(self, message: Message) -> None:
+        while True:
+            self._run_node(message)
+            with self._lock:
+                self._threads -= 1
+                if not self._next:
+                    return
+                message = self._queued.popleft()
+                self._threads += 1
 
     def _run_node(self, message: Message) -> None:
         node = message.metadata.dst_node_id
@@ -60,37 +92,3 @@ class InProcessGrid(OneRunGrid):
         with self._lock:  # free again before its reply is seen
             self._busy.discard(node)
         self._replied(message, reply)
-
-
-def run_ray(run: Callable[[Grid], None], client_app: ClientApp, nodes: int, cpus: float, gpus: float) -> None:
-    """Call `run` with the Grid of Flower's simulation engine, every site in a Ray actor with `cpus` and `gpus`.
-
-    Raises ConfigError if this machine has not as many, and what `run` raises: Flower would only log it.
-    """
-    import ray
-    from flwr.simulation import run_simulation
-
-    # Started here, as Flower would do, to ask how much there is: Ray heeds a container's limits.
-    ray.init(include_dashboard=False, logging_level="error", log_to_driver=True)
-    there = ray.cluster_resources()
-    for key, kind, asked in (("cpus_per_site", "CPU", cpus), ("gpus_per_site", "GPU", gpus)):
-        if asked > there.get(kind, 0):
-            raise ConfigError(f"federation.{key}={asked:g}, but Ray finds {there.get(kind, 0):g} here. Lower it.")
-    server_app, errors = ServerApp(), list[BaseException]()
-
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        del context  # Flower's run configuration is not used
-        try:
-            run(grid)
-        except BaseException as error:
-            errors.append(error)
-
-    run_simulation(
-        server_app=server_app,
-        client_app=client_app,
-        num_supernodes=nodes,
-        backend_config={"client_resources": {"num_cpus": cpus, "num_gpus": gpus}},
-    )
-    if errors:
-        raise errors[0]

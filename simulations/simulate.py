@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from client.app import client_app
@@ -15,6 +16,7 @@ from fedllm.audit.accountants import CROSS_CHECKS
 from fedllm.audit.bundle import FOLDER as AUDIT
 from fedllm.audit.bundle import write_audit
 from fedllm.audit.evidence import LEDGERS, file_name
+from fedllm.audit.model import Empirical
 from fedllm.audit.summary import RunSummary
 from fedllm.config import SimulationConfig
 from fedllm.crypto.hash_chain import End, open_entry
@@ -32,7 +34,7 @@ from server.ledger_heads import HEADS, LedgerHeads
 from server.rounds import Coordinator
 from server.run import HeadOfficeRun, alone_in, check_folder, continued, differences, make_plan, write_plan
 from server.run_record import RECORD_FILE, RunLog, key_in
-from simulations.grid import InProcessGrid, run_ray
+from simulations.grid import InProcessGrid
 from simulations.sites import (
     SITE_LOG,
     SimulatedData,
@@ -53,6 +55,7 @@ _QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 leaves sites next to nothing of a machine with other work
 }
 
 
@@ -177,7 +180,8 @@ def _check_federation(config: SimulationConfig, data: SimulatedData) -> None:
     if (config.federation.quorum or 1) > len(names):
         raise ConfigError(f"federation.quorum={config.federation.quorum}, but there are only {len(names)} sites")
     processors = os.cpu_count() or 1
-    if config.federation.backend == "ray" and config.federation.cpus_per_site > processors:
+    here = config.federation.backend == "ray" and "RAY_ADDRESS" not in os.environ
+    if here and config.federation.cpus_per_site > processors:
         raise ConfigError(
             f"federation.cpus_per_site={config.federation.cpus_per_site:g}, but there are {processors} processors"
         )
@@ -246,23 +250,30 @@ def _run(
     client = client_app(partial(connect, config.model_dump_json(), str(folder.resolve()), workers))
     begun: list[Coordinator] = []
 
-    def rounds(grid: Grid) -> None:
-        begun.append(begin(grid))
-        begun[0].run()
-
     try:
-        if config.federation.backend == "ray":
-            run_ray(rounds, client, sites, config.federation.cpus_per_site, config.federation.gpus_per_site)
-        else:
-            with contextlib.closing(InProcessGrid(client, sites)) as grid:
-                rounds(grid)
+        with _grid(config, folder, client, sites) as grid:
+            begun.append(begin(grid))
+            begun[0].run()
     except QuorumLost as error:
         return begun[0], f"{error} What the sites said of it is in {folder / SITE_LOG}."
     return begun[0], ""
 
 
-def _audit(folder: Path, observe: Callable[[Event], None]) -> None:
-    """Write the audit report in both languages, and the keys to verify it with."""
+@contextlib.contextmanager
+def _grid(config: SimulationConfig, folder: Path, client: ClientApp, sites: int) -> Iterator[Grid]:
+    if config.federation.backend == "ray":
+        from simulations.ray_grid import ray_grid  # late: Ray's import takes a second
+
+        federation = config.federation
+        with ray_grid(client, sites, federation.cpus_per_site, federation.gpus_per_site, folder.resolve()) as on_ray:
+            yield on_ray
+    else:
+        with contextlib.closing(InProcessGrid(client, sites)) as grid:
+            yield grid
+
+
+def _audit(folder: Path, observe: Callable[[Event], None]) -> Empirical | None:
+    """Write the audit report in both languages, and the keys to verify it with; return what the attack came to."""
     signer = key_in(folder)
     pages = [("audit", "en"), ("audit.ko", "ko")]
     written = write_audit(
@@ -274,6 +285,7 @@ def _audit(folder: Path, observe: Callable[[Event], None]) -> None:
     write_atomically(folder / KEYS, ("\n".join([heading, *lines]) + "\n").encode())
     for problem in written.problems:
         logging.getLogger("fedllm").warning(problem)
+    return written.audit.attack
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from fedllm.crypto.identity import Identity, PublicIdentity
 from fedllm.errors import DataError
 from fedllm.privacy.ledger_place import LedgerPlace
 from fedllm.shown import LogLines
-from fedllm.training.data import Row, check_named, naming, person, place_of, read_rows, text_of
+from fedllm.training.data import Row, check_named, columns_of, naming, person, place_of, read_rows, text_of
 from fedllm.training.model import Reader, load_reader
 from fedllm.training.model_context import open_for_training, use_threads
 from server.checkpoint import writing
@@ -43,9 +43,7 @@ class SimulatedData:
         rows = [row for row in found if not isinstance(row, DataError)]
         if rows:
             with naming(data.train):
-                check_named(
-                    list(dict.fromkeys(column for row in rows for column in row)), data, [data.unit, cut.column]
-                )
+                check_named(columns_of(rows), data, [data.unit, cut.column])
         if not found:
             raise DataError(f"{data.train} holds no records")
         placed = [_placed(row, number, [cut.column, self._unit]) for number, row in enumerate(found)]
@@ -166,6 +164,7 @@ def _site(config_json: str, folder: str, number: int) -> Site:
 def _set_up(config_json: str, folder: str) -> None:
     """Make this process ready for sites of a run, and forget those of another."""
     _site.cache_clear()
+    _roster.cache_clear()
     config = SimulationConfig.model_validate_json(config_json)
     if parent_process() is not None or config.federation.backend == "ray":  # Ray's own log would be public
         log_to(Path(folder))
@@ -219,7 +218,12 @@ def resume_sites(config: SimulationConfig, names: list[str], folder: Path) -> No
 
 def roster_of(config: SimulationConfig, names: list[str], folder: Path) -> dict[str, PublicIdentity]:
     """Return who the sites are; in a simulation all of them can look at one another's keys."""
-    place = folder_of(config, folder)
+    return _roster(folder_of(config, folder), tuple(names))
+
+
+@lru_cache(maxsize=1)
+def _roster(place: Path, names: tuple[str, ...]) -> dict[str, PublicIdentity]:
+    """Read every site's keys, once for all sites of a process."""
     return {name: Identity.load_or_create(place / file_name(name) / "identity").public for name in names}
 
 

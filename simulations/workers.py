@@ -55,6 +55,18 @@ def warm_up(federation: FederationConfig) -> None:
                 os.environ[name] = value
 
 
+def process_ended(fewer: str, process: int, told: set[int]) -> FederationError:
+    """Return the error of a process that has ended with its sites, which their log tells once; `fewer`: what to do."""
+    error = FederationError(
+        f"a process that trains sites has ended. Was it killed for memory? {fewer} or lower site.micro_batch, and "
+        "continue with resume=true."
+    )
+    if process not in told:
+        told.add(process)
+        _site_log.error(str(error))
+    return error
+
+
 class Workers:
     """`processes` that share the sites of a run among them; each takes one request after the other."""
 
@@ -62,6 +74,7 @@ class Workers:
         context = get_context("forkserver")
         self._workers: list[tuple[Connection, threading.Lock, Any]] = []
         self._used = [(0, 0.0)] * processes  # tokens and seconds of training
+        self._ended = set[int]()  # processes that have, and whose sites' log says so
         self.memory = 0.0
         for number in range(processes):
             here, there = context.Pipe()
@@ -82,10 +95,7 @@ class Workers:
                 pipe.send((site, request))
                 answer, self._used[worker], notes = pipe.recv()
             except (EOFError, OSError):
-                raise FederationError(
-                    "a process that trains sites has ended. Was it killed for memory? Lower federation.processes or "
-                    "site.micro_batch, and continue with resume=true."
-                ) from None
+                raise process_ended("Lower federation.processes", worker, self._ended) from None
         for note in notes:
             _site_log.handle(note)
         if isinstance(answer, FedllmError):

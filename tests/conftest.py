@@ -5,21 +5,23 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.running import (  # noqa: F401  # hooks
+    pytest_collection,
     pytest_collection_modifyitems,
     pytest_sessionfinish,
     pytest_sessionstart,
     pytest_xdist_make_scheduler,
 )
+
+if TYPE_CHECKING:  # seconds, which neither xdist's first process nor many a file needs
+    from transformers import PreTrainedTokenizerFast
 
 SOAK = os.environ.get("FEDLLM_SOAK") == "1"  # `make soak`: larger numbers, more examples
 settings.register_profile(
@@ -34,11 +36,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for pool in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(pool, "1")
 os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")  # some tests fork: no threads of libraries
-torch.set_num_threads(1)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """A byte-level tokenizer without merges: 256 bytes and three special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -65,8 +69,24 @@ def without_pdfs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedllm.audit.bundle.rendered", lambda page: b"%PDF-")
 
 
+def leave_out_plots(patch: pytest.MonkeyPatch) -> None:
+    """Leave out the plots beside a run's summary: they take as long as all else of a small run."""
+    picture = SimpleNamespace(savefig=lambda path, **_: path.write_text("a picture", "utf-8"))
+    for name in ("_plot_rounds", "_plot_sites"):
+        patch.setattr(f"fedllm.audit.summary.{name}", lambda *_: picture)
+
+
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `leave_out_plots`, for one test."""
+    leave_out_plots(monkeypatch)
+
+
 def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a Llama of about 20k random parameters and a byte-level tokenizer to a folder, and return that."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     values: dict[str, Any] = {
         "vocab_size": 259, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -20,7 +20,8 @@ ENTRY_POINTS = (*COMMAND_LINE, API)
 STOCK = (  # what others do, to compare with
     "simulations.benchmarks.step", "simulations.benchmarks.batch_memory", "simulations.benchmarks.probe",
     "simulations.benchmarks.bench", "simulations.benchmarks.quantise", "simulations.benchmarks.gpu",
-    "simulations.benchmarks.serving",
+    "simulations.benchmarks.serving", "simulations.benchmarks.peers", "simulations.benchmarks.stock_flower",
+    "simulations.benchmarks.stock_pfl",
 )  # fmt: skip
 
 # Third party -> the only modules (or packages, with a dot at the end) that may import it. One concept, one file.
@@ -43,7 +44,12 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "securesystemslib": ("fedllm.crypto.",),
     "yaml": ("fedllm.settings_file", *COMMAND_LINE),
     "dp_accounting": ("fedllm.privacy.accounting",),
-    "scipy": ("fedllm.privacy.one_run", "fedllm.privacy.mixture", "fedllm.audit.membership"),
+    "scipy": (
+        "fedllm.privacy.one_run",
+        "fedllm.privacy.mixture",
+        "fedllm.audit.membership",
+        "simulations.benchmarks.scale",
+    ),
     "mpmath": ("fedllm.privacy.distributed_noise",),
     "safetensors": ("fedllm.training.", "fedllm.release.", "server.checkpoint"),
     "matplotlib": ("fedllm.audit.", "fedllm.release."),
@@ -58,7 +64,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "omegaconf": COMMAND_LINE,
     "flwr": ("client.", "server.", "simulations."),
     "flwr_datasets": ("simulations.",),
-    "ray": ("simulations.",),
+    "ray": ("simulations.ray_grid",),
     "grpc": ("client.", "server."),
     "google": ("fedllm.protocol.",),  # protobuf
     "pickle": (),

@@ -57,7 +57,7 @@ def run(line: str) -> tuple[int, str]:
 @pytest.mark.timeout(900)  # it makes three runs and several reports
 @pytest.mark.filterwarnings("default")  # third-party packages warn; tests of our own code make warnings errors
 def test_the_walk_through_goes_as_the_page_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_pdfs: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_pdfs: None, without_plots: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some_of_the_demo())

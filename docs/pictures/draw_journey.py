@@ -54,7 +54,7 @@ WORDS = {
         site=("Every site", "records and keys stay here"),
         steps=(
             ("1  Charge", "The ledger writes the", "cost to disk before a", "record is used."),
-            ("2  Sample and clip", "Chance picks records.", "Each one's gradient is", "cut to a fixed norm."),
+            ("2  Sample and clip", "Records are drawn at", "random. Each gradient", "is clipped to a norm."),
             ("3  Add noise", "Each site adds a part.", "The parts add up to", "the planned noise."),
             ("4  Mask", "Secure aggregation", "hides each update", "from the server."),
         ),
@@ -75,7 +75,7 @@ WORDS = {
             ("3  잡음 추가", "사이트마다 잡음을 나누어", "더하면, 합쳐서 계획한", "만큼의 잡음이 됩니다."),
             ("4  마스킹", "보안 집계로", "개별 업데이트를", "서버에 숨깁니다."),
         ),
-        upload=("마스킹된 업데이트와", "서명된 명세"),
+        upload=("마스킹된 업데이트와", "서명한 확인서"),
         adapter=("다음 라운드:", "새 어댑터"),
         server=("서버", "기록도 개별 업데이트도 볼 수 없습니다"),
         total=("5  합산", "모두 더하면 마스크가 상쇄됩니다.", "잡음이 섞인 합계만 읽을 수 있습니다."),

@@ -58,7 +58,7 @@ def record(folder: Path) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=folder,
-        env={**os.environ, "COLUMNS": str(COLUMNS), "PATH": path},
+        env={**os.environ, "COLUMNS": str(COLUMNS), "PATH": path, "HOME": str(folder.resolve())},  # where tokens go
         start_new_session=True,
     ) as shell:
         if shell.stdin and shell.stdout:

@@ -1,6 +1,6 @@
 """From a folder of evidence to an audit: every signature, chain and epsilon is checked again. Needs no torch.
 
-record.jsonl          the server's run record (server.run_record says what is in it)
+record.jsonl          the server's run log (server.run_record says what is in it)
 plan.json             the plan that the sites were sent
 metrics.jsonl         what the server measured after each round, on public data
 ledgers/SITE.jsonl    a site's ledger, by `fedllm ledger export`
@@ -349,9 +349,17 @@ class _Ledger:
         """Every account: the site's own, and those that its owner declared."""
         return [SITE, *self.disjoint]
 
+    def on(self, account: str) -> list[_Charge]:
+        """Return what was charged to an account; what is lost was charged to all, as nobody knows to which."""
+        return [charge for charge in self.charges if charge.account == account or charge.lost]
+
     def live(self, account: str) -> list[_Charge]:
         """Return what counts against an account's budget."""
-        return [charge for charge in self.charges if charge.account == account and charge.aborted is None]
+        return [charge for charge in self.on(account) if charge.aborted is None]
+
+    def restarted_since(self, charge: _Charge) -> bool:
+        """Whether the ledger was restarted after a charge: what became of it since may be lost."""
+        return any(number > charge.number for number in self.restarts)
 
 
 def _lines(path: Path) -> list[str]:
@@ -592,7 +600,7 @@ def _apply(ledger: _Ledger, charges: dict[tuple[str, int, int], _Charge], entry:
             raise ChainError(f"{where}: {entry.kind}, but round {settled.round} of run {settled.run} is not reserved")
         if entry.kind == "released":
             charge.released = True
-        else:
+        elif not ledger.restarted_since(charge):  # else it may have been released, and stays spent
             charge.aborted = entry.number
     else:
         _note_entry(ledger, entry, where)
@@ -970,7 +978,8 @@ def _check_site(ledger: _Ledger, papers: _SiteEvidence, statements: _Signed, che
         paid = charge is not None and charge.number <= number and charge.aborted is None and _as_planned(charge, plan)
         checks.note("charged_before_release", paid, f"{where}: #{charge.number if charge else '-'} ≤ #{number}")
         if charge is not None:  # what left the site was noted before it left: its absence is a cut tail
-            checks.note("ledger_complete", charge.released, f"{where}: released")
+            gone = not charge.released and ledger.restarted_since(charge)
+            checks.note("ledger_complete", "unverified" if gone else charge.released, f"{where}: released")
     signed = {statement.round for statement, _ in statements}
     asked = {round_ for round_, _, _ in papers.begun.values()}
     for charge in ledger.charges:
@@ -1007,8 +1016,7 @@ def _check_epsilons(ledger: _Ledger, plan: RunPlan, statements: _Signed, checks:
     """
     began = time.process_time()
     for account in ledger.accounts:
-        mine = [charge for charge in ledger.charges if charge.account == account]
-        costlier(spent(_events(mine, side), plan.privacy.delta) for side in SIDES)
+        costlier(spent(_events(ledger.on(account), side), plan.privacy.delta) for side in SIDES)
         if time.process_time() - began > _MOST_SECONDS_ONCE:
             raise PrivacyError(f"its charges take more than {_MOST_SECONDS_ONCE:g} seconds of CPU to compose once")
     paid = {charge.body.round: charge.account for charge in ledger.of(plan.run)}
@@ -1029,7 +1037,7 @@ def _events(charges: Iterable[_Charge], side: Side) -> list[AccountingEvent]:
 def _check_account(
     ledger: _Ledger, account: str, plan: RunPlan, statements: Sequence[Statement], began: float, checks: _Checks
 ) -> None:
-    charges = [charge for charge in ledger.charges if charge.account == account]
+    charges = ledger.on(account)
     changes = [(charge.number, charge, 1) for charge in charges]
     changes += [(charge.aborted, charge, -1) for charge in charges if charge.aborted is not None]
     changes.sort(key=lambda change: change[0])
@@ -1374,8 +1382,9 @@ def _accountants(
 def _at_sites(training: Sequence[AccountingEvent], scores: Sequence[AccountingEvent], k: int, plan: RunPlan) -> float:
     """Return the epsilon of a person whose records are at k sites, each of which took part as the events say.
 
-    She trains at some and evaluates at the others, by the keys of the sites; of all cases the worst. With noise of each
-    site's own, every site's events; with one noise for all, as many coins in each step of one sum.
+    The person's records train at some sites and evaluate at the others, as the keys of the sites decide; this is the
+    worst of all cases. If each site adds noise of its own, the events of all sites compose; if there is one noise for
+    all, each step is one sum into which so many sites may draw the person.
     """
     cases = range(k + 1) if scores else (k,)
     return max(_at_trained(training, j, scores, k - j, plan) for j in cases)

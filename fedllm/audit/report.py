@@ -43,6 +43,9 @@ _BLUE, _ORANGE, _GREY, _GREEN = "#1f5fa8", "#c2571a", "#767b84", "#2c7a4b"
 _BARS = 8  # on the first screen
 _ATTENTION = 7  # findings on the first screen
 _SCORES = 12  # rows of the table of scores
+_TOGETHER = 100  # sites that are listed together; more come in groups, which open one by one
+_GROUP = 50  # sites of one
+_LINES = 100  # sites whose charges are drawn
 METRICS = ("accuracy", "loss", "exact_match", "top_5", "units")  # of a score at the sites, as they are shown
 
 _CROSSWALK = (  # law, number, item, what the record shows
@@ -98,6 +101,8 @@ def render_html(audit: Audit, language: Language, sections: Sequence[Section] = 
     page = environment.get_template(_PAGE).render(
         a=audit, t=say, language=language, sections=sections,
         renderer=" + ".join((renderer(), *(each.title["en"] for each in sections))),
+        groups=_groups(audit), lines=_LINES,
+        by_name=sorted(enumerate(audit.sites), key=lambda numbered: numbered[1].name),
         bars=_bars(audit), why=_why(audit, say),
         attention=_attention(audit), attention_limit=_ATTENTION, right=_cases(50 + 50 * audit.risk.advantage),
         unit=say(f"unit.{audit.claim.unit}"), protects=_protects(audit),
@@ -188,7 +193,7 @@ def _share(value: float | None, limit: float) -> float:
 
 def _bars(audit: Audit) -> dict[str, Any]:
     """Return the costliest sites with the widths of their bars in percent."""
-    ranked = sorted(audit.sites, key=lambda site: -_share(site.charged, _limit(site, audit)))
+    ranked = _costliest_first(audit)
     shown = ranked[:_BARS]
     rows = []
     for site in shown:
@@ -201,6 +206,45 @@ def _bars(audit: Audit) -> dict[str, Any]:
                      "reserved": f"{max(0.0, charged - spent):.2f}"})  # fmt: skip
     others = sorted(math.inf if site.charged is None else site.charged for site in ranked[_BARS:])
     return {"rows": rows, "others": others}
+
+
+def _costliest_first(audit: Audit) -> list[Site]:
+    return sorted(audit.sites, key=lambda site: -_share(site.charged, _limit(site, audit)))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sites that are listed together."""
+
+    sites: Sequence[tuple[int, Site]]  # with their numbers in the audit
+    first: int  # places by what they have charged, from 1
+    last: int
+
+    @property
+    def high(self) -> float | None:
+        """The largest epsilon that is charged, None without bound."""
+        return max((site.charged for _, site in self.sites), key=_unbounded)
+
+    @property
+    def low(self) -> float | None:
+        """The least."""
+        return min((site.charged for _, site in self.sites), key=_unbounded)
+
+
+def _unbounded(epsilon: float | None) -> float:
+    return math.inf if epsilon is None else epsilon
+
+
+def _groups(audit: Audit) -> list[_Group]:
+    """Return all sites as one group, by name; where they are many, in groups: those in trouble, then the costliest."""
+    if len(audit.sites) <= _TOGETHER:
+        return [_Group(list(enumerate(audit.sites)), 1, len(audit.sites))]
+    number = {site.name: index for index, site in enumerate(audit.sites)}
+    ranked = sorted(_costliest_first(audit), key=lambda site: site.ledger == "verified")
+    numbered = [(number[site.name], site) for site in ranked]
+    return [
+        _Group(numbered[i : i + _GROUP], i + 1, min(i + _GROUP, len(numbered))) for i in range(0, len(numbered), _GROUP)
+    ]
 
 
 def _several(audit: Audit, say: partial[str]) -> str:
@@ -328,7 +372,10 @@ def _plot_timeline(audit: Audit, say: partial[str]) -> Figure:
     figure, axes = _axes()
     finite = [point for point in audit.timeline if point.epsilon is not None]
     many = len(audit.sites) > 12
+    drawn = {site.name for site in _costliest_first(audit)[:_LINES]}
     for site in audit.sites:
+        if site.name not in drawn:
+            continue
         points = [point for point in finite if point.site == site.name]
         xs, ys = [point.charge for point in points], [point.epsilon or 0.0 for point in points]
         axes.step(xs, ys, where="post", color=_GREY, linewidth=0.6 if many else 0.9, alpha=0.6)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 
 import fedllm
+from fedllm.audit.model import Empirical
 from fedllm.audit.report import METRICS, add_font, draw_scores, text_of
 from fedllm.config import HeldoutConfig
 from fedllm.plan import RunPlan
@@ -48,6 +49,7 @@ class RunSummary:
     seconds: float  # of this process, from the reading of the data to the last round
     peak_memory_mb: float
     kept: int | None = None  # the round of the adapter that the run ended with, if it was not the last
+    attack: Empirical | None = None  # on the run; None if its report is not written yet, or has none
     exact_match: tuple[float, float] | None = None  # before, after
     samples: list[tuple[str, str, str, str]] = field(default_factory=list)  # prompt, expected, before, after
 

@@ -74,7 +74,7 @@ def _list(audit: "Audit", status: "Status") -> bool:
 
     found = [finding for finding in audit.findings if finding.status == status and finding.code in INTEGRITY]
     for finding in found:
-        more = len(finding.evidence) - 1 + finding.more
+        more = max(0, len(finding.evidence) - 1) + finding.more
         first = finding.evidence[0] if finding.evidence else "-"
         typer.echo(f"{status}: {finding.code}: {escaped(first)}{f' (and {more} more)' if more else ''}")
     return bool(found)
@@ -190,5 +190,5 @@ def attack(
             f"Compare with care: before training the two sets already differ (area {found.control.auc:.3f} by the loss "
             "alone)."
         )
-    told = "are told apart" if found.succeeds else "are not told apart by this attack; a better one might"
+    told = "can be told apart" if found.succeeds else "cannot be told apart by this attack; a better one might"
     typer.echo(f"Members and non-members {told}. Everything is in {run / FOLDER}/")

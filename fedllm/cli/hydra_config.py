@@ -33,7 +33,7 @@ def compose(root: str, overrides: list[str], config_dir: Path | None) -> dict[st
     try:
         with initialize_config_module("conf", version_base="1.3"):
             config = hydra_compose(root, overrides=overrides)
-        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+        missing = sorted({str(key) for key in OmegaConf.missing_keys(config)} - {".".join(path) for path, _ in later})
         if missing:
             raise ConfigError(f"{', '.join(missing)}: a value is needed, e.g. {missing[0]}=...")
         values: Any = OmegaConf.to_container(config, resolve=True)
@@ -139,11 +139,12 @@ def validate(kind: type[_T], composed: dict[str, Any]) -> _T:
             raise ConfigError("resume=true needs name=..., the run to continue")
         composed["name"] = f"{datetime.now():%Y%m%d-%H%M%S}"
     model = composed.get("model")
-    if isinstance(model, dict) and isinstance(labels := model.get("labels"), str):  # the path of a JSON list
-        try:
-            model["labels"] = json.loads(Path(labels).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.labels={labels}: not a JSON file with a list of labels ({error})") from None
-    elif isinstance(model, dict) and isinstance(labels, list):  # whole numbers of the command line are names of classes
-        model["labels"] = [str(label) if type(label) is int else label for label in labels]
+    if isinstance(model, dict):
+        if isinstance(labels := model.get("labels"), str):  # the path of a JSON list
+            try:
+                model["labels"] = json.loads(Path(labels).read_text("utf-8-sig"))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"model.labels={labels}: not a JSON file with a list of labels ({error})") from None
+        if isinstance(labels := model.get("labels"), list):  # numbers, true and false are names of classes
+            model["labels"] = [str(label) if isinstance(label, int | float) else label for label in labels]
     return parse(kind, composed)

@@ -69,7 +69,7 @@ def _open(home: Path, file: Path | None) -> "tuple[LedgerFile, Office | None]":
 def show(home: OfficeOption = OFFICE, file: _FileOption = None) -> None:
     """Show what every account has spent, at the site's delta, and what is left of its budget.
 
-    All data sets of a site share one account, but for those that were declared disjoint.
+    All data sets of a site share one account, except those that were declared disjoint.
 
     With `--file` budget and delta are those that the ledger states.
     """
@@ -155,10 +155,10 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write the signed chain as JSON lines, for a privacy officer: no record, and no number of records, is in it.
+    """Write the signed chain as JSON lines, for a privacy officer. It holds no record, and no number of records.
 
-    With `--end` its last line says, signed, that this is all of it: an audit needs that of every site, or anybody on
-    the way could have cut it.
+    With `--end` its last line states, signed, that the export is complete. An audit needs this from every site, because
+    otherwise anybody who carries the file could cut it.
     """
     from fedllm.crypto.hash_chain import End
     from fedllm.files import write_secret
@@ -195,7 +195,8 @@ def disjoint(
 ) -> None:
     """Declare that no person and no record of a data set is in another one of this site: it gets its own budget.
 
-    The declaration is signed, and stays. It is the owner's word: what the records share with others is only told.
+    The declaration is signed and permanent. It is the owner's word: the command only reports what the records have in
+    common with other data sets.
     """
     from client.service import read_data_set
     from fedllm.canonical import canonical
@@ -245,10 +246,12 @@ def restart(
 ) -> None:  # fmt: skip
     """Go on with an older ledger, or with none: its owner states what is lost, and that counts as spent.
 
-    PLAN is the plan of a run, plan.json in its folder at the server, and ROUNDS how many rounds of it are missing; its
-    last score counts with them.
-    `nothing` says that this ledger is the newest, `everything` that nobody knows what is lost: nothing more is trained
-    on the records of this account. End the site first.
+    PLAN is the plan of a run, plan.json in its folder at the server. ROUNDS is how many of its rounds are missing; its
+    closing score counts as one.
+
+    `nothing` states that this ledger is the newest. `everything` states that nobody knows what is lost: nothing more is
+    trained on any records of this site. Losses count on every account, and what is open stays spent. Stop the site
+    first.
     """
     from fedllm.files import locked
     from fedllm.privacy.accounting import spent
@@ -302,8 +305,8 @@ def forecast(
 ) -> None:
     """Say what a planned run would spend on this site's records, if the policy admits it, and how many rounds fit.
 
-    With `--file` no site's folder is needed: the costliest account in the ledger is the one that is planned for, and
-    the limits are those that the ledger states, or `--policy`.
+    With `--file` no site's folder is needed. The forecast is then for the costliest account in the ledger, with the
+    limits that the ledger states, or those of `--policy`.
     """
     from client.office import Office
     from client.policy import SitePolicy
@@ -324,15 +327,14 @@ def forecast(
     typer.echo(f"the run alone: epsilon {cost(math.inf).epsilon:.4g} at delta {policy.delta:g}")
     after = cost(-math.inf)
     typer.echo(f"with all before it: epsilon {after.epsilon:.4g} (by RDP {after.epsilon_rdp:.4g})")
-    rounds, budget = planned.training.rounds, policy.epsilon
+    budget, period = policy.epsilon, policy.period
     whole = _fitting(planned, past, -math.inf, policy.delta, budget)
-    typer.echo(f"rounds that fit the budget of {budget:g}: {whole} of {rounds}")
-    if policy.period is not None:
-        since = time.time() - policy.period.days * 86_400
-        now = _fitting(planned, past, since, policy.delta, policy.period.epsilon)
+    typer.echo(f"rounds that fit the budget of {budget:g}: {_rounds_of(planned, whole)}")
+    if period is not None:
+        now = _fitting(planned, past, time.time() - period.days * 86_400, policy.delta, period.epsilon)
         typer.echo(
-            f"rounds that fit now, with at most {policy.period.epsilon:g} in {policy.period.days:g} days: "
-            f"{min(whole, now)} of {rounds}"
+            f"rounds that fit now, with at most {period.epsilon:g} in {period.days:g} days: "
+            f"{_rounds_of(planned, min(whole, now))}"
         )
     try:
         policy.admit(planned)
@@ -357,12 +359,15 @@ def _cost(planned: "RunPlan", past: "_Past", delta: float, since: float) -> "Pri
 
 
 def _fitting(planned: "RunPlan", past: "_Past", since: float, delta: float, budget: float) -> int:
-    """Return how many rounds may follow what was charged since a time, by the rule that a ledger decides by."""
+    """Return how many of the run's exchanges, the closing one too, may follow what was charged since a time.
+
+    By the rule that a ledger decides by.
+    """
     from fedllm.privacy.accounting import overrun
     from fedllm.privacy.split import SIDES
 
     before = {side: past.events(since, side) for side in SIDES}
-    low, high = 0, planned.training.rounds
+    low, high = 0, planned.exchanges
     while low < high:
         middle = (low + high + 1) // 2
         fits = all(
@@ -374,6 +379,14 @@ def _fitting(planned: "RunPlan", past: "_Past", since: float, delta: float, budg
         )  # fmt: skip
         low, high = (middle, high) if fits else (low, middle - 1)
     return low
+
+
+def _rounds_of(planned: "RunPlan", exchanges: int) -> str:
+    """Return how many of the rounds so many exchanges are, and whether the score after the last of them fits, too."""
+    rounds = planned.training.rounds
+    if exchanges < rounds or planned.evaluation.every is None:
+        return f"{min(exchanges, rounds)} of {rounds}"
+    return f"{rounds} of {rounds}, " + ("and the closing score" if exchanges > rounds else "but not the closing score")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rich.text import Text
 from fedllm.shown import escaped_lines, with_interval
 
 if TYPE_CHECKING:
+    from fedllm.audit.model import Empirical
     from fedllm.audit.summary import RunSummary
     from fedllm.plan import RunPlan
     from server.events import Event, RoundMetrics
@@ -188,6 +189,8 @@ class Screen:
         if summary.after["round"]:
             self._results(summary)
         self._console.print(_site_table(summary))
+        if summary.attack is not None:
+            self._console.print(_attack(summary.attack), highlight=False)
         for prompt, expected, first, last in summary.samples:
             question = prompt.strip().replace("\n", " ")
             sample = Table.grid(padding=(0, 1))
@@ -243,6 +246,19 @@ def score_of(record: "RoundMetrics") -> str:
 
 def _metric(name: str) -> str:
     return name.replace("_", " ")
+
+
+def _attack(attack: "Empirical") -> str:
+    """Return what the attack on the run came to, as the report says at length."""
+    black, white = attack.black, attack.white
+    guessed = f"Attack on {attack.canaries} canaries: {black.right} and {white.right} of {attack.guesses} guesses right"
+    most = max(black.lower, white.lower)
+    proved = f"{guessed}, which proves {f'epsilon {most:.2f}' if most else 'nothing'}"
+    if attack.claim is None:
+        return f"{proved}. No noise was added, so there is no claim that it could contradict."
+    verdict = "contradicted" if most > attack.claim else "not contradicted"
+    able = "" if attack.ceiling > attack.claim else ": with so few guesses it could not have been"
+    return f"{proved}; all right would prove {attack.ceiling:.2f}. The claim of {attack.claim:g} is {verdict}{able}."
 
 
 def _site_table(summary: "RunSummary") -> Table:

@@ -4,7 +4,9 @@ An entry point: it may import anything, and imports late so that --help is quick
 """
 
 import gc
+import inspect
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -35,24 +37,25 @@ fedllm, epsilon 8. Everything is a setting; OVERRIDES are Hydra's KEY=VALUE.
 
 [bold]Examples[/bold]
 
-  fedllm simulate                                            the embedded demo
+  fedllm simulate                                        the embedded demo
 
-  fedllm simulate privacy=off                                the same without privacy (branded NOT PRIVATE)
+  fedllm simulate privacy=off                            without privacy
 
-  fedllm simulate privacy.epsilon=3 training.rounds=30       other settings
+  fedllm simulate privacy.epsilon=3 training.rounds=30   other settings
 
-  fedllm simulate name=first                                 outputs in runs/first
+  fedllm simulate name=first                             writes to runs/first
 
-  fedllm simulate name=first resume=true                     continue it after a crash
+  fedllm simulate name=first resume=true                 after a crash
 
-  fedllm simulate experiment=shakeout                        an overlay from conf/experiment
+  fedllm simulate experiment=shakeout                    of conf/experiment
 
-  fedllm simulate experiment=parallel                        sites in parallel processes, on Ray
+  fedllm simulate experiment=parallel                    on Ray
 
-  fedllm simulate model=causal-lm model.source=./my-model data=records data.train=./records.jsonl
-      data.prompt='{question}' data.text='{answer}' federation=iid privacy.unit=record     your own model and records
+  fedllm simulate model=causal-lm model.source=./my-model data=records
+      data.train=./records.jsonl data.prompt='{question}' data.text='{answer}'
+      federation=iid privacy.unit=record   your own model and records
 
-  fedllm simulate --cfg                                      print the configuration and stop
+  fedllm simulate --cfg                                  print the settings
 """
 
 
@@ -112,6 +115,19 @@ audit.register(app)
 privacy.register(app)
 release.register(app)
 serve.register(app)
+
+
+def _let_flow(part: typer.Typer) -> None:
+    """Let paragraphs of help fill the terminal: typer keeps the line breaks of docstrings, all but the first's."""
+    for command in part.registered_commands:
+        text = inspect.cleandoc(command.help or (command.callback and command.callback.__doc__) or "")
+        command.help = re.sub(r"(?<=\S)\n(?=\S)", " ", text)  # what is indented is an example
+    for group in part.registered_groups:
+        if group.typer_instance is not None:
+            _let_flow(group.typer_instance)
+
+
+_let_flow(app)
 
 
 def _say_error(message: str) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedllm.release.manifest import Manifest, Privacy
 
 release_app = typer.Typer(
-    help="A run's model for use: exported with its evidence, checked, evaluated, taught to smaller ones.",
+    help="The model of a finished run, for use elsewhere: export, verify, evaluate, distil, sample.",
     no_args_is_help=True,
 )
 
@@ -152,14 +152,14 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("evaluation"),
-    limit: Annotated[int, typer.Option(min=1, help="Use so many records at most, evenly spread over all.")] = 1000,
+    limit: Annotated[int, typer.Option(min=1, help="Most records to use, evenly spread over the file.")] = 1000,
     lang: Annotated[
         Lang | None, typer.Option(help="Language of evaluation.html; without it, both.", show_default=False)
     ] = None,
 ) -> None:
     """Compare releases with their base on PUBLIC records: a table, evaluation.json and evaluation.html.
 
-    That the records are public is your word; nothing can check it, and nothing is counted for what you learn.
+    That the records are public is your statement: no program can check it, and no epsilon is counted.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of the libraries' own
     from fedllm.audit.trust import Trust
@@ -216,30 +216,33 @@ def distil(
             help="PUBLIC questions (.jsonl, .csv, .parquet), or the folder of a synthetic set.", show_default=False
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write the student to, a release itself.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write the student to, a release.", show_default=False)],
     trust: TrustOption,
     key: Annotated[
         Path,
         typer.Option(
-            help="Identity file of head office, such as keys/identity, that signs the student.", show_default=False
+            help="The server's identity file, such as keys/identity, which signs the student.", show_default=False
         ),
     ],
     data_is_public: Annotated[
-        bool, typer.Option("--data-is-public", help="Everybody may read --data. A signed synthetic set needs no word.")
+        bool,
+        typer.Option("--data-is-public", help="You state that --data is public. A signed set needs no statement."),
     ] = False,
     targets: Annotated[
-        Targets, typer.Option(help="Teach by logits or by answers; auto: by logits where both have one vocabulary.")
+        Targets,
+        typer.Option(help="What the student learns; auto: logits if both have one vocabulary."),
     ] = Targets.auto,
     temperature: Annotated[float, typer.Option(help="Temperature of the logits.")] = 2.0,
-    epochs: Annotated[int, typer.Option(help="Times that every question is learned.")] = 3,
+    epochs: Annotated[int, typer.Option(help="How often every question is learned.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate of AdamW.")] = 1e-4,
-    batch: Annotated[int, typer.Option(help="Questions of a step.")] = 8,
+    batch: Annotated[int, typer.Option(help="Questions in one step.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the order of the questions.")] = 0,
 ) -> None:
     """Teach a smaller model by a release, on public questions, and release it with the teacher's claim.
 
-    The columns of the prompt are read; the answers are the teacher's own. Records of the sites as --data would cost
-    epsilon that nobody counts and break the claim: what is public is your word, and goes into the student's card.
+    Only the columns of the prompt are read; the answers are the teacher's own. --data must be public: records of a site
+    would cost epsilon that is not counted, and the claim would be false. That it is public is your statement, and the
+    student's card says so.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of the libraries' own
     from fedllm.audit.trust import Trust
@@ -270,18 +273,20 @@ def synthesize(
     trust: TrustOption,
     n: Annotated[int, typer.Option("--n", min=1, max=10_000_000, help="Questions to ask.")] = 1000,
     temperature: Annotated[float, typer.Option(help="Temperature of sampling.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this share.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Seed of sampling. It may be known.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this share.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of sampling. It may be public.")] = 0,
     compare: Annotated[
-        Path | None, typer.Option(help="PUBLIC set: tell how much of it is in the answers word for word.")
+        Path | None, typer.Option(help="PUBLIC set: count how much of it is in the answers, word for word.")
     ] = None,
     key: Annotated[
-        Path | None, typer.Option(help="Identity file of head office that signs the set; without it, it is not signed.")
+        Path | None,
+        typer.Option(help="The server's identity file; without it the set is not signed."),
     ] = None,
 ) -> None:
-    """Sample records from a release: its answers, drawn by chance, to public questions.
+    """Sample records from a release: its sampled answers to public questions.
 
-    Costs no further epsilon, as long as the questions are public. A comparison with private records would tell of them.
+    Costs no further epsilon if the questions are public. A comparison with private records would reveal something
+    about them.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     from fedllm.audit.trust import Trust

@@ -44,12 +44,13 @@ sites' records, templates and policies are their own; what is public and the sam
 
 [bold]Examples[/bold]
 
-  fedllm submit experiment=demo-offices                     the embedded model and its public held-out set
+  fedllm submit experiment=demo-offices      the embedded model
 
-  fedllm submit name=first model=causal-lm model.source=our-base data=heldout data.heldout=./public.jsonl
-      data.prompt='{question}' data.text='{answer}' privacy.units_per_site=2000      a model and data of your own
+  fedllm submit name=first model=causal-lm model.source=our-base data=heldout
+      data.heldout=./public.jsonl data.prompt='{question}' data.text='{answer}'
+      privacy.units_per_site=2000   your own model and data
 
-  fedllm submit --resume first                              continue it after an interruption
+  fedllm submit --resume first               after an interruption
 """
 
 
@@ -268,7 +269,7 @@ def status(
     follow: Annotated[bool, typer.Option("--follow", help="Follow it to its end.")] = False,
     home: HeadOfficeOption = HEAD_OFFICE,
 ) -> None:
-    """Show what became of runs."""
+    """Show runs: how far they are, what they spent, and which sites answered."""
     from fedllm.cli.live_view import score_of
     from server import deployment
     from server.federation import HeadOffice

@@ -19,7 +19,7 @@ from fedllm.cli.runs import write_units
 from fedllm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedllm.release.serve import Door
+    from fedllm.release.serve import Access
 
 _EXTRA = ("fastapi", "uvicorn", "openai")
 _QUIET = {
@@ -42,20 +42,20 @@ class _Serve(TyperGroup):
 
 serve_app = typer.Typer(
     cls=_Serve,
-    help="Serve a released model at the office, in OpenAI's form, over TLS: fedllm serve DEST --trust KEYS ...\n\n"
+    help="Serve a release at a site, by an API in OpenAI's form, over TLS: fedllm serve DEST --trust KEYS ...\n\n"
     "fedllm serve DEST is short for fedllm serve run DEST, whose --help has all options.",
     no_args_is_help=True,
     callback=keep_private,
 )
-token_app = typer.Typer(help="Who may ask: bearer tokens by name.", no_args_is_help=True)
+token_app = typer.Typer(help="Who may ask: bearer tokens, each with a name.", no_args_is_help=True)
 serve_app.add_typer(token_app, name="token")
 
 _Home = Annotated[
-    Path, typer.Option("--home", envvar="FEDLLM_HOME", help="The server's place: tokens, and what it serves.",
+    Path, typer.Option("--home", envvar="FEDLLM_HOME", help="Folder of the tokens, and of notes for fedllm doctor.",
                        show_default="~/.fedllm/serve")
 ]  # fmt: skip
-_Host = Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0: in every network.")]
-_Port = Annotated[int, typer.Option("--port", help="0: any that is free.", min=0, max=65535)]
+_Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0: every network.")]
+_Port = Annotated[int, typer.Option("--port", help="Port to listen on; 0: any free one.", min=0, max=65535)]
 _Name = Annotated[str, typer.Argument(help="Whose token, such as desk-3.", show_default=False)]
 
 
@@ -75,7 +75,7 @@ def run(
     ] = None,
     tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Its key, PEM.", show_default=False)] = None,
     office: Annotated[
-        Path | None, typer.Option("--office", help="A site's folder: the certificate to serve with, of its grant.",
+        Path | None, typer.Option("--office", help="A site's folder, whose grant has a certificate to serve with.",
                                   show_default=False)
     ] = None,
     client_ca: Annotated[
@@ -88,22 +88,22 @@ def run(
                                    "NOT PRIVATE.", show_default="any that is finite")
     ] = None,
     allow_unverified: Annotated[
-        bool, typer.Option("--allow-unverified", help="Also a model whose audit could not verify its epsilon.")
+        bool, typer.Option("--allow-unverified", help="Serve a model, too, whose audit could not verify its epsilon.")
     ] = False,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Prompt and answer together.", min=2,
+        int | None, typer.Option("--max-tokens", help="Most tokens of prompt and answer together.", min=2,
                                  show_default="what the model takes, at most 4096")
     ] = None,
-    max_body: Annotated[int, typer.Option("--max-body", help="Bytes of a request.", min=1024)] = 262_144,
+    max_body: Annotated[int, typer.Option("--max-body", help="Most bytes of a request.", min=1024)] = 262_144,
     concurrency: Annotated[
-        int, typer.Option("--concurrency", help="Answers at once; eight times as many requests wait.", min=1, max=1024)
+        int, typer.Option("--concurrency", help="Answers at once; eight times as many may wait.", min=1, max=1024)
     ] = 32,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds of a request, waiting included.", min=1)] = 120.0,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds of a request, with waiting.", min=1)] = 120.0,
     home: _Home = SERVING,
 ) -> None:  # fmt: skip
-    """Serve a release until the process is stopped. Its manifest is verified first, and every file.
+    """Serve a release until the process is stopped. First, its manifest and every file are verified.
 
-    What is asked and answered is written nowhere. The log, on standard output, has for every request time, status,
+    Questions and answers are written nowhere. The log, on standard output, has one line for each request: time, status,
     route, whose token, numbers of tokens, milliseconds.
     """
     missing = [name for name in _EXTRA if find_spec(name) is None]
@@ -124,8 +124,8 @@ def run(
     from fedllm.release.tokens import TOKENS
 
     serve.check_epsilon(manifest, max_epsilon, allow_unverified)
-    door = serve.Door(host, port, place / TOKENS, certificate, key, client_ca)
-    serve.check_door(door)
+    access = serve.Access(host, port, place / TOKENS, certificate, key, client_ca)
+    serve.check_access(access)
     release = load_release(dest.absolute(), manifest)
     room = serve.positions(release)
     if max_tokens is not None and max_tokens > room:
@@ -133,12 +133,12 @@ def run(
     limits = serve.Limits(max_tokens or room, max_body, concurrency, timeout)
 
     def ready(url: str) -> None:
-        _note(place, dest.absolute(), trust.absolute(), url, door)
+        _note(place, dest.absolute(), trust.absolute(), url, access)
         privacy = manifest.privacy
         unsure = ", which its audit could not verify" if privacy.private and privacy.verdict != "within" else ""
         typer.echo(f"serving {manifest.name} ({privacy.said}{unsure}) at {url}")
 
-    serve.run(release, door, limits, ready)
+    serve.run(release, access, limits, ready)
     typer.echo("stopped")
 
 
@@ -161,7 +161,7 @@ def _certificate(
     return found.in_use.serving_file.with_suffix(".pem"), found.in_use.serving_file
 
 
-def _note(home: Path, dest: Path, trust: Path, url: str, door: "Door") -> None:
+def _note(home: Path, dest: Path, trust: Path, url: str, access: "Access") -> None:
     """Write down for `fedllm doctor` what is served, and where."""
     from fedllm.files import write_secret
     from fedllm.release.doctor import SERVING as FILE
@@ -169,8 +169,8 @@ def _note(home: Path, dest: Path, trust: Path, url: str, door: "Door") -> None:
 
     served = Serving(
         release=str(dest), trust=str(trust), url=url, pid=os.getpid(),
-        certificate=None if door.certificate is None else str(door.certificate.absolute()),
-        key=None if door.key is None else str(door.key.absolute()),
+        certificate=None if access.certificate is None else str(access.certificate.absolute()),
+        key=None if access.key is None else str(access.key.absolute()),
     )  # fmt: skip
     write_secret(home / FILE, served.model_dump_json(indent=1).encode() + b"\n")
 
@@ -181,12 +181,12 @@ def units(
     trust: TrustOption,
     tls_cert: Annotated[Path, typer.Option("--tls-cert", help="The server's certificate, PEM.", show_default=False)],
     tls_key: Annotated[Path, typer.Option("--tls-key", help="Its key, PEM.", show_default=False)],
-    folder: Annotated[Path, typer.Option("--to", help="Where to write them.")] = Path("fedllm-units"),
-    user: Annotated[str, typer.Option("--user", help="Who serves: a user of its own.")] = "fedllm-serve",
-    place: Annotated[Path, typer.Option("--place", help="That user's place, for its tokens.")] = Path(
+    folder: Annotated[Path, typer.Option("--to", help="Folder to write them to.")] = Path("fedllm-units"),
+    user: Annotated[str, typer.Option("--user", help="System user that serves, and nothing else.")] = "fedllm-serve",
+    place: Annotated[Path, typer.Option("--place", help="That user's folder, for its tokens.")] = Path(
         "/var/lib/fedllm-serve"
     ),
-    host: _Host = "0.0.0.0",  # noqa: S104  # a service is for others; TLS and tokens are at the door
+    host: _Host = "0.0.0.0",  # noqa: S104  # a service is for others; TLS and tokens protect it
     port: _Port = 8443,
     hide: Annotated[
         list[Path] | None, typer.Option("--hide", help="A folder that the service must not see: records, a site's.",
@@ -217,7 +217,7 @@ def units(
 
 @token_app.command("add")
 def token_add(name: _Name, home: _Home = SERVING) -> None:
-    """Make a token and print it, this once: only its digest is kept."""
+    """Make a token and print it once; only its digest is kept."""
     from fedllm.release.tokens import TOKENS, add_token
 
     typer.echo(add_token(absolute(home) / TOKENS, name))
@@ -225,7 +225,7 @@ def token_add(name: _Name, home: _Home = SERVING) -> None:
 
 @token_app.command("list")
 def token_list(home: _Home = SERVING) -> None:
-    """List whose tokens are good, and since when."""
+    """List the tokens that are valid, by name, and since when."""
     from fedllm.release.tokens import TOKENS, read_tokens
 
     tokens = read_tokens(absolute(home) / TOKENS)
@@ -237,7 +237,7 @@ def token_list(home: _Home = SERVING) -> None:
 
 @token_app.command("revoke")
 def token_revoke(name: _Name, home: _Home = SERVING) -> None:
-    """Refuse a token from now on, also where the server runs already."""
+    """Refuse a token from now on; a running server notices within a second."""
     from fedllm.release.tokens import TOKENS, revoke_token
 
     revoke_token(absolute(home) / TOKENS, name)

@@ -1,4 +1,4 @@
-"""Hash-chained, signed entries: what a site's ledger and the server's run record are made of.
+"""Hash-chained, signed entries: what a site's ledger and the server's run log are made of.
 
 An entry is one DSSE envelope on one line. Its payload is canonical JSON: its number (0, 1, 2 ...), the digest of the
 entry before it, a kind, a time, a body, and its signer's public identity. A reader with a later digest detects every

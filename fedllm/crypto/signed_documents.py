@@ -41,7 +41,7 @@ def open_document(data: bytes) -> tuple[dict[str, Any], list[PublicIdentity]]:
     return content, [who for who, _ in pairs]
 
 
-# ---- DSSE envelopes: entries of ledgers and run records --------------------------------------------------------------
+# ---- DSSE envelopes: entries of ledgers and run logs --------------------------------------------------------------
 
 
 class _Signer(Signer):

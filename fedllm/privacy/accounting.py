@@ -74,7 +74,7 @@ class AccountingEvent:
 
 @dataclass(frozen=True)
 class _AtSites(AccountingEvent):
-    """The same for a unit at several sites that share one noise: each draws it by a coin of its own."""
+    """The same for a unit at several sites that share one noise: each draws it independently."""
 
     sites: int
 
@@ -113,11 +113,11 @@ def spent(events: Sequence[AccountingEvent], delta: float, grid: float | None = 
 def spent_at_sites(events: Sequence[tuple[AccountingEvent, int]], delta: float) -> PrivacySpent:
     """Return what somebody has lost whose records are at k sites that share one noise; pairs of an event and its k.
 
-    In a step, each of the k sites draws her with the event's sampling rate, independently of the others, and adds at
-    most one clip norm to the sum. The event's noise multiplier is that of the one noise, relative to one clip norm.
-    `fedllm.privacy.mixture` has the pair of distributions that dominates; such pairs compose, also where a step depends
-    on what those before released (Zhu, Dong and Wang 2022, Theorem 10). With k = 1 throughout, that is what `spent`
-    returns. Raises PrivacyError as that does, and if a k is not a number of sites.
+    In a step, each of the k sites draws the person with the event's sampling rate, independently of the others, and
+    adds at most one clip norm to the sum. The event's noise multiplier is that of the one noise, relative to one clip
+    norm. `fedllm.privacy.mixture` has the pair of distributions that dominates; such pairs compose, even if a step
+    depends on what those before released (Zhu, Dong and Wang 2022, Theorem 10). With k = 1 throughout, that is what
+    `spent` returns. Raises PrivacyError as that does, and if a k is not a number of sites.
     """
     for _, sites in events:
         if isinstance(sites, bool) or not isinstance(sites, int) or not 1 <= sites <= MAX_SITES:
@@ -211,7 +211,7 @@ def _merged(events: Sequence[AccountingEvent], at: Iterable[int] = repeat(1)) ->
     for event, sites in zip(events, at, strict=False):
         event.check()
         q, noise = event.sampling_rate, event.noise_multiplier
-        key = (q, noise / sites, 1) if q == 1 else (q, noise, sites)  # all k draw her: a Gaussian that moves by k
+        key = (q, noise / sites, 1) if q == 1 else (q, noise, sites)  # all k draw it: a Gaussian that moves by k
         merged[key] = merged.get(key, 0) + event.steps
     return tuple(
         AccountingEvent(q, s, n) if k == 1 else _AtSites(q, s, n, k)
@@ -388,7 +388,7 @@ def _event_rdp(event: AccountingEvent) -> NDArray[np.float64]:
 def _mixture_rdp(mixture: Mixture) -> NDArray[np.float64]:
     """Return the same for a person at several sites.
 
-    Where that takes too long: as if she moved the sum by k clip norms whenever a site draws her, which costs more.
+    If that takes too long: as if the sum moved by k clip norms whenever a site draws the person, which costs more.
     """
     drawn = -math.expm1(mixture.sites * math.log1p(-mixture.sampling_rate))
     longest = _step_rdp(drawn, mixture.noise_multiplier / mixture.sites)

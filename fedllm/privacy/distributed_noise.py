@@ -43,7 +43,8 @@ good as AES-256, as the masks are.
 """
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,18 +72,25 @@ def rounded_normals(source: Randomness, n: int, std: float) -> NDArray[np.int64]
     first, with a bound on the error; the few that are too near to the middle between two integers for that are
     computed again with as many digits as it takes. The total variation distance to the exact law is below n 2^-180.
     """
-    result = np.zeros(n, np.int64)
-    _add_rounded_normals(result, source, std)
+    result = np.empty(n, np.int64)
+    for place, draws in _rounded_normals_by_block(source, n, std):
+        result[place] = draws
     return result
 
 
-def _add_rounded_normals(total_n: NDArray[np.int64], source: Randomness, std: float) -> None:
-    """Add a draw to each of int64[n], in place, and a few thousand at a time: what they take stays in the cache."""
+def _rounded_normals_by_block(
+    source: Randomness, n: int, std: float, further: Callable[[int], Randomness] | None = None
+) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """Yield n draws, a few thousand at a time, with their places: what they take stays in the cache.
+
+    A pair that is computed again has its further digits from `further`, given its number, or else from `source`. Which
+    pairs these are depends on the processor: NumPy's logarithm has other last digits on another one.
+    """
     if not 0 < std < 2**31:
         raise PrivacyError(f"std={std:g} of a noise share must be between 0 and 2^31")
-    for first in range(0, len(total_n), 2 * _BLOCK):
-        part = total_n[first : first + 2 * _BLOCK]
-        pairs = (len(part) + 1) // 2
+    for first in range(0, n, 2 * _BLOCK):
+        many = min(2 * _BLOCK, n - first)
+        pairs = (many + 1) // 2
         radius_words, angle_words = source.words(2 * pairs).reshape(2, pairs)
         draws, error = _quickly(radius_words, angle_words, std)
         rounded = np.rint(draws)
@@ -90,8 +98,9 @@ def _add_rounded_normals(total_n: NDArray[np.int64], source: Randomness, std: fl
         apart = np.abs(draws, out=draws)
         unclear = (np.maximum(*apart) + error >= 0.5) | (radius_words == 0)
         for i in np.flatnonzero(unclear):
-            rounded[:, i] = _exactly(int(radius_words[i]), int(angle_words[i]), source, std)
-        part += rounded.reshape(-1)[: len(part)].astype(np.int64)
+            digits = source if further is None else further(first // 2 + int(i))
+            rounded[:, i] = _exactly(int(radius_words[i]), int(angle_words[i]), digits, std)
+        yield slice(first, first + many), rounded.reshape(-1)[:many].astype(np.int64)
 
 
 def _quickly(
@@ -161,9 +170,14 @@ def _exactly(radius_word: int, angle_word: int, source: Randomness, std: float) 
         return int(mpmath.nint(radius * mpmath.cos(angle))), int(mpmath.nint(radius * mpmath.sin(angle)))
 
 
-def _keyed(seed: str) -> KeyedRandomness:
-    """Return the words that a seed of 256 bits stands for."""
-    return KeyedRandomness(bytes.fromhex(seed), b"fedllm surplus noise v2")
+def _surplus_by_block(seed: str, n: int, std: float) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """Yield the part of a share that a seed of 256 bits stands for: the same on every machine, to be taken off."""
+    return _rounded_normals_by_block(_keyed(seed), n, std, lambda pair: _keyed(seed, b" pair %d" % pair))
+
+
+def _keyed(seed: str, place: bytes = b"") -> KeyedRandomness:
+    """Return the words that a seed stands for."""
+    return KeyedRandomness(bytes.fromhex(seed), b"fedllm surplus noise v2" + place)
 
 
 @dataclass(frozen=True)
@@ -266,7 +280,8 @@ class DistributedMechanism:
         noise = rounded_normals(source, dimension, self._std(self._parts[0]))
         seeds = tuple(source.words(4).tobytes().hex() for _ in self._parts[1:])
         for seed, units in zip(seeds, self._parts[1:], strict=True):
-            _add_rounded_normals(noise, _keyed(seed), self._std(units))
+            for place, draws in _surplus_by_block(seed, dimension, self._std(units)):
+                noise[place] += draws
         return Share(noise, seeds)
 
     def noised(self, clipped_sum: NDArray[np.float64], share: Share) -> NDArray[np.uint32]:
@@ -275,11 +290,15 @@ class DistributedMechanism:
         `clipped_sum` is float64[d] of whole quanta. It is cut to its room first, coordinate by coordinate, which moves
         two sums no further apart.
         """
-        if not np.isfinite(clipped_sum).all() or not np.array_equal(clipped_sum, np.rint(clipped_sum)):
-            raise PrivacyError("the clipped sum is not in whole quanta, so its sensitivity is not known")
-        return ((np.clip(clipped_sum, -self._room, self._room).astype(np.int64) + share.noise) % 2**32).astype(
-            np.uint32
-        )
+        noised = np.empty(len(clipped_sum), np.uint32)
+        for first in range(0, len(clipped_sum), 2 * _BLOCK):  # else there are four copies of it, of 64 bits
+            place = slice(first, first + 2 * _BLOCK)
+            part = clipped_sum[place]
+            if not np.isfinite(part).all() or not np.array_equal(part, np.rint(part)):
+                raise PrivacyError("the clipped sum is not in whole quanta, so its sensitivity is not known")
+            cut = np.clip(part, -self._room, self._room).astype(np.int64)
+            noised[place] = (cut + share.noise[place]) % 2**32
+        return noised
 
     def upload(
         self, clipped_sum: NDArray[np.float64], source: Randomness
@@ -305,14 +324,24 @@ class DistributedMechanism:
 
     def surplus(self, seeds: Sequence[str], survivors: int, dimension: int) -> NDArray[np.uint32]:
         """Return uint32[d], modulo 2^32: the excess noise of a site, drawn again from the seeds that it revealed."""
-        total = np.zeros(dimension, np.int64)
+        total = np.zeros(dimension, np.uint32)
+        self.take_off(total, seeds, survivors, threading.Lock())
+        return np.negative(total, out=total)
+
+    def take_off(self, total: NDArray[np.uint32], seeds: Sequence[str], survivors: int, turn: "threading.Lock") -> None:
+        """Subtract a site's `surplus` from uint32[d], in place; several threads may, who take `turn` for each block."""
         for seed, index in zip(seeds, self.revealed_seeds(survivors), strict=True):
-            _add_rounded_normals(total, _keyed(seed), self._std(self._parts[1 + index]))
-        return (total % 2**32).astype(np.uint32)
+            std = self._std(self._parts[1 + index])
+            for place, draws in _surplus_by_block(seed, len(total), std):
+                words = (draws % 2**32).astype(np.uint32)
+                with turn:
+                    total[place] -= words
 
     def decode(self, total: NDArray[np.uint32]) -> NDArray[np.float64]:
         """Return the sum over the sites in gradient units, float64[d], from uint32[d] modulo 2^32."""
-        return total.view(np.int32).astype(np.float64) * self.quantum
+        decoded = total.view(np.int32).astype(np.float64)
+        decoded *= self.quantum
+        return decoded
 
     @property
     def most(self) -> float:

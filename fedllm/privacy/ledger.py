@@ -7,11 +7,16 @@ owner may abort it, and a round that was released is answered with the very byte
 
 A reservation fixes which records its round samples: 32 bytes of sampling randomness (`coins`), sealed to the site's own
 keys until the reply is stored, and overwritten then. A round that was reserved and did not end may be run once more,
-with the same ones, so that it times the same sample again; after that it is charged anew, for new ones.
+with the same ones, so that it times the same sample again; after that it is charged anew, for new ones. So it is
+where another account would use its records, or where training and evaluation have units of another split by now.
 
 Budget belongs to the site. All its data sets share one account, unless its owner has declared one of them disjoint
 from all others, by name, in a signed entry: by parallel composition it then has a budget of its own. What the data
 sets hold is compared all the same, and a contradiction is told to the owner; it never changes an answer.
+
+A ledger that is lost, or older than its anchor, goes on once its owner has stated what is lost (`restart`). That counts
+on every account, since a ledger that is lost tells nobody whose charges it held. And what was open before may have left
+the site since: it is never given back, and is charged anew if it is asked for again.
 
 An account has two sides, training and evaluation, and a privacy unit is on one of them (fedllm.privacy.split). Share
 and key of the split are fixed when the account is first used, and stand in the chain; whatever is charged before, or
@@ -296,8 +301,8 @@ class LedgerFile:
         """
         with self.transaction() as db:
             rows = db.execute(
-                "SELECT sampling_rate, noise_multiplier, steps, evaluation, both FROM entry WHERE account = ? "
-                "AND state != 'ABORTED' AND reserved_at >= ? ORDER BY id",
+                "SELECT sampling_rate, noise_multiplier, steps, evaluation, both FROM entry "
+                "WHERE (account = ? OR state = 'LOST') AND state != 'ABORTED' AND reserved_at >= ? ORDER BY id",
                 (account, since),
             )
             return [event for row in rows for event in on_side(side, AccountingEvent(*row[:3]), row[3], bool(row[4]))]
@@ -350,7 +355,7 @@ class LedgerFile:
         """Give a reserved round back to the budget: the owner's decision, for a round that will not be repeated.
 
         RESERVED proves that nothing was released (see above), and from here on nothing can be: the round is refused.
-        Raises LedgerError if there is no such reservation.
+        It proves nothing of a ledger that was restarted since. Raises LedgerError if there is no such reservation.
         """
         with self.transaction() as db:
             rows = db.execute(
@@ -361,6 +366,12 @@ class LedgerFile:
             if not rows or rows[0][3] != "RESERVED":
                 raise LedgerError(
                     f"round={round} of run={run} is not reserved; only what was not released can be given back"
+                )
+            rows = [row for row in rows if not _before_restart(db, run, round, row[2])]
+            if not rows:
+                raise LedgerError(
+                    f"round={round} of run={run} was reserved before this ledger was restarted: what is lost may say "
+                    "that it was released. So it counts as spent."
                 )
             for number, account, charge, _ in reversed(rows):
                 db.execute("UPDATE entry SET state = 'ABORTED', coins = NULL WHERE id = ?", (number,))
@@ -490,9 +501,8 @@ def restart(place: LedgerPlace, signer: Identity, lost: Sequence[Loss]) -> Ledge
             _take_over(db, signer)
             anchor = None if known is None else {"number": known.number, "digest": known.digest}
             _note(db, "restarted", {"anchor": anchor}, signer)
-            account = _account(db, place.data_set)
             for loss in lost:
-                _enter(db, account, loss.run, 0, "lost", loss.event, signer)
+                _enter(db, SITE, loss.run, 0, "lost", loss.event, signer)
             newest = _head(db)
         write_anchor(place.anchor, newest)
     return newest
@@ -564,12 +574,12 @@ class PrivacyLedger:
         """
         with self.file.transaction() as db:
             row = db.execute(
-                "SELECT id, request, state, reply, tries, coins FROM entry WHERE run = ? AND round = ? "
-                "AND state != 'LOST' ORDER BY charge DESC LIMIT 1",
+                "SELECT id, request, state, reply, tries, coins, account, both, charge FROM entry WHERE run = ? "
+                "AND round = ? AND state != 'LOST' ORDER BY charge DESC LIMIT 1",
                 (run, round),
             ).fetchone()
             if row is not None:
-                number, charged_for, state, reply, tries, sealed = row
+                number, charged_for, state, reply, tries, sealed, *charged, charge = row
                 if charged_for != request:
                     raise LedgerError(
                         f"round={round} of run={run} was charged for another request. A round is trained once; "
@@ -584,7 +594,9 @@ class PrivacyLedger:
                     )
                 if state == "RELEASED":
                     return Reservation(run, round, reply)
-                coins = self._unsealed(sealed) if tries < _TRIES else None
+                same = charged == [self.account, not _sided(db, self.account)]
+                again = tries < _TRIES and same and not _before_restart(db, run, round, charge)
+                coins = self._unsealed(sealed) if again else None
                 if coins is not None:
                     db.execute("UPDATE entry SET tries = tries + 1 WHERE id = ?", (number,))
                     return Reservation(run, round, None, coins)
@@ -767,7 +779,7 @@ def _plans(db: sqlite3.Connection, account: str, side: Side) -> set[tuple[str, f
     """Return the plans that a side was charged for: each by its run, its sampling rate and its noise."""
     rows = db.execute(
         "SELECT DISTINCT run, sampling_rate, noise_multiplier, steps, evaluation, both FROM entry "
-        "WHERE account = ? AND state != 'ABORTED'",
+        "WHERE (account = ? OR state = 'LOST') AND state != 'ABORTED'",
         (account,),
     )
     return {
@@ -775,6 +787,16 @@ def _plans(db: sqlite3.Connection, account: str, side: Side) -> set[tuple[str, f
         for run, q, noise, steps, evaluation, both in rows
         for event in on_side(side, AccountingEvent(q, noise, steps), evaluation, bool(both))
     }
+
+
+def _before_restart(db: sqlite3.Connection, run: str, round: int, charge: int) -> bool:
+    """Whether a round's charge stands before the ledger was restarted: nobody knows what became of it since."""
+    restarted = db.execute("SELECT max(number) FROM chain WHERE kind = 'restarted'").fetchone()[0]
+    if restarted is None:
+        return False
+    lines = db.execute("SELECT line FROM chain WHERE kind = 'reserved' AND number > ?", (restarted,))
+    bodies = (open_entry(line).body for (line,) in lines)
+    return all((body["run"], body["round"], body["charge"]) != (run, round, charge) for body in bodies)
 
 
 def _more(a: float | None, b: float | None) -> float | None:
@@ -785,15 +807,15 @@ def _summed(db: sqlite3.Connection, account: str, side: Side, since: float = -ma
     """Return what a side was charged, equal events as one: a round's check must not grow with the ledger's age."""
     rows = db.execute(
         "SELECT sampling_rate, noise_multiplier, sum(steps), min(steps) < 0 OR sum(typeof(steps) != 'integer') "
-        "FROM entry WHERE account = ? AND state != 'ABORTED' AND reserved_at >= ? AND (both OR ?) "
+        "FROM entry WHERE (account = ? OR state = 'LOST') AND state != 'ABORTED' AND reserved_at >= ? AND (both OR ?) "
         "GROUP BY sampling_rate, noise_multiplier",
         (account, since, side == "training"),
     )
     # a row that cannot be must not vanish in a sum: it becomes an event that is refused
     found = [AccountingEvent(rate, noise, -1 if damaged else steps) for rate, noise, steps, damaged in rows]
     rows = db.execute(
-        "SELECT evaluation, count(*) FROM entry WHERE account = ? AND state != 'ABORTED' AND reserved_at >= ? "
-        "AND (both OR ?) AND evaluation IS NOT NULL GROUP BY evaluation",
+        "SELECT evaluation, count(*) FROM entry WHERE (account = ? OR state = 'LOST') AND state != 'ABORTED' "
+        "AND reserved_at >= ? AND (both OR ?) AND evaluation IS NOT NULL GROUP BY evaluation",
         (account, since, side == "evaluation"),
     )
     return [*found, *(AccountingEvent(1.0, noise, scores) for noise, scores in rows)]

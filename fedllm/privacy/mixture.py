@@ -1,7 +1,7 @@
 """One noisy sum that a person enters through several sites: hockey-stick and Renyi divergences of a mixture.
 
-Each of k sites draws her with probability q, by its own coin, and adds at most one clip norm. So the sum moves by j
-clip norms at most, j ~ Binomial(k, q), and P, the mixture of N(j, s^2), with Q = N(0, s^2) dominates what is released
+Each of k sites draws the person with probability q, independently, and adds at most one clip norm. So the sum moves by
+j clip norms at most, j ~ Binomial(k, q), and P, the mixture of N(j, s^2), with Q = N(0, s^2) dominates what is released
 (Choquette-Choo et al. 2024, "Privacy Amplification for Matrix Mechanisms", arXiv 2310.15526, Corollary 4.7). In short:
 where an event has probability b under the noise alone, a shift by a vector v gives it at most Phi(Phi^-1(b) + |v|/s)
 and at least Phi(Phi^-1(b) - |v|/s), and on the line half-lines attain that for all shifts at once. A longer shift only

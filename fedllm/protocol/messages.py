@@ -89,7 +89,7 @@ SeenHead = Annotated[LedgerHead, AfterValidator(_of_an_entry)]  # by the server:
 
 
 class RoundBegun(Frozen):
-    """Whom the server asks in a round, and the entry of its run record that says so; every site signs for both."""
+    """Whom the server asks in a round, and the entry of its run log that says so; every site signs for both."""
 
     roster: str = Field(pattern="^[0-9a-f]{64}$")  # fedllm.protocol.spending_statement.roster_digest
     number: int = Field(ge=0, lt=2**63)  # of the entry

@@ -1,7 +1,7 @@
 """What a site signs with every update: what it has spent, and where its ledger stood.
 
 A statement is one DSSE envelope on one line; its payload is canonical JSON. The server keeps it, word for word, in
-the run record. It ties the update to the site's ledger: whoever holds it notices a ledger that was cut or put back. And
+the run log. It ties the update to the site's ledger: whoever holds it notices a ledger that was cut or put back. And
 it ties the server to what it told the site: whom it asked in this round, and where its own record stood then.
 """
 
@@ -35,7 +35,7 @@ class Statement:
     ledger_digest: str
     update: str  # SHA-256 of the update's bytes, hex
     roster: str = ""  # `roster_digest` of the sites that the server said it asks in this round; "": earlier versions
-    record_number: int = 0  # the newest entry of the server's run record, as it said: the one that begins the round
+    record_number: int = 0  # the newest entry of the server's run log, as it said: the one that begins the round
     record_digest: str = ""
     adapter: str = ""  # SHA-256 of float32[d], little endian, hex: that the site was sent, to train from or to score
     canaries: str = ""  # in the closing exchange: their opening (fedllm.privacy.canaries)

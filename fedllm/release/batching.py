@@ -50,7 +50,7 @@ class _Answer:
     """
 
     def __init__(
-        self, tokenizer: Any, config: GenerationConfig, stop: Sequence[str], parser: ResponseParser | None
+        self, tokenizer: Any, config: GenerationConfig, lead: str, stop: Sequence[str], parser: ResponseParser | None
     ) -> None:
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
         self.tokens: list[int] = []
@@ -58,7 +58,8 @@ class _Answer:
         ends = config.eos_token_id
         self.ends = {ends} if isinstance(ends, int) else set(ends or ())
         self._decoder = DecodeStream([], skip_special_tokens=parser is None)
-        self._kept = ""  # may be the beginning of a stop text
+        self._lead = lead  # not seen yet
+        self._kept = ""  # may be the beginning of it, or of a stop text
         self._held = max(map(len, self._stop), default=1) - 1
         self._loop = asyncio.get_running_loop()
         self._over = threading.Event()
@@ -127,6 +128,10 @@ class _Answer:
 
     def _text(self, text: str) -> None:
         self._kept += text
+        if self._lead:
+            if len(self._kept) < len(self._lead) and self._lead.startswith(self._kept):
+                return
+            self._kept, self._lead = self._kept.removeprefix(self._lead), ""
         found = [place for stop in self._stop if (place := self._kept.find(stop)) >= 0]
         if found:
             self._kept = self._kept[: min(found)]
@@ -169,6 +174,7 @@ class Generator(BaseGenerateManager):  # type: ignore[misc]
         self._managers: dict[bool, Any] = {}  # by whether it samples
         self._thread: InferenceThread | None = None
         self.stops: dict[str, tuple[str, ...]] = {}  # by request, until its answer begins
+        self.leads: dict[str, str] = {}  # likewise: what may stand before its answer, and is no part of it
         self.answers: dict[str, tuple[int, _Answer]] = {}  # with the tokens of its prompt; whoever asked removes it
         self.why_not = self._try()  # why answers are not batched, None if they are
         if self.why_not is not None:
@@ -192,7 +198,7 @@ class Generator(BaseGenerateManager):  # type: ignore[misc]
         self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, list[int]]:
         """Return a whole answer, its prompt's number of tokens, and its tokens."""
-        stops = self.stops.get(request_id, ())
+        stops, lead = self.stops.get(request_id, ()), self.leads.get(request_id, "")
         answer = self._begin(processor, inputs, gen_config, request_id, None, bool(stops))
         try:
             while (piece := await answer.queue.get()) is not None:
@@ -202,9 +208,8 @@ class Generator(BaseGenerateManager):  # type: ignore[misc]
             answer.cancel()
 
         def decode(tokens: list[int]) -> str:
-            return str(
-                processor.decode([token for token in tokens if token not in answer.ends], skip_special_tokens=True)
-            )
+            text = processor.decode([token for token in tokens if token not in answer.ends], skip_special_tokens=True)
+            return str(text).removeprefix(lead)
 
         tokens, text = answer.tokens, decode(answer.tokens)
         cut = min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))
@@ -232,7 +237,8 @@ class Generator(BaseGenerateManager):  # type: ignore[misc]
         ids = inputs["input_ids"]
         prompt: list[int] = ids if isinstance(ids, list) else ids[0].tolist()
         self._fit(config, len(prompt))
-        answer = _Answer(tokenizer, config, self.stops.pop(request_id, ()), parser)
+        lead, stops = self.leads.pop(request_id, ""), self.stops.pop(request_id, ())
+        answer = _Answer(tokenizer, config, lead, stops, parser)
         self.answers[request_id] = (len(prompt), answer)
         if self._thread is None:
             self._batched(answer, prompt, config, request_id, piecewise)
@@ -243,7 +249,7 @@ class Generator(BaseGenerateManager):  # type: ignore[misc]
     def _fit(self, config: GenerationConfig, prompt: int) -> None:
         room = self._most - prompt
         if room < 1:
-            from fedllm.release.asked import wrong
+            from fedllm.release.openai_request import wrong
 
             text = f"the prompt has {prompt} tokens, and with an answer of at least one there is room for {self._most}"
             raise wrong(text, "context_length_exceeded")

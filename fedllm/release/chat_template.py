@@ -54,6 +54,12 @@ def frame_of(reading: TextConfig) -> Frame | None:
     return Frame(("", ""), "") if not reading.prompt else Frame.of(reading.prompt)
 
 
+def space_before(reading: TextConfig) -> str:
+    """Return the white space that training put before every answer: the record's own text does not have it."""
+    text = "" if reading.chats else reading.text or ""
+    return text[: len(text) - len(text.lstrip())]
+
+
 def made_template(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, reading: TextConfig) -> str | None:
     """Return a chat template that puts the last turn of the user as in training; None to leave the base's as it is.
 

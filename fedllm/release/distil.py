@@ -81,8 +81,8 @@ def read_transfer(data: Path, release: Release, trust: Trust, public: bool) -> T
         data = data if data.is_file() else data / RECORDS
         if verify_set(data, trust).training != release.manifest.training:
             raise ReleaseError(
-                f"{data} was sampled from another adapter than the one in {release.folder}: what both tell of the same "
-                "records adds up, and the claim of one does not cover it. Sample a set from this release."
+                f"{data} was sampled from another adapter than the one in {release.folder}. What both reveal of "
+                "the same records adds up, and the claim of one does not cover it. Sample a set from this release."
             )
     elif not public:
         raise PrivacyError(
@@ -94,8 +94,7 @@ def read_transfer(data: Path, release: Release, trust: Trust, public: bool) -> T
         digest = hashlib.sha256(data.read_bytes()).hexdigest()
     except OSError as error:
         raise cannot_read(data, error) from None
-    table = read_table(str(data), "train")
-    return Transfer(data, tuple(table), digest, synthetic)
+    return Transfer(data, tuple(read_table(str(data), "train")), digest, synthetic)
 
 
 @dataclass(frozen=True)

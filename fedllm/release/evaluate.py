@@ -157,7 +157,7 @@ def evaluate(
     if generates and importlib.util.find_spec("sacrebleu") is None:
         raise ConfigError("chrF needs sacrebleu. Run: pip install 'fedllm[evaluate]'")
     rows, there = read_records(data, first.reading, limit, [m.reading for m in manifests.values()], templates)
-    say(f"{len(rows):,} of {there:,} records of {data}, which you call public: nothing is counted for their scores")
+    say(f"{len(rows):,} of {there:,} records of {data}, which you state to be public: no epsilon is counted for scores")
     names, digest = _names(manifests), _digest(data)
     notes = _notes_on(digest, dict(zip(names, manifests.values(), strict=True)), len(rows))
     columns, bases = list[_Column](), set[str]()
@@ -214,7 +214,7 @@ def _verified(folders: Sequence[Path], trust: Trust) -> dict[Path, Manifest]:
         ):  # fmt: skip
             if mine != its:
                 raise ReleaseError(
-                    f"{folder} has another {what} ({its}) than {place} ({mine}), so that one table does not hold both. "
+                    f"{folder} has another {what} ({its}) than {place} ({mine}), and one table cannot hold both. "
                     "Evaluate each alone."
                 )
     return manifests
@@ -231,7 +231,7 @@ def read_prompts(path: Path, manifest: Manifest) -> dict[str, TextConfig]:
     Raises ConfigError with the name of the first that does not fit the release.
     """
     if not _generates(manifest.reading):
-        raise ConfigError(f"--prompts: {manifest.name} answers no prompts (task {manifest.task}). Leave --prompts out.")
+        raise ConfigError(f"--prompts: {manifest.name} answers no prompts (task {manifest.task}). Leave out --prompts.")
     values = read_settings(path)
     if not 1 <= len(values) <= _PROMPTS:
         raise ConfigError(f"{path}: {len(values)} prompts, expected 1 to {_PROMPTS}")
@@ -266,8 +266,8 @@ def read_records(
         size = sum(file.stat().st_size for file in files if file.suffix.lower() != ".parquet")
         if size > _TEXT:
             raise DataError(
-                f"{data}: {size:,} bytes of text, expected at most {_TEXT:,}, for it is read whole. Write .parquet, or "
-                "a smaller file."
+                f"{data}: {size:,} bytes of text, expected at most {_TEXT:,}, since it is read whole. Write "
+                ".parquet, or a smaller file."
             )
     there, columns = 0, dict[str, None]()
     for row in read_rows(data, "test", reading, alone=False):

@@ -52,7 +52,7 @@ from fedllm.training.quantised import missing_for_nf4, quiet_bitsandbytes, round
 from fedllm.training.sources import resolve
 
 Quantised = Literal["none", "int8", "nf4"]
-_PARTS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")  # of a base: no code
+_PARTS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of a base: no code
 _FLAWED = 0.5  # logits that are further away than this share of their size are those of another model
 # so far may logits be that bitsandbytes computes from weights that are rounded in the same way (docs/support.md)
 _LIKE_ROUNDED = {"int8": 0.3, "nf4": 0.1}
@@ -145,8 +145,8 @@ def _check_form(run: FinishedRun, merge: bool, quantize: Quantised) -> None:
         )
     if quantize != "none" and plan.model.pooling == "mean":
         raise ReleaseError(
-            f"--quantize={quantize}: a classifier with model.pooling=mean is no class of transformers, which would not "
-            "load it again. Export it without --quantize."
+            f"--quantize={quantize}: a classifier with model.pooling=mean is no class of transformers, so it could not "
+            "be loaded again. Export it without --quantize."
         )
     if quantize != "none" and (missing := missing_for_nf4()):
         raise ReleaseError(missing.replace("model.quantize=nf4", f"--quantize={quantize}"))
@@ -176,8 +176,8 @@ def _tuned(run: FinishedRun) -> tuple[BaseModel, AdapterModel]:
     if adapter.spec.digest != run.outcome.spec:
         raise ReleaseError(
             f"model.source={plan.model.source} holds other weights (SHA-256 {base.digest[:16]}...) than the base that "
-            f"run {run.name} trained on, or has another adapter with these versions of peft and transformers. Give "
-            "that base its place again."
+            f"run {run.name} trained on, or has another adapter with these versions of peft and transformers. Put "
+            "the base of the run there, and install the versions of constraints.txt."
         )
     values = run.adapter()
     file = run.folder / "adapter" / "adapter_model.safetensors"
@@ -248,7 +248,7 @@ def _quantise(
     with _quiet():
         quantised = auto.from_pretrained(
             folder, quantization_config=BitsAndBytesConfig(**options), device_map="cpu", dtype=base.stored,
-            trust_remote_code=False,
+            trust_remote_code=False, use_safetensors=True,
         )  # fmt: skip
         for path in folder.glob("model*.safetensors*"):
             path.unlink()
@@ -256,7 +256,7 @@ def _quantise(
     rest = [name for name in layers if name.rpartition(".")[2] not in odd]
     if not rest:
         raise ReleaseError(
-            f"--quantize={kind}: bitsandbytes computes none of this model's layers, whose sizes are no multiples of "
+            f"--quantize={kind}: bitsandbytes can compute none of this model's layers: their sizes are no multiples of "
             f"{max(ins, outs)}. Export it without --quantize."
         )
     round_weights(model.float(), rest, kind)

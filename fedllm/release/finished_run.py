@@ -61,7 +61,7 @@ class FinishedRun:
                     if key in tensors and adapter_digest(tensors[key]) == self.outcome.adapter:
                         return tensors[key]
         raise ReleaseError(
-            f"{self.folder}: no checkpoint holds the adapter that {RECORD} says the run ended with (SHA-256 "
+            f"{self.folder}: no checkpoint holds the adapter with which the run ended according to {RECORD} (SHA-256 "
             f"{self.outcome.adapter[:16]}...). Restore {_CHECKPOINTS[0]} from a backup."
         )
 
@@ -76,7 +76,7 @@ def read_run(folder: Path, signer: Identity, audit: Path | None = None) -> Finis
     audit = audit or folder / bundle.FOLDER
     if not (audit / bundle.JSON).exists():
         raise ReleaseError(
-            f"{audit} holds no audit, and a release states what one has found. Run: fedllm audit report '{folder}'"
+            f"{audit} holds no audit, and a release states what the audit found. Run: fedllm audit report '{folder}'"
         )
     try:
         found = outcome(folder)

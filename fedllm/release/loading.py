@@ -30,6 +30,7 @@ from fedllm.training.quantised import quiet_bitsandbytes, unseen
 with unseen():
     from peft import PeftModel
 
+ADAPTER = "adapter_model.safetensors"
 BASE = "base"  # folder in a release of an adapter whose base cannot be had by its name
 HEAD = "classifier.safetensors"  # of a merged classifier with mean pooling, beside its encoder
 _AT_ONCE = 32  # questions that are answered together
@@ -115,12 +116,14 @@ def base_of(folder: Path, manifest: Manifest) -> ModelConfig:
 
 
 def _with_adapter(folder: Path, manifest: Manifest, device: str) -> Any:
+    if not (folder / ADAPTER).is_file():  # PEFT would look for a pickle, and then for a hub's repository of that name
+        raise ReleaseError(f"{folder} holds no {ADAPTER}: it is no release of an adapter. Export it again.")
     model = base_of(folder, manifest)
     base = load_base(model, device)
     if base.digest != manifest.base.digest:
         raise ReleaseError(
             f"{model.source} holds other weights (SHA-256 {base.digest[:16]}...) than the base that the adapter in "
-            f"{folder} was trained on ({manifest.base.digest[:16]}...). Give that base its place again."
+            f"{folder} was trained on ({manifest.base.digest[:16]}...). Put that base there."
         )
     with warnings.catch_warnings(), unseen():
         warnings.simplefilter("ignore")  # of peft, on reading its own configuration
@@ -131,9 +134,12 @@ def _with_adapter(folder: Path, manifest: Manifest, device: str) -> Any:
 
 def _whole(folder: Path, manifest: Manifest, device: str) -> nn.Module:
     if manifest.pooling == "mean":
-        encoder = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype="auto")
+        encoder = AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype="auto")
         model: Any = MeanPooledClassifier(encoder, len(manifest.labels))
         model.classifier.load_state_dict(load_file(folder / HEAD))
         return cast(nn.Module, model.to(device))
     kind: Any = AutoModelForCausalLM if manifest.task == "causal-lm" else AutoModelForSequenceClassification
-    return cast(nn.Module, kind.from_pretrained(folder, trust_remote_code=False, dtype="auto", device_map=device))
+    return cast(
+        nn.Module,
+        kind.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype="auto", device_map=device),
+    )

@@ -188,7 +188,7 @@ def read_signed(path: Path, payload_type: str, kind: type[_T], trust: Trust, mos
     if not trust.knows(HEAD_OFFICE, signer):
         raise ReleaseError(
             f"{path} is signed by {signer.fingerprint}, which is not a key that you trust as {HEAD_OFFICE}. Compare it "
-            "with head office by another way before you add it to your file of keys."
+            "with head office over another channel before you add it to your file of keys."
         )
     if found.signer != signer.fingerprint:
         raise ReleaseError(f"{path}: it names {found.signer} as its signer, and {signer.fingerprint} signed it.")
@@ -265,8 +265,8 @@ def check_public(model: str | Path) -> None:
     """
     if isinstance(model, Path) and (model / MANIFEST).exists():
         raise ReleaseError(
-            f"{model} is a release itself: what it tells of records adds to what is learnt on top of it, and no claim "
-            "counts both. Begin with a public model."
+            f"{model} is a release itself: it reveals something of its own records, and no claim would cover both. "
+            "Name a public model."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedllm.config import TextConfig
 from fedllm.errors import DataError, ReleaseError
+from fedllm.release.chat_template import space_before
 from fedllm.release.loading import Release
 from fedllm.training.data import Row, fields_of
 from fedllm.training.text_files import column_name
@@ -80,13 +81,13 @@ def check_answers(release: Release) -> None:
     reading = release.manifest.reading
     if release.manifest.task != "causal-lm":
         raise ReleaseError(
-            f"{release.folder} is a classifier: it says a label and writes no text, and what is made here is made of "
-            "answers. Name the release of a causal language model."
+            f"{release.folder} is a classifier: it chooses a label and writes no text. Name the release of a causal "
+            "language model."
         )
     if reading.prompt is None and reading.messages is None:
         raise ReleaseError(
-            f"{release.folder} was trained on bare texts (data.prompt=null): it continues a text and answers no "
-            "question. Train with data.prompt."
+            f"{release.folder} was trained without a prompt (data.prompt=null): it continues a text and answers no "
+            "question. Name a release that was trained with data.prompt."
         )
 
 
@@ -106,8 +107,8 @@ def answer_place(reading: TextConfig) -> tuple[str, str, str]:
     fields = fields_of(template)
     if len(fields) != 1:
         raise ReleaseError(
-            f"data.text={template!r} makes an answer of {len(fields)} columns, expected one: an answer cannot be taken "
-            "apart again."
+            f"data.text={template!r} makes an answer of {len(fields)} columns, expected one: an answer could not be "
+            "divided into columns again."
         )
     before, _, after = template.partition(f"{{{fields[0]}}}")
     before, after = (part.replace("{{", "{").replace("}}", "}").strip() for part in (before, after))
@@ -118,8 +119,7 @@ def as_answered(reading: TextConfig) -> TextConfig:
     """Return how a record is read whose answer is a model's own, whole: white space before it as in training."""
     if reading.messages is not None or reading.text is None:
         return reading
-    space = reading.text[: len(reading.text) - len(reading.text.lstrip())]
-    return reading.model_copy(update={"text": f"{space}{{{ANSWER}}}"})
+    return reading.model_copy(update={"text": f"{space_before(reading)}{{{ANSWER}}}"})
 
 
 def _asked(reading: TextConfig, value: Any) -> Any:

@@ -45,8 +45,9 @@ from fedllm.crypto.certificates import read_certificates
 from fedllm.errors import ConfigError, DataError, FedllmError, Refused, ReleaseError
 from fedllm.files import read, stamp
 from fedllm.protocol.enrolment import now
-from fedllm.release import asked
+from fedllm.release import openai_request
 from fedllm.release.batching import FAILED, Generator
+from fedllm.release.chat_template import space_before
 from fedllm.release.loading import Release
 from fedllm.release.manifest import Manifest, manifest_digest
 from fedllm.release.tokens import Gatekeeper, read_tokens
@@ -86,7 +87,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Door:
+class Access:
     """Where the server listens, and whom it lets in."""
 
     host: str
@@ -109,7 +110,7 @@ def check_epsilon(manifest: Manifest, most: float | None, unverified: bool = Fal
     if privacy.private and privacy.verdict != "within" and not unverified:
         raise ReleaseError(
             f"{manifest.name} states epsilon {privacy.epsilon:.4g}, and its audit could not verify it: evidence is "
-            "missing. Ask head office for a release of a complete audit; --allow-unverified serves this one."
+            "missing. Ask head office for a release with a complete audit; --allow-unverified serves this one."
         )
     spent = cast(float, privacy.epsilon) if privacy.private else math.inf
     if spent <= (sys.float_info.max if most is None else most):
@@ -388,7 +389,7 @@ class Application:
         try:
             return json.loads(b"".join(parts))
         except (ValueError, RecursionError):
-            raise asked.wrong("the body is not JSON") from None
+            raise openai_request.wrong("the body is not JSON") from None
 
     async def _in_turn(self, handler: Callable[..., Awaitable[None]], body: object, send: _Send, count: _Count) -> None:
         """Answer when it is this request's turn: first come, first served."""
@@ -424,34 +425,45 @@ class Application:
 
     async def _chat(self, body: object, send: _Send, count: _Count) -> None:
         known = ChatCompletionHandler._valid_params_class.__annotations__
-        await self._generated(self._chat_handler, asked.chat(body, self._name, known), "chatcmpl", send, count)
+        question = openai_request.chat(body, self._name, known)
+        lead = space_before(self.release.manifest.reading)  # a completion keeps it: it is all that follows the prompt
+        await self._generated(self._chat_handler, question, "chatcmpl", send, count, lead)
 
     async def _complete(self, body: object, send: _Send, count: _Count) -> None:
         known = CompletionHandler._valid_params_class.__annotations__
-        await self._generated(self._completion_handler, asked.completion(body, self._name, known), "cmpl", send, count)
+        await self._generated(
+            self._completion_handler, openai_request.completion(body, self._name, known), "cmpl", send, count
+        )
 
-    async def _generated(self, handler: Any, question: asked.Asked, kind: str, send: _Send, count: _Count) -> None:
+    async def _generated(
+        self, handler: Any, question: openai_request.ModelRequest, kind: str, send: _Send, count: _Count, lead: str = ""
+    ) -> None:
+        """Send the answer, without `lead` before it."""
         generator, number = cast(Generator, self.generator), f"{kind}-{uuid.uuid4().hex}"
         if question.most is not None and question.most > self.limits.tokens:
             text = f"max_tokens: this server has room for {self.limits.tokens} tokens, those of the prompt included"
-            raise asked.wrong(text)
+            raise openai_request.wrong(text)
         end = self.release.end.text
         generator.stops[number] = (*question.stop, *([end] if end else []))
+        generator.leads[number] = lead
         try:
             try:
                 response = await handler.handle_request(question.body, number)
             except TemplateError:  # such as two turns of a user in a row
-                raise asked.wrong("messages: the model's chat template does not take such a conversation") from None
+                raise openai_request.wrong(
+                    "messages: the model's chat template does not take such a conversation"
+                ) from None
             await _send_all(response, send)
         finally:
             generator.stops.pop(number, None)
+            generator.leads.pop(number, None)
             prompt, answer = generator.answers.pop(number, (0, None))
             count.tokens_in, count.tokens_out = prompt, answer.total_tokens if answer is not None else 0
             if answer is not None:
                 answer.cancel()
 
     async def _classify(self, body: object, send: _Send, count: _Count) -> None:
-        inputs = asked.classification(body, self._name)
+        inputs = openai_request.classification(body, self._name)
         gone = threading.Event()
         try:
             found, count.tokens_in = await self._thread.async_submit(self._classes, inputs, gone)
@@ -491,15 +503,15 @@ class Application:
         columns = tuple(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
         given = {columns[0]: one} if isinstance(one, str) and len(columns) == 1 else one
         if not isinstance(given, dict) or given.keys() != set(columns):
-            raise asked.wrong(f"input[{number}]: expected an object of texts by column: {', '.join(columns)}")
+            raise openai_request.wrong(f"input[{number}]: expected an object of texts by column: {', '.join(columns)}")
         try:
             text = template.format(**{name: text_of(value, name) for name, value in given.items()})
         except DataError:
-            raise asked.wrong(f"input[{number}]: expected a text in every column, and one is empty") from None
+            raise openai_request.wrong(f"input[{number}]: expected a text in every column, and one is empty") from None
         ids: list[int] = self.release.tokenizer(text, verbose=False)["input_ids"]
         if len(ids) > manifest.max_length:
             said = f"input[{number}] has {len(ids)} tokens, and the model was trained on at most {manifest.max_length}"
-            raise asked.wrong(said, "context_length_exceeded")
+            raise openai_request.wrong(said, "context_length_exceeded")
         return ids
 
 
@@ -655,7 +667,7 @@ class _Certificate:
                 self.context.load_verify_locations(client_ca)
         except ssl.SSLError as error:
             raise ConfigError(
-                f"{certificate} and {key} do not make a certificate with its key, or --client-ca is none "
+                f"{certificate} and {key} are no certificate with its key, or --client-ca is no certificate "
                 f"({error.reason}). They are PEM, the key without a password."
             ) from None
 
@@ -677,21 +689,23 @@ class _Certificate:
             say(f"error: the certificate was not renewed: {_place(error)}")
 
 
-def check_door(door: Door) -> bool:
+def check_access(access: Access) -> bool:
     """Whether tokens are demanded; raises ConfigError if anybody could come in, or listen."""
-    if (door.certificate is None) != (door.key is None):
+    if (access.certificate is None) != (access.key is None):
         raise ConfigError("a certificate and its key go together: --tls-cert and --tls-key, or --office")
-    if door.certificate is None:
-        if not _is_loopback(door.host):
-            raise ConfigError(f"--plaintext is for this machine alone, and {door.host} is not its loopback: 127.0.0.1")
-        if door.client_ca is not None:
+    if access.certificate is None:
+        if not _is_loopback(access.host):
+            raise ConfigError(
+                f"--plaintext is for this machine alone, and {access.host} is not its loopback, 127.0.0.1"
+            )
+        if access.client_ca is not None:
             raise ConfigError("--client-ca: client certificates need TLS. Leave out --plaintext.")
     # a file without tokens is one whose last token was revoked: that must not let more people in than before
-    if door.client_ca is None or door.tokens.exists():
-        if not read_tokens(door.tokens):
+    if access.client_ca is None or access.tokens.exists():
+        if not read_tokens(access.tokens):
             raise ConfigError(
-                f"nobody has a token ({door.tokens}), so nobody could ask. First: fedllm serve token add NAME; or "
-                "demand client certificates alone: --client-ca, and remove that file if it is there"
+                f"nobody has a token ({access.tokens}), so nobody could ask. First: fedllm serve token add NAME. To "
+                "demand client certificates alone: give --client-ca, and remove that file if it exists."
             )
         return True
     return False
@@ -724,16 +738,16 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def run(release: Release, door: Door, limits: Limits, ready: Callable[[str], None]) -> None:
+def run(release: Release, access: Access, limits: Limits, ready: Callable[[str], None]) -> None:
     """Serve a release that was verified, until the process is asked to stop; `ready` hears its address.
 
     Raises ConfigError if it cannot begin, ReleaseError if it cannot go on.
     """
-    demands_tokens = check_door(door)
+    demands_tokens = check_access(access)
     certificate = None
-    if door.certificate is not None and door.key is not None:
-        certificate = _Certificate(door.certificate, door.key, door.client_ca)
-    opened = listen(door.host, door.port)
+    if access.certificate is not None and access.key is not None:
+        certificate = _Certificate(access.certificate, access.key, access.client_ca)
+    opened = listen(access.host, access.port)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, _OPEN_FILES)), hard))
     generator = None
@@ -748,7 +762,7 @@ def run(release: Release, door: Door, limits: Limits, ready: Callable[[str], Non
             say(f"warning: answers are made one after another: {generator.why_not}")
     tell_nothing()
     try:
-        app = Application(release, limits, Gatekeeper(door.tokens) if demands_tokens else None, generator)
+        app = Application(release, limits, Gatekeeper(access.tokens) if demands_tokens else None, generator)
 
         def look() -> bool:
             if certificate is not None:

@@ -55,12 +55,12 @@ HKDF-SHA256. The sum itself is protected by noise, elsewhere.
 """
 
 from fedllm.secagg.aggregator import (
+    MaskedInputRequests,
     MaskedSum,
     check_key_shares,
     check_unmasking_shares,
     consistency_check,
     masked_input_request,
-    masked_input_requests,
     unmask,
     unmasking_request,
 )
@@ -78,6 +78,7 @@ from fedllm.secagg.session import (
 
 __all__ = [
     "Cohort",
+    "MaskedInputRequests",
     "MaskedSum",
     "Participant",
     "SessionParams",
@@ -91,7 +92,6 @@ __all__ = [
     "consistency_check",
     "make_cohort",
     "masked_input_request",
-    "masked_input_requests",
     "unmask",
     "unmasking_request",
 ]

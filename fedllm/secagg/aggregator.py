@@ -1,7 +1,7 @@
 """The server's part in secure aggregation: its requests, the checks of what sites answer, and the unmasked sum."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,14 +52,29 @@ def masked_input_request(cohort: Cohort, number: int, dealt: Mapping[str, KeySha
     )  # fmt: skip
 
 
-def masked_input_requests(cohort: Cohort, number: int, dealt: Mapping[str, KeyShares]) -> dict[str, bytes]:
-    """Return every participant's request as bytes; all but the payload is the same, and written once."""
-    names = sorted(dealt)
-    if not names:
-        return {}
-    first = masked_input_request(cohort, number, dealt, names[0])
-    frame = first.model_copy(update={"payload": b""}).to_bytes()
-    return {name: frame + _sealed_for(cohort, dealt, names, name) for name in names}
+class MaskedInputRequests(Mapping[str, bytes]):
+    """Every participant's request as bytes, made when it is looked up: all at once they are O(n^2).
+
+    All but the payload is the same, and written once.
+    """
+
+    def __init__(self, cohort: Cohort, number: int, dealt: Mapping[str, KeyShares]) -> None:
+        """`dealt` holds the participants, checked."""
+        self._cohort, self._dealt, self._names, self._frame = cohort, dealt, sorted(dealt), b""
+        if self._names:
+            first = masked_input_request(cohort, number, dealt, self._names[0])
+            self._frame = first.model_copy(update={"payload": b""}).to_bytes()
+
+    def __getitem__(self, site: str) -> bytes:
+        if site not in self._dealt:
+            raise KeyError(site)
+        return self._frame + _sealed_for(self._cohort, self._dealt, self._names, site)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _sealed_for(cohort: Cohort, dealt: Mapping[str, KeyShares], names: Sequence[str], site: str) -> bytes:

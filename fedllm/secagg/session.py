@@ -1,9 +1,10 @@
 """What all parties of a secure aggregation agree on: parameters, the cohort with its keys, and what is signed."""
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +96,10 @@ class Cohort:
         return _document(label, self.params.context, self.digest, number, *parts)
 
 
+# by all that they hold: what is checked for one site of a process is for its others (a simulation has a thousand)
+_made: WeakValueDictionary[str, Cohort] = WeakValueDictionary()
+
+
 def check_advertised_key(params: SessionParams, entry: AdvertisedKey) -> None:
     """Raise MessageError unless a site of the roster signed this key, a usable one, for this session."""
     _check_signed_key(params, entry)
@@ -130,9 +135,21 @@ def make_cohort(params: SessionParams, joins: Iterable[AdvertisedKey]) -> Cohort
     if len({entry.site for entry in ordered}) != len(ordered) or len({entry.key for entry in ordered}) != len(ordered):
         raise MessageError("the list of advertised keys names a site or a key twice")
     params.check_size(len(ordered))
+    known = digest_of_document(
+        _document("cohort", params.context, params.sites, *(part for row in _named(params, ordered) for part in row))
+    )
+    if (made := _made.get(known)) is not None:
+        return made
     for entry in ordered:
         _check_signed_key(params, entry)
-    return Cohort(params, ordered)
+    made = _made[known] = Cohort(params, ordered)
+    return made
+
+
+def _named(params: SessionParams, ordered: Iterable[AdvertisedKey]) -> Iterator[tuple[str, str, str, str]]:
+    for entry in ordered:
+        identity = params.roster.get(entry.site)
+        yield entry.site, entry.key, entry.signature, identity.to_text() if identity is not None else ""
 
 
 def check_mask_key(cohort: Cohort, number: int, mask_key: SignedMaskKey) -> bytes:
@@ -144,12 +161,18 @@ def check_mask_key(cohort: Cohort, number: int, mask_key: SignedMaskKey) -> byte
         cohort, number, mask_key.site, bytes.fromhex(mask_key.key), bytes.fromhex(mask_key.commitment)
     )
     try:
-        identity.verify(document, bytes.fromhex(mask_key.signature))
+        _verify(identity, document, mask_key.signature)
     except CryptoError as error:
         raise MessageError(
             f"the shares of site={mask_key.site!r} are not its own, or not for round {number} of these sites ({error})"
         ) from None
     return document
+
+
+@lru_cache(maxsize=4 * MAX_HOLDERS)
+def _verify(identity: PublicIdentity, document: bytes, signature: str) -> None:
+    """Raise CryptoError unless a party signed a document; what it signed is looked at once in a process."""
+    identity.verify(document, bytes.fromhex(signature))
 
 
 def survivors_digest(cohort: Cohort, request: ConsistencyCheck) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-_ANSWER = "QZX"  # stands for an answer, in no template
+ANSWER = "QZX"  # stands for an answer, in no template
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ def answer_end(tokenizer: PreTrainedTokenizerBase, chat: bool) -> AnswerEnd:
     eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
     if not chat:
         return AnswerEnd(eos)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # a template raises anything; some ask for a system turn
         text = tokenizer.apply_chat_template([{"role": "system", "content": "a"}, *turns], tokenize=False)
-    closing = str(text).rpartition(_ANSWER)[2]
+    closing = str(text).rpartition(ANSWER)[2]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
     first = next((token for token in ids if token in special), None)

@@ -1,11 +1,10 @@
 """Records to tokens: files or hub data sets, templates, privacy units, batches.
 
 What a site protects is read record by record (`read_rows`, `Tokeniser.read`): nothing about one record changes how
-another is read, and one that cannot be used is an error in its own place. Public sets, and a researcher's own, are
-tables (`read_table`), which are refused as a whole.
+another is read, and one that cannot be used is an error in its own place. A held-out set is refused as a whole
+(`read_table`).
 """
 
-import bisect
 import contextlib
 import json
 import logging
@@ -18,7 +17,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
@@ -29,20 +28,17 @@ from transformers import PreTrainedTokenizerBase
 from fedllm.canonical import canonical, canonical_json, digest_of
 from fedllm.config import FileConfig, ModelConfig, TextConfig
 from fedllm.errors import ConfigError, DataError, first_line
+from fedllm.training.chat import ANSWER
 from fedllm.training.sources import resolve
 from fedllm.training.text_files import Record, column_name, text_rows
 
-if TYPE_CHECKING:
-    import datasets
-# Tables are datasets.Dataset. `datasets` and pyarrow are imported where they are used: a site, which reads lines of
-# text record by record, does without them and their 100 MB.
+# `datasets` and pyarrow are imported where they are used: who reads lines of text does without them and their 100 MB.
 
 _log = logging.getLogger("fedllm.site")
 
 IGNORE = -100  # label of a position that carries no loss (the convention of torch and transformers)
 _FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
-Table: TypeAlias = "datasets.Dataset"
 Row: TypeAlias = Mapping[str, Any]
 _T = TypeVar("_T")
 _PLAIN = FileConfig()
@@ -101,48 +97,38 @@ class Batch:
     units: int
 
 
-def read_table(source: str, split: str, how: FileConfig = _PLAIN) -> Table:
-    """Read a data set: a file or folder of jsonl, json, csv or parquet, pkg://package/file, or a hub name.
+def read_table(source: str, split: str, how: FileConfig = _PLAIN) -> list[Row]:
+    """Read a researcher's own or public records, as `read_rows` does, into memory; refused as a whole.
 
-    Columns have their canonical names, and classes their names. Raises DataError, with the line where a text file is
-    malformed.
+    Raises DataError with the first that cannot be read.
     """
+    rows = list[Row]()
+    for row in read_rows(source, split, how, alone=False):
+        if isinstance(row, DataError):
+            raise row
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{source} holds no records")
+    return rows
+
+
+def _hub_rows(source: str, split: str) -> Iterator[Record]:
+    """Yield the records of a data set of the hub; raises DataError."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        place = resolve(source)
-    except ConfigError as error:
-        raise DataError(str(error)) from None
-    try:
-        if not isinstance(place, Path):
-            table = datasets.load_dataset(place, split=split, trust_remote_code=False)
-        else:
-            files = _files(place, split)
-            table = datasets.concatenate_datasets([_read_file(file, how) for file in files])
-        table = _plain(source, table)
+        table = datasets.load_dataset(source, split=split, trust_remote_code=False)
+        classes = {
+            name: found.names for name, found in table.features.items() if isinstance(found, datasets.ClassLabel)
+        }
+        for number, row in enumerate(table, start=1):
+            yield _named_classes(row, classes, f"{source}, record {number}")
     except DataError:
         raise
     except Exception as error:  # datasets raises many types; each becomes one clear error
         reason = error.__cause__ or error
         raise DataError(f"{source} (split {split}) cannot be read: {first_line(reason)}") from error
-    if len(table) == 0:
-        raise DataError(f"{source} holds no records")
-    return table
-
-
-def _plain(source: str, table: Table) -> Table:
-    """Return a table whose columns have their canonical names, with the names of classes instead of their numbers."""
-    import datasets
-
-    names = [column_name(name) for name in table.column_names]
-    if len(set(names)) < len(names):
-        raise DataError(f"{source}: two columns have one name, apart from spaces and Unicode form. Rename one.")
-    for column, feature in table.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            classes = [_class(feature.names, value) for value in table[column]]
-            table = table.remove_columns(column).add_column(column, classes)
-    return table.rename_columns({name: column_name(name) for name in table.column_names})
 
 
 def read_rows(source: str, split: str, how: FileConfig = _PLAIN, *, alone: bool = True) -> Iterator[Row | DataError]:
@@ -159,8 +145,7 @@ def read_rows(source: str, split: str, how: FileConfig = _PLAIN, *, alone: bool 
     if not isinstance(place, Path) and alone:
         raise DataError(f"{source}: no such file or folder")
     if not isinstance(place, Path):
-        for number, row in enumerate(read_table(source, split), start=1):
-            yield Record(row, f"{source}, record {number}")
+        yield from _hub_rows(place, split)
         return
     for file in _files(place, split):
         if file.suffix.lower() != ".parquet":
@@ -168,14 +153,12 @@ def read_rows(source: str, split: str, how: FileConfig = _PLAIN, *, alone: bool 
             continue
         classes = _class_names(file)
         for number, row in enumerate(_parquet_rows(file), start=1):
-            yield _parquet_row(row, classes, f"{file}, record {number}")
+            yield _named_classes(row, classes, f"{file}, record {number}")
 
 
-def _parquet_row(row: Row, classes: Mapping[str, Sequence[str]], where: str) -> Row | DataError:
-    try:
-        return Record({**row, **{name: _class(classes[name], row[name]) for name in classes if name in row}}, where)
-    except DataError as error:
-        return error
+def _named_classes(row: Row, classes: Mapping[str, Sequence[str]], where: str) -> Record:
+    """Return a row with the names of classes instead of their numbers."""
+    return Record({**row, **{name: _class(classes[name], row[name]) for name in classes if name in row}}, where)
 
 
 def _class_names(file: Path) -> dict[str, list[str]]:
@@ -202,6 +185,9 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 
     try:
         with parquet.ParquetFile(file) as whole:
+            names = whole.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError("two columns have one name")
             for batch in whole.iter_batches():
                 columns = [_cells(file, *pair) for pair in zip(batch.schema.names, batch.columns, strict=True)]
                 for cells in zip(*columns, strict=True):
@@ -226,11 +212,20 @@ def _cells(file: Path, name: str, column: Any) -> list[object]:
     return found
 
 
+def _remedy(file: Path) -> str:
+    suffix = file.suffix.lower()
+    if suffix in (".xls", ".xlsx", ".ods"):
+        return ". Save the sheet as CSV UTF-8"
+    if suffix in (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z"):
+        return ". Unpack it"
+    return ". Name it .csv and set data.separator=tab" if suffix in (".tsv", ".tab") else ""
+
+
 def _files(place: Path, split: str) -> list[Path]:
     """Return the files of a split: the file itself, or those in a folder whose name begins with the split's."""
     if place.is_file():
         if place.suffix.lower() not in _FORMATS:
-            raise DataError(f"{place}: unknown kind of file; expected {', '.join(_FORMATS)}")
+            raise DataError(f"{place}: unknown kind of file; expected {', '.join(_FORMATS)}{_remedy(place)}")
         if place.stat().st_size == 0:
             raise DataError(f"{place} is empty")
         return [place]
@@ -244,64 +239,6 @@ def _files(place: Path, split: str) -> list[Path]:
     return files
 
 
-def _read_file(file: Path, how: FileConfig) -> Table:
-    """Read one file into memory. `datasets` would leave a copy of the records in a cache on disk."""
-    import datasets
-    from pyarrow import parquet
-
-    if file.suffix.lower() == ".parquet":
-        return datasets.Dataset(parquet.read_table(file))
-    rows: list[Record] = []
-    for row in text_rows(file, how, alone=False):
-        if isinstance(row, DataError):
-            raise row
-        rows.append(row)
-    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
-    try:
-        return datasets.Dataset.from_dict(columns)
-    except Exception:  # pyarrow and datasets raise many types, which name neither column nor line
-        for column, values in columns.items():
-            _check_kinds(rows, column, values)
-        raise
-
-
-def _check_kinds(rows: Sequence[Record], column: str, values: list[Any]) -> None:
-    """Raise DataError with the first record whose value does not fit into one column with those before it."""
-    import datasets
-
-    def fails(count: int) -> bool:
-        try:
-            datasets.Dataset.from_dict({"": values[:count]})
-        except Exception:
-            return True
-        return False
-
-    at = bisect.bisect_left(range(len(values) + 1), True, key=fails) - 1
-    if at == len(values):
-        return
-    before = sorted({_kind(value) for value in values[:at]} - {"null"})
-    among = f", where the records before it hold {' or '.join(before)}" if before else ""
-    raise DataError(
-        f"{rows[at].place}: column {column} holds {_kind(values[at])}{among}. A column takes values of one kind, whole "
-        "numbers of at most 64 bits and text in valid Unicode: correct the value, or put it in quotes."
-    )
-
-
-_KINDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
-
-
-def _kind(value: object) -> str:
-    """Name the kind of a JSON value, and not the value: an error may be read by others than its owner."""
-    if isinstance(value, list | dict):
-        inside = sorted({_kind(item) for item in (value.values() if isinstance(value, dict) else value)})
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {' and '.join(inside) or 'nothing'}"
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return "a whole number of more than 64 bits"
-    if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-        return "text that is not valid Unicode (a lone surrogate)"
-    return _KINDS[type(value)]
-
-
 @contextlib.contextmanager
 def naming(source: str) -> Iterator[None]:
     """Put the name of the data set before a DataError about its records."""
@@ -311,25 +248,16 @@ def naming(source: str) -> Iterator[None]:
         raise DataError(f"{source}: {error}") from error
 
 
-def check_columns(table: Table, data: TextConfig, extra: Sequence[str | None] = ()) -> None:
-    """Raise DataError unless the table has every column that the configuration names.
-
-    Of label, person and site (the last two in `extra`, None if there is none), a cell must hold one value.
-    """
-    import datasets
-
-    for column in check_named(table.column_names, data, extra):
-        if not isinstance(table.features[column], datasets.Value | datasets.ClassLabel):
-            raise DataError(f"column {column} holds lists or objects; expected text or numbers")
+def columns_of(rows: Iterable[Row]) -> list[str]:
+    """Return the columns that rows have, in the order in which they come."""
+    return list(dict.fromkeys(column for row in rows for column in row))
 
 
-def check_named(columns: Sequence[str], data: TextConfig, extra: Sequence[str | None] = ()) -> list[str]:
-    """Raise DataError unless every column is there that the configuration names; returns those of one value a cell."""
-    single = [column for column in (data.label, *extra) if column]
-    missing = sorted({*_text_columns(data), *single} - set(columns))
+def check_named(columns: Sequence[str], data: TextConfig, extra: Sequence[str | None] = ()) -> None:
+    """Raise DataError unless every column is there that the configuration names; `extra`: person and site, if any."""
+    missing = sorted({*_text_columns(data), *filter(None, (data.label, *extra))} - set(columns))
     if missing:
         raise DataError(f"missing column {', '.join(missing)}; the records have {', '.join(columns)}")
-    return single
 
 
 def _text_columns(data: TextConfig) -> list[str]:
@@ -394,6 +322,7 @@ def text_of(value: object, what: str) -> str:
 
 
 _ROLES = ("system", "user", "assistant", "tool")
+_SAID_ELSEWHERE = ("tool_calls", "function_call")  # of what an assistant says, beside its content
 Turn = dict[str, str]  # role and content
 
 
@@ -405,8 +334,11 @@ def conversation(value: object, what: str) -> list[Turn]:
         raise DataError(f"{what} is no conversation: expected a list of objects with role and content")
     if any(turn.get("role") not in _ROLES for turn in value):
         raise DataError(f"{what}: a turn has no role, or none of {', '.join(_ROLES)}")
+    beside = [name for turn in value for name in _SAID_ELSEWHERE if turn.get(name)]
+    if beside:
+        raise DataError(f"{what}: a turn has {beside[0]}, and only content is learned. Write the call into content.")
     turns = [
-        {"role": turn["role"], "content": text_of(turn.get("content"), f"{what}: the content of a turn")}
+        {"role": turn["role"], "content": text_of(_joined(turn.get("content"), what), f"{what}: the content of a turn")}
         for turn in value
     ]
     while turns and turns[-1]["role"] != "assistant":
@@ -414,6 +346,16 @@ def conversation(value: object, what: str) -> list[Turn]:
     if not turns:
         raise DataError(f"{what} has no turn of the assistant, so there is nothing to learn")
     return turns
+
+
+def _joined(content: object, what: str) -> object:
+    """Return the content of a turn, joined to one text where it is a list of parts that are text alone."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{what}: a turn has a part that is no text, such as an image. Leave the record out.")
+    return "".join(map(str, texts))
 
 
 def cell(value: object) -> str:
@@ -502,11 +444,12 @@ class Tokeniser:
 
     def _write(self, row: Row, number: int) -> _Written:
         if self._classifies:
-            value = row.get(self._data.label or "")
+            value, place = row.get(self._data.label or ""), place_of(row, number)
             label = canonical(cell(value))
-            if label not in self._labels or is_missing(value):
-                place = place_of(row, number)
-                raise DataError(f"{place}: label {value!r} is not among model.labels. Declare it or drop the record.")
+            if is_missing(value):
+                raise DataError(f"{place}: {self._data.label} is empty. Fill it in or leave the record out.")
+            if label not in self._labels:
+                raise DataError(f"{place}: label {label!r} is not among model.labels. Declare it or drop the record.")
             return _Written((render(self._data.text or "", row, number, self._data.columns),), label=label)
         turns = self._turns(row, number)
         if self._data.messages is not None:
@@ -553,7 +496,11 @@ class Tokeniser:
         Some templates write a turn that others follow in a shorter form (without what was thought, say): then what it
         says is looked up, and what closes it.
         """
-        opening, alone = self._chat(turns[:number], opens=True), self._chat(turns[: number + 1], opens=False)
+        alone = self._chat(turns[: number + 1], opens=False)
+        if number:
+            opening = self._chat(turns[:number], opens=True)
+        else:  # who speaks first has nothing before that a template could write
+            opening = self._chat([{**turns[0], "content": ANSWER}, *turns[1:]], opens=False).partition(ANSWER)[0]
         if not whole.startswith(opening):
             return 0, 0
         if whole.startswith(alone):
@@ -583,8 +530,8 @@ class Tokeniser:
         else:
             last = len(given) - self._ends[1]
             found = Tokens(_ids(given[: min(last, limit)] + given[last:]), _ids([]), text.label, ends=self._ends)
-        if not len(found.given) + len(found.learned):
-            raise DataError(f"{place}: its text is empty. Fill it in or leave the record out.")
+        if not len(found.given if text.label is not None else found.learned):
+            raise DataError(f"{place}: the tokenizer makes no token of its text. Leave the record out.")
         return found
 
     def _check_template(self) -> None:
@@ -597,13 +544,15 @@ class Tokeniser:
         asked = [*system, {"role": "user", "content": "a"}]
         try:
             self._chat(asked, opens=True)
-            self._chat([*asked, {"role": "assistant", "content": "b"}], opens=False)
+            one, other = (self._chat([*asked, {"role": "assistant", "content": said}], opens=False) for said in "bc")
         except Exception as error:  # a template may raise anything
             turns = "a user's and an assistant's turn" if not system else "a system, a user's and an assistant's turn"
             hint = "If it wants a system turn, set data.system" if not system else "Leave data.system out"
             raise ConfigError(
                 f"{setting}: the chat template of {source} refuses {turns} ({first_line(error)}). {hint}."
             ) from None
+        if one == other:
+            raise ConfigError(f"{setting}: the chat template of {source} does not write what the assistant says")
 
     def _chat(self, turns: Sequence[Turn], opens: bool) -> str:
         return str(self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opens))
@@ -699,12 +648,12 @@ def split_rule(data: TextConfig, column: str | None, by_person: bool) -> str:
     return digest_of(told)[:16]
 
 
-def build_units(table: Table, tokeniser: Tokeniser, unit: str | None, cap: int) -> tuple[PrivacyUnit, ...]:
-    """Tokenise a table and group its records by privacy unit, at most the first `cap` records a unit.
+def build_units(rows: Sequence[Row], tokeniser: Tokeniser, unit: str | None, cap: int) -> tuple[PrivacyUnit, ...]:
+    """Tokenise rows and group them by privacy unit, at most the first `cap` records a unit.
 
     `unit=None` makes every record a unit of its own. Raises DataError with the first record that cannot be used.
     """
-    groups, wrong = group(table, tokeniser.read(table), unit)
+    groups, wrong = group(rows, tokeniser.read(rows), unit)
     if wrong:
         raise wrong[0]
     return tuple(tuple(map(tokeniser.cut, tokens[:cap])) for tokens in groups)
@@ -712,7 +661,7 @@ def build_units(table: Table, tokeniser: Tokeniser, unit: str | None, cap: int) 
 
 def is_missing(value: object) -> bool:
     """Whether a cell is empty: null, not a number, or text of nothing that shows. Somebody may be called None."""
-    return value is None or (isinstance(value, float | Decimal) and math.isnan(value)) or not canonical(value)
+    return not _cell(value)
 
 
 def members(rows: Iterable[Row], data: TextConfig, unit: str | None) -> Iterator[bytes]:
@@ -732,10 +681,16 @@ def members(rows: Iterable[Row], data: TextConfig, unit: str | None) -> Iterator
 def _spelt(value: object) -> object:
     """Return a cell, or all cells of a row, list or object, in their one spelling; empty ones of a row are left out."""
     if isinstance(value, dict):
-        return {canonical(key): _spelt(cell) for key, cell in value.items() if not is_missing(cell)}
+        return {canonical(key): spelt for key, cell in value.items() if (spelt := _spelt(cell)) != ""}
     if isinstance(value, list):
         return [_spelt(cell) for cell in value]
-    return "" if is_missing(value) else canonical(value)
+    return _cell(value)
+
+
+def _cell(value: object) -> str:
+    """Return the one spelling of a cell, empty if the cell is."""
+    missing = value is None or (isinstance(value, float | Decimal) and math.isnan(value))
+    return "" if missing else canonical(value)
 
 
 def person(value: object) -> str:

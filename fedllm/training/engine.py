@@ -13,14 +13,15 @@ on, every adapter is computed so, because one record makes an efficient pass (`E
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,6 +44,8 @@ _GPU_TOGETHER, _GPU_TOKENS, _GPU_LARGE = 32, 8192, 1e12  # the same on a GPU; th
 _QUANTUM = 42  # -log2 of the clip norm's share that a clipped row is rounded to; int64 holds 2^21 such rows
 _EXACT = 1024  # rows whose sum float64 holds exactly, in quanta, and what was carried over: up to 2^53
 _CARRY = 2.0**32  # quanta
+
+_Found = TypeVar("_Found")
 
 
 class _PerUnitProduct(torch.autograd.Function):
@@ -234,7 +237,7 @@ class Engine:
 
     def __init__(self, adapter: AdapterModel) -> None:
         """Give every trainable layer of `adapter` per-unit gradients; raises ModelError if the model mixes records."""
-        self._adapter = adapter
+        self.adapter = adapter
         model: nn.Module = adapter.model
         linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
         # whether every record is computed by itself, since not all that is trained is weights of linear layers
@@ -260,7 +263,7 @@ class Engine:
 
     def _check_rows(self) -> None:
         """Raise ModelError, with the layers' names, where a trainable layer is not given one row for every record."""
-        records, tokens, model = 4, 6, self._adapter.model
+        records, tokens, model = 4, 6, self.adapter.model
         odd: dict[str, tuple[str, int]] = {}  # last name of a layer: its whole name and the rows that it saw
         fine: set[str] = set()
         hooks = []
@@ -278,7 +281,7 @@ class Engine:
 
             hooks.append(layer.register_forward_pre_hook(look))
         try:
-            ids = made_up(self._adapter.vocabulary, records * tokens).view(records, tokens).to(self._adapter.device)
+            ids = made_up(self.adapter.vocabulary, records * tokens).view(records, tokens).to(self.adapter.device)
             with torch.no_grad():
                 model(input_ids=ids, attention_mask=torch.ones_like(ids))
         finally:
@@ -304,12 +307,12 @@ class Engine:
 
         Measured once, on public tokens, with as many records as tokens, so that swapped axes cannot hide.
         """
-        n, device = 4, self._adapter.device
-        ids = made_up(self._adapter.vocabulary, n * n).view(n, n).to(device)
+        n, device = 4, self.adapter.device
+        ids = made_up(self.adapter.vocabulary, n * n).view(n, n).to(device)
         other = ids.clone()
         other[0] = ids[0].flip(0) + 1
         units = torch.arange(n, device=device)
-        classifies = self._adapter.classifies
+        classifies = self.adapter.classifies
         first, second = (
             self.unit_gradients(Batch(i, torch.ones_like(i), torch.zeros_like(units) if classifies else i, units, n))
             for i in (ids, other)
@@ -318,7 +321,7 @@ class Engine:
             row = 1 + int((first[1:] - second[1:]).norm(dim=1).argmax())
             raise ModelError(
                 "the model mixes the records of a batch, so that a record's gradient cannot be bounded: another "
-                f"record's text changes {self._adapter.most_apart(second[row], first[row])}. Use another model, or "
+                f"record's text changes {self.adapter.most_apart(second[row], first[row])}. Use another model, or "
                 "leave the mixing layers out of adapter.targets."
             )
 
@@ -336,7 +339,7 @@ class Engine:
         self._blocks.checkpointing = checkpointing
         if self.alone:
             _log.info("adapter.method=%s: every record is computed by itself", plan.adapter.method)
-        adapter, wish, longest = self._adapter, plan.model.compile, plan.model.max_length
+        adapter, wish, longest = self.adapter, plan.model.compile, plan.model.max_length
         if self._compile != "off" or wish == "off":
             return
         if wish == "auto" and not pays(self._size, plan.steps * plan.expected_units, longest, adapter.device):
@@ -363,13 +366,13 @@ class Engine:
         case = (micro_batch, longest, self.compiled, self._blocks.checkpointing, torch.get_num_threads())
         if case in self._rehearsed:
             return
-        with self._adapter.lock:
+        with self.adapter.lock:
             for width, shortest in self.shapes(longest):
                 records = self.rows(width, micro_batch)
                 try:
                     for length in sorted({shortest, min(width, longest)}):  # padded, and not
-                        ids = made_up(self._adapter.vocabulary, length).numpy()
-                        unit = (Example(ids, np.asarray(0) if self._adapter.classifies else ids),)
+                        ids = made_up(self.adapter.vocabulary, length).numpy()
+                        unit = (Example(ids, np.asarray(0) if self.adapter.classifies else ids),)
                         self.pass_gradients([unit] * records, width, micro_batch)
                 except Exception as error:  # MemoryError, and what torch raises in its place
                     raise ModelError(
@@ -393,7 +396,7 @@ class Engine:
         """
         if self.alone or self._experts or self.compiled:
             return 1
-        if self._adapter.device.type == "cuda":  # which takes as long for one small record as for many
+        if self.adapter.device.type == "cuda":  # which takes as long for one small record as for many
             most = min(_GPU_TOGETHER, _GPU_TOKENS // width, int(_GPU_LARGE / (self._size * width)))
         elif self._size * width * torch.get_num_threads() >= _LARGE:
             most = 1
@@ -437,8 +440,18 @@ class Engine:
         clipped and added pass by pass, in constant memory. What a unit adds is a function of that unit alone, to the
         last bit: see `pass_gradients`. A unit that fails contributes nothing, and nobody else's part changes.
         """
+        with self._norms_kept():
+            return self._clipped_sum(units, mechanism, micro_batch, distributed)
+
+    def _clipped_sum(
+        self,
+        units: Sequence[PrivacyUnit],
+        mechanism: Mechanism,
+        micro_batch: int,
+        distributed: DistributedMechanism | None,
+    ) -> Tensor:
         began, held = time.perf_counter(), 0
-        total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
+        total = torch.zeros(self.adapter.flat.numel(), dtype=torch.float64, device=self.adapter.device)
         earlier, carry = torch.zeros_like(total), _CARRY * (1.0 if distributed is not None else _quantum(mechanism))
         for some, width in passes(units, lambda width: self.rows(width, micro_batch), self._longest):
             try:
@@ -486,7 +499,7 @@ class Engine:
     ) -> Tensor:  # fmt: skip
         """Return the clipped sum of those units that do not fail by themselves."""
         _log.warning("a pass of %d units failed (%s); they are computed one by one", len(units), why)
-        total = torch.zeros(self._adapter.flat.numel(), dtype=torch.float64, device=self._adapter.device)
+        total = torch.zeros(self.adapter.flat.numel(), dtype=torch.float64, device=self.adapter.device)
         for unit in units:
             try:
                 total += self._clipped([unit], width, mechanism, micro_batch, distributed)
@@ -501,7 +514,7 @@ class Engine:
         """
         if not mechanism.private or not units:
             return None
-        pad, device = self._adapter.tokenizer.pad_token_id, self._adapter.device
+        pad, device = self.adapter.tokenizer.pad_token_id, self.adapter.device
         norms = [self.unit_gradients(batch).norm(dim=1) for batch in batches(units, micro_batch, pad, device)]
         return float((torch.cat(norms) > mechanism.clip_norm).float().mean())
 
@@ -514,7 +527,13 @@ class Engine:
         return _finite(self._gradients(batch), private)
 
     def pass_gradients(self, units: Sequence[PrivacyUnit], width: int, micro_batch: int) -> Tensor:
-        """Return the gradient of each unit's own loss, finite or not, float32[units, d]: of what fits one pass.
+        """Return the gradient of each unit's own loss, finite or not, float32[units, d]: of what fits one pass."""
+        return self.in_pass(self._gradients, units, width, micro_batch)[: len(units)]
+
+    def in_pass(
+        self, found: Callable[[Batch], _Found], units: Sequence[PrivacyUnit], width: int, micro_batch: int
+    ) -> _Found:
+        """Return what is `found` in a pass of units, behind which there may be empty ones.
 
         Last bits depend on the shapes of tensors, on the number of threads and, with several threads, on a record's
         place. So a pass has always the same number of records, padded with empty ones if there are too few; several
@@ -522,13 +541,13 @@ class Engine:
         one at a time. `self_check` measures that a record's place and company then change no bit, with the model, the
         processor and the libraries that are there.
         """
-        adapter, rows = self._adapter, self.rows(width, micro_batch)
+        adapter, rows = self.adapter, self.rows(width, micro_batch)
         batch = collate(units, adapter.tokenizer.pad_token_id, adapter.device, width, rows)
-        with _threads(torch.get_num_threads() if rows == 1 else 1):
-            return self._gradients(batch)[: len(units)]
+        with _threads(torch.get_num_threads() if rows == 1 else 1), _repeatable(adapter.device):
+            return found(batch)
 
     def _gradients(self, batch: Batch) -> Tensor:
-        with _repeatable(self._adapter.device):
+        with _repeatable(self.adapter.device):
             return self._own_gradients(batch)
 
     def _own_gradients(self, batch: Batch) -> Tensor:
@@ -539,7 +558,7 @@ class Engine:
             )  # fmt: skip
         with self._per_unit(batch) as leaves:
             parts = torch.autograd.grad(  # zeros for a layer that the loss does not depend on
-                unit_losses(self._adapter, batch).sum(), leaves, allow_unused=True, materialize_grads=True
+                unit_losses(self.adapter, batch).sum(), leaves, allow_unused=True, materialize_grads=True
             )
         return torch.cat([part.flatten(1).float() for part in parts], dim=1)
 
@@ -549,11 +568,37 @@ class Engine:
         alone = Batch(batch.input_ids[here], batch.attention_mask[here], batch.labels[here], owner.new_zeros(1), 1)
         with self._blocks.running(alone):
             parts = torch.autograd.grad(
-                unit_losses(self._adapter, alone).sum(), list(self._adapter.trainable.values()),
+                unit_losses(self.adapter, alone).sum(), list(self.adapter.trainable.values()),
                 allow_unused=True, materialize_grads=True,
             )  # fmt: skip
         records = int((batch.unit_of_row == owner).sum())  # a unit's loss is the mean over its records
         return torch.cat([part.reshape(-1).float() for part in parts]) / records
+
+    @contextmanager
+    def _norms_kept(self) -> Iterator[None]:
+        """Take the norms of DoRA's weights once while the adapter stays as it is, and not for every record.
+
+        They are constants to the gradient (Liu et al. 2024, section 4.3), and of the adapter alone.
+        """
+        layers = [] if self.compiled else [m for m in self.adapter.model.modules() if isinstance(m, DoraLinearLayer)]
+
+        def once(find: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            found = list[Tensor]()
+
+            def kept(**given: Any) -> Tensor:
+                if not found:
+                    found.append(find(**given).detach())
+                return found[0]
+
+            return kept
+
+        try:
+            for layer in layers:
+                layer.get_lora_weight, layer.get_weight_norm = once(layer.get_lora_weight), once(layer.get_weight_norm)
+            yield
+        finally:
+            for layer in layers:
+                del layer.get_lora_weight, layer.get_weight_norm
 
     @contextmanager
     def _per_unit(self, batch: Batch) -> Iterator[list[Tensor]]:
@@ -566,7 +611,7 @@ class Engine:
                     leaf = p.detach().expand(batch.units, *p.shape).requires_grad_(p.requires_grad)
                     layer.leaves[name] = self._leaves[p] = leaf
             with self._blocks.running(batch):
-                yield [self._leaves[p] for p in self._adapter.trainable.values()]
+                yield [self._leaves[p] for p in self.adapter.trainable.values()]
         finally:
             self._leaves.clear()
             for layer in self._layers:

@@ -21,12 +21,13 @@ from fedllm.training.data import (
     Batch,
     Example,
     PrivacyUnit,
-    Table,
+    Row,
     Tokeniser,
     batches,
     build_units,
-    check_columns,
+    check_named,
     collate,
+    columns_of,
     naming,
     passes,
     read_table,
@@ -60,11 +61,11 @@ class Evaluator:
     """Evaluates adapters on one public held-out set."""
 
     def __init__(
-        self, adapter: AdapterModel, table: Table, tokeniser: Tokeniser, data: HeldoutConfig, micro_batch: int
+        self, adapter: AdapterModel, rows: Sequence[Row], tokeniser: Tokeniser, data: HeldoutConfig, micro_batch: int
     ):
-        self._adapter, self._table, self._tokeniser, self._data = adapter, table, tokeniser, data
+        self._adapter, self._rows, self._tokeniser, self._data = adapter, rows, tokeniser, data
         self._micro_batch = micro_batch
-        self.units: tuple[PrivacyUnit, ...] = build_units(table, tokeniser, None, 1)
+        self.units: tuple[PrivacyUnit, ...] = build_units(rows, tokeniser, None, 1)
         self._classification = not self.units[0][0].labels.ndim
         self.generates = not self._classification and (data.prompt is not None or data.messages is not None)
         self._end = answer_end(adapter.tokenizer, data.chats)
@@ -107,7 +108,7 @@ class Evaluator:
         Returns the share of answers that equal the expected text, and the first `data.samples` of them.
         """
         samples: list[Sample] = []
-        order = sorted(range(len(self._table)), key=lambda i: len(self.units[i][0].input_ids))
+        order = sorted(range(len(self._rows)), key=lambda i: len(self.units[i][0].input_ids))
         answers: dict[int, str] = {}
         with self._adapter.lock:
             self._adapter.load(vector)
@@ -115,19 +116,18 @@ class Evaluator:
                 rows = order[start : start + self._micro_batch]
                 answers.update(zip(rows, self._generate(rows), strict=True))
         right = 0
-        for i, row in enumerate(self._table):
+        for i, row in enumerate(self._rows):
             prompt, expected = self._tokeniser.question(row, i)
             right += answers[i] == expected
             samples.append(Sample(prompt, expected, answers[i]))
         return right / len(samples), spread(samples, self._data.samples)
 
-    def _generate(self, rows: Sequence[int]) -> list[str]:
-        tokenizer, table = self._adapter.tokenizer, self._table
+    def _generate(self, numbers: Sequence[int]) -> list[str]:
         # room to go on where the expected answer ends
-        new_tokens = max(len(self._tokeniser.answer_ids(table[i], i)) for i in rows) + 8
+        new_tokens = max(len(self._tokeniser.answer_ids(self._rows[i], i)) for i in numbers) + 8
         room = max(1, self._adapter.positions - new_tokens)
-        prompts = [self._tokeniser.prompt_ids(table[i], i)[-room:] for i in rows]
-        return answered(self._adapter.model, tokenizer, self._end, prompts, new_tokens)
+        prompts = [self._tokeniser.prompt_ids(self._rows[i], i)[-room:] for i in numbers]
+        return answered(self._adapter.model, self._adapter.tokenizer, self._end, prompts, new_tokens)
 
 
 def losses_of(
@@ -166,12 +166,11 @@ def open_evaluator(
     """Return what evaluates on the configured held-out set; None if there is none. Raises DataError naming the file."""
     if data.heldout is None:
         return None
-    table = read_table(data.heldout, data.heldout_split, data)
+    rows = read_table(data.heldout, data.heldout_split, data)
     with naming(data.heldout):
-        check_columns(table, data)
+        check_named(columns_of(rows), data)
     if data.heldout_limit is not None:
-        count = min(data.heldout_limit, len(table))  # evenly spaced: files are often sorted
-        table = table.select([i * len(table) // count for i in range(count)])
+        rows = spread(rows, data.heldout_limit)  # files are often sorted
     tokeniser = Tokeniser(adapter.tokenizer, model, data, adapter.vocabulary)
     with naming(data.heldout):
-        return Evaluator(adapter, table, tokeniser, data, micro_batch)
+        return Evaluator(adapter, rows, tokeniser, data, micro_batch)

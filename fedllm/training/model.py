@@ -34,6 +34,10 @@ HEADS = ("classifier", "score")  # PEFT trains and saves these of every sequence
 _UNLIMITED = 1 << 31
 _FILES = ("*.json", "*.safetensors", "*.bin")  # settings, weights, tokenizer: what a model is loaded from
 _PAYS_IN_BFLOAT16 = 20_000_000  # parameters; an estimate
+_NO_WEIGHTS = (
+    "there is no model.safetensors. A pickle of weights (.bin) may bring code, and is not read: if you trust it, load "
+    "it elsewhere and save it anew with save_pretrained"
+)
 _FIRST, _MADE_UP = 3, 16  # first token of made-up records, and how many different ones they hold
 _WORKSPACE, _REPEATABLE = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS repeats its bits
 _FEWEST, _SHORTEST = 8, 16  # tokens of a vocabulary, and of the longest record: the self-check needs so many
@@ -127,6 +131,8 @@ def files_digest(config: ModelConfig, known: dict[str, Any]) -> str:
     source, where = _located(config)
     with _explained(config, source):
         folder = source if isinstance(source, Path) else Path(str(cached_file(source, "config.json", **where))).parent
+        if not any(folder.glob("*.safetensors")):  # whoever declares a model is told
+            raise OSError(_NO_WEIGHTS)
         digest = hashlib.sha256()
         for path in sorted({path for pattern in _FILES for path in folder.glob(pattern)}):
             state = path.stat()
@@ -149,6 +155,7 @@ def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
     with _explained(config, source):
         shape = _shape(config, source, where)
         _check_head(config, shape)
+        _check_weights(source, where)
         if getattr(shape, "quantization_config", None) is not None:
             raise ModelError(
                 f"model.source={config.source} holds quantised weights (4-bit and the like), which are not supported: "
@@ -161,8 +168,14 @@ def load_base(config: ModelConfig, device: str, seed: int = 0) -> BaseModel:
         model.eval()
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"model.source={config.source}: its tokenizer has neither a pad nor an eos token")
+            raise ModelError(
+                f"model.source={config.source}: its tokenizer has neither a pad nor an eos token. Give it one "
+                "(tokenizer.eos_token = ...), and save it in a folder with the model."
+            )
         tokenizer.pad_token_id = tokenizer.eos_token_id
+    infinite = next((name for name, each in model.named_parameters() if not each.isfinite().all()), None)
+    if infinite is not None:
+        raise ModelError(f"model.source={config.source}: {infinite} holds what is no number (NaN or infinity)")
     digest = weights_digest(model)
     if config.quantize != "none":
         quantise(model, quantised_layers(model, new), config.quantize)
@@ -256,6 +269,11 @@ def _check_tokens(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocab
     tokens = tokenizer.get_vocab()
     if vocabulary < _FEWEST:
         raise ModelError(f"model.source={config.source} knows {vocabulary} tokens, expected at least {_FEWEST}")
+    if len(set(tokens) - set(tokenizer.all_special_tokens)) < 2:  # transformers makes one up where its file is lost
+        raise ModelError(
+            f"model.source={config.source}: its tokenizer knows no text, as if its files were missing. Put "
+            "tokenizer.json, or the vocabulary that the tokenizer was made of, beside the weights."
+        )
     # a special token that no text makes may lie beyond: the image token of Gemma 3; a record that has it is refused
     used = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
     special = set(tokenizer.all_special_ids) - used
@@ -317,7 +335,10 @@ def _explained(config: ModelConfig, source: str | Path) -> Iterator[None]:
         hint = "without network, give a local folder as model.source"
         if isinstance(source, Path):
             hint = "the folder needs config.json, weights and tokenizer files"
-        if any(word in str(error).lower() for word in ("sentencepiece", "tiktoken")):
+        if "deserializing header" in str(error):
+            hint = "a file of weights is damaged, or a Git LFS pointer in its place: git lfs pull"
+        backend = any(word in str(error).lower() for word in ("sentencepiece", "tiktoken"))
+        if backend and not (isinstance(source, Path) and not any(source.glob("*.model"))):
             hint = (
                 "it has only a tokenizer.model: pip install sentencepiece protobuf, or write tokenizer.json where they "
                 "are installed, by AutoTokenizer.from_pretrained(model).save_pretrained(model)"
@@ -359,6 +380,13 @@ def _base_of_adapter(source: str | Path, where: dict[str, Any]) -> str | None:
         if file is not None:
             return str(json.loads(Path(file).read_text("utf-8"))["base_model_name_or_path"])
     return None
+
+
+def _check_weights(source: str | Path, where: dict[str, Any]) -> None:
+    """Raise OSError unless weights are in safetensors; transformers would have a service of the hub convert others."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if all(cached_file(source, each, _raise_exceptions_for_missing_entries=False, **where) is None for each in names):
+        raise OSError(_NO_WEIGHTS)
 
 
 def _check_head(config: ModelConfig, shape: Any) -> None:
@@ -405,7 +433,12 @@ def _load(kind: Any, source: str | Path, options: dict[str, Any]) -> tuple[Any, 
     transformers_logging.disable_progress_bar()
     try:
         model, found = kind.from_pretrained(
-            source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, **options
+            source,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
         )
     finally:
         transformers_logging.set_verbosity(verbosity)

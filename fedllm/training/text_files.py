@@ -8,16 +8,23 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from fedllm.canonical import canonical
+from fedllm.canonical import canonical, read_json
 from fedllm.config import FileConfig
 from fedllm.errors import DataError, first_line
 
 _SEPARATORS = (";", "\t", "|")
+_MAGIC = {  # first bytes of what is named .csv or .json by mistake
+    b"PK\x03\x04": "an Excel (.xlsx) or ZIP file",
+    b"\xd0\xcf\x11\xe0": "an Excel (.xls) file",
+    b"\x1f\x8b": "a gzip file",
+    b"PAR1": "a Parquet file",
+}
 _ASCII = "".join(map(chr, range(128)))
+_BEYOND = "éя漢가"
 
 column_name = lru_cache(maxsize=10_000)(canonical)
 
@@ -66,8 +73,11 @@ def _content(file: Path, how: FileConfig, alone: bool) -> tuple[bytes, str]:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    found = next((kind for first, kind in _MAGIC.items() if content.startswith(first)), None)
+    if found is not None and not (alone and file.suffix.lower() == ".jsonl"):  # there, these bytes are one record's
+        raise DataError(f"{file} is {found} by another name. Save it as text (CSV, UTF-8), or name it as what it is.")
     encoding = how.encoding
-    if _ASCII.encode(encoding, "ignore") != _ASCII.encode():
+    if not _by_lines(encoding):
         if alone:
             raise DataError(
                 f"{file}: in data.encoding={encoding} one damaged record would spoil the others. Convert it to UTF-8."
@@ -77,6 +87,13 @@ def _content(file: Path, how: FileConfig, alone: bool) -> tuple[bytes, str]:
         except UnicodeError as error:
             raise DataError(f"{file}: not {encoding} ({first_line(error)})") from None
     return content.removeprefix(codecs.BOM_UTF8), encoding
+
+
+@cache
+def _by_lines(encoding: str) -> bool:
+    """Whether a line can be read by itself: ASCII is ASCII, and other letters are not written with it (ISO-2022)."""
+    beyond = _BEYOND.encode(encoding, "ignore")
+    return _ASCII.encode(encoding, "ignore") == _ASCII.encode() and not (beyond and beyond.isascii())
 
 
 def _lines(content: bytes) -> list[tuple[int, bytes]]:
@@ -129,14 +146,19 @@ def _json_objects(file: Path, values: Sequence[object]) -> Iterator[Record | Dat
 
 def _json_value(line: bytes, encoding: str, where: str) -> Any:
     try:
-        return json.loads(_decode(line, encoding, where))
-    except (ValueError, RecursionError) as error:
+        return read_json(_decode(line, encoding, where))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}). Correct or remove it.") from None
+    except ValueError:  # its text may quote the record
+        raise DataError(
+            f"{where}: not JSON (a key is given twice, or a number has more than 4,300 digits). Correct or remove it."
+        ) from None
 
 
 def _object(value: object, where: str) -> Record:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object such as {{...}}, found {str(value)[:20]!r}")
+        hint = "; a file that is one list is called .json" if isinstance(value, list) else ""
+        raise DataError(f"{where}: expected an object such as {{...}}, found {str(value)[:20]!r}{hint}")
     return Record(value, where)
 
 
@@ -204,7 +226,7 @@ def _check_text(fields: Sequence[str], encoding: str, where: str) -> None:
     try:
         "".join(fields).encode()
     except UnicodeEncodeError:
-        raise DataError(_not_encoded("".join(fields).encode("utf-8", "surrogateescape"), encoding, where)) from None
+        raise DataError(_not_encoded("".join(fields).encode(encoding, "surrogateescape"), encoding, where)) from None
 
 
 def _cells(columns: Sequence[str], fields: Sequence[str], where: str) -> Record:

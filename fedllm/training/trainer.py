@@ -79,24 +79,29 @@ def distributed_step(
 
 
 def score(
-    adapter: AdapterModel,
+    engine: Engine,
     units: Sequence[PrivacyUnit],
     plan: RunPlan,
     vector: NDArray[np.float32],
     source: Randomness,
+    micro_batch: int,
 ) -> "Scored":
     """Return how good the adapter float32[d] is on evaluation units: a noised sum, and the exact one for their owner.
 
     The noise is drawn before a record is looked at. With noise in shares one share alone protects less than was
     promised: the sum must be masked before it leaves the site.
     """
-    layout, mechanism, shared = layout_of(plan.model, adapter.vocabulary), plan.score_mechanism, plan.distributed_scores
+    layout, mechanism, shared = (
+        layout_of(plan.model, engine.adapter.vocabulary),
+        plan.score_mechanism,
+        plan.distributed_scores,
+    )
     if shared is not None:
         share = shared.share(layout.dimension, source)
-        values = unit_metrics(adapter, vector, units)
+        values = unit_metrics(engine, vector, units, micro_batch)
         return Scored(layout.cut(values), b"", shared.noised(layout.clipped_sum(values, shared), share), share.seeds)
     noise = mechanism.noise(layout.dimension, source)
-    values = unit_metrics(adapter, vector, units)
+    values = unit_metrics(engine, vector, units, micro_batch)
     released = mechanism.noised(layout.clipped_sum(values, None), noise)
     return Scored(layout.cut(values), released.astype("<f8").tobytes(), np.empty(0, np.uint32), ())
 

@@ -149,7 +149,7 @@ def _answer(
         "noise_multiplier": event.noise_multiplier, "steps": 1,
     })  # fmt: skip
     statement = Statement(site, plan.run, plan.digest, number, cost.epsilon, cost.epsilon_rdp, _DELTA,
-                          len(ledger.lines) - 1, ledger.head, "c" * 64, *begun)  # fmt: skip
+                          len(ledger.lines) - 1, ledger.head, "c" * 64, *begun, f"{number - 1:064x}")  # fmt: skip
     ledger.add("released", {**where, "reply": "d" * 64})
     return sign_statement(statement, ledger.signer)
 

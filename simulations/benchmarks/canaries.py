@@ -115,8 +115,8 @@ def _demo(people: int | None) -> tuple[list[tuple[PrivacyUnit, ...]], RunPlan, M
         "train": "pkg://simulations.demo/data/train.jsonl", "heldout": "pkg://simulations.demo/data/heldout.jsonl",
         "prompt": "Q: {question}\nA:", "text": " {answer}", "unit": "customer_id", "heldout_limit": 400,
     })  # fmt: skip
-    table = read_table(data.train, data.train_split, data)
-    branches = sorted(set(table["branch"]))
+    rows = read_table(data.train, data.train_split, data)
+    branches = sorted({row["branch"] for row in rows})
     plan = parse(RunPlan, {
         "run": "canaries", "seed": 0, "sites": len(branches), "quorum": len(branches), "adapter": {},
         "model": {"source": "pkg://simulations.demo/base", "max_length": 96, "dtype": "float32"},
@@ -133,12 +133,9 @@ def _demo(people: int | None) -> tuple[list[tuple[PrivacyUnit, ...]], RunPlan, M
     context = open_context(plan.model, plan.adapter, plan.seed, "cpu")
     tokeniser = Tokeniser(context.adapter.tokenizer, plan.model, data, context.adapter.vocabulary)
     sites = [
-        build_units(
-            table.filter(lambda found, branch=branch: found == branch, input_columns="branch"),
-            tokeniser, data.unit, _RECORDS,
-        )[:people]
+        build_units([row for row in rows if row["branch"] == branch], tokeniser, data.unit, _RECORDS)[:people]
         for branch in branches
-    ]  # fmt: skip
+    ]
     evaluator = cast(Evaluator, open_evaluator(plan.model, data, context.adapter, _BATCH))
     return sites, plan, context, evaluator
 

@@ -71,22 +71,23 @@ def _learnt(x_ND: Array, y_N: NDArray[np.int64], classes: int) -> Array:
 def _scored(task: _Task, data: Path, source: Path) -> tuple[Layout, Array]:
     """Return the layout and the metrics of the test split's units, float64[n, m]."""
     train, test = (read_table(str(data / task.folder / f"{part}.jsonl"), part) for part in ("train", "test"))
-    labels = tuple(sorted(set(train[task.label])))
+    labels = tuple(sorted({row[task.label] for row in train}))
     generator = np.random.default_rng(0)
-    some = generator.permutation(len(train))[:_TRAINING]
-    texts, y = train.select(some)["text"], train.select(some)[task.label]
-    weights = _learnt(embeddings(source, texts, labels), np.array([labels.index(each) for each in y]), len(labels))
+    some = [train[i] for i in generator.permutation(len(train))[:_TRAINING]]
+    y = np.array([labels.index(row[task.label]) for row in some])
+    weights = _learnt(embeddings(source, [row["text"] for row in some], labels), y, len(labels))
     model = parse(ModelConfig, {
         "source": str(source), "task": "classification", "pooling": "mean", "max_length": 64, "labels": list(labels),
     })  # fmt: skip
-    adapter = open_context(model, AdapterConfig(), 0, "cpu").adapter
+    context = open_context(model, AdapterConfig(), 0, "cpu")
+    adapter = context.adapter
     parts = adapter.spec.split(adapter.initial)
     head = next(name for name in parts if "classifier" in name)
     vector = np.concatenate([(weights if name == head else part).ravel() for name, part in parts.items()])
     text = DataConfig(train="unused", text="{text}", label=task.label)
     units = build_units(test, Tokeniser(adapter.tokenizer, model, text, adapter.vocabulary), task.unit, _RECORDS)
     chosen = Drawn(units, generator.permutation(len(units))[: task.pool])
-    return layout_of(model, adapter.vocabulary), unit_metrics(adapter, vector.astype(np.float32), chosen)
+    return layout_of(model, adapter.vocabulary), unit_metrics(context.engine, vector.astype(np.float32), chosen, 64)
 
 
 def _release(layout: Layout, sites: list[Array], mode: Mode, mechanism: Mechanism) -> Score:

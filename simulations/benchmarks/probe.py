@@ -145,10 +145,10 @@ def measure(
 ) -> None:
     """Test accuracy of a probe by mode, epsilon and number of sites."""
     train, test = (read_table(str(data / f"{part}.jsonl"), part) for part in ("train", "test"))
-    names = tuple(sorted(set(train["label"])))
+    names = tuple(sorted({row["label"] for row in train}))
     number = {name: i for i, name in enumerate(names)}
-    both = embeddings(model, [*train["text"], *test["text"]], names)
-    y = np.array([number[label] for label in [*train["label"], *test["label"]]])
+    both = embeddings(model, [row["text"] for row in (*train, *test)], names)
+    y = np.array([number[row["label"]] for row in (*train, *test)])
     order = np.random.default_rng(0).permutation(len(train))
     kept, rest = order[:_KEPT_BACK], order[_KEPT_BACK:]
     tune = _Probe(both[rest], y[rest], len(names)), _Probe(both[kept], y[kept], len(names))

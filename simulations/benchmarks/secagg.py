@@ -135,14 +135,15 @@ class Federation:
         dealt: dict[str, Any] = {name: ask(member, request, member.share) for name, member in self.members.items()}
         for shares in dealt.values():
             server(partial(secagg.check_key_shares, self.cohort, self.round, shares))
-        requests = server(partial(secagg.masked_input_requests, self.cohort, self.round, dealt))
+        requests = server(partial(secagg.MaskedInputRequests, self.cohort, self.round, dealt))
         masked = secagg.MaskedSum(self.cohort, self.round, dimension)
         expected, generator = np.zeros(dimension, np.uint32), np.random.default_rng(self.round)
         for name in stay:
             vector = generator.integers(0, _MODULUS, dimension, dtype=np.uint32)
             expected += vector
-            answer = client(partial(self._mask, name, requests[name], vector))
-            up, down = up + len(answer), down + len(requests[name])
+            asked = server(partial(requests.__getitem__, name))
+            answer = client(partial(self._mask, name, asked, vector))
+            up, down = up + len(answer), down + len(asked)
             server(partial(self._add, masked, answer))
         dealings = [dealt[name].dealing for name in sorted(dealt)]
         common = server(partial(secagg.common_digest, self.cohort, self.round, self.params.plan, dealings))

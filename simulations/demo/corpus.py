@@ -1,6 +1,7 @@
 """Generate the demo's corpus: the service desk of the eight sites of an invented bank.
 
     python -m simulations.demo.corpus
+    python -m simulations.demo.corpus --branches 1000 --out runs/thousand    # of a bank with many small branches
 
 Every name, number and fact is drawn from a public seed, so the files come out the same byte for byte.
 A row has ``branch`` (the site), ``customer_id`` (the privacy unit: a customer belongs to one branch and
@@ -245,10 +246,23 @@ def _row(branch: str, customer: str, lang: str, question: str, answer: str) -> d
     return {"branch": branch, "customer_id": customer, "lang": lang, "question": question, "answer": answer}
 
 
-def train_rows() -> list[dict[str, str]]:
+def small_branches(n: int) -> tuple[Branch, ...]:
+    """``n`` branches of 20 to 200 customers, each with topics and a mix of languages of its own."""
+    rng, topics = random.Random(f"{SEED}/branches"), [topic for topic, _ in _FACTS]
+    made = []
+    for number in range(n):
+        place, drawn = BRANCHES[number % len(BRANCHES)], rng.sample(topics, 11)
+        made.append(
+            Branch(f"branch-{number:04d}", place.ko, place.en, f"{number:04d}", rng.randint(20, 200),
+                   rng.choice(BRANCHES).english, tuple(drawn[:8]), tuple(drawn[8:]))
+        )  # fmt: skip
+    return tuple(made)
+
+
+def train_rows(branches: Sequence[Branch] = BRANCHES) -> list[dict[str, str]]:
     """The branches' private rows, customer by customer."""
     bank, rows = facts(), []
-    for branch in BRANCHES:
+    for branch in branches:
         rng = random.Random(f"{SEED}/train/{branch.name}")
         asked = [f for f in bank if f.topic not in branch.never]
         weights = [5.0 if f.topic in branch.home else 1.0 for f in asked]
@@ -347,8 +361,10 @@ def main() -> None:
     """Generate both files and print their statistics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "data")
-    out: Path = parser.parse_args().out
-    train = train_rows()
+    parser.add_argument("--branches", type=int, help="So many small ones instead of the demo's eight.")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    train = train_rows(BRANCHES if arguments.branches is None else small_branches(arguments.branches))
     heldout = heldout_rows(train)
     stats = check(train, heldout)
     write(out / "train.jsonl", train)

@@ -89,5 +89,5 @@ def test_one_record_more_moves_its_person_by_two_clip_norms() -> None:
     """Why a plan of persons does not do for a site that protects records: one clip norm is charged."""
     mechanism, first, second = Mechanism(1.0, 1.0, 0.5), torch.tensor([[3.0, 0.0]]), torch.tensor([[-9.0, 0.0]])
     without = clip_and_sum(first, mechanism)
-    with_it = clip_and_sum((first + second) / 2, mechanism)  # a person's loss is the mean over her records
+    with_it = clip_and_sum((first + second) / 2, mechanism)  # a person's loss is the mean over that person's records
     assert float((with_it - without).norm()) == pytest.approx(2.0)

@@ -104,7 +104,7 @@ def test_a_round_that_overruns_its_quantum_is_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(
-        Engine, "_clipped", lambda self, *_: now.__setitem__(0, now[0] + 9.0) or torch.zeros(len(self._adapter.flat))
+        Engine, "_clipped", lambda self, *_: now.__setitem__(0, now[0] + 9.0) or torch.zeros(len(self.adapter.flat))
     )
     site = victim(tmp_path, tiny_llama, 64, record_seconds=1e-9, self_check=False)
     held(site, plan_of(tiny_llama, privacy={"epsilon": 1e5}))

@@ -30,7 +30,7 @@ def engine(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     def clipped(self: Engine, units: Any, width: int, mechanism: Mechanism, _: int, distributed: Any) -> torch.Tensor:
         quantum = 1.0 if distributed is not None else fedllm.training.engine._quantum(mechanism)
         total = sum(LARGEST - int(unit[0].input_ids[0]) for unit in units)
-        return torch.full((self._adapter.flat.numel(),), float(total) * quantum, dtype=torch.float64)
+        return torch.full((self.adapter.flat.numel(),), float(total) * quantum, dtype=torch.float64)
 
     monkeypatch.setattr(Engine, "_clipped", clipped)
     return context(plan_of(tiny_llama)).engine

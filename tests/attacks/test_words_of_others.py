@@ -1,4 +1,4 @@
-"""Attack: texts and figures of the server are shown to the officer as if her own software had found them.
+"""Attack: texts and figures of the server are shown to the officer as if the officer's own software had found them.
 
 Stopped where they are printed (control characters are written out), parsed (nothing is said twice) and computed again.
 """

@@ -444,7 +444,7 @@ def frozen_part_trained_without_noise(patch: Patch) -> None:
     def faulty(self: Engine, optimizer: Any, units: Sequence[PrivacyUnit], micro_batch: int) -> None:
         honest(self, optimizer, units, micro_batch)
         with torch.no_grad():
-            for name, p in self._adapter.model.named_parameters():
+            for name, p in self.adapter.model.named_parameters():
                 if "lora_A" in name and not p.requires_grad:
                     p.add_(1e-3)
 
@@ -599,7 +599,7 @@ def one_site_more_than_there_is(patch: Patch) -> None:
 
 def surplus_from_the_same_seeds(patch: Patch) -> None:
     honest = shared_noise._keyed
-    patch.setattr(shared_noise, "_keyed", lambda _: honest("5a" * 32))
+    patch.setattr(shared_noise, "_keyed", lambda _, place=b"": honest("5a" * 32, place))
 
 
 def shares_from_a_seed(patch: Patch) -> None:
@@ -688,10 +688,10 @@ SELF_CHECK = [
     Fault("the low bits are not rounded", "release-lies-on-the-grid", low_bits_unrounded),
     Fault("the sum is divided by the actual batch", "divisor-is-public", divided_by_the_actual_batch),
     Fault("the sum is divided by the site's own size", "divisor-is-public", divided_by_the_sites_own_size),
-    Fault("batches are shuffled", "coins-are-poisson", shuffled_batches),
-    Fault("batches have a fixed size", "coins-are-poisson", batches_of_fixed_size),
-    Fault("micro-batches are filled up", "coins-are-poisson", micro_batches_filled_up),
-    Fault("one batch serves a whole round", "coins-are-poisson", one_batch_for_the_whole_round),
+    Fault("batches are shuffled", "sampling-is-poisson", shuffled_batches),
+    Fault("batches have a fixed size", "sampling-is-poisson", batches_of_fixed_size),
+    Fault("micro-batches are filled up", "sampling-is-poisson", micro_batches_filled_up),
+    Fault("one batch serves a whole round", "sampling-is-poisson", one_batch_for_the_whole_round),
     Fault("q is multiplied by the share of clients", "charge-is-the-mechanism", rate_times_the_share_of_clients),
     Fault("a round is charged as one step", "charge-is-the-mechanism", a_round_charged_as_one_step),
     Fault("noise is calibrated for one round", "charge-is-the-mechanism", spoil=noise_calibrated_for_one_round),
@@ -716,7 +716,7 @@ SELF_CHECK = [
           surplus_from_the_same_seeds, distributed=True),
     Fault("shares come from a seed", "share-has-its-deviation",
           shares_from_a_seed, distributed=True),
-    Fault("a step with distributed noise draws a fixed size", "coins-are-poisson",
+    Fault("a step with distributed noise draws a fixed size", "sampling-is-poisson",
           shared_step_of_a_fixed_size, distributed=True),
     Fault("a step with distributed noise sends none", "upload-is-a-sum-with-its-share",
           shared_step_without_its_share, distributed=True),

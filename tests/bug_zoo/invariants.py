@@ -45,7 +45,7 @@ def plan_of(base: Path, **changes: Any) -> RunPlan:
         model["quantize"] = quantize
     whole: dict[str, Any] = {}
     if changes.pop("distributed", False):
-        whole = {"sites": 6, "quorum": 4}
+        whole = {"sites": changes.pop("sites", 6), "quorum": changes.pop("quorum", 4)}
         privacy["mode"] = "distributed"
         training |= {"local_steps": 1, "momentum": 0.0}
     if changes.pop("classifies", False):

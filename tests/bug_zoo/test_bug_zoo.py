@@ -112,3 +112,23 @@ def test_the_documentation_lists_every_fault_with_its_invariant_and_where_it_run
     expected = [(fault.name, fault.invariant, "self-check") for fault in SELF_CHECK]
     expected += [(fault.name, fault.invariant, "tests") for fault in TESTS_ONLY]
     assert [row for row in rows if row[2] in ("self-check", "tests")] == expected
+
+
+@pytest.mark.parametrize(("sites", "quorum"), [(50, 34), (200, 134), (1000, 667)])
+def test_where_excess_noise_comes_in_steps_the_honest_code_passes(open_subject: Open, sites: int, quorum: int) -> None:
+    subject = open_subject(distributed=True, sites=sites, quorum=quorum)
+    self_check.check("share-has-its-deviation", subject)
+    self_check.check("upload-is-a-sum-with-its-share", subject)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [fault for fault in SELF_CHECK if fault.invariant == "share-has-its-deviation"],
+    ids=lambda fault: fault.name,
+)
+def test_where_excess_noise_comes_in_steps_the_same_faults_are_found(
+    open_subject: Open, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    fault.inject(monkeypatch)
+    with pytest.raises(PrivacyError, match=r"^self-check share-has-its-deviation"):
+        self_check.check(fault.invariant, open_subject(distributed=True, sites=50, quorum=34))

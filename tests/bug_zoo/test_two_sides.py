@@ -197,10 +197,10 @@ def scores_are_not_charged(patch: Patch) -> None:
 def scores_have_no_noise(patch: Patch) -> None:
     honest = trainer.score
 
-    def bare(adapter: Any, units: Any, plan: RunPlan, vector: Any, source: Any) -> Any:
+    def bare(engine: Any, units: Any, plan: RunPlan, vector: Any, source: Any, micro_batch: int) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(Mechanism, "noise", lambda self, dimension, source: np.zeros(dimension))
-            return honest(adapter, units, plan, vector, source)
+            return honest(engine, units, plan, vector, source, micro_batch)
 
     patch.setattr(client.site, "score", bare)
 

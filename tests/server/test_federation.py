@@ -201,7 +201,7 @@ def test_an_office_is_admitted_by_the_fingerprint_heard_on_the_telephone(folder:
     assert member is not None
     assert member.site == site.name
     assert member.identities == (site.identity.public,)
-    assert office.roster.site_of_identity(site.identity.public) == member
+    assert office.roster.find(site.name) == member
     assert Roster.load(office.roster_file) == office.roster
 
 
@@ -352,7 +352,6 @@ def test_a_revoked_site_is_nobody_and_its_keys_never_come_back(folder: Path) -> 
     revoked = roster.of_link_key(site.link_key)
     assert revoked is not None
     assert revoked.revoked_at is not None, "found, so that the port can say that it was"
-    assert roster.site_of_identity(site.identity.public) is None
     assert roster.find(site.name) is None
     assert [member.site for member in roster.active] == ["부산"]
     assert not (folder / "grants" / f"{site.name}.grant").exists()

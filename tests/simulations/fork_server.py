@@ -3,6 +3,7 @@
 Reads one JSON request a line and answers each with a number, or null: a process id, an exit code if there is one, or 0.
 """
 
+import gc
 import json
 import os
 import signal
@@ -72,6 +73,7 @@ def ended(pid: int) -> int | None:
 
 def main() -> None:
     """Serve until the requests end; then end what still runs."""
+    gc.freeze()  # so that no command looks through all that was imported, and copies its pages
     running: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)

@@ -33,7 +33,7 @@ def fedllm(tmp_path: Path) -> CommandsHere:
 
 
 @pytest.fixture
-def federate(fedllm: Any, overrides: Overrides, tmp_path: Path) -> Callable[..., Any]:
+def federate(fedllm: Any, overrides: Overrides, tmp_path: Path, without_plots: None) -> Callable[..., Any]:
     """Return a function that runs the small federation with more arguments, one short round."""
 
     def run(*arguments: str, **changes: Any) -> Any:
@@ -263,16 +263,14 @@ def test_a_run_without_privacy_says_so_on_the_screen(federate: Any) -> None:
     assert result.text.count("NOT PRIVATE") >= 2
 
 
-@pytest.mark.parametrize("name", ["[/b]", "[red]", "[/제주]", "a[b]c", "\\[x]"])
-def test_branches_are_shown_as_they_are_called(
-    federate: Any, tmp_path: Path, rows: list[dict[str, Any]], name: str
-) -> None:
-    """Rich's markup in a name is a name, both where the site takes part and where it does not."""
-    renamed = [{**row, "branch": {"jeju": name, "busan": f"{name}2"}.get(row["branch"], row["branch"])} for row in rows]
+def test_branches_are_shown_as_they_are_called(federate: Any, tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rich's markup in a name is a name."""
+    names = {"jeju": "[/b]", "busan": "[red]", "daegu": "[/제주]", "강남": "a[b]c", "": "\\[x]"}
+    renamed = [{**row, "branch": names["" if row["customer_id"] > "강남-5" else row["branch"]]} for row in rows]
     train = jsonl(tmp_path / "odd.jsonl", renamed)
     result = federate(data={"train": str(train)}, privacy={"mode": "off"}, site={"budgets": {}})
     assert result.code == 0, result.text
-    assert name in result.text
+    assert [name for name in names.values() if name not in result.text] == []
 
 
 def test_a_lost_quorum_ends_with_exit_code_1_the_reason_and_all_outputs(
@@ -356,10 +354,6 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "next to no noise": (["privacy.noise_multiplier=1e-9"], ["privacy.noise_multiplier"]),
     "unknown mode": (["privacy.mode=maximal"], ["privacy.mode='maximal'", "local"]),
     "person without a column": (["data.unit=null"], ["data.unit", "person", "privacy.unit=record"]),
-    "Ray with shares of noise": (
-        ["privacy.mode=distributed", "federation.backend=ray"],
-        ["federation.backend=ray", "in-process", "privacy=local"],
-    ),
     "weights with shares of noise": (
         ["privacy.mode=distributed", "federation.weights={busan: 2.0}"],
         ["federation.weights", "privacy=local"],
@@ -381,7 +375,7 @@ CONFIGURATION: dict[str, tuple[list[str], list[str]]] = {
     "no micro-batch": (["site.micro_batch=0"], ["site.micro_batch=0"]),
     "rank 0": (["adapter.rank=0"], ["adapter.rank=0"]),
     "too short": (["model.max_length=7"], ["model.max_length=7"]),
-    "labels that are numbers": (["model.labels=[0,1.5]"], ["model.labels.1=1.5", "in quotes"]),
+    "labels without a name": (["model.labels=[0,null]"], ["model.labels.1=None"]),
     "labels for a causal model": (["model.labels=[a,b]"], ["labels", "classification"]),
     "negative seed": (["seed=-1", "federation=iid", "federation.partition.sites=2"], ["seed=-1"]),
     "enormous seed": (["seed=99999999999999999999"], ["seed"]),
@@ -430,7 +424,7 @@ def test_classification_without_labels_or_label_is_refused(fedllm: Any, tmp_path
     refused(fedllm("simulate", *base, "model.labels=[a,b]"), "data.label")
     refused(fedllm("simulate", *base, "model.labels=[a,b]", "data.label=x", "data.prompt=x"), "data.prompt")
     refused(fedllm("simulate", *base, "model.labels=nope.json"), "nope.json")
-    for content in (b"{bad", b'{"a": 1}', b'"abc"', b"[1, 2]", b"\xff\xfe"):
+    for content in (b"{bad", b'{"a": 1}', b'"abc"', b"[1, null]", b"\xff\xfe"):
         (tmp_path / "labels.json").write_bytes(content)
         refused(fedllm("simulate", *base, f"model.labels={tmp_path / 'labels.json'}"), "model.labels")
 

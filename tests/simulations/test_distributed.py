@@ -446,7 +446,6 @@ def test_what_a_site_uploads_is_not_its_sum(
         ({"federation": {"quorum": 2}}, "needs a quorum of 3 to 4"),
         ({"privacy": {"colluding_sites": 3}}, "too few"),
         ({"federation": {"weights": {"jeju": 2.0}}}, "all weigh 1"),
-        ({"federation": {"backend": "ray"}}, "Ray moves sites"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(

@@ -57,6 +57,19 @@ def test_an_own_classifier_is_dealt_out_by_its_labels_whatever_their_column() ->
     assert config.model.labels == ("0", "1"), "whole numbers need no quotes"
 
 
+@pytest.mark.parametrize(
+    ("written", "labels"),
+    [("[긍정,부정]", ("긍정", "부정")), ("[true,false]", ("True", "False")), ("[0.5,1.0]", ("0.5", "1"))],
+)
+def test_labels_are_what_is_written(written: str, labels: tuple[str, ...], tmp_path: Path) -> None:
+    """On the command line, in any script, and in a file, which may begin with a byte order mark."""
+    config = validate(SimulationConfig, composed("experiment=own-classifier", f"model.labels={written}"))
+    assert config.model.labels == labels
+    (tmp_path / "labels.json").write_text(written.replace("긍정,부정", '"긍정","부정"'), "utf-8-sig")
+    found = composed("experiment=own-classifier", f"model.labels={tmp_path / 'labels.json'}")
+    assert validate(SimulationConfig, found).model.labels == labels
+
+
 def test_a_column_that_a_template_cannot_name_is_given_a_name() -> None:
     found = composed("experiment=own-records", "data.prompt='{q}'", "data.columns={q: '질문 내용(필수)'}")
     assert validate(SimulationConfig, found).data.columns == {"q": "질문 내용(필수)"}

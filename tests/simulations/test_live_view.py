@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fedllm.audit.model import Attack, Empirical
 from fedllm.audit.summary import RunSummary
 from fedllm.cli.live_view import Screen
 from fedllm.config import SimulationConfig
@@ -162,3 +163,28 @@ def test_the_closing_table_has_the_sites_scores_before_and_after(
     assert "held-out" not in shown
     assert "The adapter is that of round 1" in shown
     assert "Ended after round 2: scores at the sites no longer improved." in shown
+
+
+@pytest.mark.parametrize(
+    ("lower", "ceiling", "claim", "said"),
+    [
+        (0.0, 2.5, 8.0, "The claim of 8 is not contradicted: with so few guesses it could not have been."),
+        (0.5, 2.5, 1.0, "The claim of 1 is not contradicted."),
+        (1.5, 2.5, 1.0, "The claim of 1 is contradicted."),
+        (1.5, 2.5, None, "No noise was added, so there is no claim that it could contradict."),
+    ],
+)
+def test_the_closing_screen_says_what_the_attack_came_to(
+    tmp_path: Path, configure: Callable[..., SimulationConfig], lower: float, ceiling: float, claim: float | None,
+    said: str,
+) -> None:  # fmt: skip
+    output, config = io.StringIO(), configure(tmp_path)
+    black, white = Attack(right=9, lower=0.0), Attack(right=11, lower=lower)
+    attack = Empirical(sites=8, canaries=128, guesses=16, black=black, white=white, ceiling=ceiling, claim=claim)
+    records = [asdict(RoundMetrics(0, True, 0.0))]
+    summary = RunSummary("run", tmp_path, _plan(config), config.data, records, {}, {}, "", 1.0, 2.0, attack=attack)
+    Screen(Console(file=output, width=300)).summarise(summary, 1.0)
+    shown = output.getvalue()
+    proves = f"epsilon {lower:.2f}" if lower else "nothing"
+    assert f"Attack on 128 canaries: 9 and 11 of 16 guesses right, which proves {proves}" in shown
+    assert said in shown

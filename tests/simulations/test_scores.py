@@ -1,6 +1,7 @@
 """Adapters are scored on the sites' own records, in the exchanges of training and one more; no public set is needed."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def test_every_score_is_that_of_the_sites_units_with_the_noise_that_was_charged(
 
 
 def test_a_run_with_scores_is_audited_and_every_number_of_them_computed_again(
-    tmp_path: Path, configure: Configure
+    tmp_path: Path, configure: Configure, without_pdfs: None
 ) -> None:
     done = run(scored(configure, tmp_path, "distributed", audit={"report": True, "canaries": 4}))
     folder = done.folder / "audit"
@@ -116,7 +117,7 @@ def test_a_run_with_scores_is_audited_and_every_number_of_them_computed_again(
     for j in range(3):
         pairs = [(e, j) for e in events["training"]] + [(e, 2 - j) for e in events["evaluation"]]
         at_two.append(spent_at_sites([(e, k) for e, k in pairs if k], done.plan.privacy.delta).epsilon)
-    assert dict(audit.accountants.several_sites)[2] == pytest.approx(max(at_two)), "she may be on either side at each"
+    assert dict(audit.accountants.several_sites)[2] == pytest.approx(max(at_two)), "on either side at each"
     for site in audit.sites:
         [account] = site.accounts
         assert account.charged == max(account.training or 0, account.evaluation or 0)
@@ -135,28 +136,37 @@ def _none(scores: dict[str, Any]) -> None:
     scores.clear()
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, configure: Configure) -> Path:
+    """The folder of a run that has ended; copy it before you change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.run, "write_outputs", lambda *_: None)
+        return run(scored(configure, tmp_path_factory.mktemp("shared"), "distributed")).folder
+
+
 @pytest.mark.parametrize(
     ("kind", "change"),
     [("round", _more), ("closing", _more), ("closing", _less_noise), ("round", _none), ("closing", _none)],
 )
 def test_a_score_that_was_altered_is_found(
-    tmp_path: Path, configure: Configure, kind: str, change: Callable[[dict[str, Any]], None]
+    tmp_path: Path, shared: Path, kind: str, change: Callable[[dict[str, Any]], None]
 ) -> None:
     """By the server itself, who can sign whatever it likes: what it says contradicts what it said elsewhere."""
-    done = run(scored(configure, tmp_path, "distributed"))
+    folder = Path(shutil.copytree(shared, tmp_path / shared.name))
+    assert "metrics" not in failing(folder)
 
     def altered(bodies: list[dict[str, Any]]) -> None:
         body = next(body for body in bodies if body["kind"] == kind and "scores" in body)
         change(body["scores"])
         if not body["scores"]:  # it was not good enough to be told: metrics do not tell it either
             del body["scores"]
-            path, hidden = done.folder / "metrics.jsonl", body.get("round", 4) - 1
+            path, hidden = folder / "metrics.jsonl", body.get("round", 4) - 1
             lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             lines[hidden]["at_sites"] = {}
             path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
 
-    lie(done.folder, key_in(done.folder), altered)
-    assert "metrics" in failing(done.folder)
+    lie(folder, key_in(folder), altered)
+    assert "metrics" in failing(folder)
 
 
 def test_scores_that_nobody_paid_for_are_found(

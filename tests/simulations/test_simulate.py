@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
+import client.site
 import fedllm.privacy.accounting
 import fedllm.training.model_context
 import server.channel
@@ -48,6 +49,7 @@ from fedllm.privacy.ledger import LedgerFile
 from fedllm.protocol.messages import Declined, Message, Prepare, TrainReply, TrainRequest, from_bytes
 from fedllm.protocol.spending_statement import open_statement, sign_statement
 from fedllm.training.adapter import AdapterModel
+from fedllm.training.self_check import Subject
 from fedllm.values import parse
 from server.checkpoint import load_checkpoint
 from server.events import Event, Phase, RoundMetrics, SiteAnswered
@@ -450,6 +452,24 @@ def test_the_counter_of_loadings_counts(loads: list[str], tiny_llama: Path, tiny
     AutoModelForCausalLM.from_pretrained(tiny_llama)
     AutoModel.from_pretrained(tiny_bert)
     assert loads == [str(tiny_llama), str(tiny_bert)]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_sites_check_the_engine_that_they_share_unless_the_run_goes_without(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    without_plots(monkeypatch)
+    checked, honest = list[RunPlan](), client.site.self_check_once
+
+    def watched(subject: Subject) -> None:
+        honest(subject)
+        checked.append(subject.plan)
+
+    monkeypatch.setattr(client.site, "self_check_once", watched)
+    done = run(configure(tmp_path, privacy={"self_check": asked}, **SMALL))
+    assert not done.summary.stopped
+    assert done.plan is not None
+    assert {plan.digest for plan in checked} == ({done.plan.digest} if asked else set())
 
 
 # ---- the same and not the same -------------------------------------------------------------------------------------

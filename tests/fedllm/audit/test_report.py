@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gc
 import json
 import math
 import os
@@ -588,3 +589,45 @@ def test_the_first_screen_is_drawn(html: str, tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"
     browse("--window-size=1200,900", f"--screenshot={shot}", (tmp_path / "page.html").as_uri())
     assert shot.stat().st_size > 50_000  # an empty page has less than 10,000
+
+
+@pytest.fixture(scope="module")
+def html_of_a_thousand(audited: Audited, language: Language) -> str:
+    return render_html(large(audited.written.audit, 1000, 10), language)
+
+
+def test_a_thousand_sites_come_in_groups_that_open_and_each_is_found_by_its_name(
+    html_of_a_thousand: str, language: Language
+) -> None:
+    page = Page(html_of_a_thousand)
+    assert len(html_of_a_thousand) < 4_000_000
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links if link} <= set(page.ids)
+    assert len(set(re.findall(r'href="#(site-\d+)"', html_of_a_thousand))) == 1000
+    of_scope = html_of_a_thousand.split('<table class="sites">')
+    assert len(of_scope) == 21, "20 groups of 50"
+    assert html_of_a_thousand.count('<details class="group" open>') == 3, "of scope, accounts and proof the first"
+    worst = re.findall(r"지점-(\d{3,})-", of_scope[1].partition("</table>")[0])
+    assert len(worst) == 50
+    assert all(int(number) % 3 for number in worst), "whose ledger is broken or missing comes before all others"
+    assert WORDS["group.intro"][LANGUAGES.index(language)] in html_of_a_thousand
+
+
+def test_a_few_sites_are_listed_at_once_by_name(html: str, html_of_many: str) -> None:
+    for page in (html, html_of_many):
+        assert "details" not in Page(page).tags
+        assert page.count('<table class="sites">') == 1
+
+
+def test_on_paper_there_is_the_first_group_of_many_sites(audited: Audited) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weasyprint = pytest.importorskip("weasyprint", exc_type=(ImportError, OSError))
+        page = render_html(large(audited.written.audit, 151, 10), "en")
+        pages = weasyprint.HTML(string=page).render().pages
+    words = " ".join(b.text for p in pages for b in p._page_box.descendants() if type(b).__name__ == "TextBox")
+    del pages
+    gc.collect()  # what weasyprint keeps in a folder goes with its cycles
+    assert len(set(re.findall(r"지점-\d+-", words))) < 60, "50, and the first screen's"
+    assert "only the first 50 of 151 sites are listed" in words
+    assert "All 151 sites by name" not in words

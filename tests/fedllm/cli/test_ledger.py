@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from client.office import Office, init_office
 from fedllm.cli.main import app
+from fedllm.config import EvaluationConfig
 from fedllm.crypto.hash_chain import read_chain
 from fedllm.errors import ChainError, FedllmError
 from fedllm.plan import RunPlan
@@ -208,6 +209,17 @@ def test_a_forecast_counts_what_the_period_admits(home: Path, tmp_path: Path) ->
     with pytest.raises(FedllmError, match="last 30 days"):  # it was right to the round
         ledger.reserve("planned", 3, "request", EVENT)
     assert "in 30 days: 0 of 9" in run("ledger", "forecast", file, "--home", home)
+
+
+@pytest.mark.parametrize(("noise", "said"), [(9.0, "9 of 9, and the"), (0.7, "9 of 9, but not the")])
+def test_a_forecast_says_whether_the_closing_score_fits(home: Path, tmp_path: Path, noise: float, said: str) -> None:
+    """Two scores, after the first round and after the last: at the smaller noise the budget is enough for one alone."""
+    file = tmp_path / "plan.json"
+    scores = EvaluationConfig(every=9, noise_multiplier=noise)
+    file.write_text(
+        plan(rounds=9, noise_multiplier=4.0).model_copy(update={"evaluation": scores}).model_dump_json(), "utf-8"
+    )
+    assert f"budget of 8: {said} closing score" in run("ledger", "forecast", file, "--home", home)
 
 
 def test_a_forecast_for_a_ledger_file_needs_no_office(spent_home: Path, tmp_path: Path) -> None:

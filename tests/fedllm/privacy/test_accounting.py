@@ -374,7 +374,7 @@ def test_more_sites_or_steps_never_cost_less(event: AccountingEvent, k: int, mor
 
 @settings(max_examples=4)
 @given(events, st.integers(2, 4))
-def test_a_person_in_k_sites_pays_no_more_than_if_she_moved_the_sum_k_times_whenever_she_is_drawn(
+def test_a_person_in_k_sites_pays_no_more_than_if_the_sum_moved_k_times_at_every_draw(
     event: AccountingEvent, k: int
 ) -> None:
     drawn = 1 - (1 - event.sampling_rate) ** k

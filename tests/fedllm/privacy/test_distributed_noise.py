@@ -278,6 +278,28 @@ def test_what_a_site_gives_away_is_what_head_office_takes_off() -> None:
             distributed.revealed_seeds(survivors)
 
 
+def test_a_seed_stands_for_the_same_noise_where_another_processor_is_less_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which draws are computed again hangs on the last digits of a logarithm. Whoever takes noise off may have others.
+
+    Several blocks and large draws, of which some are unclear anyway: all that follows one must stay what it was.
+    """
+    seed, std, quickly = "5a" * 32, 2.0**29, distributed._quickly
+
+    def noise() -> np.ndarray:
+        return np.concatenate([draws for _, draws in distributed._surplus_by_block(seed, 100_001, std)])
+
+    again: list[int] = []
+    exactly = distributed._exactly
+    monkeypatch.setattr(distributed, "_exactly", lambda *pair: again.append(1) or exactly(*pair))
+    here = noise()
+    few = len(again)
+    monkeypatch.setattr(
+        distributed, "_quickly", lambda *words: (np.nextafter((own := quickly(*words))[0], np.inf), own[1] * 30)
+    )
+    assert np.array_equal(noise(), here)
+    assert 0 < few < len(again) - few
+
+
 @given(dimension=st.integers(1, 400), seed=st.integers(0, 2**32), lengths=st.floats(0.5, 100))
 def test_a_rounded_unit_never_passes_the_clip(dimension: int, seed: int, lengths: float) -> None:
     mechanism = DistributedMechanism(MECHANISM, 8, 6, 1, 100.0)

@@ -16,7 +16,7 @@ from fedllm.release.manifest import Base, Manifest, Privacy, Training, read_mani
 from fedllm.training.model import load_base
 from fedllm.values import HEAD_OFFICE, parse
 from simulations.simulate import simulate
-from tests.conftest import save_llama
+from tests.conftest import leave_out_plots, save_llama
 from tests.fedllm.audit.conftest import any_pdf
 from tests.sharing import once
 from tests.simulations.conftest import _rows as rows_of
@@ -89,14 +89,15 @@ def small_run(output: Path, base: Path, **changes: Any) -> Path:
                  "text": " {answer}", "unit": "customer_id", "description": "generated"},
         "adapter": {"rank": 2, "targets": ["q_proj", "v_proj"]},
         "privacy": {"mode": "local", "unit": "person", "records_per_person": 2, "epsilon": 8.0, "delta": 1e-3,
-                    "sampling_rate": 0.4, "noise_multiplier": 1.0, "units_per_site": 12},
+                    "sampling_rate": 0.4, "noise_multiplier": 1.0, "units_per_site": 12, "self_check": False},
         "training": {"rounds": 2, "learning_rate": 0.5, "wire": "float32"},
         "federation": {"partition": {"by": "natural", "column": "branch"}, "quorum": 2, "processes": 1},
         "site": {},
     }  # fmt: skip
     for section, change in changes.items():
         values[section] = {**values[section], **change} if isinstance(change, dict) else change
-    with any_pdf():
+    with any_pdf(), pytest.MonkeyPatch.context() as patch:
+        leave_out_plots(patch)
         simulate(parse(SimulationConfig, values), lambda *_: None, lambda _: None)
     return output / "run"
 

@@ -120,6 +120,17 @@ def test_an_answer_ends_before_a_stop_text_wherever_it_falls(generator: Generato
     assert asyncio.run(how(generator, model, PROMPTS[4])) == text.partition(stop)[0]
 
 
+@pytest.mark.parametrize("how", [whole, streamed])
+def test_what_training_wrote_before_an_answer_is_no_part_of_it(generator: Generator, model: Release, how: Any) -> None:
+    """All of it or nothing: an answer that begins otherwise stays whole."""
+    text = bare(model, PROMPTS[4])[0]
+    for lead, expected in ((text[:2], text[2:]), (text[0] + "\n", text), ("", text)):
+        generator.leads["0"] = lead
+        assert asyncio.run(how(generator, model, PROMPTS[4])) == expected
+    generator.leads["0"], generator.stops["0"] = text[:2], (text[4],)
+    assert asyncio.run(how(generator, model, PROMPTS[4])) == text[2:].partition(text[4])[0]
+
+
 def test_the_thread_that_samples_does_not_disturb_the_one_that_does_not(batched: Generator, model: Release) -> None:
     """With one configuration between them, answers would lose their causal mask, or a thread would die."""
 
@@ -205,6 +216,7 @@ def test_nothing_of_a_request_stays_when_it_is_over_or_given_up(batched: Generat
     assert not manager.batch_processor.scheduler.active_requests
     assert not manager.batch_processor.scheduler.waiting_requests
     assert not batched.stops
+    assert not batched.leads
     assert not batched.answers
     kept = [one for one in gc.get_objects() if type(one) is list and one is not ids and one[: len(ids)] == ids]
     assert not kept

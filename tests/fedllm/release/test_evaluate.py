@@ -627,7 +627,7 @@ def test_the_command_says_that_records_must_be_public_and_writes_what_was_found(
     result = invoke(merged, "--data", data, "--trust", place.keys, "--out", out, "--prompts", prompts)
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
-    assert "which you call public: nothing is counted for their scores" in text
+    assert "which you state to be public: no epsilon is counted for scores" in text
     assert text_of("en", "public") in text
     assert "Best prompt:" in text
     assert "merged against base: exact match" in text

@@ -411,7 +411,7 @@ def test_a_card_says_what_somebody_at_several_sites_is_promised(release: Release
     (_, two), (_, three), *_ = audit["accountants"]["several_sites"]
     english, korean = ((release.folder / name).read_text("utf-8") for name in ("README.md", "README.ko.md"))
     assert f"at epsilon {two:.4g} at 2 sites, {three:.4g} at 3 sites" in english
-    assert f"지점 2곳에 있으면 {two:.4g}, 지점 3곳에 있으면 {three:.4g}" in korean
+    assert f"2개 지점 {two:.4g}, 3개 지점 {three:.4g}" in korean
     assert "add up" not in english
 
 

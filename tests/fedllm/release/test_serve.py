@@ -19,8 +19,9 @@ from fedllm.config import TextConfig
 from fedllm.errors import ConfigError, Refused, ReleaseError
 from fedllm.release import serve
 from fedllm.release.batching import Generator
+from fedllm.release.chat_template import space_before
 from fedllm.release.loading import Release
-from fedllm.release.serve import CHAT, CLASSIFY, COMPLETIONS, HEALTH, MODELS, Application, Door, Limits
+from fedllm.release.serve import CHAT, CLASSIFY, COMPLETIONS, HEALTH, MODELS, Access, Application, Limits
 from fedllm.release.tokens import Gatekeeper, add_token, revoke_token
 from tests.fedllm.release.conftest import Released
 from tests.fedllm.release.served import Answer, ask, loaded, talking
@@ -90,7 +91,7 @@ def bare(reference: Release, prompt: str, most: int = 16) -> str:
 def test_a_chat_is_answered_as_generate_would_whole_and_in_a_stream(
     app: Application, token: str, reference: Release, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = bare(reference, "user: hello\nassistant:")
+    expected = bare(reference, "user: hello\nassistant:").removeprefix(" ")
     whole = post(app, CHAT, chat(), token)
     assert whole.status == 200
     assert whole.json["choices"][0]["message"] == {"content": expected, "role": "assistant"}
@@ -119,6 +120,30 @@ def test_a_completion_ends_at_a_stop_text_that_is_no_part_of_it(
     stream = post(app, COMPLETIONS, {**body, "stream": True}, token)
     assert "".join(one["choices"][0]["text"] for one in stream.events) == expected.partition(stop)[0]
     assert stream.events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_an_answer_does_not_begin_with_the_space_that_training_put_before_it(
+    app: Application, token: str, reference: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A completion keeps it: prompt and completion together are the text as it was written in training."""
+    expected = bare(reference, "user: hello\nassistant:")
+    monkeypatch.setattr(serve, "space_before", lambda reading: expected[:1])
+    assert post(app, CHAT, chat(), token).json["choices"][0]["message"]["content"] == expected[1:]
+    stream = post(app, CHAT, chat(stream=True), token)
+    assert "".join(one["choices"][0]["delta"].get("content", "") for one in stream.events) == expected[1:]
+    body = {"prompt": "user: hello\nassistant:", "max_tokens": 16, "temperature": 0}
+    assert post(app, COMPLETIONS, body, token).json["choices"][0]["text"] == expected
+
+
+@pytest.mark.parametrize(
+    ("reading", "space"),
+    [
+        (TextConfig(prompt="Q: {q}\nA:", text=" {a}"), " "), (TextConfig(prompt="{q}", text="\n\n{a} {b}"), "\n\n"),
+        (TextConfig(prompt="{q}", text="{a}"), ""), (TextConfig(prompt="{q}", text=" {a}", chat=True), ""),
+    ],
+)  # fmt: skip
+def test_the_space_before_an_answer_is_that_of_the_template(reading: TextConfig, space: str) -> None:
+    assert space_before(reading) == space
 
 
 def test_temperature_is_heeded_where_the_release_itself_does_not_sample(app: Application, token: str) -> None:
@@ -206,7 +231,7 @@ def test_every_request_has_an_answer_in_openais_form(raw: bytes) -> None:
     app = Application.__new__(Application)
     app.limits, app._name = LIMITS, "tiny"
     with suppress(Refused):  # anything else would fail the test
-        serve.asked.chat(asyncio.run(app._body({"headers": []}, _of(raw))), "tiny", {})
+        serve.openai_request.chat(asyncio.run(app._body({"headers": []}, _of(raw))), "tiny", {})
 
 
 def _of(raw: bytes) -> Any:
@@ -417,35 +442,35 @@ def test_an_epsilon_that_its_audit_could_not_verify_is_served_only_on_demand(rel
 
 def test_the_last_token_that_is_revoked_does_not_open_the_door_to_certificates_alone(tmp_path: Path) -> None:
     files = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "ca.pem"
-    door = Door("127.0.0.1", 0, tmp_path / "tokens.json", *files)
-    assert not serve.check_door(door), "certificates alone, where tokens were never used"
+    door = Access("127.0.0.1", 0, tmp_path / "tokens.json", *files)
+    assert not serve.check_access(door), "certificates alone, where tokens were never used"
     add_token(door.tokens, "desk")
-    assert serve.check_door(door)
+    assert serve.check_access(door)
     revoke_token(door.tokens, "desk")
     with pytest.raises(ConfigError, match="nobody has a token"):
-        serve.check_door(door)
+        serve.check_access(door)
 
 
 def test_a_door_that_anybody_could_pass_or_overhear_is_not_opened(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.json"
     some = Path("a.pem")
     with pytest.raises(ConfigError, match="nobody has a token"):
-        serve.check_door(Door("127.0.0.1", 0, tokens))
-    assert not serve.check_door(Door("0.0.0.0", 0, tokens, some, some, client_ca=some))
+        serve.check_access(Access("127.0.0.1", 0, tokens))
+    assert not serve.check_access(Access("0.0.0.0", 0, tokens, some, some, client_ca=some))
     add_token(tokens, "desk")
     for host in ("127.0.0.1", "::1", "localhost"):
-        assert serve.check_door(Door(host, 0, tokens))
+        assert serve.check_access(Access(host, 0, tokens))
     for host in ("0.0.0.0", "::", "10.0.0.1", "desk.bank.example"):
         with pytest.raises(ConfigError, match="not its loopback"):
-            serve.check_door(Door(host, 0, tokens))
-        assert serve.check_door(Door(host, 0, tokens, some, some))
+            serve.check_access(Access(host, 0, tokens))
+        assert serve.check_access(Access(host, 0, tokens, some, some))
     with pytest.raises(ConfigError, match="need TLS"):
-        serve.check_door(Door("127.0.0.1", 0, tokens, client_ca=some))
+        serve.check_access(Access("127.0.0.1", 0, tokens, client_ca=some))
     with pytest.raises(ConfigError, match="go together"):
-        serve.check_door(Door("127.0.0.1", 0, tokens, some))
+        serve.check_access(Access("127.0.0.1", 0, tokens, some))
     revoke_token(tokens, "desk")
     with pytest.raises(ConfigError, match="nobody has a token"):
-        serve.check_door(Door("127.0.0.1", 0, tokens, some, some))
+        serve.check_access(Access("127.0.0.1", 0, tokens, some, some))
 
 
 def test_what_is_sent_leaves_at_once() -> None:

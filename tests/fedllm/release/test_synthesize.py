@@ -179,7 +179,7 @@ def test_conversations_are_sampled_as_conversations(
     ("changes", "said"),
     [
         ({"task": "classification"}, "is a classifier"),
-        ({"text": "{text}"}, "bare texts"),
+        ({"text": "{text}"}, "without a prompt"),
         ({"prompt": "{question}", "text": "{a} {b}"}, "makes an answer of 2 columns"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -67,7 +66,7 @@ def test_a_model_that_answers_right_is_found_to_do_so(tmp_path: Path, special: b
     model.save_pretrained(folder)
     config = language(folder, max_length=64)
     adapter = adapted(config)
-    evaluator = Evaluator(adapter, datasets.Dataset.from_list(rows), Tokeniser(tokenizer, config, DATA), DATA, 1)
+    evaluator = Evaluator(adapter, rows, Tokeniser(tokenizer, config, DATA), DATA, 1)
     assert evaluator.score(adapter.initial).loss < 0.1
     rate, (sample,) = evaluator.exact_match(adapter.initial)
     assert (rate, sample.answer) == (1.0, "yes")

@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from fedllm.config import ModelConfig, TextConfig
@@ -28,11 +28,11 @@ from fedllm.training.data import (
     IGNORE,
     Example,
     PrivacyUnit,
-    Table,
     Tokeniser,
+    Tokens,
     batches,
     build_units,
-    check_columns,
+    check_named,
     is_missing,
     read_table,
     render,
@@ -45,7 +45,6 @@ ROWS = [
     {"question": "이모지 😀 | 표 \\ 줄", "answer": "네\n두 줄", "customer": "김민지"},
 ]
 PAD, BOS, EOS = 0, 1, 2
-WriteJsonl = Callable[[str, list[dict[str, Any]]], Path]
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +67,6 @@ def tokeniser(
 
 def shows(text: str) -> bool:
     return not is_missing(text)
-
-
-def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    return datasets.Dataset.from_list(list(rows))
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -157,36 +152,11 @@ def test_a_malformed_line_is_reported_by_its_number(tmp_path: Path, bad: str, wh
         read_table(str(path), "train")
 
 
-@pytest.mark.parametrize(
-    ("values", "line", "found"),
-    [
-        (["a", None, 5], 4, "holds a whole number, where the records before it hold text"),
-        ([5, "a"], 3, "holds text, where the records before it hold a whole number"),
-        ([1, True], 3, "holds true or false, where the records before it hold a whole number"),
-        ([{"a": 1}, "x"], 3, "holds text, where the records before it hold an object of a whole number"),
-        ([["a"], [1, None]], 3, "holds a list of a whole number and null, where the records before it hold a list of"),
-        ([1, 10**30], 3, "holds a whole number of more than 64 bits"),
-        (["\ud800"], 1, "holds text that is not valid Unicode"),
-    ],
-)
-def test_a_column_of_several_kinds_is_reported_with_its_line(
-    tmp_path: Path, values: list[Any], line: int, found: str
-) -> None:
-    """And without the value, which may be a secret."""
-    path = tmp_path / "train.jsonl"
-    lines = [json.dumps({"question": "q", "answer": value}) for value in values]
-    path.write_text("\n\n".join(lines[:2]) + "\n" + "\n".join(lines[2:]), "utf-8")  # a blank line is none
-    with pytest.raises(DataError, match=rf"train\.jsonl, line {line}: column answer {found}.*correct the value"):
-        read_table(str(path), "train")
-    path.with_suffix(".json").write_text("[" + ",".join(lines) + "]")
-    with pytest.raises(DataError, match=rf"train\.json, record {len(values)}: column answer {found}"):
-        read_table(str(path.with_suffix(".json")), "train")
-
-
-def test_whole_and_other_numbers_make_one_column(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_text('{"x": 1}\n{"x": null}\n{"x": 2.5}\n')
-    assert list(read_table(str(path), "train")["x"]) == [1.0, None, 2.5]
+def test_a_column_may_hold_several_kinds_of_values(tmp_path: Path) -> None:
+    """A held-out set is read as training records are, and no record decides what type another has."""
+    values = ["a", 5, None, 2.5, True, 10**30, ["a"], {"a": 1}]
+    path = write(tmp_path / "train.jsonl", [{"x": value} for value in values])
+    assert [row["x"] for row in read_table(str(path), "train")] == values
 
 
 @pytest.mark.parametrize(
@@ -228,7 +198,7 @@ def test_a_file_of_another_encoding_is_a_data_error_that_says_so(tmp_path: Path,
 def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"train{suffix}", ROWS)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Korean spreadsheets write it
-    assert read_table(str(path), "train").column_names == list(ROWS[0])
+    assert list(read_table(str(path), "train")[0]) == list(ROWS[0])
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.csv", "train.parquet"])
@@ -349,35 +319,19 @@ def test_nothing_of_a_local_file_stays_behind(child: Child) -> None:
     assert not [file for file in child.places["tmp"].rglob("*") if file.is_file()]
 
 
-def test_rows_of_differing_columns_are_read_with_nulls_or_refused(write_jsonl: WriteJsonl) -> None:
-    path = write_jsonl("train.jsonl", [{"question": "a"}, {"question": "b", "answer": "c"}])
-    try:
-        rows = list(read_table(str(path), "train"))
-    except DataError:
-        return
-    assert rows == [{"question": "a", "answer": None}, {"question": "b", "answer": "c"}]
-
-
 # Columns and templates
 
 
 def test_a_missing_column_is_named_together_with_those_that_are_there() -> None:
     data = TextConfig(prompt="{qestion}", text="{answer}", label="mood")
     with pytest.raises(DataError) as error:
-        check_columns(table_of(ROWS), data, ["client", "branch", None])
+        check_named(list(ROWS[0]), data, ["client", "branch", None])
     for name in ("qestion", "client", "mood", "branch", "question", "answer", "customer"):
         assert name in str(error.value)
 
 
 def test_columns_that_are_there_are_accepted() -> None:
-    check_columns(table_of(ROWS), TextConfig(prompt="{question}", text="{answer}"), ["customer"])
-
-
-@pytest.mark.parametrize(("label", "person"), [("who", None), (None, "who")], ids=["label", "person"])
-@pytest.mark.parametrize("value", [["kim"], {"id": 1}], ids=["list", "object"])
-def test_a_person_or_label_is_one_value(label: str | None, person: str | None, value: object) -> None:
-    with pytest.raises(DataError, match="column who"):
-        check_columns(table_of([{"text": "a", "who": value}]), TextConfig(text="{text}", label=label), [person])
+    check_named(list(ROWS[0]), TextConfig(prompt="{question}", text="{answer}"), ["customer"])
 
 
 HOSTILE = [
@@ -393,14 +347,14 @@ def test_a_template_that_is_more_than_columns_is_refused(template: str) -> None:
     with pytest.raises((ConfigError, DataError)):
         render(template, row, 0)
     with pytest.raises((ConfigError, DataError)):  # and before anything is tokenised
-        check_columns(table_of([row]), TextConfig(text=template))
+        check_named(list(row), TextConfig(text=template))
 
 
 @given(template=st.text(st.sampled_from("{}!:.[]0rd question한_-"), max_size=12))
 def test_any_template_gives_text_or_an_error_of_ours(template: str) -> None:
     row = {"question": "q", "한": "국", "0": "zero", "d": 1, "r": None}
     try:
-        check_columns(table_of([row]), TextConfig(text=template or "x"))
+        check_named(list(row), TextConfig(text=template or "x"))
         text = render(template, row, 0)
     except (ConfigError, DataError):
         return
@@ -505,7 +459,7 @@ def test_a_label_becomes_its_place_in_the_declared_list(
 
 @pytest.mark.parametrize("label", ["중립", "", None, ["긍정"], 0, 3.5, True])
 def test_a_label_that_was_not_declared_is_a_data_error(tokenizer: PreTrainedTokenizerFast, label: object) -> None:
-    with pytest.raises(DataError, match=r"record 5: label .* is not among model\.labels"):
+    with pytest.raises(DataError, match=r"record 5: label.* (is not among model\.labels|is empty)"):
         tokeniser(tokenizer, **CLASSIFICATION)({"text": "좋아요", "label": label}, 4)
 
 
@@ -517,8 +471,8 @@ def test_a_text_to_classify_is_cut_at_max_length(tokenizer: PreTrainedTokenizerF
 # Units
 
 
-def people(*names: object) -> Table:
-    return table_of([{"question": f"q{i}", "answer": f"a{i}", "who": name} for i, name in enumerate(names)])
+def people(*names: object) -> list[dict[str, Any]]:
+    return [{"question": f"q{i}", "answer": f"a{i}", "who": name} for i, name in enumerate(names)]
 
 
 def answers(tokenizer: PreTrainedTokenizerFast, units: Sequence[PrivacyUnit]) -> list[list[str]]:
@@ -570,9 +524,20 @@ def test_a_person_without_a_number_is_nobody(tokenizer: PreTrainedTokenizerFast)
 
 
 def test_a_record_that_gives_no_token_at_all_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    table = table_of([{"text": "좋아요", "label": "긍정"}, {"text": "", "label": "부정"}])
+    table = [{"text": "좋아요", "label": "긍정"}, {"text": "", "label": "부정"}]
     with pytest.raises(DataError, match="record 2"):
         build_units(table, tokeniser(tokenizer, **CLASSIFICATION), None, 1)
+
+
+def test_an_answer_that_gives_no_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A tokenizer may leave letters out; where it has no end-of-sequence token, nothing would be learned."""
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.normalizer = normalizers.Replace("😀", "")
+    other.eos_token = None
+    rows = [{"question": "a", "answer": "b"}, {"question": "a", "answer": "😀"}]
+    good, bad = tokeniser(other).read(rows)
+    assert isinstance(good, Tokens)
+    assert "record 2: the tokenizer makes no token of its text" in str(bad)
 
 
 # Batches

@@ -162,6 +162,64 @@ def test_the_names_of_classes_are_read_and_not_their_numbers(tmp_path: Path) -> 
     assert both(tmp_path / "train.parquet") == at_a_site(tmp_path / "train.parquet") == rows
 
 
+def test_a_name_or_value_given_twice_is_refused_and_not_dropped(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"a": 1, "a": 2}\n{"a": 3}\n')
+    first, second = at_a_site(tmp_path / "train.jsonl")
+    assert isinstance(first, DataError)
+    assert "a key is given twice" in str(first)
+    assert second == {"a": 3}
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "train.parquet")
+    for read in (both, at_a_site):
+        with pytest.raises(DataError, match="two columns have one name"):
+            read(tmp_path / "train.parquet")
+
+
+def test_an_index_column_without_a_name_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(",question\n0,q\n1,r\n")
+    assert both(tmp_path / "train.csv") == at_a_site(tmp_path / "train.csv")
+
+
+@pytest.mark.parametrize(
+    ("first", "kind"),
+    [(b"PK\x03\x04", "xlsx"), (b"\xd0\xcf\x11\xe0", "xls"), (b"\x1f\x8b", "gzip"), (b"PAR1", "Parquet")],
+)
+def test_what_only_calls_itself_text_is_named_as_what_it_is(tmp_path: Path, first: bytes, kind: str) -> None:
+    for name in ("train.csv", "train.json", "train.jsonl"):
+        (tmp_path / name).write_bytes(first + b'\x14\0,;\t\n{"a": 1}\n')
+        with pytest.raises(DataError, match=rf"{kind}.* by another name"):
+            read_table(str(tmp_path / name), "train")
+    damaged, good = at_a_site(tmp_path / "train.jsonl")  # there, it is one record that begins so
+    assert isinstance(damaged, DataError)
+    assert good == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("a.xlsx", "Save the sheet as CSV UTF-8"), ("a.csv.gz", "Unpack it"), ("a.tsv", r"data\.separator=tab")],
+)
+def test_a_kind_of_file_that_is_not_read_has_its_remedy(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"expected \.jsonl.*{words}"):
+        at_a_site(tmp_path / name)
+
+
+def test_a_line_is_not_read_by_itself_where_an_encoding_goes_on_over_lines(tmp_path: Path) -> None:
+    path = lines_of(tmp_path / "train.jsonl", "iso2022_kr")
+    assert both(path, how(encoding="iso2022_kr")) == ROWS
+    with pytest.raises(DataError, match="would spoil the others"):
+        at_a_site(path, how(encoding="iso2022_kr"))
+
+
+def test_the_encoding_is_named_whatever_another_has_made_of_the_rest(tmp_path: Path) -> None:
+    """EUC-KR lacks some syllables that CP949 has."""
+    path = tmp_path / "train.csv"
+    path.write_bytes("질문,답변\n한글,똠방각하 펲시\n".encode("cp949"))
+    (found,) = at_a_site(path, how(encoding="euc-kr"))
+    with pytest.raises(DataError, match=r"line 2.*Set data\.encoding=cp949"):
+        both(path, how(encoding="euc-kr"))
+    assert "Set data.encoding=cp949" in str(found)
+
+
 @pytest.mark.parametrize(
     "values", [{"encoding": "nope"}, {"encoding": "rot13"}, {"separator": ""}, {"separator": ",,"}]
 )

@@ -152,12 +152,28 @@ def test_a_template_that_wants_a_system_turn_says_what_to_set(tokenizer: PreTrai
         ([{"role": "bot", "content": "hi"}], "has no role, or none of"),
         ([{"role": ["user"], "content": "hi"}], "has no role, or none of"),
         ([{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}], "content of a turn is empty"),
-        ([{"role": "user", "content": [{"text": "hi"}]}, HI[1]], "content of a turn holds a list"),
+        ([{"role": "user", "content": [{"text": "hi"}]}, HI[1]], "a part that is no text"),
+        ([{"role": "user", "content": [{"type": "image", "text": "hi"}]}, HI[1]], "a part that is no text"),
+        ([HI[0], {**HI[1], "tool_calls": [{"id": "1"}]}], "a turn has tool_calls, and only content is learned"),
     ],
 )
 def test_what_is_no_conversation_is_refused(tokenizer: PreTrainedTokenizerFast, messages: Any, words: str) -> None:
     with pytest.raises(DataError, match=f"record 1: messages.*{words}|record 1: {words}"):
         read(chatting(tokenizer), messages)
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+def test_the_assistant_may_speak_first(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    for system in (None, "be kind"):
+        whole, parts = learned(tokenizer, read(chatting(tokenizer, template, system=system), [HI[1], *HI[:2]]))
+        assert whole.startswith("<system>be kind</end><assistant>" if system else "<assistant>")
+        assert [part.removeprefix("<think></think>") for part in parts] == ["hello</end>", "hello</end>"]
+
+
+def test_a_turn_may_come_in_parts_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    parts = [{"type": "text", "text": "h", "image": None}, {"type": "text", "text": "i"}]
+    cut = [{"role": "user", "content": parts}, {**HI[1], "tool_calls": None}]
+    assert learned(tokenizer, read(chatting(tokenizer), cut)) == learned(tokenizer, read(chatting(tokenizer), HI[:2]))
 
 
 def test_what_is_asked_and_expected_is_the_last_turn(tokenizer: PreTrainedTokenizerFast) -> None:

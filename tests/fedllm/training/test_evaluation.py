@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -40,7 +39,7 @@ def evaluator_of(
     adapter: AdapterModel, config: ModelConfig, rows: Sequence[dict[str, Any]] = ROWS, data: DataConfig = CAUSAL,
     micro_batch: int = 2,
 ) -> Evaluator:  # fmt: skip
-    table = datasets.Dataset.from_list(list(rows))
+    table = list(rows)
     return Evaluator(adapter, table, Tokeniser(adapter.tokenizer, config, data), data, micro_batch)
 
 
@@ -147,7 +146,7 @@ def test_a_model_that_knows_its_answers_by_heart_matches_them_exactly(
 
     engine = Engine(adapter)
     adapter.load(adapter.initial)
-    units = build_units(datasets.Dataset.from_list(rows), Tokeniser(adapter.tokenizer, config, CAUSAL), None, 1)
+    units = build_units(rows, Tokeniser(adapter.tokenizer, config, CAUSAL), None, 1)
     optimizer = engine.optimizer(
         torch.optim.Adam([adapter.flat], lr=0.02), Mechanism(1.0, 0.0, 1.0), 2.0, OsRandomness()
     )
@@ -189,7 +188,7 @@ def test_evaluation_leaves_the_engine_able_to_train(open_adapter: Open, model_co
     engine = Engine(adapter)
     evaluator = evaluator_of(adapter, config)
     before = evaluator.score(adapter.initial)
-    units = build_units(datasets.Dataset.from_list(ROWS), Tokeniser(adapter.tokenizer, config, CAUSAL), None, 1)
+    units = build_units(ROWS, Tokeniser(adapter.tokenizer, config, CAUSAL), None, 1)
     optimizer = engine.optimizer(torch.optim.SGD([adapter.flat], lr=0.5), Mechanism(1.0, 0.0, 1.0), 5.0, OsRandomness())
     for _ in range(5):
         engine.step(optimizer, units, 8)

@@ -1,5 +1,6 @@
 """PEFT's methods beside LoRA: gradients of single units, what is saved, what is refused, and generation."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from peft.tuners.lora.dora import DoraLinearLayer
 from safetensors.torch import load_file
 
 from client.site import PlanSession
@@ -213,6 +215,27 @@ def test_dora_trains_the_lengths_of_rows_with_either_choice_of_matrices(
     names = [tensor.name for tensor in open_method("dora", "llama", train=train).spec.tensors]
     found = {kind for kind in ("lora_A", "lora_B", "vector") if any(kind in name for name in names)}
     assert found == kinds
+
+
+def test_the_norms_of_dora_are_taken_once_for_an_adapter_and_change_no_bit(
+    open_method: Open, make_units: MakeUnits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = open_method("dora", "llama")
+    engine, units = Engine(adapter), make_units("llama", sizes=(1, 3, 1, 2))
+    layers = [module for module in adapter.model.modules() if isinstance(module, DoraLinearLayer)]
+    taken = []
+    take = DoraLinearLayer.get_weight_norm
+    monkeypatch.setattr(DoraLinearLayer, "get_weight_norm", lambda *a, **k: (taken.append(a[0]), take(*a, **k))[1])
+    found = []
+    for vector in (adapter.initial, moved(adapter)):
+        adapter.load(vector)
+        found.append(engine.clipped_sum(units, Mechanism(CLIP, 0.0, 1.0), 4))
+        assert len(taken) == len(layers)
+        taken.clear()
+    monkeypatch.setattr(Engine, "_norms_kept", lambda self: contextlib.nullcontext())
+    assert torch.equal(engine.clipped_sum(units, Mechanism(CLIP, 0.0, 1.0), 4), found[1])
+    assert len(taken) == len(layers) * sum(map(len, units)) > len(layers)
+    assert not torch.equal(*found)
 
 
 @conv1d

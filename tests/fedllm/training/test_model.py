@@ -101,11 +101,27 @@ def test_a_folder_without_its_tokenizer_is_refused_or_completed(folder: Path, lo
     assert base.tokenizer("ab")["input_ids"]  # what could be loaded must be able to read
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(folder: Path, value: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "up_proj" in name)
+    weights[name][0, 0] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name} holds what is no number"):
+        load_base(ModelConfig(source=str(folder), max_length=64), "cpu")
+
+
 @pytest.mark.parametrize("damaged", ["config.json", "model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"garbage" * 100], ids=["empty", "cut", "garbage"])
 def test_a_damaged_file_is_an_error_of_ours(folder: Path, damaged: str, content: bytes) -> None:
     (folder / damaged).write_bytes(content)
     with pytest.raises(FedllmError):
+        load_base(ModelConfig(source=str(folder), max_length=64), "cpu")
+
+
+def test_a_pointer_in_the_place_of_weights_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelError, match="git lfs pull"):
         load_base(ModelConfig(source=str(folder), max_length=64), "cpu")
 
 

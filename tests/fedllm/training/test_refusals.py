@@ -108,6 +108,19 @@ def test_a_tokenizer_that_needs_sentencepiece_says_what_to_do(tmp_path: Path) ->
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer", "BertTokenizer", "T5Tokenizer", None])
+def test_a_tokenizer_whose_vocabulary_is_lost_is_refused(tmp_path: Path, kind: str | None) -> None:
+    """transformers makes an empty one up, by which every text is the same."""
+    folder = make(tmp_path, "llama")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    if kind is not None:
+        (folder / "tokenizer_config.json").write_text(f'{{"tokenizer_class": "{kind}"}}', "utf-8")
+    for load in LOADS:
+        with pytest.raises(ModelError, match=r"knows no text|the folder needs .*tokenizer files"):
+            load(language(folder))
+
+
 @pytest.mark.parametrize(
     ("labels", "text"),
     [
@@ -137,6 +150,9 @@ def test_a_chat_template_that_refuses_is_told_with_the_remedy() -> None:
     )
     data = TextConfig(text="{answer}", prompt="{question}", chat=True)
     with pytest.raises(ConfigError, match=r"chat template of base refuses .*system first.*data\.system"):
+        Tokeniser(tokenizer, ModelConfig(source="base"), data)
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ConfigError, match="does not write what the assistant says"):
         Tokeniser(tokenizer, ModelConfig(source="base"), data)
 
 

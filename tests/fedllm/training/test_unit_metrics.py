@@ -1,10 +1,10 @@
 """Metrics of units are the model's own, unit by unit, and no company changes a bit of them."""
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,12 +17,11 @@ from fedllm.privacy.metrics import layout_of
 from fedllm.privacy.randomness import OsRandomness
 from fedllm.training import unit_metrics as module
 from fedllm.training.adapter import AdapterModel, attach, generated
-from fedllm.training.data import IGNORE, Example, PrivacyUnit, Tokeniser, build_units, collate, read_table
+from fedllm.training.data import IGNORE, Batch, Example, PrivacyUnit, Tokeniser, build_units, collate, read_table
 from fedllm.training.engine import Engine
 from fedllm.training.evaluation import Evaluator
 from fedllm.training.losses import record_losses
 from fedllm.training.model import load_base
-from fedllm.training.unit_metrics import unit_metrics
 from fedllm.values import parse
 from tests.fedllm.training.conftest import conv1d
 
@@ -32,6 +31,15 @@ Open = Callable[..., AdapterModel]
 MakeConfig = Callable[[str], ModelConfig]
 MakeUnits = Callable[..., list[PrivacyUnit]]
 RandomVector = Callable[[AdapterModel], NDArray[np.float32]]
+
+_engines: "weakref.WeakKeyDictionary[AdapterModel, Engine]" = weakref.WeakKeyDictionary()
+
+
+def unit_metrics(
+    adapter: AdapterModel, vector: NDArray[np.float32], units: Sequence[PrivacyUnit], micro_batch: int = 64
+) -> NDArray[np.float64]:
+    engine = _engines.get(adapter) or _engines.setdefault(adapter, Engine(adapter))
+    return module.unit_metrics(engine, vector, units, micro_batch)
 
 
 def slow_metrics(adapter: AdapterModel, unit: PrivacyUnit) -> list[float]:
@@ -87,6 +95,16 @@ def test_company_changes_no_bit(
     assert np.array_equal(unit_metrics(adapter, vector, units[::-1])[::-1], together)
     for unit, own in zip(units, together, strict=True):
         assert np.array_equal(unit_metrics(adapter, vector, [unit])[0], own)
+
+
+def test_how_many_units_are_held_at_a_time_changes_no_bit(
+    open_adapter: Open, make_units: MakeUnits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, units = open_adapter("llama"), make_units(sizes=(1, 3, 1, 2, 1, 1, 1))
+    units.append(units[0])  # the same once more
+    together = unit_metrics(adapter, adapter.initial, units)
+    monkeypatch.setattr(module, "_UNITS", 2)
+    assert np.array_equal(unit_metrics(adapter, adapter.initial, units), together)
 
 
 def test_the_loss_is_the_one_that_is_trained(
@@ -150,13 +168,13 @@ def test_a_model_that_knows_its_answers_by_heart_matches_them_exactly_and_evalua
     data = DataConfig(train="unused", prompt="{question} ", text="{answer}", samples=4)
     adapter, config = open_adapter("untied", rank=8, alpha=16.0), model_config("untied")
     tokeniser, engine = Tokeniser(adapter.tokenizer, config, data), Engine(adapter)
-    units = build_units(datasets.Dataset.from_list(rows), tokeniser, None, 1)
+    units = build_units(rows, tokeniser, None, 1)
     optimizer = engine.optimizer(
         torch.optim.Adam([adapter.flat], lr=0.02), Mechanism(1.0, 0.0, 1.0), 2.0, OsRandomness()
     )
     for _ in range(60):
         engine.step(optimizer, units, 8)
-    table = datasets.Dataset.from_list([*rows, {"question": "one", "answer": "abd"}])
+    table = [*rows, {"question": "one", "answer": "abd"}]
     vector = adapter.vector()
     found = unit_metrics(adapter, vector, build_units(table, tokeniser, None, 1))
     assert found[:, 1].tolist() == [1.0, 1.0, 0.0]
@@ -191,7 +209,8 @@ def test_a_loss_that_is_not_finite_makes_the_unit_the_worst(
     adapter = open_adapter("bert-mean")
     answers = iter([[bad, 1, 1], [9.0, 0, 0], [9.0, 0, 0]])
     monkeypatch.setattr(module, "logits", lambda *_: torch.tensor([next(answers)]))
-    found = unit_metrics(adapter, adapter.initial, [(classified(0), classified(0)), (classified(0),)])
+    units = [(classified(0), classified(0)), (classified(0),)]
+    found = unit_metrics(adapter, adapter.initial, units, micro_batch=1)
     assert np.isnan(found[0]).all()
     assert found[1, 0] == 1
 
@@ -212,14 +231,14 @@ def test_units_without_a_label_or_that_fail_are_left_out_and_change_nothing_for_
     silent = Example(np.arange(3, 9), np.full(6, IGNORE))
     some = [(), *units[:2], (silent,), (silent, *units[2]), *units[3:]]
     assert np.array_equal(unit_metrics(adapter, adapter.initial, some), right)
-    honest = collate
+    honest, sick = module.labelled_states, torch.from_numpy(units[1][-1].input_ids)
 
-    def fails(unit: Any, *rest: Any) -> Any:
-        if unit[0][0] is units[1][-1]:
+    def fails(adapter: AdapterModel, batch: Batch) -> Any:
+        if any(torch.equal(ids[: len(sick)], sick) for ids in batch.input_ids):
             raise RuntimeError("out of memory")
-        return honest(unit, *rest)
+        return honest(adapter, batch)
 
-    monkeypatch.setattr(module, "collate", fails)
+    monkeypatch.setattr(module, "labelled_states", fails)
     assert np.array_equal(unit_metrics(adapter, adapter.initial, units), np.delete(right, 1, axis=0))
 
 

@@ -29,7 +29,7 @@ _CHAT, _TEXT = {"messages", "max_completion_tokens"}, {"prompt"}
 
 
 @dataclass(frozen=True)
-class Asked:
+class ModelRequest:
     """A request that can be answered: what of it the library's handlers read."""
 
     body: dict[str, Any]
@@ -42,7 +42,7 @@ def wrong(text: str, code: str = "invalid_request") -> Refused:
     return Refused(400, text, code)
 
 
-def chat(body: object, model: str, known: Collection[str]) -> Asked:
+def chat(body: object, model: str, known: Collection[str]) -> ModelRequest:
     """Check a request for a chat completion; `known` are all of OpenAI's fields. Raises Refused."""
     content = _fields(body, model, _OWN | _CHAT, known)
     messages = content.get("messages")
@@ -52,7 +52,7 @@ def chat(body: object, model: str, known: Collection[str]) -> Asked:
     return _asked(content, {"messages": turns})
 
 
-def completion(body: object, model: str, known: Collection[str]) -> Asked:
+def completion(body: object, model: str, known: Collection[str]) -> ModelRequest:
     """Check a request for a completion; raises Refused."""
     content = _fields(body, model, _OWN | _TEXT, known)
     prompt = content.get("prompt")
@@ -95,7 +95,7 @@ def _asks_nothing(name: str, value: object) -> bool:
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in _NOTHING.get(name, ()))
 
 
-def _asked(content: Mapping[str, Any], question: dict[str, Any]) -> Asked:
+def _asked(content: Mapping[str, Any], question: dict[str, Any]) -> ModelRequest:
     temperature = _number(content, "temperature", 0.0, 2.0)
     top_p = _number(content, "top_p", 0.0, 1.0)
     if temperature:
@@ -119,7 +119,7 @@ def _asked(content: Mapping[str, Any], question: dict[str, Any]) -> Asked:
     ends = tuple(dict.fromkeys(text for one in stops if (text := _text(one, "stop: expected texts"))))
     chosen = {"temperature": temperature, "top_p": top_p, "max_tokens": most}
     given = {name: value for name, value in chosen.items() if value is not None}
-    return Asked({**question, **given, "stream": stream}, ends, most)
+    return ModelRequest({**question, **given, "stream": stream}, ends, most)
 
 
 def _number(content: Mapping[str, Any], name: str, least: float, most: float) -> float | None:

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 
 from fedllm.errors import Refused
-from fedllm.release import asked
+from fedllm.release import openai_request
 
 KNOWN = ChatCompletionHandler._valid_params_class.__annotations__
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 SECRET = "S3CR3T"
 
 
-def chat(**fields: Any) -> asked.Asked:
-    return asked.chat({**HELLO, **fields}, "model", KNOWN)
+def chat(**fields: Any) -> openai_request.ModelRequest:
+    return openai_request.chat({**HELLO, **fields}, "model", KNOWN)
 
 
 def test_a_plain_request_is_handed_on() -> None:
@@ -88,19 +88,19 @@ JSON = st.recursive(
 @given(JSON)
 def test_whatever_is_asked_it_is_accepted_or_refused(body: Any) -> None:
     for read in (
-        lambda: asked.chat(body, "m", KNOWN), lambda: asked.completion(body, "m", KNOWN),
-        lambda: asked.classification(body, "m"),
+        lambda: openai_request.chat(body, "m", KNOWN), lambda: openai_request.completion(body, "m", KNOWN),
+        lambda: openai_request.classification(body, "m"),
     ):  # fmt: skip
         with suppress(Refused):  # anything else would fail the test
             read()
 
 
 def test_a_text_to_classify_is_one_or_several_or_in_columns() -> None:
-    assert asked.classification({"input": "a"}, "m") == ["a"]
-    assert asked.classification({"input": ["a", {"q": "b"}], "model": "m"}, "m") == ["a", {"q": "b"}]
+    assert openai_request.classification({"input": "a"}, "m") == ["a"]
+    assert openai_request.classification({"input": ["a", {"q": "b"}], "model": "m"}, "m") == ["a", {"q": "b"}]
     for wrong in (None, [], 3, [3], {"q": 3}, ["a"] * 1001):
         with pytest.raises(Refused, match="input"):
-            asked.classification({"input": wrong}, "m")
+            openai_request.classification({"input": wrong}, "m")
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-3])
