@@ -763,20 +763,26 @@ class Fuzz:
             ask = None if ask is None else advance(conversation, self.ask(ask.frame))
 
     def at_the_end(self, mode: str, wanted: Callable[[str], bool]) -> None:
-        """Alter the request that closes a run, each time of a new one; and send it as it is."""
-        for number in itertools.count():
-            conversation = talk(self.twins, self.plan(mode, training={"rounds": 1}))
-            ask = advance(conversation, None)
-            while ask is not None and split(ask.frame)[0].get("round", 0) <= 1:
-                ask = advance(conversation, self.ask(ask.frame))
-            while ask is not None and split(ask.frame)[0]["kind"] != TrainRequest.KIND:
-                ask = advance(conversation, self.ask(ask.frame))
-            changes = list(self.altered(ask, wanted, 0.3)) if ask is not None else []
-            if ask is not None and number < len(changes):
-                self.ask(changes[number](ask))
-            self.closed += ask is not None and isinstance(read(self.ask(ask.frame)), TrainReply)
-            if number >= len(changes):
-                return
+        """Alter the request that closes a run; of a new run, once one was not refused. And send it as it is."""
+        ask = self.last(mode)
+        for change in list(self.altered(ask, wanted, 0.3)) if ask is not None else []:
+            if ask is not None and not isinstance(read(self.ask(change(ask))), Declined):
+                self.close(ask)
+                ask = self.last(mode)
+        self.close(ask)
+
+    def last(self, mode: str) -> Ask | None:
+        """Go through a run of one round, and return the request that closes it."""
+        conversation = talk(self.twins, self.plan(mode, training={"rounds": 1}))
+        ask = advance(conversation, None)
+        while ask is not None and split(ask.frame)[0].get("round", 0) <= 1:
+            ask = advance(conversation, self.ask(ask.frame))
+        while ask is not None and split(ask.frame)[0]["kind"] != TrainRequest.KIND:
+            ask = advance(conversation, self.ask(ask.frame))
+        return ask
+
+    def close(self, ask: Ask | None) -> None:
+        self.closed += ask is not None and isinstance(read(self.ask(ask.frame)), TrainReply)
 
     def altered(self, ask: Ask, wanted: Callable[[str], bool], sensible: float) -> Iterator[Change]:
         """Yield what alters each wanted field, of a request or of the message of secure aggregation in it."""
