@@ -503,7 +503,8 @@ class ComputeConfig(Frozen):
     micro_batch: int = Field(64, ge=1)
     """Records in one forward pass. Changes memory and time, not the result."""
     threads: int | None = Field(None, ge=1, le=4096)
-    """Threads of PyTorch on the CPU. Null: PyTorch's own choice."""
+    """Threads of PyTorch on the CPU. Null: PyTorch's own choice; where processes of a simulation train sites, the cores
+    are shared out among them."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:0` and so on."""
     checkpointing: bool = False

@@ -226,8 +226,11 @@ def _processes(config: SimulationConfig, sites: int) -> int:
     """Return how many processes train sites beside one another; 1 is this one."""
     if config.federation.backend == "ray" or pick_device(config.site.device) != "cpu":
         return 1  # Ray has its own; a GPU runs one model at a time
-    cores = len(os.sched_getaffinity(0)) // (config.site.threads or 1)
-    return min(config.federation.processes or max(1, cores), sites)
+    return min(config.federation.processes or max(1, _cores() // (config.site.threads or 1)), sites)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
@@ -236,7 +239,10 @@ def _workers(config: SimulationConfig, folder: Path, sites: int) -> Iterator[Wor
     if processes == 1:
         yield None
         return
-    workers = Workers(processes, sites, config.model_dump_json(), str(folder.resolve()))
+    threads = config.site.threads or max(1, _cores() // processes)
+    site = config.site.model_copy(update={"threads": threads})
+    shared = config.model_copy(update={"site": site}).model_dump_json()
+    workers = Workers(processes, sites, shared, str(folder.resolve()))
     try:
         yield workers
     finally:

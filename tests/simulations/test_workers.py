@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
+import simulations.simulate
 from fedllm.audit.summary import RunSummary
 from fedllm.config import SimulationConfig
 from fedllm.errors import FederationError
@@ -50,6 +51,27 @@ def test_sites_in_two_processes_train_what_they_train_in_one(tmp_path: Path, con
     assert {name: site["rounds"] for name, site in two.sites.items()} == {"강남": 2, "busan": 2, "daegu": 2, "jeju": 0}
     assert (two.folder / SITE_LOG).read_text("utf-8").count("jeju declines (budget)") == 1
     assert two.peak_memory_mb > one.peak_memory_mb
+
+
+@pytest.mark.parametrize(("asked", "processes", "given"), [(None, 2, 3), (None, 4, 1), (None, 8, 1), (2, None, 2)])
+def test_the_cores_are_shared_out_among_the_processes(
+    tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch,
+    asked: int | None, processes: int | None, given: int,
+) -> None:  # fmt: skip
+    made = list[tuple[int, int | None]]()
+
+    class Noted:
+        def __init__(self, number: int, sites: int, config_json: str, folder: str) -> None:
+            made.append((number, SimulationConfig.model_validate_json(config_json).site.threads))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(simulations.simulate, "Workers", Noted)
+    monkeypatch.setattr(simulations.simulate, "_cores", lambda: 6)
+    config = configure(tmp_path, federation={"processes": processes}, site={"threads": asked})
+    with simulations.simulate._workers(config, tmp_path, 10):
+        assert made == [(processes or 3, given)]
 
 
 def test_what_cannot_be_read_is_declined_in_a_process_of_its_own_too(workers: Workers) -> None:
