@@ -69,6 +69,20 @@ def test_nothing_that_a_sites_process_loads_of_fedllm_runs_code_or_programs(load
                 assert node.value.value is False, name
 
 
+def test_a_sites_process_listens_nowhere_so_that_it_has_no_metrics_to_give(loaded: dict[str, str]) -> None:
+    """Nor health, nor reflection: the relay is a process of its own, and holds nothing that could be counted."""
+    listening = {"bind", "listen", "start_server", "start_unix_server", "serve_forever", "add_insecure_port",
+                 "add_secure_port"}  # fmt: skip
+    own = {Path(file) for file in loaded.values() if file and Path(file).is_relative_to(ROOT)}
+    own = {path for path in own if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in ("fedllm", "client")}
+    assert ROOT / "client" / "service.py" in own
+    for path in own:
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
+        assert names & listening == set(), path
+    assert {name for name in loaded if name.partition(".")[0] in ("prometheus_client", "opentelemetry")} == set()
+    assert "grpc_reflection" not in loaded
+
+
 def test_a_sites_process_starts_itself_anew_with_its_own_arguments_alone() -> None:
     tree = ast.parse((ROOT / _COMMAND).read_text("utf-8"))
     [call] = [
