@@ -501,8 +501,8 @@ def test_records_that_cannot_be_used_are_one_clear_error(
     ("row", "complaint"),
     [
         ({"text": "x", "label": "좋음"}, "label '좋음' is not among .* The release knows 긍정, 부정, 중립"),
-        ({"text": "x", "label": None}, "label None is not among"),
-        ({"text": "x"}, "label None is not among"),
+        ({"text": "x", "label": None}, "label is empty"),
+        ({"text": "x"}, "label is empty"),
         ({"text": "", "label": "긍정"}, "text is empty"),
     ],
 )
