@@ -5,6 +5,7 @@ hooks. Nothing is shared between messages: Flower gives a message to whichever R
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -110,6 +111,7 @@ def train(message: Message, context: Context) -> Message:
 def main(folder: Path) -> None:
     """Run the federation on Flower's simulation engine, two Ray actors, and print a JSON line a round."""
     told = settings(folder)
+    os.environ["RAY_worker_niceness"] = "0"  # Ray's own default lets its processes wait for all others
     server_app = ServerApp()
 
     class Told(FedAvg):
