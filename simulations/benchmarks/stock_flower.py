@@ -111,7 +111,7 @@ def train(message: Message, context: Context) -> Message:
 def main(folder: Path) -> None:
     """Run the federation on Flower's simulation engine, two Ray actors, and print a JSON line a round."""
     told = settings(folder)
-    os.environ["RAY_worker_niceness"] = "0"  # Ray's own default lets its processes wait for all others
+    os.environ.update({"RAY_worker_niceness": "0"})  # Ray's own default lets its processes wait for all others
     server_app = ServerApp()
 
     class Told(FedAvg):
