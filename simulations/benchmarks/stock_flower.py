@@ -36,7 +36,9 @@ def settings(folder: Path) -> dict[str, Any]:
 
 def lora_model(told: dict[str, Any]) -> Any:
     """Return the base with a LoRA adapter on all its linear layers, B alone trained as in fedllm's demo."""
-    base = AutoModelForCausalLM.from_pretrained(told["model"], trust_remote_code=False, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(
+        told["model"], trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+    )
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=told["rank"], lora_alpha=told["alpha"], target_modules="all-linear"))
     for name, value in model.named_parameters():

@@ -566,7 +566,7 @@ def test_a_chat_template_that_the_model_lacks_is_refused(federate: Any, heldout:
 
 def test_a_heldout_record_with_a_hole_is_named(federate: Any, tmp_path: Path) -> None:
     heldout = jsonl(tmp_path / "public.jsonl", [{"question": "q", "answer": "a"}, {"question": None, "answer": "a"}])
-    refused(federate(data={"heldout": str(heldout)}), "record 2", "question", "public.jsonl")
+    refused(federate(data={"heldout": str(heldout)}), "line 2", "question", "public.jsonl")
 
 
 def test_a_label_that_is_not_declared_is_refused(federate: Any, tiny_bert: Path) -> None:
@@ -677,7 +677,7 @@ def test_a_model_that_gives_no_numbers_is_refused(federate: Any, tmp_path: Path,
     save_file(
         {k: torch.full_like(v, torch.nan) for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"}
     )
-    refused(federate(model={"source": str(folder)}), "nan")
+    refused(federate(model={"source": str(folder)}), "model.embed_tokens.weight", "no number")
 
 
 # ---- mistakes about sites, outputs and runs ------------------------------------------------------------------------
@@ -694,7 +694,10 @@ def test_a_model_that_gives_no_numbers_is_refused(federate: Any, tmp_path: Path,
         (["federation.partition.column=nope"], ["missing column nope"]),
         (["data.unit=nope"], ["missing column nope"]),
         (["data.label=nope"], ["missing column nope"]),
-        (["federation=iid", "federation.partition.sites=1000"], ["partition.sites=1000", "72 privacy units"]),
+        (
+            ["federation.partition.by=iid", "federation.partition.sites=1000"],
+            ["partition.sites=1000", "72 privacy units"],
+        ),
     ],
 )
 def test_a_federation_that_cannot_be_is_refused(

@@ -174,7 +174,7 @@ def test_gaps_in_the_evidence_are_stated_and_make_no_claim_smaller(
     assert result.code == 0, result.text
     assert "cannot verify" in result.text
     assert "not all of it could be verified" in (dest / "README.md").read_text("utf-8")
-    assert "전부 검증하지는 못했습니다" in (dest / "README.ko.md").read_text("utf-8")
+    assert "일부 미검증" in (dest / "README.ko.md").read_text("utf-8")
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
