@@ -1,6 +1,5 @@
 """How messages reach sites: plain inside one process; over a network signed, sealed, and to the roster alone."""
 
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -9,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fedllm.crypto.identity import Identity, PublicIdentity
+from fedllm.crypto.primitives import KEY, random_bytes
 from fedllm.errors import CryptoError, MessageError
 from fedllm.plan import RunPlan
 from fedllm.protocol import sealed_envelope
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PATIENCE = 15.0  # seconds for latecomers, where enough are there
 _POLL, _POLL_MAX = 0.005, 0.05  # seconds between looks at the transport's inbox
 Opener = Callable[[bytes], bytes]
+Sealer = Callable[[bytes], tuple[bytes, Opener]]
 
 
 def arrived(data: bytes | str) -> bytes:
@@ -50,10 +51,10 @@ class Channel(ABC):
         """Return who may sign for the site behind a node; None if only its first signature can tell."""
 
     @abstractmethod
-    def seal(self, node: int, round_: int, payload: bytes) -> tuple[bytes, Opener]:
-        """Return `payload` as it travels to a node, and what opens the answer to it.
+    def sealer(self, node: int, round_: int) -> Sealer:
+        """Return what makes a payload as it travels to a node, and what opens the answer to it; the same each time.
 
-        Raises MessageError if the node may have none; opening raises FedllmError if it is not that answer.
+        Making raises MessageError if the node may have none; opening raises FedllmError if it is not that answer.
         """
 
     def exchange(
@@ -70,17 +71,18 @@ class Channel(ABC):
 
         waiting, openers, silent = dict[str, int](), dict[int, Opener](), dict.fromkeys(payloads, "no answer in time")
 
-        def sealed(node: int) -> bytes:
-            data, openers[node] = self.seal(node, round_, payloads[node])
+        def sealed(node: int, sealer: Sealer) -> bytes:
+            data, openers[node] = sealer(payloads[node])
             return data
 
         for node in payloads:
             try:
                 self.identities(node)
+                make = partial(sealed, node, self.sealer(node, round_))
                 message = (
-                    Request(partial(sealed, node), node, kind, self._timeout)
+                    Request(make, node, kind, self._timeout)
                     if isinstance(self._grid, OneRunGrid)
-                    else Message(envelope(sealed(node)), node, kind, ttl=self._timeout)
+                    else Message(envelope(make()), node, kind, ttl=self._timeout)
                 )
             except MessageError as error:  # revoked a moment ago
                 silent[node] = str(error)
@@ -141,10 +143,10 @@ class PlainChannel(Channel):
         del node
         return None
 
-    def seal(self, node: int, round_: int, payload: bytes) -> tuple[bytes, Opener]:
-        """Return `payload`; the answer, too, is as it is."""
+    def sealer(self, node: int, round_: int) -> Sealer:
+        """Return what leaves a payload as it is; the answer, too."""
         del node, round_
-        return payload, bytes
+        return lambda payload: (payload, bytes)
 
 
 class SealedChannel(Channel):
@@ -162,7 +164,7 @@ class SealedChannel(Channel):
         """
         super().__init__(grid, timeout, expected_sites)
         self._online, self._identity, self._member_of, self._plan = online, identity, member_of, plan
-        self._number, self._counting = 0, threading.Lock()
+        self._number = 0
         self._sites: dict[int, str] = {}  # of all nodes that were online
 
     def nodes(self) -> dict[int, str | None]:
@@ -175,13 +177,18 @@ class SealedChannel(Channel):
         """Return the identities that the roster holds for the site behind a node."""
         return self._member(node).identities
 
-    def seal(self, node: int, round_: int, payload: bytes) -> tuple[bytes, Opener]:
-        """Seal `payload` to the site behind a node; only what that site answers to it is opened."""
+    def sealer(self, node: int, round_: int) -> Sealer:
+        """Return what seals to the site behind a node; only what that site answers to it is opened.
+
+        Sealed again, the same payload gives the same bytes, which the site takes for the same request: it works once.
+        """
         # grows over restarts of the server too: sites refuse a number that does not
-        with self._counting:
-            number = self._number = max(self._number + 1, time.time_ns())
+        number = self._number = max(self._number + 1, time.time_ns())
         binding = Binding(direction="to-site", run=self._plan.run, plan=self._plan.digest, round=round_, number=number)
-        sealed = sealed_envelope.seal(payload, binding, self._identity, self._member(node).public)
+        return partial(self._seal, node, binding, random_bytes(KEY))
+
+    def _seal(self, node: int, binding: Binding, seed: bytes, payload: bytes) -> tuple[bytes, Opener]:
+        sealed = sealed_envelope.seal(payload, binding, self._identity, self._member(node).public, seed)
         answer = {"direction": "to-head-office", "request": sealed_envelope.digest(sealed)}
         expected = binding.model_copy(update=answer)
 

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedllm.crypto.primitives import KEY, RAW, SIGNATURE, TAG, exchange
+from fedllm.crypto.primitives import KEY, RAW, SIGNATURE, TAG, derive, exchange
 from fedllm.errors import CryptoError
 from fedllm.files import read_secret, write_secret
 
@@ -106,15 +106,18 @@ class Identity:
         """Return a signature of 64 bytes over a document."""
         return self._signing.sign(self.public.signed_part(document))
 
-    def seal(self, plaintext: bytes, receiver: PublicIdentity) -> bytes:
+    def seal(self, plaintext: bytes, receiver: PublicIdentity, seed: bytes | None = None) -> bytes:
         """Sign `plaintext` for `receiver` and encrypt both to it.
 
         A fresh X25519 key per message, HKDF-SHA256 over its shared secret with all public keys as context, and
         ChaCha20-Poly1305; the key is used once, so the nonce is constant. The signature covers the receiver and the
         fresh key, so that a receiver cannot pass it on as meant for somebody else, and lies inside the encryption, so
         that outsiders do not learn the sender from it.
+
+        With a secret random `seed` of 32 bytes the same plaintext gives the same bytes to the same receiver: the fresh
+        key is then derived from the seed, the receiver and the plaintext, so that no key ever meets two plaintexts.
         """
-        ephemeral = X25519PrivateKey.generate()
+        ephemeral = X25519PrivateKey.generate() if seed is None else _derived(seed, receiver, plaintext)
         public = ephemeral.public_key().public_bytes(*RAW)
         signature = self._signing.sign(_signed_part(public, receiver, plaintext))
         key = _key(exchange(ephemeral, receiver.sealing), public, receiver)
@@ -149,6 +152,11 @@ def _signed_part(ephemeral: bytes, receiver: PublicIdentity, plaintext: bytes) -
     return (
         _SIGNED_SEAL + ephemeral + receiver.signing + receiver.sealing + hashlib.sha256(plaintext).digest()
     )  # fixed lengths, so that no two contexts read the same
+
+
+def _derived(seed: bytes, receiver: PublicIdentity, plaintext: bytes) -> X25519PrivateKey:
+    told = receiver.signing + receiver.sealing + hashlib.sha256(plaintext).digest()
+    return X25519PrivateKey.from_private_bytes(derive(seed, _SEAL_INFO + b" fresh key " + told))
 
 
 def _key(shared: bytes, ephemeral: bytes, receiver: PublicIdentity) -> bytes:

@@ -29,10 +29,12 @@ class Binding(Frozen):
     request: Printable = ""  # of an answer: SHA-256 of the sealed request, hex
 
 
-def seal(payload: bytes, binding: Binding, sender: Identity, receiver: PublicIdentity) -> bytes:
-    """Return the sealed envelope of a message."""
+def seal(
+    payload: bytes, binding: Binding, sender: Identity, receiver: PublicIdentity, seed: bytes | None = None
+) -> bytes:
+    """Return the sealed envelope of a message; with a secret `seed` of this message, the same each time."""
     header = binding.model_dump_json().encode()
-    return sender.seal(len(header).to_bytes(_LENGTH, "big") + header + payload, receiver)
+    return sender.seal(len(header).to_bytes(_LENGTH, "big") + header + payload, receiver, seed)
 
 
 def open_sealed(

@@ -84,7 +84,7 @@ class World:
 
     def seal(self, node: int, round_: int, payload: bytes) -> bytes:
         """Seal by the channel, and open what answers with `open`."""
-        sealed, self._openers[node] = self.channel.seal(node, round_, payload)
+        sealed, self._openers[node] = self.channel.sealer(node, round_)(payload)
         return sealed
 
     def open(self, node: int, data: bytes) -> bytes:
@@ -137,10 +137,21 @@ def test_numbers_grow_over_messages_channels_and_a_clock_that_stands(
     first = number(world.seal(1, 0, b""))
     later = world.another()
     later.nodes()
-    second = number(later.seal(1, 0, b"")[0])
+    second = number(later.sealer(1, 0)(b"")[0])
     monkeypatch.setattr("server.channel.time.time_ns", lambda: 0)
-    numbers = [first, second, *(number(later.seal(1, 0, b"")[0]) for _ in range(3))]
+    numbers = [first, second, *(number(later.sealer(1, 0)(b"")[0]) for _ in range(3))]
     assert numbers == sorted(set(numbers))
+
+
+def test_a_request_that_is_sealed_again_is_the_same_and_another_payload_is_not(world: World) -> None:
+    """So a site that is asked again does not work twice; and no key ever meets two plaintexts."""
+    sealer = world.channel.sealer(1, 1)
+    (first, opened), (again, _), (other, _) = sealer(b"request"), sealer(b"request"), sealer(b"another")
+    assert first == again
+    fresh_key = slice(4, 4 + 32)
+    assert first[fresh_key] != other[fresh_key]
+    assert world.channel.sealer(1, 1)(b"request")[0] != first
+    assert opened(world.seoul.answer(first)) == b"answer"
 
 
 def test_the_answer_to_the_last_request_is_opened(world: World) -> None:
@@ -181,7 +192,7 @@ def _of_another_run(world: World) -> bytes:
     other = world.another("run-2")
     other.nodes()
     world.seal(1, 1, b"request")
-    return world.seoul.answer(other.seal(1, 1, b"request")[0])
+    return world.seoul.answer(other.sealer(1, 1)(b"request")[0])
 
 
 def _of_another_site(world: World) -> bytes:
@@ -295,7 +306,7 @@ def test_in_one_process_bytes_travel_as_they_are(world: World) -> None:
     grid: Any = world.grid
     plain = PlainChannel(grid, 1.0, 3)
     assert plain.nodes() == {1: None, 2: None, 3: None}
-    sent, opened = plain.seal(1, 1, b"bytes")
+    sent, opened = plain.sealer(1, 1)(b"bytes")
     assert (sent, opened(b"answer")) == (b"bytes", b"answer")
     assert not plain.sites_may_come_back
     assert world.channel.sites_may_come_back
