@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedllm.crypto.primitives import KEY, RAW, SIGNATURE, TAG, derive, exchange
 from fedllm.errors import CryptoError
@@ -117,9 +115,10 @@ class Identity:
         With a secret random `seed` of 32 bytes the same plaintext gives the same bytes to the same receiver: the fresh
         key is then derived from the seed, the receiver and the plaintext, so that no key ever meets two plaintexts.
         """
-        ephemeral = X25519PrivateKey.generate() if seed is None else _derived(seed, receiver, plaintext)
+        digest = hashlib.sha256(plaintext).digest()
+        ephemeral = X25519PrivateKey.generate() if seed is None else _derived(seed, receiver, digest)
         public = ephemeral.public_key().public_bytes(*RAW)
-        signature = self._signing.sign(_signed_part(public, receiver, plaintext))
+        signature = self._signing.sign(_signed_part(public, receiver, digest))
         key = _key(exchange(ephemeral, receiver.sealing), public, receiver)
         return _SEAL_MAGIC + public + ChaCha20Poly1305(key).encrypt(bytes(12), signature + plaintext, _SEAL_MAGIC)
 
@@ -138,7 +137,7 @@ class Identity:
         except InvalidTag:
             raise CryptoError("a sealed message was altered, or is meant for somebody else") from None
         signature, plaintext = opened[:SIGNATURE], opened[SIGNATURE:]
-        signed = _signed_part(public, self.public, plaintext)
+        signed = _signed_part(public, self.public, hashlib.sha256(plaintext).digest())
         for sender in senders:
             try:
                 _verify(sender.signing, signature, signed)
@@ -148,20 +147,18 @@ class Identity:
         raise CryptoError("a sealed message was not signed by anyone who may send here")
 
 
-def _signed_part(ephemeral: bytes, receiver: PublicIdentity, plaintext: bytes) -> bytes:
-    return (
-        _SIGNED_SEAL + ephemeral + receiver.signing + receiver.sealing + hashlib.sha256(plaintext).digest()
-    )  # fixed lengths, so that no two contexts read the same
+def _signed_part(ephemeral: bytes, receiver: PublicIdentity, digest: bytes) -> bytes:
+    # fixed lengths, so that no two contexts read the same
+    return _SIGNED_SEAL + ephemeral + receiver.signing + receiver.sealing + digest
 
 
-def _derived(seed: bytes, receiver: PublicIdentity, plaintext: bytes) -> X25519PrivateKey:
-    told = receiver.signing + receiver.sealing + hashlib.sha256(plaintext).digest()
-    return X25519PrivateKey.from_private_bytes(derive(seed, _SEAL_INFO + b" fresh key " + told))
+def _derived(seed: bytes, receiver: PublicIdentity, digest: bytes) -> X25519PrivateKey:
+    info = _SEAL_INFO + b" fresh key " + receiver.signing + receiver.sealing + digest
+    return X25519PrivateKey.from_private_bytes(derive(seed, info))
 
 
 def _key(shared: bytes, ephemeral: bytes, receiver: PublicIdentity) -> bytes:
-    info = _SEAL_INFO + ephemeral + receiver.signing + receiver.sealing
-    return HKDF(hashes.SHA256(), KEY, salt=None, info=info).derive(shared)
+    return derive(shared, _SEAL_INFO + ephemeral + receiver.signing + receiver.sealing)
 
 
 def _verify(key: bytes, signature: bytes, data: bytes) -> None:

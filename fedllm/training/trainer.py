@@ -91,11 +91,8 @@ def score(
     The noise is drawn before a record is looked at. With noise in shares one share alone protects less than was
     promised: the sum must be masked before it leaves the site.
     """
-    layout, mechanism, shared = (
-        layout_of(plan.model, engine.adapter.vocabulary),
-        plan.score_mechanism,
-        plan.distributed_scores,
-    )
+    layout = layout_of(plan.model, engine.adapter.vocabulary)
+    mechanism, shared = plan.score_mechanism, plan.distributed_scores
     if shared is not None:
         share = shared.share(layout.dimension, source)
         values = unit_metrics(engine, vector, units, micro_batch)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import psutil
 import typer
@@ -31,9 +31,9 @@ from rich.table import Table
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from simulations.benchmarks.bench import machine
+from simulations.benchmarks.step import SIZES
 
 _EVERY = 0.5  # seconds between two looks at memory
-_LARGE = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408, "num_attention_heads": 8}  # 30M
 _OFF = ("evaluation.every=null", "audit.report=false", "audit.canaries=0", "data.heldout=null", "privacy.unit=record")
 
 
@@ -90,19 +90,13 @@ def _records(folder: Path) -> int:
     return sum(len(path.read_text("utf-8").splitlines()) for path in folder.glob("site-*.jsonl"))
 
 
-def _flower(folder: Path) -> Result:
-    out, whole, memory = _measured([sys.executable, "-m", "simulations.benchmarks.stock_flower", str(folder)], folder)
+def _peer(folder: Path, module: str, meaning: str) -> Result:
+    """Run another framework's federation; its epsilon is of what `meaning` says."""
+    out, whole, memory = _measured([sys.executable, "-m", f"simulations.benchmarks.{module}", str(folder)], folder)
     rounds = [json.loads(line) for line in out.splitlines() if line.startswith('{"seconds"')]
     return Result([each["seconds"] for each in rounds[1:]], whole, memory,
                   statistics.mean(each["records"] for each in rounds),
-                  f"{max(each['epsilon'] for each in rounds):.2f}, a record, one round")  # fmt: skip
-
-
-def _pfl(folder: Path) -> Result:
-    out, whole, memory = _measured([sys.executable, "-m", "simulations.benchmarks.stock_pfl", str(folder)], folder)
-    rounds = [json.loads(line) for line in out.splitlines() if line.startswith('{"seconds"')]
-    return Result([each["seconds"] for each in rounds[1:]], whole, memory, rounds[-1]["records"],
-                  f"{rounds[-1]['epsilon']:.2f}, a site, the whole run, a trusted server")  # fmt: skip
+                  f"{max(each['epsilon'] for each in rounds):.2f}, {meaning}")  # fmt: skip
 
 
 def _write_sites(folder: Path) -> int:
@@ -125,8 +119,10 @@ def _model(size: str, folder: Path) -> str:
     if size == "demo":
         return demo
     tokenizer = AutoTokenizer.from_pretrained(demo, trust_remote_code=False)
+    hidden, layers, mlp, heads, kv_heads, _ = SIZES[size]
     config = LlamaConfig(
-        **_LARGE, vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True,
+        hidden_size=hidden, num_hidden_layers=layers, intermediate_size=mlp, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "base")
@@ -139,14 +135,14 @@ def _tell(folder: Path, name: str, model: str, sites: int) -> None:
     told = {
         "model": model, "sites": sites, "max_length": plan["model"]["max_length"],
         **{key: plan["adapter"][key] for key in ("rank", "alpha")},
-        **{key: plan["privacy"][key] for key in ("noise_multiplier", "clip_norm", "sampling_rate")},
+        **{key: plan["privacy"][key] for key in ("noise_multiplier", "delta", "clip_norm", "sampling_rate")},
         **{key: plan["training"][key] for key in ("rounds", "local_steps", "learning_rate")},
     }  # fmt: skip
     (folder / "peer.json").write_text(json.dumps(told), "utf-8")
 
 
 def main(
-    size: Annotated[str, typer.Option("--size", help="demo, or 30M: random weights.")] = "demo",
+    size: Annotated[Literal["demo", "30M"], typer.Option("--size", help="demo, or 30M: random weights.")] = "demo",
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Rounds of each run; the first is not timed.")] = 3,
     repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Turns.")] = 1,
 ) -> None:
@@ -161,9 +157,9 @@ def main(
             results = {"fedllm, privacy=local": _fedllm(folder, model, rounds, "local", "local")}
             _tell(folder, "local", model, sites)
             results["fedllm, privacy=distributed"] = _fedllm(folder, model, rounds, "distributed", "distributed")
-            results["Flower and Opacus on Ray"] = _flower(folder)
+            results["Flower and Opacus on Ray"] = _peer(folder, "stock_flower", "a record, one round")
             if with_pfl:
-                results["pfl-research"] = _pfl(folder)
+                results["pfl-research"] = _peer(folder, "stock_pfl", "a site, the whole run, a trusted server")
             turns.append(results)
             for name, result in results.items():
                 console.print(f"{name}: {result}", markup=False, highlight=False, soft_wrap=True)

@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 _IGNORE = -100
-_DELTA = 1e-5
 
 client_app = ClientApp()
 
@@ -106,7 +105,7 @@ def train(message: Message, context: Context) -> Message:
         optimizer.step()
         used += len(ids)
     state = {name: value.detach() for name, value in get_peft_model_state_dict(private._module).items()}
-    metrics = MetricRecord({"num-examples": used, "epsilon": engine.get_epsilon(_DELTA)})
+    metrics = MetricRecord({"num-examples": used, "epsilon": engine.get_epsilon(told["delta"])})
     return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=message)
 
 

@@ -28,8 +28,6 @@ from pfl.privacy.privacy_mechanism import CentrallyAppliedPrivacyMechanism
 
 from simulations.benchmarks.stock_flower import encoded, lora_model, loss_of, settings, without_padding
 
-_DELTA = 1e-5
-
 
 class _Trained(torch.nn.Module):
     """The model, with the loss and the metrics that pfl asks for."""
@@ -48,8 +46,8 @@ class _Trained(torch.nn.Module):
 class _Timed(TrainingProcessCallback):  # type: ignore[misc]
     """Prints a line for each round."""
 
-    def __init__(self, told: dict[str, Any], records: float, epsilon: float) -> None:
-        self._began, self._told, self._records, self._epsilon = time.monotonic(), told, records, epsilon
+    def __init__(self, records: float, epsilon: float) -> None:
+        self._began, self._records, self._epsilon = time.monotonic(), records, epsilon
 
     def after_central_iteration(
         self, aggregate: Metrics, model: Any, *, central_iteration: int
@@ -74,8 +72,8 @@ def main(folder: Path) -> None:
 
     # One update for each site and round, and all sites every time: a Gaussian mechanism without sampling.
     accountant = PLDPrivacyAccountant(
-        num_compositions=told["rounds"], sampling_probability=1.0, mechanism="gaussian", epsilon=None, delta=_DELTA,
-        noise_parameter=told["noise_multiplier"],
+        num_compositions=told["rounds"], sampling_probability=1.0, mechanism="gaussian", epsilon=None,
+        delta=told["delta"], noise_parameter=told["noise_multiplier"],
     )  # fmt: skip
     noise = CentrallyAppliedPrivacyMechanism(
         GaussianMechanism.from_privacy_accountant(accountant=accountant, clipping_bound=told["clip_norm"])
@@ -96,7 +94,7 @@ def main(folder: Path) -> None:
             local_num_epochs=None, local_num_steps=told["local_steps"], local_batch_size=None,
             local_learning_rate=told["learning_rate"],
         ),
-        callbacks=[_Timed(told, told["sampling_rate"] * sum(map(len, sites)), accountant.epsilon)],
+        callbacks=[_Timed(told["sampling_rate"] * sum(map(len, sites)), accountant.epsilon)],
     )  # fmt: skip
 
 
